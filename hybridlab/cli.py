@@ -1,0 +1,123 @@
+"""The command line: `hybridlab run` and `hybridlab data`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hybridlab.errors import UserError
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Measure whether predicting weights and saving memory pay, on your model and your card.",
+    epilog="Interactively: `make lab`. Everything at once: `make milestones PROFILE=cpu`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Give the app its commands' names even where there is one."""
+
+
+@app.command()
+def run(
+    notebook: Annotated[Path, typer.Argument(metavar="NOTEBOOK", help="As notebooks/03_gpt2_small_hybrid.ipynb.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where the executed copy goes.")],
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", "-f", metavar="PARAMS", help="YAML file of parameters; may repeat, the last wins."),
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME VALUE", help="One parameter; may repeat, wins over files."),
+    ] = None,
+) -> None:
+    """Run a notebook whole, and keep a clean executed copy.
+
+    Parameters are checked before anything runs. A copy is written only when every cell has run;
+    what is left of a run that stopped goes to OUT with the ending .failed.ipynb.
+
+    Exit codes: 0 done, 1 a cell failed, 2 refused before the start, 130 stopped.
+    """
+    from hybridlab.notebook.batch import run_notebook, summary_of
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
+    executed = run_notebook(notebook, output, file or [], [_pair(text) for text in parameter or []], console)
+    for sentence in summary_of(executed.metadata["hybridlab"]["parameters"], notebook):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
+    console.print("Open it:  make lab", highlight=False)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"-p {text}: a value is missing: write -p {text} VALUE")
+    return name, value
+
+
+@app.command()
+def data(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="python, markov, uniform, bin:PATH, hf:NAME, digits, mnist[:PATH].")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary of text sources that build one.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of synthetic sources.")] = 0,
+) -> None:
+    """Load a data source and print its record: hashes, counts, provenance."""
+    from hybridlab.data import load_images, load_text
+
+    is_images = source.partition(":")[0] in ("digits", "mnist")
+    loaded = load_images(source) if is_images else load_text(source, vocab_size=vocab_size, seed=seed)
+    print(json.dumps(loaded.record(), indent=2))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; a person's mistake gives one line on standard error and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(_joined(arguments), prog_name="hybridlab")
+    except (UserError, ValueError) as error:
+        return _say(error, EXIT_REFUSED)
+    except KeyboardInterrupt:
+        return _say("stopped", EXIT_INTERRUPTED)
+    except Exception as error:
+        return _say(error, _exit_code(error))
+    return 0
+
+
+def _exit_code(error: Exception) -> int:
+    """Tell a run that failed or was stopped from a bug, which keeps its traceback."""
+    from hybridlab.notebook.batch import RunFailed, RunInterrupted
+
+    if not isinstance(error, RunFailed):
+        raise error
+    return EXIT_INTERRUPTED if isinstance(error, RunInterrupted) else EXIT_FAILED
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Write each `-p NAME VALUE` as `-p NAME=VALUE`, an option of one value, which may repeat."""
+    joined: list[str] = []
+    for argument in arguments:
+        if len(joined) > 1 and joined[-2] in ("-p", "--parameter") and joined[-1].isidentifier():
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _say(message: object, code: int) -> int:
+    print(f"hybridlab: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

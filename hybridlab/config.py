@@ -1,0 +1,99 @@
+"""The settings of hybrid predictive training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from hybridlab.errors import nearest
+from hybridlab.predictors import PREDICTORS
+
+
+@dataclass(frozen=True)
+class HybridTrainerConfig:
+    """When to predict, how far, and what to trust.
+
+    warmup_steps: gradient steps before the path of the weights is looked at
+    full_steps: gradient steps of a Full block; the predictor is asked at the end of each
+    max_predict_steps: nominal steps that one jump may replace; 0 is plain training, bit for bit
+    correct_steps: gradient steps of the Correct phase
+    confidence_threshold: confidence, in [0, 1], below which nothing is predicted
+    correction_interval: nominal steps between two measurements inside a jump
+    divergence_threshold: how many standard deviations above its running mean a loss counts as divergence
+    predictor: a name in `hybridlab.predictors.PREDICTORS`
+    gate: try every jump forward-only before it is taken, and refuse it unless the loss falls
+    path_rows: displacements that the path remembers; each is as large as the trainable weights
+    clip_norm: gradient norm above which gradients are scaled down; None leaves them alone
+
+    Raises TypeError and ValueError that name the setting and its remedy.
+    """
+
+    warmup_steps: int = 100
+    full_steps: int = 20
+    max_predict_steps: int = 50
+    confidence_threshold: float = 0.60
+    correction_interval: int = 15
+    divergence_threshold: float = 6.0
+    predictor: str = "linear"
+    correct_steps: int = 5
+    gate: bool = True
+    path_rows: int = 4
+    clip_norm: float | None = None
+
+    @classmethod
+    def conservative(cls, **changes: Any) -> Self:
+        """The plan's careful preset: confidence 0.60, 50 steps a jump, a correction every 15."""
+        return cls(**{"confidence_threshold": 0.60, "max_predict_steps": 50, "correction_interval": 15} | changes)
+
+    @classmethod
+    def aggressive(cls, **changes: Any) -> Self:
+        """The plan's bold preset: confidence 0.55, 75 steps a jump, a correction every 10."""
+        return cls(**{"confidence_threshold": 0.55, "max_predict_steps": 75, "correction_interval": 10} | changes)
+
+    @classmethod
+    def plain(cls, **changes: Any) -> Self:
+        """Plain training through the same step: nothing is ever predicted."""
+        return cls(**{"max_predict_steps": 0} | changes)
+
+    @property
+    def record_every(self) -> int:
+        """Gradient steps between two records of the path, so that a Full block fills it."""
+        return -(-self.full_steps // self.path_rows)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold is {self.confidence_threshold}: it must lie in [0, 1]")
+        if self.divergence_threshold <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError("divergence_threshold and clip_norm must be above 0 (clip_norm=None turns clipping off)")
+        if self.predictor not in PREDICTORS:
+            raise ValueError(f"predictor {self.predictor!r} is unknown: {nearest(self.predictor, PREDICTORS)}")
+
+
+_LEAST = {
+    "warmup_steps": 0,
+    "full_steps": 1,
+    "max_predict_steps": 0,
+    "correct_steps": 0,
+    "correction_interval": 1,
+    "path_rows": 2,
+}
+
+
+def _check_type(name: str, value: object, wanted: str) -> None:
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "str": (str,),
+        "float | None": (int, float, type(None)),
+    }
+    if not isinstance(value, kinds[wanted]) or (isinstance(value, bool) and wanted != "bool"):
+        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) and "float" in wanted else ""
+        raise TypeError(f"{name} is {value!r}: {wanted} is wanted{hint}")

@@ -1,0 +1,116 @@
+"""MNIST from a folder of its four files, or downloaded once and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from hybridlab.data.cache import cache_folder, writing_to
+from hybridlab.data.idx import read_idx, read_raw
+from hybridlab.data.image_data import ImageData, Images, Labels
+from hybridlab.errors import UserError
+
+# Of the decompressed content: mirrors compress the same content to different files.
+SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+MIRRORS = (
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+LARGEST_FILE_BYTES = 20_000_000
+TIMEOUT_S = 20
+
+
+def load_mnist_folder(folder: Path, source: str) -> ImageData:
+    """Read the four IDX files of MNIST in `folder`, with or without `.gz`.
+
+    Raises `UserError` for a missing or damaged file, and for images and labels that do not belong together.
+    """
+    train_images, train_labels = _labeled(folder, "train")
+    test_images, test_labels = _labeled(folder, "t10k")
+    return ImageData(
+        source=source,
+        description=f"MNIST: {len(train_images):,} + {len(test_images):,} handwritten digits",
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+
+
+def download_mnist(cache: Path | None) -> Path:
+    """The cache folder that holds MNIST's four files, downloaded where missing and checked every time."""
+    folder = cache_folder(cache) / "mnist"
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            for name, sha256 in SHA256.items():
+                _ensure(folder / f"{name}.gz", sha256)
+    return folder
+
+
+def _ensure(path: Path, sha256: str) -> None:
+    if path.exists():
+        if _matches(path, sha256):
+            return
+        warnings.warn(f"{path} is broken: downloading it again", stacklevel=5)
+    partial = path.with_suffix(".partial")
+    try:
+        for mirror in MIRRORS:
+            if _fetched(mirror + path.name, partial) and _matches(partial, sha256):
+                os.replace(partial, path)
+                return
+    finally:
+        partial.unlink(missing_ok=True)
+    raise UserError(
+        f"MNIST cannot be downloaded ({path.name}: no mirror answered with the right file): name a folder "
+        "that has it with 'mnist:PATH', or use 'digits', which needs no network."
+    )
+
+
+def _fetched(url: str, path: Path) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            content = response.read(LARGEST_FILE_BYTES)
+    except (OSError, http.client.HTTPException):  # no network, no such name, no such file, too slow, cut off
+        return False
+    path.write_bytes(content)
+    return True
+
+
+def _matches(path: Path, sha256: str) -> bool:
+    try:
+        return hashlib.sha256(read_raw(path)).hexdigest() == sha256
+    except UserError:
+        return False
+
+
+def _labeled(folder: Path, part: str) -> tuple[Images, Labels]:
+    images_path, labels_path = _file(folder, f"{part}-images", 3), _file(folder, f"{part}-labels", 1)
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or not len(images):
+        raise UserError(f"{images_path}: images of shape {images.shape}; MNIST's are (n, 28, 28).")
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"{labels_path}: labels of shape {labels.shape} for {len(images):,} images.")
+    if labels.max() > 9:
+        raise UserError(f"{labels_path}: the label {labels.max()}; MNIST's are 0 to 9.")
+    return images, labels.astype(np.int64)
+
+
+def _file(folder: Path, stem: str, dimensions: int) -> Path:
+    names = [f"{stem}{mark}idx{dimensions}-ubyte{suffix}" for suffix in ("", ".gz") for mark in "-."]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder / names[0]}: no such file, with or without .gz; MNIST is four IDX files.")
+    return found

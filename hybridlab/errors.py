@@ -1,0 +1,21 @@
+"""Errors that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; its message is one line that says how.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A hint for a name that is not among the known ones: the likeliest of them, and all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(str(name).lower(), names, n=1)
+    listed = ", ".join(names)
+    return f"did you mean {near[0]!r}? ({listed})" if near else f"choose one of {listed}"

@@ -1,0 +1,1 @@
+"""Memory features: what lets a model train in less memory, and what it costs."""

@@ -1,0 +1,259 @@
+"""GPT-2: pre-norm decoder blocks, learned positions, and an output head tied to the token embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hybridlab.errors import nearest
+from hybridlab.models.pretrained import load_pretrained_, read_settings
+
+Hidden = Float[Tensor, "batch time dim"]
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The size of a GPT-2 and how it computes its loss; the defaults are GPT-2 Small.
+
+    Args:
+        vocab_size: number of tokens; logits have this width.
+        block_size: longest sequence, in tokens; one learned position each.
+        n_layer: number of blocks.
+        n_head: attention heads; must divide n_embd.
+        n_embd: width of the residual stream.
+        dropout: probability, on the embedding, the attention weights and both residual branches.
+        loss_chunk_tokens: compute the loss in pieces of so many tokens and recompute each piece's
+            logits in the backward pass: slower, but the logits of a whole batch are never in memory.
+            0 computes it in one piece.
+
+    Raises:
+        TypeError, ValueError: a setting that makes no model; the message says what would.
+
+    """
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    loss_chunk_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "loss_chunk_tokens"):
+            value, least = getattr(self, name), int(name != "loss_chunk_tokens")
+            if type(value) is not int:
+                raise TypeError(f"{name}={value!r} must be a whole number")
+            if value < least:
+                raise ValueError(f"{name}={value} must be {least} or more")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                f"use n_embd={max(1, self.n_embd // self.n_head) * self.n_head}"
+            )
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
+            raise TypeError(f"dropout={self.dropout!r} must be a number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must be at least 0.0 and below 1.0")
+
+    @classmethod
+    def nano(cls, **changes: Any) -> GPT2Config:
+        """137,024 parameters, for a CPU and seconds."""
+        return replace(cls(vocab_size=512, block_size=64, n_layer=2, n_head=4, n_embd=64), **changes)
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> GPT2Config:
+        """1.07 million parameters, for a CPU and minutes."""
+        return replace(cls(vocab_size=2048, block_size=128, n_layer=4, n_head=4, n_embd=128), **changes)
+
+    @classmethod
+    def small(cls, **changes: Any) -> GPT2Config:
+        """124,439,808 parameters."""
+        return replace(cls(), **changes)
+
+    @classmethod
+    def medium(cls, **changes: Any) -> GPT2Config:
+        """354,823,168 parameters."""
+        return replace(cls(n_layer=24, n_head=16, n_embd=1024), **changes)
+
+    @classmethod
+    def large(cls, **changes: Any) -> GPT2Config:
+        """774,030,080 parameters."""
+        return replace(cls(n_layer=36, n_head=20, n_embd=1280), **changes)
+
+    @classmethod
+    def xl(cls, **changes: Any) -> GPT2Config:
+        """1,557,611,200 parameters."""
+        return replace(cls(n_layer=48, n_head=25, n_embd=1600), **changes)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> GPT2Config:
+        """The size called nano, tiny, small, medium, large or xl, as a parameter file names it.
+
+        Raises:
+            ValueError: no size has this name; the message gives the nearest.
+
+        """
+        made = (cls.nano, cls.tiny, cls.small, cls.medium, cls.large, cls.xl)
+        sizes: dict[str, Callable[..., GPT2Config]] = {make.__name__: make for make in made}
+        if name not in sizes:
+            raise ValueError(f"unknown GPT-2 size {name!r}: {nearest(name, sizes)}")
+        return sizes[name](**changes)
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the model, the tied embedding counted once.
+
+        V d + T d + L (12 d² + 13 d) + 2 d
+
+        where V is vocab_size, T block_size, L n_layer and d n_embd.
+        """
+        d = self.n_embd
+        return (self.vocab_size + self.block_size + 2) * d + self.n_layer * (12 * d**2 + 13 * d)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Hidden) -> Hidden:
+        """Mix each position with the ones before it."""
+        heads = "batch time (three head dim) -> three batch head time dim"
+        query, key, value = rearrange(self.c_attn(x), heads, three=3, head=self.n_head)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return self.c_proj(rearrange(mixed, "batch head time dim -> batch time (head dim)"))
+
+
+class MLP(nn.Module):
+    """Two dense layers around a tanh-approximated GELU, four times as wide inside."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Hidden) -> Hidden:
+        """Transform each position by itself."""
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then the same with the MLP."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd, eps=1e-5), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd, eps=1e-5), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Hidden) -> Hidden:
+        """Add both branches to the residual stream."""
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT2(nn.Module):
+    """The language model of Radford et al. 2019, with the parameter names of its published checkpoints.
+
+    h₀ = wte[tokens] + wpe[0 .. time - 1];  hᵢ = block_i(hᵢ₋₁);  logits = ln_f(h_L) wteᵀ
+
+    Weights start as N(0, 0.02²), those that write into the residual stream as N(0, 0.02² / (2 n_layer)),
+    biases as zero.
+
+    Source: Language Models are Unsupervised Multitask Learners; https://github.com/openai/gpt-2.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self._initialize_()
+
+    @torch.no_grad()
+    def _initialize_(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                into_residual = name.endswith("c_proj.weight")
+                parameter.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if into_residual else 0.02)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> GPT2:
+        """Read a GPT-2 that Hugging Face transformers saved, in fp32.
+
+        Args:
+            folder: holds config.json and model.safetensors or pytorch_model.bin.
+            changes: settings to change that keep the weights' shapes, such as dropout.
+
+        Raises:
+            UserError: a file is missing, it is not a GPT-2, or the weights do not fit its config.json.
+
+        """
+        config = GPT2Config(**(read_settings(Path(folder)) | changes))
+        with torch.device("meta"):
+            model = cls(config)
+        load_pretrained_(model, Path(folder))
+        return model
+
+    def forward(
+        self, tokens: Int[Tensor, "batch time"], targets: Int[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, ""]:
+        """Logits of every next token; with targets, their mean cross-entropy in nats instead.
+
+        Targets of -100 do not count.
+
+        Raises:
+            ValueError: the sequence is longer than config.block_size.
+
+        """
+        x = self._hidden(tokens)
+        if targets is None:
+            return F.linear(x, self.wte.weight)
+        x, targets = rearrange(x, "batch time dim -> (batch time) dim"), targets.flatten()
+        chunk = self.config.loss_chunk_tokens
+        if not chunk or len(targets) <= chunk:
+            return self._loss(x, targets, "mean")
+        pieces = zip(torch.split(x, chunk), torch.split(targets, chunk), strict=True)
+        losses = [
+            checkpoint(self._loss, *piece, "sum", use_reentrant=False, preserve_rng_state=False) for piece in pieces
+        ]
+        return torch.stack(losses).sum() / (targets != IGNORED_TARGET).sum()
+
+    def _hidden(self, tokens: Int[Tensor, "batch time"]) -> Hidden:
+        time, longest = tokens.shape[1], self.config.block_size
+        if time > longest:
+            raise ValueError(
+                f"a sequence of {time} tokens is longer than block_size={longest}: "
+                f"cut it to {longest} or build the model with block_size={time}"
+            )
+        x = self.drop(self.wte(tokens) + self.wpe(torch.arange(time, device=tokens.device)))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+    def _loss(
+        self, x: Float[Tensor, "tokens dim"], targets: Int[Tensor, " tokens"], reduction: str
+    ) -> Float[Tensor, ""]:
+        logits = F.linear(x, self.wte.weight).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction=reduction)

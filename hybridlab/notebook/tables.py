@@ -1,0 +1,117 @@
+"""A small table for a notebook: HTML that needs no JavaScript, and aligned text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+MISSING = "–"
+
+
+def table(
+    rows: Iterable[Mapping[str, Any]], caption: str | None = None, formats: Mapping[str, str] | None = None
+) -> Table:
+    """Show records as a table, a column for each key in order of appearance.
+
+    rows: the records; a missing key or None is shown as a dash.
+    caption: the sentence above the table.
+    formats: format specifications by column, such as ``{"lr": "g", "parameters": ","}``; numbers without
+        one show four decimals if they are floats.
+
+    Raises:
+        ValueError: there are no rows, or ``formats`` names a column that is not there.
+    """
+    return Table(tuple(dict(row) for row in rows), caption, dict(formats or {}))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings; numbers stand right, text left."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    caption: str | None
+    formats: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("the table has no rows: give at least one")
+        if unknown := set(self.formats) - set(self.columns):
+            raise ValueError(f"formats name {sorted(unknown)}, the columns are {self.columns}")
+
+    @property
+    def columns(self) -> list[str]:
+        """The headings, in order of appearance."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def cells(self) -> list[list[str]]:
+        """What the table shows, row by row."""
+        return [[self._cell(row.get(c), self.formats.get(c)) for c in self.columns] for row in self.rows]
+
+    def html(self) -> str:
+        """A plain ``<table>`` that inherits the page's colors."""
+        caption = f'<caption style="{_style("left")}">{html.escape(self.caption)}</caption>\n' if self.caption else ""
+        sides = self._sides()
+        head = "".join(_tag("th", c, side, "col") for c, side in zip(self.columns, sides, strict=True))
+        body = "\n".join(f"<tr>{_row(cells, sides)}</tr>" for cells in self.cells())
+        return f"<table>\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+    def text(self) -> str:
+        """The table with aligned columns."""
+        grid = [self.columns, *self.cells()]
+        widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
+        grid.insert(1, ["-" * width for width in widths])
+        lines = ["  ".join(_aligned(row, widths, self._sides())).rstrip() for row in grid]
+        return "\n".join([self.caption, *lines] if self.caption else lines)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        return {"text/html": self.html(), "text/plain": self.text()}
+
+    def _sides(self) -> list[str]:
+        columns = ([row.get(c) for row in self.rows] for c in self.columns)
+        return ["right" if all(v is None or _is_number(v) for v in values) else "left" for values in columns]
+
+    @staticmethod
+    def _cell(value: Any, spec: str | None) -> str:
+        if value is None:
+            return MISSING
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        if not _is_number(value):
+            return str(value)
+        if spec is not None:
+            return format(value, spec)
+        return str(int(value)) if isinstance(value, Integral) else f"{round(float(value), 4) + 0.0:.4f}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
+def _row(cells: Sequence[str], sides: Sequence[str]) -> str:
+    """One row; its first cell, if it is text, heads the row."""
+    first = _tag("th", cells[0], sides[0], "row") if sides[0] == "left" else _tag("td", cells[0], sides[0])
+    return first + "".join(_tag("td", c, side) for c, side in zip(cells[1:], sides[1:], strict=True))
+
+
+def _tag(name: str, text: str, side: str, scope: str = "") -> str:
+    scoped = f' scope="{scope}"' if scope else ""
+    return f'<{name}{scoped} style="{_style(side)}">{html.escape(text)}</{name}>'
+
+
+def _style(side: str) -> str:
+    return f"text-align: {side}"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> list[str]:
+    pairs = zip(row, widths, sides, strict=True)
+    return [cell.rjust(width) if side == "right" else cell.ljust(width) for cell, width, side in pairs]

@@ -1,0 +1,36 @@
+"""The predictor that predicts no motion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hybridlab.gram import Gram
+from hybridlab.predictors.base import Proposal, Signals
+
+
+class Null:
+    """Jumps nowhere: the control that every other predictor is held against.
+
+        theta[t + H] = theta[t]
+
+    Its confidence is 0 and its jump is empty, so that a run with it takes gradient steps alone and shows
+    what recording, proposing and judging cost.
+    """
+
+    needs_direction = False
+
+    def observe(self, signals: Signals) -> None:
+        """Nothing to note."""
+
+    def propose(self, gram: Gram, horizon: float) -> Proposal:
+        """The empty jump."""
+        return Proposal(np.zeros(gram.products.shape[:2]), confidence=0.0, loss_change=0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to carry."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

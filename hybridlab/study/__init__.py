@@ -1,0 +1,1 @@
+"""Studies: arms and seeds become runs, and runs become comparisons."""

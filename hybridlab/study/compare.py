@@ -1,0 +1,103 @@
+"""Which arm is better than which, in numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridlab.study.arms import BASELINE, StudyResult
+from hybridlab.study.statistics import ControlCurve, Interval, step_value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One hybrid arm beside its controls. Differences are hybrid minus control, paired by seed, in nats.
+
+    to_control: final validation loss against the plain run with as many gradient steps
+    to_baseline: final validation loss against the full-length plain run
+    step_value: worth of a predicted step in real ones; None where nothing was predicted
+    time_ratio: training seconds as a share of the baseline's
+    """
+
+    name: str
+    gradient_steps: float
+    predicted_steps: float
+    forward_only_passes: float
+    accepted: int
+    rejected: int
+    rollbacks: int
+    divergences: int
+    validation_loss: Interval
+    to_control: Interval
+    to_baseline: Interval
+    step_value: Interval | None
+    time_ratio: float
+
+    @property
+    def sentence(self) -> str:
+        """What was found for this arm."""
+        if not self.predicted_steps:
+            return f"{self.name}: predicted nothing ({self.asked}); it is the baseline with the cost of asking."
+        return (
+            f"{self.name}: {self.predicted_steps:.0f} of {self.predicted_steps + self.gradient_steps:.0f} steps were "
+            f"predicted; final loss {self.to_control} nats against a plain run with as many gradient steps: "
+            f"{self.verdict}."
+        )
+
+    @property
+    def asked(self) -> str:
+        """How often the gate said no."""
+        return f"{self.rejected} proposals, all rejected" if self.rejected else "confidence stayed below its threshold"
+
+    @property
+    def verdict(self) -> str:
+        """The answer to: did predicting pay, against simply training for fewer steps?"""
+        if not self.predicted_steps:
+            return "nothing predicted"
+        words = {-1: "better than stopping earlier", 0: "no difference shown", 1: "worse than stopping earlier"}
+        return words[self.to_control.sign] if self.to_control.seeds > 1 else "one seed: no verdict"
+
+
+def compare(result: StudyResult, name: str) -> Comparison:
+    """Hold one hybrid arm against its truncated controls and the baseline."""
+    seeds = result.seeds
+
+    def over_seeds(column: str) -> list[float]:
+        return [result.value(column, name, seed) for seed in seeds]
+
+    def difference(control: list[str]) -> Interval:
+        losses = zip(over_seeds("validation_loss"), control, seeds, strict=True)
+        return Interval.of([mine - result.value("validation_loss", other, seed) for mine, other, seed in losses])
+
+    def mean(column: str) -> float:
+        return sum(over_seeds(column)) / len(seeds)
+
+    def total(column: str) -> int:
+        return int(sum(over_seeds(column)))
+
+    return Comparison(
+        name=name,
+        gradient_steps=mean("gradient_steps"),
+        predicted_steps=mean("predicted_steps"),
+        forward_only_passes=mean("forward_only_passes"),
+        accepted=total("proposals_accepted"),
+        rejected=total("proposals_rejected"),
+        rollbacks=total("rollbacks"),
+        divergences=total("divergences"),
+        validation_loss=Interval.of(over_seeds("validation_loss")),
+        to_control=difference([result.control_of(name, seed) for seed in seeds]),
+        to_baseline=difference([BASELINE] * len(seeds)),
+        step_value=_step_value(result, name),
+        time_ratio=sum(over_seeds("seconds")) / sum(result.value("seconds", BASELINE, seed) for seed in seeds),
+    )
+
+
+def _step_value(result: StudyResult, name: str) -> Interval | None:
+    """The step value over the seeds in which something was predicted."""
+    values = []
+    for seed in result.seeds:
+        predicted = int(result.value("predicted_steps", name, seed))
+        if predicted:
+            curve = ControlCurve.fit(result.control_losses(seed))
+            loss = result.value("validation_loss", name, seed)
+            values.append(step_value(curve, loss, result.gradient_steps(name, seed), predicted))
+    return Interval.of(values) if values else None

@@ -1,0 +1,77 @@
+"""Intervals over seeds, the control curve, and what one predicted step was worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % confidence interval (Student's t); infinitely wide for one seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """From one value a seed."""
+        mean, count = float(np.mean(values)), len(values)
+        if count < 2:
+            return cls(mean, -math.inf, math.inf, count)
+        half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+        return cls(mean, mean - half, mean + half, count)
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 where the whole interval lies below or above 0; 0 where it holds 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def __str__(self) -> str:
+        if self.seeds < 2:
+            return f"{self.mean:+.3f} (one seed: no interval)"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+@dataclass(frozen=True)
+class ControlCurve:
+    """Final loss of runs that simply take n gradient steps, their schedule fitted to n.
+
+        loss(n) = level + slope ln(n)       least squares over the control runs of one seed
+
+    Raises ValueError with fewer than two lengths.
+    """
+
+    level: float
+    slope: float
+
+    @classmethod
+    def fit(cls, final_loss: Mapping[int, float]) -> ControlCurve:
+        """final_loss: from gradient steps to final validation loss, in nats."""
+        if len(final_loss) < 2:
+            raise ValueError("a control curve needs runs of at least two lengths")
+        slope, level = np.polyfit(np.log(list(final_loss)), list(final_loss.values()), deg=1)
+        return cls(float(level), float(slope))
+
+    def steps_for(self, loss: float) -> float:
+        """n*: gradient steps that a plain run needs for this final loss."""
+        return math.exp((loss - self.level) / self.slope)
+
+
+def step_value(curve: ControlCurve, loss: float, gradient_steps: int, predicted_steps: int) -> float:
+    """What one predicted step was worth in real ones.
+
+        q = (n* - gradient_steps) / predicted_steps
+
+    n* is where the control curve meets the hybrid's final loss. 1: as good as real; 0: worth nothing; below:
+    harmful. Raises ValueError where nothing was predicted.
+    """
+    if predicted_steps < 1:
+        raise ValueError("the step value needs at least one predicted step")
+    return (curve.steps_for(loss) - gradient_steps) / predicted_steps

@@ -1,0 +1,179 @@
+"""What is trained on what: a model beside its data, with a loss for each nominal step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hybridlab.data import (
+    ImageBatches,
+    ImageData,
+    TextData,
+    TokenBatches,
+    evenly_spaced,
+    images_in_order,
+    load_images,
+    load_text,
+)
+from hybridlab.models import GPT2, GPT2Config, MnistCNN
+
+load_text_once = lru_cache(load_text)
+load_images_once = lru_cache(load_images)
+
+
+class Task(Protocol):
+    """A model, and its losses on the data."""
+
+    model: nn.Module
+
+    def loss(self, step: int, model: nn.Module) -> Tensor:
+        """Loss in nats on the batch of a nominal step, counted from 0."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Validation figures, "validation_loss" in nats among them. The model keeps its mode."""
+
+
+class TaskConfig(Protocol):
+    """Settings from which a task is built, the same for the same seed."""
+
+    def build(self, seed: int, device: torch.device) -> Task:
+        """Load the data and make the model, with weights drawn from the seed."""
+
+    def data_record(self) -> dict[str, Any]:
+        """Where the data come from: source, hash and counts."""
+
+
+@dataclass(frozen=True)
+class TextTaskConfig:
+    """A GPT-2 on tokens.
+
+    model: a name that `GPT2Config.named` knows; dropout: its dropout, in training
+    data: a source that `load_text` knows; vocab_size: of the tokenizer trained on it, and of the model
+    block_size: tokens a window; batch_size: windows a step
+    validation_batches: batches, evenly spaced over the validation tokens, on which a model is judged
+    max_bytes: cap on the training text; 0 takes all
+    """
+
+    model: str = "tiny"
+    data: str = "python"
+    vocab_size: int = 2048
+    block_size: int = 64
+    batch_size: int = 8
+    validation_batches: int = 16
+    max_bytes: int = 0
+    dropout: float = 0.0
+
+    @property
+    def text(self) -> TextData:
+        """The tokens, read once a process."""
+        return load_text_once(self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes or None)
+
+    @property
+    def model_config(self) -> GPT2Config:
+        """The model's shape; vocabularies that the data leave smaller stay as asked."""
+        return GPT2Config.named(
+            self.model, vocab_size=self.vocab_size, block_size=self.block_size, dropout=self.dropout
+        )
+
+    def build(self, seed: int, device: torch.device) -> TextTask:
+        """A fresh model, and batches drawn by the same seed."""
+        torch.manual_seed(seed)
+        with device:
+            model = GPT2(self.model_config)
+        return TextTask(model, self, seed, device)
+
+    def data_record(self) -> dict[str, Any]:
+        """Source, hash, token counts."""
+        return self.text.record()
+
+
+class TextTask:
+    """Next-token prediction; evaluates to loss (nats a token) and perplexity."""
+
+    def __init__(self, model: GPT2, config: TextTaskConfig, seed: int, device: torch.device) -> None:
+        self.model = model
+        text, windows, tokens = config.text, config.batch_size, config.block_size
+        self._batches = TokenBatches(text.train, batch_size=windows, block_size=tokens, seed=seed, device=device)
+        self._held_out = evenly_spaced(
+            text.validation,
+            batches=config.validation_batches,
+            batch_size=windows,
+            block_size=tokens,
+            device=device,
+        )
+
+    def loss(self, step: int, model: nn.Module) -> Tensor:
+        """Mean cross-entropy over the step's windows."""
+        return model(*self._batches(step))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Mean over the held-out batches, dropout off."""
+        was_training = model.training
+        model.eval()
+        loss = float(torch.stack([model(*batch) for batch in self._held_out]).mean())
+        model.train(was_training)
+        return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@dataclass(frozen=True)
+class ImageTaskConfig:
+    """The plan's MNIST CNN on images: `data` is a source that `load_images` knows."""
+
+    data: str = "digits"
+    batch_size: int = 64
+
+    @property
+    def images(self) -> ImageData:
+        """The images, read once a process."""
+        return load_images_once(self.data)
+
+    def build(self, seed: int, device: torch.device) -> ImageTask:
+        """A fresh CNN, and batches drawn by the same seed."""
+        torch.manual_seed(seed)
+        with device:
+            model = MnistCNN()
+        return ImageTask(model, self, seed, device)
+
+    def data_record(self) -> dict[str, Any]:
+        """Source, hash, image counts."""
+        return self.images.record()
+
+
+class ImageTask:
+    """Ten-class recognition; evaluates to loss (nats an image) and accuracy."""
+
+    def __init__(self, model: MnistCNN, config: ImageTaskConfig, seed: int, device: torch.device) -> None:
+        self.model = model
+        data = config.images
+        self._batches = ImageBatches(
+            data.train_images, data.train_labels, batch_size=config.batch_size, seed=seed, device=device
+        )
+        self._held_out = images_in_order(
+            data.test_images,
+            data.test_labels,
+            batch_size=1024,
+            mean=data.pixel_mean,
+            std=data.pixel_std,
+            device=device,
+        )
+
+    def loss(self, step: int, model: nn.Module) -> Tensor:
+        """Mean cross-entropy over the step's images."""
+        return model(*self._batches(step))
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Over the whole test set."""
+        was_training = model.training
+        model.eval()
+        logits = torch.cat([model(images) for images, _ in self._held_out])
+        labels = torch.cat([labels for _, labels in self._held_out])
+        model.train(was_training)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        return {"validation_loss": float(nn.functional.cross_entropy(logits, labels)), "accuracy": float(accuracy)}

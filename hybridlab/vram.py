@@ -1,0 +1,96 @@
+"""How much memory a run takes: as the card counts it, or as the process does where there is no card."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pynvml
+import torch
+
+
+@dataclass(frozen=True)
+class MemoryReading:
+    """Memory at one moment, in bytes.
+
+    source: "cuda" (torch's allocator and NVML) or "process" (resident memory: there is no GPU)
+    used_bytes: reserved by torch and the context; or the resident size of the process
+    allocated_bytes: in live tensors; None without a GPU
+    device_used_bytes: on the whole card, by everybody; None without a GPU or where NVML is not available
+    """
+
+    source: str
+    used_bytes: int
+    allocated_bytes: int | None = None
+    device_used_bytes: int | None = None
+
+
+class MemoryMeter:
+    """Reads memory now, and the peak since `reset_peak`.
+
+        peak = max_memory_reserved + context
+
+    context is what NVML says the process uses beyond torch's reserve, or, where containers hide processes,
+    what the card has used beyond it. Without a GPU the peak is the process's own, over its whole life.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._handle = _nvml_handle(device) if self._device else None
+
+    def reset_peak(self) -> None:
+        """Begin a new peak. Without a GPU the system keeps one peak for the whole process."""
+        if self._device:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def read(self) -> MemoryReading:
+        """Memory at this moment; never waits for the device."""
+        if not self._device:
+            return MemoryReading("process", psutil.Process().memory_info().rss)
+        used = torch.cuda.memory_reserved(self._device)
+        return MemoryReading("cuda", used, torch.cuda.memory_allocated(self._device), self._device_used_bytes())
+
+    def peak(self) -> dict[str, Any]:
+        """The figures of a run's summary; what could not be read is None, never 0."""
+        if not self._device:
+            return {"memory_source": "process", "peak_memory_bytes": _process_peak_bytes()}
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        context = self._context_bytes()
+        return {
+            "memory_source": "cuda",
+            "peak_memory_bytes": reserved + (context or 0),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(self._device),
+            "peak_reserved_bytes": reserved,
+            "context_bytes": context,
+            "allocator_retries": torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0),
+        }
+
+    def _context_bytes(self) -> int | None:
+        used = self._process_used_bytes() or self._device_used_bytes()
+        return None if used is None else max(0, used - torch.cuda.memory_reserved(self._device))
+
+    def _process_used_bytes(self) -> int | None:
+        if not self._handle:
+            return None
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+
+    def _device_used_bytes(self) -> int | None:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used) if self._handle else None
+
+
+def _nvml_handle(device: torch.device) -> Any:
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError:
+        return None
+
+
+def _process_peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,38 @@
+"""Shared pieces: a small regression problem, and one thread so that tests share a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+
+class Problem:
+    """A small model, its data, and a closure a step."""
+
+    def __init__(self, seed: int = 0, noise: float = 0.1, dropout: float = 0.0) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 1))
+        self._target = torch.randn(8, 1, generator=torch.Generator().manual_seed(7))
+        self._noise = noise
+
+    def closure(self, step: int) -> Callable[[], Tensor]:
+        generator = torch.Generator().manual_seed(1000 + step)
+        x = torch.randn(32, 8, generator=generator)
+        y = x @ self._target + self._noise * torch.randn(32, 1, generator=generator)
+        return lambda: (self.model(x) - y).square().mean()
+
+    def adamw(self, lr: float = 1e-2) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.model.parameters(), lr=lr)
+
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return Problem()

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_output
+from rich.console import Console
+
+from hybridlab.errors import UserError
+from hybridlab.notebook import progress
+from hybridlab.notebook.batch import RunFailed, prepared, run_notebook, summary_of
+from hybridlab.notebook.executed import clean_, unfinished
+from hybridlab.notebook.parameters import declared_parameters, parameters_from, parameters_sha256
+from hybridlab.notebook.progress import PROGRESS_FILE, Progress, watched
+from hybridlab.notebook.results import Claim, claims_table, environment, git_commit, load_results, publish
+from tests.notebook_maker import DECLARED, project, save, tiny_notebook
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.chdir(project(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def notebook(root):
+    return save(tiny_notebook("print(lr)"), root / "notebooks" / "tiny.ipynb")
+
+
+def refusal(notebook: Path, yaml: str | None = None, *settings: tuple[str, str], output: str = "out/tiny.ipynb") -> str:
+    """Prepare a run that must be refused; return the message, and see that nothing was written."""
+    files = []
+    if yaml is not None:
+        Path("params.yaml").write_text(yaml, encoding="utf-8")
+        files = [Path("params.yaml")]
+    with pytest.raises(UserError) as refused:
+        prepared(notebook, Path(output), files, settings)
+    assert not Path("out").exists()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("learning_rat: 1.0", "'learning_rat' in params.yaml is no parameter of tiny.ipynb: it has lr, steps"),
+        ("widht: [1]", "did you mean 'widths'?"),
+        ("lr: 1e-4", "lr: '1e-4' is text, a number is wanted: write 1.0e-4 in params.yaml"),
+        ("lr: 2.5E3", "write 2.5e+3 in params.yaml"),
+        ("lr: fast", "lr: 'fast' is text, a number is wanted: write for example 0.001 in params.yaml"),
+        ("lr: true", "lr: True is true or false, a number is wanted"),
+        ("lr:", "lr: None is empty, a number is wanted"),
+        ("steps: 2.0", "steps: 2.0 is a number with a fraction, a whole number is wanted: write 2 in"),
+        ("steps: 1e3", "write 1000 in params.yaml"),
+        ("steps: true", "a whole number is wanted"),
+        ("steps: 1:30", "steps: YAML reads 1:30 as 90, a whole number is wanted: write 90, or '1:30' in quotes,"),
+        ("start: 12:30", "start: YAML reads 12:30 as 750, text is wanted: write '12:30' in quotes in params.yaml"),
+        ("start: yes", "start: YAML reads yes as True, text is wanted: write 'yes' in quotes"),
+        ("start: 2024-01-02", "text is wanted: write '2024-01-02' in quotes"),
+        ("fast: 1", "fast: 1 is a whole number, true or false is wanted: write for example false"),
+        ("widths: 3", "widths: 3 is a whole number, a list (each item a whole number) is wanted"),
+        ("widths: [1, 2.5]", "a list (each item a whole number) is wanted: write for example [1, 2]"),
+        ("limit: often", "limit: 'often' is text, a whole number or nothing is wanted"),
+        ("on: 3", "params.yaml: YAML reads the key on as True: write 'on' in quotes"),
+        ("lr: 1.0\nlr: 2.0", "params.yaml: 'lr' is given twice: keep one line"),
+        ("- lr", "params.yaml: not a mapping"),
+        ("lr: [1", "params.yaml, line 1: not valid YAML"),
+        ("lr: 1.0\n---\nlr: 2.0", "not valid YAML"),
+    ],
+)
+def test_a_bad_parameter_file_is_refused_with_the_fix(notebook, yaml, message):
+    assert message in refusal(notebook, yaml)
+
+
+def test_a_file_that_is_no_text_is_refused(notebook):
+    Path("params.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        prepared(notebook, Path("out/tiny.ipynb"), [Path("params.yaml")])
+
+
+def test_a_missing_parameter_file_names_its_neighbour(notebook):
+    Path("tiny_run.yaml").touch()
+    with pytest.raises(UserError, match=r"no such parameter file; did you mean tiny_run\.yaml\?"):
+        prepared(notebook, Path("out/tiny.ipynb"), [Path("tinyrun.yaml")])
+
+
+def test_settings_on_the_command_line_are_read_by_the_declared_type(notebook):
+    settings = [("lr", "1e-4"), ("start", "12:30"), ("fast", "true"), ("widths", "[4]"), ("limit", "7")]
+    job = prepared(notebook, Path("out.ipynb"), [], settings)
+    assert job.overrides == {"lr": 1e-4, "start": "12:30", "fast": True, "widths": [4], "limit": 7}
+    assert job.parameters == {"steps": 3, "results": "runs"} | job.overrides
+    assert "steps: 'many' is text" in refusal(notebook, None, ("steps", "many"))
+    assert "did you mean 'steps'?" in refusal(notebook, None, ("stepps", "1"))
+
+
+def test_later_values_win_and_an_int_is_a_float(notebook):
+    for name, text in (("a.yaml", "lr: 1\nsteps: 5"), ("b.yaml", "steps: 6"), ("empty.yaml", "# nothing\n")):
+        Path(name).write_text(text, encoding="utf-8")
+    files = [Path("a.yaml"), Path("b.yaml"), Path("empty.yaml")]
+    job = prepared(notebook, Path("out.ipynb"), files, [("lr", "2")])
+    assert job.overrides == {"lr": 2, "steps": 6}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("notebooks/tiny.ipynb", "would replace the source notebook"),
+        ("out/tiny.html", "give it a name that ends in .ipynb"),
+        ("pyproject.toml/tiny.ipynb", "cannot write into"),
+        ("/proc/none/tiny.ipynb", "cannot make its folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(notebook, output, message):
+    assert message in refusal(notebook, None, output=output)
+
+
+def test_what_is_no_runnable_notebook_is_refused(root):
+    Path("text.ipynb").write_text("hello", encoding="utf-8")
+    untagged = tiny_notebook()
+    untagged.cells[1].metadata = {}
+    save(untagged, Path("untagged.ipynb"))
+    assert "no such notebook" in refusal(Path("missing.ipynb"))
+    assert "not a Jupyter notebook" in refusal(Path("text.ipynb"))
+    assert "no cell is tagged 'parameters'" in refusal(Path("untagged.ipynb"))
+
+
+@pytest.mark.parametrize(
+    "line", ["lr = 1.0", "lr: float", "lr: float = 2 * 3", "lr: int = 1.0", "lr: dict = {}", "x: str = '''a\nb'''"]
+)
+def test_a_parameters_cell_holds_only_one_line_annotated_literals(line):
+    with pytest.raises(UserError, match="not a one-line 'name: type = literal'"):
+        declared_parameters(tiny_notebook(declared=line), "tiny.ipynb")
+
+
+def test_parameters_collected_in_the_notebook_are_those_the_runner_records(notebook):
+    namespace: dict[str, object] = {}
+    exec(DECLARED, namespace)
+    namespace |= {"In": [""], "path": Path(), "_i1": "text"}
+    assert parameters_from(namespace) == prepared(notebook, Path("out.ipynb")).parameters
+
+
+GOOD_CELLS = (
+    "from hybridlab.notebook.parameters import parameters_from\nparameters = parameters_from(globals())",
+    "from hybridlab.notebook.progress import Progress\n"
+    "with Progress(steps, 'counting') as progress:\n    for _ in range(steps):\n        progress.advance()",
+    "import pathlib\nprint('in', pathlib.Path.cwd())\nparameters['lr']",
+    "from hybridlab.notebook.results import Claim, publish\n"
+    "publish('good', claims=[Claim('sum', 'it adds up', 'holds', {'lr': lr})], summary=['It adds up.'],\n"
+    "        record={'parameters': parameters}, folder=results).name",
+)
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory):
+    """One whole run, shared by the tests that look at its copy."""
+    folder = project(tmp_path_factory.mktemp("project with {braces}"))
+    notebook = save(tiny_notebook(*GOOD_CELLS), folder / "notebooks" / "good.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_notebook(notebook, folder / "executed" / "good.ipynb", [], [("lr", "1e-2"), ("start", 'a"b\\c\nd')])
+    return folder
+
+
+def test_a_whole_run_leaves_a_clean_copy(good_run):
+    notebook = nbformat.read(good_run / "executed" / "good.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert unfinished(notebook) is None
+    assert [cell.id for cell in notebook.cells][:3] == ["title", "parameters", "injected-parameters"]
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "hybridlab"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert notebook.cells[5].outputs[0].text == "in .\n"
+    assert notebook.cells[5].outputs[1].data["text/plain"] == "0.01"
+    assert str(good_run) not in (good_run / "executed" / "good.ipynb").read_text(encoding="utf-8")
+    assert [path.name for path in (good_run / "executed").iterdir()] == ["good.ipynb"]
+
+
+def test_the_copy_says_what_it_rests_on_as_its_results_do(good_run, monkeypatch):
+    monkeypatch.chdir(good_run)
+    facts = nbformat.read(good_run / "executed" / "good.ipynb", as_version=4).metadata["hybridlab"]
+    entry = load_results(good_run / "runs" / "results.json")["good"]
+    assert facts["parameters"] == entry["parameters"]
+    assert facts["parameters"]["start"] == 'a"b\\c\nd'
+    assert facts["parameters_sha256"] == entry["parameters_sha256"] == parameters_sha256(facts["parameters"])
+    for name, value in environment().items():
+        assert facts[name] == entry[name] == value
+    assert summary_of(dict(facts["parameters"]), Path("good.ipynb")) == ["It adds up."]
+    assert summary_of(facts["parameters"] | {"lr": 5.0}, Path("good.ipynb")) == []
+    assert summary_of(dict(facts["parameters"]), Path("other.ipynb")) == []
+
+
+def test_two_equal_runs_leave_the_same_bytes(good_run, monkeypatch):
+    monkeypatch.chdir(good_run)
+    first = (good_run / "executed" / "good.ipynb").read_bytes()
+    settings = [("lr", "1e-2"), ("start", 'a"b\\c\nd')]
+    run_notebook(good_run / "notebooks" / "good.ipynb", good_run / "again" / "good.ipynb", [], settings)
+    assert (good_run / "again" / "good.ipynb").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("raise ValueError('two\\nlines')", "code cell 2, `raise ValueError('two\\nlines')`: ValueError: two lines"),
+        ("raise SystemExit(0)", "code cell 2, `raise SystemExit(0)`: the notebook ended early with SystemExit"),
+        ("import os\nos.kill(os.getpid(), 9)", "code cell 2, `import os`: the kernel died: killed, or out of memory"),
+    ],
+)
+def test_a_run_that_stops_keeps_a_partial_copy_and_the_old_output(root, cell, reason):
+    notebook = save(tiny_notebook(cell, "print('later')"), root / "stops.ipynb")
+    output = root / "out" / "stops.ipynb"
+    output.parent.mkdir()
+    output.write_text("old", encoding="utf-8")
+    with pytest.raises(RunFailed) as failed:
+        run_notebook(notebook, output)
+    assert str(failed.value) == f"{reason} (partial copy: {output.with_suffix('.failed.ipynb')})"
+    assert output.read_text(encoding="utf-8") == "old"
+    partial = nbformat.read(output.with_suffix(".failed.ipynb"), as_version=4)
+    assert partial.cells[-1].execution_count is None
+
+
+def test_an_early_exit_in_the_last_cell_is_not_a_whole_run(root):
+    notebook = tiny_notebook("import sys; sys.exit()")
+    for number, cell in enumerate(notebook.cells[1:], start=1):
+        cell.execution_count = number
+    assert unfinished(notebook) is None
+    notebook.cells[-1].outputs = [new_output("error", ename="SystemExit", evalue="", traceback=[])]
+    assert unfinished(notebook) == "the notebook ended early with SystemExit"
+
+
+def test_an_interrupted_run_says_where_and_ends_with_130(root):
+    source = "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)"
+    save(tiny_notebook(source), root / "slow.ipynb")
+    command = [sys.executable, "-c", "import sys; from hybridlab.cli import main; sys.exit(main())"]
+    command += ["run", "slow.ipynb", "-o", "out/slow.ipynb"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (root / "started").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert said.splitlines() == [
+        "hybridlab: code cell 2, `import pathlib, time`: stopped (Ctrl-C or a signal) "
+        "(partial copy: out/slow.failed.ipynb)"
+    ]
+    assert not (root / "out" / "slow.ipynb").exists()
+    assert (root / "out" / "slow.failed.ipynb").exists()
+
+
+def test_cleaning_takes_out_timings_widgets_and_paths(root):
+    notebook = tiny_notebook()
+    cell = new_code_cell("show()", metadata={"papermill": {"duration": 1.0}, "execution": {}, "tags": []})
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "ab"}}
+    beside = view | {"text/plain": "Bar()"}
+    path = f"saved {root}/runs/a, not {root}-b"
+    picture = {"image/png": str(root), "application/json": {"where": [str(root)]}}
+    cell.outputs = [new_output("display_data", data) for data in (dict(view), beside, picture)]
+    cell.outputs.append(new_output("stream", text=path))
+    notebook.cells.append(cell)
+    notebook.metadata |= {"widgets": {}, "papermill": {"duration": 1.0}}
+    clean_(notebook, root)
+    assert set(notebook.metadata) == {"kernelspec"}
+    assert cell.metadata == {}
+    assert [output.get("data") for output in cell.outputs[:2]] == [
+        {"text/plain": "Bar()"},
+        {"image/png": str(root), "application/json": {"where": ["."]}},
+    ]
+    assert cell.outputs[2].text == f"saved ./runs/a, not {root}-b"
+
+
+def published(root: Path) -> dict:
+    return json.loads((root / "runs" / "results.json").read_text(encoding="utf-8"))
+
+
+def test_results_are_merged_rounded_and_sorted(root):
+    record = {"parameters": {"lr": 0.1234567890123}, "table": [{"loss": 1 / 3}]}
+    publish("b", claims=[], summary=[], record=record, folder="runs")
+    claim = {"id": "gain", "text": "it gains", "verdict": "open", "numbers": {"gain": 2 / 3, "steps": 1234567}}
+    publish("a", claims=[claim], summary=["So."], record={"parameters": {}, "device": "a card"}, folder="runs")
+    results = published(root)
+    assert list(results) == ["a", "b"]
+    assert results["b"]["table"] == [{"loss": 0.333333}]
+    assert results["b"]["parameters"] == {"lr": 0.1234567890123}
+    assert results["b"]["parameters_sha256"] == parameters_sha256({"lr": 0.1234567890123})
+    assert results["a"]["claims"][0]["numbers"] == {"gain": 0.666667, "steps": 1234567}
+    assert results["a"]["device"] == "a card"
+
+
+def test_results_of_notebooks_that_publish_at_once_are_all_kept(root):
+    def entry(name: str) -> None:
+        publish(name, claims=[], summary=[], record={"parameters": {}}, folder="runs")
+
+    threads = [threading.Thread(target=entry, args=(f"n{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(published(root)) == 8
+
+
+def test_a_number_that_is_not_finite_becomes_null_with_a_note(root):
+    claims = [Claim("loss", "it ends", "fails", {"loss": math.nan})]
+    publish("a", claims=claims, summary=[], record={"parameters": {}, "gap": [math.inf]}, folder="runs")
+    entry = published(root)["a"]
+    assert entry["claims"][0]["numbers"] == {"loss": None}
+    assert entry["gap"] == [None]
+    assert sorted(entry["not_finite"]) == ["claims[0].numbers.loss was nan", "gap[0] was inf"]
+    assert "loss  not finite" in claims_table(claims)
+
+
+def test_results_refuse_nonsense(root):
+    claim = Claim("a", "A.", "holds")
+    with pytest.raises(ValueError, match="claim ids repeat"):
+        publish("a", claims=[claim, claim], summary=[], record={"parameters": {}}, folder="runs")
+    with pytest.raises(ValueError, match="record has no 'parameters'"):
+        publish("a", claims=[claim], summary=[], record={}, folder="runs")
+    with pytest.raises(TypeError, match="model is a object"):
+        publish("a", claims=[], summary=[], record={"parameters": {}, "model": object()}, folder="runs")
+    with pytest.raises(ValueError, match="say holds, fails or open"):
+        Claim("a", "A.", "maybe")
+    with pytest.raises(ValueError, match="without spaces"):
+        Claim("a b", "A.", "open")
+    assert not (root / "runs" / "results.json").exists()
+    (root / "runs").mkdir(exist_ok=True)
+    (root / "runs" / "results.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not valid JSON"):
+        publish("a", claims=[], summary=[], record={"parameters": {}}, folder="runs")
+
+
+def test_the_claims_table_leaves_out_what_changes_from_run_to_run():
+    numbers = {"loss": 2.0, "steps": 7, "predictor": "linear", "wall_seconds": 3.0, "peak_vram_bytes": 9}
+    text = claims_table([Claim("hybrid_wins", "The hybrid ends lower.", "fails", numbers)])
+    assert text.splitlines() == [
+        "FAILS  hybrid_wins: The hybrid ends lower.",
+        "    loss       2.0000",
+        "    steps      7",
+        "    predictor  linear",
+    ]
+
+
+def test_the_commit_is_dirty_when_sources_changed_but_not_when_results_did(root):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *who, *arguments], check=True, capture_output=True)
+
+    git("init")
+    assert git_commit() == "unknown"
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = git_commit()
+    assert "+dirty" not in clean
+    (root / "executed").mkdir()
+    (root / "executed" / "a.ipynb").touch()
+    assert git_commit() == clean
+    (root / "code.py").touch()
+    assert git_commit() == f"{clean}+dirty"
+
+
+def test_progress_reports_to_the_file_it_is_given(tmp_path, monkeypatch, capfd):
+    path = tmp_path / "progress.json"
+    monkeypatch.setenv(PROGRESS_FILE, str(path))
+    with Progress(4, "training") as bar:
+        assert json.loads(path.read_text())["seconds_left"] is None
+        bar.advance(2, label="baseline")
+    state = json.loads(path.read_text())
+    assert (state["done"], state["total"], state["label"]) == (2, 4, "baseline")
+    assert state["seconds_left"] == pytest.approx(state["seconds"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
+    monkeypatch.delenv(PROGRESS_FILE, raising=False)
+    monkeypatch.setenv("JPY_SESSION_NAME", "lab")
+    with Progress(2, "training") as bar:
+        bar.advance()
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.delenv("PYTEST_VERSION")
+    with Progress(2, "training") as bar:
+        bar.advance()
+    assert "training" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="at least 1 step"):
+        Progress(0, "nothing")
+
+
+def test_without_a_terminal_progress_is_logged_with_the_time_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.01)
+    path = tmp_path / "progress.json"
+    path.write_text(json.dumps({"done": 1, "total": 3, "label": "b[0]", "seconds": 60.0, "seconds_left": 120.0}))
+    seen = ""
+    with watched(path, Console()):
+        while not seen:
+            seen = capsys.readouterr().out
+    assert seen.splitlines()[0] == "b[0]: 1 of 3, 2 min 00 s left"

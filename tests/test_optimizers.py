@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from hybridlab.models import GPT2, GPT2Config, MnistCNN
+from hybridlab.optimizers import (
+    MuonWithAdamW,
+    OptimizerConfig,
+    Schedule,
+    build_optimizer,
+    hidden_matrices,
+    set_lr_,
+)
+
+MINI = GPT2Config(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
+TOKENS = torch.randint(61, (4, 17), generator=torch.manual_seed(1))
+
+
+def mini() -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(MINI)
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss: Tensor = model(TOKENS[:, :-1], TOKENS[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- optimizers -------------------------------------------------------------------------------------
+
+
+def test_adamw_equals_torchs() -> None:
+    ours, theirs = mini(), mini()
+    plain = AdamW(
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=3e-4,
+        betas=(0.9, 0.999),
+    )
+    assert train(ours, build_optimizer(ours, OptimizerConfig.tuned()), 5) == train(theirs, plain, 5)
+    assert_same_weights(ours, theirs)
+
+
+def test_vanilla_is_the_plans_adam() -> None:
+    ours, theirs = mini(), mini()
+    optimizer = build_optimizer(ours, OptimizerConfig.vanilla())
+    assert isinstance(optimizer, Adam)
+    assert train(ours, optimizer, 5) == train(theirs, Adam(theirs.parameters(), lr=6e-4), 5)
+    assert_same_weights(ours, theirs)
+
+
+def test_sgd_equals_torchs() -> None:
+    ours, theirs = mini(), mini()
+    config = OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.0, momentum=0.9)
+    plain = SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    assert train(ours, build_optimizer(ours, config), 5) == train(theirs, plain, 5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_only_matrices_decay(name: str) -> None:
+    model = MnistCNN()
+    model.conv1.requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, weight_decay=0.2))
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.2 if parameter.ndim >= 2 else 0.0)
+
+
+def test_muon_takes_the_hidden_matrices_only() -> None:
+    model = mini()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=1.2e-3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_method: dict[str, set[str]] = {"muon": set(), "adamw": set()}
+    for group in optimizer.param_groups:
+        by_method[group["method"]] |= {names[id(parameter)] for parameter in group["params"]}
+        assert group["lr"] == (1.2e-3 if group["method"] == "muon" else 3e-4)
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert by_method["muon"] == {f"h.{i}.{matrix}.weight" for i in range(2) for matrix in matrices}
+    assert by_method["adamw"] == set(names.values()) - by_method["muon"]
+
+
+def test_muon_leaves_convolutions_heads_and_tied_heads_to_adamw() -> None:
+    cnn = MnistCNN()
+    assert [id(parameter) for parameter in hidden_matrices(cnn)] == [id(cnn.dense.weight)]
+    tied = nn.ModuleDict({"embed": nn.Embedding(8, 4), "middle": nn.Linear(4, 4), "out": nn.Linear(4, 8)})
+    tied["out"].weight = tied["embed"].weight
+    assert [id(parameter) for parameter in hidden_matrices(tied)] == [id(tied["middle"].weight)]
+
+
+def test_muon_trains() -> None:
+    model = mini()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=2e-2, adamw_lr=3e-3))
+    losses = train(model, optimizer, 25)
+    assert losses[-1] < losses[0] - 0.5
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_muon_equals_torchs_two_optimizers() -> None:
+    ours, theirs = mini(), mini()
+    optimizer = build_optimizer(ours, OptimizerConfig(name="muon", lr=5e-3))
+    hidden = hidden_matrices(theirs)
+    chosen = {id(parameter) for parameter in hidden}
+    rest = [parameter for parameter in theirs.parameters() if id(parameter) not in chosen]
+    muon = torch.optim.Muon(hidden, lr=5e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = AdamW(
+        [
+            {"params": [p for p in rest if p.ndim == 2], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=3e-4,
+    )
+    for _ in range(4):
+        train(ours, optimizer, 1)
+        for plain in (muon, adamw):
+            plain.zero_grad()
+        theirs(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        for plain in (muon, adamw):
+            plain.step()
+    assert_same_weights(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_saved_state_continues_bit_for_bit(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=5e-3)
+    model = mini()
+    optimizer = build_optimizer(model, config)
+    set_lr_(optimizer, 0.5)
+    train(model, optimizer, 4)
+    weights = copy.deepcopy(model.state_dict())
+    state = pickle.loads(pickle.dumps(optimizer.state_dict()))
+    expected = train(model, optimizer, 4)
+
+    restored = mini()
+    restored.load_state_dict(weights)
+    fresh = build_optimizer(restored, config)
+    fresh.load_state_dict(state)
+    assert [group["lr"] for group in fresh.param_groups] == [g["lr"] for g in optimizer.param_groups]
+    assert train(restored, fresh, 4) == expected
+    assert_same_weights(model, restored)
+
+
+def test_muon_rolls_back_within_one_object() -> None:
+    """What the trainer does after a divergence: weights and state as they were, in place."""
+    model = mini()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=5e-3))
+    train(model, optimizer, 3)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = train(model, optimizer, 3)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert train(model, optimizer, 3) == expected
+
+
+def test_muon_survives_a_deep_copy() -> None:
+    model = mini()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=5e-3))
+    train(model, optimizer, 3)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    assert isinstance(twin_optimizer, MuonWithAdamW)
+    assert train(twin, twin_optimizer, 3) == train(model, optimizer, 3)
+    assert_same_weights(model, twin)
+
+
+def test_muon_state_is_one_flat_mapping() -> None:
+    model = mini()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+    train(model, optimizer, 1)
+    assert set(optimizer.state) == set(model.parameters())
+    assert set(optimizer.state[model.h[0].mlp.c_fc.weight]) == {"momentum_buffer"}
+    assert set(optimizer.state[model.wte.weight]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_step_with_a_closure_returns_its_loss() -> None:
+    model = mini()
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss: Tensor = model(TOKENS[:, :-1], TOKENS[:, 1:])
+        loss.backward()
+        return loss.item()
+
+    first = optimizer.step(closure)
+    assert first is not None
+    assert optimizer.step(closure) < first
+
+
+def test_models_that_cannot_be_optimized_are_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build_optimizer(mini().requires_grad_(False), OptimizerConfig())
+    with pytest.raises(ValueError, match="muon needs hidden matrices"):
+        build_optimizer(nn.LayerNorm(4), OptimizerConfig(name="muon"))
+
+
+def test_muon_needs_no_companion() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    optimizer = build_optimizer(layer, OptimizerConfig(name="muon"))
+    layer(torch.ones(1, 4)).sum().backward()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, layer.weight)
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+def test_a_rate_read_as_text_is_refused_with_the_fix() -> None:
+    with pytest.raises(TypeError, match=r"lr='1e-4' is text, not a number: write 1\.0e-4"):
+        OptimizerConfig(lr="1e-4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adamwd"}, r"unknown optimizer 'adamwd': did you mean 'adamw'\? \(adamw, adam, muon, sgd\)"),
+        ({"lr": 0.0}, r"lr=0.0 must be above 0"),
+        ({"lr": float("nan")}, r"lr=nan must be above 0"),
+        ({"betas": (0.9, 1.0)}, r"betas=1.0 must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0.1 must be at least 0"),
+        ({"name": "adam"}, r"use weight_decay=0.0 or name='adamw'"),
+        ({"adamw_lr": 1e-3}, r"adamw_lr goes with name='muon'"),
+    ],
+)
+def test_optimizer_config_refuses_nonsense(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**changes)
+
+
+def test_betas_may_be_a_list_as_yaml_gives_them() -> None:
+    assert OptimizerConfig(betas=[0.9, 0.95]) == OptimizerConfig(betas=(0.9, 0.95))
+    with pytest.raises(TypeError, match=r"betas=0\.9 must be two numbers"):
+        OptimizerConfig(betas=0.9)
+
+
+# --- schedules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (
+            Schedule("wsd", warmup_steps=100, total_steps=1000, decay_fraction=0.3),
+            {0: 0.01, 49: 0.5, 98.5: 0.995, 99: 1, 500: 1, 700: 1, 850: 0.5, 999: 1 / 300, 1000: 0, 2000: 0},
+        ),
+        (
+            Schedule("wsd", warmup_steps=0, total_steps=100, decay_fraction=1.0, final_fraction=0.1),
+            {0: 1, 50: 0.55, 100: 0.1, 150: 0.1},
+        ),
+        (
+            Schedule("cosine", warmup_steps=100, total_steps=1100, final_fraction=0.2),
+            {0: 0.01, 49: 0.5, 100: 1, 350: 0.2 + 0.8 * (0.5 + 0.5 * 0.5**0.5), 600: 0.6, 1100: 0.2, 2000: 0.2},
+        ),
+        (
+            Schedule("constant", warmup_steps=10, total_steps=100),
+            {0: 0.1, 4.5: 0.55, 9: 1, 99: 1, 1000: 1},
+        ),
+    ],
+    ids=["wsd", "wsd-whole", "cosine", "constant"],
+)
+def test_schedule_at_named_points(schedule: Schedule, values: dict[float, float]) -> None:
+    assert {step: schedule(step) for step in values} == pytest.approx(values)
+
+
+def test_a_fitted_schedule_has_the_same_shape() -> None:
+    schedule = Schedule("wsd", warmup_steps=100, total_steps=1000, final_fraction=0.1)
+    shorter = schedule.fitted_to(500)
+    assert shorter == Schedule("wsd", warmup_steps=100, total_steps=500, final_fraction=0.1)
+    assert [shorter(step) for step in (350, 425, 500)] == pytest.approx([1, 0.55, 0.1])
+    assert schedule.fitted_to(1000) == schedule
+    assert schedule.fitted_to(30).warmup_steps == 10
+    assert schedule.fitted_to(1)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "cosin"}, r"unknown schedule 'cosin': did you mean 'cosine'"),
+        ({"total_steps": 60}, r"warmup_steps=100 is longer than total_steps=60: use 20 or less"),
+        ({"decay_fraction": 0.0}, r"decay_fraction=0.0 must be at most 1 and above 0"),
+        ({"final_fraction": 1.5}, r"final_fraction=1.5 must be at least 0 and at most 1"),
+        ({"total_steps": 0}, r"total_steps=0 must be at least 1"),
+    ],
+)
+def test_schedule_refuses_nonsense(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"total_steps": 1e3}, {"warmup_steps": "100"}, {"decay_fraction": "3e-1"}])
+def test_schedule_refuses_other_types(changes: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(changes))}="):
+        Schedule(**changes)
+
+
+def test_set_lr_scales_each_groups_first_rate() -> None:
+    optimizer = build_optimizer(mini(), OptimizerConfig(name="muon", lr=1e-2, adamw_lr=1e-3))
+    for multiplier in (0.5, 0.1, 1.0):
+        set_lr_(optimizer, multiplier)
+        assert {group["method"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
+            {"muon": 1e-2 * multiplier, "adamw": 1e-3 * multiplier}
+        )
+
+
+def test_set_lr_fills_a_tensor_rate_in_place() -> None:
+    rate = torch.tensor(1e-2)
+    optimizer = AdamW(mini().parameters(), lr=rate)
+    set_lr_(optimizer, 0.5)
+    set_lr_(optimizer, 0.1)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(1e-3)

@@ -1,0 +1,68 @@
+"""The phases' order, as a pure function."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridlab import HybridTrainerConfig, Phase
+from hybridlab.phases import Moment, first_phase, next_phase
+
+CONFIG = HybridTrainerConfig(warmup_steps=10, full_steps=5, max_predict_steps=8, correct_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("moment", "following"),
+    [
+        (Moment(Phase.WARMUP, 9), Phase.WARMUP),
+        (Moment(Phase.WARMUP, 10), Phase.FULL),
+        (Moment(Phase.WARMUP, 3, diverged=True), Phase.WARMUP),
+        (Moment(Phase.FULL, 4), Phase.FULL),
+        (Moment(Phase.FULL, 5, confidence=0.59), Phase.FULL),
+        (Moment(Phase.FULL, 5, confidence=0.60), Phase.PREDICT),
+        (Moment(Phase.FULL, 5, confidence=0.99, diverged=True), Phase.FULL),
+        (Moment(Phase.PREDICT, 3), Phase.PREDICT),
+        (Moment(Phase.PREDICT, 8, jump_ended=True), Phase.CORRECT),
+        (Moment(Phase.PREDICT, 3, diverged=True), Phase.FULL),
+        (Moment(Phase.CORRECT, 1), Phase.CORRECT),
+        (Moment(Phase.CORRECT, 2), Phase.FULL),
+    ],
+)
+def test_next_phase(moment: Moment, following: Phase) -> None:
+    assert next_phase(moment, CONFIG) is following
+
+
+def test_without_warmup_the_first_phase_is_full() -> None:
+    assert first_phase(CONFIG) is Phase.WARMUP
+    assert first_phase(HybridTrainerConfig(warmup_steps=0)) is Phase.FULL
+
+
+def test_without_correction_steps_predict_leads_to_full() -> None:
+    config = HybridTrainerConfig(correct_steps=0)
+    assert next_phase(Moment(Phase.PREDICT, 8, jump_ended=True), config) is Phase.FULL
+
+
+def test_nothing_is_predicted_when_max_predict_steps_is_zero() -> None:
+    assert next_phase(Moment(Phase.FULL, 20, confidence=1.0), HybridTrainerConfig.plain()) is Phase.FULL
+
+
+def test_presets_are_the_plan_s() -> None:
+    conservative, aggressive = HybridTrainerConfig.conservative(), HybridTrainerConfig.aggressive()
+    settings = ("confidence_threshold", "max_predict_steps", "correction_interval")
+    assert [getattr(conservative, name) for name in settings] == [0.60, 50, 15]
+    assert [getattr(aggressive, name) for name in settings] == [0.55, 75, 10]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"full_steps": 0}, ValueError, "full_steps is 0: it must be at least 1"),
+        ({"confidence_threshold": 1.5}, ValueError, "must lie in"),
+        ({"clip_norm": "1e-4"}, TypeError, "write 1.0e-4"),
+        ({"max_predict_steps": True}, TypeError, "int is wanted"),
+        ({"predictor": "liner"}, ValueError, "did you mean 'linear'"),
+        ({"divergence_threshold": 0.0}, ValueError, "above 0"),
+    ],
+)
+def test_nonsense_is_refused_with_the_fix(settings: dict[str, object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        HybridTrainerConfig(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,243 @@
+"""The step: what moves the weights, what is counted, what is refused, what survives a checkpoint."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
+from hybridlab.errors import UserError
+from hybridlab.gram import Gram
+from hybridlab.predictors import PREDICTORS, Proposal
+from hybridlab.trainer import DivergenceError
+from tests.conftest import Problem
+
+EAGER = HybridTrainerConfig(
+    warmup_steps=10,
+    full_steps=8,
+    max_predict_steps=10,
+    correction_interval=4,
+    correct_steps=2,
+    confidence_threshold=0.0,
+    gate=False,
+)
+
+
+def trained(config: HybridTrainerConfig, steps: int, **problem: float) -> tuple[Problem, HybridTrainer]:
+    task = Problem(**problem)
+    trainer = HybridTrainer(task.model, task.adamw(), config)
+    for step in range(steps):
+        trainer.step(task.closure(step))
+    return task, trainer
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A predictor whose jump is the newest displacement times `script["scale"]`."""
+    script = {"scale": 1.0}
+
+    class Scripted(PREDICTORS["linear"]):  # type: ignore[misc]
+        def propose(self, gram: Gram, horizon: float) -> Proposal:
+            coefficients = np.zeros(gram.products.shape[:2])
+            coefficients[:, -1] = script["scale"]
+            return Proposal(coefficients, confidence=1.0, loss_change=0.0)
+
+    monkeypatch.setitem(PREDICTORS, "linear", Scripted)
+    return script
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_max_predict_steps_zero_is_the_plain_loop_bit_for_bit(clip_norm: float | None) -> None:
+    plain = Problem(dropout=0.2)
+    optimizer = plain.adamw()
+    torch.manual_seed(3)
+    for step in range(60):
+        optimizer.zero_grad()
+        plain.closure(step)().backward()
+        if clip_norm:
+            nn.utils.clip_grad_norm_(plain.model.parameters(), clip_norm)
+        optimizer.step()
+
+    hybrid = Problem(dropout=0.2)
+    trainer = HybridTrainer(hybrid.model, hybrid.adamw(), HybridTrainerConfig.plain(clip_norm=clip_norm))
+    torch.manual_seed(3)
+    for step in range(60):
+        trainer.step(hybrid.closure(step))
+
+    assert torch.equal(plain.weights(), hybrid.weights())
+    assert trainer.statistics().gradient_steps == trainer.statistics().nominal_steps == 60
+
+
+def test_null_predictor_takes_gradient_steps_alone_and_ends_where_the_plain_loop_ends() -> None:
+    null, trainer = trained(HybridTrainerConfig(warmup_steps=10, predictor="null", confidence_threshold=0.0), 80)
+    plain, _ = trained(HybridTrainerConfig.plain(), 80)
+    assert torch.equal(null.weights(), plain.weights())
+    assert trainer.statistics().forward_only_passes == 0
+
+
+def test_phases_follow_each_other_and_every_step_is_counted_once() -> None:
+    task = Problem()
+    trainer = HybridTrainer(task.model, task.adamw(), EAGER)
+    phases = [trainer.step(task.closure(step)).phase for step in range(60)]
+    order = [phase for phase, _ in itertools.groupby(phases)]
+    assert order[:5] == [Phase.WARMUP, Phase.FULL, Phase.PREDICT, Phase.CORRECT, Phase.FULL]
+    counts = trainer.statistics()
+    assert counts.nominal_steps == 60 == counts.gradient_steps + counts.predicted_steps
+    assert counts.predicted_steps == phases.count(Phase.PREDICT) > 0
+    assert counts.proposals_accepted == order.count(Phase.PREDICT)
+    assert set(counts.seconds_by_phase) == {"warmup", "full", "predict", "correct"}
+
+
+@pytest.mark.parametrize("predictor", ["linear", "adam_coast"])
+def test_predicted_steps_move_the_weights_without_a_backward_pass(predictor: str) -> None:
+    task = Problem()
+    config = HybridTrainerConfig(**{**vars(EAGER), "predictor": predictor})
+    trainer = HybridTrainer(task.model, task.adamw(), config)
+    step = 0
+    while trainer.current_phase is not Phase.PREDICT:
+        trainer.step(task.closure(step))
+        step += 1
+    before, gradient_steps = task.weights(), trainer.statistics().gradient_steps
+    assert not trainer.needs_backward
+    results = [trainer.step(task.closure(step + i)) for i in range(10)]
+    assert [r.phase for r in results] == [Phase.PREDICT] * 10
+    assert trainer.statistics().gradient_steps == gradient_steps
+    assert not torch.equal(before, task.weights())
+    measured = [r.measured_loss is not None for r in results]
+    assert measured == [i in (3, 7, 9) for i in range(10)], "one forward a chunk, and one at the jump's end"
+    assert all(r.predicted_loss is not None for r in results)
+
+
+def test_a_linear_jump_goes_on_at_the_path_s_own_speed() -> None:
+    """Constant drift: after a jump of H steps the weights are where H real steps would have taken them."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    model = nn.Module()
+    model.register_parameter("weight", weight)
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    trainer = HybridTrainer(model, optimizer, EAGER)
+    slope = torch.tensor([3.0, 1.0])
+    for _ in range(10 + 8 + 10):
+        trainer.step(lambda: weight @ slope)
+    assert trainer.statistics().predicted_steps == 10
+    torch.testing.assert_close(weight.detach(), torch.tensor([1.0, -2.0]) - 28 * 0.01 * slope)
+
+
+def test_the_gate_refuses_a_harmful_jump_and_puts_the_weights_back_exactly(scripted: dict[str, float]) -> None:
+    scripted["scale"] = -50.0
+    gated, trainer = trained(HybridTrainerConfig(**{**vars(EAGER), "gate": True}), 40)
+    plain, _ = trained(HybridTrainerConfig.plain(), 40)
+    counts = trainer.statistics()
+    assert counts.proposals_rejected == 3
+    assert counts.predicted_steps == 0
+    assert counts.forward_only_passes == 3 * counts.proposals_rejected
+    assert torch.equal(gated.weights(), plain.weights())
+
+
+def test_a_refused_jump_leaves_the_random_stream_alone(scripted: dict[str, float]) -> None:
+    scripted["scale"] = -1000.0
+    torch.manual_seed(5)
+    gated, trainer = trained(HybridTrainerConfig(**{**vars(EAGER), "gate": True}), 40, dropout=0.3)
+    torch.manual_seed(5)
+    plain, _ = trained(HybridTrainerConfig.plain(), 40, dropout=0.3)
+    assert trainer.statistics().proposals_rejected == 3
+    assert torch.equal(gated.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_proposal_that_is_not_finite_is_never_applied(scripted: dict[str, float], scale: float) -> None:
+    scripted["scale"] = scale
+    task, trainer = trained(EAGER, 40)
+    assert trainer.statistics().predicted_steps == 0
+    assert torch.isfinite(task.weights()).all()
+
+
+def test_divergence_after_a_jump_is_rolled_back_to_the_weights_and_the_optimizer_before_it(
+    scripted: dict[str, float],
+) -> None:
+    scripted["scale"] = 1000.0
+    task = Problem()
+    optimizer = task.adamw()
+    trainer = HybridTrainer(task.model, optimizer, HybridTrainerConfig(**{**vars(EAGER), "warmup_steps": 40}))
+    step = 0
+    while trainer.current_phase is not Phase.PREDICT:
+        trainer.step(task.closure(step))
+        step += 1
+    before = task.weights()
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in task.model.parameters()]
+    events = [trainer.step(task.closure(step + i)).event or "" for i in range(4)]
+    assert any(event.startswith("rolled back: the loss") for event in events)
+    assert trainer.current_phase is Phase.FULL
+    assert torch.equal(before, task.weights())
+    assert all(map(torch.equal, moments, [optimizer.state[p]["exp_avg"] for p in task.model.parameters()]))
+    counts = trainer.statistics()
+    assert (counts.divergences, counts.rollbacks) == (1, 1)
+
+
+def test_a_loss_that_is_nan_without_a_jump_stops_and_says_where() -> None:
+    task = Problem()
+    trainer = HybridTrainer(task.model, task.adamw(), EAGER)
+    trainer.step(task.closure(0))
+    trainer.step(lambda: task.closure(1)() * float("nan"))
+    with pytest.raises(DivergenceError, match="the loss is nan by step 3"):
+        trainer.step(task.closure(2))
+
+
+def test_a_closure_that_runs_backward_is_refused() -> None:
+    task = Problem()
+
+    def closure() -> Tensor:
+        loss = task.closure(0)()
+        loss.backward()
+        return loss
+
+    with pytest.raises(UserError, match="the closure ran backward"):
+        HybridTrainer(task.model, task.adamw(), EAGER).step(closure)
+
+
+def test_adam_coast_refuses_an_optimizer_without_moments() -> None:
+    task = Problem()
+    config = HybridTrainerConfig(**{**vars(EAGER), "predictor": "adam_coast"})
+    trainer = HybridTrainer(task.model, torch.optim.SGD(task.model.parameters(), lr=0.01), config)
+    for step in range(17):
+        trainer.step(task.closure(step))
+    with pytest.raises(UserError, match="SGD keeps none"):
+        trainer.step(task.closure(17))
+
+
+@pytest.mark.parametrize("stop", [5, 16, 18, 22, 27, 29, 41])
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(stop: int) -> None:
+    unbroken, _ = trained(EAGER, 60)
+    task = Problem()
+    optimizer = task.adamw()
+    trainer = HybridTrainer(task.model, optimizer, EAGER)
+    for step in range(stop):
+        trainer.step(task.closure(step))
+    parts = {"model": task.model, "optimizer": optimizer, "trainer": trainer}
+    file = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    file.seek(0)
+
+    task = Problem(seed=9)
+    optimizer = task.adamw()
+    trainer = HybridTrainer(task.model, optimizer, EAGER)
+    saved = torch.load(file, weights_only=True)
+    for name, part in {"model": task.model, "optimizer": optimizer, "trainer": trainer}.items():
+        part.load_state_dict(saved[name])
+    for step in range(stop, 60):
+        trainer.step(task.closure(step))
+    assert torch.equal(task.weights(), unbroken.weights())
+    assert trainer.statistics().nominal_steps == 60
+
+
+def test_a_state_of_other_settings_is_refused() -> None:
+    _, trainer = trained(EAGER, 5)
+    other = Problem()
+    with pytest.raises(UserError, match=r"full_steps \(8 then, 20 now\)"):
+        HybridTrainer(other.model, other.adamw(), HybridTrainerConfig(warmup_steps=10)).load_state_dict(
+            trainer.state_dict()
+        )
