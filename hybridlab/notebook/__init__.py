@@ -1,0 +1,37 @@
+"""What a notebook calls: run a study, look at it, say what was found."""
+
+from hybridlab.notebook.parameters import parameters_from
+from hybridlab.notebook.results import claims_table, publish
+from hybridlab.notebook.session import run_configs, run_study
+from hybridlab.notebook.views import (
+    baseline_claims,
+    counts_table,
+    curves,
+    final_table,
+    gradient_chart,
+    hybrid_claims,
+    phases,
+    record_table,
+    time_table,
+    verdict_chart,
+    verdict_table,
+)
+
+__all__ = [
+    "baseline_claims",
+    "claims_table",
+    "counts_table",
+    "curves",
+    "final_table",
+    "gradient_chart",
+    "hybrid_claims",
+    "parameters_from",
+    "phases",
+    "publish",
+    "record_table",
+    "run_configs",
+    "run_study",
+    "time_table",
+    "verdict_chart",
+    "verdict_table",
+]

@@ -15,6 +15,7 @@ from hybridlab.notebook.look import Look
 if TYPE_CHECKING:
     from hybridlab.notebook.figures import Chart, Series
 
+HATCHED = {"shape": "/", "fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
 MARKERS = {"triangle": "triangle-up", "cross": "x"}
 AXIS = {
     "gridcolor": look.GRID,
@@ -31,9 +32,8 @@ def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> go.Figur
     """One figure of all charts, row by row, with one legend; ``title`` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 130 + look.PANEL_HEIGHT_PX * rows
-    figure = make_subplots(
-        rows=rows, cols=columns, horizontal_spacing=0.28 / columns / columns, vertical_spacing=0.3 / rows
-    )
+    gaps = {"horizontal_spacing": _gap(charts, columns), "vertical_spacing": 0.3 / rows}
+    figure = make_subplots(rows=rows, cols=columns, **gaps)
     styles = look.looks(s for chart in charts for s in chart.series)
     for i, chart in enumerate(charts):
         cell = {"row": i // columns + 1, "col": i % columns + 1}
@@ -45,6 +45,12 @@ def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> go.Figur
     return figure
 
 
+def _gap(charts: tuple[Chart, ...], columns: int) -> float:
+    """Room between panels, as a share of the width, for tick labels, axis titles and names of rows."""
+    longest = max((len(name) for chart in charts for name in chart.names), default=8)
+    return min(0.03 + 0.0075 * longest, 0.5 / columns)
+
+
 def _layout(title: str, height: int, panels: bool) -> dict[str, Any]:
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"}
     return {
@@ -52,7 +58,7 @@ def _layout(title: str, height: int, panels: bool) -> dict[str, Any]:
         "title": {"text": _lines(title), "x": 0, "xref": "paper", "font": {"size": 16}, "y": 0.97} | {"yanchor": "top"},
         "font": {"color": look.INK, "size": 12, "family": "Helvetica, Arial, sans-serif"},
         "height": height,
-        "margin": {"l": 60, "r": 20, "t": 84 if panels else 62, "b": 90 if panels else 56},
+        "margin": {"l": 60, "r": 20, "t": 72 if panels else 50, "b": 90 if panels else 56},
         "paper_bgcolor": look.PAPER,
         "plot_bgcolor": look.PAPER,
         "hovermode": "closest",
@@ -73,7 +79,7 @@ def _traces(chart: Chart, styles: dict[str, Look]) -> list[Any]:
 
 
 def _curve_traces(s: Series, style: Look) -> list[Any]:
-    common = _common(s.name, style)
+    common = _common(s.name, style, len(s.x))
     traces: list[Any] = []
     if (bounds := s.bounds()) and s.kind == "line":
         traces.append(_ribbon(s.x, bounds[0], bounds[1], style, s.name))
@@ -85,10 +91,10 @@ def _curve_traces(s: Series, style: Look) -> list[Any]:
 
 def _row_traces(chart: Chart, s: Series, style: Look, offset: float, thickness: float) -> list[Any]:
     rows = [round(y + offset, 4) for y in s.y]
-    common = _common(s.name, style) | {"text": [_plain(chart.names[int(y)]) for y in s.y]}
+    common = _common(s.name, style, len(s.x)) | {"text": [_plain(chart.names[int(y)]) for y in s.y]}
     common["hovertemplate"] = "%{text}: %{x}<extra></extra>"
     if s.kind == "bar":
-        marker = {"color": style.color, "pattern": {"shape": "/" if style.hollow else ""}}
+        marker = {"color": style.color, "pattern": HATCHED if style.hollow else {}}
         common = {k: v for k, v in common.items() if k != "line"} | {"marker": marker, "textposition": "none"}
         return [go.Bar(x=list(s.x), y=rows, width=thickness * 0.92, orientation="h", **common)]
     bounds = s.bounds()
@@ -96,9 +102,9 @@ def _row_traces(chart: Chart, s: Series, style: Look, offset: float, thickness: 
     return [*segments, go.Scatter(x=list(s.x), y=rows, mode="markers", **common)]
 
 
-def _common(name: str, style: Look) -> dict[str, Any]:
-    fill = look.PAPER if style.hollow else style.color
-    marker = {"symbol": MARKERS.get(style.marker, style.marker), "size": 8, "color": fill}
+def _common(name: str, style: Look, count: int) -> dict[str, Any]:
+    symbol = MARKERS.get(style.marker, style.marker) + ("-open" if style.hollow else "")
+    marker = {"symbol": symbol, "size": look.marker_size(count) * 1.4, "color": style.color}
     return {
         "name": _plain(name),
         "legendgroup": f"series {name}",
@@ -170,7 +176,7 @@ def _notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int, 
         if series.kind == "bar":
             for x, y in zip(series.x, series.y, strict=True):
                 where = {"x": x, "y": y + offset, "xanchor": "left" if x >= 0 else "right", "yanchor": "middle"}
-                _note(figure, cell, f"{x:.4g}", **where)
+                _note(figure, cell, f"{x:.4g}", bgcolor=look.PAPER, borderpad=0, xshift=3 if x >= 0 else -3, **where)
 
 
 def _band_notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int) -> None:
@@ -184,7 +190,7 @@ def _band_notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: 
 def _reference(figure: go.Figure, chart: Chart, cell: dict[str, int], value: float, label: str) -> None:
     line = {"color": look.INK, "width": 1, "dash": "dot"}
     if chart.names:
-        figure.add_vline(value, line=line, layer="below", **cell)
+        figure.add_vline(value, line=line, **cell)
         _note(figure, cell, label, x=value, y=1, yref="y domain", xanchor="center", yanchor="bottom")
     else:
         figure.add_hline(value, line=line, **cell)

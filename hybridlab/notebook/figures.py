@@ -247,4 +247,4 @@ def _line_text(series: Series, logarithmic: bool) -> str:
 def _bands_text(bands: tuple[Band, ...]) -> list[str]:
     count = Counter(band.label for band in bands)
     width = {label: sum(b.end - b.start for b in bands if b.label == label) for label in count}
-    return [f"  band {label}: {n} of total width {width[label]:g}" for label, n in count.items()]
+    return [f"  band {label}: {n}, together {width[label]:g} wide" for label, n in count.items()]

@@ -94,8 +94,11 @@ def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]
 
 
 def _readings(raw: str) -> Iterable[Any]:
+    """Offer what a text may mean: what YAML makes of it, a number, the text itself."""
     with suppress(yaml.YAMLError):
-        yield from () if _is_sexagesimal(raw, value := yaml.safe_load(raw)) else (value,)
+        value = yaml.safe_load(raw)
+        if not isinstance(value, str) and not _is_sexagesimal(raw, value):
+            yield value
     if (number := _as_number(raw)) is not None:
         yield number
     yield raw

@@ -32,7 +32,7 @@ class Tint:
 
 
 TINTS = {
-    "Warmup": Tint("#F1F1EC", "#CFCFC2", "."),
+    "Warmup": Tint("#F1F1EC", "#D8D8CC", "."),
     "Full": Tint("#E1EEF8", "#E1EEF8", ""),
     "Predict": Tint("#FCE8D0", "#F2C48F", "/"),
     "Correct": Tint("#DCCBE6", "#A98ABF", "x"),
@@ -75,6 +75,11 @@ def _colored(index: int, dash: bool) -> Look:
     turn, color = divmod(index, len(PALETTE))
     style = "dash" if dash else DASHES[turn % len(DASHES)]
     return Look(PALETTE[color], style, MARKERS[index % len(MARKERS)], hollow=dash)
+
+
+def marker_size(count: int) -> float:
+    """Markers, in points, that leave a crowded line visible."""
+    return 5.0 if count <= 40 else 3.5
 
 
 def tint(label: str) -> Tint:

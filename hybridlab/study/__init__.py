@@ -1,1 +1,8 @@
 """Studies: arms and seeds become runs, and runs become comparisons."""
+
+from hybridlab.study.arms import Study, StudyResult
+from hybridlab.study.compare import Comparison, compare
+from hybridlab.study.tasks import ImageTaskConfig, TextTaskConfig
+from hybridlab.study.train import RunConfig, train
+
+__all__ = ["Comparison", "ImageTaskConfig", "RunConfig", "Study", "StudyResult", "TextTaskConfig", "compare", "train"]

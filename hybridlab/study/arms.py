@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +15,7 @@ from hybridlab.runs import Run
 from hybridlab.study.train import RunConfig, train
 
 BASELINE = "baseline"
+CONTROL = "control"
 Announce = Callable[[str], None]
 
 
@@ -49,16 +52,8 @@ class Study:
 
         on_step: called after every nominal step with the arm's name
         """
-        result = StudyResult()
-        for config in self._planned():
-            result.add(self._train(config, folder, on_step))
-        for config in self._controls(result):
-            result.add(self._train(config, folder, on_step))
-        return result
-
-    def _train(self, config: RunConfig, folder: Path, on_step: Announce) -> Run:
-        place = folder / f"{config.name.replace(' ', '_')}-seed{config.seed}"
-        return train(config, place, lambda: on_step(f"{config.name}, seed {config.seed}"))
+        result = run_arms(self._planned(), folder, on_step)
+        return result | run_arms(self._controls(result), folder, on_step)
 
     def _planned(self) -> Iterator[RunConfig]:
         for seed in range(self.seeds):
@@ -87,10 +82,9 @@ class StudyResult:
 
     runs: dict[tuple[str, int], Run] = field(default_factory=dict)
 
-    def add(self, run: Run) -> None:
-        """File a finished run."""
-        assert run.summary is not None
-        self.runs[run.summary["name"], run.summary["seed"]] = run
+    def __or__(self, other: StudyResult) -> StudyResult:
+        """The runs of both."""
+        return StudyResult(self.runs | other.runs)
 
     @property
     def summaries(self) -> pd.DataFrame:
@@ -127,7 +121,14 @@ class StudyResult:
         return BASELINE if steps == self.gradient_steps(BASELINE, seed) else control_name(steps)
 
 
-CONTROL = "control"
+def run_arms(configs: Iterable[RunConfig], folder: Path, on_step: Announce = lambda arm: None) -> StudyResult:
+    """Train each configuration, one folder a run under `folder`."""
+    result = StudyResult()
+    for config in configs:
+        label = f"{config.name}, seed {config.seed}"
+        place = folder / re.sub(r"\W+", "_", label)
+        result.runs[config.name, config.seed] = train(config, place, partial(on_step, label))
+    return result
 
 
 def control_name(steps: int) -> str:

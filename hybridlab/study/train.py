@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +54,17 @@ class RunConfig:
         check_precision(self.precision)
         if self.steps < 1 or self.evaluate_every < 1:
             raise ValueError("steps and evaluate_every must be at least 1")
+
+    def as_vanilla(self) -> RunConfig:
+        """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
+        return replace(
+            self,
+            name="vanilla",
+            optimizer=OptimizerConfig.vanilla(),
+            schedule=Schedule("constant", warmup_steps=0, total_steps=self.steps),
+            hybrid=replace(self.hybrid, clip_norm=None),
+            precision="fp32",
+        )
 
     def record(self) -> dict[str, Any]:
         """JSON-ready: the settings and where the data come from."""

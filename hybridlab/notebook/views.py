@@ -1,0 +1,213 @@
+"""What a notebook shows of a study: its curves, its phases, its tables and its claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart
+from hybridlab.notebook.figures import Chart
+from hybridlab.notebook.results import Claim, Verdict
+from hybridlab.notebook.tables import Table, table
+from hybridlab.study.arms import BASELINE, CONTROL, StudyResult
+from hybridlab.study.compare import Comparison
+from hybridlab.study.statistics import Interval
+
+QUALITY_TOLERANCE = 0.02
+"""The plan's bound on the perplexity that a faster run may lose."""
+
+
+def record_table(record: dict[str, Any], caption: str) -> Table:
+    """A flat record, one line a fact."""
+    return table([{"fact": key.replace("_", " "), "value": str(value)} for key, value in record.items()], caption)
+
+
+def curves(result: StudyResult, arms: Sequence[str], against: Against, value: str = "validation_loss") -> Chart:
+    """Validation loss of the arms, the plain runs drawn as controls."""
+    plain = [name for name in arms if name.startswith((BASELINE, CONTROL))]
+    runs = {name: result.steps(name) for name in arms}
+    return loss_curves(runs, against=against, control=plain, value=value, title=f"{_words(value)} over {AXES[against]}")
+
+
+def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:
+    """One run's losses over its phases, measured and predicted told apart."""
+    return phase_chart(result.runs[arm, seed].steps, f"{arm}: what each nominal step did (seed {seed})")
+
+
+def gradient_chart(result: StudyResult, arm: str, seed: int = 0) -> Chart:
+    """The gradient's norm before clipping, step by step, in one run."""
+    steps = result.runs[arm, seed].steps
+    return loss_curves(
+        {arm: steps}, against="nominal_step", smooth=10, value="gradient_norm", title="Gradient norm", y_label="norm"
+    )
+
+
+def final_table(result: StudyResult) -> Table:
+    """The figures that every run ended with, as means over seeds."""
+    figures = ["validation_loss", *{"perplexity", "accuracy"}.intersection(result.summaries.columns)]
+    means = result.summaries.groupby("name", sort=False)[["gradient_steps", *figures]].mean()
+    rows = [
+        {"arm": name, "gradient steps": row["gradient_steps"]} | {_words(figure): row[figure] for figure in figures}
+        for name, row in means.iterrows()
+    ]
+    return table(rows, "At the end of training, on data that was held out; means over seeds", {"gradient steps": ".1f"})
+
+
+def counts_table(comparisons: Iterable[Comparison]) -> Table:
+    """Every count kept apart: means over seeds, events as totals."""
+    rows = [
+        {
+            "arm": c.name,
+            "nominal": c.gradient_steps + c.predicted_steps,
+            "gradient": c.gradient_steps,
+            "predicted": c.predicted_steps,
+            "forward-only": c.forward_only_passes,
+            "accepted": c.accepted,
+            "rejected": c.rejected,
+            "rolled back": c.rollbacks,
+            "diverged": c.divergences,
+        }
+        for c in comparisons
+    ]
+    means = dict.fromkeys(("nominal", "gradient", "predicted", "forward-only"), ".1f")
+    return table(rows, "Steps by kind (mean over seeds) and decisions (total over seeds)", means)
+
+
+def verdict_table(comparisons: Iterable[Comparison]) -> Table:
+    """The answer: each hybrid against the control that took as many gradient steps, with 95 % intervals."""
+    rows = [
+        {
+            "arm": c.name,
+            "final loss (nats)": c.validation_loss.mean,
+            "against equal gradient steps (nats)": str(c.to_control),
+            "against the full baseline (nats)": str(c.to_baseline),
+            "worth of a predicted step": str(c.step_value) if c.step_value else "nothing predicted",
+            "verdict": c.verdict,
+        }
+        for c in comparisons
+    ]
+    return table(rows, "Below 0 is better. A predicted step is worth 1 when it replaces a real one, 0 when nothing")
+
+
+def verdict_chart(comparisons: Iterable[Comparison]) -> Chart:
+    """The differences to the controls, with intervals; right of zero is worse than stopping earlier."""
+    rows = [(c.name, c.to_control.mean, *_finite(c.to_control)) for c in comparisons]
+    return interval_chart("Hybrid minus control, equal gradient steps", "difference in final loss (nats)", rows)
+
+
+def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
+    """Wall time, everything that the training did included; it differs from run to run."""
+    summaries = result.summaries.groupby("name", sort=False)[
+        ["seconds", "gradient_step_ms", "peak_memory_bytes"]
+    ].mean()
+    ratio = {BASELINE: 1.0} | {c.name: c.time_ratio for c in comparisons}
+    rows = [
+        {
+            "arm": name,
+            "training (s)": row["seconds"],
+            "median gradient step (ms)": row["gradient_step_ms"],
+            "time over baseline's": ratio.get(str(name)),
+            "peak memory (GB)": row["peak_memory_bytes"] / 1e9,
+        }
+        for name, row in summaries.iterrows()
+    ]
+    source = result.summaries["memory_source"].iloc[0]
+    memory = "as the card counts it" if source == "cuda" else "of the whole process: there is no GPU"
+    formats = {"training (s)": ".1f", "median gradient step (ms)": ".1f"}
+    formats |= {"time over baseline's": ".2f", "peak memory (GB)": ".2f"}
+    return table(rows, f"Mean over seeds on this machine; memory is {memory}", formats)
+
+
+def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Claim]:
+    """The plan's promises for one arm, each with the numbers that decide it.
+
+    perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
+    """
+    return [_pays(comparison), *([_quality(comparison)] if perplexity else []), _stable(comparison)]
+
+
+def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str = "vanilla") -> list[Claim]:
+    """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
+    final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
+    first = result.runs[baseline, 0].steps["validation_loss"].dropna().iloc[0]
+    neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
+    losses = {name.replace(" ", "_") + "_loss": loss for name, loss in final.items()}
+    claims = [
+        Claim(
+            "converges", "the validation loss falls", _verdict(final[baseline] < first), {"first_loss": first} | losses
+        ),
+    ]
+    if neighbours:
+        best = _verdict(final[baseline] <= min(neighbours))
+        numbers = {"baseline_loss": final[baseline], "best_neighbour_loss": min(neighbours)}
+        claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, numbers))
+    if vanilla in final:
+        numbers = {"baseline_loss": final[baseline], "vanilla_loss": final[vanilla]}
+        better = _verdict(final[baseline] < final[vanilla])
+        claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, numbers))
+    return claims
+
+
+def _pays(comparison: Comparison) -> Claim:
+    numbers = _interval("loss_to_control", comparison.to_control)
+    if comparison.step_value:
+        numbers |= _interval("step_value", comparison.step_value)
+    return Claim(
+        f"{_slug(comparison)}-pays",
+        f"{comparison.name}: predicting beats a plain run with as many gradient steps",
+        _holds_below(comparison.to_control, 0.0) if comparison.predicted_steps else "fails",
+        numbers | {"gradient_steps": comparison.gradient_steps, "predicted_steps": comparison.predicted_steps},
+    )
+
+
+def _quality(comparison: Comparison) -> Claim:
+    change = {"perplexity_change": math.expm1(comparison.to_baseline.mean)}
+    return Claim(
+        f"{_slug(comparison)}-quality",
+        f"{comparison.name}: final perplexity stays within 2 % of the full baseline's",
+        _holds_below(comparison.to_baseline, math.log1p(QUALITY_TOLERANCE)),
+        _interval("loss_to_baseline", comparison.to_baseline) | change,
+    )
+
+
+def _stable(comparison: Comparison) -> Claim:
+    return Claim(
+        f"{_slug(comparison)}-stable",
+        f"{comparison.name}: no run diverges",
+        _verdict(not comparison.divergences),
+        {
+            "divergences": comparison.divergences,
+            "rollbacks": comparison.rollbacks,
+            "baseline_ratio_time": comparison.time_ratio,
+        },
+    )
+
+
+def _verdict(holds: bool) -> Verdict:
+    return "holds" if holds else "fails"
+
+
+def _slug(comparison: Comparison) -> str:
+    return comparison.name.replace(",", "").replace(" ", "-")
+
+
+def _holds_below(interval: Interval, bound: float) -> Verdict:
+    """Whether a whole interval lies below a bound, above it, or on both sides."""
+    if interval.high < bound:
+        return "holds"
+    return "fails" if interval.low > bound else "open"
+
+
+def _interval(name: str, interval: Interval) -> dict[str, float | int | str]:
+    low, high = _finite(interval)
+    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high, "seeds": interval.seeds}
+
+
+def _finite(interval: Interval) -> tuple[float, float]:
+    """The interval's ends; without an interval, the mean itself."""
+    return (interval.low, interval.high) if interval.seeds > 1 else (interval.mean, interval.mean)
+
+
+def _words(column: str) -> str:
+    return column.replace("_", " ").capitalize()

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybridlab.cli import main
+from tests.notebook_maker import project, save, tiny_notebook
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.chdir(project(tmp_path))
+    save(tiny_notebook("print(steps)", "1 / 0 if fast else None"), tmp_path / "tiny.ipynb")
+    return tmp_path
+
+
+def ended(arguments: str) -> int | str | None:
+    """Run the command line; give its exit code however it ends."""
+    try:
+        return main(arguments.split())
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run none.ipynb -o out.ipynb", "none.ipynb: no such notebook"),
+        ("run tiny.ipynb -o out.ipynb -f none.yaml", "none.yaml: no such parameter file"),
+        (
+            "run tiny.ipynb -o out.ipynb -f text.yaml",
+            "lr: '1e-4' is text, a number is wanted: write 1.0e-4 in text.yaml",
+        ),
+        (
+            "run tiny.ipynb -o out.ipynb -p step 3",
+            "'step' after -p is no parameter of tiny.ipynb: did you mean 'steps'?",
+        ),
+        ("run tiny.ipynb -o out.ipynb -p steps x", "steps: 'x' is text, a whole number is wanted"),
+        ("run tiny.ipynb -o out.ipynb -p steps", "-p steps: a value is missing: write -p steps VALUE"),
+        ("run tiny.ipynb -o tiny.ipynb", "the output would replace the source notebook"),
+        ("run tiny.ipynb -o tiny.ipynb/out.ipynb", "cannot write into"),
+        ("data nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_exit_code_2(root, capsys, arguments, message):
+    Path("text.yaml").write_text("lr: 1e-4", encoding="utf-8")
+    assert ended(arguments) == 2
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert said.startswith("hybridlab: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert not Path("out.ipynb").exists()
+
+
+def test_outside_a_project_it_says_where_to_start(root, capsys):
+    Path("pyproject.toml").unlink()
+    assert ended("run tiny.ipynb -o out.ipynb") == 2
+    assert "no pyproject.toml" in capsys.readouterr().err
+
+
+def test_a_whole_run_ends_with_0_and_says_where_the_notebook_is(root, capfd):
+    assert ended("run tiny.ipynb -o out/tiny.ipynb -p steps 4 -p lr 1e-4") == 0
+    said, errors = capfd.readouterr()
+    assert said.splitlines() == ["Notebook: out/tiny.ipynb", "Open it:  make lab"]
+    assert errors == ""
+    assert '"4\\n"' in Path("out/tiny.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_failing_cell_ends_with_1_and_one_line(root, capfd):
+    assert ended("run tiny.ipynb -o out/tiny.ipynb -p fast true") == 1
+    said, errors = capfd.readouterr()
+    assert said == ""
+    assert errors == (
+        "hybridlab: code cell 4, `1 / 0 if fast else None`: ZeroDivisionError: division by zero "
+        "(partial copy: out/tiny.failed.ipynb)\n"
+    )
+
+
+def test_a_bug_keeps_its_traceback(root, monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("hybridlab.notebook.batch.run_notebook", broken)
+    with pytest.raises(KeyError):
+        main(["run", "tiny.ipynb", "-o", "out.ipynb"])
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("run --help", 0), ("data --help", 0), ("runn", 2)])
+def test_help_names_what_there_is(capsys, arguments, code):
+    assert ended(arguments) == code
+    out, said = capsys.readouterr()
+    assert "hybridlab" in out + said
+
+
+def test_data_prints_the_record_of_a_source(capsys):
+    assert ended("data uniform --vocab-size 16") == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)

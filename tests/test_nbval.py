@@ -1,0 +1,74 @@
+"""The committed CPU notebooks say the same when they run again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from hybridlab.notebook.batch import run_notebook
+from hybridlab.notebook.hygiene import claim_differences
+from hybridlab.notebook.results import environment, load_results
+from tests.notebook_maker import project, save, tiny_notebook
+
+ROOT = Path(__file__).parents[1]
+EXECUTED = [p for p in sorted((ROOT / "executed" / "cpu").glob("*.ipynb")) if not p.name.endswith(".failed.ipynb")]
+COMMITTED = load_results(ROOT / "executed" / "cpu" / "results.json")
+
+
+def nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
+    """Run a notebook again and compare its outputs, by a pytest that knows nothing of this one."""
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "-q"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, notebook.name], cwd=notebook.parent, env=inherited, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executed", EXECUTED, ids=lambda path: path.stem)
+def test_a_committed_notebook_repeats(executed, tmp_path, monkeypatch):
+    """Where Python, torch and processor are those of the committed run, every number repeats.
+
+    Elsewhere the `python` source holds other files: there the notebook must run whole and make the
+    same claims.
+    """
+    copy = project(tmp_path) / "executed" / "cpu" / executed.name
+    committed = COMMITTED[executed.stem]
+    if committed["environment_fingerprint"] == environment()["environment_fingerprint"]:
+        copy.parent.mkdir(parents=True)
+        shutil.copy(executed, copy)
+        done = nbval(copy)
+        assert done.returncode == 0, done.stdout
+        assert claim_differences(committed, load_results(copy.parent / "results.json")[executed.stem]) == []
+    else:
+        monkeypatch.chdir(tmp_path)
+        run_notebook(ROOT / "notebooks" / executed.name, copy, [ROOT / "params" / "cpu" / f"{executed.stem}.yaml"])
+        again = load_results(copy.parent / "results.json")[executed.stem]
+        assert [claim["id"] for claim in again["claims"]] == [claim["id"] for claim in committed["claims"]]
+
+
+def test_a_changed_number_is_seen_and_an_unchanged_notebook_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(project(tmp_path))
+    code = "import torch\nprint(f'loss {torch.arange(3.0).mean().item():.4f}')"
+    source = save(
+        tiny_notebook(code, "from hybridlab.notebook.progress import Progress\nProgress(3, 'quiet').advance()"),
+        tmp_path / "tiny.ipynb",
+    )
+    executed = tmp_path / "executed" / "cpu" / "tiny.ipynb"
+    run_notebook(source, executed, [], [("steps", "4")])
+    unchanged = nbval(executed)
+    assert unchanged.returncode == 0, unchanged.stdout
+
+    notebook = nbformat.read(executed, as_version=4)
+    output = notebook.cells[3].outputs[0]
+    output.text = output.text.replace("1.0000", "1.0001")
+    changed = nbval(save(notebook, tmp_path / "executed" / "cpu" / "changed.ipynb"))
+    assert changed.returncode == 1
+    assert "Cell outputs differ" in changed.stdout
+    assert "1.0001" in changed.stdout

@@ -1,0 +1,230 @@
+"""The committed notebooks are what they say; and the checks that see to it see what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_output
+
+from hybridlab.notebook.hygiene import (
+    claim_differences,
+    executed_problems,
+    parameter_file_problems,
+    results_problems,
+    source_problems,
+)
+from hybridlab.notebook.parameters import parameters_sha256
+from hybridlab.notebook.results import Claim, claims_table, load_results
+from tests.notebook_maker import save, tiny_notebook
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARAMETERS = sorted((ROOT / "params").glob("*/*.yaml"))
+EXECUTED = [p for p in sorted((ROOT / "executed").glob("*/*.ipynb")) if not p.name.endswith(".failed.ipynb")]
+RESULTS = sorted((ROOT / "executed").glob("*/results.json"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# The layers over what is committed.
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name)
+def test_a_source_notebook_is_stripped_and_declares_its_parameters(source):
+    assert source_problems(source) == []
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=name)
+def test_a_parameter_file_is_accepted_and_keeps_its_results_in_its_profile(parameters):
+    profile = parameters.parent.name
+    assert parameter_file_problems(ROOT / "notebooks" / f"{parameters.stem}.ipynb", parameters) == []
+    assert yaml.safe_load(parameters.read_text(encoding="utf-8"))["results"] == f"executed/{profile}"
+
+
+@pytest.mark.parametrize("executed", EXECUTED, ids=name)
+def test_an_executed_notebook_was_run_whole_from_its_source_and_parameters(executed):
+    source = ROOT / "notebooks" / executed.name
+    parameters = ROOT / "params" / executed.parent.name / f"{executed.stem}.yaml"
+    assert executed_problems(executed, source, parameters) == []
+
+
+@pytest.mark.parametrize("executed", EXECUTED, ids=name)
+def test_an_executed_notebook_shows_what_its_results_say(executed):
+    assert results_problems(executed, load_results(executed.parent / "results.json")) == []
+
+
+def test_every_notebook_with_cpu_parameters_was_run():
+    wanted = {path.stem for path in PARAMETERS if path.parent.name == "cpu"}
+    assert wanted == {path.stem for path in EXECUTED if path.parent.name == "cpu"}
+
+
+@pytest.mark.parametrize("results", RESULTS, ids=name)
+def test_results_hold_no_entry_of_a_notebook_that_is_gone(results):
+    assert set(load_results(results)) <= {path.stem for path in EXECUTED if path.parent == results.parent}
+
+
+# The checks themselves, on a tiny project.
+
+CLAIM = Claim("hybrid_wins", "The hybrid ends lower.", "fails", {"loss": 2.25, "steps": 40, "wall_seconds": 3.5})
+
+
+class Tiny:
+    """A source, its parameters, its executed copy and its results, all in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source = save(tiny_notebook("table()"), folder / "notebooks" / "tiny.ipynb")
+        self.parameters = folder / "tiny.yaml"
+        self.parameters.write_text("lr: 0.5\n", encoding="utf-8")
+        self.executed = save(self._run(), folder / "executed" / "tiny.ipynb")
+        self.entry = {
+            "claims": [{"id": CLAIM.id, "text": CLAIM.text, "verdict": CLAIM.verdict, "numbers": CLAIM.numbers}],
+            "parameters": self.final,
+            "parameters_sha256": parameters_sha256(self.final),
+        }
+
+    @property
+    def final(self) -> dict[str, object]:
+        defaults = {"steps": 3, "start": "now", "fast": False, "widths": [1, 2], "limit": None, "results": "runs"}
+        return {"lr": 0.5} | defaults
+
+    def _run(self) -> NotebookNode:
+        notebook = tiny_notebook("table()")
+        tags = {"tags": ["injected-parameters"]}
+        notebook.cells.insert(2, new_code_cell("# Parameters\nlr = 0.5\n", id="injected-parameters", metadata=tags))
+        for count, cell in enumerate(notebook.cells[1:], start=1):
+            cell.execution_count = count
+        notebook.cells[-1].outputs = [new_output("stream", text=claims_table([CLAIM]))]
+        notebook.metadata["hybridlab"] = {
+            "parameters": self.final,
+            "parameters_sha256": parameters_sha256(self.final),
+        }
+        return notebook
+
+    def problems(self) -> list[str]:
+        return executed_problems(self.executed, self.source, self.parameters)
+
+    def results_problems(self) -> list[str]:
+        return results_problems(self.executed, {"tiny": self.entry})
+
+    def changed(self, change) -> None:
+        """Change the executed notebook on disk."""
+        notebook = nbformat.read(self.executed, as_version=4)
+        change(notebook)
+        save(notebook, self.executed)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return Tiny(tmp_path)
+
+
+def test_what_is_in_order_passes(tiny):
+    assert source_problems(tiny.source) == []
+    assert parameter_file_problems(tiny.source, tiny.parameters) == []
+    assert tiny.problems() == []
+    assert tiny.results_problems() == []
+
+
+def _set(path: str, value: object):
+    def change(notebook: NotebookNode) -> None:
+        target, _, last = path.rpartition(".")
+        for key in filter(None, target.split(".")):
+            notebook = notebook[int(key)] if isinstance(notebook, list) else notebook[key]
+        notebook[last] = value
+
+    return change
+
+
+def _clear(notebook: NotebookNode) -> None:
+    for cell in notebook.cells[1:]:
+        cell.outputs, cell.execution_count = [], None
+
+
+ERROR = new_output("error", ename="ValueError", evalue="bad", traceback=[])
+VIEW = {"application/vnd.jupyter.widget-view+json": {"model_id": "ab"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_clear, "its outputs were cleared"),
+        (_set("cells.3.outputs", []), "its outputs were cleared"),
+        (_set("cells.3.execution_count", 7), "not fully run: its code cells did not all run, in order"),
+        (_set("cells.3.outputs", [ERROR]), "not fully run: ValueError: bad"),
+        (_set("cells.3.source", "another()"), "cell 3 of the source has changed since"),
+        (lambda notebook: notebook.cells.pop(0), "it has 2 cells, its source has 3"),
+        (_set("cells.2.source", "lr = 0.25"), "its injected parameters are not those of tiny.yaml"),
+        (_set("metadata.hybridlab.parameters", {"lr": 0.5}), "its recorded parameters are not the defaults"),
+        (_set("metadata.hybridlab.parameters_sha256", "0"), "its recorded parameter hash is another"),
+        (_set("metadata.widgets", {}), "it carries widget state"),
+        (_set("cells.3.outputs", [new_output("display_data", VIEW)]), "it carries widget state"),
+        (
+            _set("cells.3.outputs", [new_output("stream", text="see /home/me/x")]),
+            "machine path in an output: /home/me/x",
+        ),
+        (_set("cells.3.outputs", [new_output("stream", text="x" * 1_000_000)]), "keep it below 1000000"),
+    ],
+)
+def test_what_is_wrong_with_an_executed_notebook_is_seen(tiny, change, problem):
+    tiny.changed(change)
+    assert any(problem in line for line in tiny.problems())
+
+
+def test_a_parameter_file_that_moved_on_is_seen(tiny):
+    tiny.parameters.write_text("lr: 0.25\n", encoding="utf-8")
+    assert len(tiny.problems()) == 3
+    tiny.parameters.unlink()
+    assert "no such parameter file" in tiny.problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_set("cells.2.outputs", [new_output("stream", text="x")]), "cell 3 is not stripped"),
+        (_set("cells.2.execution_count", 1), "cell 3 is not stripped"),
+        (_set("cells.2.source", ""), "cell 3 is empty"),
+        (_set("cells.1.source", "lr = 1.0"), "is not a one-line 'name: type = literal'"),
+        (_set("cells.1.metadata", {}), "no cell is tagged 'parameters'"),
+        (_set("cells.2.metadata.tags", ["injected-parameters"]), "cell 3 is an injected one"),
+    ],
+)
+def test_what_is_wrong_with_a_source_notebook_is_seen(tiny, change, problem):
+    notebook = nbformat.read(tiny.source, as_version=4)
+    change(notebook)
+    assert any(problem in line for line in source_problems(save(notebook, tiny.source)))
+
+
+def test_a_claim_that_the_notebook_does_not_show_is_seen(tiny):
+    tiny.entry["claims"][0]["numbers"] = {"loss": 2.2501, "steps": 4, "wall_seconds": 9.0}
+    assert tiny.results_problems() == [
+        "claim hybrid_wins: loss is 2.2501 in results.json, which the notebook does not show",
+        "claim hybrid_wins: steps is 4 in results.json, which the notebook does not show",
+    ]
+    tiny.entry["claims"][0]["id"] = "hybrid_win"
+    assert tiny.results_problems() == ["claim hybrid_win is not shown in the notebook"]
+
+
+def test_results_of_other_parameters_are_seen(tiny):
+    tiny.entry["parameters_sha256"] = "0"
+    assert len(tiny.results_problems()) == 2
+    assert results_problems(tiny.executed, {}) == ["results.json has no entry 'tiny': run it again"]
+
+
+def test_claims_of_two_runs_are_compared_at_four_decimals_without_times(tiny):
+    again = json.loads(json.dumps(tiny.entry))
+    again["claims"][0]["numbers"] |= {"loss": 2.25004, "wall_seconds": 100.0}
+    assert claim_differences(tiny.entry, again) == []
+    again["claims"][0]["numbers"] |= {"loss": 2.26, "more": 1}
+    again["claims"][0]["verdict"] = "holds"
+    assert claim_differences(tiny.entry, again) == [
+        "hybrid_wins.loss was 2.2500, is now 2.2600",
+        "hybrid_wins.more was missing, is now 1",
+        "hybrid_wins.verdict was fails, is now holds",
+    ]
