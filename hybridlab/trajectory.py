@@ -116,7 +116,7 @@ class Trajectory:
         count = len(self._slots) + bool(self._direction)
         total = torch.zeros(count, count, dtype=torch.float64, device=self._params[0].device)
         for i in group:
-            for chunk in self._stacked_rows(i).split(_CHUNK_ELEMENTS, dim=1):
+            for chunk in torch.split(self._stacked_rows(i), _CHUNK_ELEMENTS, dim=1):
                 wide = chunk.double()
                 total += wide @ wide.T
         return total.cpu().numpy()

@@ -170,8 +170,8 @@ def _smoothed(values: pd.Series, rows: int) -> np.ndarray:
 
 def _finite_rows(frame: pd.DataFrame, x: str, value: str, what: str) -> pd.DataFrame:
     if missing := {x, value} - set(frame.columns):
-        raise ValueError(f"{what} lack the column {sorted(missing)[0]!r}; they have {list(frame.columns)}")
+        raise ValueError(f"no column {sorted(missing)[0]!r} in {what}; there are {list(frame.columns)}")
     finite = frame.loc[np.isfinite(frame[[x, value]].to_numpy(float)).all(axis=1)]
     if finite.empty:
-        raise ValueError(f"{what} has no finite {value}: nothing to draw, leave it out or look at its log")
+        raise ValueError(f"no finite {value} in {what}: nothing to draw, leave it out or look at its log")
     return finite

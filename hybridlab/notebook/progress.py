@@ -20,6 +20,7 @@ from tqdm.std import tqdm
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 WRITE_EVERY_SECONDS = 0.25
 LOG_EVERY_SECONDS = 15.0
+SETTLED_SHARE = 0.01
 
 
 class Progress:
@@ -59,12 +60,18 @@ class Progress:
         if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
             self._write()
 
+    def step(self, label: str, total: int) -> None:
+        """Count one step of a total that may have grown."""
+        self.total = self._line.total = total
+        self.advance(label=label)
+
     def _write(self) -> None:
         if not self._file:
             return
         self._written = time.monotonic()
         seconds = self._written - self._started
-        left = seconds / self.done * max(self.total - self.done, 0) if self.done else None
+        settled = self.done >= SETTLED_SHARE * self.total  # the first steps carry what happens once: data, compilation
+        left = seconds / self.done * max(self.total - self.done, 0) if settled and self.done else None
         state = {"done": self.done, "total": self.total, "label": self.label}
         state |= {"seconds": seconds, "seconds_left": left}
         beside = Path(f"{self._file}.next")

@@ -13,14 +13,14 @@ from hybridlab.study.train import RunConfig
 
 def run_study(study: Study, notebook: str) -> StudyResult:
     """Train every arm of a study and its controls; records go to `runs/<notebook>`."""
-    with Progress(study.most_steps, "training") as progress:
-        return study.run(runs_folder(notebook), lambda arm: progress.advance(label=arm))
+    with Progress(study.base.steps, "training") as progress:
+        return study.run(runs_folder(notebook), progress.step)
 
 
 def run_configs(configs: Sequence[RunConfig], notebook: str) -> StudyResult:
     """Train some runs, one after the other; records go to `runs/<notebook>`."""
     with Progress(sum(config.steps for config in configs), "training") as progress:
-        return run_arms(configs, runs_folder(notebook), lambda arm: progress.advance(label=arm))
+        return run_arms(configs, runs_folder(notebook), progress.step)
 
 
 def runs_folder(notebook: str) -> Path:

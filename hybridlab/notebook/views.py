@@ -14,6 +14,8 @@ from hybridlab.study.arms import BASELINE, CONTROL, StudyResult
 from hybridlab.study.compare import Comparison
 from hybridlab.study.statistics import Interval
 
+Numbers = dict[str, float | int | str]
+
 QUALITY_TOLERANCE = 0.02
 """The plan's bound on the perplexity that a faster run may lose."""
 
@@ -132,7 +134,7 @@ def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str 
     final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
     first = result.runs[baseline, 0].steps["validation_loss"].dropna().iloc[0]
     neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
-    losses = {name.replace(" ", "_") + "_loss": loss for name, loss in final.items()}
+    losses: Numbers = {name.replace(" ", "_") + "_loss": loss for name, loss in final.items()}
     claims = [
         Claim(
             "converges", "the validation loss falls", _verdict(final[baseline] < first), {"first_loss": first} | losses
@@ -140,12 +142,10 @@ def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str 
     ]
     if neighbours:
         best = _verdict(final[baseline] <= min(neighbours))
-        numbers = {"baseline_loss": final[baseline], "best_neighbour_loss": min(neighbours)}
-        claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, numbers))
+        claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, losses))
     if vanilla in final:
-        numbers = {"baseline_loss": final[baseline], "vanilla_loss": final[vanilla]}
         better = _verdict(final[baseline] < final[vanilla])
-        claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, numbers))
+        claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, losses))
     return claims
 
 
@@ -162,7 +162,7 @@ def _pays(comparison: Comparison) -> Claim:
 
 
 def _quality(comparison: Comparison) -> Claim:
-    change = {"perplexity_change": math.expm1(comparison.to_baseline.mean)}
+    change: Numbers = {"perplexity_change": math.expm1(comparison.to_baseline.mean)}
     return Claim(
         f"{_slug(comparison)}-quality",
         f"{comparison.name}: final perplexity stays within 2 % of the full baseline's",
@@ -199,7 +199,7 @@ def _holds_below(interval: Interval, bound: float) -> Verdict:
     return "fails" if interval.low > bound else "open"
 
 
-def _interval(name: str, interval: Interval) -> dict[str, float | int | str]:
+def _interval(name: str, interval: Interval) -> Numbers:
     low, high = _finite(interval)
     return {name: interval.mean, f"{name}_low": low, f"{name}_high": high, "seeds": interval.seeds}
 

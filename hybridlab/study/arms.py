@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,12 @@ from hybridlab.study.train import RunConfig, train
 
 BASELINE = "baseline"
 CONTROL = "control"
-Announce = Callable[[str], None]
+OnStep = Callable[[str, int], None]
+"""Called after a nominal step with the run's label and the steps of all runs known so far."""
+
+
+def ignore(label: str, total_steps: int) -> None:
+    """Watch nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,39 +46,35 @@ class Study:
         if not all(0 < fraction < 1 for fraction in self.control_fractions):
             raise ValueError("control_fractions must lie between 0 and 1")
 
-    @property
-    def most_steps(self) -> int:
-        """Nominal steps of all runs together, if every hybrid needs a control of its own at full length."""
-        arms = 1 + sum(self.control_fractions) + 2 * len(self.hybrids)
-        return round(arms * self.base.steps) * self.seeds
+    def run(self, folder: Path, on_step: OnStep = ignore) -> StudyResult:
+        """Train every arm, then the controls that the hybrids turned out to need; one folder a run under `folder`.
 
-    def run(self, folder: Path, on_step: Announce = lambda arm: None) -> StudyResult:
-        """Train every arm, one folder a run under `folder`.
-
-        on_step: called after every nominal step with the arm's name
+        on_step: called after every nominal step
         """
-        result = run_arms(self._planned(), folder, on_step)
-        return result | run_arms(self._controls(result), folder, on_step)
+        planned = list(self._planned())
+        result = run_arms(planned, folder, on_step)
+        return result | run_arms(list(self._controls(result)), folder, on_step, steps_before=_steps(planned))
 
     def _planned(self) -> Iterator[RunConfig]:
         for seed in range(self.seeds):
             yield replace(self.base, name=BASELINE, seed=seed)
             for fraction in self.control_fractions:
-                yield self._shortened(round(fraction * self.base.steps), seed)
+                yield self._shortened(
+                    f"{CONTROL}, {fraction:.0%} of the steps", round(fraction * self.base.steps), seed
+                )
             for name, hybrid in self.hybrids.items():
                 yield replace(self.base, name=name, seed=seed, hybrid=hybrid)
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
-        """A plain run for each number of gradient steps that a hybrid took and no plain run has taken."""
-        for seed in range(self.seeds):
-            taken = {result.gradient_steps(name, seed) for name in self.hybrids}
-            for steps in sorted(taken - result.control_losses(seed).keys()):
-                yield self._shortened(steps, seed)
+        """For each hybrid that predicted something, a plain run of as many gradient steps."""
+        for name in self.hybrids:
+            for seed in range(self.seeds):
+                if result.value("predicted_steps", name, seed):
+                    yield self._shortened(control_name(name), result.gradient_steps(name, seed), seed)
 
-    def _shortened(self, steps: int, seed: int) -> RunConfig:
+    def _shortened(self, name: str, steps: int, seed: int) -> RunConfig:
         """The truncated control: fewer steps, the schedule fitted to them."""
-        schedule = self.base.schedule.fitted_to(steps)
-        return replace(self.base, name=control_name(steps), seed=seed, steps=steps, schedule=schedule)
+        return replace(self.base, name=name, seed=seed, steps=steps, schedule=self.base.schedule.fitted_to(steps))
 
 
 @dataclass
@@ -112,25 +113,36 @@ class StudyResult:
 
     def control_losses(self, seed: int) -> dict[int, float]:
         """Final validation loss of every plain run of a seed, by its gradient steps."""
-        plain = [name for name, s in self.runs if s == seed and name.startswith((BASELINE, CONTROL))]
-        return {self.gradient_steps(n, seed): self.value("validation_loss", n, seed) for n in plain}
+        plain = [name for name, its_seed in self.runs if its_seed == seed and name.startswith((BASELINE, CONTROL))]
+        return {self.gradient_steps(name, seed): self.value("validation_loss", name, seed) for name in plain}
 
     def control_of(self, name: str, seed: int) -> str:
-        """The plain run that took as many gradient steps as this hybrid; the baseline if it took them all."""
-        steps = self.gradient_steps(name, seed)
-        return BASELINE if steps == self.gradient_steps(BASELINE, seed) else control_name(steps)
+        """The plain run with as many gradient steps as this hybrid took: the baseline, if it took them all."""
+        return control_name(name) if (control_name(name), seed) in self.runs else BASELINE
+
+    def controls(self, names: Iterable[str]) -> list[str]:
+        """The truncated controls of some hybrids, those that every seed has."""
+        known = [control_name(name) for name in names]
+        return [name for name in known if all((name, seed) in self.runs for seed in self.seeds)]
 
 
-def run_arms(configs: Iterable[RunConfig], folder: Path, on_step: Announce = lambda arm: None) -> StudyResult:
-    """Train each configuration, one folder a run under `folder`."""
+def run_arms(
+    configs: Sequence[RunConfig], folder: Path, on_step: OnStep = ignore, *, steps_before: int = 0
+) -> StudyResult:
+    """Train each configuration, one folder a run under `folder`; `steps_before` were done and count in the total."""
+    total = steps_before + _steps(configs)
     result = StudyResult()
     for config in configs:
         label = f"{config.name}, seed {config.seed}"
         place = folder / re.sub(r"\W+", "_", label)
-        result.runs[config.name, config.seed] = train(config, place, partial(on_step, label))
+        result.runs[config.name, config.seed] = train(config, place, partial(on_step, label, total))
     return result
 
 
-def control_name(steps: int) -> str:
-    """The name of the truncated control of a given length."""
-    return f"{CONTROL} {steps} steps"
+def control_name(hybrid: str) -> str:
+    """The name of a hybrid's truncated control."""
+    return f"{CONTROL} of {hybrid}"
+
+
+def _steps(configs: Sequence[RunConfig]) -> int:
+    return sum(config.steps for config in configs)

@@ -35,6 +35,7 @@ class RunConfig:
     steps: nominal steps; evaluate_every: nominal steps between two evaluations
     precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
     device: "auto" (CUDA where there is one), "cuda" or "cpu"
+    cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
     """
 
     name: str
@@ -48,12 +49,15 @@ class RunConfig:
     evaluate_every: int = 50
     seed: int = 0
     device: str = "auto"
+    cpu_threads: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         check_precision(self.precision)
         if self.steps < 1 or self.evaluate_every < 1:
             raise ValueError("steps and evaluate_every must be at least 1")
+        if self.cpu_threads < 0:
+            raise ValueError("cpu_threads must be at least 0 (0 leaves the choice to torch)")
 
     def as_vanilla(self) -> RunConfig:
         """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
@@ -108,6 +112,8 @@ class TrainingRun:
         self._config, self._folder = config, folder
         self._device = find_device(config.device)
         set_matmul_precision(config.precision)
+        if config.cpu_threads:
+            torch.set_num_threads(config.cpu_threads)
         self._task: Task = config.task.build(config.seed, self._device)
         self._model = compiled(self._task.model) if config.compiled else self._task.model
         self._optimizer = build_optimizer(self._task.model, config.optimizer)

@@ -1,0 +1,58 @@
+# Two commands for a fresh machine: `make run` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+PROFILE ?= cpu
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+HYBRIDLAB := $(BIN)/hybridlab
+FIRST := 03_gpt2_small_hybrid
+MILESTONES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
+
+.PHONY: help run test lab milestones check clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+run: .venv/run ## train baseline, hybrids and controls on real text; leaves an executed notebook
+	$(HYBRIDLAB) run notebooks/$(FIRST).ipynb -f params/cpu/$(FIRST).yaml -p device auto -p results runs/first \
+	  -o runs/first/$(FIRST).ipynb
+
+test: .venv/test ## every test, the notebooks' included
+	$(BIN)/python -m pytest
+
+check: .venv/dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: .venv/run ## JupyterLab with the notebooks
+	$(BIN)/jupyter lab notebooks
+
+milestones: .venv/run $(MILESTONES:%=executed/$(PROFILE)/%) ## every notebook as a batch: PROFILE=cpu or PROFILE=rtx5080
+
+executed/$(PROFILE)/%: .venv/run
+	@test -f params/$(PROFILE)/$*.yaml || { echo "params/$(PROFILE)/$*.yaml is missing: PROFILE is cpu or rtx5080"; exit 2; }
+	$(HYBRIDLAB) run notebooks/$*.ipynb -f params/$(PROFILE)/$*.yaml -o executed/$(PROFILE)/$*.ipynb
+
+# A stamp file for each set of packages: a second call finds it and installs nothing.
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hybridlab needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	touch $@
+
+.venv/run: .venv/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/test: .venv/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@ .venv/run
+
+.venv/dev: .venv/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ .venv/test .venv/run
+
+clean: ## remove the environment, caches and run records
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
