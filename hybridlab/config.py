@@ -22,7 +22,10 @@ class HybridTrainerConfig:
     divergence_threshold: how many standard deviations above its running mean a loss counts as divergence
     predictor: a name in `hybridlab.predictors.PREDICTORS`
     gate: try every jump forward-only before it is taken, and refuse it unless the loss falls
-    path_rows: displacements that the path remembers; each is as large as the trainable weights
+    gate_batches: fresh batches that a jump is tried on, one a step
+    gate_budget: share of the training, between 0 and 1, that refused trials may cost
+    path_device: "same" keeps the remembered path beside the weights, "host" in (pinned) host memory
+    path_dtype: "fp32" or "bf16", of the path's rows; each row is as large as the trainable weights
     clip_norm: gradient norm above which gradients are scaled down; None leaves them alone
 
     Raises TypeError and ValueError that name the setting and its remedy.
@@ -37,7 +40,10 @@ class HybridTrainerConfig:
     predictor: str = "linear"
     correct_steps: int = 5
     gate: bool = True
-    path_rows: int = 4
+    gate_batches: int = 4
+    gate_budget: float = 0.02
+    path_device: str = "same"
+    path_dtype: str = "fp32"
     clip_norm: float | None = None
 
     @classmethod
@@ -55,11 +61,6 @@ class HybridTrainerConfig:
         """Plain training through the same step: nothing is ever predicted."""
         return cls(**{"max_predict_steps": 0} | changes)
 
-    @property
-    def record_every(self) -> int:
-        """Gradient steps between two records of the path, so that a Full block fills it."""
-        return -(-self.full_steps // self.path_rows)
-
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         for field in fields(self):
@@ -68,12 +69,15 @@ class HybridTrainerConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"confidence_threshold is {self.confidence_threshold}: it must lie in [0, 1]")
+        for name in ("confidence_threshold", "gate_budget"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
         if self.divergence_threshold <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
             raise ValueError("divergence_threshold and clip_norm must be above 0 (clip_norm=None turns clipping off)")
-        if self.predictor not in PREDICTORS:
-            raise ValueError(f"predictor {self.predictor!r} is unknown: {nearest(self.predictor, PREDICTORS)}")
+        choices = {"predictor": PREDICTORS, "path_device": ("same", "host"), "path_dtype": ("fp32", "bf16")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: {nearest(getattr(self, name), known)}")
 
 
 _LEAST = {
@@ -82,7 +86,7 @@ _LEAST = {
     "max_predict_steps": 0,
     "correct_steps": 0,
     "correction_interval": 1,
-    "path_rows": 2,
+    "gate_batches": 1,
 }
 
 

@@ -50,14 +50,14 @@ class Moment:
 
     phase: the phase of the step just taken
     steps_in_phase: nominal steps taken in it so far
-    confidence: of the predictor at the end of a block of Full steps, in [0, 1]; None elsewhere
+    jump_accepted: a proposal passed the gate at this step
     jump_ended: the accepted jump is used up, or was cut short
     diverged: the divergence monitor spoke
     """
 
     phase: Phase
     steps_in_phase: int
-    confidence: float | None = None
+    jump_accepted: bool = False
     jump_ended: bool = False
     diverged: bool = False
 
@@ -70,8 +70,7 @@ def first_phase(settings: PhaseSettings) -> Phase:
 def next_phase(moment: Moment, settings: PhaseSettings) -> Phase:
     """The phase of the next step: Warmup -> Full -> Predict -> Correct -> Full -> ...
 
-    Full goes on, block after block, while the confidence stays below its threshold, and a divergence leads
-    back to Full from everywhere but Warmup.
+    Full goes on until a jump is accepted, and a divergence leads back to Full from everywhere but Warmup.
     """
     match moment.phase:
         case Phase.WARMUP:
@@ -79,16 +78,16 @@ def next_phase(moment: Moment, settings: PhaseSettings) -> Phase:
         case _ if moment.diverged:
             return Phase.FULL
         case Phase.FULL:
-            return Phase.PREDICT if _may_predict(moment, settings) else Phase.FULL
+            return Phase.PREDICT if moment.jump_accepted else Phase.FULL
         case Phase.PREDICT:
             return _after_jump(settings) if moment.jump_ended else Phase.PREDICT
         case Phase.CORRECT:
             return Phase.FULL if moment.steps_in_phase >= settings.correct_steps else Phase.CORRECT
 
 
-def _may_predict(moment: Moment, settings: PhaseSettings) -> bool:
-    confident = moment.confidence is not None and moment.confidence >= settings.confidence_threshold
-    return settings.max_predict_steps > 0 and confident
+def may_propose(confidence: float, settings: PhaseSettings) -> bool:
+    """Whether the path is steady enough to propose a jump."""
+    return settings.max_predict_steps > 0 and confidence >= settings.confidence_threshold
 
 
 def _after_jump(settings: PhaseSettings) -> Phase:

@@ -8,26 +8,25 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.config import HybridTrainerConfig
-from hybridlab.divergence import DivergenceMonitor, Verdict
+from hybridlab.corrector import Case, ResidualStore, wanted_length
+from hybridlab.divergence import Answer, DivergenceMonitor, Thresholds, Verdict
 from hybridlab.errors import UserError
-from hybridlab.gate import LENGTHS, judge
-from hybridlab.gram import Gram
-from hybridlab.jump import Jump
-from hybridlab.phases import Moment, Phase, first_phase, next_phase
+from hybridlab.gate import Gate
+from hybridlab.jump import Jump, Trial
+from hybridlab.phases import Moment, Phase, first_phase, may_propose, next_phase
 from hybridlab.predictors import PREDICTORS, Proposal, Signals
 from hybridlab.step_result import Statistics, StepResult
-from hybridlab.trajectory import Snapshot, Trajectory
+from hybridlab.trajectory import PathStorage, Snapshot, Trajectory
 
 Closure = Callable[[], Tensor]
 """Forward only: returns the scalar loss of one batch, and leaves backward to the trainer."""
 
-
-TOLERATED_DEVIATIONS = 2.0
-"""How far, in standard deviations of the loss, a measurement inside a jump may lie above its prediction."""
+CLOCKS = ("nominal", "gradient", "worth")
 
 
 class DivergenceError(UserError):
@@ -37,56 +36,67 @@ class DivergenceError(UserError):
 class HybridTrainer:
     """Runs any model and torch optimizer through Warmup -> Full -> Predict -> Correct.
 
-    Call `step(closure)` once for each batch. The closure runs the forward pass on that batch and returns the
-    loss; whether a backward pass follows is the trainer's decision.
+    Call `step(closure)` once for each batch. The closure runs the forward pass on that batch and returns the loss;
+    whether a backward pass follows is the trainer's decision. At the end of a Full block the predictor may propose a
+    jump; the gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
 
     model: any `torch.nn.Module`; optimizer: any torch optimizer over its parameters
     config: `HybridTrainerConfig`; with `max_predict_steps=0` training equals the plain loop bit for bit
 
-    Raises DivergenceError when the loss is NaN or infinite and there is no jump to take back, UserError when
-    the closure runs backward by itself.
+    Raises DivergenceError when the loss is NaN or infinite and there is no jump to take back, UserError when the
+    closure runs backward by itself or the optimizer keeps a copy of the weights.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None = None) -> None:
         self.model, self.optimizer = model, optimizer
-        self.config = config or HybridTrainerConfig()
-        self._phase, self._steps_in_phase = first_phase(self.config), 0
-        self._predictor = PREDICTORS[self.config.predictor]()
-        self._monitor = DivergenceMonitor(self.config.divergence_threshold)
-        self._statistics = Statistics()
+        self.config = config = config or HybridTrainerConfig()
         self._params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._trajectory = Trajectory(model, optimizer, self.config.path_rows, self.config.record_every)
+        self._predictor = PREDICTORS[config.predictor]()
+        self._needs = self._predictor.needs(config.full_steps)
+        storage = PathStorage(
+            config.path_device == "host", torch.bfloat16 if config.path_dtype == "bf16" else torch.float32
+        )
+        self._trajectory = Trajectory(model, optimizer, self._needs, storage)
+        self._gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
+        self._monitor = DivergenceMonitor(Thresholds(band=config.divergence_threshold))
+        self._residuals = ResidualStore()
+        self._statistics = Statistics()
+        self._trial: Trial | None = None
         self._jump: Jump | None = None
         self._before_jump: Snapshot | None = None
         self._last: StepResult | None = None
-        if self._phase is Phase.FULL:
-            self._enter(Phase.FULL)
+        self._highest_lr = 0.0
+        self._worth_steps = self._worth_at_risk = 0.0
+        self._enter(first_phase(config))
 
     # --- the step ----------------------------------------------------------------------------------------
 
     def step(self, closure: Closure) -> StepResult:
         """Take one nominal step on the closure's batch."""
         started = time.perf_counter()
-        event = self._open_jump(closure) if self._phase is Phase.PREDICT and self._jump is None else None
         match self._phase:
-            case Phase.WARMUP | Phase.CORRECT:
+            case Phase.WARMUP:
                 result = self._gradient_step(closure)
             case Phase.FULL:
+                self._probe(closure)
                 result = self._gradient_step(closure)
-                result = replace(result, confidence=self._record_path())
+                result = self._look_ahead(result)
             case Phase.PREDICT:
                 result = self._predicted_step(closure)
-        diverged = self._watch(result)
-        result = replace(result, event=diverged or result.event or event)
-        self._advance(result, started, diverged=diverged is not None)
+            case Phase.CORRECT:
+                result = self._gradient_step(closure)
+                self._correct_(result)
+        verdict = self._watch(result)
+        if verdict:
+            result = replace(result, event=self._answer(verdict))
+        self._advance(result, started, diverged=verdict is not None and verdict.answer is Answer.ROLL_BACK)
         return result
 
     def _gradient_step(self, closure: Closure) -> StepResult:
         """Forward, backward, clip, optimizer."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = closure()
-        if any(p.grad is not None for p in self._params):
-            raise UserError("the closure ran backward: let it return the loss only, the trainer decides about backward")
+        self._refuse_gradients()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = self._clip_()
         self.optimizer.step()
@@ -95,85 +105,125 @@ class HybridTrainer:
 
     def _predicted_step(self, closure: Closure) -> StepResult:
         """The weights move at the start of a chunk; its last step measures the loss on the user's own batch."""
-        assert self._jump is not None
-        jump, chunk = self._jump, self.config.correction_interval
-        if jump.taken % chunk == 0:
-            self._trajectory.move_(jump.proposal.coefficients, min(chunk, jump.length - jump.taken) / jump.horizon)
+        jump, interval = self._jump, self.config.correction_interval
+        assert jump is not None
+        if jump.taken % interval == 0:
+            self._trajectory.move_(jump.proposal.coefficients, jump.next_chunk(interval))
         jump.taken += 1
         self._statistics.predicted_steps += 1
+        self._worth_at_risk += jump.worth_per_step
         result = self._result(predicted_loss=jump.predicted_loss)
-        if jump.taken % chunk and not jump.is_over:
+        if jump.taken % interval and not jump.is_over:
             return result
-        result = replace(result, loss_tensor=self._forward(closure))
-        return self._micro_correct(jump, result)
+        return replace(result, loss_tensor=self._forward(closure))
 
-    def _micro_correct(self, jump: Jump, result: StepResult) -> StepResult:
-        """End the jump where the measured loss is well above the predicted one."""
-        assert result.predicted_loss is not None
-        too_high = result.loss > result.predicted_loss + TOLERATED_DEVIATIONS * self._monitor.deviation
-        if not too_high or jump.is_over:
+    # --- proposing and trying ----------------------------------------------------------------------------
+
+    def _look_ahead(self, result: StepResult) -> StepResult:
+        """After a Full step: carry on with the trial under way, or see whether to open one."""
+        if self._trial is not None:
+            return self._pursue(self._trial, result)
+        if not self.config.max_predict_steps or not self._trajectory.observe() or not self._block_ended:
             return result
-        jump.length = jump.taken
-        return replace(result, event="shortened")
+        self._settle_jump()
+        if self.config.gate and not self._gate.may_ask(self._statistics.gradient_steps):
+            return result
+        return self._propose(result)
 
-    # --- proposing ---------------------------------------------------------------------------------------
+    def _settle_jump(self) -> None:
+        """The last jump has stood a whole block of real steps: it is final."""
+        self._worth_steps += self._worth_at_risk
+        self._before_jump, self._worth_at_risk = None, 0.0
 
-    def _open_jump(self, closure: Closure) -> str:
-        """Ask the predictor for a jump and keep a way back; a refused one makes this step a Full one."""
-        self._jump = self._propose(closure)
-        if self._jump is not None:
-            self._statistics.proposals_accepted += 1
-            return "accepted"
-        self._statistics.proposals_rejected += 1
-        self._before_jump = None
-        self._phase, self._steps_in_phase = Phase.FULL, 0
-        return "rejected"
+    @property
+    def _block_ended(self) -> bool:
+        """Whether this record is the first since a Full block was completed, on a path that is full."""
+        steps, block = self._steps_in_phase + 1, self.config.full_steps
+        return self._trajectory.is_full and steps >= block and steps % block < self._needs.every
 
-    def _propose(self, closure: Closure) -> Jump | None:
-        horizon = self.config.max_predict_steps
-        proposal = self._predictor.propose(self._gram(), horizon)
+    def _propose(self, result: StepResult) -> StepResult:
+        gram = self._trajectory.gram()
+        horizon = self._gate.horizon
+        proposal = self._predictor.propose(gram, horizon)
+        result = replace(result, confidence=proposal.confidence)
+        if not may_propose(proposal.confidence, self.config):
+            return result
         if proposal.stays_put:
-            return None
-        self._before_jump = self._trajectory.snapshot()
-        return self._try(proposal, horizon, closure) if self.config.gate else self._trust(proposal, horizon)
+            self._statistics.proposals_rejected += 1
+            return replace(result, event="rejected: the proposal is empty or not finite")
+        scale = self._residuals.expected_length(proposal.confidence)
+        proposal = replace(proposal, coefficients=scale * proposal.coefficients)
+        trial = Trial(proposal, max(1.0, scale * horizon), gram.to_mean())
+        if self.config.gate:
+            self._trial = trial
+            return replace(result, event="proposed")
+        trial.slopes.append(self._slopes(proposal, result))
+        return self._accept(trial, 1.0, proposal.loss_change, result)
 
-    def _try(self, proposal: Proposal, horizon: int, closure: Closure) -> Jump | None:
-        """The gate: one batch and one dropout mask at every length, the weights put back after each."""
-        here = float(self._forward(closure, same_noise=True))
-        after = {length: self._loss_after(proposal, length, closure) for length in LENGTHS}
-        taken = judge(here, after)
-        steps = round(taken * horizon)
-        return Jump(proposal, horizon, steps, here, after[taken]) if steps else None
-
-    def _loss_after(self, proposal: Proposal, length: float, closure: Closure) -> float:
-        assert self._before_jump is not None
-        self._trajectory.move_(proposal.coefficients, length)
+    def _probe(self, closure: Closure) -> None:
+        """Try every length of the trial on this step's batch, before it is trained on; put the weights back."""
+        if self._trial is None:
+            return
+        saved = self._trajectory.snapshot(optimizer=False)
         try:
-            return float(self._forward(closure, same_noise=True))
+            for length, losses in self._trial.losses.items():
+                self._trajectory.move_(self._trial.at(length))
+                losses.append(self._forward(closure, same_noise=True))
+                self._trajectory.restore_(saved)
         finally:
-            self._trajectory.restore_(self._before_jump, optimizer=False)
+            self._trajectory.restore_(saved)
 
-    def _trust(self, proposal: Proposal, horizon: int) -> Jump:
-        """No gate: the jump is taken whole, with the predictor's own forecast of the loss."""
-        mean = self._monitor.mean
-        return Jump(proposal, horizon, horizon, mean, mean + proposal.loss_change)
+    def _pursue(self, trial: Trial, result: StepResult) -> StepResult:
+        """Note the slopes along the jump; decide when enough batches were tried."""
+        trial.slopes.append(self._slopes(trial.proposal, result))
+        if trial.batches < self.config.gate_batches:
+            return result
+        self._trial = None
+        decision = trial.decide()
+        self._gate.learn(decision, trial.proposal.confidence, trial.forwards)
+        if decision.accepted:
+            return self._accept(trial, decision.length, decision.change, result)
+        self._statistics.proposals_rejected += 1
+        self._trajectory.anchor()
+        return replace(result, event="rejected")
 
-    def _record_path(self) -> float | None:
-        """Record a Full step; at the end of a block return the predictor's confidence in the path."""
-        if not self.config.max_predict_steps:
-            return None
-        self._trajectory.observe()
-        if (self._steps_in_phase + 1) % self.config.full_steps or not self._trajectory.is_full:
-            return None
-        self._before_jump = None  # the last jump has stood a whole block: it is final
-        return self._predictor.propose(self._gram(), self.config.max_predict_steps).confidence
+    def _accept(self, trial: Trial, length: float, loss_change: float, result: StepResult) -> StepResult:
+        """Turn a trial into a jump, and keep a way back."""
+        asked = length * trial.horizon
+        steps = max(1, min(self.config.max_predict_steps, round(asked)))
+        slopes = torch.stack(trial.slopes).mean(dim=0)
+        change = loss_change * min(1.0, steps / asked)
+        worth = self._monitor.worth_steps(change, steps) / steps
+        self._jump = Jump(trial.proposal, trial.horizon, steps, self._monitor.mean, change, worth, slopes)
+        self._before_jump = self._trajectory.snapshot()
+        self._statistics.proposals_accepted += 1
+        return replace(result, event="accepted")
 
-    def _gram(self) -> Gram:
-        return self._trajectory.gram(with_direction=self._predictor.needs_direction)
+    # --- correcting --------------------------------------------------------------------------------------
+
+    def _correct_(self, result: StepResult) -> None:
+        """Note the slopes after the jump; at the end of Correct pull each group to where its slope vanishes."""
+        jump = self._jump
+        assert jump is not None
+        jump.slopes_after.append(self._slopes(jump.proposal, result))
+        if len(jump.slopes_after) < self.config.correct_steps:
+            return
+        confidence = jump.proposal.confidence
+        wanted = wanted_length(*jump.slopes_per_move())
+        blended = self._residuals.blend(wanted, confidence)
+        self._residuals.add(Case(confidence, jump.loss_error, float(wanted.mean())))
+        self._trajectory.move_(jump.proposal.coefficients * (jump.moved * (blended - 1.0))[:, None])
+
+    def _slopes(self, proposal: Proposal, result: StepResult) -> Float64[Tensor, " group"]:
+        """Slope of the loss along a proposal from the last gradients, as they were before clipping."""
+        slopes = self._trajectory.slopes(proposal.coefficients)
+        if self.config.clip_norm is None or result.norm_tensor is None:
+            return slopes
+        return slopes * (result.norm_tensor.double() / self.config.clip_norm).clamp(min=1.0).to(slopes.device)
 
     # --- watching and deciding ---------------------------------------------------------------------------
 
-    def _watch(self, result: StepResult) -> str | None:
+    def _watch(self, result: StepResult) -> Verdict | None:
         """Judge what was measured; read gradient steps one step late, so that it never stalls the device.
 
         Inside a jump the decision cannot wait: there the measurement is read at once.
@@ -184,31 +234,48 @@ class HybridTrainer:
         if ripe is None or ripe.measured_loss is None:
             return None
         if ripe.gradient_norm is not None:
-            self._predictor.observe(Signals(ripe.measured_loss, ripe.gradient_norm))
-        verdict = self._monitor.judge(ripe.measured_loss, ripe.gradient_norm)
-        return self._answer(verdict) if verdict else None
+            self._predictor.observe(Signals(ripe.measured_loss, ripe.gradient_norm, self._lr_share()))
+        elif self._jump is not None and ripe.predicted_loss is not None:
+            self._jump.loss_error = ripe.measured_loss - ripe.predicted_loss
+        return self._monitor.judge(ripe.measured_loss, ripe.gradient_norm, ripe.predicted_loss)
 
     def _answer(self, verdict: Verdict) -> str:
-        """Take back the last jump if it may be the cause; stop where a number is not finite."""
+        """Shorten the jump, end it, or take it back; say what was done, and why."""
+        jump = self._jump if self._phase is Phase.PREDICT else None
+        if verdict.answer is Answer.ROLL_BACK:
+            return self._roll_back_(verdict)
+        if jump is not None and verdict.answer is Answer.LEAVE_PREDICT:
+            jump.length = jump.taken
+            return f"left Predict: {verdict}"
+        if jump is not None:
+            jump.share *= 0.5
+            return f"shortened: {verdict}"
+        return f"noted: {verdict}"
+
+    def _roll_back_(self, verdict: Verdict) -> str:
+        """Restore what was before the last jump, if it may be the cause; stop where a number is not finite."""
         self._statistics.divergences += 1
         if self._before_jump is not None:
             self._trajectory.restore_(self._before_jump)
-            self._before_jump = self._last = None
+            self._worth_at_risk = 0.0
+            self._before_jump = self._last = self._trial = None
+            self._gate.shorten()
             self._statistics.rollbacks += 1
-            return f"rolled back: {verdict.reason}"
-        if verdict.not_finite:
+            return f"rolled back: {verdict}"
+        if verdict.kind == "not finite":
             raise DivergenceError(
                 f"{verdict.reason} by step {self._statistics.nominal_steps + 1} ({self._phase}), and there is no jump "
                 "to take back: lower the learning rate or warm up for longer"
             )
-        return verdict.reason
+        return f"diverged: {verdict}"
 
     def _advance(self, result: StepResult, started: float, *, diverged: bool) -> None:
         """Count the step, and let `next_phase` decide what comes after it."""
         self._statistics.nominal_steps += 1
         self._steps_in_phase += 1
-        ended = self._jump is not None and self._jump.is_over
-        moment = Moment(self._phase, self._steps_in_phase, result.confidence, jump_ended=ended, diverged=diverged)
+        jump = self._jump
+        accepted, ended = jump is not None, jump is not None and jump.is_over
+        moment = Moment(self._phase, self._steps_in_phase, accepted, jump_ended=ended, diverged=diverged)
         following = next_phase(moment, self.config)
         if following is not self._phase or diverged:
             self._enter(following)
@@ -219,10 +286,11 @@ class HybridTrainer:
         if self._params[0].is_cuda:
             torch.cuda.synchronize(self._params[0].device)
         self._phase, self._steps_in_phase = phase, 0
-        if phase is not Phase.PREDICT:
-            self._jump = None
+        if phase is Phase.PREDICT:
+            self.optimizer.zero_grad(set_to_none=True)
         if phase is Phase.FULL and self.config.max_predict_steps:
-            self._trajectory.restart()
+            self._jump = None
+            self._trajectory.anchor()
 
     # --- helpers -----------------------------------------------------------------------------------------
 
@@ -230,15 +298,28 @@ class HybridTrainer:
         """A forward without backward; `same_noise` leaves the random streams as they were."""
         self._statistics.forward_only_passes += 1
         devices = [p.device for p in self._params[:1] if p.is_cuda]
+        gradients = [p.grad for p in self._params]
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=same_noise):
-            return closure()
+            loss = closure()
+        if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):
+            self._refuse_gradients()
+        return loss.detach()
+
+    def _refuse_gradients(self) -> None:
+        if any(p.grad is not None for p in self._params):
+            raise UserError("the closure ran backward: let it return the loss only, the trainer decides about backward")
 
     def _clip_(self) -> Tensor:
         """Norm of all gradients, and gradients scaled down to `clip_norm` where it is exceeded."""
-        gradients = [p.grad for p in self._params if p.grad is not None]
         if self.config.clip_norm is None:
-            return nn.utils.get_total_norm(gradients)
+            return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
         return nn.utils.clip_grad_norm_(self._params, self.config.clip_norm)
+
+    def _lr_share(self) -> float:
+        """The learning rate over the highest one so far."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self._highest_lr = max(self._highest_lr, lr)
+        return lr / self._highest_lr if self._highest_lr else 1.0
 
     def _result(self, **measured: Any) -> StepResult:
         return StepResult(self._statistics.nominal_steps + 1, self._phase, **measured)
@@ -252,12 +333,30 @@ class HybridTrainer:
 
     @property
     def needs_backward(self) -> bool:
-        """Whether the next step takes a backward pass, unless the gate refuses its jump."""
+        """Whether the next step takes a backward pass."""
         return self._phase is not Phase.PREDICT
 
     def statistics(self) -> Statistics:
         """The counts so far, as a copy."""
         return replace(self._statistics, seconds_by_phase=dict(self._statistics.seconds_by_phase))
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Predicted confidence against how often proposals were accepted, a row a bin of confidence."""
+        return self._gate.reliability()
+
+    def steps_by(self, clock: str) -> float:
+        """Steps so far by the clock that a schedule may follow.
+
+        "nominal" counts every step, so that a schedule planned for N steps ends with the run: the default, and what
+        the truncated control is fitted against. "gradient" counts real steps alone. "worth" counts real steps, and
+        for each jump the steps that its measured change of the loss would have taken at the loss's own pace.
+        """
+        by_clock = {
+            "nominal": self._statistics.nominal_steps,
+            "gradient": self._statistics.gradient_steps,
+            "worth": self._statistics.gradient_steps + self._worth_steps + self._worth_at_risk,
+        }
+        return by_clock[clock]
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -272,12 +371,12 @@ class HybridTrainer:
             "phase": str(self._phase),
             "steps_in_phase": self._steps_in_phase,
             "statistics": asdict(self._statistics),
-            "predictor": self._predictor.state_dict(),
-            "monitor": self._monitor.state_dict(),
-            "trajectory": self._trajectory.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "trial": self._trial.state_dict() if self._trial else None,
             "jump": self._jump.state_dict() if self._jump else None,
             "before_jump": self._before_jump.state_dict() if self._before_jump else None,
             "last": last and {"phase": str(last.phase), "loss": last.measured_loss, "norm": last.gradient_norm},
+            "numbers": [self._highest_lr, self._worth_steps, self._worth_at_risk],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -288,12 +387,23 @@ class HybridTrainer:
         _refuse_other_settings(state["config"], asdict(self.config))
         self._phase, self._steps_in_phase = Phase(state["phase"]), state["steps_in_phase"]
         self._statistics = Statistics(**state["statistics"])
-        self._predictor.load_state_dict(state["predictor"])
-        self._monitor.load_state_dict(state["monitor"])
-        self._trajectory.load_state_dict(state["trajectory"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self._trial = Trial.from_state(state["trial"]) if state["trial"] else None
         self._jump = Jump.from_state(state["jump"]) if state["jump"] else None
         self._before_jump = Snapshot(**state["before_jump"]) if state["before_jump"] else None
         self._last = _restored_result(state["last"]) if state["last"] else None
+        self._highest_lr, self._worth_steps, self._worth_at_risk = state["numbers"]
+
+    def _parts(self) -> dict[str, Any]:
+        """The parts that keep a state of their own."""
+        return {
+            "trajectory": self._trajectory,
+            "predictor": self._predictor,
+            "gate": self._gate,
+            "monitor": self._monitor,
+            "residuals": self._residuals,
+        }
 
 
 def _restored_result(last: dict[str, Any]) -> StepResult:

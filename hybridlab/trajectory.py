@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +13,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.errors import UserError
-from hybridlab.gram import Gram, Row
+from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
 
 _CHUNK_ELEMENTS = 1 << 22
 """Elements of a row that are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
+class PathStorage:
+    """Where the path is kept. `on_host`: in pinned host memory instead of beside the weights; `dtype`: of its rows."""
+
+    on_host: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """Weights, buffers and optimizer state as they were; holds copies of its own."""
+    """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own."""
 
     tensors: tuple[Tensor, ...]
-    optimizer: dict[int, dict[str, Any]]
+    optimizer: dict[int, dict[str, Any]] | None
 
     def state_dict(self) -> dict[str, Any]:
         """The fields, by name."""
@@ -33,76 +42,105 @@ class Snapshot:
 class Trajectory:
     """Remembers displacements of the weights, and moves the weights along combinations of them.
 
-        row[i] = theta[t_i] - theta[t_(i-1)]        t_i - t_(i-1) = `record_every` gradient steps
+        row[i]   = theta[t_i] - theta[t_(i-1)]              t_i - t_(i-1) = `needs.every` gradient steps
+        velocity = gamma^s velocity + (1 - gamma^s) row / s    at each new row, s = `needs.every`
 
-    Rows live in a ring of `capacity` slots, each as large as the trainable weights; one more such copy holds the
-    last recorded weights. All of it is allocated at the first `restart`. Only parameters in the optimizer's groups
-    that require gradients take part; buffers are part of snapshots.
+    The rows live in a ring, each as large as the trainable weights; one more such copy holds the last recorded
+    weights, one the velocity where it is wanted. All of it is allocated at the first `anchor`. Only parameters in the
+    optimizer's groups that require gradients take part; buffers are part of snapshots.
+
+    Raises UserError for an optimizer that keeps a copy of the weights which a jump would not reach.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, capacity: int, record_every: int) -> None:
-        self._optimizer = optimizer
+    def __init__(self, model: nn.Module, optimizer: Optimizer, needs: PathNeeds, storage: PathStorage) -> None:
+        self._optimizer, self._needs, self._storage = optimizer, needs, storage
         trained = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self._params = [p for group in trained for p in group]
         self._groups = _slices([len(group) for group in trained])
         self._buffers = list(model.buffers())
-        self._capacity, self._record_every = capacity, record_every
         self._rows: list[Tensor] = []
         self._last: list[Tensor] = []
+        self._velocity: list[Tensor] = []
         self._direction: list[Tensor] = []
         self._steps = self._recorded = 0
 
     # --- recording ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Begin a new path at the current weights: across a jump, displacements would mean nothing."""
+    def anchor(self) -> None:
+        """Begin a new stretch at the current weights; earlier rows stay, since they are real motion still."""
         self._allocate()
-        self._steps = self._recorded = 0
-        torch._foreach_copy_(self._last, self._params)
+        self._steps = 0
+        _copy_(self._last, self._params)
+
+    @torch.no_grad()
+    def observe(self) -> bool:
+        """Count a gradient step; every `needs.every`-th writes a row. Returns whether this one did."""
+        self._steps += 1
+        if self._steps % self._needs.every:
+            return False
+        slot = [rows[self._recorded % self._needs.rows] for rows in self._rows]
+        _subtract_(slot, self._params, self._last)
+        _copy_(self._last, self._params)
+        if self._needs.velocity is not None:
+            self._follow(slot, self._needs.velocity**self._needs.every)
+        self._recorded += 1
+        return True
+
+    def _follow(self, slot: Sequence[Tensor], keep: float) -> None:
+        torch._foreach_mul_(self._velocity, keep)
+        torch._foreach_add_(self._velocity, slot, alpha=(1 - keep) / self._needs.every)
 
     def _allocate(self) -> None:
         """Take the memory of the path when it is first needed, and once."""
-        if not self._rows:
-            shapes = [(self._capacity, *p.shape) for p in self._params]
-            self._rows = [p.new_zeros(shape) for p, shape in zip(self._params, shapes, strict=True)]
-            self._last = [torch.empty_like(p) for p in self._params]
-
-    @torch.no_grad()
-    def observe(self) -> None:
-        """Count a gradient step; every `record_every`-th writes a row."""
-        self._steps += 1
-        if self._steps % self._record_every:
+        if self._rows:
             return
-        slot = [rows[self._recorded % self._capacity] for rows in self._rows]
-        torch._foreach_copy_(slot, self._params)
-        torch._foreach_sub_(slot, self._last)
-        torch._foreach_copy_(self._last, self._params)
-        self._recorded += 1
+        self._rows = [self._empty(p, self._needs.rows, *p.shape) for p in self._params]
+        self._last = [self._empty(p, *p.shape, dtype=p.dtype) for p in self._params]
+        if self._needs.velocity is not None:
+            self._velocity = [self._empty(p, *p.shape).zero_() for p in self._params]
+
+    def _empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self._storage.dtype
+        if not self._storage.on_host:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, pin_memory=like.is_cuda)
 
     @property
     def is_full(self) -> bool:
         """Whether every slot holds a displacement."""
-        return self._recorded >= self._capacity
+        return self._recorded >= self._needs.rows
 
     # --- looking -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def gram(self, *, with_direction: bool = False) -> Gram:
-        """Inner products of the rows, oldest first, by parameter group, in float64.
-
-        with_direction: append the optimizer's own direction at the current weights as the last row
-        """
-        self._direction = self._optimizer_directions() if with_direction else []
-        rows = [Row("displacement", self._record_every)] * len(self._slots)
-        rows += [Row("direction", 1)] * with_direction
-        products = np.stack([self._group_products(group) for group in self._groups])
+    def gram(self) -> Gram:
+        """Inner products of the rows by parameter group, in float64: displacements, then velocity, then direction."""
+        refuse_hidden_weights(self._optimizer, self._params)
+        self._direction = self._optimizer_directions() if self._needs.direction else []
+        rows = [Row("displacement", self._needs.every)] * len(self._slots)
+        rows += [Row("velocity", 1)] * bool(self._velocity) + [Row("direction", 1)] * bool(self._direction)
+        products = np.stack([self._group_products(group, len(rows)) for group in self._groups])
         return Gram(products, tuple(rows))
+
+    @torch.no_grad()
+    def slopes(self, coefficients: Coefficients) -> Float64[Tensor, " group"]:
+        """Derivative of the loss along a combination of rows, by group, from the gradients of the last backward."""
+        slopes = torch.zeros(len(self._groups), dtype=torch.float64, device=self._params[0].device)
+        for g, group in enumerate(self._groups):
+            for row in np.flatnonzero(coefficients[g]):
+                weight = float(coefficients[g, row])
+                for i in group:
+                    if (gradient := self._params[i].grad) is not None:
+                        moved = self._row(i, int(row)).to(gradient.device, gradient.dtype)
+                        slopes[g] += weight * torch.sum(gradient * moved, dtype=torch.float64)
+        return slopes
 
     @property
     def _slots(self) -> list[int]:
         """Ring slots in use, oldest first."""
-        return [i % self._capacity for i in range(max(0, self._recorded - self._capacity), self._recorded)]
+        capacity = self._needs.rows
+        return [i % capacity for i in range(max(0, self._recorded - capacity), self._recorded)]
 
     def _optimizer_directions(self) -> list[Tensor]:
         settings = self._optimizer.param_groups
@@ -112,47 +150,65 @@ class Trajectory:
             for i in group
         ]
 
-    def _group_products(self, group: range) -> Float64[np.ndarray, "row row"]:
-        count = len(self._slots) + bool(self._direction)
+    def _group_products(self, group: range, count: int) -> Float64[np.ndarray, "row row"]:
         total = torch.zeros(count, count, dtype=torch.float64, device=self._params[0].device)
         for i in group:
             for chunk in torch.split(self._stacked_rows(i), _CHUNK_ELEMENTS, dim=1):
-                wide = chunk.double()
+                wide = chunk.to(total.device, torch.float64)
                 total += wide @ wide.T
         return total.cpu().numpy()
 
     def _stacked_rows(self, i: int) -> Float[Tensor, "row element"]:
-        rows = self._rows[i][self._slots].flatten(1)
-        return torch.cat([rows, self._direction[i].flatten()[None]]) if self._direction else rows
+        """All rows of one parameter, where and as the path is stored."""
+        path = self._rows[i][self._slots].flatten(1)
+        more = [kind[i].flatten()[None].to(path) for kind in (self._velocity, self._direction) if kind]
+        return torch.cat([path, *more]) if more else path
+
+    def _row(self, i: int, row: int) -> Tensor:
+        """One row of one parameter."""
+        if row < len(self._slots):
+            return self._rows[i][self._slots[row]]
+        more = [kind for kind in (self._velocity, self._direction) if kind]
+        return more[row - len(self._slots)][i]
 
     # --- moving ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def move_(self, coefficients: Float64[np.ndarray, "group row"], fraction: float = 1.0) -> None:
+    def move_(self, coefficients: Coefficients, fraction: float = 1.0) -> None:
         """Add `fraction` times the combination of rows to the weights, in place. Every jump passes here.
 
         coefficients: of the rows in the order of the last `gram()`
         """
         for group, weights in zip(self._groups, coefficients * fraction, strict=True):
-            params = [self._params[i] for i in group]
             for row in np.flatnonzero(weights):
-                torch._foreach_add_(params, [self._row(i, int(row)) for i in group], alpha=float(weights[row]))
-
-    def _row(self, i: int, row: int) -> Tensor:
-        return self._rows[i][self._slots[row]] if row < len(self._slots) else self._direction[i]
-
-    def snapshot(self) -> Snapshot:
-        """A copy of weights, buffers and optimizer state, on the same device."""
-        state = {i: _copied(self._optimizer.state[p]) for i, p in enumerate(self._params) if p in self._optimizer.state}
-        return Snapshot(tuple(t.detach().clone() for t in self._tensors), state)
+                for i in group:
+                    motion = self._row(i, int(row)).to(self._params[i].device, self._params[i].dtype)
+                    self._params[i].add_(motion, alpha=float(weights[row]))
+        tell_of_jump(self._optimizer)
 
     @torch.no_grad()
-    def restore_(self, snapshot: Snapshot, *, optimizer: bool = True) -> None:
-        """Put weights and buffers back exactly; the optimizer's state too unless told otherwise."""
-        torch._foreach_copy_(self._tensors, snapshot.tensors)
-        if optimizer:
+    def snapshot(self, *, optimizer: bool = True) -> Snapshot:
+        """A copy of weights and buffers, and of the optimizer's state unless told otherwise, where the path is kept."""
+        states = self._optimizer.state
+        saved = {i: self._copied(states[p]) for i, p in enumerate(self._params) if p in states} if optimizer else None
+        return Snapshot(tuple(self._stored(t) for t in self._tensors), saved)
+
+    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {key: self._stored(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        if not (self._storage.on_host and tensor.is_cuda):
+            return tensor.detach().clone()
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach())
+
+    @torch.no_grad()
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Put everything that a snapshot holds back exactly as it was."""
+        _copy_(self._tensors, snapshot.tensors)
+        if snapshot.optimizer is not None:
             for i, param in enumerate(self._params):
-                _restore_state(self._optimizer.state, param, snapshot.optimizer.get(i))
+                _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i))
+        tell_of_jump(self._optimizer)
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -162,23 +218,21 @@ class Trajectory:
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered path."""
-        return {
-            "rows": self._rows,
-            "last": self._last,
-            "direction": self._direction,
-            "recorded": self._recorded,
-            "steps": self._steps,
-        }
+        stored = {"rows": self._rows, "last": self._last, "velocity": self._velocity, "direction": self._direction}
+        return stored | {"recorded": self._recorded, "steps": self._steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a remembered path of the same model."""
         if state["rows"]:
             self._allocate()
-        for mine, saved in zip(self._rows + self._last, state["rows"] + state["last"], strict=True):
-            mine.copy_(saved)
-        self._direction = [d.to(p.device) for d, p in zip(state["direction"], self._params, strict=False)]
+        for mine, saved in ((self._rows, "rows"), (self._last, "last"), (self._velocity, "velocity")):
+            _copy_(mine, state[saved])
+        self._direction = [saved.to(p.device) for saved, p in zip(state["direction"], self._params, strict=False)]
         self._recorded, self._steps = state["recorded"], state["steps"]
+
+
+# --- optimizers ------------------------------------------------------------------------------------------
 
 
 def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> Tensor:
@@ -200,16 +254,69 @@ def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, An
     return (state["exp_avg"] / spread).mul_(-float(group["lr"]) / (1 - beta1**step))
 
 
-def _slices(lengths: list[int]) -> list[range]:
+HOLD_THE_WEIGHTS = ("CPUOffloadOptimizer",)
+"""Optimizers whose own copy of the weights, kept outside their state, is the one that counts."""
+
+
+def refuse_hidden_weights(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Refuse an optimizer whose state holds a copy of the weights: its next step would undo or misread a jump.
+
+    An optimizer that offers `weights_moved()` is told of every jump and looks after its copies itself. A state tensor
+    counts as a copy when it has the parameter's shape and lies nearer to the parameter than half its length.
+
+    Raises UserError that names the optimizer and the state.
+    """
+    if hasattr(optimizer, "weights_moved") or type(optimizer).__module__.startswith(("torch.optim", "hybridlab.")):
+        return
+    if type(optimizer).__name__ in HOLD_THE_WEIGHTS:
+        raise UserError(
+            f"{type(optimizer).__name__} holds the weights itself and would overwrite a prediction: use another"
+        )
+    for param in params:
+        for name, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, Tensor) and value.shape == param.shape and _lies_near(value, param):
+                raise UserError(
+                    f"{type(optimizer).__name__} keeps a copy of the weights in its state {name!r}, which a prediction "
+                    "would not reach: use an optimizer without one, or give it a method weights_moved()"
+                )
+
+
+def tell_of_jump(optimizer: Optimizer) -> None:
+    """Let an optimizer that keeps its own copy of the weights know that they were moved."""
+    if hasattr(optimizer, "weights_moved"):
+        optimizer.weights_moved()
+
+
+def _lies_near(value: Tensor, param: Tensor) -> bool:
+    weights = param.detach().float()
+    length = weights.norm()
+    return bool(length > 0) and bool((value.to(weights) - weights).norm() < 0.5 * length)
+
+
+# --- lists of tensors ------------------------------------------------------------------------------------
+
+
+def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def _subtract_(targets: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Write a - b into the targets, in the precision of a; piece by piece where they do not lie together."""
+    if targets[0].device == a[0].device and targets[0].dtype == a[0].dtype:
+        torch._foreach_copy_(list(targets), list(a))
+        torch._foreach_sub_(list(targets), list(b))
+    else:
+        for target, x, y in zip(targets, a, b, strict=True):
+            target.copy_(x - y.to(x.device))
+
+
+def _slices(lengths: Sequence[int]) -> list[range]:
     ends = np.cumsum(lengths).tolist()
     return [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
-
-
-def _restore_state(states: Any, param: Tensor, saved: dict[str, Any] | None) -> None:
+def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None) -> None:
     """Copy into the tensors that are there, so that graphs and fused kernels keep their addresses."""
     if saved is None:
         states.pop(param, None)

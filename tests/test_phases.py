@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridlab import HybridTrainerConfig, Phase
-from hybridlab.phases import Moment, first_phase, next_phase
+from hybridlab.phases import Moment, first_phase, may_propose, next_phase
 
 CONFIG = HybridTrainerConfig(warmup_steps=10, full_steps=5, max_predict_steps=8, correct_steps=2)
 
@@ -17,9 +17,8 @@ CONFIG = HybridTrainerConfig(warmup_steps=10, full_steps=5, max_predict_steps=8,
         (Moment(Phase.WARMUP, 10), Phase.FULL),
         (Moment(Phase.WARMUP, 3, diverged=True), Phase.WARMUP),
         (Moment(Phase.FULL, 4), Phase.FULL),
-        (Moment(Phase.FULL, 5, confidence=0.59), Phase.FULL),
-        (Moment(Phase.FULL, 5, confidence=0.60), Phase.PREDICT),
-        (Moment(Phase.FULL, 5, confidence=0.99, diverged=True), Phase.FULL),
+        (Moment(Phase.FULL, 5, jump_accepted=True), Phase.PREDICT),
+        (Moment(Phase.FULL, 5, jump_accepted=True, diverged=True), Phase.FULL),
         (Moment(Phase.PREDICT, 3), Phase.PREDICT),
         (Moment(Phase.PREDICT, 8, jump_ended=True), Phase.CORRECT),
         (Moment(Phase.PREDICT, 3, diverged=True), Phase.FULL),
@@ -41,8 +40,10 @@ def test_without_correction_steps_predict_leads_to_full() -> None:
     assert next_phase(Moment(Phase.PREDICT, 8, jump_ended=True), config) is Phase.FULL
 
 
-def test_nothing_is_predicted_when_max_predict_steps_is_zero() -> None:
-    assert next_phase(Moment(Phase.FULL, 20, confidence=1.0), HybridTrainerConfig.plain()) is Phase.FULL
+def test_a_proposal_needs_confidence_and_steps_to_predict() -> None:
+    assert may_propose(0.60, CONFIG)
+    assert not may_propose(0.59, CONFIG)
+    assert not may_propose(1.0, HybridTrainerConfig.plain())
 
 
 def test_presets_are_the_plan_s() -> None:

@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64
 
-from hybridlab.gram import Gram
+from hybridlab.gram import Coefficients, Gram, PathNeeds
+
+MOMENTUM_MEMORY_STEPS = 10
+"""Steps after which a momentum of 0.9 has forgotten two thirds: nearer stretches resemble each other by it alone."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What one gradient step measured: the loss in nats, and the gradient's norm."""
+    """What one gradient step measured.
+
+    loss: in nats; gradient_norm: before clipping; lr_share: learning rate over the highest one so far, in [0, 1]
+    """
 
     loss: float
     gradient_norm: float
+    lr_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Proposal:
     loss_change: predicted change of the loss over the whole jump, in nats
     """
 
-    coefficients: Float64[np.ndarray, "group row"]
+    coefficients: Coefficients
     confidence: float
     loss_change: float
 
@@ -42,29 +48,36 @@ class Proposal:
 class Predictor(Protocol):
     """From signals and a path to a proposal. Holds no tensor of the model."""
 
-    needs_direction: bool
-    """Whether the Gram matrix must end with the optimizer's own direction."""
+    def needs(self, full_steps: int) -> PathNeeds:
+        """What to remember of the weights, for Full blocks of `full_steps` gradient steps."""
 
     def observe(self, signals: Signals) -> None:
         """Take note of one gradient step."""
 
     def propose(self, gram: Gram, horizon: float) -> Proposal:
-        """Propose a jump over `horizon` nominal steps."""
+        """Propose a jump over `horizon` nominal steps, a number above 0 that need not be whole."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `propose` depends on besides its arguments."""
+        """Everything that `propose` depends on besides its arguments: plain containers, numbers and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
 
 
-def path_confidence(gram: Gram, latest: int) -> float:
-    """How far the direction `latest` was already the path's direction a while ago.
+def path_confidence(gram: Gram, coefficients: Coefficients) -> float:
+    """How far the jump's direction was already the path's direction a while ago.
 
-        confidence = max(0, cos(row[latest], row[0]))
+        confidence = max(0, cos(jump', row[0]))
 
-    The two rows are disjoint stretches of the path, the oldest and the newest. With the default four rows
-    of five steps the gap between them is ten steps, as long as the memory of a momentum of 0.9, so that
-    momentum alone does not look like a trend.
+    row[0] is the oldest displacement; jump' is the jump without its share in row[0] and in every displacement that
+    begins within `MOMENTUM_MEMORY_STEPS` after it, so that the two stretches are disjoint and momentum alone does not
+    look like a trend. A jump that is nothing but those rows has confidence 0.
     """
-    return max(0.0, min(1.0, gram.cosine(0, latest)))
+    oldest = gram.zeros()
+    oldest[:, 0] = 1.0
+    later = coefficients.copy()
+    for i in gram.indices("displacement"):
+        steps_between = (i - 1) * gram.rows[i].steps
+        if i == 0 or steps_between < MOMENTUM_MEMORY_STEPS:
+            later[:, i] = 0.0
+    return min(1.0, max(0.0, gram.cosine(later, oldest))) if np.isfinite(later).all() else 0.0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from hybridlab.gram import Gram
+from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, path_confidence
 from hybridlab.predictors.trend import TrendFollower
 
@@ -14,15 +12,17 @@ class Linear(TrendFollower):
 
         theta[t + H] = theta[t] + (H / k) (theta[t] - theta[t - k])
 
-    k is the number of gradient steps that the newest displacement spans and H the horizon in nominal
-    steps. Source: weight extrapolation in its plainest form, the prediction that the plan starts from.
+    k is the number of gradient steps that the newest displacement spans, a quarter of a Full block, and H the horizon
+    in nominal steps. Source: weight extrapolation in its plainest form, the prediction that the plan starts from.
     """
 
-    needs_direction = False
+    def needs(self, full_steps: int) -> PathNeeds:
+        """Four displacements a Full block."""
+        return PathNeeds(rows=4, every=-(-full_steps // 4))
 
     def propose(self, gram: Gram, horizon: float) -> Proposal:
         """H / k on the newest displacement, nothing on the others."""
-        newest = max(i for i, row in enumerate(gram.rows) if row.kind == "displacement")
-        coefficients = np.zeros(gram.products.shape[:2])
+        newest = gram.indices("displacement")[-1]
+        coefficients = gram.zeros()
         coefficients[:, newest] = horizon / gram.rows[newest].steps
-        return Proposal(coefficients, path_confidence(gram, newest), self.slope * horizon)
+        return Proposal(coefficients, path_confidence(gram, coefficients), self.slope * horizon)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from hybridlab.gram import Gram
+from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, Signals
 
 
@@ -19,14 +17,16 @@ class Null:
     what recording, proposing and judging cost.
     """
 
-    needs_direction = False
+    def needs(self, full_steps: int) -> PathNeeds:
+        """As much as `linear`, so that the cost of recording shows."""
+        return PathNeeds(rows=4, every=-(-full_steps // 4))
 
     def observe(self, signals: Signals) -> None:
         """Nothing to note."""
 
     def propose(self, gram: Gram, horizon: float) -> Proposal:
         """The empty jump."""
-        return Proposal(np.zeros(gram.products.shape[:2]), confidence=0.0, loss_change=0.0)
+        return Proposal(gram.zeros(), confidence=0.0, loss_change=0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to carry."""

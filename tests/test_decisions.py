@@ -1,0 +1,148 @@
+"""Gate, corrector and divergence monitor: pure decisions from numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hybridlab.corrector import LONGEST, Case, ResidualStore, wanted_length
+from hybridlab.divergence import Answer, DivergenceMonitor, Thresholds
+from hybridlab.gate import Gate, judge
+
+# --- gate ----------------------------------------------------------------------------------------
+
+
+def test_the_gate_takes_the_length_with_the_lowest_significant_loss() -> None:
+    losses = {0.0: [3.0, 3.5, 3.2], 0.5: [2.99, 3.49, 3.19], 1.0: [2.95, 3.46, 3.15], 2.0: [3.1, 3.6, 3.3]}
+    decision = judge(losses)
+    assert decision.length == 1.0
+    assert decision.change == pytest.approx(-0.0466666, abs=1e-6)
+
+
+def test_the_gate_refuses_what_lies_within_two_standard_errors() -> None:
+    decision = judge({0.0: [3.0, 3.0, 3.0, 3.0], 1.0: [2.9, 3.1, 2.95, 3.04]})
+    assert not decision.accepted
+    assert decision.change < 0
+
+
+def test_the_comparison_is_paired() -> None:
+    """Batches that differ by more than the jump changes them do not hide a steady gain."""
+    assert judge({0.0: [1.0, 5.0, 9.0], 1.0: [0.99, 4.99, 8.99]}).accepted
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_length_with_a_loss_that_is_not_finite_is_no_candidate(bad: float) -> None:
+    assert judge({0.0: [3.0, 3.0], 1.0: [bad, 2.0], 2.0: [2.9, 2.91]}).length == 2.0
+    assert not judge({0.0: [3.0, 3.0], 1.0: [bad, 2.0]}).accepted
+
+
+def test_refused_questions_stay_within_the_budget_and_one() -> None:
+    gate, asked = Gate(budget=0.02, longest=50, horizon=50.0), 0
+    for step in range(1, 2001):
+        if step % 20 == 0 and gate.may_ask(step):
+            gate.learn(judge({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]}), confidence=0.9, forwards=16)
+            asked += 1
+    assert asked >= 5
+    assert gate.wasted_forwards / 3 <= 0.02 * 2000 + 16 / 3
+    assert gate.horizon == 1.0
+
+
+def test_the_horizon_grows_with_acceptance_up_to_the_longest() -> None:
+    gate = Gate(budget=0.02, longest=50, horizon=20.0)
+    for _ in range(3):
+        gate.learn(judge({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), confidence=0.9, forwards=16)
+    assert gate.horizon == 50.0
+    assert gate.wasted_forwards == 0
+
+
+def test_the_reliability_table_counts_every_proposal_in_its_bin() -> None:
+    gate = Gate(budget=0.02, longest=50, horizon=20.0)
+    yes, no = judge({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), judge({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]})
+    for confidence, decision in [(0.65, yes), (0.7, no), (1.0, yes)]:
+        gate.learn(decision, confidence, forwards=8)
+    assert gate.reliability() == [
+        {"confidence": pytest.approx(0.675), "accepted_share": 0.5, "proposals": 2},
+        {"confidence": 1.0, "accepted_share": 1.0, "proposals": 1},
+    ]
+
+
+# --- corrector -----------------------------------------------------------------------------------
+
+
+def test_the_wanted_length_of_a_parabola_is_its_minimum() -> None:
+    """Loss a/2 (x - m)^2 along the jump: slopes -a m at 0 and a (1 - m) at 1, minimum at m."""
+    minimum, curvature = np.array([0.25, 0.5, 1.2]), np.array([1.0, 4.0, 0.1])
+    np.testing.assert_allclose(wanted_length(-curvature * minimum, curvature * (1 - minimum)), minimum)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "length"),
+    [(0.1, 0.5, 0.0), (-1.0, -1.0, LONGEST), (-1.0, -2.0, LONGEST), (math.nan, 1.0, 1.0), (-1.0, math.inf, 1.0)],
+)
+def test_wanted_length_at_the_edges(before: float, after: float, length: float) -> None:
+    assert wanted_length(np.array([before]), np.array([after])) == length
+
+
+def test_similar_cases_weigh_the_next_correction() -> None:
+    store = ResidualStore()
+    assert store.expected_length(0.7) == 1.0
+    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7), 0.4)
+    for _ in range(8):
+        store.add(Case(confidence=0.7, loss_error=0.0, wanted=0.2))
+        store.add(Case(confidence=0.1, loss_error=0.0, wanted=1.4))
+    store.add(Case(confidence=0.7, loss_error=math.nan, wanted=0.2))
+    assert store.expected_length(0.7) == pytest.approx(0.2)
+    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7), 0.3)
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+def settled(threshold: float = 6.0) -> DivergenceMonitor:
+    monitor = DivergenceMonitor(Thresholds(band=threshold))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        assert monitor.judge(3.0 + 0.1 * float(rng.standard_normal()), gradient_norm=1.0) is None
+    return monitor
+
+
+@pytest.mark.parametrize(
+    ("measured", "kind", "answer"),
+    [
+        ({"loss": math.nan}, "not finite", Answer.ROLL_BACK),
+        ({"loss": 3.0, "gradient_norm": math.inf}, "not finite", Answer.ROLL_BACK),
+        ({"loss": 4.0, "gradient_norm": 1.0}, "loss band", Answer.ROLL_BACK),
+        ({"loss": 3.0, "gradient_norm": 25.0}, "gradient explosion", Answer.ROLL_BACK),
+        ({"loss": 3.0, "gradient_norm": 1e-4}, "gradient vanishing", Answer.LEAVE_PREDICT),
+        ({"loss": 3.15, "predicted_loss": 3.0}, "prediction error", Answer.SHORTEN),
+        ({"loss": 3.3, "predicted_loss": 3.0}, "prediction error", Answer.LEAVE_PREDICT),
+    ],
+)
+def test_each_kind_of_divergence_is_named_and_answered(measured: dict[str, float], kind: str, answer: Answer) -> None:
+    verdict = settled().judge(**measured)
+    assert verdict is not None
+    assert (verdict.kind, verdict.answer) == (kind, answer)
+
+
+def test_an_oscillation_is_named() -> None:
+    monitor = DivergenceMonitor(Thresholds())
+    verdicts = [monitor.judge(3.0 + 0.5 * (-1) ** step) for step in range(60)]
+    assert {verdict.kind for verdict in verdicts if verdict} == {"oscillation"}
+
+
+def test_what_diverged_does_not_teach_the_band() -> None:
+    monitor = settled()
+    before = monitor.state_dict()
+    monitor.judge(50.0, gradient_norm=1.0)
+    assert monitor.state_dict() == before
+
+
+def test_the_pace_of_the_loss_prices_a_change() -> None:
+    monitor = DivergenceMonitor(Thresholds())
+    for step in range(400):
+        monitor.judge(3.0 - 0.001 * step)
+    assert monitor.worth_steps(-0.01, most=50) == pytest.approx(10, rel=0.05)
+    assert monitor.worth_steps(-1.0, most=50) == 50
+    assert monitor.worth_steps(0.01, most=50) == 0
