@@ -1,4 +1,4 @@
-"""The command line: `hybridlab run` and `hybridlab data`."""
+"""The command line: `hybridlab run`, `hybridlab data` and `hybridlab report`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def data(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="python, markov, uniform, bin:PATH, hf:NAME, digits, mnist[:PATH].")
     ],
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary of text sources that build one.")] = 4096,
+    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary of text sources that build one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split and of synthetic sources.")] = 0,
 ) -> None:
     """Load a data source and print its record: hashes, counts, provenance."""
@@ -82,6 +82,17 @@ def data(
     is_images = source.partition(":")[0] in ("digits", "mnist")
     loaded = load_images(source) if is_images else load_text(source, vocab_size=vocab_size, seed=seed)
     print(json.dumps(loaded.record(), indent=2))
+
+
+@app.command()
+def report() -> None:
+    """Write what the documents say of results, from the results files in executed/ alone."""
+    from hybridlab.notebook.results import project_root
+    from hybridlab.study.report import write_report
+
+    root = project_root()
+    changed = write_report(root)
+    print("\n".join(f"written: {path.relative_to(root)}" for path in changed) or "everything is up to date")
 
 
 def main(arguments: list[str] | None = None) -> int:

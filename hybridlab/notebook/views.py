@@ -76,6 +76,22 @@ def counts_table(comparisons: Iterable[Comparison]) -> Table:
     return table(rows, "Steps by kind (mean over seeds) and decisions (total over seeds)", means)
 
 
+def reliability_table(result: StudyResult, bins: int = 5) -> Table:
+    """Predicted confidence against how often proposals were accepted, over all runs."""
+    outcomes = [row for run in result.runs.values() if run.summary for row in run.summary["reliability"]]
+    rows = []
+    for low in (i / bins for i in range(bins)):
+        inside = [row for row in outcomes if low <= min(row["confidence"], 1 - 1e-9) < low + 1 / bins]
+        proposals = sum(row["proposals"] for row in inside)
+        if proposals:
+            confidence = sum(row["confidence"] * row["proposals"] for row in inside) / proposals
+            accepted = sum(row["accepted_share"] * row["proposals"] for row in inside) / proposals
+            rows.append({"confidence": confidence, "accepted share": accepted, "proposals": int(proposals)})
+    if not rows:
+        rows = [{"confidence": None, "accepted share": None, "proposals": 0}]
+    return table(rows, "Trials of the gate by confidence; calibrated means that the two columns agree")
+
+
 def verdict_table(comparisons: Iterable[Comparison]) -> Table:
     """The answer: each hybrid against the control that took as many gradient steps, with 95 % intervals."""
     rows = [

@@ -44,6 +44,11 @@ class Comparison:
         )
 
     @property
+    def pays(self) -> bool:
+        """Whether predicting is better than simply training for fewer steps, beyond doubt."""
+        return self.predicted_steps > 0 and self.to_control.sign < 0
+
+    @property
     def asked(self) -> str:
         """How often the gate said no."""
         return f"{self.rejected} proposals, all rejected" if self.rejected else "confidence stayed below its threshold"

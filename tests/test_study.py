@@ -1,0 +1,158 @@
+"""Studies: the floor is reached, controls are what they say, comparisons say what the numbers say."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybridlab import HybridTrainerConfig
+from hybridlab.errors import UserError
+from hybridlab.optimizers import OptimizerConfig, Schedule
+from hybridlab.runs import Run
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
+from hybridlab.study.report import BEGIN, END, write_report
+from hybridlab.study.statistics import ControlCurve, Interval, step_value
+from hybridlab.study.train import find_device
+
+MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
+SHORT = RunConfig(
+    name="baseline",
+    task=replace(MARKOV, batch_size=8),
+    steps=60,
+    optimizer=OptimizerConfig(lr=1e-2),
+    schedule=Schedule("wsd", warmup_steps=10, total_steps=60),
+    evaluate_every=30,
+    device="cpu",
+    cpu_threads=1,
+)
+JUMPY = HybridTrainerConfig(warmup_steps=10, full_steps=8, max_predict_steps=8, gate=False, confidence_threshold=0.0)
+
+
+def test_a_small_model_reaches_the_entropy_floor_of_markov_within_3_percent(tmp_path: Path) -> None:
+    config = replace(
+        SHORT,
+        task=MARKOV,
+        steps=450,
+        optimizer=OptimizerConfig(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0),
+        schedule=Schedule("cosine", warmup_steps=30, total_steps=450),
+        evaluate_every=450,
+    )
+    run = train(config, tmp_path / "run")
+    floor = MARKOV.text.entropy_floor_nats
+    assert run.summary is not None
+    assert floor is not None
+    assert floor * 0.99 <= run.summary["validation_loss"] <= 1.03 * floor
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    study = Study(SHORT, {"jumpy": JUMPY, "never": replace(JUMPY, confidence_threshold=1.0)}, seeds=2)
+    return study.run(tmp_path_factory.mktemp("study"))
+
+
+def test_every_hybrid_that_predicted_has_a_control_of_as_many_gradient_steps(result: StudyResult) -> None:
+    for seed in (0, 1):
+        control = result.control_of("jumpy", seed)
+        assert control == "control of jumpy"
+        assert result.gradient_steps(control, seed) == result.gradient_steps("jumpy", seed) < 60
+        schedule = result.runs[control, seed].config["schedule"]
+        assert schedule["total_steps"] == result.gradient_steps("jumpy", seed)
+        assert result.control_of("never", seed) == "baseline"
+    assert result.controls(["jumpy", "never"]) == ["control of jumpy"]
+
+
+def test_an_arm_that_predicts_nothing_is_the_baseline_exactly(result: StudyResult) -> None:
+    comparison = compare(result, "never")
+    assert comparison.to_baseline.mean == 0
+    assert comparison.step_value is None
+    assert "predicted nothing" in comparison.sentence
+
+
+def test_a_comparison_pairs_by_seed(result: StudyResult) -> None:
+    comparison = compare(result, "jumpy")
+    by_hand = [
+        result.value("validation_loss", "jumpy", seed) - result.value("validation_loss", "control of jumpy", seed)
+        for seed in (0, 1)
+    ]
+    assert comparison.to_control.mean == pytest.approx(np.mean(by_hand))
+    assert comparison.step_value is not None
+    assert comparison.predicted_steps + comparison.gradient_steps == 60
+
+
+def test_a_run_s_record_tells_everything(result: StudyResult) -> None:
+    run = result.runs["jumpy", 0]
+    assert Run.load(run.folder).summary == run.summary
+    assert run.config["hybrid"]["predictor"] == "linear"
+    assert run.config["data"]["sha256"] == MARKOV.text.sha256
+    assert list(run.steps["nominal_step"]) == list(range(1, 61))
+    predicted = run.steps[run.steps["phase"] == "predict"]
+    assert len(predicted) == run.summary["predicted_steps"]
+    assert predicted["gradient_norm"].isna().all()
+    assert run.steps["validation_loss"].notna().sum() == 2
+    assert (run.vram["used_bytes"] > 0).all()
+
+
+def test_same_settings_same_numbers(tmp_path: Path, result: StudyResult) -> None:
+    again = train(replace(SHORT, name="jumpy", hybrid=JUMPY), tmp_path)
+    assert again.steps["measured_loss"].equals(result.runs["jumpy", 0].steps["measured_loss"])
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"), [([0.1, 0.11, 0.12], 1), ([-0.1, -0.11, -0.12], -1), ([-0.1, 0.1, 0.05], 0), ([0.5], 0)]
+)
+def test_an_interval_that_holds_zero_has_no_sign(values: list[float], sign: int) -> None:
+    assert Interval.of(values).sign == sign
+
+
+def test_interval_is_student_s() -> None:
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert interval.high - interval.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+
+
+def test_step_value_is_one_when_a_predicted_step_is_a_real_one() -> None:
+    curve = ControlCurve.fit({n: 5.0 - 0.4 * math.log(n) for n in (100, 200, 400)})
+
+    def loss(n: float) -> float:
+        return 5.0 - 0.4 * math.log(n)
+
+    assert step_value(curve, loss(300), gradient_steps=200, predicted_steps=100) == pytest.approx(1.0)
+    assert step_value(curve, loss(200), gradient_steps=200, predicted_steps=100) == pytest.approx(0.0)
+    assert step_value(curve, loss(150), gradient_steps=200, predicted_steps=100) == pytest.approx(-0.5)
+
+
+def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no CUDA device: set device to auto or cpu"):
+        find_device("cuda")
+    with pytest.raises(UserError, match="device 'gpu' is unknown: choose auto, cuda or cpu"):
+        find_device("gpu")
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    """Run `hybridlab report` when this fails: a document and the results disagree."""
+    root = Path(__file__).parents[1]
+    before = {path: path.read_bytes() for path in [root / "README.md", *(root / "docs" / "images").glob("*.png")]}
+    try:
+        assert write_report(root) == []
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
+def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    (tmp_path / "executed" / "cpu").mkdir(parents=True)
+    entry = {"device": "a machine", "summary": ["it was measured."], "claims": []}
+    (tmp_path / "executed" / "cpu" / "results.json").write_text(json.dumps({"02_x": entry}))
+    assert write_report(tmp_path) == [tmp_path / "README.md"]
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "it was measured." in text
+    assert "old" not in text
+    assert write_report(tmp_path) == []
