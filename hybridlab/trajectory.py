@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,8 +17,9 @@ from torch.optim import Optimizer
 from hybridlab.errors import UserError
 from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Elements of a row that are widened to float64 at a time."""
+_PIECE_ELEMENTS = 1 << 10
+_CHUNK_ELEMENTS = 1 << 24
+"""Elements of a row whose products are summed in float32, and that are brought to the device at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Trajectory:
 
     def _follow(self, slot: Sequence[Tensor], keep: float) -> None:
         torch._foreach_mul_(self._velocity, keep)
-        torch._foreach_add_(self._velocity, slot, alpha=(1 - keep) / self._needs.every)
+        torch._foreach_add_(self._velocity, list(slot), alpha=(1 - keep) / self._needs.every)
 
     def _allocate(self) -> None:
         """Take the memory of the path when it is first needed, and once."""
@@ -152,15 +155,15 @@ class Trajectory:
 
     def _group_products(self, group: range, count: int) -> Float64[np.ndarray, "row row"]:
         total = torch.zeros(count, count, dtype=torch.float64, device=self._params[0].device)
-        for i in group:
-            for chunk in torch.split(self._stacked_rows(i), _CHUNK_ELEMENTS, dim=1):
-                wide = chunk.to(total.device, torch.float64)
-                total += wide @ wide.T
-        return total.cpu().numpy()
+        with _exact_products():
+            for i in group:
+                total += _products(self._stacked_rows(i), total.device)
+        order = [*self._slots, *range(len(self._slots), count)]
+        return total.cpu().numpy()[np.ix_(order, order)]
 
     def _stacked_rows(self, i: int) -> Float[Tensor, "row element"]:
-        """All rows of one parameter, where and as the path is stored."""
-        path = self._rows[i][self._slots].flatten(1)
+        """All rows of one parameter, displacements in the order of the ring, where and as the path is stored."""
+        path = self._rows[i][: len(self._slots)].flatten(1)
         more = [kind[i].flatten()[None].to(path) for kind in (self._velocity, self._direction) if kind]
         return torch.cat([path, *more]) if more else path
 
@@ -302,13 +305,36 @@ def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _subtract_(targets: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    """Write a - b into the targets, in the precision of a; piece by piece where they do not lie together."""
-    if targets[0].device == a[0].device and targets[0].dtype == a[0].dtype:
-        torch._foreach_copy_(list(targets), list(a))
-        torch._foreach_sub_(list(targets), list(b))
-    else:
-        for target, x, y in zip(targets, a, b, strict=True):
+    """Write a - b into the targets, in the precision of a, in one pass where all lie together."""
+    for target, x, y in zip(targets, a, b, strict=True):
+        if target.device == x.device and target.dtype == x.dtype:
+            torch.sub(x, y, out=target)
+        else:
             target.copy_(x - y.to(x.device))
+
+
+def _products(rows: Float[Tensor, "row element"], device: torch.device) -> Float64[Tensor, "row row"]:
+    """Inner products of rows: float32 over pieces of a thousand elements, float64 over the pieces."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    for chunk in torch.split(rows, _CHUNK_ELEMENTS, dim=1):
+        chunk = chunk.to(device, torch.float32)
+        whole = chunk.shape[1] // _PIECE_ELEMENTS * _PIECE_ELEMENTS
+        pieces = rearrange(chunk[:, :whole], "row (piece element) -> piece row element", element=_PIECE_ELEMENTS)
+        total += torch.bmm(pieces, pieces.mT).sum(dim=0, dtype=torch.float64)
+        rest = chunk[:, whole:].double()
+        total += rest @ rest.T
+    return total
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Float32 products without TF32, whatever the run's setting."""
+    setting = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(setting)
 
 
 def _slices(lengths: Sequence[int]) -> list[range]:

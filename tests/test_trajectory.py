@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridlab.gram import PathNeeds
-from hybridlab.trajectory import PathStorage, Trajectory
+from hybridlab.trajectory import PathStorage, Trajectory, _products
 from tests.conftest import Problem
 
 NEEDS = PathNeeds(rows=3, every=2, velocity=0.9, direction=True)
@@ -127,3 +127,10 @@ def test_where_the_path_is_kept_changes_it_by_rounding_at_most(storage: PathStor
     exact, stored = recorded(needs)[2].gram(), recorded(needs, storage)[2].gram()
     tolerance = 0.02 if storage.dtype is torch.bfloat16 else 0.0
     np.testing.assert_allclose(stored.products, exact.products, rtol=tolerance, atol=tolerance * 1e-3)
+
+
+def test_products_of_long_rows_are_exact_to_float32() -> None:
+    rows = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        _products(rows, torch.device("cpu")), rows.double() @ rows.double().T, rtol=1e-5, atol=1e-3
+    )

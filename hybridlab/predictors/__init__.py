@@ -10,6 +10,7 @@ from hybridlab.predictors.linear import Linear
 from hybridlab.predictors.null import Null
 from hybridlab.predictors.river import River
 from hybridlab.predictors.rre import Rre
+from hybridlab.predictors.rssm import Rssm
 from hybridlab.predictors.snoo import Snoo
 
 PREDICTORS: dict[str, type[Predictor]] = {
@@ -21,6 +22,7 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "river": River,
     "dmd": Dmd,
     "rre": Rre,
+    "rssm": Rssm,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 PROFILES = {"rtx5080": "GPT-2 scale, on a GPU", "cpu": "small scale, on two CPU cores"}
 PICTURED = "03_gpt2_small_hybrid"
-PICTURE_CELL = "curves(result, [*shown, *controls], \"gradient_step\")"
+PICTURE_CELL = 'curves(result, [*shown, *controls], "gradient_step")'
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
 
 
