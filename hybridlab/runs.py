@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pandas as pd
+import pyarrow.parquet as pq
+
+from hybridlab.errors import UserError
+from hybridlab.files import remove, replaced
 
 FLUSH_SHARE = 0.02
 """Writing the record may take this share of a run's time."""
@@ -20,21 +24,25 @@ FLUSH_SHARE = 0.02
 class RunRecorder:
     """Writes one run's folder: config.json, steps.parquet, vram.parquet and summary.json.
 
-    folder: made new; a record of the same name that lies there is replaced
+    folder: made where it is missing; a record that lies there is replaced
     config: what the run was asked to do, JSON-ready
+    keep_steps: go on with the record that lies there, up to this nominal step; later rows are dropped
 
     Every file is replaced as a whole (written beside, then renamed), so that a reader never sees half of one,
     and a run that is killed leaves what it had measured. A run without summary.json did not finish.
+
+    Raises UserError where the disk is full or cannot be written, and where the rows to keep are not there; what was
+    written before stays readable.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep_steps: int = 0) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.json", "steps.parquet", "vram.parquet"):
-            (folder / name).unlink(missing_ok=True)
+        self._tables = {name: _rows_up_to(folder / f"{name}.parquet", keep_steps) for name in ("steps", "vram")}
+        remove(
+            folder / "summary.json", *[folder / f"{name}.parquet" for name, rows in self._tables.items() if not rows]
+        )
         write_json(folder / "config.json", config)
-        self._tables: dict[str, list[dict[str, Any]]] = {"steps": [], "vram": []}
-        self._flushed_at, self._flush_seconds = time.monotonic(), 0.0
+        self.flush()
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
         """Append a row to "steps" or "vram"; what was added reaches the disk a few seconds later."""
@@ -47,9 +55,8 @@ class RunRecorder:
         started = time.monotonic()
         for name, rows in self._tables.items():
             if rows:
-                path = self.folder / f"{name}.parquet"
-                pd.DataFrame(rows).to_parquet(path.with_suffix(".tmp"), index=False)
-                os.replace(path.with_suffix(".tmp"), path)
+                with replaced(self.folder / f"{name}.parquet") as beside:
+                    pd.DataFrame(rows).to_parquet(beside, index=False)
         self._flushed_at = time.monotonic()
         self._flush_seconds = self._flushed_at - started
 
@@ -63,8 +70,9 @@ class RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Keep what was measured, however the block ended."""
-        self.flush()
+        """Keep what was measured, however the block ended; its own error goes before a full disk's."""
+        with suppress(*[UserError] if error else []):
+            self.flush()
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,22 @@ class Run:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file as a whole; keys in their own order, NaN refused."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    with replaced(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     return pd.read_parquet(path) if path.exists() else pd.DataFrame()
+
+
+def _rows_up_to(path: Path, nominal_step: int) -> list[dict[str, Any]]:
+    """The rows of a table up to a nominal step, which must be there."""
+    if not nominal_step:
+        return []
+    rows = pq.read_table(path).to_pylist() if path.exists() else []
+    kept = [row for row in rows if row["nominal_step"] <= nominal_step]
+    if not kept or kept[-1]["nominal_step"] < nominal_step:
+        raise UserError(
+            f"{path} does not reach step {nominal_step}, where its checkpoint is: start afresh without resume"
+        )
+    return kept

@@ -12,13 +12,18 @@ import psutil
 import pynvml
 import torch
 
+from hybridlab.errors import UserError
+
+LIKE_THE_CARD = 1.1
+"""A card up to this much larger than the one to emulate is taken for that card: 16 GB cards differ by the gigabyte."""
+
 
 @dataclass(frozen=True)
 class MemoryReading:
     """Memory at one moment, in bytes.
 
     source: "cuda" (torch's allocator and NVML) or "process" (resident memory: there is no GPU)
-    used_bytes: reserved by torch and the context; or the resident size of the process
+    used_bytes: reserved by torch; or the resident size of the process
     allocated_bytes: in live tensors; None without a GPU
     device_used_bytes: on the whole card, by everybody; None without a GPU or where NVML is not available
     """
@@ -41,6 +46,21 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         self._handle = _nvml_handle(device) if self._device else None
+
+    def cap(self, card_bytes: int) -> bool:
+        """Let this process take no more than a card of `card_bytes` would give it; returns whether that cut anything.
+
+        The context counts, as it does on the card. A card that is no larger stays as it is. Raises UserError where
+        there is no CUDA device.
+        """
+        if not self._device:
+            raise UserError("a card can only be emulated on a larger CUDA card: set card_gb to 0")
+        torch.empty(1, device=self._device)  # so that there is a context to measure
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        if total <= card_bytes * LIKE_THE_CARD:
+            return False
+        torch.cuda.set_per_process_memory_fraction((card_bytes - (self._context_bytes() or 0)) / total, self._device)
+        return True
 
     def reset_peak(self) -> None:
         """Begin a new peak. Without a GPU the system keeps one peak for the whole process."""

@@ -13,8 +13,9 @@ ROOT = Path(hybridlab.__file__).parent
 
 LAYERS = [
     {"errors", "gram"},
-    {"models", "data", "optimizers"},
+    {"models", "data", "optimizers", "files"},
     {"vram", "runs"},
+    {"checkpoint"},
     {"trajectory"},
     {"memory"},
     {"phases", "divergence", "gate", "corrector", "predictors"},

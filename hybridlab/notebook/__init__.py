@@ -5,6 +5,7 @@ from hybridlab.notebook.results import claims_table, publish
 from hybridlab.notebook.session import run_configs, run_study
 from hybridlab.notebook.views import (
     baseline_claims,
+    cost_claims,
     counts_table,
     curves,
     final_table,
@@ -21,6 +22,7 @@ from hybridlab.notebook.views import (
 __all__ = [
     "baseline_claims",
     "claims_table",
+    "cost_claims",
     "counts_table",
     "curves",
     "final_table",

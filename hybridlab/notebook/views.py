@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart
@@ -18,6 +18,15 @@ Numbers = dict[str, float | int | str]
 
 QUALITY_TOLERANCE = 0.02
 """The plan's bound on the perplexity that a faster run may lose."""
+
+PROMISED_SAVING = 0.4
+"""Share of the time that the plan promises to save at least."""
+
+VRAM_BOUND_BYTES = 5e9
+"""The plan's bound for GPT-2 Small."""
+
+MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
+"""What the trainer may cost: its step over the bare loop's, and the share that recording the path adds."""
 
 
 def record_table(record: dict[str, Any], caption: str) -> Table:
@@ -142,7 +151,8 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
 
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
     """
-    return [_pays(comparison), *([_quality(comparison)] if perplexity else []), _stable(comparison)]
+    quality = [_quality(comparison), _speed(comparison)] if perplexity else []
+    return [_pays(comparison), *quality, _stable(comparison)]
 
 
 def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str = "vanilla") -> list[Claim]:
@@ -162,6 +172,31 @@ def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str 
     if vanilla in final:
         better = _verdict(final[baseline] < final[vanilla])
         claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, losses))
+    return claims
+
+
+def cost_claims(overhead: Mapping[str, float], result: StudyResult, baseline: str = BASELINE) -> list[Claim]:
+    """That the trainer costs little beside the bare loop, and, on a card, that the baseline fits the plan's bound."""
+    null, recording = overhead["null_over_bare"], overhead["recording_over_bare"]
+    claims = [
+        Claim(
+            "trainer-is-thin",
+            f"a step of the trainer, asking included, takes at most {MAX_NULL_OVER_BARE} of the bare loop's",
+            _verdict(null <= MAX_NULL_OVER_BARE),
+            {"null_over_bare_ratio_time": null},
+        ),
+        Claim(
+            "recording-is-cheap",
+            f"recording the path takes at most {MAX_RECORDING:.0%} of a step",
+            _verdict(recording <= MAX_RECORDING),
+            {"recording_over_bare_ratio_time": recording},
+        ),
+    ]
+    summary = result.runs[baseline, 0].summary or {}
+    if summary.get("memory_source") == "cuda":
+        peak = summary["peak_memory_bytes"]
+        fits = _verdict(peak < VRAM_BOUND_BYTES)
+        claims.append(Claim("vram", "the baseline's peak VRAM is below 5 GB", fits, {"peak_memory_bytes": peak}))
     return claims
 
 
@@ -187,16 +222,27 @@ def _quality(comparison: Comparison) -> Claim:
     )
 
 
+def _speed(comparison: Comparison) -> Claim:
+    """The plan's 40 to 60 % less time, at its own tolerance for quality."""
+    good = _holds_below(comparison.to_baseline, math.log1p(QUALITY_TOLERANCE))
+    fast = comparison.time_ratio <= 1 - PROMISED_SAVING
+    return Claim(
+        f"{_slug(comparison)}-speed",
+        f"{comparison.name}: the baseline's perplexity within 2 % in 40 % less time",
+        good if fast else "fails",
+        {
+            "perplexity_change": math.expm1(comparison.to_baseline.mean),
+            "baseline_ratio_time": comparison.time_ratio,
+        },
+    )
+
+
 def _stable(comparison: Comparison) -> Claim:
     return Claim(
         f"{_slug(comparison)}-stable",
         f"{comparison.name}: no run diverges",
         _verdict(not comparison.divergences),
-        {
-            "divergences": comparison.divergences,
-            "rollbacks": comparison.rollbacks,
-            "baseline_ratio_time": comparison.time_ratio,
-        },
+        {"divergences": comparison.divergences, "rollbacks": comparison.rollbacks},
     )
 
 

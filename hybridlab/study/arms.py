@@ -46,14 +46,19 @@ class Study:
         if not all(0 < fraction < 1 for fraction in self.control_fractions):
             raise ValueError("control_fractions must lie between 0 and 1")
 
-    def run(self, folder: Path, on_step: OnStep = ignore) -> StudyResult:
+    def run(self, folder: Path, on_step: OnStep = ignore, *, resume: bool = False) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder a run under `folder`.
 
         on_step: called after every nominal step
+        resume: keep the runs that have finished, and go on with the one that was interrupted from its last
+            checkpoint, or from its start where there is none. By default, everything is trained afresh
+
+        Raises UserError when `resume` meets a run of another configuration.
         """
         planned = list(self._planned())
-        result = run_arms(planned, folder, on_step)
-        return result | run_arms(list(self._controls(result)), folder, on_step, steps_before=_steps(planned))
+        result = run_arms(planned, folder, on_step, resume=resume)
+        controls = list(self._controls(result))
+        return result | run_arms(controls, folder, on_step, steps_before=_steps(planned), resume=resume)
 
     def _planned(self) -> Iterator[RunConfig]:
         for seed in range(self.seeds):
@@ -127,15 +132,23 @@ class StudyResult:
 
 
 def run_arms(
-    configs: Sequence[RunConfig], folder: Path, on_step: OnStep = ignore, *, steps_before: int = 0
+    configs: Sequence[RunConfig],
+    folder: Path,
+    on_step: OnStep = ignore,
+    *,
+    steps_before: int = 0,
+    resume: bool = False,
 ) -> StudyResult:
-    """Train each configuration, one folder a run under `folder`; `steps_before` were done and count in the total."""
+    """Train each configuration, one folder a run under `folder`.
+
+    steps_before: were done before and count in the total; resume: as in `Study.run`
+    """
     total = steps_before + _steps(configs)
     result = StudyResult()
     for config in configs:
         label = f"{config.name}, seed {config.seed}"
         place = folder / re.sub(r"\W+", "_", label)
-        result.runs[config.name, config.seed] = train(config, place, partial(on_step, label, total))
+        result.runs[config.name, config.seed] = train(config, place, partial(on_step, label, total), resume=resume)
     return result
 
 

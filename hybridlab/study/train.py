@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridlab import __version__
+from hybridlab.checkpoint import (
+    load_checkpoint,
+    random_state,
+    refuse_differences,
+    remove_checkpoint,
+    restore_random_state_,
+    save_checkpoint,
+)
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.memory.precision import autocast, check_precision, set_matmul_precision
@@ -19,9 +29,13 @@ from hybridlab.optimizers import OptimizerConfig, Schedule, build_optimizer, set
 from hybridlab.phases import Phase
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import StepResult
+from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Task, TaskConfig
 from hybridlab.trainer import HybridTrainer
 from hybridlab.vram import MemoryMeter
+
+CHECKPOINT = "checkpoint.pt"
+"""In a run's folder, while the run has not finished."""
 
 UNSETTLED_STEPS = 10
 """Steps at a run's start that its median step time leaves out."""
@@ -36,6 +50,7 @@ class RunConfig:
     precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
     device: "auto" (CUDA where there is one), "cuda" or "cpu"
     cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
+    checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
     """
 
     name: str
@@ -50,6 +65,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     cpu_threads: int = 0
+    checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -58,6 +74,8 @@ class RunConfig:
             raise ValueError("steps and evaluate_every must be at least 1")
         if self.cpu_threads < 0:
             raise ValueError("cpu_threads must be at least 0 (0 leaves the choice to torch)")
+        if self.checkpoint_every < 0:
+            raise ValueError("checkpoint_every must be at least 0 (0 writes no checkpoints)")
 
     def as_vanilla(self) -> RunConfig:
         """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
@@ -71,8 +89,10 @@ class RunConfig:
         )
 
     def record(self) -> dict[str, Any]:
-        """JSON-ready: the settings and where the data come from."""
-        return asdict(self) | {"data": self.task.data_record(), "device": describe_device(find_device(self.device))}
+        """As JSON: the settings that figures depend on, and where the data come from. Equal records, equal runs."""
+        settings = asdict(self) | {"data": self.task.data_record(), "device": describe_device(find_device(self.device))}
+        del settings["checkpoint_every"]
+        return json.loads(json.dumps(settings, default=str))
 
 
 def find_device(name: str) -> torch.device:
@@ -91,12 +111,26 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def train(config: RunConfig, folder: Path, on_step: Callable[[], None] = lambda: None) -> Run:
+def train(config: RunConfig, folder: Path, on_step: Callable[[], None] = lambda: None, *, resume: bool = False) -> Run:
     """Run `config` from start to end and leave its record in `folder`.
 
-    on_step: called after every nominal step, for a progress bar
+    on_step: called after every nominal step, for a progress bar; at once for those that are not taken again
+    resume: go on with the run that lies in `folder`, from its last checkpoint, if it has one; a finished run is
+        returned as it is. By default, what lies there is replaced
+
+    Raises UserError when `resume` meets a run of another configuration.
     """
-    return TrainingRun(config, folder).run(on_step)
+    if not resume or not (folder / "config.json").exists():
+        remove_checkpoint(folder / CHECKPOINT)
+        return TrainingRun(config, folder).run(on_step)
+    earlier = Run.load(folder)
+    refuse_differences(folder, earlier.config, config.record())
+    if earlier.summary is None:
+        return TrainingRun(config, folder).run(on_step)
+    remove_checkpoint(folder / CHECKPOINT)
+    for _ in range(config.steps):
+        on_step()
+    return earlier
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -106,7 +140,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 class TrainingRun:
-    """The moving parts of one run."""
+    """The moving parts of one run. It goes on from the checkpoint in `folder`, if there is one."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
@@ -122,31 +156,36 @@ class TrainingRun:
         self._stopwatch = Stopwatch(self._device)
         self._step_ms: list[float] = []
         self._evaluation: dict[str, float] = {}
+        self._earlier_peak: dict[str, Any] = {}
+        self._unrecorded: dict[str, Any] | None = None
 
     def run(self, on_step: Callable[[], None]) -> Run:
-        """Warm up, take every step, evaluate on the way, write the summary."""
+        """Warm up, go on where a checkpoint was left, take every step, evaluate on the way, write the summary."""
         self._warm_up()
+        steps_done = self._restore()
         self._meter.reset_peak()
-        with RunRecorder(self._folder, self._config.record()) as recorder:
-            previous: dict[str, Any] | None = None
-            for step in range(self._config.steps):
-                row = self._step(step)
-                if previous:
-                    self._record(recorder, previous)  # one step late, so that reading a loss stalls nothing
-                previous = row
+        for _ in range(steps_done):
+            on_step()
+        with RunRecorder(self._folder, self._config.record(), keep_steps=steps_done) as recorder:
+            for step in range(steps_done, self._config.steps):
+                row = self._step(step, settled=step >= steps_done + UNSETTLED_STEPS)
+                self._record(recorder)  # the row before: one step late, so that reading a loss stalls nothing
+                self._unrecorded = row
+                if self._wants_checkpoint(step + 1):
+                    self._save(recorder, step + 1)
                 on_step()
-            assert previous is not None
-            self._record(recorder, previous)
+            self._record(recorder)
             recorder.finish(self._summary())
+        remove_checkpoint(self._folder / CHECKPOINT)
         return Run.load(self._folder)
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def _step(self, step: int, *, settled: bool) -> dict[str, Any]:
         """One nominal step, timed, and evaluated when it is time."""
         set_lr_(self._optimizer, self._config.schedule(step))
         self._stopwatch.start()
         result = self._trainer.step(lambda: self._loss(step))
         elapsed = self._stopwatch.lap()
-        if result.phase is not Phase.PREDICT and step >= UNSETTLED_STEPS:
+        if result.phase is not Phase.PREDICT and settled:
             self._step_ms.append(1e3 * elapsed)
         row = {"result": result, "gradient_step": self._trainer.statistics().gradient_steps}
         if (step + 1) % self._config.evaluate_every == 0 or step + 1 == self._config.steps:
@@ -172,11 +211,68 @@ class TrainingRun:
             self._evaluate()
         self._task.model.zero_grad(set_to_none=True)
 
-    def _record(self, recorder: RunRecorder, row: dict[str, Any]) -> None:
+    def _record(self, recorder: RunRecorder) -> None:
+        """Write down the latest step, unless that is done."""
+        if not (row := self._unrecorded):
+            return
+        self._unrecorded = None
         result: StepResult = row.pop("result")
         recorder.add("steps", _columns(result) | row)
         memory = {"nominal_step": result.nominal_step, "seconds": row["seconds"], "phase": str(result.phase)}
         recorder.add("vram", memory | asdict(self._meter.read()))
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def _wants_checkpoint(self, steps_done: int) -> bool:
+        every = self._config.checkpoint_every
+        return every > 0 and steps_done % every == 0 and steps_done < self._config.steps
+
+    def _save(self, recorder: RunRecorder, steps_done: int) -> None:
+        """Write a checkpoint while the clock stands; the record that it counts on reaches the disk first."""
+        self._stopwatch.pause()
+        self._record(recorder)
+        recorder.flush()
+        state = {name: part.state_dict() for name, part in self._parts.items()} | {
+            "steps_done": steps_done,
+            "random": random_state(),
+            "seconds": self._stopwatch.seconds,
+            "step_ms": self._step_ms,
+            "evaluation": self._evaluation,
+            "peak": self._peak(),
+        }
+        save_checkpoint(self._folder / CHECKPOINT, state, meta=self._identity)
+
+    def _restore(self) -> int:
+        """Take up the last checkpoint, if there is one, and return the nominal steps that were done."""
+        state = load_checkpoint(self._folder / CHECKPOINT, expect=self._identity)
+        if state is None:
+            return 0
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self._stopwatch = Stopwatch(self._device, state["seconds"])
+        self._step_ms, self._evaluation, self._earlier_peak = state["step_ms"], state["evaluation"], state["peak"]
+        restore_random_state_(state["random"])
+        return state["steps_done"]
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, in the order in which it is taken up."""
+        return {"model": self._task.model, "optimizer": self._optimizer, "trainer": self._trainer}
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must fit to be gone on from, bit for bit."""
+        return self._config.record() | {"hybridlab": __version__, "torch": str(torch.__version__)}
+
+    # --- closing -----------------------------------------------------------------------------------------
+
+    def _peak(self) -> dict[str, Any]:
+        """Peak memory, an interrupted run's earlier part included."""
+        earlier = self._earlier_peak
+        return {
+            name: max(value, earlier.get(name) or 0) if isinstance(value, int) else value
+            for name, value in self._meter.peak().items()
+        }
 
     def _summary(self) -> dict[str, Any]:
         """What a comparison of runs needs, in one flat record."""
@@ -190,41 +286,8 @@ class TrainingRun:
             **{f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()},
             "seconds": self._stopwatch.seconds,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
-            **self._meter.peak(),
+            **self._peak(),
         }
-
-
-class Stopwatch:
-    """Seconds of training alone: paused during evaluation, and the device is waited for at each pause."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def start(self) -> None:
-        """Run, if it does not yet."""
-        if self._since is None:
-            self._since = self._lap = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap or start."""
-        now = time.perf_counter()
-        elapsed, self._lap = now - self._lap, now
-        return elapsed
-
-    def pause(self) -> None:
-        """Wait for the device, and stop."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
-            self._since = None
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far."""
-        return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
 
 def _columns(result: StepResult) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Files written as a whole: a reader, or a process that starts again, never meets half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hybridlab.errors import UserError
+
+
+@contextmanager
+def replaced(path: Path, *, keep_as: Path | None = None) -> Iterator[Path]:
+    """Yield a name beside `path`; what the block writes there takes the place of `path` when the block ends.
+
+    path: its folder is made where it is missing
+    keep_as: where the file that is replaced goes; None lets it go
+
+    The content is on the disk before the name is given to it, and the name when the block has ended. If the block
+    fails, `path` is as it was and nothing lies beside it; a process killed at the worst moment leaves the old file
+    under `keep_as`.
+
+    Raises UserError where the disk is full or cannot be written.
+    """
+    beside = _beside(path)
+    try:
+        with _writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            _to_disk(beside)
+            if keep_as and path.exists():
+                os.replace(path, keep_as)
+            os.replace(beside, path)
+            _to_disk(path.parent)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def remove(*paths: Path) -> None:
+    """Delete those of the files that are there, and what a killed process left beside them.
+
+    Raises UserError where that cannot be done.
+    """
+    for path in paths:
+        with _writing_to(path.parent):
+            path.unlink(missing_ok=True)
+            _beside(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(
+            f"cannot write in the folder {folder}: {reason}; make room there or choose another folder"
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,372 @@
+"""Runs: what they leave, and that an interrupted one ends as if nothing had happened, bit for bit.
+
+Started as a program with a folder, this file trains the study of the kill test, and kills it again and again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybridlab import HybridTrainerConfig
+from hybridlab.errors import UserError
+from hybridlab.optimizers import OptimizerConfig, Schedule
+from hybridlab.runs import Run
+from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
+from hybridlab.study.stopwatch import Stopwatch
+from hybridlab.study.tasks import Task
+
+STEPS = 48
+TRAIN_MODULE = sys.modules[RunConfig.__module__]
+
+
+# --- a task on which every random stream matters -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RestlessTaskConfig(TextTaskConfig):
+    """A GPT-2 with dropout, whose loss is shaken by Python's and NumPy's random streams."""
+
+    def build(self, seed: int, device: torch.device) -> Task:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (the global stream is what is tested)
+        return RestlessTask(super().build(seed, device))
+
+
+class RestlessTask:
+    """Evaluates to a hash of the weights beside the usual figures."""
+
+    def __init__(self, task: Task) -> None:
+        self.model, self._task = task.model, task
+
+    def loss(self, step: int, model: nn.Module) -> Tensor:
+        return self._task.loss(step, model) * (1 + 0.1 * random.random() + 0.1 * np.random.random())  # noqa: NPY002
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        return self._task.evaluate(model) | {"weights_hash": float(int(digest.hexdigest()[:12], 16))}
+
+
+TASK = RestlessTaskConfig(
+    model="nano",
+    data="markov",
+    vocab_size=64,
+    block_size=16,
+    batch_size=4,
+    validation_batches=2,
+    max_bytes=40_000,
+    dropout=0.1,
+)
+HYBRID = HybridTrainerConfig.conservative(
+    warmup_steps=8,
+    full_steps=8,
+    max_predict_steps=8,
+    correction_interval=3,
+    correct_steps=2,
+    confidence_threshold=0.0,
+    gate_batches=3,
+    gate_budget=1.0,
+    clip_norm=1.0,
+)
+PLAIN = RunConfig(
+    name="baseline",
+    task=TASK,
+    steps=STEPS,
+    schedule=Schedule(warmup_steps=5, total_steps=STEPS),
+    evaluate_every=20,
+    device="cpu",
+    cpu_threads=1,
+    checkpoint_every=3,
+)
+ARMS = {
+    "plain": PLAIN,
+    "muon": replace(PLAIN, optimizer=OptimizerConfig(name="muon", lr=1e-3)),
+    "gated": replace(PLAIN, hybrid=HYBRID),
+    "ungated": replace(PLAIN, hybrid=replace(HYBRID, gate=False)),
+    "river, path in bf16": replace(PLAIN, hybrid=replace(HYBRID, predictor="river", gate=False, path_dtype="bf16")),
+    "rssm": replace(PLAIN, hybrid=replace(HYBRID, predictor="rssm")),
+}
+
+
+def interrupted(config: RunConfig, folder: Path, after: int, *, resume: bool = False) -> None:
+    """Train, and press Ctrl-C after so many steps, those of an earlier attempt counted in."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, folder, stopping_after(after), resume=resume)
+
+
+def stopping_after(steps: int) -> Callable[[], None]:
+    taken = iter(range(1, steps))
+
+    def on_step() -> None:
+        if next(taken, None) is None:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Everything but time and memory is equal, to the last bit."""
+    assert run.config == other.config
+    pd.testing.assert_frame_equal(untimed(run.steps), untimed(other.steps), check_exact=True)
+    assert run.vram["nominal_step"].tolist() == other.vram["nominal_step"].tolist()
+    assert figures(run) == figures(other)
+    assert "weights_hash" in figures(run)
+
+
+def untimed(steps: pd.DataFrame) -> pd.DataFrame:
+    return steps.drop(columns="seconds")
+
+
+def figures(run: Run) -> dict[str, object]:
+    assert run.summary is not None
+    measured = ("seconds", "gradient_step_ms", "peak", "allocator")
+    return {name: value for name, value in run.summary.items() if not name.startswith(measured)}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+RECORD = {"config.json", "steps.parquet", "vram.parquet", "summary.json"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    runs: dict[str, Run] = {}
+
+    def trained(arm: str) -> Run:
+        if arm not in runs:
+            runs[arm] = train(replace(ARMS[arm], checkpoint_every=0), tmp_path_factory.mktemp("unbroken"))
+        return runs[arm]
+
+    return trained
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------
+
+
+def test_a_run_records_every_step_once_and_evaluates_in_time(unbroken: Callable[[str], Run]) -> None:
+    run = unbroken("gated")
+    assert run.summary is not None
+    assert run.steps["nominal_step"].tolist() == run.vram["nominal_step"].tolist() == list(range(1, STEPS + 1))
+    assert run.steps.loc[run.steps["validation_loss"].notna(), "nominal_step"].tolist() == [20, 40, STEPS]
+    assert run.steps["validation_loss"].iloc[-1] == run.summary["validation_loss"]
+    assert run.steps["seconds"].is_monotonic_increasing
+    assert run.summary["gradient_steps"] + run.summary["predicted_steps"] == STEPS
+    assert run.summary["predicted_steps"] > 0, "the arm is meant to jump"
+    assert names(run.folder) == RECORD
+
+
+def test_checkpoints_are_off_unless_asked_for(tmp_path: Path) -> None:
+    seen: set[str] = set()
+    train(replace(PLAIN, steps=6, checkpoint_every=0), tmp_path, lambda: seen.update(names(tmp_path)))
+    assert not any("checkpoint" in name for name in seen)
+
+
+def test_checkpoints_leave_the_figures_alone_and_go_when_the_run_has_finished(
+    tmp_path: Path, unbroken: Callable[[str], Run]
+) -> None:
+    seen: list[bool] = []
+    run = train(ARMS["gated"], tmp_path, lambda: seen.append((tmp_path / "checkpoint.pt").exists()))
+    assert seen == [False] * 2 + [True] * (STEPS - 2)
+    assert names(tmp_path) == RECORD
+    assert_same(run, unbroken("gated"))
+
+
+def test_checkpoint_every_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 0"):
+        replace(PLAIN, checkpoint_every=-1)
+
+
+# --- going on ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_interrupted_again_and_again_ends_bit_identical(
+    tmp_path: Path, arm: str, unbroken: Callable[[str], Run]
+) -> None:
+    """Every five steps, so that each phase is met; checkpoints are three steps apart."""
+    for after in range(2, STEPS, 5):
+        interrupted(ARMS[arm], tmp_path, after, resume=True)
+    assert_same(train(ARMS[arm], tmp_path, resume=True), unbroken(arm))
+    assert names(tmp_path) == RECORD
+
+
+def test_steps_that_are_not_taken_again_are_reported_and_their_time_is_kept(tmp_path: Path) -> None:
+    interrupted(PLAIN, tmp_path, 40)
+    before = Run.load(tmp_path).steps.set_index("nominal_step")["seconds"]
+    calls: list[None] = []
+    run = train(PLAIN, tmp_path, lambda: calls.append(None), resume=True)
+    assert len(calls) == STEPS
+    assert run.steps["seconds"].is_monotonic_increasing
+    assert run.steps["seconds"].iloc[38] == before[39]
+
+
+def test_a_finished_run_is_returned_without_training(
+    tmp_path: Path, unbroken: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(PLAIN, tmp_path)
+    monkeypatch.setattr(TRAIN_MODULE, "TrainingRun", None)
+    calls: list[None] = []
+    again = train(replace(PLAIN, checkpoint_every=7), tmp_path, lambda: calls.append(None), resume=True)
+    assert again.summary == run.summary
+    assert len(calls) == STEPS
+
+
+def test_without_resume_the_run_starts_afresh_and_its_old_checkpoint_is_gone(
+    tmp_path: Path, unbroken: Callable[[str], Run]
+) -> None:
+    interrupted(PLAIN, tmp_path, 30)
+    assert (tmp_path / "checkpoint.pt").exists()
+    interrupted(PLAIN, tmp_path, 2)
+    assert names(tmp_path) & {"checkpoint.pt", "checkpoint.previous.pt"} == set()
+    assert_same(train(PLAIN, tmp_path, resume=True), unbroken("plain"))
+
+
+def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path) -> None:
+    interrupted(PLAIN, tmp_path, 10)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = replace(PLAIN, steps=60, optimizer=OptimizerConfig(lr=1e-3))
+    with pytest.raises(UserError) as caught:
+        train(other, tmp_path, resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path} is of another run: steps (48 then, 60 now), optimizer.lr (0.0003 then, 0.001 now); "
+        "choose another folder, or start afresh without resume"
+    )
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(PLAIN, tmp_path, 10)
+    monkeypatch.setattr(TRAIN_MODULE, "__version__", "99.0")
+    with pytest.raises(UserError, match=r"hybridlab \('.*' then, '99.0' now\)"):
+        train(PLAIN, tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path: Path, unbroken: Callable[[str], Run]) -> None:
+    interrupted(ARMS["gated"], tmp_path, 30)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="going on from the checkpoint before it"):
+        run = train(ARMS["gated"], tmp_path, resume=True)
+    assert_same(run, unbroken("gated"))
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line_and_the_run_goes_on_later(
+    tmp_path: Path, unbroken: Callable[[str], Run]
+) -> None:
+    """No file may grow beyond a size: what a write meets on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    steps = iter(range(1, STEPS))
+
+    def fills_up() -> None:
+        if next(steps) == 25:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(UserError, match="cannot write in the folder") as caught:
+            train(PLAIN, tmp_path, fills_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == RECORD - {"summary.json"} | {"checkpoint.pt", "checkpoint.previous.pt"}
+    assert_same(train(PLAIN, tmp_path, resume=True), unbroken("plain"))
+
+
+# --- killed ------------------------------------------------------------------------------------------------
+
+
+KILL_AT = [23, 80, 120, 170]
+"""Steps of the whole study; the kill comes at some moment after, in whatever is being done then."""
+
+
+def study() -> Study:
+    base = replace(PLAIN, steps=60, schedule=Schedule(warmup_steps=5, total_steps=60))
+    return Study(base, {"hybrid": HYBRID}, seeds=1, control_fractions=(0.5,))
+
+
+def train_study(folder: Path, kill_at: int) -> None:
+    """Go on with the study; some time after step `kill_at`, if that is above 0, die without warning."""
+    taken = 0
+
+    def count(label: str, total: int) -> None:
+        nonlocal taken
+        taken += 1
+
+    def kill() -> None:
+        while taken < kill_at:
+            time.sleep(1e-3)
+        time.sleep(random.Random().uniform(0, 0.05))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at:
+        threading.Thread(target=kill, daemon=True).start()
+    study().run(folder, count, resume=True)
+
+
+def train_study_in_many_lives(folder: Path) -> None:
+    """A process for each life, forked before anything was trained; prints how each of them ended."""
+    for kill_at in [*KILL_AT, 0]:
+        child = os.fork()
+        if child == 0:
+            train_study(folder, kill_at)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def test_a_study_killed_several_times_ends_bit_identical(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    lives = subprocess.run([sys.executable, __file__, str(broken)], check=True, capture_output=True, text=True)
+    assert lives.stdout.split() == [str(-signal.SIGKILL)] * len(KILL_AT) + ["0"]
+    unbroken = study().run(tmp_path / "unbroken")
+    assert [name for name, _ in unbroken.runs][:3] == ["baseline", "control, 50% of the steps", "hybrid"]
+    assert unbroken.value("predicted_steps", "hybrid", 0) > 0
+    assert names(broken) == names(tmp_path / "unbroken")
+    for run in unbroken.runs.values():
+        assert_same(Run.load(broken / run.folder.name), run)
+
+
+# --- the stopwatch -----------------------------------------------------------------------------------------
+
+
+def test_the_stopwatch_counts_between_start_and_pause_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now)
+    watch = Stopwatch(torch.device("cpu"), seconds=7.0)
+    assert watch.seconds == 7.0
+    watch.start()
+    now += 1.0
+    assert watch.lap() == 1.0
+    watch.start()
+    now += 2.0
+    assert (watch.lap(), watch.seconds) == (2.0, 10.0)
+    watch.pause()
+    now += 50.0
+    watch.pause()
+    assert watch.seconds == 10.0
+    watch.start()
+    now += 4.0
+    assert (watch.lap(), watch.seconds) == (4.0, 14.0), "a lap begins where the watch was started again"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train_study_in_many_lives(Path(sys.argv[1]))
