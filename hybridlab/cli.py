@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -42,6 +43,9 @@ def run(
         list[str] | None,
         typer.Option("--parameter", "-p", metavar="NAME VALUE", help="One parameter; may repeat, wins over files."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training runs that an interrupted start left in runs/.")
+    ] = False,
 ) -> None:
     """Run a notebook whole, and keep a clean executed copy.
 
@@ -53,6 +57,7 @@ def run(
     from hybridlab.notebook.batch import run_notebook, summary_of
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ["HYBRIDLAB_RESUME"] = str(int(resume))
     console = Console()
     executed = run_notebook(notebook, output, file or [], [_pair(text) for text in parameter or []], console)
     for sentence in summary_of(executed.metadata["hybridlab"]["parameters"], notebook):

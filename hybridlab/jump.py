@@ -54,9 +54,12 @@ class Trial:
         return _plain(self)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
-        """The trial that `state_dict` described."""
-        return cls(**_restored(state))
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
+        """The trial that `state_dict` described, its measurements on `device`."""
+        trial = cls(**_restored(state))
+        trial.losses = {length: _moved(losses, device) for length, losses in trial.losses.items()}
+        trial.slopes = _moved(trial.slopes, device)
+        return trial
 
 
 @dataclass
@@ -110,9 +113,11 @@ class Jump:
         return _plain(self)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
-        """The jump that `state_dict` described."""
-        return cls(**_restored(state))
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
+        """The jump that `state_dict` described, its measurements on `device`."""
+        jump = cls(**_restored(state))
+        jump.slopes_after = _moved(jump.slopes_after, device)
+        return jump
 
 
 def _plain(record: Trial | Jump | Proposal) -> dict[str, Any]:
@@ -128,5 +133,9 @@ def _plain_value(value: Any) -> Any:
 
 def _restored(state: dict[str, Any]) -> dict[str, Any]:
     proposal = state["proposal"]
-    restored = state | {"proposal": Proposal(**proposal | {"coefficients": proposal["coefficients"].numpy()})}
-    return restored | ({"to_mean": state["to_mean"].numpy()} if "to_mean" in state else {})
+    restored = state | {"proposal": Proposal(**proposal | {"coefficients": proposal["coefficients"].cpu().numpy()})}
+    return restored | ({"to_mean": state["to_mean"].cpu().numpy()} if "to_mean" in state else {})
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    return [tensor.to(device) for tensor in tensors]

@@ -389,8 +389,9 @@ class HybridTrainer:
         self._statistics = Statistics(**state["statistics"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self._trial = Trial.from_state(state["trial"]) if state["trial"] else None
-        self._jump = Jump.from_state(state["jump"]) if state["jump"] else None
+        device = self._params[0].device
+        self._trial = Trial.from_state(state["trial"], device) if state["trial"] else None
+        self._jump = Jump.from_state(state["jump"], device) if state["jump"] else None
         self._before_jump = Snapshot(**state["before_jump"]) if state["before_jump"] else None
         self._last = _restored_result(state["last"]) if state["last"] else None
         self._highest_lr, self._worth_steps, self._worth_at_risk = state["numbers"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -55,12 +57,18 @@ class MemoryMeter:
         """
         if not self._device:
             raise UserError("a card can only be emulated on a larger CUDA card: set card_gb to 0")
+        if not self.exceeds(card_bytes):
+            return False
         torch.empty(1, device=self._device)  # so that there is a context to measure
         total = torch.cuda.get_device_properties(self._device).total_memory
-        if total <= card_bytes * LIKE_THE_CARD:
-            return False
         torch.cuda.set_per_process_memory_fraction((card_bytes - (self._context_bytes() or 0)) / total, self._device)
         return True
+
+    def exceeds(self, card_bytes: int) -> bool:
+        """Whether the card is larger than one of `card_bytes`, beyond what cards of one name differ by."""
+        if not self._device:
+            return False
+        return torch.cuda.get_device_properties(self._device).total_memory > card_bytes * LIKE_THE_CARD
 
     def reset_peak(self) -> None:
         """Begin a new peak. Without a GPU the system keeps one peak for the whole process."""
@@ -114,3 +122,13 @@ def _nvml_handle(device: torch.device) -> Any:
 def _process_peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's as the system gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

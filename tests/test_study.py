@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
+from hybridlab.study.compilation import compiled
 from hybridlab.study.report import BEGIN, END, write_report
+from hybridlab.study.run_config import find_device
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
-from hybridlab.study.train import find_device
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
 SHORT = RunConfig(
@@ -156,3 +158,26 @@ def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
     assert "it was measured." in text
     assert "old" not in text
     assert write_report(tmp_path) == []
+
+
+def test_models_of_one_shape_share_one_compiled_graph_and_keep_their_own_weights() -> None:
+    first, second = MARKOV.build(0, torch.device("cpu")).model, MARKOV.build(1, torch.device("cpu")).model
+    weights = [p.detach().clone() for p in second.parameters()]
+    kept, wrapped = compiled(first)
+    again, wrapped_again = compiled(second)
+    assert again is kept
+    assert wrapped_again is wrapped
+    assert all(map(torch.equal, weights, kept.parameters()))
+
+
+def test_the_gradient_clock_makes_the_decay_wait(tmp_path: Path) -> None:
+    nominal = train(replace(SHORT, name="nominal", hybrid=JUMPY), tmp_path / "nominal")
+    gradient = train(replace(SHORT, name="gradient", hybrid=JUMPY, clock="gradient"), tmp_path / "gradient")
+    losses = [run.steps["measured_loss"].dropna() for run in (nominal, gradient)]
+    assert losses[0].iloc[:18].equals(losses[1].iloc[:18])
+    assert not losses[0].equals(losses[1])
+
+
+def test_a_card_cannot_be_emulated_without_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="set card_gb to 0"):
+        train(replace(SHORT, card_gb=16), tmp_path)

@@ -181,23 +181,17 @@ def environment() -> dict[str, Any]:
     """
     import torch  # here, so that `hybridlab --help` does not wait for it
 
+    from hybridlab.vram import device_name
+
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "hybridlab": version("hybridlab")}
     capability = torch.backends.cpu.get_cpu_capability()
     fingerprint = f"python {versions['python']}, torch {versions['torch']}, {capability}, {platform.machine()}"
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions,
         "git_commit": git_commit(),
         "environment_fingerprint": fingerprint,
     }
-
-
-def cpu_name() -> str:
-    """Name the processor as the system does, or by its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def git_commit() -> str:

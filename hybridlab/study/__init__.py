@@ -2,7 +2,8 @@
 
 from hybridlab.study.arms import Study, StudyResult
 from hybridlab.study.compare import Comparison, compare
+from hybridlab.study.run_config import RunConfig
 from hybridlab.study.tasks import ImageTaskConfig, TextTaskConfig
-from hybridlab.study.train import RunConfig, train
+from hybridlab.study.train import train
 
 __all__ = ["Comparison", "ImageTaskConfig", "RunConfig", "Study", "StudyResult", "TextTaskConfig", "compare", "train"]

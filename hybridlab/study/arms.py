@@ -12,7 +12,8 @@ import pandas as pd
 
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.runs import Run
-from hybridlab.study.train import RunConfig, train
+from hybridlab.study.run_config import RunConfig
+from hybridlab.study.train import train
 
 BASELINE = "baseline"
 CONTROL = "control"

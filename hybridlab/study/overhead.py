@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.memory.precision import autocast, set_matmul_precision
 from hybridlab.optimizers import build_optimizer
-from hybridlab.study.train import RunConfig, compiled, find_device
+from hybridlab.study.compilation import compiled
+from hybridlab.study.run_config import RunConfig, find_device
 from hybridlab.trainer import HybridTrainer
 
 Step = Callable[[Callable[[], Tensor]], object]
@@ -31,7 +32,9 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> di
     device = find_device(config.device)
     set_matmul_precision(config.precision)
     task = config.task.build(config.seed, device)
-    model = compiled(task.model) if config.compiled else task.model
+    model = task.model
+    if config.compiled:
+        task.model, model = compiled(task.model)
     optimizer = build_optimizer(task.model, config.optimizer)
     hybrid = replace(config.hybrid, warmup_steps=0)
     loops: dict[str, Step] = {

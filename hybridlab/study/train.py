@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridlab import __version__
 from hybridlab.checkpoint import (
@@ -22,93 +21,25 @@ from hybridlab.checkpoint import (
     restore_random_state_,
     save_checkpoint,
 )
-from hybridlab.config import HybridTrainerConfig
-from hybridlab.errors import UserError
-from hybridlab.memory.precision import autocast, check_precision, set_matmul_precision
-from hybridlab.optimizers import OptimizerConfig, Schedule, build_optimizer, set_lr_
+from hybridlab.memory.precision import autocast, set_matmul_precision
+from hybridlab.optimizers import build_optimizer, set_lr_
 from hybridlab.phases import Phase
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import StepResult
+from hybridlab.study.compilation import compiled
+from hybridlab.study.run_config import RunConfig, find_device
 from hybridlab.study.stopwatch import Stopwatch
-from hybridlab.study.tasks import Task, TaskConfig
+from hybridlab.study.tasks import Task
 from hybridlab.trainer import HybridTrainer
 from hybridlab.vram import MemoryMeter
 
 CHECKPOINT = "checkpoint.pt"
 """In a run's folder, while the run has not finished."""
 
+WARM_UP_PASSES = 3
+
 UNSETTLED_STEPS = 10
 """Steps at a run's start that its median step time leaves out."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run depends on.
-
-    name: of the arm; two runs of one study differ in name or seed
-    steps: nominal steps; evaluate_every: nominal steps between two evaluations
-    precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
-    device: "auto" (CUDA where there is one), "cuda" or "cpu"
-    cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
-    checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
-    """
-
-    name: str
-    task: TaskConfig
-    steps: int
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig.tuned)
-    schedule: Schedule = field(default_factory=Schedule)
-    hybrid: HybridTrainerConfig = field(default_factory=HybridTrainerConfig.plain)
-    precision: str = "fp32"
-    compiled: bool = False
-    evaluate_every: int = 50
-    seed: int = 0
-    device: str = "auto"
-    cpu_threads: int = 0
-    checkpoint_every: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
-        check_precision(self.precision)
-        if self.steps < 1 or self.evaluate_every < 1:
-            raise ValueError("steps and evaluate_every must be at least 1")
-        if self.cpu_threads < 0:
-            raise ValueError("cpu_threads must be at least 0 (0 leaves the choice to torch)")
-        if self.checkpoint_every < 0:
-            raise ValueError("checkpoint_every must be at least 0 (0 writes no checkpoints)")
-
-    def as_vanilla(self) -> RunConfig:
-        """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
-        return replace(
-            self,
-            name="vanilla",
-            optimizer=OptimizerConfig.vanilla(),
-            schedule=Schedule("constant", warmup_steps=0, total_steps=self.steps),
-            hybrid=replace(self.hybrid, clip_norm=None),
-            precision="fp32",
-        )
-
-    def record(self) -> dict[str, Any]:
-        """As JSON: the settings that figures depend on, and where the data come from. Equal records, equal runs."""
-        settings = asdict(self) | {"data": self.task.data_record(), "device": describe_device(find_device(self.device))}
-        del settings["checkpoint_every"]
-        return json.loads(json.dumps(settings, default=str))
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a parameter file names. Raises UserError for CUDA where there is none."""
-    if name not in ("auto", "cuda", "cpu"):
-        raise UserError(f"device {name!r} is unknown: choose auto, cuda or cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device is 'cuda', but torch sees no CUDA device: set device to auto or cpu, or mend the driver"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def describe_device(device: torch.device) -> str:
-    """The card's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def train(config: RunConfig, folder: Path, on_step: Callable[[], None] = lambda: None, *, resume: bool = False) -> Run:
@@ -133,12 +64,6 @@ def train(config: RunConfig, folder: Path, on_step: Callable[[], None] = lambda:
     return earlier
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """The model through torch.compile; it shares its parameters with the model itself."""
-    wrapped: nn.Module = torch.compile(model)  # type: ignore[assignment]
-    return wrapped
-
-
 class TrainingRun:
     """The moving parts of one run. It goes on from the checkpoint in `folder`, if there is one."""
 
@@ -148,11 +73,15 @@ class TrainingRun:
         set_matmul_precision(config.precision)
         if config.cpu_threads:
             torch.set_num_threads(config.cpu_threads)
+        self._meter = MemoryMeter(self._device)
+        if config.card_gb:
+            self._meter.cap(config.card_bytes)
         self._task: Task = config.task.build(config.seed, self._device)
-        self._model = compiled(self._task.model) if config.compiled else self._task.model
+        self._model = self._task.model
+        if config.compiled:
+            self._task.model, self._model = compiled(self._task.model)
         self._optimizer = build_optimizer(self._task.model, config.optimizer)
         self._trainer = HybridTrainer(self._task.model, self._optimizer, config.hybrid)
-        self._meter = MemoryMeter(self._device)
         self._stopwatch = Stopwatch(self._device)
         self._step_ms: list[float] = []
         self._evaluation: dict[str, float] = {}
@@ -181,7 +110,7 @@ class TrainingRun:
 
     def _step(self, step: int, *, settled: bool) -> dict[str, Any]:
         """One nominal step, timed, and evaluated when it is time."""
-        set_lr_(self._optimizer, self._config.schedule(step))
+        set_lr_(self._optimizer, self._config.schedule(self._trainer.steps_by(self._config.clock)))
         self._stopwatch.start()
         result = self._trainer.step(lambda: self._loss(step))
         elapsed = self._stopwatch.lap()
@@ -203,9 +132,10 @@ class TrainingRun:
         return self._evaluation
 
     def _warm_up(self) -> None:
-        """Compile forward, backward and the forward without gradients before the clock runs."""
+        """Compile forward, backward and the forward without gradients, and settle caches, before the clock runs."""
         with torch.random.fork_rng():
-            self._loss(0).backward()  # type: ignore[no-untyped-call]
+            for _ in range(WARM_UP_PASSES):
+                self._loss(0).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 self._loss(0)
             self._evaluate()
@@ -282,6 +212,7 @@ class TrainingRun:
             "name": self._config.name,
             "seed": self._config.seed,
             **statistics,
+            "reliability": self._trainer.reliability(),
             **self._evaluation,
             **{f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()},
             "seconds": self._stopwatch.seconds,

@@ -1,0 +1,98 @@
+"""Everything that one run depends on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hybridlab.config import HybridTrainerConfig
+from hybridlab.errors import UserError, nearest
+from hybridlab.memory.precision import check_precision
+from hybridlab.optimizers import OptimizerConfig, Schedule
+from hybridlab.study.tasks import TaskConfig
+from hybridlab.trainer import CLOCKS
+from hybridlab.vram import MemoryMeter, device_name
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on.
+
+    name: of the arm; two runs of one study differ in name or seed
+    steps: nominal steps; evaluate_every: nominal steps between two evaluations
+    precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
+    device: "auto" (CUDA where there is one), "cuda" or "cpu"
+    clock: which steps drive the schedule: "nominal", "gradient" or "worth" (`HybridTrainer.steps_by`)
+    card_gb: take no more memory than a card of so many decimal gigabytes would give; 0 takes what there is
+    cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
+    checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
+    """
+
+    name: str
+    task: TaskConfig
+    steps: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig.tuned)
+    schedule: Schedule = field(default_factory=Schedule)
+    hybrid: HybridTrainerConfig = field(default_factory=HybridTrainerConfig.plain)
+    precision: str = "fp32"
+    compiled: bool = False
+    evaluate_every: int = 50
+    seed: int = 0
+    device: str = "auto"
+    clock: str = "nominal"
+    card_gb: int = 0
+    cpu_threads: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        check_precision(self.precision)
+        if self.clock not in CLOCKS:
+            raise ValueError(f"clock {self.clock!r} is unknown: {nearest(self.clock, CLOCKS)}")
+        if self.steps < 1 or self.evaluate_every < 1:
+            raise ValueError("steps and evaluate_every must be at least 1")
+        for name in ("cpu_threads", "checkpoint_every", "card_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, which turns it off")
+
+    def as_vanilla(self) -> RunConfig:
+        """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
+        return replace(
+            self,
+            name="vanilla",
+            optimizer=OptimizerConfig.vanilla(),
+            schedule=Schedule("constant", warmup_steps=0, total_steps=self.steps),
+            hybrid=replace(self.hybrid, clip_norm=None),
+            precision="fp32",
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: the settings that figures depend on, and where the data come from. Equal records, equal runs."""
+        settings = asdict(self) | {"data": self.task.data_record(), "device": self.describe_device()}
+        del settings["checkpoint_every"]
+        return json.loads(json.dumps(settings, default=str))
+
+    def describe_device(self) -> str:
+        """The name of the card, with what it emulates, or of the processor."""
+        device = find_device(self.device)
+        emulated = self.card_gb and MemoryMeter(device).exceeds(self.card_bytes)
+        return device_name(device) + (f" as an emulated {self.card_gb} GB card" if emulated else "")
+
+    @property
+    def card_bytes(self) -> int:
+        """The size of the card that is emulated, in bytes."""
+        return self.card_gb * 10**9
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a parameter file names. Raises UserError for CUDA where there is none."""
+    if name not in ("auto", "cuda", "cpu"):
+        raise UserError(f"device {name!r} is unknown: choose auto, cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device is 'cuda', but torch sees no CUDA device: set device to auto or cpu, or mend the driver"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
