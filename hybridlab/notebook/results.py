@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from filelock import FileLock
 
+from hybridlab import __version__
 from hybridlab.errors import UserError
 from hybridlab.notebook.parameters import parameters_sha256
+from hybridlab.vram import device_name
 
 Verdict = Literal["holds", "fails", "open"]
 VOLATILE_ENDINGS = ("_seconds", "_ms", "_ratio_time", "_bytes")
@@ -179,11 +182,7 @@ def environment() -> dict[str, Any]:
 
     `environment_fingerprint` is one line; where it is equal, seeded CPU runs repeat to four decimals.
     """
-    import torch  # here, so that `hybridlab --help` does not wait for it
-
-    from hybridlab.vram import device_name
-
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "hybridlab": version("hybridlab")}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "hybridlab": __version__}
     capability = torch.backends.cpu.get_cpu_capability()
     fingerprint = f"python {versions['python']}, torch {versions['torch']}, {capability}, {platform.machine()}"
     return {
@@ -197,8 +196,11 @@ def environment() -> dict[str, Any]:
 def git_commit() -> str:
     """Give the short commit of the project, "+dirty" where its sources differ from it, or "unknown".
 
-    What runs write themselves (`executed/`, `docs/`) does not count as a difference.
+    What runs write themselves (`executed/`, `docs/`) does not count as a difference. The environment variable
+    HYBRIDLAB_COMMIT names the commit where the sources travel without their history.
     """
+    if named := os.environ.get("HYBRIDLAB_COMMIT"):
+        return named
     commit = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
     return f"{commit}+dirty" if commit and changed else commit or "unknown"
