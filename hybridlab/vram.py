@@ -46,8 +46,8 @@ class MemoryMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._handle = _nvml_handle(device) if self._device else None
+        self._device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
+        self._handle = _nvml_handle(self._device) if self._device else None
 
     def cap(self, card_bytes: int) -> bool:
         """Let this process take no more than a card of `card_bytes` would give it; returns whether that cut anything.
