@@ -54,6 +54,9 @@ class Thresholds:
     prediction_grave: float = 2.0
 
 
+PERSISTENCE = 3
+"""Real steps in a row that must be out of order before it is called divergence."""
+
 WINDOW = 16
 """Losses in which an oscillation is looked for."""
 
@@ -66,7 +69,9 @@ class DivergenceMonitor:
         variance[t] = (1 - a) (variance[t-1] + a (loss[t] - mean[t-1])^2)
 
     and likewise the mean of the gradient norm's logarithm and of the loss's change a step (`slope`). The first `settle`
-    measurements only teach; one that is out of order does not. Source: West 1979 for the running variance.
+    measurements only teach; one that is out of order does not. A single batch may be odd, so a loss or a norm of a real
+    step counts as divergence when it stays out of order for `PERSISTENCE` steps; inside a jump one is enough. Source:
+    West 1979 for the running variance.
     """
 
     thresholds: Thresholds
@@ -77,6 +82,7 @@ class DivergenceMonitor:
     slope: float = 0.0
     log_norm: float = 0.0
     count: int = 0
+    grave_in_a_row: int = 0
     departures: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     @property
@@ -97,12 +103,16 @@ class DivergenceMonitor:
 
         loss: measured, in nats; gradient_norm: of a gradient step; predicted_loss: of a predicted step
         """
-        verdict = _not_finite(loss, gradient_norm)
-        if verdict is None and self.count >= self.settle:
+        if verdict := _not_finite(loss, gradient_norm):
+            return verdict
+        if self.count >= self.settle:
             verdict = self._judge_settled(loss, gradient_norm, predicted_loss)
         if verdict is None or verdict.answer is Answer.SHORTEN:
+            self.grave_in_a_row = 0
             self._learn(loss, gradient_norm)
-        return verdict
+            return verdict
+        self.grave_in_a_row += 1
+        return verdict if predicted_loss is not None or self.grave_in_a_row >= PERSISTENCE else None
 
     def _judge_settled(self, loss: float, norm: float | None, predicted: float | None) -> Verdict | None:
         found = [self._loss_band(loss), self._norm(norm), self._prediction(loss, predicted), self._oscillation(loss)]
@@ -162,7 +172,7 @@ class DivergenceMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned."""
-        learned = ("mean", "variance", "slope", "log_norm", "count")
+        learned = ("mean", "variance", "slope", "log_norm", "count", "grave_in_a_row")
         return {name: getattr(self, name) for name in learned} | {"departures": list(self.departures)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

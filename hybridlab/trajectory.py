@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +16,6 @@ from torch.optim import Optimizer
 from hybridlab.errors import UserError
 from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
 
-_PIECE_ELEMENTS = 1 << 10
 _CHUNK_ELEMENTS = 1 << 24
 """Elements of a row whose products are summed in float32, and that are brought to the device at a time."""
 
@@ -49,22 +47,24 @@ class Trajectory:
         velocity = gamma^s velocity + (1 - gamma^s) row / s    at each new row, s = `needs.every`
 
     The rows live in a ring, each as large as the trainable weights; one more such copy holds the last recorded
-    weights, one the velocity where it is wanted. All of it is allocated at the first `anchor`. Only parameters in the
-    optimizer's groups that require gradients take part; buffers are part of snapshots.
+    weights, one the velocity where it is wanted. Each parameter group lies in one flat piece of memory, so that
+    products of rows take a few kernels, whatever the number of parameters. All of it is allocated at the first
+    `anchor`. Only parameters in the optimizer's groups that require gradients take part; buffers are part of snapshots.
 
     Raises UserError for an optimizer that keeps a copy of the weights which a jump would not reach.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, needs: PathNeeds, storage: PathStorage) -> None:
         self._optimizer, self._needs, self._storage = optimizer, needs, storage
-        trained = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-        self._params = [p for group in trained for p in group]
-        self._groups = _slices([len(group) for group in trained])
+        groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        self._groups = [group for group in groups if group]
+        self._settings = [settings for settings, group in zip(optimizer.param_groups, groups, strict=True) if group]
+        self._params = [p for group in self._groups for p in group]
         self._buffers = list(model.buffers())
-        self._rows: list[Tensor] = []
-        self._last: list[Tensor] = []
-        self._velocity: list[Tensor] = []
-        self._direction: list[Tensor] = []
+        self._rows: list[Float[Tensor, "row element"]] = []
+        self._last: list[Float[Tensor, " element"]] = []
+        self._velocity: list[Float[Tensor, " element"]] = []
+        self._direction: list[Float[Tensor, " element"]] = []
         self._steps = self._recorded = 0
 
     # --- recording ---------------------------------------------------------------------------------------
@@ -74,7 +74,8 @@ class Trajectory:
         """Begin a new stretch at the current weights; earlier rows stay, since they are real motion still."""
         self._allocate()
         self._steps = 0
-        _copy_(self._last, self._params)
+        for last, group in zip(self._last, self._groups, strict=True):
+            _gather_(last, group)
 
     @torch.no_grad()
     def observe(self) -> bool:
@@ -82,26 +83,29 @@ class Trajectory:
         self._steps += 1
         if self._steps % self._needs.every:
             return False
-        slot = [rows[self._recorded % self._needs.rows] for rows in self._rows]
-        _subtract_(slot, self._params, self._last)
-        _copy_(self._last, self._params)
-        if self._needs.velocity is not None:
-            self._follow(slot, self._needs.velocity**self._needs.every)
+        for g, group in enumerate(self._groups):
+            row, last = self._rows[g][self._recorded % self._needs.rows], self._last[g]
+            if row.dtype == last.dtype:
+                torch.sub(_gather_(row, group), last, out=row)
+                _gather_(last, group)
+            else:
+                before = last.clone()
+                row.copy_(_gather_(last, group) - before)
+            if self._needs.velocity is not None:
+                keep = self._needs.velocity**self._needs.every
+                self._velocity[g].mul_(keep).add_(row, alpha=(1 - keep) / self._needs.every)
         self._recorded += 1
         return True
-
-    def _follow(self, slot: Sequence[Tensor], keep: float) -> None:
-        torch._foreach_mul_(self._velocity, keep)
-        torch._foreach_add_(self._velocity, list(slot), alpha=(1 - keep) / self._needs.every)
 
     def _allocate(self) -> None:
         """Take the memory of the path when it is first needed, and once."""
         if self._rows:
             return
-        self._rows = [self._empty(p, self._needs.rows, *p.shape) for p in self._params]
-        self._last = [self._empty(p, *p.shape, dtype=p.dtype) for p in self._params]
+        sizes = [(group[0], sum(p.numel() for p in group)) for group in self._groups]
+        self._rows = [self._empty(like, self._needs.rows, size) for like, size in sizes]
+        self._last = [self._empty(like, size, dtype=like.dtype) for like, size in sizes]
         if self._needs.velocity is not None:
-            self._velocity = [self._empty(p, *p.shape).zero_() for p in self._params]
+            self._velocity = [self._empty(like, size).zero_() for like, size in sizes]
 
     def _empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self._storage.dtype
@@ -118,25 +122,28 @@ class Trajectory:
 
     @torch.no_grad()
     def gram(self) -> Gram:
-        """Inner products of the rows by parameter group, in float64: displacements, then velocity, then direction."""
+        """Inner products of the rows by parameter group: displacements, then velocity, then direction.
+
+        Summed in float32 over millions of elements, in float64 over those sums.
+        """
         refuse_hidden_weights(self._optimizer, self._params)
         self._direction = self._optimizer_directions() if self._needs.direction else []
         rows = [Row("displacement", self._needs.every)] * len(self._slots)
         rows += [Row("velocity", 1)] * bool(self._velocity) + [Row("direction", 1)] * bool(self._direction)
-        products = np.stack([self._group_products(group, len(rows)) for group in self._groups])
-        return Gram(products, tuple(rows))
+        device = self._params[0].device
+        products = torch.stack([_products(self._row_vectors(g), device) for g in range(len(self._groups))])
+        return Gram(products.cpu().numpy(), tuple(rows))
 
     @torch.no_grad()
     def slopes(self, coefficients: Coefficients) -> Float64[Tensor, " group"]:
         """Derivative of the loss along a combination of rows, by group, from the gradients of the last backward."""
-        slopes = torch.zeros(len(self._groups), dtype=torch.float64, device=self._params[0].device)
+        device = self._params[0].device
+        slopes = torch.zeros(len(self._groups), dtype=torch.float64, device=device)
         for g, group in enumerate(self._groups):
+            gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group])
             for row in np.flatnonzero(coefficients[g]):
-                weight = float(coefficients[g, row])
-                for i in group:
-                    if (gradient := self._params[i].grad) is not None:
-                        moved = self._row(i, int(row)).to(gradient.device, gradient.dtype)
-                        slopes[g] += weight * torch.sum(gradient * moved, dtype=torch.float64)
+                along = self._row_vectors(g)[row].to(device, gradient.dtype)
+                slopes[g] += float(coefficients[g, row]) * _dot(gradient, along)
         return slopes
 
     @property
@@ -145,34 +152,16 @@ class Trajectory:
         capacity = self._needs.rows
         return [i % capacity for i in range(max(0, self._recorded - capacity), self._recorded)]
 
-    def _optimizer_directions(self) -> list[Tensor]:
-        settings = self._optimizer.param_groups
+    def _row_vectors(self, g: int) -> list[Float[Tensor, " element"]]:
+        """The rows of one group, in the order of the Gram matrix."""
+        more = [kind[g] for kind in (self._velocity, self._direction) if kind]
+        return [self._rows[g][slot] for slot in self._slots] + more
+
+    def _optimizer_directions(self) -> list[Float[Tensor, " element"]]:
         return [
-            optimizer_direction(self._optimizer, self._params[i], settings[g])
-            for g, group in enumerate(self._groups)
-            for i in group
+            torch.cat([optimizer_direction(self._optimizer, p, settings).flatten() for p in group])
+            for group, settings in zip(self._groups, self._settings, strict=True)
         ]
-
-    def _group_products(self, group: range, count: int) -> Float64[np.ndarray, "row row"]:
-        total = torch.zeros(count, count, dtype=torch.float64, device=self._params[0].device)
-        with _exact_products():
-            for i in group:
-                total += _products(self._stacked_rows(i), total.device)
-        order = [*self._slots, *range(len(self._slots), count)]
-        return total.cpu().numpy()[np.ix_(order, order)]
-
-    def _stacked_rows(self, i: int) -> Float[Tensor, "row element"]:
-        """All rows of one parameter, displacements in the order of the ring, where and as the path is stored."""
-        path = self._rows[i][: len(self._slots)].flatten(1)
-        more = [kind[i].flatten()[None].to(path) for kind in (self._velocity, self._direction) if kind]
-        return torch.cat([path, *more]) if more else path
-
-    def _row(self, i: int, row: int) -> Tensor:
-        """One row of one parameter."""
-        if row < len(self._slots):
-            return self._rows[i][self._slots[row]]
-        more = [kind for kind in (self._velocity, self._direction) if kind]
-        return more[row - len(self._slots)][i]
 
     # --- moving ------------------------------------------------------------------------------------------
 
@@ -182,11 +171,10 @@ class Trajectory:
 
         coefficients: of the rows in the order of the last `gram()`
         """
-        for group, weights in zip(self._groups, coefficients * fraction, strict=True):
-            for row in np.flatnonzero(weights):
-                for i in group:
-                    motion = self._row(i, int(row)).to(self._params[i].device, self._params[i].dtype)
-                    self._params[i].add_(motion, alpha=float(weights[row]))
+        for g, group in enumerate(self._groups):
+            for row in np.flatnonzero(coefficients[g] * fraction):
+                motion = self._row_vectors(g)[row].to(group[0].device, group[0].dtype)
+                torch._foreach_add_(group, _views(motion, group), alpha=float(coefficients[g, row] * fraction))
         tell_of_jump(self._optimizer)
 
     @torch.no_grad()
@@ -231,7 +219,9 @@ class Trajectory:
             self._allocate()
         for mine, saved in ((self._rows, "rows"), (self._last, "last"), (self._velocity, "velocity")):
             _copy_(mine, state[saved])
-        self._direction = [saved.to(p.device) for saved, p in zip(state["direction"], self._params, strict=False)]
+        self._direction = [
+            saved.to(group[0].device) for saved, group in zip(state["direction"], self._groups, strict=False)
+        ]
         self._recorded, self._steps = state["recorded"], state["steps"]
 
 
@@ -304,42 +294,32 @@ def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(targets), list(sources))
 
 
-def _subtract_(targets: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    """Write a - b into the targets, in the precision of a, in one pass where all lie together."""
-    for target, x, y in zip(targets, a, b, strict=True):
-        if target.device == x.device and target.dtype == x.dtype:
-            torch.sub(x, y, out=target)
-        else:
-            target.copy_(x - y.to(x.device))
+def _gather_(flat: Float[Tensor, " element"], group: Sequence[Tensor]) -> Float[Tensor, " element"]:
+    """Copy parameters into their flat piece of memory, and return it."""
+    torch._foreach_copy_(_views(flat, group), list(group))
+    return flat
 
 
-def _products(rows: Float[Tensor, "row element"], device: torch.device) -> Float64[Tensor, "row row"]:
-    """Inner products of rows: float32 over pieces of a thousand elements, float64 over the pieces."""
+def _views(flat: Float[Tensor, " element"], group: Sequence[Tensor]) -> list[Tensor]:
+    """A flat piece of memory in the shapes of the parameters."""
+    pieces = torch.split(flat, [p.numel() for p in group])
+    return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
+
+
+def _products(rows: Sequence[Float[Tensor, " element"]], device: torch.device) -> Float64[Tensor, "row row"]:
+    """Inner products of rows, brought to the device piece by piece."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for chunk in torch.split(rows, _CHUNK_ELEMENTS, dim=1):
-        chunk = chunk.to(device, torch.float32)
-        whole = chunk.shape[1] // _PIECE_ELEMENTS * _PIECE_ELEMENTS
-        pieces = rearrange(chunk[:, :whole], "row (piece element) -> piece row element", element=_PIECE_ELEMENTS)
-        total += torch.bmm(pieces, pieces.mT).sum(dim=0, dtype=torch.float64)
-        rest = chunk[:, whole:].double()
-        total += rest @ rest.T
-    return total
+    for start in range(0, rows[0].numel() if rows else 0, _CHUNK_ELEMENTS):
+        pieces = [row[start : start + _CHUNK_ELEMENTS].to(device, torch.float32) for row in rows]
+        for i, j in itertools.combinations_with_replacement(range(len(rows)), 2):
+            total[i, j] += torch.dot(pieces[i], pieces[j])
+    return torch.triu(total) + torch.triu(total, diagonal=1).T
 
 
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Float32 products without TF32, whatever the run's setting."""
-    setting = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(setting)
-
-
-def _slices(lengths: Sequence[int]) -> list[range]:
-    ends = np.cumsum(lengths).tolist()
-    return [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+def _dot(a: Float[Tensor, " element"], b: Float[Tensor, " element"]) -> Float64[Tensor, ""]:
+    """Inner product of two vectors, in float32 by the piece, in float64 over the pieces."""
+    pieces = zip(torch.split(a, _CHUNK_ELEMENTS), torch.split(b, _CHUNK_ELEMENTS), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64)
 
 
 def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None) -> None:

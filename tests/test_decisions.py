@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridlab.corrector import LONGEST, Case, ResidualStore, wanted_length
-from hybridlab.divergence import Answer, DivergenceMonitor, Thresholds
+from hybridlab.divergence import PERSISTENCE, Answer, DivergenceMonitor, Thresholds
 from hybridlab.gate import Gate, judge
 
 # --- gate ----------------------------------------------------------------------------------------
@@ -121,8 +121,12 @@ def settled(threshold: float = 6.0) -> DivergenceMonitor:
     ],
 )
 def test_each_kind_of_divergence_is_named_and_answered(measured: dict[str, float], kind: str, answer: Answer) -> None:
-    verdict = settled().judge(**measured)
+    monitor = settled()
+    verdicts = [monitor.judge(**measured) for _ in range(PERSISTENCE)]
+    verdict = verdicts[-1]
     assert verdict is not None
+    at_once = kind == "not finite" or "predicted_loss" in measured
+    assert (verdicts[0] is not None) == at_once
     assert (verdict.kind, verdict.answer) == (kind, answer)
 
 
@@ -135,8 +139,14 @@ def test_an_oscillation_is_named() -> None:
 def test_what_diverged_does_not_teach_the_band() -> None:
     monitor = settled()
     before = monitor.state_dict()
-    monitor.judge(50.0, gradient_norm=1.0)
-    assert monitor.state_dict() == before
+    for _ in range(PERSISTENCE):
+        monitor.judge(50.0, gradient_norm=1.0)
+    assert monitor.state_dict() == before | {"grave_in_a_row": PERSISTENCE}
+
+
+def test_a_single_odd_batch_is_no_divergence() -> None:
+    monitor = settled()
+    assert [monitor.judge(loss, gradient_norm=1.0) for loss in (4.0, 3.0, 4.0, 4.0, 3.0)] == [None] * 5
 
 
 def test_the_pace_of_the_loss_prices_a_change() -> None:

@@ -33,7 +33,7 @@ from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Task
 
 STEPS = 48
-TRAIN_MODULE = sys.modules[RunConfig.__module__]
+TRAIN_MODULE = sys.modules[train.__module__]
 
 
 # --- a task on which every random stream matters -----------------------------------------------------------

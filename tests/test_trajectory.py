@@ -132,5 +132,5 @@ def test_where_the_path_is_kept_changes_it_by_rounding_at_most(storage: PathStor
 def test_products_of_long_rows_are_exact_to_float32() -> None:
     rows = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        _products(rows, torch.device("cpu")), rows.double() @ rows.double().T, rtol=1e-5, atol=1e-3
+        _products(list(rows), torch.device("cpu")), rows.double() @ rows.double().T, rtol=1e-5, atol=1e-3
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart
-from hybridlab.notebook.figures import Chart
+from hybridlab.notebook.figures import Chart, Line
 from hybridlab.notebook.results import Claim, Verdict
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.arms import BASELINE, CONTROL, StudyResult
@@ -107,9 +107,9 @@ def verdict_table(comparisons: Iterable[Comparison]) -> Table:
         {
             "arm": c.name,
             "final loss (nats)": c.validation_loss.mean,
-            "against equal gradient steps (nats)": str(c.to_control),
+            "against equal gradient steps (nats)": str(c.to_control) if c.predicted_steps else None,
             "against the full baseline (nats)": str(c.to_baseline),
-            "worth of a predicted step": str(c.step_value) if c.step_value else "nothing predicted",
+            "worth of a predicted step": str(c.step_value) if c.step_value else None,
             "verdict": c.verdict,
         }
         for c in comparisons
@@ -120,7 +120,9 @@ def verdict_table(comparisons: Iterable[Comparison]) -> Table:
 def verdict_chart(comparisons: Iterable[Comparison]) -> Chart:
     """The differences to the controls, with intervals; right of zero is worse than stopping earlier."""
     rows = [(c.name, c.to_control.mean, *_finite(c.to_control)) for c in comparisons]
-    return interval_chart("Hybrid minus control, equal gradient steps", "difference in final loss (nats)", rows)
+    zero = (Line(0.0, "as good as stopping earlier"),)
+    title = "Hybrid minus control, equal gradient steps: right of the line is worse"
+    return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
 
 
 def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
@@ -152,7 +154,7 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
     """
     quality = [_quality(comparison), _speed(comparison)] if perplexity else []
-    return [_pays(comparison), *quality, _stable(comparison)]
+    return [pays_claim(comparison), *quality, stable_claim([comparison], _slug(comparison), comparison.name)]
 
 
 def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str = "vanilla") -> list[Claim]:
@@ -200,7 +202,8 @@ def cost_claims(overhead: Mapping[str, float], result: StudyResult, baseline: st
     return claims
 
 
-def _pays(comparison: Comparison) -> Claim:
+def pays_claim(comparison: Comparison) -> Claim:
+    """That predicting beats a plain run with as many gradient steps."""
     numbers = _interval("loss_to_control", comparison.to_control)
     if comparison.step_value:
         numbers |= _interval("step_value", comparison.step_value)
@@ -237,13 +240,12 @@ def _speed(comparison: Comparison) -> Claim:
     )
 
 
-def _stable(comparison: Comparison) -> Claim:
-    return Claim(
-        f"{_slug(comparison)}-stable",
-        f"{comparison.name}: no run diverges",
-        _verdict(not comparison.divergences),
-        {"divergences": comparison.divergences, "rollbacks": comparison.rollbacks},
-    )
+def stable_claim(comparisons: Sequence[Comparison], slug: str, name: str) -> Claim:
+    """That no run of these arms diverges; rollbacks are counted apart."""
+    divergences = sum(comparison.divergences for comparison in comparisons)
+    rollbacks = sum(comparison.rollbacks for comparison in comparisons)
+    numbers: Numbers = {"divergences": divergences, "rollbacks": rollbacks}
+    return Claim(f"{slug}-stable", f"{name}: no run diverges", _verdict(not divergences), numbers)
 
 
 def _verdict(holds: bool) -> Verdict:
