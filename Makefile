@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 HYBRIDLAB := $(BIN)/hybridlab
 FIRST := 03_gpt2_small_hybrid
-MILESTONES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
+MILESTONES := $(patsubst params/$(PROFILE)/%.yaml,%,$(sort $(wildcard params/$(PROFILE)/[0-9]*.yaml)))
 
 .PHONY: help run test lab milestones check clean
 
@@ -18,7 +18,7 @@ run: .venv/run ## train baseline, hybrids and controls on real text; leaves an e
 	  -o runs/first/$(FIRST).ipynb
 
 test: .venv/test ## every test, the notebooks' included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/dev ## style and types
 	$(BIN)/ruff check .
@@ -28,10 +28,11 @@ check: .venv/dev ## style and types
 lab: .venv/run ## JupyterLab with the notebooks
 	$(BIN)/jupyter lab notebooks
 
-milestones: .venv/run $(MILESTONES:%=executed/$(PROFILE)/%) ## every notebook as a batch: PROFILE=cpu or PROFILE=rtx5080
+milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080
+	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }
+	$(HYBRIDLAB) report
 
-executed/$(PROFILE)/%: .venv/run
-	@test -f params/$(PROFILE)/$*.yaml || { echo "params/$(PROFILE)/$*.yaml is missing: PROFILE is cpu or rtx5080"; exit 2; }
+milestone/%: .venv/run
 	$(HYBRIDLAB) run notebooks/$*.ipynb -f params/$(PROFILE)/$*.yaml -o executed/$(PROFILE)/$*.ipynb
 
 # A stamp file for each set of packages: a second call finds it and installs nothing.

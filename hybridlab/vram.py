@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -71,8 +72,10 @@ class MemoryMeter:
         return torch.cuda.get_device_properties(self._device).total_memory > card_bytes * LIKE_THE_CARD
 
     def reset_peak(self) -> None:
-        """Begin a new peak. Without a GPU the system keeps one peak for the whole process."""
+        """Begin a new peak, without what earlier runs left behind. Without a GPU the process has one peak for life."""
         if self._device:
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> MemoryReading:

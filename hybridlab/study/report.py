@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PROFILES = {"rtx5080": "GPT-2 scale, on a GPU", "cpu": "small scale, on two CPU cores"}
+PROFILES = {
+    "rtx5080": "GPT-2 scale, on a GPU",
+    "cpu": "small scale, on two CPU cores",
+    "cpu_long": "small scale, every predictor",
+}
 PICTURED = "03_gpt2_small_hybrid"
 PICTURE_CELL = 'curves(result, [*shown, *controls], "gradient_step")'
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
@@ -56,7 +60,12 @@ def _section(results: dict[str, dict[str, Any]]) -> str:
 
 def _profile_section(profile: str, entries: dict[str, Any]) -> str:
     devices = sorted({entry["device"] for entry in entries.values()})
-    lines = [f"### {PROFILES[profile].capitalize()}", "", f"Measured on: {'; '.join(devices)}.", ""]
+    lines = [
+        f"### {PROFILES[profile][0].upper()}{PROFILES[profile][1:]}",
+        "",
+        f"Measured on: {'; '.join(devices)}.",
+        "",
+    ]
     for notebook, entry in sorted(entries.items()):
         link = f"[{notebook}](executed/{profile}/{notebook}.ipynb)"
         lines += [f"{link}:", "", *(f"- {sentence}" for sentence in entry["summary"]), ""]
