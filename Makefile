@@ -26,7 +26,7 @@ check: .venv/dev ## style and types
 	$(BIN)/mypy
 
 lab: .venv/run ## JupyterLab with the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/$(FIRST).ipynb
 
 milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080
 	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }

@@ -51,7 +51,9 @@ class Comparison:
     @property
     def asked(self) -> str:
         """How often the gate said no."""
-        return f"{self.rejected} proposals, all rejected" if self.rejected else "confidence stayed below its threshold"
+        if not self.rejected:
+            return "confidence stayed below its threshold"
+        return f"proposals tried and rejected: {self.rejected}"
 
     @property
     def verdict(self) -> str:
