@@ -78,6 +78,7 @@ class _Engine(Engine):  # type: ignore[misc]
             kernel_name=kernel_name,
             startup_timeout=start_timeout,
             coalesce_streams=True,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a kernel that is shut down may complain on stderr
             config=_kernel_config(),
             log=logging.getLogger("papermill"),
         ).execute()
