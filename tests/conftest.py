@@ -1,8 +1,10 @@
-"""Shared pieces: a small regression problem, and one thread so that tests share a machine."""
+"""Shared pieces: a small regression problem, a full disk, and one thread so that tests share a machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,3 +38,14 @@ class Problem:
 @pytest.fixture
 def problem() -> Problem:
     return Problem()
+
+
+@contextmanager
+def full_disk(room_bytes: int) -> Iterator[None]:
+    """No file may grow beyond this size: what a write meets on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from hybridlab.checkpoint import (
     save_checkpoint,
 )
 from hybridlab.errors import UserError
+from tests.conftest import full_disk
 
 META = {"name": "baseline", "optimizer": {"lr": 3e-4, "betas": [0.9, 0.999]}}
 
@@ -226,17 +224,6 @@ def test_a_damaged_checkpoint_without_another_is_refused_in_one_line(path: Path,
     with pytest.raises(UserError, match=r"checkpoint\.pt is no checkpoint, or is damaged: delete it") as caught:
         load(path)
     assert "\n" not in str(caught.value)
-
-
-@contextmanager
-def full_disk(room_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this size: what a write meets on a full disk, with another number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room_bytes", [0, 100, 2000, 5000])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from hybridlab import runs
 from hybridlab.errors import UserError
 from hybridlab.runs import Run, RunRecorder, write_json
+from tests.conftest import full_disk
 
 
 def add(recorder: RunRecorder, steps: range, **more: Any) -> None:
@@ -32,17 +30,6 @@ def steps_of(folder: Path) -> list[int]:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-@contextmanager
-def full_disk(room_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this size: what a write meets on a full disk, with another number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- while it grows ----------------------------------------------------------------------------------------
