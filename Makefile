@@ -30,6 +30,7 @@ lab: .venv/run ## JupyterLab with the notebooks
 
 milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080
 	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }
+	$(HYBRIDLAB) run notebooks/09_report.ipynb -f params/cpu/09_report.yaml -o executed/cpu/09_report.ipynb
 	$(HYBRIDLAB) report
 
 milestone/%: .venv/run

@@ -1,4 +1,4 @@
-"""The command line: `hybridlab run`, `hybridlab data` and `hybridlab report`."""
+"""The command line: `hybridlab run`, `plan`, `data`, `report` and `runs`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -90,14 +91,76 @@ def data(
 
 
 @app.command()
-def report() -> None:
+def report(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a document is stale.")] = False,
+) -> None:
     """Write what the documents say of results, from the results files in executed/ alone."""
     from hybridlab.notebook.results import project_root
-    from hybridlab.study.report import write_report
+    from hybridlab.report import stale_files, write_report
 
     root = project_root()
-    changed = write_report(root)
-    print("\n".join(f"written: {path.relative_to(root)}" for path in changed) or "everything is up to date")
+    changed = stale_files(root) if check else write_report(root)
+    word = "stale" if check else "written"
+    print("\n".join(f"{word}: {path.relative_to(root)}" for path in changed) or "everything is up to date")
+    if check and changed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def runs(
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by it; -COLUMN from the greatest down.")] = "run",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=PATTERN", help="Only these, as name=*unguarded; may repeat, all must hold."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where to look for runs, from the project's root.")] = Path("runs"),
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write their scalars there, for TensorBoard.")
+    ] = None,
+) -> None:
+    """List recorded runs with their key figures."""
+    from hybridlab.notebook.compare_runs import find_runs, runs_table
+    from hybridlab.notebook.results import project_root
+    from hybridlab.tensorboard import export_tensorboard
+
+    shown = runs_table(folder, sort=sort, where=where or [])
+    if not shown.table:
+        raise UserError(shown.empty)
+    print(shown)
+    if tensorboard:
+        root = project_root() / folder
+        for found in find_runs(folder, where=where or []):
+            export_tensorboard(found, tensorboard / found.folder.relative_to(root))
+        print(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A GPT-2 size: nano, tiny, small, medium, large or xl.")] = "small",
+    card: Annotated[str, typer.Option(help="Its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
+    batch: Annotated[str, typer.Option(metavar="WINDOWSxTOKENS", help="As 8x512.")] = "8x512",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
+    memory: Annotated[str, typer.Option(help="none, conservative, aggressive or fit_16gb.")] = "none",
+    predictor: Annotated[str, typer.Option(help="Whose path is remembered; none trains without jumps.")] = "none",
+    path_device: Annotated[str, typer.Option(help="Where the path is kept: same or host.")] = "same",
+) -> None:
+    """Say what a training takes of a card, without one, and if it does not fit the least to switch on."""
+    from hybridlab.config import HybridTrainerConfig
+    from hybridlab.memory.forecast import forecast, memory_named, read_batch
+    from hybridlab.memory.nearest_fit import Situation
+    from hybridlab.memory.step_time import find_card
+    from hybridlab.optimizers import OptimizerConfig
+    from hybridlab.predictors import PREDICTORS
+
+    card_bytes, rates = find_card(card)
+    settings, size = memory_named(memory), read_batch(batch)
+    situation = Situation(model, size, settings, OptimizerConfig(optimizer, weight_decay=0.0))
+    if predictor != "none":
+        hybrid = HybridTrainerConfig(predictor=predictor, path_device=path_device, memory=settings)
+        needs = PREDICTORS[predictor]().needs(hybrid.full_steps)
+        situation = replace(situation, path=needs, path_storage=hybrid.path_storage)
+    for line in forecast(situation, card_bytes, rates):
+        print(line)
 
 
 def main(arguments: list[str] | None = None) -> int:

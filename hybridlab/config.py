@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import torch
+
 from hybridlab.errors import nearest
+from hybridlab.memory.config import MemoryConfig
 from hybridlab.predictors import PREDICTORS
+from hybridlab.trajectory import PathStorage
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class HybridTrainerConfig:
     path_device: "same" keeps the remembered path beside the weights, "host" in (pinned) host memory
     path_dtype: "fp32" or "bf16", of the path's rows; each row is as large as the trainable weights
     clip_norm: gradient norm above which gradients are scaled down; None leaves them alone
+    memory: what lets the model train in less memory; None is plain training. The trainer itself takes from it the
+        number formats of each phase and what leaves the card in Predict; `hybridlab.memory.apply` does the rest
 
     Raises TypeError and ValueError that name the setting and its remedy.
     """
@@ -45,6 +51,13 @@ class HybridTrainerConfig:
     path_device: str = "same"
     path_dtype: str = "fp32"
     clip_norm: float | None = None
+    memory: MemoryConfig | None = None
+
+    @property
+    def path_storage(self) -> PathStorage:
+        """Where the path is kept, and in which type."""
+        dtype = torch.bfloat16 if self.path_dtype == "bf16" else torch.float32
+        return PathStorage(self.path_device == "host", dtype)
 
     @classmethod
     def conservative(cls, **changes: Any) -> Self:
@@ -78,6 +91,32 @@ class HybridTrainerConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: {nearest(getattr(self, name), known)}")
+        for first, second, why in self._memory_conflicts():
+            raise ValueError(f"{first} does not go with {second}: {why}")
+
+    def _memory_conflicts(self) -> list[tuple[str, str, str]]:
+        """What the memory features and the trainer's own settings cannot do together."""
+        memory, jumps = self.memory or MemoryConfig(), self.max_predict_steps > 0
+        leaves = memory.predict_aware is not None and memory.predict_aware.strategy in ("cpu", "pinned")
+        lowers = memory.mixed_precision is not None and memory.mixed_precision.predict == "bf16_weights"
+        pairs = [
+            (
+                memory.step_in_backward and self.clip_norm is not None,
+                ("step_in_backward", "clip_norm"),
+                "the norm of all gradients is not known before the first of them is used; set memory.clip_last_norm",
+            ),
+            (
+                jumps and memory.weights == "bf16",
+                ("weights='bf16'", "max_predict_steps above 0"),
+                "a prediction would drown in the rounding; use float32 weights, or max_predict_steps=0",
+            ),
+            (
+                jumps and (leaves or lowers) and self.path_device == "same",
+                ("leaving the card in Predict", "path_device='same'"),
+                "the path and the way back, larger than what leaves, would stay on it; set path_device='host'",
+            ),
+        ]
+        return [(*names, why) for conflict, names, why in pairs if conflict]
 
 
 _LEAST = {
@@ -97,6 +136,7 @@ def _check_type(name: str, value: object, wanted: str) -> None:
         "bool": (bool,),
         "str": (str,),
         "float | None": (int, float, type(None)),
+        "MemoryConfig | None": (MemoryConfig, type(None)),
     }
     if not isinstance(value, kinds[wanted]) or (isinstance(value, bool) and wanted != "bool"):
         hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) and "float" in wanted else ""

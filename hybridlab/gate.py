@@ -98,6 +98,11 @@ class Gate:
         """Halve the horizon."""
         self.horizon = max(1.0, 0.5 * self.horizon)
 
+    def reach(self, longest: int) -> None:
+        """Change the longest horizon; the next one stays within it, and follows it where it was as long as allowed."""
+        at_its_end = self.horizon >= self.longest
+        self.longest, self.horizon = longest, float(longest) if at_its_end else min(self.horizon, float(longest))
+
     def reliability(self, bins: int = 5) -> list[dict[str, float]]:
         """Predicted confidence against how often the proposal was accepted, a row a bin that holds any."""
         rows = []

@@ -89,7 +89,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter: set requires_grad on some")
-    groups = _decay_groups(parameters, config.weight_decay)
+    groups = decay_groups(parameters, config.weight_decay)
     fused = True if all(parameter.is_cuda for parameter in parameters) else None
     match config.name:
         case "adamw":
@@ -117,7 +117,7 @@ def _build_muon(model: nn.Module, config: OptimizerConfig, fused: bool | None) -
     rest = [p for p in model.parameters() if p.requires_grad and p not in chosen]
     if not rest:
         return muon
-    groups, lr = _decay_groups(rest, config.weight_decay), config.adamw_lr or COMPANION_LR
+    groups, lr = decay_groups(rest, config.weight_decay), config.adamw_lr or COMPANION_LR
     return MuonWithAdamW(muon, AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused))
 
 
@@ -138,7 +138,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[ParamGroup]:
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[ParamGroup]:
+    """Two optimizer groups: matrices, which decay, and vectors, which do not."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in parameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ FLUSH_SHARE = 0.02
 
 
 class RunRecorder:
-    """Writes one run's folder: config.json, steps.parquet, vram.parquet and summary.json.
+    """Writes one run's folder: config.json, steps.parquet, vram.parquet (samples, in their own time) and summary.json.
 
     folder: made where it is missing; a record that lies there is replaced
     config: what the run was asked to do, JSON-ready
@@ -31,13 +31,18 @@ class RunRecorder:
     Every file is replaced as a whole (written beside, then renamed), so that a reader never sees half of one,
     and a run that is killed leaves what it had measured. A run without summary.json did not finish.
 
-    Raises UserError where the disk is full or cannot be written, and where the rows to keep are not there; what was
+    Raises UserError where the disk is full or cannot be written, and where the steps to keep are not there; what was
     written before stays readable.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, keep_steps: int = 0) -> None:
         self.folder = folder
         self._tables = {name: _rows_up_to(folder / f"{name}.parquet", keep_steps) for name in ("steps", "vram")}
+        if keep_steps and (not self._tables["steps"] or self._tables["steps"][-1]["nominal_step"] < keep_steps):
+            raise UserError(
+                f"{folder / 'steps.parquet'} does not reach step {keep_steps}, where its checkpoint is: "
+                "start afresh without resume"
+            )
         remove(
             folder / "summary.json", *[folder / f"{name}.parquet" for name, rows in self._tables.items() if not rows]
         )
@@ -49,6 +54,10 @@ class RunRecorder:
         self._tables[table].append(dict(row))
         if time.monotonic() - self._flushed_at > max(2.0, self._flush_seconds / FLUSH_SHARE):
             self.flush()
+
+    def extend(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows; they reach the disk with the next one that is added, or the next flush."""
+        self._tables[table].extend(map(dict, rows))
 
     def flush(self) -> None:
         """Write all rows to disk."""
@@ -100,6 +109,11 @@ class Run:
         )
 
 
+def runs_under(folder: Path) -> list[Run]:
+    """Every run that lies in a folder or below it, by path."""
+    return [Run.load(config.parent) for config in sorted(folder.rglob("config.json"))]
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file as a whole; keys in their own order, NaN refused."""
     with replaced(path) as beside:
@@ -111,13 +125,6 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _rows_up_to(path: Path, nominal_step: int) -> list[dict[str, Any]]:
-    """The rows of a table up to a nominal step, which must be there."""
-    if not nominal_step:
-        return []
-    rows = pq.read_table(path).to_pylist() if path.exists() else []
-    kept = [row for row in rows if row["nominal_step"] <= nominal_step]
-    if not kept or kept[-1]["nominal_step"] < nominal_step:
-        raise UserError(
-            f"{path} does not reach step {nominal_step}, where its checkpoint is: start afresh without resume"
-        )
-    return kept
+    """The rows of a table up to a nominal step, those that are there."""
+    rows = pq.read_table(path).to_pylist() if nominal_step and path.exists() else []
+    return [row for row in rows if row["nominal_step"] <= nominal_step]

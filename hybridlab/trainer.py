@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,18 +16,27 @@ from torch.optim import Optimizer
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.corrector import Case, ResidualStore, wanted_length
 from hybridlab.divergence import Answer, DivergenceMonitor, Thresholds, Verdict
-from hybridlab.errors import UserError
+from hybridlab.errors import UserError, nearest
 from hybridlab.gate import Gate
 from hybridlab.jump import Jump, Trial
+from hybridlab.memory.config import MemoryConfig
+from hybridlab.memory.host_optimizer import HostAdamW
+from hybridlab.memory.in_backward import StepInBackward
+from hybridlab.memory.precision import autocast
+from hybridlab.memory.residence import PredictResidence
 from hybridlab.phases import Moment, Phase, first_phase, may_propose, next_phase
 from hybridlab.predictors import PREDICTORS, Proposal, Signals
 from hybridlab.step_result import Statistics, StepResult
-from hybridlab.trajectory import PathStorage, Snapshot, Trajectory
+from hybridlab.trajectory import Trajectory
+from hybridlab.weights import Snapshot, Weights
 
 Closure = Callable[[], Tensor]
 """Forward only: returns the scalar loss of one batch, and leaves backward to the trainer."""
 
 CLOCKS = ("nominal", "gradient", "worth")
+
+CHANGEABLE = ("confidence_threshold", "max_predict_steps", "correction_interval")
+"""Settings that may change while training."""
 
 
 class DivergenceError(UserError):
@@ -37,8 +47,9 @@ class HybridTrainer:
     """Runs any model and torch optimizer through Warmup -> Full -> Predict -> Correct.
 
     Call `step(closure)` once for each batch. The closure runs the forward pass on that batch and returns the loss;
-    whether a backward pass follows is the trainer's decision. At the end of a Full block the predictor may propose a
-    jump; the gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
+    whether a backward pass follows is the trainer's decision. A batch may also come in equal parts, one closure each:
+    their gradients are averaged, as if it had come whole. At the end of a Full block the predictor may propose a jump;
+    the gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
 
     model: any `torch.nn.Module`; optimizer: any torch optimizer over its parameters
     config: `HybridTrainerConfig`; with `max_predict_steps=0` training equals the plain loop bit for bit
@@ -49,14 +60,14 @@ class HybridTrainer:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None = None) -> None:
         self.model, self.optimizer = model, optimizer
-        self.config = config = config or HybridTrainerConfig()
-        self._params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.config = self._first_config = config = config or HybridTrainerConfig()
+        self._memory = config.memory or MemoryConfig()
+        self._weights = Weights(model, optimizer, on_host=config.path_device == "host")
+        self._residence = PredictResidence(self._weights, optimizer, self._memory)
+        self._params = self._weights.params
         self._predictor = PREDICTORS[config.predictor]()
         self._needs = self._predictor.needs(config.full_steps)
-        storage = PathStorage(
-            config.path_device == "host", torch.bfloat16 if config.path_dtype == "bf16" else torch.float32
-        )
-        self._trajectory = Trajectory(model, optimizer, self._needs, storage)
+        self._trajectory = Trajectory(self._weights, optimizer, self._needs, config.path_storage)
         self._gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
         self._monitor = DivergenceMonitor(Thresholds(band=config.divergence_threshold))
         self._residuals = ResidualStore()
@@ -71,20 +82,21 @@ class HybridTrainer:
 
     # --- the step ----------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure) -> StepResult:
-        """Take one nominal step on the closure's batch."""
+    def step(self, closure: Closure | Sequence[Closure]) -> StepResult:
+        """Take one nominal step on the closure's batch, or on the batch whose equal parts the closures have."""
         started = time.perf_counter()
+        parts = [closure] if callable(closure) else closure
         match self._phase:
             case Phase.WARMUP:
-                result = self._gradient_step(closure)
+                result = self._gradient_step(parts)
             case Phase.FULL:
-                self._probe(closure)
-                result = self._gradient_step(closure)
+                self._probe(parts)
+                result = self._gradient_step(parts)
                 result = self._look_ahead(result)
             case Phase.PREDICT:
-                result = self._predicted_step(closure)
+                result = self._predicted_step(parts)
             case Phase.CORRECT:
-                result = self._gradient_step(closure)
+                result = self._gradient_step(parts)
                 self._correct_(result)
         verdict = self._watch(result)
         if verdict:
@@ -92,30 +104,38 @@ class HybridTrainer:
         self._advance(result, started, diverged=verdict is not None and verdict.answer is Answer.ROLL_BACK)
         return result
 
-    def _gradient_step(self, closure: Closure) -> StepResult:
+    def _gradient_step(self, parts: Sequence[Closure]) -> StepResult:
         """Forward, backward, clip, optimizer."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = closure()
-        self._refuse_gradients()
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses = [self._backward(closure, i, len(parts)) for i, closure in enumerate(parts)]
         norm = self._clip_()
         self.optimizer.step()
         self._statistics.gradient_steps += 1
-        return self._result(loss_tensor=loss.detach(), norm_tensor=norm)
+        return self._result(loss_tensor=_mean(losses), norm_tensor=norm)
 
-    def _predicted_step(self, closure: Closure) -> StepResult:
+    def _backward(self, closure: Closure, part: int, parts: int) -> Tensor:
+        """Forward and backward of one part of a batch; its gradients add to those of the parts before."""
+        with self._precision():
+            loss = closure()
+        if not part:
+            self._refuse_gradients()
+        (loss / parts if parts > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _predicted_step(self, parts: Sequence[Closure]) -> StepResult:
         """The weights move at the start of a chunk; its last step measures the loss on the user's own batch."""
         jump, interval = self._jump, self.config.correction_interval
         assert jump is not None
         if jump.taken % interval == 0:
             self._trajectory.move_(jump.proposal.coefficients, jump.next_chunk(interval))
         jump.taken += 1
+        self._residence.clear_(jump.length - jump.taken)
         self._statistics.predicted_steps += 1
         self._worth_at_risk += jump.worth_per_step
         result = self._result(predicted_loss=jump.predicted_loss)
         if jump.taken % interval and not jump.is_over:
             return result
-        return replace(result, loss_tensor=self._forward(closure))
+        return replace(result, loss_tensor=self._forward(parts))
 
     # --- proposing and trying ----------------------------------------------------------------------------
 
@@ -160,18 +180,18 @@ class HybridTrainer:
         trial.slopes.append(self._slopes(proposal, result))
         return self._accept(trial, 1.0, proposal.loss_change, result)
 
-    def _probe(self, closure: Closure) -> None:
+    def _probe(self, parts: Sequence[Closure]) -> None:
         """Try every length of the trial on this step's batch, before it is trained on; put the weights back."""
         if self._trial is None:
             return
-        saved = self._trajectory.snapshot(optimizer=False)
+        saved = self._weights.snapshot(optimizer=False)
         try:
             for length, losses in self._trial.losses.items():
                 self._trajectory.move_(self._trial.at(length))
-                losses.append(self._forward(closure, same_noise=True))
-                self._trajectory.restore_(saved)
+                losses.append(self._forward(parts, same_noise=True))
+                self._weights.restore_(saved)
         finally:
-            self._trajectory.restore_(saved)
+            self._weights.restore_(saved)
 
     def _pursue(self, trial: Trial, result: StepResult) -> StepResult:
         """Note the slopes along the jump; decide when enough batches were tried."""
@@ -195,7 +215,7 @@ class HybridTrainer:
         change = loss_change * min(1.0, steps / asked)
         worth = self._monitor.worth_steps(change, steps) / steps
         self._jump = Jump(trial.proposal, trial.horizon, steps, self._monitor.mean, change, worth, slopes)
-        self._before_jump = self._trajectory.snapshot()
+        self._before_jump = self._weights.snapshot()
         self._statistics.proposals_accepted += 1
         return replace(result, event="accepted")
 
@@ -256,7 +276,8 @@ class HybridTrainer:
         """Restore what was before the last jump, if it may be the cause; stop where a number is not finite."""
         self._statistics.divergences += 1
         if self._before_jump is not None:
-            self._trajectory.restore_(self._before_jump)
+            self._residence.fill_()
+            self._weights.restore_(self._before_jump)
             self._worth_at_risk = 0.0
             self._before_jump = self._last = self._trial = None
             self._gate.shorten()
@@ -286,6 +307,8 @@ class HybridTrainer:
         if self._params[0].is_cuda:
             torch.cuda.synchronize(self._params[0].device)
         self._phase, self._steps_in_phase = phase, 0
+        if phase is not Phase.PREDICT:
+            self._residence.fill_()
         if phase is Phase.PREDICT:
             self.optimizer.zero_grad(set_to_none=True)
         if phase is Phase.FULL and self.config.max_predict_steps:
@@ -294,16 +317,24 @@ class HybridTrainer:
 
     # --- helpers -----------------------------------------------------------------------------------------
 
-    def _forward(self, closure: Closure, *, same_noise: bool = False) -> Tensor:
+    def _precision(self) -> AbstractContextManager[object]:
+        """The number format of the phase, where the settings name one; else the closure's own."""
+        numbers = self._memory.mixed_precision
+        if numbers is None:
+            return nullcontext()
+        name = numbers.predict if self._phase is Phase.PREDICT else numbers.training
+        return autocast("fp32" if name == "fp32" else "bf16", self._weights.device)
+
+    def _forward(self, parts: Sequence[Closure], *, same_noise: bool = False) -> Tensor:
         """A forward without backward; `same_noise` leaves the random streams as they were."""
         self._statistics.forward_only_passes += 1
         devices = [p.device for p in self._params[:1] if p.is_cuda]
         gradients = [p.grad for p in self._params]
-        with torch.no_grad(), torch.random.fork_rng(devices, enabled=same_noise):
-            loss = closure()
+        with torch.no_grad(), torch.random.fork_rng(devices, enabled=same_noise), self._precision():
+            losses = [closure() for closure in parts]
         if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):
             self._refuse_gradients()
-        return loss.detach()
+        return _mean(losses)
 
     def _refuse_gradients(self) -> None:
         if any(p.grad is not None for p in self._params):
@@ -311,9 +342,12 @@ class HybridTrainer:
 
     def _clip_(self) -> Tensor:
         """Norm of all gradients, and gradients scaled down to `clip_norm` where it is exceeded."""
-        if self.config.clip_norm is None:
+        limit = self.config.clip_norm
+        if isinstance(self.optimizer, StepInBackward | HostAdamW):  # they have taken the gradients away
+            return self.optimizer.clip_(limit)
+        if limit is None:
             return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
-        return nn.utils.clip_grad_norm_(self._params, self.config.clip_norm)
+        return nn.utils.clip_grad_norm_(self._params, limit)
 
     def _lr_share(self) -> float:
         """The learning rate over the highest one so far."""
@@ -323,6 +357,25 @@ class HybridTrainer:
 
     def _result(self, **measured: Any) -> StepResult:
         return StepResult(self._statistics.nominal_steps + 1, self._phase, **measured)
+
+    # --- steering from outside ---------------------------------------------------------------------------
+
+    def change(self, **settings: Any) -> None:
+        """Change settings between two steps: `confidence_threshold`, `max_predict_steps`, `correction_interval`.
+
+        Raises UserError for other settings, while a jump is under way (`current_phase` is Predict), and where
+        prediction would be turned on or off; ValueError and TypeError as `HybridTrainerConfig` does.
+        """
+        for name in settings:
+            if name not in CHANGEABLE:
+                raise UserError(f"{name} cannot change while training: {nearest(name, CHANGEABLE)}")
+        if self._phase is Phase.PREDICT:
+            raise UserError("a jump is under way: change settings when it is over")
+        changed = replace(self.config, **settings)
+        if bool(changed.max_predict_steps) != bool(self.config.max_predict_steps):
+            raise UserError("max_predict_steps=0 is plain training from start to end: begin another run for it")
+        self.config = changed
+        self._gate.reach(changed.max_predict_steps)
 
     # --- looking from outside ----------------------------------------------------------------------------
 
@@ -360,6 +413,15 @@ class HybridTrainer:
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
+    @property
+    def card_is_clear(self) -> bool:
+        """Whether the device holds nothing but what Predict needs."""
+        return self._residence.is_clear
+
+    def make_whole_(self) -> None:
+        """Bring back to the device what Predict has put away, as whoever saves the model needs it."""
+        self._residence.fill_()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, besides the model and the optimizer.
 
@@ -367,7 +429,8 @@ class HybridTrainer:
         """
         last = self._last
         return {
-            "config": asdict(self.config),
+            "config": asdict(self._first_config),
+            "changed": {name: getattr(self.config, name) for name in CHANGEABLE},
             "phase": str(self._phase),
             "steps_in_phase": self._steps_in_phase,
             "statistics": asdict(self._statistics),
@@ -384,7 +447,8 @@ class HybridTrainer:
 
         Raises UserError when the state was taken under other settings.
         """
-        _refuse_other_settings(state["config"], asdict(self.config))
+        _refuse_other_settings(state["config"], asdict(self._first_config))
+        self.config = replace(self._first_config, **state["changed"])
         self._phase, self._steps_in_phase = Phase(state["phase"]), state["steps_in_phase"]
         self._statistics = Statistics(**state["statistics"])
         for name, part in self._parts().items():
@@ -405,6 +469,11 @@ class HybridTrainer:
             "monitor": self._monitor,
             "residuals": self._residuals,
         }
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    """Mean of the parts' losses; of one part, its very loss."""
+    return (losses[0] if len(losses) == 1 else torch.stack(losses).mean()).detach()
 
 
 def _restored_result(last: dict[str, Any]) -> StepResult:

@@ -1,20 +1,21 @@
-"""The weights' recent path: the only file that reads or writes parameter storage."""
+"""The weights' recent path."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from hybridlab.errors import UserError
 from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
+from hybridlab.weights import Flat, Weights, refuse_hidden_weights
 
 _CHUNK_ELEMENTS = 1 << 24
 """Elements of a row whose products are summed in float32, and that are brought to the device at a time."""
@@ -28,18 +29,6 @@ class PathStorage:
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own."""
-
-    tensors: tuple[Tensor, ...]
-    optimizer: dict[int, dict[str, Any]] | None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The fields, by name."""
-        return {"tensors": self.tensors, "optimizer": self.optimizer}
-
-
 class Trajectory:
     """Remembers displacements of the weights, and moves the weights along combinations of them.
 
@@ -49,22 +38,15 @@ class Trajectory:
     The rows live in a ring, each as large as the trainable weights; one more such copy holds the last recorded
     weights, one the velocity where it is wanted. Each parameter group lies in one flat piece of memory, so that
     products of rows take a few kernels, whatever the number of parameters. All of it is allocated at the first
-    `anchor`. Only parameters in the optimizer's groups that require gradients take part; buffers are part of snapshots.
-
-    Raises UserError for an optimizer that keeps a copy of the weights which a jump would not reach.
+    `anchor`. Only parameters in the optimizer's groups that require gradients take part.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, needs: PathNeeds, storage: PathStorage) -> None:
-        self._optimizer, self._needs, self._storage = optimizer, needs, storage
-        groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-        self._groups = [group for group in groups if group]
-        self._settings = [settings for settings, group in zip(optimizer.param_groups, groups, strict=True) if group]
-        self._params = [p for group in self._groups for p in group]
-        self._buffers = list(model.buffers())
+    def __init__(self, weights: Weights, optimizer: Optimizer, needs: PathNeeds, storage: PathStorage) -> None:
+        self._weights, self._optimizer, self._needs, self._storage = weights, optimizer, needs, storage
         self._rows: list[Float[Tensor, "row element"]] = []
-        self._last: list[Float[Tensor, " element"]] = []
-        self._velocity: list[Float[Tensor, " element"]] = []
-        self._direction: list[Float[Tensor, " element"]] = []
+        self._last: list[Flat] = []
+        self._velocity: list[Flat] = []
+        self._direction: list[Flat] = []
         self._steps = self._recorded = 0
 
     # --- recording ---------------------------------------------------------------------------------------
@@ -74,8 +56,8 @@ class Trajectory:
         """Begin a new stretch at the current weights; earlier rows stay, since they are real motion still."""
         self._allocate()
         self._steps = 0
-        for last, group in zip(self._last, self._groups, strict=True):
-            _gather_(last, group)
+        for g, last in enumerate(self._last):
+            self._weights.gather_(last, g)
 
     @torch.no_grad()
     def observe(self) -> bool:
@@ -83,14 +65,14 @@ class Trajectory:
         self._steps += 1
         if self._steps % self._needs.every:
             return False
-        for g, group in enumerate(self._groups):
+        for g in range(len(self._weights.groups)):
             row, last = self._rows[g][self._recorded % self._needs.rows], self._last[g]
             if row.dtype == last.dtype:
-                torch.sub(_gather_(row, group), last, out=row)
-                _gather_(last, group)
+                torch.sub(self._weights.gather_(row, g), last, out=row)
+                self._weights.gather_(last, g)
             else:
                 before = last.clone()
-                row.copy_(_gather_(last, group) - before)
+                row.copy_(self._weights.gather_(last, g) - before)
             if self._needs.velocity is not None:
                 keep = self._needs.velocity**self._needs.every
                 self._velocity[g].mul_(keep).add_(row, alpha=(1 - keep) / self._needs.every)
@@ -101,7 +83,7 @@ class Trajectory:
         """Take the memory of the path when it is first needed, and once."""
         if self._rows:
             return
-        sizes = [(group[0], sum(p.numel() for p in group)) for group in self._groups]
+        sizes = [(group[0], sum(p.numel() for p in group)) for group in self._weights.groups]
         self._rows = [self._empty(like, self._needs.rows, size) for like, size in sizes]
         self._last = [self._empty(like, size, dtype=like.dtype) for like, size in sizes]
         if self._needs.velocity is not None:
@@ -126,20 +108,25 @@ class Trajectory:
 
         Summed in float32 over millions of elements, in float64 over those sums.
         """
-        refuse_hidden_weights(self._optimizer, self._params)
+        refuse_hidden_weights(self._optimizer, self._weights.params)
         self._direction = self._optimizer_directions() if self._needs.direction else []
         rows = [Row("displacement", self._needs.every)] * len(self._slots)
         rows += [Row("velocity", 1)] * bool(self._velocity) + [Row("direction", 1)] * bool(self._direction)
-        device = self._params[0].device
-        products = torch.stack([_products(self._row_vectors(g), device) for g in range(len(self._groups))])
+        device = self._weights.device
+        products = torch.stack([_products(self._row_vectors(g), device) for g in range(len(self._weights.groups))])
         return Gram(products.cpu().numpy(), tuple(rows))
 
     @torch.no_grad()
     def slopes(self, coefficients: Coefficients) -> Float64[Tensor, " group"]:
-        """Derivative of the loss along a combination of rows, by group, from the gradients of the last backward."""
-        device = self._params[0].device
-        slopes = torch.zeros(len(self._groups), dtype=torch.float64, device=device)
-        for g, group in enumerate(self._groups):
+        """Derivative of the loss along a combination of rows, by group, from the gradients of the last backward.
+
+        Unknown (NaN) where the optimizer has taken the gradients away already.
+        """
+        device = self._weights.device
+        slopes = torch.zeros(len(self._weights.groups), dtype=torch.float64, device=device)
+        if all(p.grad is None for p in self._weights.params):
+            return slopes.fill_(torch.nan)
+        for g, group in enumerate(self._weights.groups):
             gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group])
             for row in np.flatnonzero(coefficients[g]):
                 along = self._row_vectors(g)[row].to(device, gradient.dtype)
@@ -152,58 +139,30 @@ class Trajectory:
         capacity = self._needs.rows
         return [i % capacity for i in range(max(0, self._recorded - capacity), self._recorded)]
 
-    def _row_vectors(self, g: int) -> list[Float[Tensor, " element"]]:
+    def _row_vectors(self, g: int) -> list[Flat]:
         """The rows of one group, in the order of the Gram matrix."""
         more = [kind[g] for kind in (self._velocity, self._direction) if kind]
         return [self._rows[g][slot] for slot in self._slots] + more
 
-    def _optimizer_directions(self) -> list[Float[Tensor, " element"]]:
+    def _optimizer_directions(self) -> list[Flat]:
         return [
             torch.cat([optimizer_direction(self._optimizer, p, settings).flatten() for p in group])
-            for group, settings in zip(self._groups, self._settings, strict=True)
+            for group, settings in zip(self._weights.groups, self._weights.settings, strict=True)
         ]
 
     # --- moving ------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def move_(self, coefficients: Coefficients, fraction: float = 1.0) -> None:
-        """Add `fraction` times the combination of rows to the weights, in place. Every jump passes here.
+        """Move the weights by `fraction` times the combination of rows.
 
         coefficients: of the rows in the order of the last `gram()`
         """
-        for g, group in enumerate(self._groups):
-            for row in np.flatnonzero(coefficients[g] * fraction):
-                motion = self._row_vectors(g)[row].to(group[0].device, group[0].dtype)
-                torch._foreach_add_(group, _views(motion, group), alpha=float(coefficients[g, row] * fraction))
-        tell_of_jump(self._optimizer)
-
-    @torch.no_grad()
-    def snapshot(self, *, optimizer: bool = True) -> Snapshot:
-        """A copy of weights and buffers, and of the optimizer's state unless told otherwise, where the path is kept."""
-        states = self._optimizer.state
-        saved = {i: self._copied(states[p]) for i, p in enumerate(self._params) if p in states} if optimizer else None
-        return Snapshot(tuple(self._stored(t) for t in self._tensors), saved)
-
-    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
-        return {key: self._stored(value) if isinstance(value, Tensor) else value for key, value in state.items()}
-
-    def _stored(self, tensor: Tensor) -> Tensor:
-        if not (self._storage.on_host and tensor.is_cuda):
-            return tensor.detach().clone()
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor.detach())
-
-    @torch.no_grad()
-    def restore_(self, snapshot: Snapshot) -> None:
-        """Put everything that a snapshot holds back exactly as it was."""
-        _copy_(self._tensors, snapshot.tensors)
-        if snapshot.optimizer is not None:
-            for i, param in enumerate(self._params):
-                _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i))
-        tell_of_jump(self._optimizer)
-
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [*self._params, *self._buffers]
+        lengths = coefficients * fraction
+        self._weights.move_(
+            (g, self._row_vectors(g)[row], float(lengths[g, row]))
+            for g in range(len(lengths))
+            for row in np.flatnonzero(lengths[g])
+        )
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -218,9 +177,10 @@ class Trajectory:
         if state["rows"]:
             self._allocate()
         for mine, saved in ((self._rows, "rows"), (self._last, "last"), (self._velocity, "velocity")):
-            _copy_(mine, state[saved])
+            for target, source in zip(mine, state[saved], strict=True):
+                target.copy_(source)
         self._direction = [
-            saved.to(group[0].device) for saved, group in zip(state["direction"], self._groups, strict=False)
+            saved.to(group[0].device) for saved, group in zip(state["direction"], self._weights.groups, strict=False)
         ]
         self._recorded, self._steps = state["recorded"], state["steps"]
 
@@ -243,70 +203,14 @@ def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, An
         )
     beta1, beta2 = group["betas"]
     step = float(state["step"])
-    spread = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    return (state["exp_avg"] / spread).mul_(-float(group["lr"]) / (1 - beta1**step))
-
-
-HOLD_THE_WEIGHTS = ("CPUOffloadOptimizer",)
-"""Optimizers whose own copy of the weights, kept outside their state, is the one that counts."""
-
-
-def refuse_hidden_weights(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
-    """Refuse an optimizer whose state holds a copy of the weights: its next step would undo or misread a jump.
-
-    An optimizer that offers `weights_moved()` is told of every jump and looks after its copies itself. A state tensor
-    counts as a copy when it has the parameter's shape and lies nearer to the parameter than half its length.
-
-    Raises UserError that names the optimizer and the state.
-    """
-    if hasattr(optimizer, "weights_moved") or type(optimizer).__module__.startswith(("torch.optim", "hybridlab.")):
-        return
-    if type(optimizer).__name__ in HOLD_THE_WEIGHTS:
-        raise UserError(
-            f"{type(optimizer).__name__} holds the weights itself and would overwrite a prediction: use another"
-        )
-    for param in params:
-        for name, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, Tensor) and value.shape == param.shape and _lies_near(value, param):
-                raise UserError(
-                    f"{type(optimizer).__name__} keeps a copy of the weights in its state {name!r}, which a prediction "
-                    "would not reach: use an optimizer without one, or give it a method weights_moved()"
-                )
-
-
-def tell_of_jump(optimizer: Optimizer) -> None:
-    """Let an optimizer that keeps its own copy of the weights know that they were moved."""
-    if hasattr(optimizer, "weights_moved"):
-        optimizer.weights_moved()
-
-
-def _lies_near(value: Tensor, param: Tensor) -> bool:
-    weights = param.detach().float()
-    length = weights.norm()
-    return bool(length > 0) and bool((value.to(weights) - weights).norm() < 0.5 * length)
+    spread = (state["exp_avg_sq"].float() / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    return (state["exp_avg"].float() / spread).mul_(-float(group["lr"]) / (1 - beta1**step))
 
 
 # --- lists of tensors ------------------------------------------------------------------------------------
 
 
-def _copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(list(targets), list(sources))
-
-
-def _gather_(flat: Float[Tensor, " element"], group: Sequence[Tensor]) -> Float[Tensor, " element"]:
-    """Copy parameters into their flat piece of memory, and return it."""
-    torch._foreach_copy_(_views(flat, group), list(group))
-    return flat
-
-
-def _views(flat: Float[Tensor, " element"], group: Sequence[Tensor]) -> list[Tensor]:
-    """A flat piece of memory in the shapes of the parameters."""
-    pieces = torch.split(flat, [p.numel() for p in group])
-    return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
-
-
-def _products(rows: Sequence[Float[Tensor, " element"]], device: torch.device) -> Float64[Tensor, "row row"]:
+def _products(rows: Sequence[Flat], device: torch.device) -> Float64[Tensor, "row row"]:
     """Inner products of rows, brought to the device piece by piece."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
     for start in range(0, rows[0].numel() if rows else 0, _CHUNK_ELEMENTS):
@@ -320,18 +224,3 @@ def _dot(a: Float[Tensor, " element"], b: Float[Tensor, " element"]) -> Float64[
     """Inner product of two vectors, in float32 by the piece, in float64 over the pieces."""
     pieces = zip(torch.split(a, _CHUNK_ELEMENTS), torch.split(b, _CHUNK_ELEMENTS), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64)
-
-
-def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None) -> None:
-    """Copy into the tensors that are there, so that graphs and fused kernels keep their addresses."""
-    if saved is None:
-        states.pop(param, None)
-        return
-    state = states[param]
-    for key in state.keys() - saved.keys():
-        del state[key]
-    for key, value in saved.items():
-        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
-            state[key].copy_(value)
-        else:
-            state[key] = value.clone() if isinstance(value, Tensor) else value

@@ -358,3 +358,21 @@ def test_mnist_cnn_learns_and_drops_only_in_training() -> None:
         model(images, labels).backward()
         optimizer.step()
     assert model(images, labels) < before - 0.1
+
+
+def test_a_padded_vocabulary_changes_no_loss_and_no_reported_count():
+    plain, padded = GPT2Config.nano(vocab_size=500), GPT2Config.nano(vocab_size=500, pad_vocab_to=128)
+    losses = []
+    for config in (plain, padded):
+        torch.manual_seed(0)
+        model = GPT2(config)
+        tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(1))
+        assert model(tokens).shape[-1] == 500
+        loss = model(tokens, tokens)
+        loss.backward()
+        losses.append((loss.item(), model.wte.weight.grad[:500].clone()))
+    assert padded.embedding_rows == 512
+    assert padded.parameter_count == plain.parameter_count
+    assert losses[0][0] == losses[1][0]
+    assert torch.equal(losses[0][1], losses[1][1])
+    assert not model.wte.weight.grad[500:].any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.errors import UserError
+from hybridlab.memory import MemoryConfig
 from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study.compilation import compiled
-from hybridlab.study.report import BEGIN, END, write_report
 from hybridlab.study.run_config import find_device
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
 
@@ -135,36 +134,11 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
         find_device("gpu")
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    """Run `hybridlab report` when this fails: a document and the results disagree."""
-    root = Path(__file__).parents[1]
-    before = {path: path.read_bytes() for path in [root / "README.md", *(root / "docs" / "images").glob("*.png")]}
-    try:
-        assert write_report(root) == []
-    finally:
-        for path, content in before.items():
-            path.write_bytes(content)
-
-
-def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    (tmp_path / "executed" / "cpu").mkdir(parents=True)
-    entry = {"device": "a machine", "summary": ["it was measured."], "claims": []}
-    (tmp_path / "executed" / "cpu" / "results.json").write_text(json.dumps({"02_x": entry}))
-    assert write_report(tmp_path) == [tmp_path / "README.md"]
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "it was measured." in text
-    assert "old" not in text
-    assert write_report(tmp_path) == []
-
-
 def test_models_of_one_shape_share_one_compiled_graph_and_keep_their_own_weights() -> None:
     first, second = MARKOV.build(0, torch.device("cpu")).model, MARKOV.build(1, torch.device("cpu")).model
     weights = [p.detach().clone() for p in second.parameters()]
-    kept, wrapped = compiled(first)
-    again, wrapped_again = compiled(second)
+    kept, wrapped = compiled(first, MemoryConfig())
+    again, wrapped_again = compiled(second, MemoryConfig())
     assert again is kept
     assert wrapped_again is wrapped
     assert all(map(torch.equal, weights, kept.parameters()))

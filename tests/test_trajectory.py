@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridlab.gram import PathNeeds
 from hybridlab.trajectory import PathStorage, Trajectory, _products
+from hybridlab.weights import Weights
 from tests.conftest import Problem
 
 NEEDS = PathNeeds(rows=3, every=2, velocity=0.9, direction=True)
@@ -18,7 +19,7 @@ def recorded(needs: PathNeeds = NEEDS, storage: PathStorage = PathStorage(), ste
     """A trajectory after some real steps, and the weights after each of them."""
     task = Problem()
     optimizer = task.adamw()
-    trajectory = Trajectory(task.model, optimizer, needs, storage)
+    trajectory = Trajectory(Weights(task.model, optimizer), optimizer, needs, storage)
     trajectory.anchor()
     weights = [task.weights()]
     for step in range(steps):
@@ -90,22 +91,22 @@ def test_slopes_are_the_derivative_along_the_jump() -> None:
     task.model.zero_grad()
     task.closure(99)().backward()
     slope = float(trajectory.slopes(coefficients).sum())
-    saved, size = trajectory.snapshot(), 1e-2
+    saved, size = trajectory._weights.snapshot(), 1e-2
     ends = []
     for sign in (-1, 1):
         trajectory.move_(coefficients, sign * size)
         ends.append(float(task.closure(99)().detach()))
-        trajectory.restore_(saved)
+        trajectory._weights.restore_(saved)
     assert slope == pytest.approx((ends[1] - ends[0]) / (2 * size), rel=1e-2)
 
 
 def test_restore_puts_weights_and_optimizer_back_exactly() -> None:
     task, optimizer, trajectory, weights = recorded()
-    saved = trajectory.snapshot()
+    saved = trajectory._weights.snapshot()
     moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in task.model.parameters()]
     task.closure(3)().backward()
     optimizer.step()
-    trajectory.restore_(saved)
+    trajectory._weights.restore_(saved)
     assert torch.equal(task.weights(), weights[-1])
     assert all(map(torch.equal, moments, [optimizer.state[p]["exp_avg_sq"] for p in task.model.parameters()]))
     assert float(optimizer.state[next(task.model.parameters())]["step"]) == 10

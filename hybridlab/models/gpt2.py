@@ -35,6 +35,8 @@ class GPT2Config:
         loss_chunk_tokens: compute the loss in pieces of so many tokens and recompute each piece's
             logits in the backward pass: slower, but the logits of a whole batch are never in memory.
             0 computes it in one piece.
+        pad_vocab_to: round the embedding's rows up to a multiple of this, as kernels and quantizers like
+            it; logits keep vocab_size columns, so that no loss changes. 0 adds no row.
 
     Raises:
         TypeError, ValueError: a setting that makes no model; the message says what would.
@@ -48,10 +50,11 @@ class GPT2Config:
     n_embd: int = 768
     dropout: float = 0.0
     loss_chunk_tokens: int = 0
+    pad_vocab_to: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "loss_chunk_tokens"):
-            value, least = getattr(self, name), int(name != "loss_chunk_tokens")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "loss_chunk_tokens", "pad_vocab_to"):
+            value, least = getattr(self, name), int(name not in ("loss_chunk_tokens", "pad_vocab_to"))
             if type(value) is not int:
                 raise TypeError(f"{name}={value!r} must be a whole number")
             if value < least:
@@ -112,7 +115,7 @@ class GPT2Config:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters of the model, the tied embedding counted once.
+        """Parameters of the model, the tied embedding counted once and its padding not at all.
 
         V d + T d + L (12 d² + 13 d) + 2 d
 
@@ -120,6 +123,11 @@ class GPT2Config:
         """
         d = self.n_embd
         return (self.vocab_size + self.block_size + 2) * d + self.n_layer * (12 * d**2 + 13 * d)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the token embedding: the vocabulary, and the padding that rounds it up."""
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to if self.pad_vocab_to else self.vocab_size
 
 
 class Attention(nn.Module):
@@ -188,6 +196,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
         self._initialize_()
+        self._pad_vocabulary_()
 
     @torch.no_grad()
     def _initialize_(self) -> None:
@@ -197,6 +206,13 @@ class GPT2(nn.Module):
             elif parameter.ndim == 2:
                 into_residual = name.endswith("c_proj.weight")
                 parameter.normal_(std=0.02 / (2 * self.config.n_layer) ** 0.5 if into_residual else 0.02)
+
+    def _pad_vocabulary_(self) -> None:
+        """Add rows of zeros to the embedding; they are drawn from nothing, so that all else stays as it is."""
+        rows = self.config.embedding_rows
+        if added := rows - self.wte.num_embeddings:
+            self.wte.weight = nn.Parameter(F.pad(self.wte.weight.detach(), (0, 0, 0, added)))
+            self.wte.num_embeddings = rows
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> GPT2:
@@ -212,8 +228,10 @@ class GPT2(nn.Module):
         """
         config = GPT2Config(**(read_settings(Path(folder)) | changes))
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(replace(config, pad_vocab_to=0))
         load_pretrained_(model, Path(folder))
+        model.config = config
+        model._pad_vocabulary_()
         return model
 
     def forward(
@@ -229,7 +247,7 @@ class GPT2(nn.Module):
         """
         x = self._hidden(tokens)
         if targets is None:
-            return F.linear(x, self.wte.weight)
+            return self._logits(x)
         x, targets = rearrange(x, "batch time dim -> (batch time) dim"), targets.flatten()
         chunk = self.config.loss_chunk_tokens
         if not chunk or len(targets) <= chunk:
@@ -252,8 +270,11 @@ class GPT2(nn.Module):
             x = block(x)
         return self.ln_f(x)
 
+    def _logits(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vocab"]:
+        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+
     def _loss(
         self, x: Float[Tensor, "tokens dim"], targets: Int[Tensor, " tokens"], reduction: str
     ) -> Float[Tensor, ""]:
-        logits = F.linear(x, self.wte.weight).float()
+        logits = self._logits(x).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction=reduction)

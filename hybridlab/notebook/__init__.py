@@ -1,8 +1,9 @@
 """What a notebook calls: run a study, look at it, say what was found."""
 
+from hybridlab.notebook.frame import Frame, final_frame
 from hybridlab.notebook.parameters import parameters_from
 from hybridlab.notebook.results import claims_table, publish
-from hybridlab.notebook.session import run_configs, run_study
+from hybridlab.notebook.session import Session, run_configs, run_study
 from hybridlab.notebook.views import (
     baseline_claims,
     cost_claims,
@@ -22,11 +23,14 @@ from hybridlab.notebook.views import (
 )
 
 __all__ = [
+    "Frame",
+    "Session",
     "baseline_claims",
     "claims_table",
     "cost_claims",
     "counts_table",
     "curves",
+    "final_frame",
     "final_table",
     "gradient_chart",
     "hybrid_claims",

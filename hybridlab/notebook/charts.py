@@ -7,6 +7,7 @@ several side by side. ``table`` shows records.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 
 from hybridlab.notebook.figures import Band, Chart, Limits, Line, Panels, Series
 from hybridlab.notebook.tables import Table, table
+from hybridlab.study.statistics import Interval
 
 __all__ = [
     "Band",
@@ -27,6 +29,7 @@ __all__ = [
     "loss_curves",
     "phase_bands",
     "phase_chart",
+    "seed_panels",
     "table",
 ]
 
@@ -70,20 +73,59 @@ def loss_curves(
     return Chart(title or f"{name.capitalize()} against {AXES[against]}", AXES[against], label, series, y_zoom=y_zoom)
 
 
-def phase_bands(steps: pd.DataFrame) -> tuple[Band, ...]:
-    """Merge consecutive rows of one phase into bands over the nominal steps.
+def seed_panels(
+    runs: Mapping[str, Sequence[pd.DataFrame]],
+    controls: Mapping[str, str],
+    *,
+    against: Against,
+    value: str = "validation_loss",
+    title: str | None = None,
+) -> Panels:
+    """Draw one small chart an arm: each seed as points, their mean with its 95 % interval, and the arm's control.
 
-    steps: columns ``nominal_step`` (the count after the row's step, rising) and ``phase``. A row covers
-    the steps from the row before it up to its own, so that bands touch without gaps.
+    runs: arm -> one frame a seed, the controls included
+    controls: arm -> the control it is held against; only these arms get a chart
+
+    Raises ValueError for a control that is no arm, and as `loss_curves`.
+    """
+    if unknown := {*controls, *controls.values()} - set(runs):
+        raise ValueError(f"there are no runs of {sorted(unknown)}, the arms are {list(runs)}")
+    name = value.replace("_", " ")
+    charts = [
+        Chart(arm, AXES[against], f"{name} (nats)", _seeds(runs[arm], runs[control], against, value))
+        for arm, control in controls.items()
+    ]
+    return Panels(title or f"{name.capitalize()} by seed, each arm beside its control", tuple(charts))
+
+
+def _seeds(
+    mine: Sequence[pd.DataFrame], control: Sequence[pd.DataFrame], against: str, value: str
+) -> tuple[Series, ...]:
+    seeds = [_arm(f"seed {i}", frame, against, value, 0, False) for i, frame in enumerate(mine)]
+    rows = min(len(s.x) for s in seeds)
+    over = [Interval.of([s.y[i] for s in seeds]) for i in range(rows)]
+    low, high = ([i.low for i in over], [i.high for i in over]) if len(seeds) > 1 else (None, None)
+    x = np.stack([s.x[:rows] for s in seeds]).mean(axis=0)
+    mean = Series("mean of the seeds, 95 % interval", x, [i.mean for i in over], low, high)
+    held_against = replace(_arm("its control", control, against, value, 0, True), low=None, high=None)
+    return (mean, held_against, *(replace(s, kind="points", dash=True) for s in seeds))
+
+
+def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, ...]:
+    """Merge consecutive rows of one phase into bands over the nominal steps, or over another rising column.
+
+    steps: columns ``over`` (such as the count of steps, or the seconds, after the row's step) and ``phase``. A row
+    covers what lies between the row before it and its own, so that bands touch without gaps.
     """
     if steps.empty:
         raise ValueError("no steps to draw phases from: record at least one")
     phase = steps["phase"].map(lambda p: str(getattr(p, "value", p)).capitalize()).to_numpy()
-    ends = steps["nominal_step"].to_numpy()
-    starts = np.concatenate([[ends[0] - 1], ends[:-1]])
+    ends = steps[over].to_numpy()
+    starts = np.concatenate([[ends[0] - 1 if over == "nominal_step" else 0], ends[:-1]])
     first = np.flatnonzero(np.concatenate([[True], phase[1:] != phase[:-1]]))
     last = np.concatenate([first[1:], [len(phase)]]) - 1
-    return tuple(Band(float(starts[i]), float(ends[j]), phase[i]) for i, j in zip(first, last, strict=True))
+    stretches = [(float(starts[i]), float(ends[j]), phase[i]) for i, j in zip(first, last, strict=True)]
+    return tuple(Band(*stretch) for stretch in stretches if stretch[0] < stretch[1])
 
 
 def phase_chart(steps: pd.DataFrame, title: str, *, y_label: str = "loss (nats)") -> Chart:

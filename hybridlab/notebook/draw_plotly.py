@@ -10,12 +10,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hybridlab.notebook import look
-from hybridlab.notebook.look import Look
+from hybridlab.notebook.look import Look, Place
+from hybridlab.notebook.points import rounded
 
 if TYPE_CHECKING:
     from hybridlab.notebook.figures import Chart, Series
 
-HATCHED = {"shape": "/", "fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
+HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
 MARKERS = {"triangle": "triangle-up", "cross": "x"}
 AXIS = {
     "gridcolor": look.GRID,
@@ -69,10 +70,10 @@ def _layout(title: str, height: int, panels: bool) -> dict[str, Any]:
 
 def _traces(chart: Chart, styles: dict[str, Look]) -> list[Any]:
     traces = _bands(chart)
-    for series, offset, thickness in look.placed(chart):
-        drawn, style = series.drawn(logarithmic=chart.log_y), styles[series.name]
+    for place in look.placed(chart):
+        drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
         if chart.names:
-            traces += _row_traces(chart, drawn, style, offset, thickness)
+            traces += _row_traces(chart, drawn, style, place)
         else:
             traces += _curve_traces(drawn, style)
     return traces
@@ -89,14 +90,19 @@ def _curve_traces(s: Series, style: Look) -> list[Any]:
     return [*traces, go.Scatter(x=list(s.x), y=list(s.y), mode=mode, **common)]
 
 
-def _row_traces(chart: Chart, s: Series, style: Look, offset: float, thickness: float) -> list[Any]:
-    rows = [round(y + offset, 4) for y in s.y]
+def _row_traces(chart: Chart, s: Series, style: Look, place: Place) -> list[Any]:
+    rows = [round(y + place.offset, 4) for y in s.y]
     common = _common(s.name, style, len(s.x)) | {"text": [_plain(chart.names[int(y)]) for y in s.y]}
     common["hovertemplate"] = "%{text}: %{x}<extra></extra>"
     if s.kind == "bar":
-        marker = {"color": style.color, "pattern": HATCHED if style.hollow else {}}
+        hatch = look.hatch(s, style)
+        marker: dict[str, Any] = {"color": style.color, "pattern": HATCHED | {"shape": hatch} if hatch else {}}
+        if s.stack:
+            marker |= {"line": {"color": look.PAPER, "width": 0.6}}
+            common["base"] = rounded(place.base)
+            common["customdata"], common["hovertemplate"] = list(s.x), f"%{{text}}, {_plain(s.name)}: %{{customdata}}"
         common = {k: v for k, v in common.items() if k != "line"} | {"marker": marker, "textposition": "none"}
-        return [go.Bar(x=list(s.x), y=rows, width=thickness * 0.92, orientation="h", **common)]
+        return [go.Bar(x=list(s.x), y=rows, width=place.thickness * 0.92, orientation="h", **common)]
     bounds = s.bounds()
     segments = [_segments(bounds[0], bounds[1], rows, rows, style, s.name)] if bounds else []
     return [*segments, go.Scatter(x=list(s.x), y=rows, mode="markers", **common)]
@@ -172,10 +178,13 @@ def _notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int, 
     _band_notes(figure, chart, cell, columns)
     for line in chart.lines:
         _reference(figure, chart, cell, line.value, _plain(line.label))
-    for series, offset, _ in look.placed(chart):
-        if series.kind == "bar":
-            for x, y in zip(series.x, series.y, strict=True):
-                where = {"x": x, "y": y + offset, "xanchor": "left" if x >= 0 else "right", "yanchor": "middle"}
+    for line in chart.x_lines:
+        _x_reference(figure, cell, line.value, _plain(line.label))
+    for place in look.placed(chart):
+        if place.series.kind == "bar" and place.topmost:
+            for start, length, y in zip(place.base, place.series.x, place.series.y, strict=True):
+                x = start + length
+                where = {"x": x, "y": y + place.offset, "xanchor": "left" if x >= 0 else "right", "yanchor": "middle"}
                 _note(figure, cell, f"{x:.4g}", bgcolor=look.PAPER, borderpad=0, xshift=3 if x >= 0 else -3, **where)
 
 
@@ -196,6 +205,12 @@ def _reference(figure: go.Figure, chart: Chart, cell: dict[str, int], value: flo
         figure.add_hline(value, line=line, **cell)
         height = math.log10(value) if chart.log_y else value
         _note(figure, cell, label, x=1, y=height, xref="x domain", xanchor="right", yanchor="bottom")
+
+
+def _x_reference(figure: go.Figure, cell: dict[str, int], value: float, label: str) -> None:
+    figure.add_vline(value, line={"color": look.INK, "width": 1, "dash": "dot"}, **cell)
+    where = {"x": value, "y": 0, "yref": "y domain", "xanchor": "right", "yanchor": "bottom", "textangle": -90}
+    _note(figure, cell, label, **where)
 
 
 def _note(figure: go.Figure, cell: dict[str, int], text: str, **where: Any) -> None:

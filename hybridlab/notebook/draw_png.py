@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from PIL import Image
 
 from hybridlab.notebook import look
-from hybridlab.notebook.look import Look
+from hybridlab.notebook.look import Look, Place
 
 if TYPE_CHECKING:
     from hybridlab.notebook.figures import Chart, Series
@@ -72,11 +72,11 @@ def _chart(axes: Axes, chart: Chart, styles: dict[str, Look], columns: int) -> H
     handles = _bands(axes, chart, columns)
     for line in chart.lines:
         _reference(axes, line.value, line.label, rows=bool(chart.names))
-    for series, offset, thickness in look.placed(chart):
-        drawn, style = series.drawn(logarithmic=chart.log_y), styles[series.name]
-        handles["series", series.name] = (
-            _rows(axes, drawn, style, offset, thickness) if chart.names else _curve(axes, drawn, style)
-        )
+    for line in chart.x_lines:
+        _x_reference(axes, line.value, line.label)
+    for place in look.placed(chart):
+        drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
+        handles["series", drawn.name] = _rows(axes, drawn, style, place) if chart.names else _curve(axes, drawn, style)
     return handles
 
 
@@ -139,6 +139,12 @@ def _reference(axes: Axes, value: float, label: str, *, rows: bool) -> None:
         axes.text(1, value, label, transform=axes.get_yaxis_transform(), ha="right", clip_on=True, **text)
 
 
+def _x_reference(axes: Axes, value: float, label: str) -> None:
+    axes.axvline(value, color=look.INK, linewidth=1, linestyle=":")
+    where: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "bottom", "clip_on": True}
+    axes.text(value, 0.02, label, rotation=90, fontsize=8.5, **where)
+
+
 def _curve(axes: Axes, s: Series, style: Look) -> Any:
     bounds = s.bounds()
     if bounds and s.kind == "line":
@@ -151,20 +157,22 @@ def _curve(axes: Axes, s: Series, style: Look) -> Any:
     return axes.plot(s.x, s.y, **marks | _stroke(style))[0]
 
 
-def _rows(axes: Axes, s: Series, style: Look, offset: float, thickness: float) -> Any:
-    rows = [y + offset for y in s.y]
+def _rows(axes: Axes, s: Series, style: Look, place: Place) -> Any:
+    rows = [y + place.offset for y in s.y]
     if s.kind == "bar":
-        return _bars(axes, s, rows, style, thickness)
+        return _bars(axes, s, rows, style, place)
     if bounds := s.bounds():
         axes.hlines(rows, *bounds, color=style.color, linewidth=2)
     return axes.plot(s.x, rows, **_points(style, len(s.x)))[0]
 
 
-def _bars(axes: Axes, s: Series, rows: list[float], style: Look, thickness: float) -> Any:
-    hatch = "///" if style.hollow else ""
-    fill: dict[str, Any] = {"color": style.color, "hatch": hatch, "edgecolor": look.PAPER, "linewidth": 0}
-    bars = axes.barh(rows, s.x, height=thickness * 0.92, zorder=2, **fill)
-    axes.bar_label(bars, labels=[f"{x:.4g}" for x in s.x], padding=3, fontsize=8.5, zorder=3, bbox=LABEL_BOX)
+def _bars(axes: Axes, s: Series, rows: list[float], style: Look, place: Place) -> Any:
+    hatch = HATCHES[look.hatch(s, style)]
+    fill: dict[str, Any] = {"color": style.color, "hatch": hatch, "edgecolor": look.PAPER, "linewidth": 0.6 * s.stack}
+    bars = axes.barh(rows, s.x, left=place.base, height=place.thickness * 0.92, zorder=2, **fill)
+    if place.topmost:
+        ends = [f"{start + x:.4g}" for start, x in zip(place.base, s.x, strict=True)]
+        axes.bar_label(bars, labels=ends, padding=3, fontsize=8.5, zorder=3, bbox=LABEL_BOX)
     return bars
 
 

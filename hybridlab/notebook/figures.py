@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import plotly.graph_objects as go
 
-from hybridlab.notebook import draw_plotly, draw_png
+from hybridlab.notebook import draw_plotly, draw_png, look
 from hybridlab.notebook.bundle import Bundle
 from hybridlab.notebook.points import finite, kept, rounded, shown
 
@@ -31,6 +31,7 @@ class Series:
     dash: dashed line or hollow points: predicted, not measured.
     control: the control: always dark grey and dashed.
     color: index into the palette; None takes the next free one.
+    stack: bars that begin where the stacked series before it ended: parts of one whole.
 
     Raises ValueError for empty series, unequal lengths, nan and inf.
     """
@@ -44,10 +45,13 @@ class Series:
     dash: bool = False
     control: bool = False
     color: int | None = None
+    stack: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"series {self.name!r}: kind must be one of {get_args(Kind)}, not {self.kind!r}")
+        if self.stack and (self.kind != "bar" or min(self.x, default=0) < 0):
+            raise ValueError(f"series {self.name!r}: only bars of values from 0 upward can be stacked")
         if (self.low is None) != (self.high is None):
             raise ValueError(f"series {self.name!r}: give both low and high, or neither")
         for column in ("x", "y", "low", "high"):
@@ -102,7 +106,7 @@ class Line:
 class Chart(Bundle):
     """One pair of axes, labeled with their units.
 
-    lines: reference values on the value axis.
+    lines: reference values on the value axis; x_lines: on the other one.
     names: makes the chart a list, from top to bottom: ``y`` of a point is the row (0, 1, ...) of its name,
         ``x`` its value; bounds and reference lines then lie along x.
     y_zoom: the values to show, where early points would flatten all others.
@@ -119,9 +123,10 @@ class Chart(Bundle):
     lines: tuple[Line, ...] = ()
     names: tuple[str, ...] = ()
     y_zoom: Limits | None = None
+    x_lines: tuple[Line, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("series", "bands", "lines", "names"):
+        for field in ("series", "bands", "lines", "names", "x_lines"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.series:
             raise ValueError(f"chart {self.title!r} has no series: give at least one")
@@ -130,8 +135,8 @@ class Chart(Bundle):
         self._check_names() if self.names else self._check_axes()
 
     def _check_names(self) -> None:
-        if self.log_y or self.bands or self.y_zoom:
-            raise ValueError(f"chart {self.title!r}: names go without log_y, bands and y_zoom")
+        if self.log_y or self.bands or self.y_zoom or self.x_lines:
+            raise ValueError(f"chart {self.title!r}: names go without log_y, bands, y_zoom and x_lines")
         if any(row not in range(len(self.names)) for s in self.series for row in s.y):
             raise ValueError(f"chart {self.title!r}: y must be row numbers 0 to {len(self.names) - 1}")
         if any(s.kind == "line" for s in self.series):
@@ -148,8 +153,9 @@ class Chart(Bundle):
     def _values(self) -> list[float]:
         """Everything that must be visible on the value axis."""
         values = [line.value for line in self.lines]
-        for s in self.series:
-            values += s.x if self.names else s.y
+        for place in look.placed(self):
+            s = place.series
+            values += [start + x for start, x in zip(place.base, s.x, strict=True)] if self.names else s.y
             values += [v for side in s.bounds() or () for v in side]
         return values
 
@@ -159,6 +165,7 @@ class Chart(Bundle):
             bars = any(s.kind == "bar" for s in self.series)
             return _padded(self._values() + [0.0] * bars, below=0.06, above=0.14 if bars else 0.06, stick=bars)
         xs = [x for s in self.series for x in s.x] + [x for b in self.bands for x in (b.start, b.end)]
+        xs += [line.value for line in self.x_lines]
         return _padded(xs, below=0.02 * (not self.bands), above=0.02 * (not self.bands))
 
     def y_limits(self) -> Limits:
@@ -185,7 +192,11 @@ class Chart(Bundle):
         """Title, axes, and a line for each series, band label and reference line."""
         head = [self.title, f"  x: {self.x_label}" + (f"; y: {self.y_label}" if self.y_label else "")]
         body = [self._row_text(s) if self.names else [_line_text(s, self.log_y)] for s in self.series]
-        tail = [f"  line at {shown(rounded([line.value])[0])}: {line.label}" for line in self.lines]
+        tail = [
+            f"  line at {axis}{shown(rounded([line.value])[0])}: {line.label}"
+            for axis, lines in (("", self.lines), ("x ", self.x_lines))
+            for line in lines
+        ]
         return "\n".join(head + [line for lines in body for line in lines] + _bands_text(self.bands) + tail)
 
     def _row_text(self, series: Series) -> list[str]:

@@ -87,11 +87,41 @@ def tint(label: str) -> Tint:
     return TINTS.get(label, OTHER_TINT)
 
 
-def placed(chart: Chart) -> list[tuple[Series, float, float]]:
-    """Each series with its shift and thickness on a row that it shares with the others."""
-    n = len(chart.series)
-    thickness = 0.7 / n if chart.names else 0.0
-    return [(s, round((i - (n - 1) / 2) * thickness, 4), round(thickness, 4)) for i, s in enumerate(chart.series)]
+@dataclass(frozen=True)
+class Place:
+    """Where a series lies on the rows of a chart with names, and where each of its bars begins.
+
+    offset, thickness: its shift and its size, in rows; base: one beginning a point, 0 where nothing is stacked
+    topmost: nothing is stacked upon it, so that the row's total is written at its end
+    """
+
+    series: Series
+    offset: float
+    thickness: float
+    base: tuple[float, ...]
+    topmost: bool
+
+
+def placed(chart: Chart) -> list[Place]:
+    """Give each series its own part of a row; those that are stacked share one, each beginning where the last ended."""
+    stacked = [s for s in chart.series if s.stack]
+    alone = [s for s in chart.series if not s.stack]
+    lanes = len(alone) + bool(stacked)
+    thickness = 0.7 / lanes if chart.names else 0.0
+    shift = {s.name: i + bool(stacked) for i, s in enumerate(alone)}
+    reached: dict[float, float] = {}
+    places = []
+    for s in chart.series:
+        base = tuple(reached.get(row, 0.0) if s.stack else 0.0 for row in s.y)
+        reached |= {row: start + x for row, start, x in zip(s.y, base, s.x, strict=True) if s.stack}
+        offset = round((shift.get(s.name, 0) - (lanes - 1) / 2) * thickness, 4)
+        places.append(Place(s, offset, round(thickness, 4), base, not s.stack or s is stacked[-1]))
+    return places
+
+
+def hatch(series: Series, style: Look) -> str:
+    """The hatch of a bar: predicted values, and colors that come round again, are told apart without color."""
+    return "/" if series.dash else "." if style.dash == DASHES[1] and not series.control else ""
 
 
 def band_text(band: Band, span: float, columns: int) -> str:

@@ -70,13 +70,25 @@ class Progress:
             return
         self._written = time.monotonic()
         seconds = self._written - self._started
-        settled = self.done >= SETTLED_SHARE * self.total  # the first steps carry what happens once: data, compilation
-        left = seconds / self.done * max(self.total - self.done, 0) if settled and self.done else None
+        left = seconds_left(self.done, self.total, seconds)
         state = {"done": self.done, "total": self.total, "label": self.label}
         state |= {"seconds": seconds, "seconds_left": left}
         beside = Path(f"{self._file}.next")
         beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
         beside.replace(self._file)
+
+
+def seconds_left(done: int, total: int, seconds: float) -> float | None:
+    """What remains at the pace so far; None while the first steps carry what happens once: data, compilation."""
+    settled = done and done >= SETTLED_SHARE * total
+    return seconds / done * max(total - done, 0) if settled else None
+
+
+def gauges_wanted() -> bool:
+    """Say whether a person looks at this kernel through JupyterLab: no batch run, no test runner."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    batch = PROGRESS_FILE in os.environ or "PYTEST_VERSION" in os.environ
+    return hasattr(shell, "kernel") and "JPY_SESSION_NAME" in os.environ and not batch
 
 
 def _watched() -> bool:
@@ -124,10 +136,11 @@ def _show_lines(path: Path, console: Console, finished: threading.Event) -> None
 
 def _left(state: dict[str, Any]) -> str:
     seconds = state["seconds_left"]
-    return "time left unknown" if seconds is None else f"{_clock(seconds)} left"
+    return "time left unknown" if seconds is None else f"{clock(seconds)} left"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A stretch of time in words that fit a line."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 

@@ -49,8 +49,18 @@ class Claim:
             raise ValueError(f"claim id is {self.id!r}: give a short name without spaces")
 
 
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]
+"""name -> rows: what documents draw and tabulate beside the claims, such as "memory" and "vram"."""
+
+
 def publish(
-    notebook: str, *, claims: Sequence[Claim | dict[str, Any]], summary: list[str], record: dict[str, Any], folder: str
+    notebook: str,
+    *,
+    claims: Sequence[Claim | dict[str, Any]],
+    summary: list[str],
+    record: dict[str, Any],
+    folder: str,
+    tables: Tables | None = None,
 ) -> Path:
     """Merge a notebook's entry into `<project root>/<folder>/results.json`, atomically.
 
@@ -61,6 +71,7 @@ def publish(
         record: further facts (data, runs, tables). It must hold `parameters`; its keys win over the
             environment's.
         folder: where the file lies, relative to the project root.
+        tables: what documents draw; `hybridlab.report.tables` says which columns they read.
 
     Numbers keep six significant digits. NaN and infinities become null and are listed under
     `not_finite`.
@@ -70,7 +81,7 @@ def publish(
         UserError: the existing file cannot be read.
     """
     path = project_root() / folder / "results.json"
-    entry = _entry(claims, summary, record)
+    entry = _entry(claims, summary, record | ({"tables": dict(tables)} if tables else {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     (project_root() / "runs").mkdir(exist_ok=True)
     with FileLock(project_root() / "runs" / ".results.lock"):

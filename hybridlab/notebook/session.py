@@ -1,34 +1,208 @@
-"""Trains from a notebook: a progress bar, and runs under the project's `runs` folder."""
+"""Trains from a notebook: with gauges where a person looks, and runs under the project's `runs` folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import GEN_CLOSED, getgeneratorstate
+from itertools import islice
 from pathlib import Path
 
-from hybridlab.notebook.progress import Progress
+from hybridlab.checkpoint import remove_checkpoint
+from hybridlab.errors import UserError
+from hybridlab.notebook.controls import Controls
+from hybridlab.notebook.frame import Frame
+from hybridlab.notebook.instruments import Instruments
+from hybridlab.notebook.live import Live, interrupts
+from hybridlab.notebook.progress import Progress, gauges_wanted
 from hybridlab.notebook.results import project_root
-from hybridlab.study.arms import Study, StudyResult, run_arms
+from hybridlab.runs import Run
+from hybridlab.step_result import StepResult
+from hybridlab.study.arms import OnStep, Study, StudyResult, folder_name, label, run_arms
 from hybridlab.study.run_config import RunConfig
+from hybridlab.study.train import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run
 
 RESUME = "HYBRIDLAB_RESUME"
 
 
+class Stopped(UserError):
+    """A person stopped the cell; a notebook shows the one line alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class Session:
+    """One run that a person drives, some steps a cell.
+
+        session = Session(config, "my_run")
+        for result in session.run(200):
+            ...
+
+    config: of the run; folder: its record goes to `runs/<folder>/<arm>_seed_<seed>`
+    resume: go on from the last checkpoint that lies there; by default, what lies there is replaced
+
+    In JupyterLab each cell shows gauges, buttons and sliders; in batch the same cells report plain progress.
+
+    Raises UserError when `resume` meets a run of another configuration, or one that has finished.
+    """
+
+    def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
+        self.config, self.folder = config, runs_folder(folder) / folder_name(config)
+        earlier = earlier_run(config, self.folder) if resume else None
+        if earlier and earlier.summary is not None:
+            raise UserError(f"{self.folder} has finished: show final_frame of its run, or start afresh without resume")
+        if not earlier:
+            remove_checkpoint(self.folder / CHECKPOINT)
+        self._run = TrainingRun(config, self.folder)
+        self.steps_done = self._run.start()
+        self._steps = self._run.steps()
+        self._instruments = Instruments(self._run)
+
+    def run(self, steps: int | None = None) -> Iterator[StepResult]:
+        """Take so many nominal steps, or all that are left, and give each one's result.
+
+        Ends early, with one line, when it is stopped by the button or by Ctrl-C; the next `run` goes on from there.
+
+        Raises UserError when an earlier step was broken off halfway.
+        """
+        self._refuse_half_a_step()
+        wanted = self._wanted(steps)
+        controls = Controls()
+        with interrupts(controls), self._watched(controls, wanted) as act:
+            for record in islice(self._steps, wanted):
+                self.steps_done = record.result.nominal_step
+                self._instruments.note(record)
+                yield record.result
+                act()
+                if controls.stopping and self.steps_done < self.config.steps:
+                    print(f"stopped at step {self.steps_done} of {self.config.steps}: session.run() goes on from here")
+                    return
+
+    def change(self, **settings: float) -> None:
+        """Change settings from the next step on, as `HybridTrainer.change` does; the record says so."""
+        self._run.change(**settings)
+
+    def save(self) -> None:
+        """Write a checkpoint, from which `Session(..., resume=True)` goes on."""
+        self._run.save()
+
+    def frame(self) -> Frame:
+        """The gauges as they stand, as a picture that stays."""
+        self._instruments.settle()
+        done = self.steps_done
+        status = "finished" if done == self.config.steps else "stopped"
+        return Frame(self._instruments.state(status, done=done, total=self.config.steps, seconds_left=None))
+
+    @property
+    def record(self) -> Run:
+        """Everything that was recorded so far."""
+        return Run.load(self.folder)
+
+    def close(self) -> None:
+        """Free the model, and keep the record; the run counts as interrupted unless it has finished."""
+        self._steps.close()
+
+    def __repr__(self) -> str:
+        return f"Session({label(self.config)}: step {self.steps_done} of {self.config.steps}, {self._run.phase})"
+
+    def _wanted(self, steps: int | None) -> int:
+        left = self.config.steps - self.steps_done
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps is {steps}: it must be at least 1, or None for all that are left")
+        return left if steps is None else min(steps, left)
+
+    def _refuse_half_a_step(self) -> None:
+        if getgeneratorstate(self._steps) == GEN_CLOSED and self.steps_done < self.config.steps:
+            raise UserError("this session has ended: Session(..., resume=True) goes on from its last checkpoint")
+
+    @contextmanager
+    def _watched(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
+        """What is to be done after each step: gauges where a person looks, else plain progress."""
+        watched = self._with_gauges if gauges_wanted() else self._with_progress
+        try:
+            with watched(controls, wanted) as act:
+                yield act
+        finally:
+            self._rest()
+
+    @contextmanager
+    def _with_gauges(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
+        live = Live(controls, wanted, self._instruments, self._run.settings)
+
+        def act() -> None:
+            live.step("", wanted)
+            live.between_steps(self._run)
+
+        with live:
+            yield act
+
+    @contextmanager
+    def _with_progress(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
+        with Progress(max(1, wanted), label(self.config)) as progress:
+            yield progress.advance
+
+    def _rest(self) -> None:
+        """Stop the clock, or close the run's record after its last step."""
+        if self.steps_done == self.config.steps:
+            next(self._steps, None)
+        else:
+            self._run.pause()
+
+
+# --- whole studies -------------------------------------------------------------------------------------------
+
+_STOPPED: dict[str, object] = {}
+"""What a person stopped, by notebook: running the same again goes on with it."""
+
+
 def run_study(study: Study, notebook: str) -> StudyResult:
     """Train every arm of a study and its controls; records go to `runs/<notebook>`."""
-    with Progress(study.base.steps, "training") as progress:
-        return study.run(runs_folder(notebook), progress.step, resume=_resumes())
+    with _watching(study.base.steps, study, notebook) as (on_step, watch, resume):
+        return study.run(runs_folder(notebook), on_step, resume=resume, watch=watch)
 
 
-def run_configs(configs: Sequence[RunConfig], notebook: str) -> StudyResult:
-    """Train some runs, one after the other; records go to `runs/<notebook>`."""
-    with Progress(sum(config.steps for config in configs), "training") as progress:
-        return run_arms(configs, runs_folder(notebook), progress.step, resume=_resumes())
+def run_configs(configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False) -> StudyResult:
+    """Train some runs, one after the other; records go to `runs/<notebook>`.
+
+    isolated: each in a process of its own, so that its memory is measured by itself; it shows a progress bar alone
+    """
+    total = sum(config.steps for config in configs)
+    if not configs:
+        return StudyResult()
+    if isolated:
+        with Progress(total, "training") as progress:
+            return run_arms(configs, runs_folder(notebook), progress.step, resume=_resumes(), isolated=True)
+    with _watching(total, tuple(configs), notebook) as (on_step, watch, resume):
+        return run_arms(configs, runs_folder(notebook), on_step, resume=resume, watch=watch)
 
 
 def runs_folder(notebook: str) -> Path:
     """Where a notebook's runs are recorded."""
     return project_root() / "runs" / notebook
+
+
+@contextmanager
+def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep, Watch | None, bool]]:
+    """What is to be called after each step, and whether to go on with what lies there."""
+    if not gauges_wanted():
+        with Progress(total, "training") as progress:
+            yield progress.step, None, _resumes()
+        return
+    resume = _STOPPED.pop(notebook, None) == what or _resumes()
+    live = Live(Controls(), total)
+
+    def watch(run: TrainingRun, record: StepRecord) -> None:
+        live.watch(run, record)
+        if live.controls.stopping:
+            run.save()
+            _STOPPED[notebook] = what
+            step = record.result.nominal_step
+            raise Stopped(f"stopped at step {step} of {label(run.config)}: run this cell again to go on from here")
+
+    with interrupts(live.controls), live:
+        yield live.step, watch, resume
 
 
 def _resumes() -> bool:

@@ -153,8 +153,8 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
 
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
     """
-    quality = [_quality(comparison), _speed(comparison)] if perplexity else []
-    return [pays_claim(comparison), *quality, stable_claim([comparison], _slug(comparison), comparison.name)]
+    promised = [_quality(comparison), _speed(comparison), *_vram(comparison)] if perplexity else []
+    return [pays_claim(comparison), *promised, stable_claim([comparison], _slug(comparison), comparison.name)]
 
 
 def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str = "vanilla") -> list[Claim]:
@@ -238,6 +238,16 @@ def _speed(comparison: Comparison) -> Claim:
             "baseline_ratio_time": comparison.time_ratio,
         },
     )
+
+
+def _vram(comparison: Comparison) -> list[Claim]:
+    """On a card, that prediction keeps the plan's bound."""
+    peak = comparison.peak_vram_bytes
+    if peak is None:
+        return []
+    text = f"{comparison.name}: peak VRAM stays below 5 GB"
+    verdict = _verdict(peak < VRAM_BOUND_BYTES)
+    return [Claim(f"{_slug(comparison)}-vram", text, verdict, {"peak_memory_bytes": peak})]
 
 
 def stable_claim(comparisons: Sequence[Comparison], slug: str, name: str) -> Claim:

@@ -12,8 +12,9 @@ import pandas as pd
 
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.runs import Run
+from hybridlab.study.isolated import train_isolated
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.train import train
+from hybridlab.study.train import Watch, train
 
 BASELINE = "baseline"
 CONTROL = "control"
@@ -47,19 +48,30 @@ class Study:
         if not all(0 < fraction < 1 for fraction in self.control_fractions):
             raise ValueError("control_fractions must lie between 0 and 1")
 
-    def run(self, folder: Path, on_step: OnStep = ignore, *, resume: bool = False) -> StudyResult:
+    def run(
+        self,
+        folder: Path,
+        on_step: OnStep = ignore,
+        *,
+        resume: bool = False,
+        watch: Watch | None = None,
+        isolated: bool = False,
+    ) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder a run under `folder`.
 
         on_step: called after every nominal step
         resume: keep the runs that have finished, and go on with the one that was interrupted from its last
             checkpoint, or from its start where there is none. By default, everything is trained afresh
+        watch: called after every step that is taken, with the run and what the step did
+        isolated: train each run in a process of its own; `watch` is then refused
 
         Raises UserError when `resume` meets a run of another configuration.
         """
+        trained = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
         planned = list(self._planned())
-        result = run_arms(planned, folder, on_step, resume=resume)
+        result = trained(planned)
         controls = list(self._controls(result))
-        return result | run_arms(controls, folder, on_step, steps_before=_steps(planned), resume=resume)
+        return result | trained(controls, steps_before=_steps(planned))
 
     def _planned(self) -> Iterator[RunConfig]:
         for seed in range(self.seeds):
@@ -139,18 +151,36 @@ def run_arms(
     *,
     steps_before: int = 0,
     resume: bool = False,
+    watch: Watch | None = None,
+    isolated: bool = False,
 ) -> StudyResult:
     """Train each configuration, one folder a run under `folder`.
 
-    steps_before: were done before and count in the total; resume: as in `Study.run`
+    steps_before: were done before and count in the total; resume, watch: as in `Study.run`
+    isolated: each run in a process of its own, so that its memory is too
+
+    Raises ValueError for `watch` with `isolated`: a run cannot be watched from another process.
     """
+    if isolated and watch:
+        raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
+    how = train_isolated if isolated else partial(train, watch=watch)
     total = steps_before + _steps(configs)
     result = StudyResult()
     for config in configs:
-        label = f"{config.name}, seed {config.seed}"
-        place = folder / re.sub(r"\W+", "_", label)
-        result.runs[config.name, config.seed] = train(config, place, partial(on_step, label, total), resume=resume)
+        result.runs[config.name, config.seed] = how(
+            config, folder / folder_name(config), partial(on_step, label(config), total), resume=resume
+        )
     return result
+
+
+def label(config: RunConfig) -> str:
+    """A run's name among others."""
+    return f"{config.name}, seed {config.seed}"
+
+
+def folder_name(config: RunConfig) -> str:
+    """Where a run's record lies among others."""
+    return re.sub(r"\W+", "_", label(config))
 
 
 def control_name(hybrid: str) -> str:

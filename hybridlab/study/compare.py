@@ -16,6 +16,7 @@ class Comparison:
     to_baseline: final validation loss against the full-length plain run
     step_value: worth of a predicted step in real ones; None where nothing was predicted
     time_ratio: training seconds as a share of the baseline's
+    peak_vram_bytes: the greatest peak of its runs; None without a GPU
     """
 
     name: str
@@ -31,6 +32,7 @@ class Comparison:
     to_baseline: Interval
     step_value: Interval | None
     time_ratio: float
+    peak_vram_bytes: int | None = None
 
     @property
     def sentence(self) -> str:
@@ -95,7 +97,14 @@ def compare(result: StudyResult, name: str) -> Comparison:
         to_baseline=difference([BASELINE] * len(seeds)),
         step_value=_step_value(result, name),
         time_ratio=sum(over_seeds("seconds")) / sum(result.value("seconds", BASELINE, seed) for seed in seeds),
+        peak_vram_bytes=_peak_vram_bytes(result, name),
     )
+
+
+def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
+    summaries = [result.runs[name, seed].summary or {} for seed in result.seeds]
+    on_card = all(summary.get("memory_source") == "cuda" for summary in summaries)
+    return max(int(summary["peak_memory_bytes"]) for summary in summaries) if on_card else None
 
 
 def _step_value(result: StudyResult, name: str) -> Interval | None:

@@ -34,7 +34,7 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> di
     task = config.task.build(config.seed, device)
     model = task.model
     if config.compiled:
-        task.model, model = compiled(task.model)
+        task.model, model = compiled(task.model, config.memory)
     optimizer = build_optimizer(task.model, config.optimizer)
     hybrid = replace(config.hybrid, warmup_steps=0)
     loops: dict[str, Step] = {

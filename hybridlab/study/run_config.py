@@ -10,6 +10,7 @@ import torch
 
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.errors import UserError, nearest
+from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import check_precision
 from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.study.tasks import TaskConfig
@@ -54,9 +55,26 @@ class RunConfig:
             raise ValueError(f"clock {self.clock!r} is unknown: {nearest(self.clock, CLOCKS)}")
         if self.steps < 1 or self.evaluate_every < 1:
             raise ValueError("steps and evaluate_every must be at least 1")
+        if self.memory.mixed_precision and self.precision != "fp32":
+            raise ValueError(
+                f"precision={self.precision!r} and mixed_precision both name a format: leave one of them off"
+            )
+        if self.task.batch_size % self.memory.micro_batches:
+            parts = self.memory.micro_batches
+            raise ValueError(f"a batch of {self.task.batch_size} does not split into {parts} equal micro_batches")
         for name in ("cpu_threads", "checkpoint_every", "card_gb"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, which turns it off")
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """The memory features of the run."""
+        return self.hybrid.memory or MemoryConfig()
+
+    @property
+    def training_precision(self) -> str:
+        """The number format in which the run trains and is judged."""
+        return self.memory.mixed_precision.training if self.memory.mixed_precision else self.precision
 
     def as_vanilla(self) -> RunConfig:
         """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
@@ -65,7 +83,7 @@ class RunConfig:
             name="vanilla",
             optimizer=OptimizerConfig.vanilla(),
             schedule=Schedule("constant", warmup_steps=0, total_steps=self.steps),
-            hybrid=replace(self.hybrid, clip_norm=None),
+            hybrid=replace(self.hybrid, clip_norm=None, memory=None),
             precision="fp32",
         )
 

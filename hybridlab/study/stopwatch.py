@@ -15,13 +15,14 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
         self._device = device
-        self._seconds = seconds
-        self._since: float | None = None
+        self._state: tuple[float, float | None] = (seconds, None)  # replaced as one: another thread may look on
 
     def start(self) -> None:
         """Run, if it does not yet."""
-        if self._since is None:
-            self._since = self._lap = time.perf_counter()
+        seconds, since = self._state
+        if since is None:
+            self._lap = time.perf_counter()
+            self._state = (seconds, self._lap)
 
     def lap(self) -> float:
         """Seconds since the last lap or start."""
@@ -33,11 +34,10 @@ class Stopwatch:
         """Wait for the device, and stop."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
-            self._since = None
+        self._state = (self.seconds, None)
 
     @property
     def seconds(self) -> float:
         """Training time so far."""
-        return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
+        seconds, since = self._state
+        return seconds if since is None else seconds + time.perf_counter() - since

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from hybridlab.data import (
     load_images,
     load_text,
 )
+from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
 
 load_text_once = lru_cache(load_text)
@@ -31,8 +33,8 @@ class Task(Protocol):
 
     model: nn.Module
 
-    def loss(self, step: int, model: nn.Module) -> Tensor:
-        """Loss in nats on the batch of a nominal step, counted from 0."""
+    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
+        """Loss in nats on the batch of a nominal step, counted from 0, or on one of its equal parts."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Validation figures, "validation_loss" in nats among them. The model keeps its mode."""
@@ -41,8 +43,12 @@ class Task(Protocol):
 class TaskConfig(Protocol):
     """Settings from which a task is built, the same for the same seed."""
 
-    def build(self, seed: int, device: torch.device) -> Task:
-        """Load the data and make the model, with weights drawn from the seed."""
+    @property
+    def batch_size(self) -> int:
+        """Windows or images a step."""
+
+    def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> Task:
+        """Load the data and make the model, with weights drawn from the seed, as `memory` wants it built."""
 
     def data_record(self) -> dict[str, Any]:
         """Where the data come from: source, hash and counts."""
@@ -80,11 +86,12 @@ class TextTaskConfig:
             self.model, vocab_size=self.vocab_size, block_size=self.block_size, dropout=self.dropout
         )
 
-    def build(self, seed: int, device: torch.device) -> TextTask:
+    def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> TextTask:
         """A fresh model, and batches drawn by the same seed."""
         torch.manual_seed(seed)
+        settings = memory.model_settings if memory else {}
         with device:
-            model = GPT2(self.model_config)
+            model = GPT2(replace(self.model_config, **settings))
         return TextTask(model, self, seed, device)
 
     def data_record(self) -> dict[str, Any]:
@@ -107,9 +114,9 @@ class TextTask:
             device=device,
         )
 
-    def loss(self, step: int, model: nn.Module) -> Tensor:
-        """Mean cross-entropy over the step's windows."""
-        return model(*self._batches(step))
+    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
+        """Mean cross-entropy over the step's windows, or over a part of them."""
+        return model(*_part(self._batches(step), part, parts))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -133,8 +140,8 @@ class ImageTaskConfig:
         """The images, read once a process."""
         return load_images_once(self.data)
 
-    def build(self, seed: int, device: torch.device) -> ImageTask:
-        """A fresh CNN, and batches drawn by the same seed."""
+    def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> ImageTask:
+        """A fresh CNN, and batches drawn by the same seed; there is nothing in it to chunk or to pad."""
         torch.manual_seed(seed)
         with device:
             model = MnistCNN()
@@ -163,9 +170,9 @@ class ImageTask:
             device=device,
         )
 
-    def loss(self, step: int, model: nn.Module) -> Tensor:
-        """Mean cross-entropy over the step's images."""
-        return model(*self._batches(step))
+    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
+        """Mean cross-entropy over the step's images, or over a part of them."""
+        return model(*_part(self._batches(step), part, parts))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -177,3 +184,8 @@ class ImageTask:
         model.train(was_training)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"validation_loss": float(nn.functional.cross_entropy(logits, labels)), "accuracy": float(accuracy)}
+
+
+def _part(batch: Iterable[Tensor], part: int, parts: int) -> list[Tensor]:
+    """One of `parts` equal parts of a batch."""
+    return [tensor.chunk(parts)[part] for tensor in batch]

@@ -1,21 +1,19 @@
-"""How much memory a run takes: as the card counts it, or as the process does where there is no card."""
+"""Reads memory now, and keeps its peak."""
 
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
-import pynvml
 import torch
 
 from hybridlab.errors import UserError
+from hybridlab.vram.nvml import NvmlCard
+from hybridlab.vram.peaks import PhasePeaks
 
 LIKE_THE_CARD = 1.1
 """A card up to this much larger than the one to emulate is taken for that card: 16 GB cards differ by the gigabyte."""
@@ -23,18 +21,27 @@ LIKE_THE_CARD = 1.1
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """Memory at one moment, in bytes.
+    """Memory at one moment, in bytes; what could not be read is None, never 0.
 
-    source: "cuda" (torch's allocator and NVML) or "process" (resident memory: there is no GPU)
+    source: "nvml" (the card's own count beside torch's), "torch" (its allocator alone: there is no NVML) or "process"
+        (resident memory: there is no GPU)
     used_bytes: reserved by torch; or the resident size of the process
-    allocated_bytes: in live tensors; None without a GPU
-    device_used_bytes: on the whole card, by everybody; None without a GPU or where NVML is not available
+    allocated_bytes: in live tensors
+    device_used_bytes: on the whole card, by everybody's contexts
+    process_used_bytes: of these by this process, its context included; containers hide it
+    other_bytes: device_used_bytes - used_bytes: other processes, and this one's context
+    device_total_bytes: the card's size
+    utilization_percent: how busy the card was just before
     """
 
     source: str
     used_bytes: int
     allocated_bytes: int | None = None
     device_used_bytes: int | None = None
+    process_used_bytes: int | None = None
+    other_bytes: int | None = None
+    device_total_bytes: int | None = None
+    utilization_percent: int | None = None
 
 
 class MemoryMeter:
@@ -48,7 +55,8 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
-        self._handle = _nvml_handle(self._device) if self._device else None
+        self._card = NvmlCard(self._device) if self._device else None
+        self._peaks = PhasePeaks(self._device) if self._device else None
 
     def cap(self, card_bytes: int) -> bool:
         """Let this process take no more than a card of `card_bytes` would give it; returns whether that cut anything.
@@ -73,65 +81,67 @@ class MemoryMeter:
 
     def reset_peak(self) -> None:
         """Begin a new peak, without what earlier runs left behind. Without a GPU the process has one peak for life."""
-        if self._device:
+        if self._peaks:
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_accumulated_memory_stats(self._device)
+            self._peaks.reset()
+
+    def enter(self, phase: str) -> None:
+        """Count the peak of `phase` from here on; does nothing without a GPU."""
+        if self._peaks:
+            self._peaks.enter(phase)
 
     def read(self) -> MemoryReading:
         """Memory at this moment; never waits for the device."""
-        if not self._device:
+        if not self._card:
             return MemoryReading("process", psutil.Process().memory_info().rss)
-        used = torch.cuda.memory_reserved(self._device)
-        return MemoryReading("cuda", used, torch.cuda.memory_allocated(self._device), self._device_used_bytes())
+        reserved, on_card = torch.cuda.memory_reserved(self._device), self._card.used_bytes()
+        return MemoryReading(
+            source="torch" if on_card is None else "nvml",
+            used_bytes=reserved,
+            allocated_bytes=torch.cuda.memory_allocated(self._device),
+            device_used_bytes=on_card,
+            process_used_bytes=self._card.process_bytes(),
+            other_bytes=None if on_card is None else max(0, on_card - reserved),
+            device_total_bytes=self._card.total_bytes(),
+            utilization_percent=self._card.utilization_percent(),
+        )
+
+    def other_processes_bytes(self) -> int | None:
+        """Used on the card by other processes; None without a GPU, or where NVML does not say whose it is.
+
+        Where containers hide processes, all that is used is others' as long as torch has allocated nothing.
+        """
+        if not self._card or (used := self._card.used_bytes()) is None:
+            return None
+        mine = self._card.process_bytes()
+        if mine is None and torch.cuda.max_memory_reserved(self._device):
+            return None
+        return max(0, used - (mine or 0))
 
     def peak(self) -> dict[str, Any]:
         """The figures of a run's summary; what could not be read is None, never 0."""
-        if not self._device:
+        if not self._peaks:
             return {"memory_source": "process", "peak_memory_bytes": _process_peak_bytes()}
-        reserved = torch.cuda.max_memory_reserved(self._device)
+        reserved = self._peaks.reserved_bytes()
         context = self._context_bytes()
         return {
             "memory_source": "cuda",
             "peak_memory_bytes": reserved + (context or 0),
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(self._device),
+            "peak_allocated_bytes": self._peaks.allocated_bytes(),
             "peak_reserved_bytes": reserved,
             "context_bytes": context,
             "allocator_retries": torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0),
+            **{f"peak_allocated_bytes_in_{phase}": peak for phase, peak in self._peaks.by_phase().items()},
         }
 
     def _context_bytes(self) -> int | None:
-        used = self._process_used_bytes() or self._device_used_bytes()
+        """By this process beyond torch's reserve, or by everybody where processes are hidden."""
+        used = self._card.process_bytes() or self._card.held_bytes() if self._card else None
         return None if used is None else max(0, used - torch.cuda.memory_reserved(self._device))
-
-    def _process_used_bytes(self) -> int | None:
-        if not self._handle:
-            return None
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
-
-    def _device_used_bytes(self) -> int | None:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used) if self._handle else None
-
-
-def _nvml_handle(device: torch.device) -> Any:
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except pynvml.NVMLError:
-        return None
 
 
 def _process_peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's as the system gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

@@ -1,0 +1,252 @@
+"""The settings of everything that lets a model train in less memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from hybridlab.errors import nearest
+
+TRAINING_NUMBERS = ("fp32", "bf16")
+PREDICT_NUMBERS = ("fp32", "bf16", "bf16_weights")
+STRATEGIES = ("none", "cpu", "pinned", "compress", "drop")
+STATES = ("fp32", "int8", "fp8", "int4")
+WEIGHTS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class MixedPrecisionConfig:
+    """In which number format each phase computes.
+
+    training: of Warmup, Full and Correct: "fp32", or "bf16" for autocast over float32 weights
+    predict: of Predict: the same two, or "bf16_weights": weights in bf16 on the card, float32 masters on the host,
+        where the jump is added, so that no rounding piles up
+
+    Raises ValueError that names the setting and its remedy.
+    """
+
+    training: str = "bf16"
+    predict: str = "bf16"
+
+    def __post_init__(self) -> None:
+        _choose("training", self.training, TRAINING_NUMBERS)
+        _choose("predict", self.predict, PREDICT_NUMBERS)
+
+    @classmethod
+    def conservative(cls) -> Self:
+        """bf16 autocast in every phase; weights stay float32 on the card."""
+        return cls("bf16", "bf16")
+
+    @classmethod
+    def aggressive(cls) -> Self:
+        """bf16 autocast, and bf16 weights alone on the card in Predict."""
+        return cls("bf16", "bf16_weights")
+
+
+@dataclass(frozen=True)
+class GradientAccumulationConfig:
+    """Split each batch into `micro_batches` equal parts, and add their gradients up before the optimizer steps."""
+
+    micro_batches: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least("micro_batches", self.micro_batches, 1)
+
+    @classmethod
+    def conservative(cls) -> Self:
+        """Two parts."""
+        return cls(2)
+
+    @classmethod
+    def aggressive(cls) -> Self:
+        """Four parts."""
+        return cls(4)
+
+
+@dataclass(frozen=True)
+class PredictAwareMemoryConfig:
+    """What becomes of the optimizer's state in Predict, where no optimizer steps.
+
+    strategy: "none" leaves it; "cpu" and "pinned" move it to host memory, pinned memory without waiting; "compress"
+        keeps it on the card in 8 bits (inexact); "drop" throws it away, so that the optimizer starts anew (inexact)
+    lookahead: nominal steps before a jump's end at which the return begins, beside the predicted steps
+    release: hand what was freed back to the card, for others to use; False keeps it in torch's cache, which is quicker
+
+    Raises ValueError that names the setting and its remedy.
+    """
+
+    strategy: str = "pinned"
+    lookahead: int = 5
+    release: bool = True
+
+    def __post_init__(self) -> None:
+        _choose("strategy", self.strategy, STRATEGIES)
+        _at_least("lookahead", self.lookahead, 0)
+
+    @classmethod
+    def conservative(cls) -> Self:
+        """Exact: to pinned host memory and back."""
+        return cls("pinned")
+
+    @classmethod
+    def aggressive(cls) -> Self:
+        """Eight bits, on the card: nothing crosses the bus."""
+        return cls("compress")
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """Recompute the activations of every block in the backward pass, but of the last `keep_last`."""
+
+    keep_last: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("keep_last", self.keep_last, 0)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Which memory features a training uses; each is off at its default, and they combine freely or are refused.
+
+    mixed_precision, gradient_accumulation, predict_aware, checkpointing: see their classes; None is off
+    loss_chunk_tokens: tokens whose logits exist at a time; 0 keeps those of the whole batch
+    pad_vocab_to: round the vocabulary up to a multiple of this, for kernels and quantizers; 0 leaves it
+    optimizer_state: format of AdamW's moments: "fp32", or torchao's "int8", "fp8" or "int4"
+    step_in_backward: step each block's weights as soon as its gradients are there, and free these
+    clip_last_norm: with `step_in_backward`, scale gradients as if their norm were that of the step before; None: don't
+    state_on_host: gradients and optimizer state live in host memory, where AdamW steps
+    weights: "fp32"; "bf16" with stochastic rounding, or, with `state_on_host`, with float32 masters on the host
+
+    Raises TypeError and ValueError that name the two settings that do not go together, and why.
+    """
+
+    mixed_precision: MixedPrecisionConfig | None = None
+    gradient_accumulation: GradientAccumulationConfig | None = None
+    predict_aware: PredictAwareMemoryConfig | None = None
+    checkpointing: CheckpointingConfig | None = None
+    loss_chunk_tokens: int = 0
+    pad_vocab_to: int = 0
+    optimizer_state: str = "fp32"
+    step_in_backward: bool = False
+    clip_last_norm: float | None = None
+    state_on_host: bool = False
+    weights: str = "fp32"
+
+    @classmethod
+    def conservative(cls, **changes: Any) -> Self:
+        """Nothing that changes a result by more than rounding: bf16 autocast, chunked loss, exact offload."""
+        preset: dict[str, Any] = {
+            "mixed_precision": MixedPrecisionConfig.conservative(),
+            "predict_aware": PredictAwareMemoryConfig.conservative(),
+            "loss_chunk_tokens": 1024,
+        }
+        return cls(**preset | changes)
+
+    @classmethod
+    def aggressive(cls, **changes: Any) -> Self:
+        """Every feature that trades time or optimizer precision for memory, with float32 weights."""
+        preset: dict[str, Any] = {
+            "mixed_precision": MixedPrecisionConfig.aggressive(),
+            "predict_aware": PredictAwareMemoryConfig("pinned"),
+            "gradient_accumulation": GradientAccumulationConfig.aggressive(),
+            "checkpointing": CheckpointingConfig(),
+            "loss_chunk_tokens": 1024,
+            "pad_vocab_to": 128,
+            "optimizer_state": "int8",
+        }
+        return cls(**preset | changes)
+
+    @classmethod
+    def fit_16gb(cls, **changes: Any) -> Self:
+        """GPT-2 XL in 16 GB with float32 master weights: no feature of this is there for its own sake."""
+        preset: dict[str, Any] = {
+            "mixed_precision": MixedPrecisionConfig.aggressive(),
+            "predict_aware": PredictAwareMemoryConfig("pinned"),
+            "checkpointing": CheckpointingConfig(),
+            "loss_chunk_tokens": 512,
+            "pad_vocab_to": 128,
+            "optimizer_state": "int8",
+            "step_in_backward": True,
+            "clip_last_norm": 1.0,
+        }
+        return cls(**preset | changes)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, and what cannot work together."""
+        for name in ("loss_chunk_tokens", "pad_vocab_to"):
+            _at_least(name, getattr(self, name), 0)
+        _choose("optimizer_state", self.optimizer_state, STATES)
+        _choose("weights", self.weights, WEIGHTS)
+        for first, second, why in self._conflicts():
+            raise ValueError(f"{first} does not go with {second}: {why}")
+
+    def _conflicts(self) -> list[tuple[str, str, str]]:
+        """The pairs of settings that cannot work together: first, second, why and what to do."""
+        low_bit, bf16 = self.optimizer_state != "fp32", self.weights == "bf16"
+        strategy = self.predict_aware.strategy if self.predict_aware else "none"
+        precision = self.mixed_precision.predict if self.mixed_precision else ""
+        pairs = [
+            (
+                self.step_in_backward and self.gradient_accumulation is not None,
+                ("step_in_backward", "gradient_accumulation"),
+                "gradients are gone before they could add up; leave one of them off",
+            ),
+            (
+                self.step_in_backward and self.state_on_host,
+                ("step_in_backward", "state_on_host"),
+                "the host steps when all gradients have arrived; leave one of them off",
+            ),
+            (
+                self.clip_last_norm is not None and not self.step_in_backward,
+                ("clip_last_norm", "step_in_backward=False"),
+                "with all gradients at hand, clip by their own norm: set the trainer's clip_norm",
+            ),
+            (
+                self.state_on_host and low_bit,
+                ("state_on_host", f"optimizer_state={self.optimizer_state!r}"),
+                "host memory is large enough for float32; leave one of them off",
+            ),
+            (
+                self.state_on_host and strategy in ("cpu", "pinned", "compress"),
+                ("state_on_host", f"predict_aware strategy={strategy!r}"),
+                "the state has left the card already; leave one of them off",
+            ),
+            (
+                low_bit and strategy == "compress",
+                (f"optimizer_state={self.optimizer_state!r}", "predict_aware strategy='compress'"),
+                "the state is compressed already; use strategy='pinned' or 'none'",
+            ),
+            (
+                bf16 and precision == "bf16_weights",
+                ("weights='bf16'", "mixed_precision predict='bf16_weights'"),
+                "there are no float32 masters on the card to put away; use predict='bf16'",
+            ),
+            (
+                bf16 and not low_bit and not self.state_on_host,
+                ("weights='bf16'", "optimizer_state='fp32'"),
+                "plain rounding would swallow small updates; use optimizer_state='int8', or state_on_host=True",
+            ),
+        ]
+        return [(*names, why) for conflict, names, why in pairs if conflict]
+
+    @property
+    def micro_batches(self) -> int:
+        """Parts that each batch is split into."""
+        return self.gradient_accumulation.micro_batches if self.gradient_accumulation else 1
+
+    @property
+    def model_settings(self) -> dict[str, int]:
+        """What `GPT2Config` takes of these settings."""
+        return {"loss_chunk_tokens": self.loss_chunk_tokens, "pad_vocab_to": self.pad_vocab_to}
+
+
+def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is unknown: {nearest(value, known)}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} is {value!r}: a whole number is wanted")
+    if value < least:
+        raise ValueError(f"{name} is {value}: it must be at least {least}")

@@ -1,0 +1,97 @@
+"""A CUDA card without a card: tensors of which only shape and type exist, and CUDA's own choice of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import _scoped_library
+
+HALF = (torch.bfloat16, torch.float16)
+
+FLOAT32_ON_CUDA = (
+    "cumsum",
+    "exp",
+    "group_norm",
+    "layer_norm",
+    "log",
+    "log_softmax.int",
+    "logsumexp",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "reciprocal",
+    "rsqrt",
+    "softmax.int",
+    "softplus",
+    "sum",
+    "sum.dim_IntList",
+)
+"""What autocast computes in float32 on CUDA, and in whatever type it finds on a CPU."""
+
+
+@contextmanager
+def emulated_card() -> Iterator[None]:
+    """Inside, tensors on the CPU take no memory, and autograd keeps what it would keep on a CUDA card.
+
+    CUDA's fake tensors need a torch that was built for CUDA, so those of the CPU stand in, with what differs put right:
+    which operations autocast keeps in float32, the attention kernels and what they save, dropout's mask. Not put right:
+    memory that a kernel takes inside itself, such as cuBLAS's workspace. No other thread may compute on the CPU
+    meanwhile: kernels are exchanged for the whole process.
+
+    Source: https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior.
+    """
+    with torch.device("cpu"), FakeTensorMode(), _scoped_library("aten", "IMPL") as library:
+        for name in FLOAT32_ON_CUDA:
+            library.impl(name, _in_float32(name), "AutocastCPU")
+        library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
+        library.impl("dropout", _dropout, "AutogradCPU")
+        yield
+
+
+def _in_float32(name: str) -> Callable[..., Any]:
+    """The operation, on float32 copies of what comes in half precision."""
+    packet, _, overload = name.partition(".")
+    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operation(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+
+    return run
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """FlashAttention where CUDA takes it, the memory-efficient kernel elsewhere."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
+    if query.dtype in HALF and attn_mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    mask = attn_mask if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    keeps = torch.is_grad_enabled()
+    return efficient(query, key, value, mask, keeps, dropout_p, is_causal, scale=scale)[0]
+
+
+def _dropout(x: Tensor, share: float, train: bool) -> Tensor:
+    """CUDA's: a mask of one byte an element, none where nothing is dropped."""
+    return torch.ops.aten.native_dropout(x, share, train)[0] if train and share else x

@@ -1,0 +1,131 @@
+"""The runs on disk beside each other: a table that sorts and filters, and any of them in one chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hybridlab.errors import UserError, nearest
+from hybridlab.notebook.charts import Against, loss_curves
+from hybridlab.notebook.figures import Chart
+from hybridlab.notebook.live_table import LiveTable
+from hybridlab.notebook.results import project_root
+from hybridlab.notebook.tables import table
+from hybridlab.runs import Run, runs_under
+from hybridlab.study.arms import BASELINE, CONTROL
+
+COLUMNS = (
+    "run",
+    "name",
+    "seed",
+    "state",
+    "nominal_steps",
+    "gradient_steps",
+    "predicted_steps",
+    "validation_loss",
+    "seconds",
+    "step_ms",
+    "peak_gb",
+)
+FORMATS = {"seconds": ".1f", "step_ms": ".1f", "peak_gb": ".2f"}
+
+
+def find_runs(folder: str | Path = "runs", *, sort: str = "run", where: Iterable[str] = ()) -> list[Run]:
+    """The runs below a folder of the project.
+
+    sort: the column to sort by, from its least value up; "-" before it turns that round; a missing value comes last
+    where: conditions "column=pattern", all of which must hold; a pattern may hold "*", as in "name=*unguarded"
+
+    Raises UserError for a column that is none of `COLUMNS`, and for a condition without "=".
+    """
+    root = project_root() / folder
+    wanted = [_condition(text) for text in where]
+    descending, column = sort.startswith("-"), _known(sort.removeprefix("-"))
+    figures = [(run, key_figures(run, root)) for run in runs_under(root)]
+    kept = [(run, row) for run, row in figures if all(fnmatchcase(str(row[name]), text) for name, text in wanted)]
+    present = [pair for pair in kept if pair[1][column] is not None]
+    present.sort(key=lambda pair: pair[1][column], reverse=descending)
+    return [run for run, _ in present] + [run for run, row in kept if row[column] is None]
+
+
+def key_figures(run: Run, root: Path) -> dict[str, Any]:
+    """One run in one flat row with the keys `COLUMNS`; what it has not measured is None.
+
+    root: the folder that `run` is named from
+    """
+    summary = run.summary or _so_far(run)
+    peak = summary.get("peak_memory_bytes")
+    return {
+        "run": str(run.folder.relative_to(root)),
+        "name": run.config.get("name"),
+        "seed": run.config.get("seed"),
+        "state": "finished" if run.summary else "unfinished",
+        **{name: summary.get(name) for name in COLUMNS[4:9]},
+        "step_ms": summary.get("gradient_step_ms"),
+        "peak_gb": None if peak is None else peak / 1e9,
+    }
+
+
+def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterable[str] = ()) -> LiveTable:
+    """The runs below a folder with their key figures; arguments and errors as for `find_runs`."""
+    root = project_root() / folder
+    rows = [key_figures(run, root) for run in find_runs(folder, sort=sort, where=where)]
+    shown = table(rows, f"{len(rows)} runs in {root.name}", FORMATS) if rows else None
+    return LiveTable(shown, f"no run in {folder} fits: loosen the conditions, or train one with `make run`")
+
+
+def overlay(runs: Sequence[Run], against: Against = "nominal_step", value: str = "validation_loss") -> Chart:
+    """Draw any runs together, each named by its arm, seed and, where that is not enough, its folder.
+
+    Plain runs (baselines and controls) are drawn as controls. Raises ValueError without runs, and UserError for a run
+    that holds no such value yet.
+    """
+    if not runs:
+        raise ValueError("there is nothing to draw: give at least one run")
+    curves = dict(zip(_names(runs), (run.steps for run in runs), strict=True))
+    for run in runs:
+        if value not in run.steps or run.steps[value].dropna().empty:
+            raise UserError(f"{run.folder.name} has no {value} yet: leave it out, or wait")
+    plain = [name for name in curves if name.startswith((BASELINE, CONTROL))]
+    return loss_curves(curves, against=against, value=value, control=plain)
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    names = [f"{run.config['name']}, seed {run.config['seed']}" for run in runs]
+    twice = {name for name in names if names.count(name) > 1}
+    return [
+        f"{name} ({run.folder.parent.name}/{run.folder.name})" if name in twice else name
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _so_far(run: Run) -> dict[str, Any]:
+    """What a run that has not finished has to show: its latest counts and the loss it last measured."""
+    if run.steps.empty:
+        return {}
+    last = run.steps.iloc[-1]
+    measured = run.steps["validation_loss"].dropna() if "validation_loss" in run.steps else pd.Series(dtype=float)
+    return {
+        "nominal_steps": int(last["nominal_step"]),
+        "gradient_steps": int(last["gradient_step"]),
+        "predicted_steps": int(last["nominal_step"] - last["gradient_step"]),
+        "validation_loss": None if measured.empty else float(measured.iloc[-1]),
+        "seconds": float(last["seconds"]),
+    }
+
+
+def _condition(text: str) -> tuple[str, str]:
+    column, sign, pattern = text.partition("=")
+    if not sign:
+        raise UserError(f"the condition {text!r} has no '=': write COLUMN=PATTERN, as name=baseline")
+    return _known(column), pattern
+
+
+def _known(column: str) -> str:
+    if column not in COLUMNS:
+        raise UserError(f"there is no column {column!r}: {nearest(column, COLUMNS)}")
+    return column

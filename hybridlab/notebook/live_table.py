@@ -1,0 +1,55 @@
+"""A table to sort and search by hand in JupyterLab, and a plain one everywhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import pandas as pd
+
+from hybridlab.notebook.progress import PROGRESS_FILE
+from hybridlab.notebook.tables import Table
+
+
+@dataclass(frozen=True)
+class LiveTable:
+    """Shows a table through DataTables in JupyterLab; in batch as plain HTML, which needs no JavaScript.
+
+    table: None where there is nothing to show; empty: the sentence that says so
+    """
+
+    table: Table | None
+    empty: str
+
+    def __str__(self) -> str:
+        return self.table.text() if self.table else self.empty
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        if not self.table:
+            return {"text/plain": self.empty}
+        return {"text/html": _live(self.table) if _in_jupyterlab() else self.table.html(), "text/plain": str(self)}
+
+
+def _live(table: Table) -> str:
+    """DataTables, whose code is brought along: nothing is fetched."""
+    import itables
+
+    itables.init_notebook_mode(connected=False)
+    frame = pd.DataFrame(table.rows, columns=table.columns).round(4)
+    texts = [i for i, column in enumerate(frame) if not pd.api.types.is_numeric_dtype(frame[column])]
+    return itables.to_html_datatable(
+        frame,
+        table.caption,
+        connected=False,
+        showIndex=False,
+        allow_html=False,
+        classes="display compact",  # long sentences wrap
+        columnDefs=[{"targets": texts, "className": "dt-left"}],
+    )
+
+
+def _in_jupyterlab() -> bool:
+    return "JPY_SESSION_NAME" in os.environ and PROGRESS_FILE not in os.environ

@@ -1,0 +1,248 @@
+"""What a notebook shows of memory: predicted beside measured, what it cost, and the claims that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from hybridlab.notebook.results import Claim, Verdict
+from hybridlab.notebook.tables import Table, table
+from hybridlab.runs import Run
+from hybridlab.study.footprint import Footprint, PredictPhase
+from hybridlab.study.memory_log import growth_bytes
+
+Numbers = dict[str, float | int | str]
+
+PREDICTED_WITHIN = 0.10
+"""The plan's bound on the error of a prediction."""
+
+QUALITY_WITHIN = 0.01
+"""The plan's bound on the validation loss that a memory feature may cost, as a share of the control's."""
+
+CARD_BYTES, SAFE_BYTES = 16e9, 14e9
+"""The plan's card, and the plan's bound on the peak."""
+
+STEP_TIME_WITHIN = 1.5
+"""How much longer XL's step may take than where memory is no object."""
+
+PREDICT_BYTES = 3.7e9
+"""What XL may occupy in Predict."""
+
+AGREES_WITHIN = 0.005
+"""Difference of two mean losses, in nats, far below that of two seeds."""
+
+MAY_GROW_BYTES = 50e6
+"""Below this, two moments of a run take the same memory."""
+
+
+def memory_table(footprints: Sequence[Footprint]) -> Table:
+    """Predicted beside measured peaks, one line an arm."""
+    rows = [
+        {
+            "arm": f.arm,
+            "predicted (GB)": f.predicted.peak_allocated_bytes / 1e9,
+            "measured (GB)": _gigabytes(f.measured_allocated_bytes),
+            "error": None if f.error is None else f"{f.error:+.1%}",
+            "on the card (GB)": None if f.measured_allocated_bytes is None else f.peak_memory_bytes / 1e9,
+        }
+        for f in footprints
+    ]
+    caption = "Peak of live tensors on a CUDA card, predicted without one, and what the card counted with its context"
+    formats = {"predicted (GB)": ".3f", "measured (GB)": ".3f", "on the card (GB)": ".2f"}
+    return table(rows, caption, formats)
+
+
+def parts_table(footprints: Sequence[Footprint]) -> Table:
+    """What the predicted peak of each arm consists of, in GB."""
+    names = dict.fromkeys(part for f in footprints for part, size in f.predicted.parts.items() if size)
+    rows = [{"arm": f.arm} | {part: f.predicted.parts.get(part, 0) / 1e9 for part in names} for f in footprints]
+    return table(rows, "The predicted peak, part by part, in GB", dict.fromkeys(names, ".2f"))
+
+
+def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | None = None) -> Table:
+    """What each arm pays: its loss beside the control's, and its step over that of `fast`, by default the control."""
+    fast = fast or control
+    base = next(f.step_ms for f in footprints if f.arm == fast)
+    rows = [
+        {
+            "arm": f.arm,
+            "validation loss (nats)": f.validation_loss,
+            f"against {control} (nats)": str(f.change) if f.change else None,
+            "perplexity gap": f"{math.expm1(f.change.mean):+.2%}" if f.change else None,
+            "step (ms)": f.step_ms,
+            f"step over {fast}'s": f.step_ms / base,
+        }
+        for f in footprints
+    ]
+    formats = {"step (ms)": ".1f", f"step over {fast}'s": ".2f"}
+    return table(rows, "Quality and time; intervals are over seeds, paired", formats)
+
+
+def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
+    """What Predict leaves on the card, strategy by strategy; `plain` is the one that puts nothing away."""
+    rows = [
+        {
+            "strategy": name,
+            "live tensors (GB)": _gigabytes(phase.allocated_bytes),
+            "held by torch (GB)": _gigabytes(phase.reserved_bytes),
+            "on the card (GB)": _gigabytes(phase.occupied_bytes),
+            "a jump and the step after it (ms)": phase.jump_ms,
+            f"over {plain}'s": phase.jump_ms / phases[plain].jump_ms,
+            "jumps": phase.jumps,
+        }
+        for name, phase in phases.items()
+    ]
+    formats = {
+        "live tensors (GB)": ".3f",
+        "held by torch (GB)": ".3f",
+        "on the card (GB)": ".2f",
+        f"over {plain}'s": ".2f",
+    }
+    formats |= {"a jump and the step after it (ms)": ".0f"}
+    if not rows:
+        return table([{"strategy": "no run jumped"}])
+    return table(rows, "Between what leaves and what returns; times include both", formats)
+
+
+def loss_agreement(first: Run, second: Run) -> dict[str, float]:
+    """Differences of two runs' training losses, batch by batch, over the steps that both took, in nats."""
+    steps = min(len(first.steps), len(second.steps))
+    ours, theirs = (run.steps["measured_loss"].head(steps).to_numpy() for run in (first, second))
+    differences = abs(ours - theirs)
+    return {
+        "steps": steps,
+        "mean_difference": round(float(differences.mean()), 6),
+        "largest_difference": round(float(differences.max()), 6),
+        "difference_of_means": round(float(abs(ours.mean() - theirs.mean())), 6),
+    }
+
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+
+def predicted_claims(footprints: Sequence[Footprint], *, each: bool = True) -> list[Claim]:
+    """That what was predicted is what was measured; nothing without a GPU. `each` names a claim after its arm."""
+    return [
+        Claim(
+            f"{slug(f.arm)}-predicted-within-10-percent" if each else "predicted-within-10-percent",
+            f"{f.arm}: the peak is predicted within 10 %",
+            verdict(abs(f.error) <= PREDICTED_WITHIN),
+            {
+                "predicted_bytes": f.predicted.peak_allocated_bytes,
+                "measured_bytes": f.measured_allocated_bytes or 0,
+                "error_share": f.error,
+            },
+        )
+        for f in footprints
+        if f.error is not None
+    ]
+
+
+def quality_claims(footprints: Sequence[Footprint], control: float, *, each: bool = True) -> list[Claim]:
+    """That no arm's validation loss lies more than 1 % above the control's, whose mean loss is `control` in nats.
+
+    Over several seeds the whole interval must lie below the bound; one seed decides by its own difference.
+    """
+    claims = []
+    for f in footprints:
+        if f.change is None:
+            continue
+        high, low = (f.change.high, f.change.low) if f.change.seeds > 1 else (f.change.mean, f.change.mean)
+        bound = QUALITY_WITHIN * control
+        numbers: Numbers = {
+            "loss_change": f.change.mean,
+            "loss_change_low": low,
+            "loss_change_high": high,
+            "seeds": f.change.seeds,
+            "perplexity_gap": math.expm1(f.change.mean),
+            "perplexity_gap_low": math.expm1(low),
+            "perplexity_gap_high": math.expm1(high),
+        }
+        outcome: Verdict = "holds" if high < bound else "fails" if low > bound else "open"
+        seeds = f"{f.change.seeds} seeds" if f.change.seeds > 1 else "one seed"
+        text = f"{f.arm}: validation loss at most 1 % above the control's ({seeds})"
+        claims.append(Claim(f"{slug(f.arm)}-quality" if each else "quality", text, outcome, numbers))
+    return claims
+
+
+def below_claim(id: str, text: str, value: float | None, bound: float, **more: float | int) -> list[Claim]:
+    """That a measured number of bytes lies below a bound; nothing where it could not be measured."""
+    if value is None:
+        return []
+    return [Claim(id, text, verdict(value < bound), {"measured_bytes": int(value), "bound_bytes": int(bound), **more})]
+
+
+def predict_claim(phase: PredictPhase) -> list[Claim]:
+    """That XL's Predict leaves most of the card to others; CUDA's context, which no setting changes, is told apart."""
+    text = "between what leaves and what returns, Predict holds less than 3.7 GB, forward passes included"
+    more = {"live_bytes": phase.allocated_bytes or 0, "with_context_bytes": phase.occupied_bytes or 0}
+    return below_claim("predict-phase", text, phase.reserved_bytes, PREDICT_BYTES, **more)
+
+
+def fit_claims(run: Run) -> list[Claim]:
+    """That a run fits a 16 GB card, keeps the plan's margin, and neither retries allocations nor grows."""
+    summary = run.summary or {}
+    if summary.get("memory_source") != "cuda":
+        return []
+    peak, retries, steps = summary["peak_memory_bytes"], summary["allocator_retries"], summary["nominal_steps"]
+    counts: Numbers = {"peak_memory_bytes": peak, "allocator_retries": retries, "nominal_steps": steps}
+    grown = growth_bytes(run, early=min(50, steps // 4), late=steps)
+    return [
+        Claim("fits-16gb", "trains on a 16 GB card", verdict(peak < CARD_BYTES), counts),
+        Claim(
+            "peak-below-14gb",
+            "peak VRAM below 14 GB, context included, without an allocator retry",
+            verdict(peak < SAFE_BYTES and not retries),
+            counts,
+        ),
+        Claim(
+            "does-not-grow",
+            "takes as much memory at the end as after 50 steps",
+            verdict(grown < MAY_GROW_BYTES),
+            {"growth_bytes": grown},
+        ),
+    ]
+
+
+def stable_run_claim(run: Run, steps: int = 1000) -> Claim:
+    """That a run took so many steps, learned, and never diverged."""
+    summary = run.summary or {}
+    losses = run.steps["measured_loss"].dropna()
+    falls = bool(losses.tail(20).mean() < losses.head(20).mean())
+    numbers: Numbers = {
+        "nominal_steps": summary["nominal_steps"],
+        "divergences": summary["divergences"],
+        "first_loss": float(losses.head(20).mean()),
+        "last_loss": float(losses.tail(20).mean()),
+    }
+    holds = summary["nominal_steps"] >= steps and not summary["divergences"] and falls
+    return Claim(f"stable-{steps}-steps", f"trains for {steps} steps without divergence", verdict(holds), numbers)
+
+
+def step_time_claim(fits: Footprint, free: Footprint) -> Claim:
+    """That fitting costs little time beside a run to which memory is no object, on the same card."""
+    ratio = fits.step_ms / free.step_ms
+    text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
+    return Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), {"step_ratio_time": ratio})
+
+
+def agreement_claim(agreement: Mapping[str, float]) -> Claim:
+    """That two number formats give one loss."""
+    over = f"mean training loss over the first {agreement['steps']:.0f} steps"
+    text = f"TF32 stands for FP32: {over} agrees to {AGREES_WITHIN} nats"
+    holds = agreement["difference_of_means"] < AGREES_WITHIN
+    return Claim("tf32-stands-for-fp32", text, verdict(holds), dict(agreement))
+
+
+def slug(name: str) -> str:
+    """A name as part of a claim's id."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def verdict(holds: bool) -> Verdict:
+    """A decided claim's verdict."""
+    return "holds" if holds else "fails"
+
+
+def _gigabytes(size: int | None) -> float | None:
+    return None if size is None else size / 1e9

@@ -1,0 +1,158 @@
+"""What training arms take of a card: predicted, measured, and paid for in time and in loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from hybridlab.errors import UserError
+from hybridlab.memory.config import MixedPrecisionConfig
+from hybridlab.memory.planner import Plan, plan
+from hybridlab.phases import Phase
+from hybridlab.predictors import PREDICTORS
+from hybridlab.runs import Run
+from hybridlab.study.arms import StudyResult
+from hybridlab.study.run_config import RunConfig
+from hybridlab.study.statistics import Interval
+from hybridlab.study.tasks import TextTaskConfig
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One arm.
+
+    predicted: its plan, made without a card
+    measured_allocated_bytes: peak of live tensors in the measured run; None without a GPU
+    peak_memory_bytes: the run's peak as the card counts it, or the process's without a GPU
+    step_ms: median gradient step of the measured run
+    validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
+    """
+
+    arm: str
+    predicted: Plan
+    measured_allocated_bytes: int | None
+    peak_memory_bytes: int
+    step_ms: float
+    validation_loss: float
+    change: Interval | None
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured peak, less one."""
+        measured = self.measured_allocated_bytes
+        return self.predicted.peak_allocated_bytes / measured - 1 if measured else None
+
+    def row(self, model: str) -> dict[str, Any]:
+        """As the table "memory" of a results file has it; of one seed there is no interval."""
+        change = self.change
+        several = change is not None and change.seeds > 1
+        return {
+            "arm": self.arm,
+            "model": model,
+            "predicted_allocated_bytes": self.predicted.peak_allocated_bytes,
+            "measured_allocated_bytes": self.measured_allocated_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "step_ms": self.step_ms,
+            "validation_loss": self.validation_loss,
+            "loss_change": change.mean if change else None,
+            "loss_change_low": change.low if change and several else None,
+            "loss_change_high": change.high if change and several else None,
+            "parts": dict(self.predicted.parts),
+        }
+
+
+def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: int | None = None) -> Footprint:
+    """The footprint of the arm that `config` is of, beside the control arm's loss; memory and time are of its seed 0.
+
+    at_step: the nominal step whose validation losses are compared; None compares those at the end
+    """
+    summary = result.runs[config.name, 0].summary or {}
+    seeds = sorted(seed for name, seed in result.runs if name == config.name)
+    losses = [_validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
+    shared = [(seed, loss) for seed, loss in zip(seeds, losses, strict=True) if (control, seed) in result.runs]
+    change = [loss - _validation_loss(result.runs[control, seed], at_step) for seed, loss in shared]
+    return Footprint(
+        arm=config.name,
+        predicted=plan_of(config),
+        measured_allocated_bytes=summary.get("peak_allocated_bytes"),
+        peak_memory_bytes=summary["peak_memory_bytes"],
+        step_ms=summary["gradient_step_ms"],
+        validation_loss=sum(losses) / len(losses),
+        change=Interval.of(change) if config.name != control and change else None,
+    )
+
+
+def _validation_loss(run: Run, at_step: int | None) -> float:
+    """At the end of a run, or where it was evaluated after `at_step` nominal steps."""
+    evaluated = run.steps.dropna(subset="validation_loss")
+    chosen = evaluated if at_step is None else evaluated[evaluated["nominal_step"] == at_step]
+    if chosen.empty:
+        raise UserError(f"{run.folder} was not evaluated at step {at_step}: set evaluate_every to a divisor of it")
+    return float(chosen["validation_loss"].iloc[-1])
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """What a run's memory is predicted to be. Raises UserError for a task that is not a GPT-2's."""
+    if not isinstance(config.task, TextTaskConfig):
+        raise UserError("only runs of a GPT-2 can be planned: give a TextTaskConfig")
+    hybrid, memory = config.hybrid, config.memory
+    if config.precision == "bf16":
+        memory = replace(memory, mixed_precision=MixedPrecisionConfig.conservative())
+    predictor = PREDICTORS[hybrid.predictor]() if hybrid.max_predict_steps else None
+    return plan(
+        config.task.model_config,
+        (config.task.batch_size, config.task.block_size),
+        memory,
+        config.optimizer,
+        path=predictor.needs(hybrid.full_steps) if predictor else None,
+        path_storage=hybrid.path_storage,
+    )
+
+
+@dataclass(frozen=True)
+class PredictPhase:
+    """What the Predict phases of a run left on the card, and how long they took.
+
+    allocated_bytes: live tensors between what leaves and what returns; None without a GPU
+    reserved_bytes: what torch then holds of the card, forward passes included; None without a GPU
+    occupied_bytes: what the card counts then: reserved, and CUDA's context; None without a GPU
+    jump_ms: median time from the last real step before a jump to the end of the first after it, transitions included
+    jumps: how many of them there were
+    """
+
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    occupied_bytes: int | None
+    jump_ms: float
+    jumps: int
+
+
+def predict_phase(run: Run) -> PredictPhase:
+    """Look at a run's jumps. Raises UserError where nothing was predicted."""
+    durations = _jump_ms(run.steps)
+    if not durations:
+        raise UserError(f"{run.folder} predicted nothing: set confidence_threshold to 0 and gate to False")
+    summary = run.summary or {}
+    if summary["memory_source"] != "cuda":
+        return PredictPhase(None, None, None, median(durations), len(durations))
+    allocated, reserved = summary.get("predict_allocated_bytes"), summary.get("predict_reserved_bytes")
+    on_card = None if reserved is None else reserved + (summary["context_bytes"] or 0)
+    return PredictPhase(allocated, reserved, on_card, median(durations), len(durations))
+
+
+def _jump_ms(steps: pd.DataFrame) -> list[float]:
+    """Wall time of each jump and the one real step after it, in ms."""
+    predicted = (steps["phase"] == str(Phase.PREDICT)).to_numpy()
+    seconds = steps["seconds"].to_numpy()
+    starts = [i for i in range(1, len(steps)) if predicted[i] and not predicted[i - 1]]
+    ends = [next((j for j in range(i, len(steps)) if not predicted[j]), None) for i in starts]
+    return [float(1e3 * (seconds[end] - seconds[start - 1])) for start, end in zip(starts, ends, strict=True) if end]
+
+
+def footprints(result: StudyResult, configs: Sequence[RunConfig], control: str) -> list[Footprint]:
+    """One footprint a configuration; runs of its further seeds are taken in."""
+    return [footprint(result, config, control) for config in configs]

@@ -1,0 +1,91 @@
+"""What a run says, and leaves, when memory runs out."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from hybridlab.errors import UserError
+from hybridlab.files import remove, replaced
+from hybridlab.study.run_config import RunConfig, find_device
+from hybridlab.vram import MemoryMeter
+
+SNAPSHOT = "memory_snapshot.pickle"
+"""In the folder of a run that ran out of the card's memory; pytorch.org/memory_viz draws it."""
+
+OTHERS_MATTER_BYTES = 500_000_000
+"""Of the card: other programs that use less are not worth a word."""
+
+Advice = Callable[[RunConfig], str]
+"""Says what to switch on so that a run fits."""
+
+
+def smaller_batch(config: RunConfig) -> str:
+    """What always helps."""
+    return "take a smaller batch, or MemoryConfig.fit_16gb()"
+
+
+@contextmanager
+def shortage_told(config: RunConfig, folder: Path, advice: Advice = smaller_batch) -> Iterator[None]:
+    """Turn "out of memory" inside the block into one line, and what the card held into a snapshot in `folder`.
+
+    The line says what was asked for, what there is, who else uses it, and what to change. What the failed step held
+    is let go, so that a notebook's kernel can train something smaller.
+
+    Raises UserError.
+    """
+    remove(folder / SNAPSHOT)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        shortage = f"{_asked(error)} asked for: {_on_the_card(config)}; {advice(config)}{_snapshot(folder)}"
+        traceback.clear_frames(error.__traceback__)
+        raise UserError(f"out of memory: {shortage}; {_left(folder)}") from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        available = f"the host has {psutil.virtual_memory().available / 1e9:.1f} GB available"
+        raise UserError(
+            f"out of host memory: {_asked(error)} asked for, {available}; close other programs, or "
+            f"{advice(config)}; {_left(folder)}"
+        ) from error
+
+
+def _asked(error: RuntimeError) -> str:
+    found = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return f"{found[1]} more were" if found else "more was"
+
+
+def _on_the_card(config: RunConfig) -> str:
+    device = find_device(config.device)
+    meter = MemoryMeter(device)
+    now, others = meter.read(), meter.other_processes_bytes() or 0
+    if now.source == "process":
+        return config.describe_device()
+    total = torch.cuda.get_device_properties(device).total_memory
+    size = config.card_bytes if config.card_gb and meter.exceeds(config.card_bytes) else total
+    text = f"{config.describe_device()} has {size / 1e9:.1f} GB, torch holds {now.used_bytes / 1e9:.1f} GB"
+    return text + (f", other programs use {others / 1e9:.1f} GB" if others > OTHERS_MATTER_BYTES else "")
+
+
+def _snapshot(folder: Path) -> str:
+    """Where the allocator's snapshot was written; nothing where there is no card, or no room on the disk."""
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        with replaced(folder / SNAPSHOT) as beside:
+            torch.cuda.memory._dump_snapshot(str(beside))  # type: ignore[no-untyped-call]
+    except UserError:
+        return ""
+    return f"; what the card held is in {folder / SNAPSHOT}"
+
+
+def _left(folder: Path) -> str:
+    return f"the record and the last checkpoint in {folder} are intact"

@@ -1,0 +1,42 @@
+"""Hands a run's scalars to TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hybridlab.errors import UserError
+from hybridlab.runs import Run
+
+COUNTERS = ("nominal_step", "gradient_step", "seconds", "unix_seconds")
+"""What a scalar is drawn against; no scalars themselves."""
+
+
+def export_tensorboard(run: Run, folder: Path) -> int:
+    """Write every number that a run recorded at each nominal step; returns how many scalars there are.
+
+    folder: takes one event file; what lies there stays, so export each run into a folder of its own
+
+    A scalar is named by its table and column, as "steps/validation_loss"; its wall time is the run's own clock.
+    Raises UserError where TensorBoard is not installed.
+    """
+    with _writer(folder) as writer:
+        return sum(_add(writer, table, rows) for table, rows in (("steps", run.steps), ("vram", run.vram)))
+
+
+def _add(writer: Any, table: str, rows: pd.DataFrame) -> int:
+    columns = [column for column in rows.select_dtypes("number") if column not in COUNTERS]
+    for column in columns:
+        for row in rows[["nominal_step", "seconds", column]].dropna().itertuples(index=False):
+            writer.add_scalar(f"{table}/{column}", row[2], int(row[0]), walltime=row[1])
+    return len(columns)
+
+
+def _writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard is not installed: pip install 'hybridlab[tensorboard]'") from None
+    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]

@@ -1,0 +1,53 @@
+"""Exact peaks of torch's allocator, each phase of a run apart."""
+
+from __future__ import annotations
+
+import torch
+
+
+class PhasePeaks:
+    """Splits the allocator's one peak into one a phase, and loses nothing of the whole.
+
+        peak of the run = max over phases of (peak since the phase was entered)
+
+    The allocator is reset whenever a phase begins; what it had counted by then is kept here. A phase that comes back
+    keeps its highest peak.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._phase = ""
+        self._allocated: dict[str, int] = {}
+        self._reserved = 0
+
+    def reset(self) -> None:
+        """Forget all phases, and begin again outside of any."""
+        self._phase, self._allocated, self._reserved = "", {}, 0
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def enter(self, phase: str) -> None:
+        """Count for `phase` from here on; costs nothing while the phase stays."""
+        if phase != self._phase:
+            self._note()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._phase = phase
+
+    def reserved_bytes(self) -> int:
+        """The most that torch has held of the card."""
+        self._note()
+        return self._reserved
+
+    def allocated_bytes(self) -> int:
+        """The most that live tensors have taken."""
+        self._note()
+        return max(self._allocated.values())
+
+    def by_phase(self) -> dict[str, int]:
+        """The most that live tensors have taken in each phase that was entered, in bytes."""
+        self._note()
+        return {phase: peak for phase, peak in self._allocated.items() if phase}
+
+    def _note(self) -> None:
+        peak = torch.cuda.max_memory_allocated(self._device)
+        self._allocated[self._phase] = max(peak, self._allocated.get(self._phase, 0))
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))

@@ -1,0 +1,59 @@
+"""Reads memory again and again while something else runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+from hybridlab.vram.meter import MemoryMeter
+
+EVERY_MS = 100
+ROWS_A_PACE = 10_000
+"""After so many samples the pace is halved, and again: a long run's record grows more and more slowly."""
+
+
+class MemorySampler:
+    """Samples memory in a thread of its own, from the start of a with-block to its end; it never waits for the device.
+
+    meter: what is read
+    moment: what a sample says beside the reading: where the run stands, read in the sampler's thread
+    every_ms: milliseconds between two samples, at first
+
+    A block of any length has two samples at least, at its start and at its end. Raises ValueError for an `every_ms`
+    that is not above 0.
+    """
+
+    def __init__(self, meter: MemoryMeter, moment: Callable[[], Mapping[str, Any]], every_ms: float = EVERY_MS) -> None:
+        if every_ms <= 0:
+            raise ValueError(f"every_ms is {every_ms}: it must be above 0")
+        self._meter, self._moment, self._every_ms = meter, moment, every_ms
+        self._rows: deque[dict[str, Any]] = deque()
+        self._taken = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory sampler", daemon=True)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The samples since the last call, oldest first: `unix_seconds`, what `moment` says, and the reading."""
+        return [self._rows.popleft() for _ in range(len(self._rows))]
+
+    def __enter__(self) -> Self:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._every_ms / 1e3 * 2 ** (self._taken // ROWS_A_PACE)):
+            self._sample()
+
+    def _sample(self) -> None:
+        self._rows.append({"unix_seconds": time.time(), **self._moment(), **asdict(self._meter.read())})
+        self._taken += 1

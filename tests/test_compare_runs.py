@@ -1,0 +1,134 @@
+"""Runs on disk beside each other: listed, sorted, filtered, drawn together, handed to TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridlab.cli import main
+from hybridlab.errors import UserError
+from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
+from hybridlab.notebook.progress import PROGRESS_FILE
+from hybridlab.runs import RunRecorder
+from hybridlab.tensorboard import export_tensorboard
+from tests.notebook_maker import project
+
+
+def record(folder: Path, name: str, seed: int, end: float, *, finished: bool = True, evaluated: bool = True) -> None:
+    with RunRecorder(folder, {"name": name, "seed": seed}) as recorder:
+        for step in range(1, 5):
+            loss = end + 1 / step if evaluated else None
+            row = {"nominal_step": step, "gradient_step": max(1, step - 1), "seconds": 0.5 * step}
+            recorder.add("steps", row | {"measured_loss": end, "validation_loss": loss, "phase": "full"})
+            memory = {"nominal_step": step, "seconds": 0.5 * step, "phase": "full"}
+            recorder.add("vram", memory | {"source": "process", "used_bytes": 10**9})
+        if finished:
+            counts = {"nominal_steps": 4, "gradient_steps": 3, "predicted_steps": 1, "seconds": 2.0}
+            recorder.finish(
+                counts | {"validation_loss": end, "peak_memory_bytes": 2 * 10**9, "gradient_step_ms": 500.0}
+            )
+
+
+@pytest.fixture(autouse=True)
+def _runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project(tmp_path))
+    record(Path("runs/one/baseline_seed_0"), "baseline", 0, 3.0)
+    record(Path("runs/one/baseline_seed_1"), "baseline", 1, 2.5)
+    record(Path("runs/one/bold_seed_0"), "bold", 0, 3.5)
+    record(Path("runs/two/bold_seed_0"), "bold", 0, 3.2, finished=False)
+
+
+def found(**settings: object) -> list[str]:
+    return [f"{run.folder.parent.name}/{run.folder.name}" for run in find_runs("runs", **settings)]  # type: ignore[arg-type]
+
+
+def test_runs_are_sorted_and_what_is_missing_comes_last() -> None:
+    assert found() == ["one/baseline_seed_0", "one/baseline_seed_1", "one/bold_seed_0", "two/bold_seed_0"]
+    order = ["one/bold_seed_0", "two/bold_seed_0", "one/baseline_seed_0", "one/baseline_seed_1"]
+    assert found(sort="-validation_loss") == order
+    assert found(sort="-peak_gb")[-1] == "two/bold_seed_0"
+
+
+def test_runs_are_filtered_by_every_condition() -> None:
+    assert found(where=["name=b*", "seed=0", "state=finished"]) == ["one/baseline_seed_0", "one/bold_seed_0"]
+    assert found(where=["run=two/*"]) == ["two/bold_seed_0"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sort": "los"}, "there is no column 'los'"),
+        ({"where": ["nam=x"]}, "did you mean 'name'"),
+        ({"where": ["name"]}, "write COLUMN=PATTERN"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        found(**settings)
+
+
+def test_an_unfinished_run_shows_how_far_it_came() -> None:
+    shown = runs_table("runs", where=["state=unfinished"])
+    assert shown.table is not None
+    (row,) = shown.table.rows
+    assert tuple(row) == COLUMNS
+    assert (row["nominal_steps"], row["gradient_steps"], row["predicted_steps"]) == (4, 3, 1)
+    assert row["validation_loss"] == pytest.approx(3.45)
+    assert row["peak_gb"] is None
+
+
+def test_the_table_is_plain_in_batch_and_live_in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert "<script" not in runs_table("runs")._repr_mimebundle_()["text/html"]
+    monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
+    monkeypatch.delenv(PROGRESS_FILE, raising=False)
+    live = runs_table("runs")._repr_mimebundle_()
+    assert "<script" in live["text/html"]
+    assert "https://www.unpkg.com" not in live["text/html"]
+    monkeypatch.setenv(PROGRESS_FILE, "p.json")
+    assert "<script" not in runs_table("runs")._repr_mimebundle_()["text/html"]
+
+
+def test_runs_are_overlaid_with_controls_told_apart_and_names_that_differ() -> None:
+    chart = overlay(find_runs("runs"))
+    names = [series.name for series in chart.series]
+    assert names[:2] == ["baseline, seed 0", "baseline, seed 1"]
+    assert names[2:] == ["bold, seed 0 (one/bold_seed_0)", "bold, seed 0 (two/bold_seed_0)"]
+    assert [series.control for series in chart.series] == [True, True, False, False]
+
+
+def test_a_run_without_the_value_is_named() -> None:
+    record(Path("runs/three/young"), "young", 0, 3.0, finished=False, evaluated=False)
+    with pytest.raises(UserError, match="young has no validation_loss yet"):
+        overlay(find_runs("runs"))
+
+
+def test_the_command_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "--where", "name=bold", "--sort", "-validation_loss"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 runs in runs")
+    assert said.index("one/bold_seed_0") < said.index("two/bold_seed_0")
+    assert main(["runs", "--folder", "elsewhere"]) == 2
+    assert "no run in elsewhere fits" in capsys.readouterr().err
+
+
+def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = find_runs("runs")[0]
+    assert export_tensorboard(run, tmp_path / "events") == 3
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["steps/measured_loss", "steps/validation_loss", "vram/used_bytes"]
+    last = events.Scalars("steps/validation_loss")[-1]
+    assert (last.step, last.value, last.wall_time) == (4, pytest.approx(3.25), 2.0)
+
+
+def test_without_tensorboard_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'hybridlab\[tensorboard\]'"):
+        export_tensorboard(find_runs("runs")[0], tmp_path)

@@ -1,0 +1,121 @@
+"""The live panel's gauges: what they say of a state, and how the state is read from a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from hybridlab.notebook.gauges import Memory, State, draw
+from hybridlab.notebook.instruments import memory_of, work_of
+from hybridlab.notebook.timeline import COLUMNS, Timeline
+from hybridlab.step_result import Statistics
+
+CARD = Memory(True, 16 * 10**9, 9 * 10**9, 12_500_000_000, 5 * 10**9, 8 * 10**9, 10**9)
+PROCESS = Memory(False, 32 * 10**9, 2 * 10**9, 3 * 10**9)
+
+
+def timeline(steps: int = 10, *phases: str) -> Timeline:
+    line = Timeline(steps)
+    for step, phase in enumerate(phases or ("warmup", "full", "predict", "correct"), start=1):
+        line.add(
+            step, phase, 10**9, None if phase == "predict" else 3.0 - step / 10, 2.0 if phase == "predict" else None
+        )
+    return line
+
+
+def state(**changes: object) -> State:
+    base = State("hybrid, seed 0", "running", "full", 40, 100, CARD, timeline(), Statistics(nominal_steps=40))
+    return replace(base, **changes)
+
+
+def text(drawn: str) -> str:
+    """What a person reads: tags and style taken out."""
+    return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", drawn, flags=re.DOTALL))
+
+
+def test_the_card_is_shown_in_parts_beside_its_line_and_its_peak() -> None:
+    seen = text(draw(state()))
+    assert "Card memory 9.00 of 16.0 GB" in seen
+    for part in ("allocated by torch 5.00 GB", "reserved by torch 8.00 GB", "other 1.00 GB", "peak so far 12.50 GB"):
+        assert part in seen
+    assert "14 GB line 1.50 GB below" in seen
+    assert "14 GB line 0.50 GB above" in text(draw(state(memory=replace(CARD, peak_bytes=14_500_000_000))))
+
+
+def test_without_a_gpu_the_panel_says_whose_memory_it_shows() -> None:
+    drawn = draw(state(memory=PROCESS))
+    assert "Process memory (no GPU) 2.00 of 32.0 GB" in text(drawn)
+    assert "14 GB" not in text(drawn)
+    assert "var(--limit)" not in drawn.split("</style>")[1]
+
+
+def test_what_could_not_be_read_is_unavailable_and_not_zero() -> None:
+    assert "other unavailable" in text(draw(state(memory=replace(CARD, other_bytes=None))))
+
+
+def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> None:
+    drawn = draw(state(measured_loss=2.5, predicted_loss=2.25))
+    assert "Training loss, measured 2.5000 nats predicted 2.2500 validation –" in text(drawn)
+    lines = re.findall(r"<polyline [^>]*>", drawn)
+    assert [("dasharray" in line) for line in lines if "--predicted" in line] == [True]
+    assert [("dasharray" in line) for line in lines if "--measured" in line] == [False]
+
+
+def test_the_phase_under_way_is_the_one_lamp_that_is_lit() -> None:
+    drawn = draw(state(phase="predict"))
+    assert re.findall(r"hl-lamp hl-(\w+) on", drawn) == ["predict"]
+
+
+def test_speed_counts_and_time_left_are_read_off() -> None:
+    counts = Statistics(nominal_steps=40, gradient_steps=30, predicted_steps=10, proposals_accepted=2)
+    seen = text(draw(state(statistics=counts, rate=12345.6, step_ms={"full": 20.04, "predict": 1.5}, seconds_left=75)))
+    for part in ("12,346 tokens / s", "Full 20 ms", "Predict 1.5 ms", "Correct –", "10 of 40 (25%)", "accepted 2"):
+        assert part in seen
+    assert "step 40 of 100 · 1 min 15 s left" in seen
+    assert "time left unknown" in text(draw(state()))
+    assert "left" not in text(draw(state(status="finished"))).split("Card")[0]
+
+
+def test_names_and_events_cannot_break_the_page() -> None:
+    drawn = draw(state(title="<b>a", note="loss < 1 & falling"))
+    assert "&lt;b&gt;a" in drawn
+    assert "loss &lt; 1 &amp; falling" in drawn
+
+
+def test_a_state_before_anything_was_measured_can_be_drawn() -> None:
+    empty = state(timeline=Timeline(5), statistics=Statistics(), memory=replace(CARD, peak_bytes=0, used_bytes=0))
+    assert "nan" not in draw(empty)
+
+
+def test_a_long_run_is_drawn_in_few_columns_that_keep_peaks_and_means() -> None:
+    line = Timeline(100_000)
+    for step in range(1, 100_001):
+        line.add(step, "full" if step <= 50_000 else "predict", step, float(step), None)
+    assert len(line.columns) == COLUMNS
+    assert list(line.bands()) == [("full", 0.0, 0.5), ("predict", 0.5, 1.0)]
+    assert line.series("memory_bytes")[-1][1] == 100_000
+    assert line.series("measured_loss")[0][1] == pytest.approx((1 + 100_000 // COLUMNS + 1) / 2, rel=1e-2)
+    assert len(draw(state(timeline=line))) < 30_000
+
+
+def test_a_loss_that_is_not_finite_leaves_the_line_alone() -> None:
+    line = Timeline(3)
+    for step, loss in enumerate((1.0, float("nan"), float("inf")), start=1):
+        line.add(step, "full", 1, loss, None)
+    assert [value for _, value in line.series("measured_loss")] == [1.0]
+
+
+def test_an_emulated_card_is_as_large_as_the_one_it_stands_for() -> None:
+    reading = {"source": "nvml", "used_bytes": 4, "allocated_bytes": 3, "other_bytes": float("nan")}
+    memory = memory_of(reading | {"device_total_bytes": 80 * 10**9}, 5, card_bytes=16 * 10**9)
+    assert (memory.total_bytes, memory.used_bytes, memory.other_bytes) == (16 * 10**9, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("task", "work"),
+    [({"batch_size": 8, "block_size": 64}, (512, "tokens")), ({"batch_size": 16}, (16, "samples")), ({}, (1, "steps"))],
+)
+def test_the_unit_of_work_is_the_tasks(task: dict[str, int], work: tuple[int, str]) -> None:
+    assert work_of(task) == work

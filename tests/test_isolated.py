@@ -1,0 +1,131 @@
+"""A run in a process of its own: the same run, and the same answers when it goes wrong.
+
+Every test but the first starts a process, which takes as long as importing torch does.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from hybridlab.errors import UserError
+from hybridlab.optimizers import Schedule
+from hybridlab.runs import Run
+from hybridlab.study import RunConfig, TextTaskConfig, train
+from hybridlab.study.arms import run_arms
+from hybridlab.study.isolated import train_isolated
+from hybridlab.study.tasks import Task
+
+CONFIG = RunConfig(
+    name="alone",
+    task=TextTaskConfig(
+        model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
+    ),
+    steps=12,
+    schedule=Schedule(warmup_steps=5, total_steps=12),
+    device="cpu",
+    cpu_threads=1,
+    checkpoint_every=5,
+)
+LONG = replace(CONFIG, steps=100_000)
+
+
+def at_step(number: int, act: Callable[[], None]) -> Callable[[], None]:
+    """Act once so many steps were told of."""
+    steps = iter(range(1, number))
+
+    def on_step() -> None:
+        if next(steps, None) is None:
+            act()
+
+    return on_step
+
+
+def child() -> int:
+    (process,) = multiprocessing.active_children()
+    assert process.pid
+    return process.pid
+
+
+def test_a_run_cannot_be_watched_from_another_process(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="take isolated=False, or no watch"):
+        run_arms([CONFIG], tmp_path, isolated=True, watch=lambda run, record: None)
+
+
+@dataclass(frozen=True)
+class BrokenTaskConfig(TextTaskConfig):
+    def build(self, *given: object, **named: object) -> Task:
+        raise ZeroDivisionError("no such model")
+
+
+def test_a_bug_comes_back_with_the_traceback_of_where_it_was(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)^ZeroDivisionError: no such model\n.*Traceback .*in build"):
+        train_isolated(replace(CONFIG, task=BrokenTaskConfig()), tmp_path)
+
+
+def test_a_run_of_its_own_is_the_run_that_it_would_have_been_here(tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    result = run_arms([CONFIG], tmp_path / "there", lambda *step: told.append(step), isolated=True)
+    here, there = train(CONFIG, tmp_path / "here"), result.runs["alone", 0]
+    assert there.steps["measured_loss"].tolist() == here.steps["measured_loss"].tolist()
+    assert there.summary is not None
+    assert there.config == here.config
+    assert told == [("alone, seed 0", 12)] * 12
+    assert multiprocessing.active_children() == []
+
+
+def test_a_user_s_error_comes_back_as_itself(tmp_path: Path) -> None:
+    train(CONFIG, tmp_path)
+    other = replace(CONFIG, seed=1)
+    with pytest.raises(UserError) as here:
+        train(other, tmp_path, resume=True)
+    with pytest.raises(UserError) as there:
+        train_isolated(other, tmp_path, resume=True)
+    assert (type(there.value), str(there.value)) == (type(here.value), str(here.value))
+
+
+def test_a_killed_process_is_named_with_its_signal_and_its_run_can_go_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        train_isolated(CONFIG, tmp_path, at_step(7, lambda: os.kill(child(), signal.SIGKILL)))
+    assert str(caught.value) == (
+        "the process of 'alone', seed 0, was killed by SIGKILL, as the system does when the host's memory runs out: "
+        f"the record and the last checkpoint in {tmp_path} are intact, go on with resume"
+    )
+    assert train(CONFIG, tmp_path, resume=True).summary is not None
+
+
+def test_ctrl_c_stops_the_process_and_keeps_its_record(tmp_path: Path) -> None:
+    def ctrl_c() -> None:
+        """As a terminal sends it: to the whole group."""
+        os.kill(child(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_isolated(LONG, tmp_path, at_step(7, ctrl_c))
+    assert multiprocessing.active_children() == []
+    assert len(Run.load(tmp_path).steps) >= 6
+    assert Run.load(tmp_path).summary is None
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_it_works_from_a_notebook(tmp_path: Path) -> None:
+    source = f"""
+import pickle
+from pathlib import Path
+from hybridlab.study.isolated import train_isolated
+config = pickle.loads({pickle.dumps(CONFIG)!r})
+print(train_isolated(config, Path({str(tmp_path)!r})).summary["gradient_steps"])
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert json.loads("".join(output["text"] for output in notebook.cells[0]["outputs"])) == 12

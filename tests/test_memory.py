@@ -1,0 +1,312 @@
+"""Memory features: exact where they must be, refused where they cannot work together."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.errors import UserError
+from hybridlab.memory.apply import optimizer_for, prepare_model_
+from hybridlab.memory.blocks import blocks_of, buckets_of
+from hybridlab.memory.config import (
+    CheckpointingConfig,
+    GradientAccumulationConfig,
+    MemoryConfig,
+    MixedPrecisionConfig,
+    PredictAwareMemoryConfig,
+)
+from hybridlab.memory.in_backward import StepInBackward
+from hybridlab.memory.low_bit import low_bit_adamw
+from hybridlab.models import GPT2, GPT2Config
+from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.weights import Weights
+
+SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
+
+
+def fresh(**changes: Any) -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(**SHAPE | changes))
+
+
+def tokens(step: int, windows: int = 4) -> Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (windows, 16), generator=torch.Generator().manual_seed(step))
+
+
+def trained(model: GPT2, optimizer: Optimizer, steps: int = 4) -> Tensor:
+    """All weights after some steps."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(tokens(step), tokens(step)).backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def adamw(model: nn.Module, memory: MemoryConfig | None = None) -> Optimizer:
+    return optimizer_for(model, OptimizerConfig.tuned(lr=1e-2), memory or MemoryConfig())
+
+
+# --- exact where they must be ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_last", [0, 2])
+def test_checkpointing_changes_no_bit(keep_last: int) -> None:
+    model = fresh(dropout=0.1)
+    plain = trained(model, adamw(model))
+    checkpointed = fresh(dropout=0.1)
+    prepare_model_(checkpointed, MemoryConfig(checkpointing=CheckpointingConfig(keep_last)))
+    assert torch.equal(trained(checkpointed, adamw(checkpointed)), plain)
+    assert checkpointed.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_stepping_in_backward_changes_no_bit(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=1e-2)
+    model, other = fresh(), fresh()
+    plain = trained(model, build_optimizer(model, config))
+    assert torch.equal(trained(other, optimizer_for(other, config, MemoryConfig(step_in_backward=True))), plain)
+
+
+def test_stepping_in_backward_frees_each_block_before_the_next() -> None:
+    model = fresh()
+    optimizer = adamw(model, MemoryConfig(step_in_backward=True))
+    alive = []
+
+    def count(*_: object) -> None:
+        alive.append(sum(p.grad is not None for p in model.parameters()))
+
+    for block in model.h:
+        block.ln_1.weight.register_hook(count)
+    model(tokens(0), tokens(0)).backward()
+    assert max(alive) <= len(list(model.h[0].parameters()))
+    optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_stepping_in_backward_reports_the_norm_and_clips_by_the_last_one() -> None:
+    model, other = fresh(), fresh()
+    loss = model(tokens(0), tokens(0))
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    optimizer = StepInBackward(torch.optim.SGD(other.parameters(), lr=1.0), buckets_of(other), clip_last_norm=0.01)
+    other(tokens(0), tokens(0)).backward()
+    torch.testing.assert_close(optimizer.clip_(None), norm)
+    optimizer.step()
+    before = nn.utils.parameters_to_vector(other.parameters()).detach().clone()
+    optimizer.zero_grad()
+    other(tokens(1), tokens(1)).backward()
+    step = (nn.utils.parameters_to_vector(other.parameters()).detach() - before).norm()
+    torch.testing.assert_close(step, optimizer.clip_(None) * 0.01 / norm, rtol=1e-3, atol=0.0)
+
+
+def test_a_held_optimizer_steps_nothing() -> None:
+    model = fresh()
+    optimizer = StepInBackward(build_optimizer(model, OptimizerConfig.tuned()), buckets_of(model))
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    with optimizer.held():
+        model(tokens(0), tokens(0)).backward()
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_pass_that_is_held_lets_the_first_step_be_clipped() -> None:
+    model = fresh()
+    optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1.0), buckets_of(model), clip_last_norm=0.01)
+    with optimizer.held():
+        for _ in range(2):
+            model(tokens(0), tokens(0)).backward()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    optimizer.zero_grad()
+    model(tokens(0), tokens(0)).backward()
+    optimizer.step()
+    step = (nn.utils.parameters_to_vector(model.parameters()).detach() - before).norm()
+    torch.testing.assert_close(step, torch.tensor(0.01), rtol=1e-3, atol=0.0)
+
+
+def test_state_of_a_step_in_backward_survives_a_round_trip() -> None:
+    memory = MemoryConfig(step_in_backward=True, clip_last_norm=0.1)
+    model, other = fresh(), fresh()
+    optimizer, resumed = adamw(model, memory), adamw(other, memory)
+    trained(model, optimizer)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(trained(model, optimizer), trained(other, resumed))
+
+
+class Line(nn.Module):
+    """A linear model on numbers that float32 holds exactly, so that no order of summation changes a bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+
+    def loss(self, inputs: Tensor) -> Tensor:
+        return (inputs @ self.weight).square().mean()
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    """Bit for bit where numbers are exact; a GPT-2 sums in another order, and stays within rounding."""
+    inputs = torch.randint(-4, 5, (8, 3), generator=torch.Generator().manual_seed(0)).float()
+    whole, split = Line(), Line()
+    for model, parts in ((whole, 1), (split, 4)):
+        trainer = HybridTrainer(model, torch.optim.SGD(model.parameters(), lr=0.125), HybridTrainerConfig.plain())
+        loss = trainer.step([lambda part=part, model=model: model.loss(part) for part in inputs.chunk(parts)])
+        assert loss.measured_loss == Line().loss(inputs).item()
+    assert torch.equal(whole.weight, split.weight)
+
+    def gpt2(parts: int) -> Tensor:
+        model = fresh()
+        trainer = HybridTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), HybridTrainerConfig.plain())
+        for step in range(4):
+            batch = tokens(step).chunk(parts)
+            trainer.step([lambda part=part: model(part, part) for part in batch])
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    torch.testing.assert_close(gpt2(4), gpt2(1), rtol=1e-5, atol=1e-6)
+
+
+# --- low-bit optimizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["int8", "fp8", "int4"])
+def test_few_calls_equal_torchao_parameter_by_parameter(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same update, whichever way parameters are handed over; uncompiled, as no compiler need be here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    ao = pytest.importorskip("torchao.optim")
+    name = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}[state]
+    model, other = fresh(n_embd=64), fresh(n_embd=64)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
+    ours = low_bit_adamw(decay_groups(model.parameters(), 0.1), buckets_of(model), state=state, **settings)
+    theirs = getattr(ao, name)(decay_groups(other.parameters(), 0.1), **settings)
+    assert torch.equal(trained(model, ours, 2), trained(other, theirs, 2))
+    moment = ours.state[model.h[0].mlp.c_fc.weight]["exp_avg"]
+    assert type(moment).__name__.startswith("OptimState")
+
+
+def test_low_bit_state_survives_snapshot_and_round_trip() -> None:
+    pytest.importorskip("torchao.optim")
+    memory = MemoryConfig(optimizer_state="int8", step_in_backward=True)
+    model = fresh(n_embd=64)
+    optimizer = adamw(model, memory)
+    before = trained(model, optimizer, 2).clone()
+    weights = Weights(model, optimizer)
+    saved = weights.snapshot()
+    after = trained(model, optimizer, 2).clone()
+    weights.restore_(saved)
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+    assert torch.equal(trained(model, optimizer, 2), after)
+
+
+# --- weights put away ------------------------------------------------------------------------------------
+
+
+def test_lowered_weights_come_back_exactly_with_every_motion_added() -> None:
+    model, plain = fresh(), fresh()
+    row = torch.randn(sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(1))
+    rows = list(row.split([sum(p.numel() for p in g) for g in Weights(plain, adamw(plain)).groups]))
+    for it, lowers in ((model, True), (plain, False)):
+        weights = Weights(it, adamw(it))
+        if lowers:
+            weights.lower_()
+            assert {p.dtype for p in it.parameters()} == {torch.bfloat16}
+        for _ in range(3):
+            weights.move_((g, rows[g], 1e-4) for g in range(len(rows)))
+        weights.raise_()
+    assert torch.equal(
+        nn.utils.parameters_to_vector(model.parameters()), nn.utils.parameters_to_vector(plain.parameters())
+    )
+
+
+def run_hybrid(memory: MemoryConfig | None, **settings: Any) -> tuple[Tensor, list[Any]]:
+    """Weights after a run that predicts, and what each step was."""
+    model = fresh()
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=6, correction_interval=2, correct_steps=1, gate=False,
+        confidence_threshold=0.0, predictor="linear", path_device="host", memory=memory, **settings,
+    )  # fmt: skip
+    trainer = HybridTrainer(model, adamw(model, memory), config)
+    results = [trainer.step(lambda s=step: model(tokens(s), tokens(s))) for step in range(40)]
+    assert trainer.statistics().predicted_steps > 0
+    trainer.make_whole_()
+    return nn.utils.parameters_to_vector(model.parameters()).detach(), results
+
+
+@pytest.mark.parametrize("strategy", ["none", "cpu", "pinned"])
+def test_exact_strategies_change_no_bit_of_a_run_that_predicts(strategy: str) -> None:
+    plain, _ = run_hybrid(None)
+    away, _ = run_hybrid(MemoryConfig(predict_aware=PredictAwareMemoryConfig(strategy, lookahead=1)))
+    assert torch.equal(plain, away)
+
+
+def test_bf16_weights_in_predict_change_measurements_alone() -> None:
+    plain, _ = run_hybrid(None)
+    low, _ = run_hybrid(MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights")))
+    assert torch.equal(plain, low)
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    (
+        lambda: MemoryConfig(step_in_backward=True, gradient_accumulation=GradientAccumulationConfig(2)),
+        "step_in_backward does not go with gradient_accumulation",
+    ),
+    (lambda: MemoryConfig(step_in_backward=True, state_on_host=True), "step_in_backward does not go with state_on"),
+    (lambda: MemoryConfig(clip_last_norm=1.0), "clip_last_norm does not go with step_in_backward=False"),
+    (lambda: MemoryConfig(state_on_host=True, optimizer_state="int8"), "state_on_host does not go with optimizer"),
+    (
+        lambda: MemoryConfig(state_on_host=True, predict_aware=PredictAwareMemoryConfig("pinned")),
+        "state_on_host does not go with predict_aware",
+    ),
+    (
+        lambda: MemoryConfig(optimizer_state="int8", predict_aware=PredictAwareMemoryConfig("compress")),
+        "optimizer_state='int8' does not go with predict_aware strategy='compress'",
+    ),
+    (lambda: MemoryConfig(weights="bf16"), "weights='bf16' does not go with optimizer_state='fp32'"),
+    (lambda: MemoryConfig(optimizer_state="int9"), "optimizer_state 'int9' is unknown: did you mean 'int8'"),
+    (lambda: MemoryConfig(loss_chunk_tokens=-1), "loss_chunk_tokens is -1"),
+    (
+        lambda: HybridTrainerConfig(memory=MemoryConfig(step_in_backward=True), clip_norm=1.0),
+        "step_in_backward does not go with clip_norm",
+    ),
+    (
+        lambda: HybridTrainerConfig(memory=MemoryConfig(weights="bf16", optimizer_state="int8")),
+        "weights='bf16' does not go with max_predict_steps",
+    ),
+    (lambda: HybridTrainerConfig(memory=MemoryConfig.conservative()), "set path_device='host'"),
+]
+
+
+@pytest.mark.parametrize(("build", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_cannot_work_together_is_refused_with_the_reason(build: Callable[[], object], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+def test_presets_are_accepted() -> None:
+    for preset in (MemoryConfig.conservative(), MemoryConfig.aggressive(), MemoryConfig.fit_16gb()):
+        HybridTrainerConfig(memory=preset, path_device="host")
+
+
+def test_models_and_methods_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="repeats no block"):
+        prepare_model_(nn.Linear(2, 2), MemoryConfig(checkpointing=CheckpointingConfig()))
+    with pytest.raises(UserError, match="goes with AdamW"):
+        optimizer_for(fresh(), OptimizerConfig(name="sgd"), MemoryConfig(optimizer_state="int8"))
+
+
+def test_buckets_hold_every_trainable_parameter_once() -> None:
+    model = fresh()
+    model.wpe.weight.requires_grad_(False)
+    flat = [id(p) for bucket in buckets_of(model) for p in bucket]
+    assert sorted(flat) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert len(blocks_of(model)) == SHAPE["n_layer"]

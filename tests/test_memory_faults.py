@@ -1,0 +1,268 @@
+"""Faults of memory: one line that helps, and nothing lost."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybridlab.errors import UserError
+from hybridlab.memory import pinned
+from hybridlab.memory.pinned import HostArena, arena_bytes
+from hybridlab.optimizers import Schedule
+from hybridlab.runs import Run
+from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
+from hybridlab.study.out_of_memory import SNAPSHOT, shortage_told
+from hybridlab.study.tasks import Task
+from hybridlab.vram import MemoryReading
+
+CARD_IS_FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.47 GiB of which 1.10 GiB is free."
+)
+HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000 bytes."
+
+
+# --- a run that runs out of memory -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HungryTaskConfig(TextTaskConfig):
+    """A GPT-2 whose forward meets a full card as soon as `Hungry.fails` says so."""
+
+    def build(self, *given: Any, **named: Any) -> Task:
+        return Hungry(super().build(*given, **named))
+
+
+class Hungry:
+    error: RuntimeError | None = None
+    held: weakref.ref[Tensor] | None = None
+
+    def __init__(self, task: Task) -> None:
+        self.model, self._task = task.model, task
+
+    def loss(self, step: int, model: nn.Module, *part: int) -> Tensor:
+        activations = torch.ones(5)
+        if step >= 12 and Hungry.error:
+            Hungry.held = weakref.ref(activations)
+            raise Hungry.error
+        return self._task.loss(step, model, *part)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return self._task.evaluate(model)
+
+
+CONFIG = RunConfig(
+    name="hungry",
+    task=HungryTaskConfig(
+        model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
+    ),
+    steps=16,
+    schedule=Schedule(warmup_steps=5, total_steps=16),
+    device="cpu",
+    cpu_threads=1,
+    checkpoint_every=5,
+)
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[RuntimeError | None], None]:
+    return lambda error: monkeypatch.setattr(Hungry, "error", error)
+
+
+def test_a_full_card_is_told_in_one_line_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, full: Callable[[RuntimeError | None], None]
+) -> None:
+    full(torch.OutOfMemoryError(CARD_IS_FULL))
+    with pytest.raises(UserError) as caught:
+        train(CONFIG, tmp_path)
+    assert str(caught.value) == (
+        f"out of memory: 2.00 GiB more were asked for: {CONFIG.describe_device()}; "
+        f"{out_of_memory.smaller_batch(CONFIG)}; the record and the last checkpoint in {tmp_path} are intact"
+    )
+    stopped = Run.load(tmp_path)
+    assert stopped.steps["nominal_step"].tolist() == list(range(1, 12)), "all but the last, whose loss was not yet read"
+    assert (stopped.summary, len(stopped.vram) >= 2) == (None, True)
+    assert not (tmp_path / SNAPSHOT).exists(), "there is no card to take one of"
+    full(None)
+    assert train(CONFIG, tmp_path, resume=True).steps["nominal_step"].tolist() == list(range(1, 17))
+
+
+def test_what_the_failed_step_held_is_let_go(tmp_path: Path, full: Callable[[RuntimeError | None], None]) -> None:
+    full(torch.OutOfMemoryError(CARD_IS_FULL))
+    with pytest.raises(UserError) as kept_as_a_notebook_does:
+        train(CONFIG, tmp_path)
+    gc.collect()
+    assert Hungry.held is not None
+    assert Hungry.held() is None
+    assert kept_as_a_notebook_does.value.__cause__ is Hungry.error
+
+
+def test_a_full_host_is_told_too_and_other_errors_pass(
+    tmp_path: Path, full: Callable[[RuntimeError | None], None]
+) -> None:
+    full(RuntimeError(HOST_IS_FULL))
+    with pytest.raises(
+        UserError, match=r"^out of host memory: 8000 bytes more were asked for, the host has .* intact$"
+    ):
+        train(CONFIG, tmp_path)
+    full(RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(CONFIG, tmp_path)
+
+
+# --- what is told of a card, played where there is none ----------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    played = SimpleNamespace(others=None)
+
+    class PlayedMeter:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def read(self) -> MemoryReading:
+            return MemoryReading("nvml", 14_900_000_000)
+
+        def other_processes_bytes(self) -> int | None:
+            return played.others
+
+        def exceeds(self, card_bytes: int) -> bool:
+            return card_bytes < 80e9
+
+    monkeypatch.setattr(out_of_memory, "MemoryMeter", PlayedMeter)
+    monkeypatch.setattr(RunConfig, "describe_device", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"blocks"))
+    return played
+
+
+def told(folder: Path, config: RunConfig = CONFIG) -> str:
+    with pytest.raises(UserError) as caught, shortage_told(config, folder, lambda _: "switch on checkpointing"):
+        raise torch.OutOfMemoryError(CARD_IS_FULL)
+    return str(caught.value)
+
+
+def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: Path, card: SimpleNamespace) -> None:
+    assert told(tmp_path) == (
+        "out of memory: 2.00 GiB more were asked for: NVIDIA H100 has 80.0 GB, torch holds 14.9 GB; "
+        f"switch on checkpointing; what the card held is in {tmp_path / SNAPSHOT}; "
+        f"the record and the last checkpoint in {tmp_path} are intact"
+    )
+    assert (tmp_path / SNAPSHOT).read_bytes() == b"blocks"
+    with shortage_told(CONFIG, tmp_path):
+        assert not (tmp_path / SNAPSHOT).exists(), "it was the last attempt's"
+
+
+def test_an_emulated_card_is_as_large_as_it_is_said_to_be(tmp_path: Path, card: SimpleNamespace) -> None:
+    assert "has 16.0 GB, torch" in told(tmp_path, replace(CONFIG, card_gb=16))
+
+
+@pytest.mark.parametrize(("others", "named"), [(3_000_000_000, True), (200_000_000, False), (None, False)])
+def test_other_programs_are_named_where_they_matter(
+    tmp_path: Path, card: SimpleNamespace, others: int | None, named: bool
+) -> None:
+    card.others = others
+    assert ("torch holds 14.9 GB, other programs use 3.0 GB;" in told(tmp_path)) is named
+
+
+def test_a_full_disk_hides_no_full_card(tmp_path: Path, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
+    assert told(tmp_path).startswith("out of memory: 2.00 GiB more were asked for")
+
+
+# --- the host's memory -------------------------------------------------------------------------------------
+
+TENSORS = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16), torch.zeros(()), torch.zeros(0, 4)]
+
+
+def test_an_arena_hands_out_aligned_views_that_share_nothing() -> None:
+    arena = HostArena(arena_bytes(TENSORS), pinned=True)
+    views = [arena.take(tensor) for tensor in TENSORS]
+    for number, (view, like) in enumerate(zip(views, TENSORS, strict=True)):
+        assert (view.shape, view.dtype, view.is_contiguous()) == (like.shape, like.dtype, True)
+        assert view.numel() == 0 or view.data_ptr() % pinned.ALIGNMENT_BYTES == 0
+        view.fill_(number)
+    assert [set(view.flatten().tolist()) for view in views] == [{0}, {1}, {2}, set()]
+
+
+def test_a_view_outlives_its_arena() -> None:
+    view = HostArena(arena_bytes(TENSORS), pinned=False).take(TENSORS[0])
+    gc.collect()
+    assert view.fill_(3).sum() == 45
+
+
+def test_an_arena_that_is_used_up_says_so() -> None:
+    arena = HostArena(256, pinned=False)
+    arena.take(TENSORS[0])
+    with pytest.raises(ValueError, match="the arena of 256 bytes is used up"):
+        arena.take(TENSORS[0])
+
+
+def test_a_host_that_is_short_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6_000_000_000))
+    with pytest.raises(UserError) as caught:
+        HostArena(12_500_000_000, pinned=True)
+    assert str(caught.value) == (
+        "12.5 GB of host memory are wanted and 6.0 GB are available: "
+        "close other programs, or keep less of the training on the host"
+    )
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The driver's part in pinning, played: `refuses` and what is `locked`."""
+    played = SimpleNamespace(refuses=False, locked={})
+
+    def register(address: int, length: int, flags: int) -> int:
+        if played.refuses:
+            return 2
+        played.locked[address] = length
+        return 0
+
+    def check(code: int) -> None:
+        if code:
+            raise RuntimeError(f"out of memory ({code})")
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: played.locked.pop(address))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: check(2))
+    return played
+
+
+def test_pages_are_locked_as_long_as_somebody_looks_at_them_and_no_byte_more(driver: SimpleNamespace) -> None:
+    arena = HostArena(arena_bytes(TENSORS), pinned=True)
+    view = arena.take(TENSORS[0])
+    assert driver.locked == {view.data_ptr(): arena_bytes(TENSORS)}
+    del arena
+    gc.collect()
+    assert len(driver.locked) == 1
+    del view
+    gc.collect()
+    assert driver.locked == {}
+
+
+def test_a_driver_that_refuses_is_told_in_one_line(driver: SimpleNamespace) -> None:
+    driver.refuses = True
+    with pytest.raises(UserError) as caught:
+        HostArena(2**20, pinned=True)
+    assert str(caught.value) == (
+        "the driver refuses to pin 0.0 GB of host memory (out of memory (2)): "
+        "keep less of the training on the host, or keep it in unpinned memory"
+    )
+    assert HostArena(2**20, pinned=False).take(TENSORS[0]).shape == (3, 5)

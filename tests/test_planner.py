@@ -1,0 +1,359 @@
+"""The plan of a training's memory, against numbers that matched a card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybridlab.cli import main
+from hybridlab.errors import UserError
+from hybridlab.gram import PathNeeds
+from hybridlab.memory import nearest_fit, plan
+from hybridlab.memory.config import (
+    CheckpointingConfig,
+    GradientAccumulationConfig,
+    MemoryConfig,
+    MixedPrecisionConfig,
+    PredictAwareMemoryConfig,
+)
+from hybridlab.memory.emulated_card import emulated_card
+from hybridlab.memory.live_bytes import LiveBytes
+from hybridlab.memory.nearest_fit import Situation, climb, ladder
+from hybridlab.memory.planner import CardShare
+from hybridlab.memory.step_time import CARDS, find_card, step_time_ms
+from hybridlab.models import GPT2Config, MnistCNN
+from hybridlab.optimizers import OptimizerConfig
+from hybridlab.trajectory import PathStorage
+
+# --- golden numbers: allocated GB at the peak, batch 8 x 512, without cuBLAS's workspace -----------------
+#
+# All with the optimizer's state in place, no logits returned, backward outside the autocast region, fused AdamW (the
+# temporaries of its foreach form would not reach the peaks of B to D). C to E let autocast cache the weights' bf16
+# copies, F and later do not; K and L compute in bf16 without autocast.
+
+BF16 = {"mixed_precision": MixedPrecisionConfig()}
+CHUNKED = {"loss_chunk_tokens": 1024}
+CHECKPOINTED = CHUNKED | {"checkpointing": CheckpointingConfig()}
+LOW_BIT = CHECKPOINTED | {"pad_vocab_to": 128, "optimizer_state": "int8"}
+IN_BACKWARD = LOW_BIT | {"step_in_backward": True}
+ON_HOST = CHECKPOINTED | {"pad_vocab_to": 128, "state_on_host": True}
+PURE_BF16 = {"weights": "bf16"}  # no autocast: bf16 weights compute in bf16 by themselves
+
+ARMS = {
+    "B": MemoryConfig(),
+    "C": MemoryConfig(**BF16),
+    "D": MemoryConfig(**BF16, **CHUNKED),
+    "E": MemoryConfig(**BF16, **CHECKPOINTED),
+    "F": MemoryConfig(**BF16, **LOW_BIT),
+    "G": MemoryConfig(**BF16, **IN_BACKWARD),
+    "H": MemoryConfig(**BF16, **ON_HOST),
+    "K": MemoryConfig(**IN_BACKWARD, **PURE_BF16),
+    "L": MemoryConfig(**ON_HOST, **PURE_BF16),
+}
+WITH_AUTOCAST_CACHE = "CDE"
+
+GOLDEN_GB = {
+    "small": {"B": 6.41, "C": 5.59, "D": 3.84, "E": 2.46, "F": 1.79, "G": 1.79, "H": 1.54, "K": 1.29, "L": 1.04},
+    "medium": {"B": 13.21, "C": 11.09, "D": 9.37, "E": 6.09, "F": 3.97, "G": 3.52},
+    "large": {"B": 23.89, "C": 20.14, "D": 18.45, "E": 12.90, "F": 8.28, "G": 6.50},
+    "xl": {"B": 41.37, "C": 35.66, "D": 34.01, "E": 25.57, "F": 16.27, "G": 11.84, "L": 4.56},
+}
+GRAPH_ALONE = CardShare(workspace_bytes=0)
+
+
+@pytest.mark.parametrize(("size", "arm"), [(size, arm) for size, arms in GOLDEN_GB.items() for arm in arms])
+def test_the_peak_is_the_one_that_matched_the_card(size, arm):
+    planned = plan(size, (8, 512), ARMS[arm], weight_cache=arm in WITH_AUTOCAST_CACHE, share=GRAPH_ALONE)
+    assert planned.peak_allocated_bytes / 1e9 == pytest.approx(GOLDEN_GB[size][arm], rel=0.01)
+
+
+# --- counting --------------------------------------------------------------------------------------------
+
+
+def test_a_storage_counts_once_from_birth_to_death_in_whole_grains():
+    with emulated_card(), LiveBytes() as live:
+        a = torch.empty(1000)
+        view = a[10:].view(-1, 10)
+        b = a * 2
+        del a
+        assert live.now.total() == 2 * 4096  # the view keeps it
+        del view, b
+        c = torch.empty(1)
+        assert live.now.total() == 512
+        live.tag([c], "weights")
+    assert sum(live.peak.values()) == 2 * 4096
+    assert live.now["weights"] == 512
+
+
+def test_autocast_keeps_in_float32_what_cuda_keeps():
+    norm, x = nn.LayerNorm(8), torch.randn(2, 8)
+
+    def types() -> list[torch.dtype]:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            half = F.linear(torch.randn(2, 8), torch.randn(8, 8))
+            return [half.dtype, F.layer_norm(half, (8,)).dtype, half.softmax(-1).dtype, half.exp().dtype]
+
+    before = types()
+    with emulated_card():
+        assert types() == [torch.bfloat16] + 3 * [torch.float32]
+    assert types() == before, "the processor's own kernels are back"
+    assert torch.equal(norm(x), F.layer_norm(x, (8,)))
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(4, 4, dtype=torch.bool)])
+def test_attention_has_the_same_shape_on_the_emulated_card(mask):
+    with emulated_card():
+        q = torch.empty(2, 6, 4, 8, requires_grad=True)
+        k = torch.empty(2, 2, 4, 8, requires_grad=True)
+        fake_mask = None if mask is None else torch.empty(4, 4)
+        out = F.scaled_dot_product_attention(q, k, k, fake_mask, enable_gqa=True)
+        out.sum().backward()
+        assert (out.shape, k.grad.shape) == (q.shape, k.shape)
+
+
+def test_dropout_costs_memory_only_where_something_is_dropped():
+    sizes = [plan(GPT2Config.nano(dropout=p), (8, 64)).parts["activations"] for p in (0.0, 0.1)]
+    assert sizes[0] < sizes[1]
+
+
+def test_planning_leaves_the_process_as_it_was():
+    state = torch.get_rng_state()
+    plan(GPT2Config.nano(dropout=0.1), (2, 32), MemoryConfig.fit_16gb())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.ones(2).tolist() == [1.0, 1.0], "tensors are real again"
+
+
+# --- features --------------------------------------------------------------------------------------------
+
+WIDE_LOGITS = GPT2Config(vocab_size=4096, block_size=64, n_layer=4, n_head=4, n_embd=64)
+HEAVY_WEIGHTS = GPT2Config(vocab_size=512, block_size=64, n_layer=8, n_head=4, n_embd=128)
+LITTLE, MUCH = (HEAVY_WEIGHTS, (1, 8)), (WIDE_LOGITS, (8, 64))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return plan(*LITTLE)
+
+
+@pytest.mark.parametrize(
+    ("training", "part", "feature"),
+    [
+        (MUCH, "activations", {"mixed_precision": MixedPrecisionConfig()}),
+        (MUCH, "activations", {"checkpointing": CheckpointingConfig()}),
+        (MUCH, "activations", {"gradient_accumulation": GradientAccumulationConfig(4)}),
+        (MUCH, "logits", {"loss_chunk_tokens": 128}),
+        (MUCH, "weights", {"weights": "bf16", "optimizer_state": "int8"}),
+        (LITTLE, "optimizer", {"optimizer_state": "int8"}),
+        (LITTLE, "optimizer", {"optimizer_state": "int4"}),
+        (LITTLE, "optimizer", {"state_on_host": True}),
+        (LITTLE, "gradients", {"step_in_backward": True}),
+    ],
+    ids=lambda value: "" if isinstance(value, tuple) else str(value)[:40],
+)
+def test_each_feature_lowers_its_part_and_the_peak(training, part, feature):
+    before, after = plan(*training), plan(*training, MemoryConfig(**feature))
+    assert after.parts[part] < before.parts[part]
+    assert after.peak_allocated_bytes < before.peak_allocated_bytes
+
+
+def test_more_blocks_that_keep_their_activations_take_more():
+    keeping = [MemoryConfig(checkpointing=CheckpointingConfig(keep_last)) for keep_last in (0, 1, 3)]
+    peaks = [plan(*MUCH, memory).peak_allocated_bytes for memory in keeping]
+    assert peaks == sorted(set(peaks))
+
+
+def test_state_takes_the_bytes_of_its_format():
+    count = sum(p.numel() for p in _parameters(HEAVY_WEIGHTS))
+    share = {
+        state: plan(*LITTLE, MemoryConfig(optimizer_state=state)).phases["Predict"]["optimizer"] / (2 * count)
+        for state in ("fp32", "int8", "fp8", "int4")
+    }
+    assert share["fp32"] == pytest.approx(4, rel=0.02)
+    assert share["int8"] == share["fp8"] == pytest.approx(1 + 4 / 256, rel=0.1)  # short tensors stay float32
+    assert share["int4"] == pytest.approx(0.5 + 4 / 128, rel=0.2)
+
+
+def _parameters(config: GPT2Config) -> list[nn.Parameter]:
+    from hybridlab.models import GPT2
+
+    return list(GPT2(config).parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon"])
+def test_every_optimizer_is_planned_with_the_state_it_really_has(name):
+    planned = plan(*LITTLE, optimizer=name)
+    weights, state = (planned.phases["Predict"][part] for part in ("weights", "optimizer"))
+    moments = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}[name]
+    assert moments * 0.9 * weights < state < (moments + 0.5) * weights
+
+
+@pytest.mark.parametrize(
+    ("strategy", "least", "most"),
+    [("none", 1, 1), ("cpu", 0, 0), ("pinned", 0, 0), ("drop", 0, 0), ("compress", 0.2, 0.3)],
+)
+def test_predict_keeps_of_the_state_what_its_strategy_says(plain, strategy, least, most):
+    planned = plan(*LITTLE, MemoryConfig(predict_aware=PredictAwareMemoryConfig(strategy)))
+    whole = plain.phases["Predict"]["optimizer"]
+    assert least * whole <= planned.phases["Predict"]["optimizer"] <= most * whole
+    assert planned.peak_allocated_bytes == plain.peak_allocated_bytes, "Full sets the peak"
+
+
+def test_predict_with_bf16_weights_holds_half_of_them():
+    lowered = MemoryConfig(mixed_precision=MixedPrecisionConfig.aggressive())
+    phases = plan(*LITTLE, lowered).phases
+    assert phases["Predict"]["weights"] == pytest.approx(phases["Full"]["weights"] / 2, rel=0.01)
+
+
+def test_the_path_counts_its_rows_and_the_way_back_unless_it_is_on_the_host(plain):
+    needs = PathNeeds(rows=4, every=5, velocity=0.9)
+    storages = (PathStorage(), PathStorage(dtype=torch.bfloat16), PathStorage(on_host=True))
+    same, narrow, host = (plan(*LITTLE, path=needs, path_storage=storage) for storage in storages)
+    weights = plain.parts["weights"]
+    rows, last, way_back = 5, 1, 3
+    assert plain.phases["Predict"]["path"] == host.phases["Predict"]["path"] == 0
+    assert same.phases["Predict"]["path"] == pytest.approx((rows + last + way_back) * weights, rel=0.02)
+    assert narrow.phases["Predict"]["path"] == pytest.approx((rows / 2 + last + way_back) * weights, rel=0.02)
+    assert plain.peak_allocated_bytes < host.peak_allocated_bytes < same.peak_allocated_bytes
+
+
+def test_any_module_with_a_loss_of_its_own_can_be_planned():
+    def loss(model: nn.Module, batch: tuple[int, int]) -> torch.Tensor:
+        return F.cross_entropy(model(torch.empty(batch[0], 1, 28, 28)), torch.empty(batch[0], dtype=torch.long))
+
+    small, large = (plan(MnistCNN, (windows, 1), loss=loss) for windows in (8, 64))
+    assert 0 < small.parts["activations"] < large.parts["activations"]
+    assert small.parts["weights"] >= sum(p.nbytes for p in MnistCNN().parameters())
+
+
+# --- what the plan says ----------------------------------------------------------------------------------
+
+
+def test_parts_add_up_and_the_record_is_json():
+    planned = plan("nano", (2, 32), share=CardShare(workspace_bytes=512, context_bytes=1000, slack=0.5))
+    assert sum(planned.parts.values()) == planned.peak_allocated_bytes
+    assert planned.peak_on_card_bytes == round(planned.peak_allocated_bytes * 1.5) + 1000
+    assert planned.fits(planned.peak_on_card_bytes)
+    assert not planned.fits(planned.peak_on_card_bytes - 1)
+    record = json.loads(json.dumps(planned.record()))
+    assert record["phases"]["Full"]["weights"] == planned.parts["weights"]
+    assert record["peak_on_card_bytes"] == planned.peak_on_card_bytes
+
+
+@pytest.mark.parametrize(
+    ("batch", "memory", "optimizer", "message"),
+    [
+        ((0, 8), {}, "adamw", "is empty"),
+        ((3, 8), {"gradient_accumulation": GradientAccumulationConfig(2)}, "adamw", "do not split into 2"),
+        ((2, 8), {"optimizer_state": "int8"}, "muon", "goes with AdamW"),
+        ((2, 8), {"state_on_host": True}, "sgd", "goes with AdamW"),
+        ((2, 80), {}, "adamw", "cut it to 64"),
+    ],
+)
+def test_what_makes_no_training_is_refused(batch, memory, optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        plan("nano", batch, MemoryConfig(**memory), optimizer)
+
+
+# --- what to switch on -----------------------------------------------------------------------------------
+
+SITUATION = Situation(replace(WIDE_LOGITS, n_layer=2), (8, 64), MemoryConfig(), OptimizerConfig(), share=GRAPH_ALONE)
+
+
+@pytest.fixture(scope="module")
+def rungs():
+    return list(ladder(SITUATION))
+
+
+def test_the_ladder_goes_from_harmless_to_costly_and_never_up(rungs):
+    peaks = [rung.plan.peak_allocated_bytes for rung in rungs]
+    assert peaks[-1] < 0.5 * peaks[0]
+    assert [rung.name.split()[0] for rung in rungs[:7]] == [
+        "as",
+        "bf16",
+        "loss",
+        "checkpointing",
+        "int8",
+        "optimizer",
+        "gradients",
+    ]
+
+
+def test_climbing_stops_at_the_first_rung_that_fits(rungs):
+    card_bytes = rungs[4].plan.peak_on_card_bytes
+    climbed = climb(SITUATION, card_bytes)
+    assert climbed[-1].plan.fits(card_bytes)
+    assert not any(rung.plan.fits(card_bytes) for rung in climbed[:-1])
+    said = nearest_fit(SITUATION.model, SITUATION.batch, card_bytes, share=GRAPH_ALONE)
+    assert said.startswith("nearest fitting setting: bf16 autocast, ")
+    assert climbed[-1].name in said
+    assert "no setting makes it fit" in nearest_fit(SITUATION.model, SITUATION.batch, 1000)
+
+
+def test_what_is_on_already_or_cannot_be_has_no_rung():
+    whole = replace(SITUATION, memory=MemoryConfig.fit_16gb(), path=PathNeeds(4, 5))
+    assert [rung.name.split()[0] for rung in ladder(whole)][:3] == ["as", "path", "gradients"]
+    muon = replace(SITUATION, optimizer=OptimizerConfig("muon"))
+    assert not any("int8" in rung.name or "host" in rung.name for rung in ladder(muon))
+
+
+def test_a_card_is_a_size_or_a_name():
+    assert find_card("16 GB") == (16_000_000_000, CARDS["rtx5080"])
+    assert find_card("h100") == (CARDS["h100"].memory_bytes, CARDS["h100"])
+    for nonsense in ("16", "0GB", "GB", "rtx", "1.2.3GB"):
+        with pytest.raises(UserError, match="16GB"):
+            find_card(nonsense)
+
+
+def test_step_time_follows_the_work_and_the_card():
+    plain, twice = plan(*MUCH), plan(*MUCH, MemoryConfig(checkpointing=CheckpointingConfig()))
+    h100, rtx3090 = CARDS["h100"], CARDS["rtx3090"]
+    assert 0 < step_time_ms(plain, h100) < step_time_ms(twice, h100) < step_time_ms(twice, rtx3090)
+    parts = plan(*MUCH, MemoryConfig(gradient_accumulation=GradientAccumulationConfig(8)))
+    assert parts.flops == plain.flops
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+def ended(arguments: str) -> int | str | None:
+    """Plan the smallest model; give the exit code however it ends."""
+    try:
+        return main(["plan", "--model", "nano", "--batch", "8x64", *arguments.split()])
+    except SystemExit as end:
+        return end.code
+
+
+def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
+    assert ended("--card 16GB --predictor linear") == 0
+    assert "It fits a card of 16 GB" in capsys.readouterr().out
+    assert ended("--card 0.65GB") == 0
+    out = capsys.readouterr().out
+    assert "It does not fit a card of 0.65 GB" in out
+    assert "+ bf16 autocast" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--card 16", "card '16' is unknown: give its memory, such as 16GB"),
+        ("--batch 8*512", "batch '8*512' is none: give windows and tokens, such as 8x512"),
+        ("--batch 0x512", "such as 8x512"),
+        ("--model nan", "did you mean 'nano'?"),
+        ("--optimizer adamx", "unknown optimizer 'adamx'"),
+        ("--memory fit_16", "did you mean 'fit_16gb'?"),
+        ("--predictor linea", "did you mean 'linear'?"),
+        ("--batch 1x65", "cut it to 64"),
+        ("--memory fit_16gb --predictor linear", "path_device='host'"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_exit_code_2(capsys, arguments, message):
+    assert ended(arguments) == 2
+    out, said = capsys.readouterr()
+    assert (out, said.count("\n")) == ("", 1)
+    assert message in said

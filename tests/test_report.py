@@ -1,0 +1,277 @@
+"""The documents say what the results say, and a changed number is seen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridlab.cli import main
+from hybridlab.errors import UserError
+from hybridlab.notebook.memory_charts import vram_rows
+from hybridlab.notebook.results import load_results, publish
+from hybridlab.report import report_files, stale_files, write_report
+from hybridlab.report.card_guide import recommended
+from hybridlab.report.criteria import CRITERIA, Below, Claims, Criterion, Ran
+from hybridlab.report.documents import BEGIN, END
+from hybridlab.report.evidence import MAIN, PROFILES, REPORT, Evidence
+from hybridlab.report.pictures import drawn, same_picture, signed, vram_frame
+from hybridlab.report.words import interval, markdown_table, numbers_in_words
+from tests.notebook_maker import project
+from tests.test_memory_charts import MEMORY_ROWS, vram
+
+ROOT = Path(__file__).parents[1]
+HYBRID, MEMORY = "03_gpt2_small_hybrid", "04_gpt2_small_memory"
+
+
+def claim(id: str, verdict: str, **numbers: float) -> dict[str, Any]:
+    return {"id": id, "text": f"{id}: a sentence", "verdict": verdict, "numbers": numbers}
+
+
+def entry(*claims: dict[str, Any], **more: Any) -> dict[str, Any]:
+    parameters = {"steps": 1000}
+    return {"device": "a card", "claims": list(claims), "summary": [], "parameters": parameters} | more
+
+
+def evidence(**entries: dict[str, Any]) -> Evidence:
+    """What the main profile holds; the notebooks' numbers are given as n03 for the third."""
+    names = {"n02": "02_gpt2_small_baseline", "n03": HYBRID, "n04": MEMORY, "n07": "07_step_value"}
+    return Evidence({MAIN: {names[key]: value for key, value in entries.items()}})
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A project with the committed results and documents of this one."""
+    project(tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for results in ROOT.glob("executed/*/results.json"):
+        place = tmp_path / results.relative_to(ROOT)
+        place.parent.mkdir(parents=True)
+        shutil.copy(results, place)
+    for notebook in ROOT.glob(f"executed/*/{HYBRID}.ipynb"):
+        shutil.copy(notebook, tmp_path / notebook.relative_to(ROOT))
+    return tmp_path
+
+
+def test_the_documents_say_what_the_results_say() -> None:
+    """Run `hybridlab report` when this fails: a document and the results disagree."""
+    assert [str(path.relative_to(ROOT)) for path in stale_files(ROOT)] == []
+
+
+def test_the_executed_report_has_read_these_results() -> None:
+    """Run notebook 09 again when this fails: `hybridlab run notebooks/09_report.ipynb ...` as params/cpu says."""
+    own = load_results(ROOT / "executed" / "cpu" / "results.json")[REPORT]
+    assert own["results_sha256"] == Evidence.read(ROOT).sha256()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_changed_number_is_seen(copy: Path, profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(copy)
+    assert stale_files(copy) == []
+    path = copy / "executed" / profile / "results.json"
+    results = json.loads(path.read_text())
+    numbers = results["07_step_value"]["claims"][-2]["numbers"]
+    numbers["loss_to_control"] += 0.01
+    path.write_text(json.dumps(results))
+    assert copy / "docs" / "VALIDATION_RESULTS.md" in stale_files(copy)
+    write_report(copy)
+    assert stale_files(copy) == []
+
+
+def test_a_changed_verdict_reaches_the_readme(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(copy)
+    path = copy / "executed" / MAIN / "results.json"
+    results = json.loads(path.read_text())
+    (tuned,) = [claim for claim in results["02_gpt2_small_baseline"]["claims"] if claim["id"] == "lr-is-tuned"]
+    tuned["verdict"] = "open"
+    path.write_text(json.dumps(results))
+    assert copy / "README.md" in stale_files(copy)
+    monkeypatch.chdir(copy)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "--check"])
+    assert ended.value.code == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["report"])
+    assert ended.value.code == 0
+    assert stale_files(copy) == []
+
+
+def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nwhat stood here\n{END}\nafter\n")
+    (tmp_path / "executed" / MAIN).mkdir(parents=True)
+    results = {"02_gpt2_small_baseline": entry(claim("lr-is-tuned", "holds", loss=3.0))}
+    (tmp_path / "executed" / MAIN / "results.json").write_text(json.dumps(results))
+    assert tmp_path / "README.md" in write_report(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "**holds**" in text
+    assert "what stood here" not in text
+    assert write_report(tmp_path) == []
+
+
+def test_without_results_or_markers_it_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `make milestones` first"):
+        report_files(tmp_path)
+    (tmp_path / "executed" / MAIN).mkdir(parents=True)
+    (tmp_path / "executed" / MAIN / "results.json").write_text(json.dumps({HYBRID: entry()}))
+    with pytest.raises(UserError, match="lacks the lines"):
+        report_files(tmp_path)
+
+
+def test_links_lead_to_what_is_there() -> None:
+    files = report_files(ROOT)
+    for path, content in files.items():
+        if path.suffix == ".md":
+            for link in re.findall(r"\]\(([^)#:]+)\)", content.decode()):
+                target = (path.parent / link).resolve()
+                assert target.exists() or target in files, f"{path.name}: {link}"
+
+
+# Criteria.
+
+
+def test_every_pattern_of_a_notebook_that_ran_finds_a_claim_or_is_said_to_be_missing() -> None:
+    committed = Evidence.read(ROOT)
+    rules = [rule for group in CRITERIA.values() for criterion in group for rule in criterion.rules]
+    patterns = {
+        (rule.notebook, pattern)
+        for rule in rules
+        if isinstance(rule, Claims | Below) and committed.entry(rule.notebook)
+        for pattern in (rule.patterns if isinstance(rule, Claims) else [rule.pattern])
+    }
+    missing = {pattern for notebook, pattern in patterns if not committed.claims(notebook, pattern)}
+    assert missing <= {"conservative-vram", "aggressive-vram"}
+
+
+def test_what_was_not_run_is_not_judged() -> None:
+    nothing = Evidence({MAIN: {}})
+    outcomes = {criterion.outcome(nothing) for group in CRITERIA.values() for criterion in group}
+    assert outcomes == {"not run yet"}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "need", "outcome"),
+    [
+        (["holds", "holds"], "all", "holds"),
+        (["holds", "open"], "all", "open"),
+        (["open", "fails"], "all", "fails"),
+        (["fails", "holds"], "any", "holds"),
+        (["fails", "open"], "any", "open"),
+        (["fails", "fails"], "any", "fails"),
+    ],
+)
+def test_a_criterion_is_as_good_as_its_claims(verdicts: list[str], need: Any, outcome: str) -> None:
+    found = evidence(n03=entry(*(claim(f"arm{i}-quality", verdict) for i, verdict in enumerate(verdicts))))
+    assert Criterion("q", (Claims(HYBRID, ("*-quality",)),), need).outcome(found) == outcome
+
+
+def test_a_claim_that_is_missing_leaves_the_criterion_open_in_its_own_words() -> None:
+    found = evidence(n03=entry(claim("conservative-quality", "holds")))
+    rules = (Claims(HYBRID, ("conservative-quality", "aggressive-quality")),)
+    assert Criterion("q", rules).outcome(found) == "not measured"
+    assert Criterion("q", (*rules, Claims(MEMORY, ("*-quality",)))).outcome(found) == "not run yet"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "value", "low", "high", "outcome"),
+    [
+        ("holds", 0.005, 0.001, 0.009, "holds"),
+        ("holds", 0.005, -0.01, 0.015, "open"),
+        ("open", 0.03, 0.02, 0.04, "fails"),
+        ("fails", 0.005, 0.001, 0.009, "fails"),
+    ],
+)
+def test_a_tighter_bound_is_held_against_the_whole_interval(
+    verdict: str, value: float, low: float, high: float, outcome: str
+) -> None:
+    numbers = {"loss_to_baseline": value, "loss_to_baseline_low": low, "loss_to_baseline_high": high}
+    found = evidence(n03=entry(claim("arm-quality", verdict, **numbers)))
+    assert [f.outcome for f in Below(HYBRID, "*-quality", "loss_", 0.01).findings(found)] == [outcome]
+
+
+def test_a_run_that_was_shorter_than_the_plan_s_does_not_count() -> None:
+    short = entry(parameters={"steps": 500})
+    assert [f.outcome for f in Ran(HYBRID, 1000).findings(evidence(n03=short))] == ["fails"]
+    assert [f.outcome for f in Ran(HYBRID, 1000).findings(evidence(n03=entry()))] == ["holds"]
+
+
+def test_an_arm_that_predicted_nothing_is_said_to_be_the_baseline() -> None:
+    pays = claim("arm-pays", "fails", predicted_steps=0.0, gradient_steps=1000.0)
+    found = evidence(n03=entry(pays, claim("arm-quality", "holds", loss_to_baseline=0.0)))
+    (finding,) = Claims(HYBRID, ("arm-quality",)).findings(found)
+    assert finding.words.endswith("(predicted nothing)")
+
+
+# Memory, from the tables that notebooks publish.
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project in which the memory notebook has published."""
+    monkeypatch.chdir(project(tmp_path))
+    (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    tables = {"memory": MEMORY_ROWS, "vram": vram_rows({"everything": vram()})}
+    claims = [claim("everything-predicted-within-10-percent", "holds", predicted_over_measured=0.98)]
+    where = {"record": {"parameters": {}}, "folder": f"executed/{MAIN}"}
+    publish(MEMORY, claims=claims, summary=[], tables=tables, **where)
+    return tmp_path
+
+
+def test_published_tables_become_tables_and_pictures(memory: Path) -> None:
+    changed = {path.name for path in write_report(memory)}
+    pictures = {f"memory_breakdown_{MEMORY}.png", f"quality_against_memory_{MEMORY}.png", f"vram_{MEMORY}_0.png"}
+    assert pictures <= changed
+    results = (memory / "docs" / "VALIDATION_RESULTS.md").read_text()
+    assert all(f"images/{name}" in results for name in pictures)
+    assert "| small | everything | 1.50 GB | 1.53 GB | 0.980 | 1.80 GB | 41.0 ms | +0.006 [-0.001, +0.012] |" in results
+    guide = (memory / "docs" / "RTX_5080_GUIDE.md").read_text()
+    assert guide.count("| **take this** |") == 1
+    assert "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] | **take this** |" in guide
+
+
+def test_only_what_fits_and_keeps_the_quality_is_recommended() -> None:
+    best = {"arm": "a", "peak_memory_bytes": 13e9, "loss_change": 0.001, "step_ms": 10.0}
+    assert recommended([best | {"peak_memory_bytes": 14e9}]) is None
+    assert recommended([best | {"loss_change_high": 0.02}]) is None
+    assert recommended([best | {"loss_change": None}]) is None
+    assert recommended([best | {"step_ms": 11.0}, best]) == best
+
+
+def test_a_picture_is_known_by_its_numbers(memory: Path) -> None:
+    chart = drawn(Evidence.read(memory))[f"vram_{MEMORY}_0.png"]
+    picture = signed(chart)
+    assert same_picture(picture, signed(chart))
+    assert not same_picture(picture, chart.png())
+    (rows,) = vram_rows({"everything": vram()})
+    frame = vram_frame(rows)
+    assert frame["used_bytes"].max() == pytest.approx(vram()["used_bytes"].max())
+    assert list(dict.fromkeys(frame["phase"])) == ["warmup", "full", "predict"]
+
+
+# Words.
+
+
+def test_numbers_are_written_with_their_units() -> None:
+    numbers = {"loss_to_control": 0.1149, "loss_to_control_low": -0.12, "loss_to_control_high": 0.349, "seeds": 3}
+    numbers |= {"peak_memory_bytes": 4.68e9, "perplexity_change": 0.293, "baseline_ratio_time": 0.96, "rollbacks": 0}
+    assert numbers_in_words(numbers) == (
+        "loss against a plain run with as many gradient steps +0.115 [-0.120, +0.349] nats; peak memory 4.68 GB; "
+        "perplexity +29.3 %; time over the baseline's 0.960; rollbacks 0; seeds 3"
+    )
+
+
+def test_an_interval_of_one_seed_has_no_bounds() -> None:
+    assert interval({"q": 0.5, "q_low": 0.5, "q_high": 0.5}, "q", digits=2) == "+0.50"
+    assert interval({"q": None}, "q") is None
+
+
+def test_a_table_keeps_its_shape_whatever_the_cells_hold() -> None:
+    text = markdown_table([{"a": "x | y", "b": None}, {"a": "z", "c": 1}])
+    assert text.splitlines()[0] == "| a | b | c |"
+    assert text.splitlines()[2] == "| x \\| y | – | – |"

@@ -1,0 +1,304 @@
+"""Sessions: a run driven some steps a cell, steered, stopped, and gone on with; and the panel that follows it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.errors import UserError
+from hybridlab.notebook import Session, final_frame, run_study, session
+from hybridlab.notebook.controls import Controls, control_row
+from hybridlab.notebook.live import Live, interrupts
+from hybridlab.notebook.panel_cost import panel_overhead
+from hybridlab.optimizers import Schedule
+from hybridlab.runs import Run
+from hybridlab.study import RunConfig, Study, TextTaskConfig, train
+from tests.conftest import Problem
+from tests.notebook_maker import project
+
+STEPS = 40
+TASK = TextTaskConfig(
+    model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
+)
+HYBRID = HybridTrainerConfig.conservative(
+    warmup_steps=8,
+    full_steps=8,
+    max_predict_steps=8,
+    correction_interval=3,
+    correct_steps=2,
+    confidence_threshold=0.0,
+    gate=False,
+)
+CONFIG = RunConfig(
+    name="hybrid",
+    task=TASK,
+    steps=STEPS,
+    schedule=Schedule(warmup_steps=5, total_steps=STEPS),
+    hybrid=HYBRID,
+    evaluate_every=20,
+    device="cpu",
+    cpu_threads=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(project(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Live]:
+    """As if a person looked; gives the panels that were shown."""
+    shown: list[Live] = []
+    monkeypatch.setattr(session, "gauges_wanted", lambda: True)
+    monkeypatch.setattr(Live, "__enter__", lambda live: shown.append(live) or live)
+    return shown
+
+
+def untimed(run: Run) -> pd.DataFrame:
+    return run.steps.drop(columns="seconds")
+
+
+# --- driving -----------------------------------------------------------------------------------------------
+
+
+def test_cells_of_a_session_are_one_run_bit_for_bit(tmp_path: Path) -> None:
+    driven = Session(CONFIG, "cells")
+    counted = [result.nominal_step for result in driven.run(7)] + [result.nominal_step for result in driven.run(20)]
+    assert counted == list(range(1, 28))
+    assert repr(driven).startswith("Session(hybrid, seed 0: step 27 of 40, ")
+    assert len(driven.record.steps) == 27, "what was measured is on disk between two cells"
+    assert driven.record.summary is None
+    for result in driven.run():
+        assert result.loss > 0
+    unbroken = train(CONFIG, tmp_path / "unbroken")
+    pd.testing.assert_frame_equal(untimed(driven.record), untimed(unbroken), check_exact=True)
+    assert driven.record.summary is not None
+
+
+def test_a_cell_that_breaks_off_is_gone_on_with() -> None:
+    driven = Session(CONFIG, "cells")
+    for result in driven.run():
+        if result.nominal_step == 5:
+            break
+    assert [result.nominal_step for result in driven.run(2)] == [6, 7]
+    with pytest.raises(ValueError, match="must be at least 1, or None"):
+        next(driven.run(0))
+
+
+def test_time_between_two_cells_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(5))
+    before = driven._run._stopwatch.seconds
+    assert driven._run._stopwatch.seconds == before, "the clock stands"
+
+
+def test_a_session_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path) -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(12))
+    driven.save()
+    list(driven.run(3))
+    driven.close()
+    with pytest.raises(UserError, match="resume=True"):
+        next(driven.run())
+    again = Session(CONFIG, "cells", resume=True)
+    assert next(iter(again.run())).nominal_step == 13
+    list(again.run())
+    pd.testing.assert_frame_equal(untimed(again.record), untimed(train(CONFIG, tmp_path / "x")), check_exact=True)
+    with pytest.raises(UserError, match="has finished"):
+        Session(CONFIG, "cells", resume=True)
+    with pytest.raises(UserError, match="steps"):
+        Session(replace(CONFIG, steps=50), "cells", resume=True)
+
+
+def test_an_interrupt_ends_the_cell_after_the_step_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    driven = Session(CONFIG, "cells")
+    for result in driven.run():
+        if result.nominal_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capsys.readouterr().out == "stopped at step 6 of 40: session.run() goes on from here\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert next(iter(driven.run())).nominal_step == 7
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    controls = Controls()
+    with interrupts(controls):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert controls.stopping
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# --- steering ----------------------------------------------------------------------------------------------
+
+
+def test_changed_settings_act_from_the_next_step_and_are_recorded(tmp_path: Path) -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(10))
+    driven.change(max_predict_steps=4, correction_interval=2)
+    list(driven.run())
+    steps = driven.record.steps
+    assert steps["changed"].dropna().to_dict() == {10: "max_predict_steps=4, correction_interval=2"}
+    jumps = (steps["phase"] != steps["phase"].shift()).cumsum()[steps["phase"] == "predict"].value_counts()
+    assert set(jumps) == {4}
+    assert driven.record.config == train(CONFIG, tmp_path / "x").config
+
+
+def test_a_checkpoint_remembers_what_was_changed() -> None:
+    driven = Session(CONFIG, "cells")
+    driven.change(max_predict_steps=4)
+    list(driven.run(5))
+    driven.save()
+    driven.close()
+    again = Session(CONFIG, "cells", resume=True)
+    assert again._run.settings.max_predict_steps == 4
+
+
+def test_a_trainer_refuses_changes_that_it_cannot_make(problem: Problem) -> None:
+    trainer = HybridTrainer(problem.model, problem.adamw(), HYBRID)
+    with pytest.raises(UserError, match=r"full_steps cannot change while training: .*confidence_threshold"):
+        trainer.change(full_steps=3)
+    with pytest.raises(UserError, match="plain training"):
+        trainer.change(max_predict_steps=0)
+    with pytest.raises(ValueError, match="must lie in"):
+        trainer.change(confidence_threshold=2.0)
+    step = 0
+    while trainer.needs_backward:
+        trainer.step(problem.closure(step := step + 1))
+    with pytest.raises(UserError, match="a jump is under way"):
+        trainer.change(correction_interval=2)
+    assert trainer.config == HYBRID
+
+
+def test_buttons_and_sliders_act_between_two_steps(watched: list[Live]) -> None:
+    driven = Session(CONFIG, "cells")
+    seen = []
+    for result in driven.run():
+        controls = watched[0].controls
+        seen.append(result.nominal_step)
+        if result.nominal_step == 3:
+            controls.save()
+            controls.set("confidence_threshold", 0.25)
+        if result.nominal_step == 5:
+            assert (driven.folder / "checkpoint.pt").exists()
+            controls.stop()
+    assert seen == [1, 2, 3, 4, 5]
+    assert driven.record.steps["changed"].dropna().to_dict() == {3: "confidence_threshold=0.25"}
+    list(driven.run())
+    assert "finished" in watched[1]._gauges.value
+    assert len(watched[1]._panel.children) == 1, "no button is left that could do nothing"
+
+
+def test_a_change_waits_until_the_jump_is_over(watched: list[Live]) -> None:
+    driven = Session(CONFIG, "cells")
+    for result in driven.run():
+        if str(result.phase) == "predict":
+            watched[0].controls.set("correction_interval", 5)
+    changed = driven.record.steps.set_index("nominal_step")
+    assert (changed.loc[changed["changed"].notna(), "phase"] != "predict").all()
+    assert changed["changed"].notna().any()
+
+
+def test_paused_means_no_step_but_the_ones_asked_for() -> None:
+    controls = Controls()
+    assert controls.may_go_on()
+    controls.step()
+    assert [controls.may_go_on(), controls.may_go_on()] == [True, False]
+    controls.toggle()
+    assert controls.may_go_on()
+    controls.toggle()
+    assert not controls.may_go_on()
+    controls.stop()
+    assert controls.may_go_on(), "a paused run can be stopped"
+
+
+def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    driven = Session(CONFIG, "cells")
+    waits: list[float] = []
+
+    def wait(self: Controls, seconds: float) -> None:
+        waits.append(driven._run._stopwatch.seconds)
+        if len(waits) == 3:
+            self.toggle()
+
+    monkeypatch.setattr(Controls, "wait", wait)
+    for result in driven.run(8):
+        if result.nominal_step == 4:
+            watched[0].controls.toggle()
+    assert len(waits) == 3
+    assert len(set(waits)) == 1
+
+
+def test_a_plain_run_offers_nothing_to_steer() -> None:
+    row = control_row(Controls(), HybridTrainerConfig.plain())
+    assert all(slider.disabled for slider in row.children[1].children)
+    slider = control_row(controls := Controls(), HYBRID).children[1].children[1]
+    assert (slider.value, controls.take_settings()) == (8, {})
+    slider.value = 20
+    assert controls.take_settings() == {"max_predict_steps": 20}
+
+
+# --- studies, batch, frames --------------------------------------------------------------------------------
+
+
+def test_a_stopped_study_goes_on_when_the_cell_is_run_again(
+    watched: list[Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(
+        replace(CONFIG, hybrid=HybridTrainerConfig.plain()), {"hybrid": HYBRID}, seeds=1, control_fractions=()
+    )
+    step = Live.step
+
+    def stopping(live: Live, label: str, total: int) -> None:
+        step(live, label, total)
+        if live._done == STEPS + 9:
+            live.controls.stop()
+
+    monkeypatch.setattr(Live, "step", stopping)
+    with pytest.raises(session.Stopped) as stopped:
+        run_study(study, "study")
+    assert stopped.value._render_traceback_() == [
+        "stopped at step 9 of hybrid, seed 0: run this cell again to go on from here"
+    ]
+    monkeypatch.setattr(Live, "step", step)
+    result = run_study(study, "study")
+    assert watched[1]._instruments is not None
+    unbroken = study.run(Path("unbroken"))
+    for name, run in unbroken.runs.items():
+        pd.testing.assert_frame_equal(untimed(result.runs[name]), untimed(run), check_exact=True)
+
+
+def test_in_batch_nothing_but_progress_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    list(Session(CONFIG, "cells").run(3))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(30))
+    assert "stopped at step 30 of 40" in str(driven.frame())
+    with pytest.raises(UserError, match="has not finished"):
+        final_frame(driven.record)
+    list(driven.run())
+    live, recorded = driven.frame().state, final_frame(driven.record).state
+    for name in ("title", "status", "step", "statistics", "measured_loss", "validation_loss", "unit"):
+        assert getattr(live, name) == getattr(recorded, name)
+    assert list(live.timeline.bands()) == list(recorded.timeline.bands())
+    bundle = final_frame(driven.record)._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "image/png", "text/plain"}
+    assert "<script" not in bundle["text/html"]
+    assert sum(map(len, bundle.values())) < 300_000
+
+
+def test_the_panels_cost_is_measured_in_pairs() -> None:
+    cost = panel_overhead(replace(CONFIG, hybrid=HybridTrainerConfig.plain()), rounds=3, steps=2)
+    assert set(cost) == {"panel_over_none", "step_ms", "updates"}
+    assert cost["updates"] >= 1
