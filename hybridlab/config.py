@@ -103,7 +103,7 @@ class HybridTrainerConfig:
             (
                 memory.step_in_backward and self.clip_norm is not None,
                 ("step_in_backward", "clip_norm"),
-                "the norm of all gradients is not known before the first of them is used; set memory.clip_last_norm",
+                "the norm of all gradients is not known before the first of them is used; set memory.clip_in_backward",
             ),
             (
                 jumps and memory.weights == "bf16",

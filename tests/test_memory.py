@@ -91,20 +91,35 @@ def test_stepping_in_backward_frees_each_block_before_the_next() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_stepping_in_backward_reports_the_norm_and_clips_by_the_last_one() -> None:
-    model, other = fresh(), fresh()
-    loss = model(tokens(0), tokens(0))
-    loss.backward()
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    optimizer = StepInBackward(torch.optim.SGD(other.parameters(), lr=1.0), buckets_of(other), clip_last_norm=0.01)
-    other(tokens(0), tokens(0)).backward()
-    torch.testing.assert_close(optimizer.clip_(None), norm)
-    optimizer.step()
-    before = nn.utils.parameters_to_vector(other.parameters()).detach().clone()
+def clipped_step(optimizer: StepInBackward, model: GPT2, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """How far a step of SGD at rate 1 went, and the norm of all its gradients."""
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     optimizer.zero_grad()
-    other(tokens(1), tokens(1)).backward()
-    step = (nn.utils.parameters_to_vector(other.parameters()).detach() - before).norm()
-    torch.testing.assert_close(step, optimizer.clip_(None) * 0.01 / norm, rtol=1e-3, atol=0.0)
+    (scale * model(tokens(0), tokens(0))).backward()
+    norm = optimizer.clip_(None)
+    optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach() - before, norm
+
+
+def test_stepping_in_backward_clips_as_if_it_knew_all_gradients_while_their_shares_stay() -> None:
+    """Even where the norm itself changes fifty-fold from one step to the next."""
+    model = fresh()
+    optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1e-9), buckets_of(model), clip_norm=0.01)
+    clipped_step(optimizer, model)
+    optimizer.param_groups[0]["lr"] = 1.0
+    step, norm = clipped_step(optimizer, model, scale=50.0)
+    torch.testing.assert_close(step.norm(), torch.tensor(0.01), rtol=1e-3, atol=0.0)
+    assert float(norm) > 1.0
+
+
+def test_stepping_in_backward_leaves_small_gradients_alone_and_reports_their_norm() -> None:
+    model, other = fresh(), fresh()
+    other(tokens(0), tokens(0)).backward()
+    gradients = [p.grad for p in other.parameters() if p.grad is not None]
+    optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1.0), buckets_of(model), clip_norm=1e9)
+    step, norm = clipped_step(optimizer, model)
+    torch.testing.assert_close(norm, nn.utils.get_total_norm(gradients))
+    torch.testing.assert_close(step, -nn.utils.parameters_to_vector(gradients), rtol=1e-4, atol=1e-6)
 
 
 def test_a_held_optimizer_steps_nothing() -> None:
@@ -117,22 +132,18 @@ def test_a_held_optimizer_steps_nothing() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_pass_that_is_held_lets_the_first_step_be_clipped() -> None:
+def test_a_pass_that_is_held_lets_the_first_step_be_clipped_exactly() -> None:
     model = fresh()
-    optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1.0), buckets_of(model), clip_last_norm=0.01)
+    optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1.0), buckets_of(model), clip_norm=0.01)
     with optimizer.held():
         for _ in range(2):
             model(tokens(0), tokens(0)).backward()
-    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    optimizer.zero_grad()
-    model(tokens(0), tokens(0)).backward()
-    optimizer.step()
-    step = (nn.utils.parameters_to_vector(model.parameters()).detach() - before).norm()
-    torch.testing.assert_close(step, torch.tensor(0.01), rtol=1e-3, atol=0.0)
+    step, _ = clipped_step(optimizer, model)
+    torch.testing.assert_close(step.norm(), torch.tensor(0.01), rtol=1e-3, atol=0.0)
 
 
 def test_state_of_a_step_in_backward_survives_a_round_trip() -> None:
-    memory = MemoryConfig(step_in_backward=True, clip_last_norm=0.1)
+    memory = MemoryConfig(step_in_backward=True, clip_in_backward=0.1)
     model, other = fresh(), fresh()
     optimizer, resumed = adamw(model, memory), adamw(other, memory)
     trained(model, optimizer)
@@ -260,7 +271,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         "step_in_backward does not go with gradient_accumulation",
     ),
     (lambda: MemoryConfig(step_in_backward=True, state_on_host=True), "step_in_backward does not go with state_on"),
-    (lambda: MemoryConfig(clip_last_norm=1.0), "clip_last_norm does not go with step_in_backward=False"),
+    (lambda: MemoryConfig(clip_in_backward=1.0), "clip_in_backward does not go with step_in_backward=False"),
     (lambda: MemoryConfig(state_on_host=True, optimizer_state="int8"), "state_on_host does not go with optimizer"),
     (
         lambda: MemoryConfig(state_on_host=True, predict_aware=PredictAwareMemoryConfig("pinned")),

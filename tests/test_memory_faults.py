@@ -22,6 +22,7 @@ from hybridlab.optimizers import Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
 from hybridlab.study.out_of_memory import SNAPSHOT, shortage_told
+from hybridlab.study.planning import nearest_fit_of
 from hybridlab.study.tasks import Task
 from hybridlab.vram import MemoryReading
 
@@ -86,7 +87,7 @@ def test_a_full_card_is_told_in_one_line_and_the_run_goes_on_from_its_checkpoint
         train(CONFIG, tmp_path)
     assert str(caught.value) == (
         f"out of memory: 2.00 GiB more were asked for: {CONFIG.describe_device()}; "
-        f"{out_of_memory.smaller_batch(CONFIG)}; the record and the last checkpoint in {tmp_path} are intact"
+        f"take a smaller batch; the record and the last checkpoint in {tmp_path} are intact"
     )
     stopped = Run.load(tmp_path)
     assert stopped.steps["nominal_step"].tolist() == list(range(1, 12)), "all but the last, whose loss was not yet read"
@@ -144,11 +145,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"blocks"))
+    monkeypatch.setattr(out_of_memory, "nearest_fit_of", lambda _, size: f"switch on what {size} bytes want")
     return played
 
 
 def told(folder: Path, config: RunConfig = CONFIG) -> str:
-    with pytest.raises(UserError) as caught, shortage_told(config, folder, lambda _: "switch on checkpointing"):
+    with pytest.raises(UserError) as caught, shortage_told(replace(config, device="cuda"), folder):
         raise torch.OutOfMemoryError(CARD_IS_FULL)
     return str(caught.value)
 
@@ -156,12 +158,19 @@ def told(folder: Path, config: RunConfig = CONFIG) -> str:
 def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: Path, card: SimpleNamespace) -> None:
     assert told(tmp_path) == (
         "out of memory: 2.00 GiB more were asked for: NVIDIA H100 has 80.0 GB, torch holds 14.9 GB; "
-        f"switch on checkpointing; what the card held is in {tmp_path / SNAPSHOT}; "
+        f"what the card held is in {tmp_path / SNAPSHOT}; switch on what 80000000000 bytes want; "
         f"the record and the last checkpoint in {tmp_path} are intact"
     )
     assert (tmp_path / SNAPSHOT).read_bytes() == b"blocks"
     with shortage_told(CONFIG, tmp_path):
         assert not (tmp_path / SNAPSHOT).exists(), "it was the last attempt's"
+
+
+def test_a_run_that_does_not_fit_is_told_what_would() -> None:
+    xl = replace(CONFIG, task=TextTaskConfig(model="medium", vocab_size=50257, block_size=512, batch_size=8))
+    advice = nearest_fit_of(xl, 8 * 10**9)
+    assert advice.startswith("nearest fitting setting: bf16")
+    assert "of 8.0 on the card" in advice
 
 
 def test_an_emulated_card_is_as_large_as_it_is_said_to_be(tmp_path: Path, card: SimpleNamespace) -> None:

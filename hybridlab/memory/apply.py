@@ -40,7 +40,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
         raise UserError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {config.name!r}")
     optimizer = _method(model, config, memory)
     if memory.step_in_backward:
-        return StepInBackward(optimizer, buckets_of(model), memory.clip_last_norm)
+        return StepInBackward(optimizer, buckets_of(model), memory.clip_in_backward)
     return optimizer
 
 

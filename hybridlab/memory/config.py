@@ -113,7 +113,8 @@ class MemoryConfig:
     pad_vocab_to: round the vocabulary up to a multiple of this, for kernels and quantizers; 0 leaves it
     optimizer_state: format of AdamW's moments: "fp32", or torchao's "int8", "fp8" or "int4"
     step_in_backward: step each block's weights as soon as its gradients are there, and free these
-    clip_last_norm: with `step_in_backward`, scale gradients as if their norm were that of the step before; None: don't
+    clip_in_backward: with `step_in_backward`, gradient norm above which gradients are scaled down, estimated while
+        they arrive (`hybridlab.memory.in_backward`); None leaves them alone
     state_on_host: gradients and optimizer state live in host memory, where AdamW steps
     weights: "fp32"; "bf16" with stochastic rounding, or, with `state_on_host`, with float32 masters on the host
 
@@ -128,7 +129,7 @@ class MemoryConfig:
     pad_vocab_to: int = 0
     optimizer_state: str = "fp32"
     step_in_backward: bool = False
-    clip_last_norm: float | None = None
+    clip_in_backward: float | None = None
     state_on_host: bool = False
     weights: str = "fp32"
 
@@ -167,7 +168,7 @@ class MemoryConfig:
             "pad_vocab_to": 128,
             "optimizer_state": "int8",
             "step_in_backward": True,
-            "clip_last_norm": 1.0,
+            "clip_in_backward": 1.0,
         }
         return cls(**preset | changes)
 
@@ -197,8 +198,8 @@ class MemoryConfig:
                 "the host steps when all gradients have arrived; leave one of them off",
             ),
             (
-                self.clip_last_norm is not None and not self.step_in_backward,
-                ("clip_last_norm", "step_in_backward=False"),
+                self.clip_in_backward is not None and not self.step_in_backward,
+                ("clip_in_backward", "step_in_backward=False"),
                 "with all gradients at hand, clip by their own norm: set the trainer's clip_norm",
             ),
             (

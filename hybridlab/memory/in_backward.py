@@ -19,30 +19,34 @@ class StepInBackward(Optimizer):
     """Steps a bucket of weights as soon as its gradients are there, and frees these: they never all exist at once.
 
     One ordinary optimizer to whoever looks at it: groups and state are this object's, and are lent to `method` for each
-    bucket. The norm of all gradients is known only when the backward pass has ended.
+    bucket. The norm of all gradients is known only when the backward pass has ended, so clipping goes by an estimate:
+    what has arrived so far, and the share of the whole that it had in the step before.
 
-        g = g min(1, clip_last_norm / |g of the step before|)
+        norm_b = sqrt(sum of |g_a|^2 / sum of share_a)      over the buckets a up to and with b
+        g_b    = g_b min(1, clip_norm / norm_b)             share_a = |g_a|^2 / |g|^2 of the step before
+
+    It is exact for the last bucket, and for all where the shares stay as they were, however much the norm changes. The
+    first step takes its shares from a pass under `held`, or else from the buckets' sizes.
 
     method: an optimizer that treats its parameters one by one, such as AdamW, SGD or Muon
     buckets: parameters whose gradients arrive together, such as a block's (`hybridlab.memory.blocks.buckets_of`)
-    clip_last_norm: None leaves gradients alone. The first step has no step before it: take one backward pass under
-        `held` before it, or it is not clipped
+    clip_norm: None leaves gradients alone
 
-    Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html.
+    Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html; the estimate is
+    ours (clipping by the norm of the step before, as is usual, trains visibly worse).
     """
 
     def __init__(
-        self, method: Optimizer, buckets: Sequence[Sequence[nn.Parameter]], clip_last_norm: float | None = None
+        self, method: Optimizer, buckets: Sequence[Sequence[nn.Parameter]], clip_norm: float | None = None
     ) -> None:
         super().__init__(method.param_groups, defaults={})
-        self.method = method
-        self._clip = clip_last_norm
+        self.method, self._clip = method, clip_norm
         self._buckets = [list(bucket) for bucket in buckets]
         self._arrived = [0] * len(self._buckets)
-        self._is_held, self._seen = False, 0
-        device = self._buckets[0][0].device
-        self._square_norm = torch.zeros((), device=device)
-        self.param_groups[0].setdefault("clip_scale", torch.ones((), device=device))
+        self._is_held = False
+        sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
+        self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
+        self.param_groups[0].setdefault("clip_shares", (sizes / sizes.sum()).to(self._squares.device))
         arrive = weakref.WeakMethod(self._arrive)
         for i, bucket in enumerate(self._buckets):
             for param in bucket:
@@ -50,43 +54,43 @@ class StepInBackward(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Close the step: what got only some of its gradients steps now, and the next step's clipping is known."""
-        self._clip_next_by_(self.clip_(None))
+        self.clip_(None)
+        self._learn_shares_()
 
     def clip_(self, limit: float | None) -> Tensor:
-        """Norm of all gradients since `zero_grad`, before clipping; no other limit than `clip_last_norm` is possible.
+        """Norm of all gradients since `zero_grad`, before clipping; no other limit than the constructor's is possible.
 
         Raises UserError for a limit.
         """
         if limit is not None:
-            raise UserError("a step in the backward pass cannot clip by the norm of all gradients: use clip_last_norm")
+            raise UserError("a step in the backward pass clips while gradients arrive: use clip_in_backward")
         for i, arrived in enumerate(self._arrived):
             if arrived:
                 self._step_bucket_(i)
-        return self._square_norm.sqrt()
+        return self._squares.sum().sqrt()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a new step."""
         self._arrived = [0] * len(self._buckets)
-        self._square_norm = torch.zeros_like(self._square_norm)
+        self._squares.zero_()
         super().zero_grad(set_to_none)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While this lasts, gradients are thrown away and nothing steps; their norm sets the next step's clipping."""
-        self._is_held, self._square_norm, self._seen = True, torch.zeros_like(self._square_norm), 0
+        """While this lasts, gradients are thrown away and nothing steps; of them, the shares are kept for clipping."""
+        self._is_held = True
+        self._squares.zero_()
         try:
             yield
         finally:
             self._is_held = False
-            if self._seen:
-                passes = self._seen / sum(map(len, self._buckets))
-                self._clip_next_by_((self._square_norm / passes).sqrt())
+            self._learn_shares_()
+            self._squares.zero_()
 
     def _arrive(self, i: int, param: Tensor) -> None:
         """A gradient is there; the last of its bucket sets off the step."""
         if self._is_held:
-            self._square_norm += param.grad.square().sum()  # type: ignore[union-attr]
-            self._seen += 1
+            self._squares[i] += param.grad.square().sum()  # type: ignore[union-attr]
             param.grad = None
             return
         self._arrived[i] += 1
@@ -97,17 +101,24 @@ class StepInBackward(Optimizer):
     def _step_bucket_(self, i: int) -> None:
         self._arrived[i] = 0
         gradients = [p.grad for p in self._buckets[i] if p.grad is not None]
-        self._square_norm += torch.stack(torch._foreach_norm(gradients)).square().sum()
+        self._squares[i] = torch.stack(torch._foreach_norm(gradients)).square().sum()
         if self._clip is not None:
-            torch._foreach_mul_(gradients, self.param_groups[0]["clip_scale"].to(gradients[0].device))
+            torch._foreach_mul_(gradients, (self._clip / (self._estimated_norm() + 1e-6)).clamp(max=1.0))
         self._lend_(set(self._buckets[i]))
         self.method.step()
         for param in self._buckets[i]:
             param.grad = None
 
-    def _clip_next_by_(self, norm: Tensor) -> None:
-        if self._clip is not None:
-            self.param_groups[0]["clip_scale"] = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+    def _estimated_norm(self) -> Tensor:
+        """Norm of all gradients, from those that have arrived."""
+        known = (self._squares > 0) * self.param_groups[0]["clip_shares"]
+        return (self._squares.sum() / known.sum().clamp(min=1e-12)).sqrt()
+
+    def _learn_shares_(self) -> None:
+        """Keep how the squared norm was shared out among the buckets; all zero teaches nothing."""
+        whole = self._squares.sum()
+        shares = torch.where(whole > 0, self._squares / whole, self.param_groups[0]["clip_shares"])
+        self.param_groups[0]["clip_shares"] = shares
 
     def _lend_(self, bucket: set[nn.Parameter]) -> None:
         """Let the method see the bucket alone, with this object's settings and state."""

@@ -164,7 +164,7 @@ def _on_host(it: Situation) -> Situation | None:
     if it.optimizer.name != "adamw" or it.memory.state_on_host:
         return None
     return it.changed(
-        state_on_host=True, optimizer_state="fp32", step_in_backward=False, clip_last_norm=None, predict_aware=None
+        state_on_host=True, optimizer_state="fp32", step_in_backward=False, clip_in_backward=None, predict_aware=None
     )
 
 

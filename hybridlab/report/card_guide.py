@@ -95,7 +95,7 @@ Switch on one thing at a time, in this order: from free to costly.
 5. **8-bit optimizer state** (`optimizer_state="int8"`, with `pad_vocab_to` so that the embedding divides into
    blocks). Not exact: look at what it did to the loss, above.
 6. **The optimizer's step inside the backward pass** (`step_in_backward`). Gradients no longer exist all at once.
-   Excludes accumulation; clipping uses the norm of the step before.
+   Excludes accumulation; clipping goes by an estimate of the norm (`clip_in_backward`).
 7. **State on the host** (`state_on_host`). The card holds weights and activations only; the bus sets the pace.
 8. **Weights in bf16** (`weights="bf16"`). The last resort: stochastic rounding, or float32 masters on the host.
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from hybridlab.errors import UserError
-from hybridlab.memory.config import MixedPrecisionConfig
-from hybridlab.memory.planner import Plan, plan
+from hybridlab.memory.planner import Plan
 from hybridlab.phases import Phase
-from hybridlab.predictors import PREDICTORS
 from hybridlab.runs import Run
 from hybridlab.study.arms import StudyResult
+from hybridlab.study.planning import plan_of
 from hybridlab.study.run_config import RunConfig
 from hybridlab.study.statistics import Interval
-from hybridlab.study.tasks import TextTaskConfig
 
 
 @dataclass(frozen=True)
@@ -93,24 +91,6 @@ def _validation_loss(run: Run, at_step: int | None) -> float:
     if chosen.empty:
         raise UserError(f"{run.folder} was not evaluated at step {at_step}: set evaluate_every to a divisor of it")
     return float(chosen["validation_loss"].iloc[-1])
-
-
-def plan_of(config: RunConfig) -> Plan:
-    """What a run's memory is predicted to be. Raises UserError for a task that is not a GPT-2's."""
-    if not isinstance(config.task, TextTaskConfig):
-        raise UserError("only runs of a GPT-2 can be planned: give a TextTaskConfig")
-    hybrid, memory = config.hybrid, config.memory
-    if config.precision == "bf16":
-        memory = replace(memory, mixed_precision=MixedPrecisionConfig.conservative())
-    predictor = PREDICTORS[hybrid.predictor]() if hybrid.max_predict_steps else None
-    return plan(
-        config.task.model_config,
-        (config.task.batch_size, config.task.block_size),
-        memory,
-        config.optimizer,
-        path=predictor.needs(hybrid.full_steps) if predictor else None,
-        path_storage=hybrid.path_storage,
-    )
 
 
 @dataclass(frozen=True)

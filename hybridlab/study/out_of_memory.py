@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from hybridlab.errors import UserError
 from hybridlab.files import remove, replaced
+from hybridlab.study.planning import nearest_fit_of
 from hybridlab.study.run_config import RunConfig, find_device
 from hybridlab.vram import MemoryMeter
 
@@ -22,17 +23,9 @@ SNAPSHOT = "memory_snapshot.pickle"
 OTHERS_MATTER_BYTES = 500_000_000
 """Of the card: other programs that use less are not worth a word."""
 
-Advice = Callable[[RunConfig], str]
-"""Says what to switch on so that a run fits."""
-
-
-def smaller_batch(config: RunConfig) -> str:
-    """What always helps."""
-    return "take a smaller batch, or MemoryConfig.fit_16gb()"
-
 
 @contextmanager
-def shortage_told(config: RunConfig, folder: Path, advice: Advice = smaller_batch) -> Iterator[None]:
+def shortage_told(config: RunConfig, folder: Path) -> Iterator[None]:
     """Turn "out of memory" inside the block into one line, and what the card held into a snapshot in `folder`.
 
     The line says what was asked for, what there is, who else uses it, and what to change. What the failed step held
@@ -44,17 +37,18 @@ def shortage_told(config: RunConfig, folder: Path, advice: Advice = smaller_batc
     try:
         yield
     except torch.OutOfMemoryError as error:
-        shortage = f"{_asked(error)} asked for: {_on_the_card(config)}; {advice(config)}{_snapshot(folder)}"
+        shortage = f"{_asked(error)} asked for: {_on_the_card(config)}{_snapshot(folder)}"
         traceback.clear_frames(error.__traceback__)
-        raise UserError(f"out of memory: {shortage}; {_left(folder)}") from error
+        advice = nearest_fit_of(config, _card_bytes(config))
+        raise UserError(f"out of memory: {shortage}; {advice}; {_left(folder)}") from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
         traceback.clear_frames(error.__traceback__)
         available = f"the host has {psutil.virtual_memory().available / 1e9:.1f} GB available"
         raise UserError(
-            f"out of host memory: {_asked(error)} asked for, {available}; close other programs, or "
-            f"{advice(config)}; {_left(folder)}"
+            f"out of host memory: {_asked(error)} asked for, {available}; close other programs, or take a smaller "
+            f"model or batch; {_left(folder)}"
         ) from error
 
 
@@ -69,10 +63,18 @@ def _on_the_card(config: RunConfig) -> str:
     now, others = meter.read(), meter.other_processes_bytes() or 0
     if now.source == "process":
         return config.describe_device()
-    total = torch.cuda.get_device_properties(device).total_memory
-    size = config.card_bytes if config.card_gb and meter.exceeds(config.card_bytes) else total
-    text = f"{config.describe_device()} has {size / 1e9:.1f} GB, torch holds {now.used_bytes / 1e9:.1f} GB"
+    text = (
+        f"{config.describe_device()} has {_card_bytes(config) / 1e9:.1f} GB, torch holds {now.used_bytes / 1e9:.1f} GB"
+    )
     return text + (f", other programs use {others / 1e9:.1f} GB" if others > OTHERS_MATTER_BYTES else "")
+
+
+def _card_bytes(config: RunConfig) -> int:
+    """The size of the card, or of the smaller one that it stands for."""
+    device = find_device(config.device)
+    if config.card_gb and MemoryMeter(device).exceeds(config.card_bytes):
+        return config.card_bytes
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _snapshot(folder: Path) -> str:
