@@ -117,21 +117,30 @@ def runs(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write their scalars there, for TensorBoard.")
     ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write their memory there, in nvidia-smi's columns.")
+    ] = None,
 ) -> None:
     """List recorded runs with their key figures."""
     from hybridlab.notebook.compare_runs import find_runs, runs_table
     from hybridlab.notebook.results import project_root
+    from hybridlab.study.memory_log import export_csv
     from hybridlab.tensorboard import export_tensorboard
 
     shown = runs_table(folder, sort=sort, where=where or [])
     if not shown.table:
         raise UserError(shown.empty)
     print(shown)
+    for found in find_runs(folder, where=where or []) if tensorboard or csv else []:
+        place = found.folder.relative_to(project_root() / folder)
+        if tensorboard:
+            export_tensorboard(found, tensorboard / place)
+        if csv:
+            export_csv(found, csv / place.with_suffix(".csv"))
     if tensorboard:
-        root = project_root() / folder
-        for found in find_runs(folder, where=where or []):
-            export_tensorboard(found, tensorboard / found.folder.relative_to(root))
         print(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
+    if csv:
+        print(f"written: {csv}")
 
 
 @app.command()

@@ -16,6 +16,9 @@ from hybridlab.errors import UserError
 Flat = Float[Tensor, " element"]
 """One parameter group, laid out in one piece of memory."""
 
+PIECE = 1 << 24
+"""Elements of the exact weights that are on the device at a time while they are lowered."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -48,7 +51,7 @@ class Weights:
         self.params = [p for group in self.groups for p in group]
         self._buffers = list(model.buffers())
         self._masters: list[Flat] = []
-        self._is_low = False
+        self._low: list[Flat] = []
 
     @property
     def device(self) -> torch.device:
@@ -69,19 +72,37 @@ class Weights:
 
         motions: g, a row of the path, and the length to go along it
         """
+        move_ = self._move_masters_ if self._low else self._move_group_
         for g, row, length in motions:
-            targets = _views(self._masters[g], self.groups[g]) if self._is_low else self.groups[g]
-            _add_(targets, _views(row, self.groups[g]), length)
-        if self._is_low:
-            self._round_masters_()
+            move_(g, row, length)
         tell_of_jump(self._optimizer)
+
+    def _move_group_(self, g: int, row: Flat, length: float) -> None:
+        """Along a row that lies beside the weights, or comes over one parameter at a time."""
+        group, pieces = self.groups[g], _views(row, self.groups[g])
+        if (row.device, row.dtype) == (group[0].device, group[0].dtype):
+            torch._foreach_add_(group, pieces, alpha=length)
+            return
+        for param, piece in zip(group, pieces, strict=True):
+            param.add_(_brought(piece, param), alpha=length)
+        _wait_for(self.device)
+
+    def _move_masters_(self, g: int, row: Flat, length: float) -> None:
+        """The exact weights come to the device piece by piece, move there, and go back; so do the bf16 ones."""
+        flats = (torch.split(flat, PIECE) for flat in (self._masters[g], self._low[g], row))
+        for master, low, piece in zip(*flats, strict=True):
+            exact = _brought(master, master, low.device)
+            exact.add_(_brought(piece, master, low.device), alpha=length)
+            master.copy_(exact, non_blocking=True)
+            low.copy_(exact)
+        _wait_for(self.device)
 
     # --- putting away ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def lower_(self) -> None:
         """Leave bf16 weights on the device, and keep the float32 ones on the host. Does nothing the second time."""
-        if self._is_low:
+        if self._low:
             return
         if not self._masters:
             self._masters = [_host_flat(group) for group in self.groups]
@@ -90,24 +111,19 @@ class Weights:
             for param, master, copy in zip(group, _views(self._masters[g], group), _views(low, group), strict=True):
                 master.copy_(param, non_blocking=True)
                 param.data = copy.copy_(param)
+            self._low.append(low)
         _wait_for(self.device)
-        self._is_low = True
 
     @torch.no_grad()
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
-        if not self._is_low:
+        if not self._low:
             return
         for g, group in enumerate(self.groups):
             for param, master in zip(group, _views(self._masters[g], group), strict=True):
                 param.data = torch.empty_like(param, dtype=master.dtype).copy_(master, non_blocking=True)
         _wait_for(self.device)
-        self._is_low = False
-
-    def _round_masters_(self) -> None:
-        for g, group in enumerate(self.groups):
-            for param, master in zip(group, _views(self._masters[g], group), strict=True):
-                param.copy_(master)
+        self._low = []
 
     # --- keeping a way back ------------------------------------------------------------------------------
 
@@ -116,15 +132,17 @@ class Weights:
         """A copy of weights and buffers, and of the optimizer's state unless told otherwise."""
         states = self._optimizer.state
         saved = {i: self._copied(states[p]) for i, p in enumerate(self.params) if p in states} if optimizer else None
-        return Snapshot(tuple(self._stored(t) for t in self._tensors), saved)
+        snapshot = Snapshot(tuple(self._stored(t) for t in self._tensors), saved)
+        _wait_for(self.device)
+        return snapshot
 
     def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
         return {key: self._stored(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
     def _stored(self, tensor: Tensor) -> Tensor:
         if not (self._on_host and tensor.is_cuda):
-            return _inside(tensor, Tensor.clone)
-        return _inside(tensor, lambda t: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t))
+            return inside(tensor, Tensor.clone)
+        return inside(tensor, lambda t: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True))
 
     @torch.no_grad()
     def restore_(self, snapshot: Snapshot) -> None:
@@ -192,14 +210,9 @@ def _views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
 
 
-def _add_(targets: Sequence[Tensor], motion: Sequence[Tensor], length: float) -> None:
-    """Add length * motion to the targets; a motion that lies elsewhere comes over one parameter at a time."""
-    like = targets[0]
-    if (motion[0].device, motion[0].dtype) == (like.device, like.dtype):
-        torch._foreach_add_(list(targets), list(motion), alpha=length)
-        return
-    for target, piece in zip(targets, motion, strict=True):
-        target.add_(piece.to(like.device, like.dtype), alpha=length)
+def _brought(source: Tensor, like: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor on `device`, by default that of `like`, in the type of `like`; over the bus in its own, smaller type."""
+    return source.to(device or like.device, non_blocking=True).to(like.dtype)
 
 
 def _host_flat(group: Sequence[Tensor]) -> Flat:
@@ -207,7 +220,7 @@ def _host_flat(group: Sequence[Tensor]) -> Flat:
     return torch.empty(elements, dtype=group[0].dtype, pin_memory=group[0].is_cuda)
 
 
-def _inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `change` to a tensor, or to the plain tensors that a wrapper such as a quantized state is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return change(tensor.detach())
@@ -218,6 +231,7 @@ def _inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _wait_for(device: torch.device) -> None:
+    """Until what was asked of the device is done; host memory that it writes to is not to be read before."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -234,4 +248,4 @@ def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None) ->
         if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
             state[key].copy_(value)
         else:
-            state[key] = _inside(value, Tensor.clone) if isinstance(value, Tensor) else value
+            state[key] = inside(value, Tensor.clone) if isinstance(value, Tensor) else value

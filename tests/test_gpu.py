@@ -256,7 +256,7 @@ def optimizer_of(model: nn.Module, name: str) -> Optimizer:
         return build_optimizer(model, OptimizerConfig(name=name, lr=1e-3))
     pytest.importorskip("torchao")
     groups = decay_groups(model.parameters(), 0.1)
-    return low_bit_adamw(groups, state="int8", lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+    return low_bit_adamw(groups, [list(model.parameters())], state="int8", lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
 
 
 def train_(model: nn.Module, optimizer: Optimizer, steps: int = 2) -> None:

@@ -30,7 +30,14 @@ def model_of_two_layers() -> nn.Module:
 
 def low_bit(model: nn.Module, state: str) -> Optimizer:
     pytest.importorskip("torchao")
-    return low_bit_adamw(decay_groups(model.parameters(), 0.1), state=state, lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
+    return low_bit_adamw(
+        decay_groups(model.parameters(), 0.1),
+        [list(model.parameters())],
+        state=state,
+        lr=1e-2,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+    )
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {

@@ -16,6 +16,7 @@ from hybridlab.memory.ao import torchao_optim
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.memory.pinned import HostArena, arena_bytes
 from hybridlab.memory.side_stream import SideStream
+from hybridlab.weights import inside
 
 SMALL_BYTES = 4096
 """Tensors below this stay where they are: step counts, lookup tables, short biases."""
@@ -77,11 +78,19 @@ class StateOffload:
                 state.clear()
         if self._strategy in ("none", "drop") or self.is_away:
             return
+        self._own_state_()
         contents = list(_contents(self._optimizer, self._device))
         self._refuge.take(contents)
         for content in contents:
             content.free_()
         self._away, self._is_returning = contents, False
+
+    def _own_state_(self) -> None:
+        """Copy what lies in memory that cannot be given up, such as a loaded checkpoint's."""
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                if not all(tensor.untyped_storage().resizable() for tensor in _plain_tensors(value)):
+                    state[name] = inside(value, Tensor.clone)
 
     def prefetch_(self) -> None:
         """Predict is over soon: begin the return beside the predicted steps."""

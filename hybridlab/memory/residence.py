@@ -29,18 +29,16 @@ class PredictResidence:
 
     def clear_(self, steps_left: int) -> None:
         """Put away what Predict does not need; near the end of a jump begin to fetch it."""
-        if steps_left <= self._lookahead:
-            self.is_clear = False
-            if self._state.is_away:
-                self._state.prefetch_()
-            return
-        if self.is_clear:
-            return
-        self._state.leave_()
+        returns = steps_left <= self._lookahead
+        begins = not returns and not self.is_clear
+        if begins:
+            self._state.leave_()
+        elif returns and self._state.is_away:
+            self._state.prefetch_()
         if self._lowers:
-            self._weights.lower_()
-        self.is_clear = True
-        if self._releases and (self._state.is_away or self._lowers):
+            self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
+        self.is_clear = not returns
+        if begins and self._releases and (self._state.is_away or self._lowers):
             torch.cuda.synchronize(self._weights.device)
             torch.cuda.empty_cache()
 

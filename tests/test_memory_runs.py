@@ -1,0 +1,222 @@
+"""Whole runs with memory features: as good as without, resumable at any moment, and told in numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from hybridlab import HybridTrainerConfig
+from hybridlab.errors import UserError
+from hybridlab.memory import (
+    CheckpointingConfig,
+    GradientAccumulationConfig,
+    MemoryConfig,
+    MixedPrecisionConfig,
+    PredictAwareMemoryConfig,
+    plan,
+)
+from hybridlab.notebook.memory_views import (
+    agreement_claim,
+    fit_claims,
+    loss_agreement,
+    memory_table,
+    predict_claim,
+    predict_table,
+    predicted_claims,
+    quality_claims,
+    step_time_claim,
+)
+from hybridlab.optimizers import Schedule
+from hybridlab.runs import Run
+from hybridlab.study import RunConfig, TextTaskConfig, train
+from hybridlab.study.arms import run_arms
+from hybridlab.study.footprint import Footprint, PredictPhase, footprint, footprints, predict_phase
+from hybridlab.study.statistics import Interval
+
+TASK = TextTaskConfig(
+    model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=4, max_bytes=40_000
+)
+BASE = RunConfig(
+    name="fp32", task=TASK, steps=12, schedule=Schedule("wsd", 2, 12), evaluate_every=6, device="cpu", cpu_threads=1
+)
+
+
+def plain(memory: MemoryConfig | None) -> HybridTrainerConfig:
+    clip_norm = None if memory and memory.step_in_backward else 1.0
+    return HybridTrainerConfig.plain(clip_norm=clip_norm, memory=memory)
+
+
+def jumping(memory: MemoryConfig) -> HybridTrainerConfig:
+    return HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=8, correction_interval=3, correct_steps=2, predictor="linear",
+        confidence_threshold=0.0, gate=False, path_device="host", memory=memory,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["conservative", "aggressive", "fit_16gb"])
+def test_presets_train_to_fp32s_loss(preset: str, tmp_path: Path) -> None:
+    configs = [
+        replace(BASE, hybrid=plain(None)),
+        replace(BASE, name=preset, hybrid=plain(getattr(MemoryConfig, preset)())),
+    ]
+    result = run_arms(configs, tmp_path)
+    fp32, arm = (result.value("validation_loss", config.name, 0) for config in configs)
+    assert abs(arm - fp32) < 0.01 * fp32
+
+
+@pytest.mark.parametrize("broken_off_at", [9, 12, 15])
+def test_a_run_that_is_broken_off_in_predict_goes_on_bit_for_bit(broken_off_at: int, tmp_path: Path) -> None:
+    """With bf16 weights on the device, masters and state on the host, and shares for clipping in the optimizer."""
+    memory = MemoryConfig.fit_16gb(
+        predict_aware=PredictAwareMemoryConfig("pinned", lookahead=2),
+        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
+    )
+    config = replace(BASE, name="jumps", steps=24, evaluate_every=24, hybrid=jumping(memory), checkpoint_every=1)
+    whole = train(replace(config, checkpoint_every=0), tmp_path / "whole")
+    assert set(whole.steps["phase"].iloc[8:15]) & {"predict"}
+
+    class BrokenOff(Exception):
+        pass
+
+    taken = 0
+
+    def count() -> None:
+        nonlocal taken
+        taken += 1
+        if taken == broken_off_at:
+            raise BrokenOff
+
+    with pytest.raises(BrokenOff):
+        train(config, tmp_path / "broken", count)
+    resumed = train(config, tmp_path / "broken", resume=True)
+    columns = ["nominal_step", "phase", "measured_loss", "predicted_loss", "gradient_norm"]
+    pd.testing.assert_frame_equal(resumed.steps[columns], whole.steps[columns])
+    assert resumed.steps["validation_loss"].iloc[-1] == whole.steps["validation_loss"].iloc[-1]
+
+
+def test_an_evaluation_inside_predict_sees_the_exact_weights(tmp_path: Path) -> None:
+    losses = []
+    for name, predict in (("plain", "fp32"), ("low", "bf16_weights")):
+        memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", predict))
+        config = replace(BASE, name=name, steps=12, evaluate_every=12, hybrid=jumping(memory))
+        run = train(config, tmp_path / name)
+        assert run.steps["phase"].iloc[-1] == "predict"
+        losses.append(run.steps["validation_loss"].iloc[-1])
+    assert losses[0] == losses[1]
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="both name a format"):
+        replace(BASE, precision="bf16", hybrid=plain(MemoryConfig.conservative()))
+    with pytest.raises(ValueError, match="a batch of 4 does not split into 3 equal micro_batches"):
+        replace(BASE, hybrid=plain(MemoryConfig(gradient_accumulation=GradientAccumulationConfig(3))))
+
+
+# --- told in numbers -------------------------------------------------------------------------------------
+
+
+def test_footprints_pair_losses_by_seed_and_plan_each_arm(tmp_path: Path) -> None:
+    configs = [
+        replace(BASE, hybrid=plain(None)),
+        replace(BASE, name="checkpointed", hybrid=plain(MemoryConfig(checkpointing=CheckpointingConfig()))),
+    ]
+    repeated = [replace(config, seed=1) for config in configs]
+    result = run_arms([*configs, *repeated], tmp_path)
+    control, arm = footprints(result, configs, control="fp32")
+    assert control.change is None
+    assert arm.change == Interval.of([0.0, 0.0]), "checkpointing changes no bit"
+    assert arm.predicted.parts["activations"] < control.predicted.parts["activations"]
+    assert arm.error is None, "there is no card to measure"
+    halfway = footprint(result, configs[1], "fp32", at_step=6)
+    first = result.runs["checkpointed", 0].steps.set_index("nominal_step")["validation_loss"]
+    assert halfway.validation_loss == pytest.approx(
+        (first[6] + result.runs["checkpointed", 1].steps["validation_loss"][5]) / 2
+    )
+    with pytest.raises(UserError, match="was not evaluated at step 5"):
+        footprint(result, configs[1], "fp32", at_step=5)
+    with pytest.raises(UserError, match="predicted nothing"):
+        predict_phase(result.runs["fp32", 0])
+    assert "–" in memory_table([control]).cells()[0]
+
+
+def measured(error: float = 0.0, change: Interval | None = None, step_ms: float = 1.0) -> Footprint:
+    predicted = plan("nano", (2, 16))
+    size = round(predicted.peak_allocated_bytes / (1 + error))
+    return Footprint("arm", predicted, size, size, step_ms, 5.0, change)
+
+
+@pytest.mark.parametrize(("error", "verdict"), [(0.09, "holds"), (-0.09, "holds"), (0.12, "fails"), (-0.12, "fails")])
+def test_a_prediction_is_right_within_ten_percent_either_way(error: float, verdict: str) -> None:
+    (claim,) = predicted_claims([measured(error)])
+    assert (claim.id, claim.verdict) == ("arm-predicted-within-10-percent", verdict)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (Interval.of([0.01, 0.02, 0.03]), "holds"),
+        (Interval.of([-0.5, -0.4, -0.6]), "holds"),
+        (Interval.of([0.0, 0.1, 0.05]), "open"),
+        (Interval.of([0.3, 0.31, 0.32]), "fails"),
+        (Interval.of([0.04]), "holds"),
+        (Interval.of([0.06]), "fails"),
+    ],
+)
+def test_quality_is_judged_by_the_whole_interval_or_by_the_one_seed(change: Interval, verdict: str) -> None:
+    (claim,) = quality_claims([measured(change=change)], control=5.0)
+    assert claim.verdict == verdict
+    assert all(math.isfinite(value) for value in claim.numbers.values() if isinstance(value, float))
+
+
+def card_run(**summary: Any) -> Run:
+    figures = {"memory_source": "cuda", "peak_memory_bytes": 13 * 10**9, "allocator_retries": 0, "nominal_steps": 200}
+    vram = pd.DataFrame(
+        {"nominal_step": range(1, 201), "used_bytes": [12e9] * 150 + [12e9 + summary.pop("grown", 0)] * 50}
+    )
+    run: Any = SimpleNamespace(summary=figures | summary, vram=vram, folder="here")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("summary", "failing"),
+    [
+        ({}, set()),
+        ({"peak_memory_bytes": 15 * 10**9}, {"peak-below-14gb"}),
+        ({"peak_memory_bytes": 17 * 10**9}, {"peak-below-14gb", "fits-16gb"}),
+        ({"allocator_retries": 1}, {"peak-below-14gb"}),
+        ({"grown": 1e9}, {"does-not-grow"}),
+    ],
+)
+def test_fitting_means_peak_retries_and_growth(summary: dict[str, Any], failing: set[str]) -> None:
+    assert {claim.id for claim in fit_claims(card_run(**summary)) if claim.verdict == "fails"} == failing
+
+
+def test_what_was_not_measured_makes_no_claim() -> None:
+    assert fit_claims(card_run(memory_source="process")) == []
+    assert predict_claim(PredictPhase(None, None, None, 1.0, 1)) == []
+    assert predicted_claims([replace(measured(), measured_allocated_bytes=None)]) == []
+
+
+def test_predict_is_judged_by_what_torch_holds() -> None:
+    (claim,) = predict_claim(PredictPhase(3_200_000_000, 3_600_000_000, 4_500_000_000, 1.0, 1))
+    assert claim.verdict == "holds"
+    phases = {"none": PredictPhase(None, None, None, 10.0, 1), "cpu": PredictPhase(None, None, None, 15.0, 1)}
+    assert predict_table(phases, "none").cells()[1][5] == "1.50"
+    assert predict_table({}, "none").cells() == [["no run jumped"]]
+
+
+def test_step_times_and_losses_of_two_runs_are_held_against_each_other() -> None:
+    assert step_time_claim(measured(step_ms=1.4), measured()).verdict == "holds"
+    assert step_time_claim(measured(step_ms=1.6), measured()).verdict == "fails"
+    first, second = (
+        SimpleNamespace(steps=pd.DataFrame({"measured_loss": losses})) for losses in ([3.0, 2.0, 1.0], [3.0, 2.2])
+    )
+    agreement = loss_agreement(first, second)  # type: ignore[arg-type]
+    assert (agreement["steps"], agreement["largest_difference"]) == (2, 0.2)
+    assert agreement_claim(agreement).verdict == "fails"
