@@ -185,7 +185,7 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     assert lab.step == paused_at
     lab.press("Step")
     until(lambda: lab.step == paused_at + 1, "a single step is taken")
-    assert lab.status == "paused"
+    until(lambda: lab.status == "paused", "the run pauses again")
     lab.press("Resume")
     until(lambda: lab.status in ("running", "finished"), "the run goes on")
 

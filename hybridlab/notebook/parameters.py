@@ -108,10 +108,10 @@ def parameters_from(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the literals that a notebook's namespace holds so far: its parameters.
 
     Call it as `parameters_from(globals())` straight after the parameters cell, before other names
-    are bound to literals.
+    are bound to literals. Constants that imports bring in, in capitals, are none.
     """
     literals = (bool, int, float, str, list, type(None))
-    named = {name: value for name, value in namespace.items() if not name.startswith("_") and name != "In"}
+    named = {name: value for name, value in namespace.items() if name.islower() and not name.startswith("_")}
     return {name: value for name, value in named.items() if type(value) in literals}
 
 
