@@ -86,6 +86,8 @@ class HybridTrainer:
         """Take one nominal step on the closure's batch, or on the batch whose equal parts the closures have."""
         started = time.perf_counter()
         parts = [closure] if callable(closure) else closure
+        if not parts:
+            raise UserError("there is no closure: give one, or one for each part of the batch")
         match self._phase:
             case Phase.WARMUP:
                 result = self._gradient_step(parts)

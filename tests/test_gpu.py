@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from hybridlab import HybridTrainer, HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.memory import host_optimizer, pinned
-from hybridlab.memory.config import MemoryConfig, PredictAwareMemoryConfig
+from hybridlab.memory.apply import optimizer_for
+from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
 from hybridlab.memory.host_optimizer import HostAdamW
 from hybridlab.memory.low_bit import low_bit_adamw
 from hybridlab.memory.offload import StateOffload
@@ -414,3 +415,50 @@ def test_gradients_on_their_way_to_the_host_never_all_exist(monkeypatch: pytest.
         step()
     gradient_bytes = sum(p.nbytes for p in model.parameters())
     assert torch.cuda.max_memory_reserved() - reserved < 0.5 * gradient_bytes
+
+
+# --- weights put away, and blocks that step in backward ---------------------------------------------------
+
+
+def jumped(memory: MemoryConfig | None) -> tuple[torch.Tensor, HybridTrainer]:
+    """Final weights of a run that jumps on every occasion."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.nano()).to(CUDA)
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=8, correction_interval=3, correct_steps=2, gate=False,
+        confidence_threshold=0.0, path_device="host", path_dtype="bf16", memory=memory,
+    )  # fmt: skip
+    trainer = HybridTrainer(model, build_optimizer(model, OptimizerConfig()), config)
+    for step in range(40):
+        trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
+    trainer.make_whole_()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer
+
+
+def test_bf16_weights_on_the_card_and_masters_on_the_host_end_where_plain_weights_do() -> None:
+    plain, _ = jumped(None)
+    memory = MemoryConfig(
+        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
+        predict_aware=PredictAwareMemoryConfig("pinned", lookahead=2),
+    )
+    low, trainer = jumped(memory)
+    assert trainer.statistics().predicted_steps > 0
+    assert torch.equal(low, plain)
+
+
+def test_a_compiled_low_bit_step_inside_backward_learns_like_one_after_it() -> None:
+    pytest.importorskip("torchao")
+    losses = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = GPT2(GPT2Config.nano()).to(CUDA)
+        memory = MemoryConfig(optimizer_state="int8", step_in_backward=inside)
+        optimizer = optimizer_for(model, OptimizerConfig(lr=1e-3), memory)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = model(batch(0), batch(0))
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0] < 5.0
