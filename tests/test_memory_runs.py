@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.errors import UserError
@@ -109,6 +110,17 @@ def test_an_evaluation_inside_predict_sees_the_exact_weights(tmp_path: Path) -> 
         assert run.steps["phase"].iloc[-1] == "predict"
         losses.append(run.steps["validation_loss"].iloc[-1])
     assert losses[0] == losses[1]
+
+
+def test_accumulation_splits_evaluation_too() -> None:
+    """Else the whole batch would set the peak that its parts avoid."""
+    device, memory = torch.device("cpu"), MemoryConfig(gradient_accumulation=GradientAccumulationConfig(2))
+    whole, split = TASK.build(0, device), TASK.build(0, device, memory)
+    sizes = []
+    split.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    loss = split.evaluate(split.model)["validation_loss"]
+    assert set(sizes) == {TASK.batch_size // 2}
+    assert loss == pytest.approx(whole.evaluate(whole.model)["validation_loss"], rel=1e-6)
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:

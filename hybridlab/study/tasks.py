@@ -92,7 +92,7 @@ class TextTaskConfig:
         settings = memory.model_settings if memory else {}
         with device:
             model = GPT2(replace(self.model_config, **settings))
-        return TextTask(model, self, seed, device)
+        return TextTask(model, self, seed, device, parts=memory.micro_batches if memory else 1)
 
     def data_record(self) -> dict[str, Any]:
         """Source, hash, token counts."""
@@ -100,10 +100,13 @@ class TextTaskConfig:
 
 
 class TextTask:
-    """Next-token prediction; evaluates to loss (nats a token) and perplexity."""
+    """Next-token prediction; evaluates to loss (nats a token) and perplexity.
 
-    def __init__(self, model: GPT2, config: TextTaskConfig, seed: int, device: torch.device) -> None:
-        self.model = model
+    parts: that a held-out batch is judged in, so that it takes no more memory than training does
+    """
+
+    def __init__(self, model: GPT2, config: TextTaskConfig, seed: int, device: torch.device, parts: int = 1) -> None:
+        self.model, self._parts = model, parts
         text, windows, tokens = config.text, config.batch_size, config.block_size
         self._batches = TokenBatches(text.train, batch_size=windows, block_size=tokens, seed=seed, device=device)
         self._held_out = evenly_spaced(
@@ -123,7 +126,9 @@ class TextTask:
         """Mean over the held-out batches, dropout off."""
         was_training = model.training
         model.eval()
-        loss = float(torch.stack([model(*batch) for batch in self._held_out]).mean())
+        parts = range(self._parts)
+        losses = [model(*_part(batch, part, len(parts))) for batch in self._held_out for part in parts]
+        loss = float(torch.stack(losses).mean())
         model.train(was_training)
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
