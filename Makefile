@@ -18,7 +18,7 @@ run: .venv/run ## train baseline, hybrids and controls on real text; leaves an e
 	  -o runs/first/$(FIRST).ipynb
 
 test: .venv/test ## every test, the notebooks' included
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/dev ## style and types
 	$(BIN)/ruff check .
