@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 
 from hybridlab.errors import nearest
-from hybridlab.memory.config import MemoryConfig
+from hybridlab.memory.config import Conflict, MemoryConfig, refuse_conflicts
 from hybridlab.predictors import PREDICTORS
 from hybridlab.trajectory import PathStorage
 
@@ -91,15 +91,13 @@ class HybridTrainerConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: {nearest(getattr(self, name), known)}")
-        for first, second, why in self._memory_conflicts():
-            raise ValueError(f"{first} does not go with {second}: {why}")
+        refuse_conflicts(self._memory_conflicts())
 
-    def _memory_conflicts(self) -> list[tuple[str, str, str]]:
+    def _memory_conflicts(self) -> list[Conflict]:
         """What the memory features and the trainer's own settings cannot do together."""
         memory, jumps = self.memory or MemoryConfig(), self.max_predict_steps > 0
-        leaves = memory.predict_aware is not None and memory.predict_aware.strategy in ("cpu", "pinned")
-        lowers = memory.mixed_precision is not None and memory.mixed_precision.predict == "bf16_weights"
-        pairs = [
+        leaves = memory.predict_strategy in ("cpu", "pinned") or memory.lowers_weights
+        return [
             (
                 memory.step_in_backward and self.clip_norm is not None,
                 ("step_in_backward", "clip_norm"),
@@ -111,12 +109,11 @@ class HybridTrainerConfig:
                 "a prediction would drown in the rounding; use float32 weights, or max_predict_steps=0",
             ),
             (
-                jumps and (leaves or lowers) and self.path_device == "same",
+                jumps and leaves and self.path_device == "same",
                 ("leaving the card in Predict", "path_device='same'"),
                 "the path and the way back, larger than what leaves, would stay on it; set path_device='host'",
             ),
         ]
-        return [(*names, why) for conflict, names, why in pairs if conflict]
 
 
 _LEAST = {

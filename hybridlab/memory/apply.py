@@ -45,11 +45,11 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
 
 def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> Optimizer:
+    if memory.optimizer_state == "fp32" and not memory.state_on_host:
+        return build_optimizer(model, config)
     groups = decay_groups((p for p in model.parameters() if p.requires_grad), config.weight_decay)
     if memory.state_on_host:
         return HostAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-    if memory.optimizer_state == "fp32":
-        return build_optimizer(model, config)
     return low_bit_adamw(
         groups,
         buckets_of(model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -178,15 +179,13 @@ class MemoryConfig:
             _at_least(name, getattr(self, name), 0)
         _choose("optimizer_state", self.optimizer_state, STATES)
         _choose("weights", self.weights, WEIGHTS)
-        for first, second, why in self._conflicts():
-            raise ValueError(f"{first} does not go with {second}: {why}")
+        refuse_conflicts(self._conflicts())
 
-    def _conflicts(self) -> list[tuple[str, str, str]]:
-        """The pairs of settings that cannot work together: first, second, why and what to do."""
+    def _conflicts(self) -> list[Conflict]:
+        """Settings that cannot work together."""
         low_bit, bf16 = self.optimizer_state != "fp32", self.weights == "bf16"
-        strategy = self.predict_aware.strategy if self.predict_aware else "none"
-        precision = self.mixed_precision.predict if self.mixed_precision else ""
-        pairs = [
+        strategy = self.predict_strategy
+        return [
             (
                 self.step_in_backward and self.gradient_accumulation is not None,
                 ("step_in_backward", "gradient_accumulation"),
@@ -218,7 +217,7 @@ class MemoryConfig:
                 "the state is compressed already; use strategy='pinned' or 'none'",
             ),
             (
-                bf16 and precision == "bf16_weights",
+                bf16 and self.lowers_weights,
                 ("weights='bf16'", "mixed_precision predict='bf16_weights'"),
                 "there are no float32 masters on the card to put away; use predict='bf16'",
             ),
@@ -228,7 +227,16 @@ class MemoryConfig:
                 "plain rounding would swallow small updates; use optimizer_state='int8', or state_on_host=True",
             ),
         ]
-        return [(*names, why) for conflict, names, why in pairs if conflict]
+
+    @property
+    def predict_strategy(self) -> str:
+        """What becomes of the optimizer's state in Predict."""
+        return self.predict_aware.strategy if self.predict_aware else "none"
+
+    @property
+    def lowers_weights(self) -> bool:
+        """Whether the card holds bf16 weights alone in Predict."""
+        return self.mixed_precision is not None and self.mixed_precision.predict == "bf16_weights"
 
     @property
     def micro_batches(self) -> int:
@@ -239,6 +247,17 @@ class MemoryConfig:
     def model_settings(self) -> dict[str, int]:
         """What `GPT2Config` takes of these settings."""
         return {"loss_chunk_tokens": self.loss_chunk_tokens, "pad_vocab_to": self.pad_vocab_to}
+
+
+Conflict = tuple[bool, tuple[str, str], str]
+"""Whether two settings are in each other's way, which two, and why, with what to do."""
+
+
+def refuse_conflicts(conflicts: Iterable[Conflict]) -> None:
+    """Raise ValueError for the first conflict that is one."""
+    for conflict, (first, second), why in conflicts:
+        if conflict:
+            raise ValueError(f"{first} does not go with {second}: {why}")
 
 
 def _choose(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -42,6 +42,7 @@ class StepInBackward(Optimizer):
         super().__init__(method.param_groups, defaults={})
         self.method, self._clip = method, clip_norm
         self._buckets = [list(bucket) for bucket in buckets]
+        self._members = [self._by_group(set(bucket)) for bucket in self._buckets]
         self._arrived = [0] * len(self._buckets)
         self._is_held = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
@@ -104,7 +105,7 @@ class StepInBackward(Optimizer):
         self._squares[i] = torch.stack(torch._foreach_norm(gradients)).square().sum()
         if self._clip is not None:
             torch._foreach_mul_(gradients, (self._clip / (self._estimated_norm() + 1e-6)).clamp(max=1.0))
-        self._lend_(set(self._buckets[i]))
+        self._lend_(i)
         self.method.step()
         for param in self._buckets[i]:
             param.grad = None
@@ -120,10 +121,14 @@ class StepInBackward(Optimizer):
         shares = torch.where(whole > 0, self._squares / whole, self.param_groups[0]["clip_shares"])
         self.param_groups[0]["clip_shares"] = shares
 
-    def _lend_(self, bucket: set[nn.Parameter]) -> None:
-        """Let the method see the bucket alone, with this object's settings and state."""
-        groups = [group | {"params": [p for p in group["params"] if p in bucket]} for group in self.param_groups]
-        self.method.param_groups = [group for group in groups if group["params"]]
+    def _by_group(self, bucket: set[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The bucket's parameters, a list a group."""
+        return [[p for p in group["params"] if p in bucket] for group in self.param_groups]
+
+    def _lend_(self, i: int) -> None:
+        """Let the method see a bucket alone, with this object's settings and state."""
+        groups = zip(self.param_groups, self._members[i], strict=True)
+        self.method.param_groups = [group | {"params": members} for group, members in groups if members]
         self.method.state = self.state
 
 

@@ -103,8 +103,7 @@ class Rehearsal:
         """Bytes by part at the peak of Predict: what has not left the card, and a forward pass."""
         self._forget_gradients()
         self._put_state_away()
-        numbers = self._memory.mixed_precision
-        if numbers and numbers.predict == "bf16_weights":
+        if self._memory.lowers_weights:
             _lower_(self._model)
             self._live.tag(self._model.parameters(), "weights")
         self._live.reset_peak()
@@ -163,7 +162,7 @@ class Rehearsal:
 
     def _put_state_away(self) -> None:
         """What Predict's strategy leaves of the state on the card."""
-        strategy = self._memory.predict_aware.strategy if self._memory.predict_aware else "none"
+        strategy = self._memory.predict_strategy
         if strategy == "none":
             return
         moments = [t for t in self._state if t.numel() > 1] if strategy == "compress" else []

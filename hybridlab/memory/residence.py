@@ -24,7 +24,7 @@ class PredictResidence:
         self._weights, self._lookahead = weights, predict_aware.lookahead
         self._state = StateOffload(optimizer, predict_aware)
         self._releases = predict_aware.release and weights.device.type == "cuda"
-        self._lowers = memory.mixed_precision is not None and memory.mixed_precision.predict == "bf16_weights"
+        self._lowers = memory.lowers_weights
         self.is_clear = False
 
     def clear_(self, steps_left: int) -> None:
