@@ -95,8 +95,9 @@ def test_idx_files_give_back_their_arrays(folder, tiny, style):
         ("train-images-idx3-ubyte", idx(np.zeros((7, 8, 8), np.uint8)), r"MNIST's are \(n, 28, 28\)"),
         ("train-labels-idx1-ubyte", idx(np.zeros(6, np.uint8)), "for 7 images"),
         ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "the label 10"),
-        ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(3, np.uint8)))[:-9], "gzip file is damaged"),
+        ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(3, np.uint8)), mtime=0)[:-9], "gzip file is damaged"),
     ],
+    ids=["no IDX", "short header", "short data", "wrong shape", "labels missing", "no digit", "cut gzip"],
 )
 def test_damaged_files_are_named_with_what_is_wrong(folder, name, content, message):
     (folder / name).write_bytes(content)
