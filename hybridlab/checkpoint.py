@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridlab.errors import UserError
 from hybridlab.files import remove, replaced
 
-FORMAT = 1
+FORMAT = 2
 """Of the file. Raise it when what a checkpoint holds changes its meaning: other formats are refused."""
 
 _MARK = "hybridlab_checkpoint"
@@ -80,7 +80,7 @@ def remove_checkpoint(path: Path) -> None:
 
 def refuse_differences(place: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise UserError, naming each setting that differs, unless both are the same."""
-    if different := ", ".join(_differences(then, now)):
+    if different := ", ".join(differences(then, now)):
         raise UserError(
             f"{place} is of another run: {different}; choose another folder, or start afresh without resume"
         )
@@ -161,11 +161,11 @@ def _other_format(path: Path, found: object) -> str:
     )
 
 
-def _differences(then: object, now: object, name: str = "") -> Iterator[str]:
+def differences(then: object, now: object, name: str = "") -> Iterator[str]:
     """Each leaf that differs, by its dotted name."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in {**then, **now}:
-            yield from _differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            yield from differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
     elif then != now:
         yield f"{name} ({then!r} then, {now!r} now)"
 

@@ -159,15 +159,13 @@ def plan(
     from hybridlab.memory.nearest_fit import Situation
     from hybridlab.memory.step_time import find_card
     from hybridlab.optimizers import OptimizerConfig
-    from hybridlab.predictors import PREDICTORS
 
     card_bytes, rates = find_card(card)
     settings, size = memory_named(memory), read_batch(batch)
-    situation = Situation(model, size, settings, OptimizerConfig(optimizer, weight_decay=0.0))
+    situation = Situation(model, size, settings, OptimizerConfig(optimizer))
     if predictor != "none":
         hybrid = HybridTrainerConfig(predictor=predictor, path_device=path_device, memory=settings)
-        needs = PREDICTORS[predictor]().needs(hybrid.full_steps)
-        situation = replace(situation, path=needs, path_storage=hybrid.path_storage)
+        situation = replace(situation, path=hybrid.path_needs, path_storage=hybrid.path_storage)
     for line in forecast(situation, card_bytes, rates):
         print(line)
 

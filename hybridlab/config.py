@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from hybridlab.errors import nearest
+from hybridlab.gram import PathNeeds
 from hybridlab.memory.config import Conflict, MemoryConfig, refuse_conflicts
 from hybridlab.predictors import PREDICTORS
+from hybridlab.settings import check_bounds, check_choice, check_types
 from hybridlab.trajectory import PathStorage
 
 
@@ -54,6 +55,11 @@ class HybridTrainerConfig:
     memory: MemoryConfig | None = None
 
     @property
+    def path_needs(self) -> PathNeeds | None:
+        """What is remembered of the path; None where nothing is predicted."""
+        return PREDICTORS[self.predictor]().needs(self.full_steps) if self.max_predict_steps else None
+
+    @property
     def path_storage(self) -> PathStorage:
         """Where the path is kept, and in which type."""
         dtype = torch.bfloat16 if self.path_dtype == "bf16" else torch.float32
@@ -76,21 +82,14 @@ class HybridTrainerConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), str(field.type))
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: it must be at least {least}")
-        for name in ("confidence_threshold", "gate_budget"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
-        if self.divergence_threshold <= 0 or (self.clip_norm is not None and self.clip_norm <= 0):
-            raise ValueError("divergence_threshold and clip_norm must be above 0 (clip_norm=None turns clipping off)")
-        choices = {"predictor": PREDICTORS, "path_device": ("same", "host"), "path_dtype": ("fp32", "bf16")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: {nearest(getattr(self, name), known)}")
+        check_types(self)
+        check_bounds(self, "warmup_steps", "max_predict_steps", "correct_steps", least=0)
+        check_bounds(self, "full_steps", "correction_interval", "gate_batches", least=1)
+        check_bounds(self, "confidence_threshold", "gate_budget", least=0, most=1)
+        check_bounds(self, "divergence_threshold", "clip_norm", above=0)
+        check_choice("predictor", self.predictor, PREDICTORS)
+        check_choice("path_device", self.path_device, ("same", "host"))
+        check_choice("path_dtype", self.path_dtype, ("fp32", "bf16"))
         refuse_conflicts(self._memory_conflicts())
 
     def _memory_conflicts(self) -> list[Conflict]:
@@ -114,27 +113,3 @@ class HybridTrainerConfig:
                 "the path and the way back, larger than what leaves, would stay on it; set path_device='host'",
             ),
         ]
-
-
-_LEAST = {
-    "warmup_steps": 0,
-    "full_steps": 1,
-    "max_predict_steps": 0,
-    "correct_steps": 0,
-    "correction_interval": 1,
-    "gate_batches": 1,
-}
-
-
-def _check_type(name: str, value: object, wanted: str) -> None:
-    kinds: dict[str, tuple[type, ...]] = {
-        "int": (int,),
-        "float": (int, float),
-        "bool": (bool,),
-        "str": (str,),
-        "float | None": (int, float, type(None)),
-        "MemoryConfig | None": (MemoryConfig, type(None)),
-    }
-    if not isinstance(value, kinds[wanted]) or (isinstance(value, bool) and wanted != "bool"):
-        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) and "float" in wanted else ""
-        raise TypeError(f"{name} is {value!r}: {wanted} is wanted{hint}")

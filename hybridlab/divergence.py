@@ -9,6 +9,8 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import Any
 
+from hybridlab.settings import check_bounds, check_types
+
 
 class Answer(IntEnum):
     """What a verdict asks for, from mild to grave."""
@@ -52,6 +54,12 @@ class Thresholds:
     swing: float = 0.1
     prediction_mild: float = 1.0
     prediction_grave: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_bounds(self, "band", "explosion", above=0)
+        check_bounds(self, "vanishing", "swing", "prediction_mild", "prediction_grave", least=0)
+        check_bounds(self, "alternation", least=0, most=1)
 
 
 PERSISTENCE = 3
@@ -169,6 +177,11 @@ class DivergenceMonitor:
         if norm is not None:
             self.log_norm += self.smoothing * (math.log(max(norm, 1e-30)) - self.log_norm)
         self.count += 1
+
+    def settle_anew(self) -> None:
+        """What was usual is so no more: the next measurements only teach, as the first ones did."""
+        self.count = self.grave_in_a_row = 0
+        self.departures.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned."""

@@ -11,28 +11,31 @@ from hybridlab.errors import UserError
 
 
 @contextmanager
-def replaced(path: Path, *, keep_as: Path | None = None) -> Iterator[Path]:
+def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -> Iterator[Path]:
     """Yield a name beside `path`; what the block writes there takes the place of `path` when the block ends.
 
     path: its folder is made where it is missing
     keep_as: where the file that is replaced goes; None lets it go
+    lasting: the content is on the disk before the name is given to it, and the name when the block has ended; False
+        waits for no disk, for what counts only as long as the machine runs
 
-    The content is on the disk before the name is given to it, and the name when the block has ended. If the block
-    fails, `path` is as it was and nothing lies beside it; a process killed at the worst moment leaves the old file
-    under `keep_as`.
+    If the block fails, `path` is as it was and nothing lies beside it; a process killed at the worst moment leaves the
+    old file under `keep_as`.
 
     Raises UserError where the disk is full or cannot be written.
     """
     beside = _beside(path)
     try:
-        with _writing_to(path.parent):
+        with writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
-            _to_disk(beside)
+            if lasting:
+                _to_disk(beside)
             if keep_as and path.exists():
                 os.replace(path, keep_as)
             os.replace(beside, path)
-            _to_disk(path.parent)
+            if lasting:
+                _to_disk(path.parent)
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -44,21 +47,24 @@ def remove(*paths: Path) -> None:
     Raises UserError where that cannot be done.
     """
     for path in paths:
-        with _writing_to(path.parent):
+        with writing_to(path.parent):
             path.unlink(missing_ok=True)
             _beside(path).unlink(missing_ok=True)
 
 
 @contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line that says what to do."""
+def writing_to(folder: Path, *, otherwise: str = "choose another folder") -> Iterator[None]:
+    """Turn a full or unwritable disk into one line that says what to do.
+
+    otherwise: what helps where there is no room to make
+
+    Raises UserError for any OSError of the block.
+    """
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise UserError(
-            f"cannot write in the folder {folder}: {reason}; make room there or choose another folder"
-        ) from error
+        raise UserError(f"cannot write in the folder {folder}: {reason}; make room there or {otherwise}") from error
 
 
 def _beside(path: Path) -> Path:

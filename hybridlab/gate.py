@@ -13,6 +13,9 @@ LENGTHS = (0.0, 0.5, 1.0, 2.0)
 FORWARD_COST = 1 / 3
 """Of a forward pass, in gradient steps."""
 
+RELIABILITY_BINS = 5
+"""Of the reliability table, over confidences from 0 to 1."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -20,12 +23,10 @@ class Decision:
 
     length: to take, in units of the proposal; 0 refuses it
     change: mean change of the loss at the best length tried, paired by batch, in nats
-    standard_error: of that change; infinite with a single batch
     """
 
     length: float
     change: float
-    standard_error: float
 
     @property
     def accepted(self) -> bool:
@@ -44,15 +45,15 @@ def judge(losses: Mapping[float, Sequence[float]]) -> Decision:
     changes = {length: _paired(losses[length], losses[0.0]) for length in losses if length > 0}
     changes = {length: change for length, change in changes.items() if math.isfinite(change[0])}
     if not changes:
-        return Decision(0.0, math.nan, math.inf)
+        return Decision(0.0, math.nan)
     best = min(changes, key=lambda length: changes[length][0])
     mean, error = changes[best]
     significant = mean < -2 * error if math.isfinite(error) else mean < 0
-    return Decision(best if significant else 0.0, mean, error)
+    return Decision(best if significant else 0.0, mean)
 
 
 def _paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
-    """Mean difference and its standard error."""
+    """Mean difference and its standard error, which is infinite for a single pair."""
     differences = [a - b for a, b in zip(after, before, strict=True)]
     count, mean = len(differences), sum(differences) / len(differences)
     if count < 2:
@@ -103,9 +104,9 @@ class Gate:
         at_its_end = self.horizon >= self.longest
         self.longest, self.horizon = longest, float(longest) if at_its_end else min(self.horizon, float(longest))
 
-    def reliability(self, bins: int = 5) -> list[dict[str, float]]:
+    def reliability(self) -> list[dict[str, float]]:
         """Predicted confidence against how often the proposal was accepted, a row a bin that holds any."""
-        rows = []
+        rows, bins = [], RELIABILITY_BINS
         for i in range(bins):
             low, high = i / bins, (i + 1) / bins
             inside = [o for o in self.outcomes if low <= o[0] < high or (i == bins - 1 and o[0] >= high)]

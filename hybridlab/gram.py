@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
+from hybridlab.settings import check_bounds, check_types
+
 Coefficients = Float64[np.ndarray, "group row"]
 """Weights of the rows, by parameter group: a combination of rows is a motion of the weights."""
 
@@ -25,6 +27,11 @@ class PathNeeds:
     every: int
     velocity: float | None = None
     direction: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_bounds(self, "rows", "every", least=1)
+        check_bounds(self, "velocity", least=0, below=1)
 
     @property
     def span(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from hybridlab.errors import nearest
+from hybridlab.settings import check_bounds, check_choice, check_types
 
 OPTIMIZERS = ("adamw", "adam", "muon", "sgd")
 SCHEDULES = ("constant", "wsd", "cosine")
@@ -31,7 +30,8 @@ class OptimizerConfig:
         lr: base learning rate; with muon, of the hidden matrices.
         betas: Adam's decay rates of the first and second moment.
         eps: added to Adam's denominator.
-        weight_decay: on parameters of two or more dimensions; norms and biases are not decayed.
+        weight_decay: on parameters of two or more dimensions; norms and biases are not decayed. None is 0.1, and
+            nothing with adam, which would mix it into its moments.
         momentum: of muon and sgd.
         adamw_lr: with muon, the learning rate of everything else; None is 3e-4.
 
@@ -44,32 +44,33 @@ class OptimizerConfig:
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float | None = None
     momentum: float = 0.95
     adamw_lr: float | None = None
 
     def __post_init__(self) -> None:
-        _refuse_unknown("optimizer", self.name, OPTIMIZERS)
-        _refuse_outside("lr", self.lr, above=0.0)
-        _refuse_outside("eps", self.eps, above=0.0)
-        _refuse_outside("weight_decay", self.weight_decay, least=0.0)
-        _refuse_outside("momentum", self.momentum, least=0.0, below=1.0)
-        if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
-            raise TypeError(f"betas={self.betas!r} must be two numbers, such as [0.9, 0.999]")
-        for beta in self.betas:
-            _refuse_outside("betas", beta, least=0.0, below=1.0)
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        check_types(self)
+        check_choice("optimizer", self.name, OPTIMIZERS)
+        check_bounds(self, "lr", "eps", "adamw_lr", above=0)
+        check_bounds(self, "weight_decay", least=0)
+        check_bounds(self, "betas", "momentum", least=0, below=1)
         if self.name == "adam" and self.weight_decay:
             raise ValueError("adam mixes weight decay into its moments: use weight_decay=0.0 or name='adamw'")
-        if self.adamw_lr is not None:
-            _refuse_outside("adamw_lr", self.adamw_lr, above=0.0)
-            if self.name != "muon":
-                raise ValueError(f"adamw_lr goes with name='muon': for {self.name!r}, set lr")
+        if self.adamw_lr is not None and self.name != "muon":
+            raise ValueError(f"adamw_lr goes with name='muon': for {self.name!r}, set lr")
+
+    @property
+    def decay(self) -> float:
+        """`weight_decay`, or what None means."""
+        meant = 0.0 if self.name == "adam" else 0.1
+        return meant if self.weight_decay is None else self.weight_decay
 
     @classmethod
     def tuned(cls, **changes: Any) -> OptimizerConfig:
         """The best AdamW found for GPT-2 Small on 15 million tokens: 3e-4, beta2 0.999, decay 0.1."""
-        return replace(cls(), **changes)
+        return replace(cls(weight_decay=0.1), **changes)
 
     @classmethod
     def vanilla(cls, **changes: Any) -> OptimizerConfig:
@@ -89,7 +90,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter: set requires_grad on some")
-    groups = decay_groups(parameters, config.weight_decay)
+    groups = decay_groups(parameters, config.decay)
     fused = True if all(parameter.is_cuda for parameter in parameters) else None
     match config.name:
         case "adamw":
@@ -109,7 +110,7 @@ def _build_muon(model: nn.Module, config: OptimizerConfig, fused: bool | None) -
     muon = Muon(
         hidden,
         lr=config.lr,
-        weight_decay=config.weight_decay,
+        weight_decay=config.decay,
         momentum=config.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
@@ -117,7 +118,7 @@ def _build_muon(model: nn.Module, config: OptimizerConfig, fused: bool | None) -
     rest = [p for p in model.parameters() if p.requires_grad and p not in chosen]
     if not rest:
         return muon
-    groups, lr = decay_groups(rest, config.weight_decay), config.adamw_lr or COMPANION_LR
+    groups, lr = decay_groups(rest, config.decay), config.adamw_lr or COMPANION_LR
     return MuonWithAdamW(muon, AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused))
 
 
@@ -213,13 +214,12 @@ class Schedule:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        _refuse_unknown("schedule", self.name, SCHEDULES)
-        for name, least in ("warmup_steps", 0), ("total_steps", 1):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"{name}={getattr(self, name)!r} must be a whole number")
-            _refuse_outside(name, getattr(self, name), least=least)
-        _refuse_outside("decay_fraction", self.decay_fraction, above=0.0, most=1.0)
-        _refuse_outside("final_fraction", self.final_fraction, least=0.0, most=1.0)
+        check_types(self)
+        check_choice("schedule", self.name, SCHEDULES)
+        check_bounds(self, "warmup_steps", least=0)
+        check_bounds(self, "total_steps", least=1)
+        check_bounds(self, "decay_fraction", above=0, most=1)
+        check_bounds(self, "final_fraction", least=0, most=1)
         if self.warmup_steps > self.total_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is longer than total_steps={self.total_steps}: "
@@ -260,27 +260,3 @@ def set_lr_(optimizer: Optimizer, multiplier: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-
-
-def _refuse_unknown(kind: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}: {nearest(name, known)}")
-
-
-def _refuse_outside(
-    name: str,
-    value: float,
-    least: float = -math.inf,
-    most: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> None:
-    if isinstance(value, str):
-        meant = re.sub(r"^([+-]?\d+)(e)", r"\1.0\2", value, flags=re.IGNORECASE)
-        raise TypeError(f"{name}={value!r} is text, not a number: write {meant} (YAML reads 1e-4 as text)")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}={value!r} must be a number")
-    if not (least <= value <= most and above < value < below):
-        bounds = {"at least": least, "at most": most, "above": above, "below": below}
-        said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-        raise ValueError(f"{name}={value} must be {said}")

@@ -108,6 +108,13 @@ class Run:
             summary=json.loads(path.read_text()) if (path := folder / "summary.json").exists() else None,
         )
 
+    @property
+    def closing_figures(self) -> dict[str, Any]:
+        """`summary`, of a run that has finished. Raises UserError for one that has not."""
+        if self.summary is None:
+            raise UserError(f"the run in {self.folder} has not finished: go on with it, or train it afresh")
+        return self.summary
+
 
 def runs_under(folder: Path) -> list[Run]:
     """Every run that lies in a folder or below it, by path."""

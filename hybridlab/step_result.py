@@ -5,9 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from hybridlab.phases import Phase
+
+
+class Reading:
+    """A number on its way from the device: who reads it waits for that number alone, not for what was asked for since.
+
+    tensor: the same, on the device
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        self._number = self.tensor.to("cpu", non_blocking=True)
+        self._is_there = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def __float__(self) -> float:
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        return float(self._number)
 
 
 @dataclass(frozen=True)
@@ -18,9 +36,11 @@ class StepResult:
     phase: the phase that it took place in
     predicted_loss: in nats, where the step was predicted; None for gradient steps
     confidence: of the predictor, where it was asked
-    event: "accepted", "rejected", "shortened", "rolled back: ..." or another verdict of the monitor; None mostly
+    event: what was decided at this step; None mostly. Of a jump: "proposed", then "accepted" or "rejected". Of the
+        monitor, each with its verdict behind a colon: "shortened", "left Predict", "rolled back", "diverged" (nothing
+        to take back), or "noted" (outside of a jump)
 
-    Losses and norms stay on the device until somebody reads them, so that watching does not stall it.
+    Who reads the loss or the norm of a step after the next one has begun does not stall the device.
     """
 
     nominal_step: int
@@ -28,18 +48,18 @@ class StepResult:
     predicted_loss: float | None = None
     confidence: float | None = None
     event: str | None = None
-    loss_tensor: Tensor | None = field(default=None, repr=False)
-    norm_tensor: Tensor | None = field(default=None, repr=False)
+    loss_reading: Reading | None = field(default=None, repr=False)
+    norm_reading: Reading | None = field(default=None, repr=False)
 
     @cached_property
     def measured_loss(self) -> float | None:
         """The loss of a forward on this step's batch, in nats; None where none was run."""
-        return None if self.loss_tensor is None else float(self.loss_tensor)
+        return None if self.loss_reading is None else float(self.loss_reading)
 
     @cached_property
     def gradient_norm(self) -> float | None:
         """Norm of the gradient before clipping; None where no backward was run."""
-        return None if self.norm_tensor is None else float(self.norm_tensor)
+        return None if self.norm_reading is None else float(self.norm_reading)
 
     @property
     def loss(self) -> float:

@@ -13,9 +13,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hybridlab.device import wait_for_stream
 from hybridlab.errors import UserError
 from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
+from hybridlab.host_memory import brought, host_room
+from hybridlab.settings import check_types
 from hybridlab.weights import Flat, Weights, refuse_hidden_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _CHUNK_ELEMENTS = 1 << 24
 """Elements of a row whose products are summed in float32, and that are brought to the device at a time."""
@@ -27,6 +32,11 @@ class PathStorage:
 
     on_host: bool = False
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype is {self.dtype}: rows are differences of weights, take torch.bfloat16 or float32")
 
 
 class Trajectory:
@@ -66,34 +76,34 @@ class Trajectory:
         if self._steps % self._needs.every:
             return False
         for g in range(len(self._weights.groups)):
-            row, last = self._rows[g][self._recorded % self._needs.rows], self._last[g]
-            if row.dtype == last.dtype:
-                torch.sub(self._weights.gather_(row, g), last, out=row)
-                self._weights.gather_(last, g)
-            else:
-                before = last.clone()
-                row.copy_(self._weights.gather_(last, g) - before)
+            row = self._rows[g][self._recorded % self._needs.rows]
+            self._weights.advance_(self._last[g], row, g)
             if self._needs.velocity is not None:
                 keep = self._needs.velocity**self._needs.every
-                self._velocity[g].mul_(keep).add_(row, alpha=(1 - keep) / self._needs.every)
+                _average_(self._velocity[g], row, keep, (1 - keep) / self._needs.every, self._weights.device)
         self._recorded += 1
         return True
 
     def _allocate(self) -> None:
-        """Take the memory of the path when it is first needed, and once."""
+        """Take the memory of the path when it is first needed, and once: all of it, or none where it is short."""
         if self._rows:
             return
-        sizes = [(group[0], sum(p.numel() for p in group)) for group in self._weights.groups]
-        self._rows = [self._empty(like, self._needs.rows, size) for like, size in sizes]
-        self._last = [self._empty(like, size, dtype=like.dtype) for like, size in sizes]
-        if self._needs.velocity is not None:
-            self._velocity = [self._empty(like, size).zero_() for like, size in sizes]
+        needs, stored = self._needs, self._storage.dtype
+        sizes = [(sum(p.numel() for p in group), group[0].dtype) for group in self._weights.groups]
+        rows = [_unfilled(stored, needs.rows, size) for size, _ in sizes]
+        last = [_unfilled(dtype, size) for size, dtype in sizes]
+        velocity = [_unfilled(stored, size) for size, _ in sizes if needs.velocity is not None]
+        room = iter(self._room([*rows, *last, *velocity]))
+        self._rows, self._last, self._velocity = ([next(room) for _ in kind] for kind in (rows, last, velocity))
+        for mean in self._velocity:
+            mean.zero_()
 
-    def _empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self._storage.dtype
-        if not self._storage.on_host:
-            return torch.empty(shape, dtype=dtype, device=like.device)
-        return torch.empty(shape, dtype=dtype, pin_memory=like.is_cuda)
+    def _room(self, wanted: list[Tensor]) -> list[Tensor]:
+        """Memory of these shapes and types, where the path is kept."""
+        device = self._weights.device
+        if self._storage.on_host:
+            return host_room(wanted, pinned=device.type == "cuda")
+        return [torch.empty_like(tensor, device=device) for tensor in wanted]
 
     @property
     def is_full(self) -> bool:
@@ -129,7 +139,7 @@ class Trajectory:
         for g, group in enumerate(self._weights.groups):
             gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group])
             for row in np.flatnonzero(coefficients[g]):
-                along = self._row_vectors(g)[row].to(device, gradient.dtype)
+                along = brought(self._row_vectors(g)[row], device, gradient.dtype)
                 slopes[g] += float(coefficients[g, row]) * _dot(gradient, along)
         return slopes
 
@@ -203,18 +213,36 @@ def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, An
         )
     beta1, beta2 = group["betas"]
     step = float(state["step"])
-    spread = (state["exp_avg_sq"].float() / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    return (state["exp_avg"].float() / spread).mul_(-float(group["lr"]) / (1 - beta1**step))
+    mean, square = (torch.empty_like(param, dtype=torch.float32).copy_(state[name]) for name in MOMENTS)
+    spread = square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+    return mean.div_(spread).mul_(-float(group["lr"]) / (1 - beta1**step))
 
 
 # --- lists of tensors ------------------------------------------------------------------------------------
+
+
+def _unfilled(dtype: torch.dtype, *shape: int) -> Tensor:
+    """What memory is wanted for."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _average_(mean: Flat, row: Flat, keep: float, weight: float, device: torch.device) -> None:
+    """Mean = keep mean + weight row; computed on the device, piece by piece where it does not lie there."""
+    if (mean.device, mean.dtype) == (device, torch.float32):
+        mean.mul_(keep).add_(row, alpha=weight)
+        return
+    for old, new in zip(torch.split(mean, _CHUNK_ELEMENTS), torch.split(row, _CHUNK_ELEMENTS), strict=True):
+        exact = brought(old, device, torch.float32) * keep
+        exact.add_(brought(new, device, torch.float32), alpha=weight)
+        old.copy_(exact.to(old.dtype), non_blocking=True)
+    wait_for_stream(device)
 
 
 def _products(rows: Sequence[Flat], device: torch.device) -> Float64[Tensor, "row row"]:
     """Inner products of rows, brought to the device piece by piece."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
     for start in range(0, rows[0].numel() if rows else 0, _CHUNK_ELEMENTS):
-        pieces = [row[start : start + _CHUNK_ELEMENTS].to(device, torch.float32) for row in rows]
+        pieces = [brought(row[start : start + _CHUNK_ELEMENTS], device, torch.float32) for row in rows]
         for i, j in itertools.combinations_with_replacement(range(len(rows)), 2):
             total[i, j] += torch.dot(pieces[i], pieces[j])
     return torch.triu(total) + torch.triu(total, diagonal=1).T

@@ -1,17 +1,20 @@
-"""The weights of a model: read, moved, put away and restored in this file, and in no other."""
+"""The weights of a model as a prediction sees them; every jump passes through here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hybridlab.device import wait_for_stream
 from hybridlab.errors import UserError
+from hybridlab.host_memory import HostPool, brought, host_room
 
 Flat = Float[Tensor, " element"]
 """One parameter group, laid out in one piece of memory."""
@@ -22,14 +25,18 @@ PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own."""
+    """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own.
+
+    beside: by parameter, the names of the state that lay where the parameter does; state that is gone returns there
+    """
 
     tensors: tuple[Tensor, ...]
     optimizer: dict[int, dict[str, Any]] | None
+    beside: dict[int, list[str]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The fields, by name."""
-        return {"tensors": self.tensors, "optimizer": self.optimizer}
+        return {"tensors": self.tensors, "optimizer": self.optimizer, "beside": self.beside}
 
 
 class Weights:
@@ -38,31 +45,49 @@ class Weights:
     While they are *lowered*, the device holds them in bf16 and the host their exact float32 values; motions are added
     to the exact ones, so that roundings never pile up.
 
-    on_host: keep snapshots in (pinned) host memory instead of beside the weights
+    on_host: keep snapshots in (pinned) host memory instead of beside the weights; it is used again when nobody holds
+        the snapshot, or a tensor of it, any more
 
-    Raises UserError for an optimizer that keeps a copy of the weights which a jump would not reach.
+    `lower_` and `snapshot` raise UserError where host memory is short or cannot be pinned; nothing has been changed
+    then.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, on_host: bool = False) -> None:
-        self._optimizer, self._on_host = optimizer, on_host
+        self._optimizer, self._host = optimizer, HostPool() if on_host else None
         groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self.groups = [group for group in groups if group]
-        self.settings = [settings for settings, group in zip(optimizer.param_groups, groups, strict=True) if group]
         self.params = [p for group in self.groups for p in group]
+        self.device = self.params[0].device
         self._buffers = list(model.buffers())
+        self._likes = [torch.empty_like(p, device="meta") for p in self.params]  # strides too
         self._masters: list[Flat] = []
         self._low: list[Flat] = []
+        self._is_low = False
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.params[0].device
+    def settings(self) -> list[dict[str, Any]]:
+        """The optimizer's settings of each group, as they are now."""
+        return [s for s in self._optimizer.param_groups if any(p.requires_grad for p in s["params"])]
 
     @torch.no_grad()
     def gather_(self, flat: Flat, g: int) -> Flat:
         """Copy one group's weights into a flat piece of memory, and return it."""
         torch._foreach_copy_(_views(flat, self.groups[g]), self.groups[g])
         return flat
+
+    @torch.no_grad()
+    def advance_(self, last: Flat, row: Flat, g: int) -> None:
+        """Row = weights - last, then last = weights, of one group; computed where the weights are."""
+        group = self.groups[g]
+        if (row.device, row.dtype) == (self.device, last.dtype):
+            torch.sub(self.gather_(row, g), last, out=row)
+            self.gather_(last, g)
+            return
+        for param, then, way in zip(group, _views(last, group), _views(row, group), strict=True):
+            moved = param - brought(then, self.device, then.dtype)
+            way.copy_(moved.to(way.dtype), non_blocking=True)
+            then.copy_(param, non_blocking=True)
+        wait_for_stream(self.device)
 
     # --- moving ------------------------------------------------------------------------------------------
 
@@ -72,7 +97,7 @@ class Weights:
 
         motions: g, a row of the path, and the length to go along it
         """
-        move_ = self._move_masters_ if self._low else self._move_group_
+        move_ = self._move_masters_ if self._is_low else self._move_group_
         for g, row, length in motions:
             move_(g, row, length)
         tell_of_jump(self._optimizer)
@@ -80,69 +105,80 @@ class Weights:
     def _move_group_(self, g: int, row: Flat, length: float) -> None:
         """Along a row that lies beside the weights, or comes over one parameter at a time."""
         group, pieces = self.groups[g], _views(row, self.groups[g])
-        if (row.device, row.dtype) == (group[0].device, group[0].dtype):
+        if (row.device, row.dtype) == (self.device, group[0].dtype):
             torch._foreach_add_(group, pieces, alpha=length)
             return
         for param, piece in zip(group, pieces, strict=True):
-            param.add_(_brought(piece, param), alpha=length)
-        _wait_for(self.device)
+            param.add_(brought(piece, self.device, param.dtype), alpha=length)
+        wait_for_stream(self.device)
 
     def _move_masters_(self, g: int, row: Flat, length: float) -> None:
         """The exact weights come to the device piece by piece, move there, and go back; so do the bf16 ones."""
         flats = (torch.split(flat, PIECE) for flat in (self._masters[g], self._low[g], row))
         for master, low, piece in zip(*flats, strict=True):
-            exact = _brought(master, master, low.device)
-            exact.add_(_brought(piece, master, low.device), alpha=length)
+            exact = brought(master, self.device, master.dtype)
+            exact = exact.add(brought(piece, self.device, master.dtype), alpha=length)
             master.copy_(exact, non_blocking=True)
             low.copy_(exact)
-        _wait_for(self.device)
+        wait_for_stream(self.device)
 
     # --- putting away ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def lower_(self) -> None:
-        """Leave bf16 weights on the device, and keep the float32 ones on the host. Does nothing the second time."""
-        if self._low:
+        """Leave bf16 weights on the device, and keep the float32 ones on the host. Does nothing the second time.
+
+        Broken off at any point, no bit is lost: the exact weights are where `raise_` finds them.
+        """
+        if self._is_low:
             return
         if not self._masters:
-            self._masters = [_host_flat(group) for group in self.groups]
-        for g, group in enumerate(self.groups):
-            low = torch.empty(self._masters[g].numel(), dtype=torch.bfloat16, device=self.device)  # leaves no gaps
-            for param, master, copy in zip(group, _views(self._masters[g], group), _views(low, group), strict=True):
-                master.copy_(param, non_blocking=True)
-                param.data = copy.copy_(param)
-            self._low.append(low)
-        _wait_for(self.device)
+            self._masters = host_room([_alike(group) for group in self.groups], pinned=self.device.type == "cuda")
+        lows = [torch.empty(m.numel(), dtype=torch.bfloat16, device=self.device) for m in self._masters]  # no gaps
+        for param, master in self._beside(self._masters):
+            master.copy_(param, non_blocking=True)
+        wait_for_stream(self.device)
+        self._low, self._is_low = lows, True
+        for param, low in self._beside(lows):
+            param.data = low.copy_(param)
 
     @torch.no_grad()
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
-        if not self._low:
+        if not self._is_low:
             return
-        for g, group in enumerate(self.groups):
-            for param, master in zip(group, _views(self._masters[g], group), strict=True):
-                param.data = torch.empty_like(param, dtype=master.dtype).copy_(master, non_blocking=True)
-        _wait_for(self.device)
+        for param, master in self._beside(self._masters):
+            param.data = master  # the bf16 weights go before the float32 ones come
         self._low = []
+        for (param, master), like in zip(self._beside(self._masters), self._likes, strict=True):
+            param.data = torch.empty_like(like, device=self.device).copy_(master, non_blocking=True)
+        wait_for_stream(self.device)
+        self._is_low = False
+
+    def _beside(self, flats: Sequence[Flat]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter, with its place in its group's piece of memory."""
+        for group, flat in zip(self.groups, flats, strict=True):
+            yield from zip(group, _views(flat, group), strict=True)
 
     # --- keeping a way back ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def snapshot(self, *, optimizer: bool = True) -> Snapshot:
         """A copy of weights and buffers, and of the optimizer's state unless told otherwise."""
-        states = self._optimizer.state
-        saved = {i: self._copied(states[p]) for i, p in enumerate(self.params) if p in states} if optimizer else None
-        snapshot = Snapshot(tuple(self._stored(t) for t in self._tensors), saved)
-        _wait_for(self.device)
-        return snapshot
+        states = self._states if optimizer else {}
+        tensors = tuple(self._copies(self._tensors))
+        copies = iter(self._copies([value for state in states.values() for value in _tensors_of(state).values()]))
+        saved = {i: {**state, **{key: next(copies) for key in _tensors_of(state)}} for i, state in states.items()}
+        beside = {i: _on_device(state, self.params[i].device) for i, state in states.items()}
+        wait_for_stream(self.device)
+        return Snapshot(tensors, saved if optimizer else None, beside)
 
-    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
-        return {key: self._stored(value) if isinstance(value, Tensor) else value for key, value in state.items()}
-
-    def _stored(self, tensor: Tensor) -> Tensor:
-        if not (self._on_host and tensor.is_cuda):
-            return inside(tensor, Tensor.clone)
-        return inside(tensor, lambda t: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True))
+    def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of each of these: beside it, or all of them in one piece of host memory."""
+        if self._host is None:
+            return [inside(tensor, Tensor.clone) for tensor in tensors]
+        room = iter(self._host.room([plain for tensor in tensors for plain in plain_tensors(tensor)]))
+        return [inside(tensor, lambda plain: next(room).copy_(plain, non_blocking=True)) for tensor in tensors]
 
     @torch.no_grad()
     def restore_(self, snapshot: Snapshot) -> None:
@@ -151,12 +187,17 @@ class Weights:
             torch._foreach_copy_(self._tensors, list(snapshot.tensors))
         if snapshot.optimizer is not None:
             for i, param in enumerate(self.params):
-                _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i))
+                _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i), snapshot.beside.get(i, []))
         tell_of_jump(self._optimizer)
 
     @property
     def _tensors(self) -> list[Tensor]:
         return [*self.params, *self._buffers]
+
+    @property
+    def _states(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's state of each parameter that has one."""
+        return {i: self._optimizer.state[p] for i, p in enumerate(self.params) if p in self._optimizer.state}
 
 
 # --- optimizers that hold weights ------------------------------------------------------------------------
@@ -210,33 +251,39 @@ def _views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
 
 
-def _brought(source: Tensor, like: Tensor, device: torch.device | None = None) -> Tensor:
-    """A tensor on `device`, by default that of `like`, in the type of `like`; over the bus in its own, smaller type."""
-    return source.to(device or like.device, non_blocking=True).to(like.dtype)
+def _alike(group: Sequence[Tensor]) -> Flat:
+    """The shape and type of all of a group's weights in one piece of memory."""
+    return torch.empty(sum(p.numel() for p in group), dtype=group[0].dtype, device="meta")
 
 
-def _host_flat(group: Sequence[Tensor]) -> Flat:
-    elements = sum(p.numel() for p in group)
-    return torch.empty(elements, dtype=group[0].dtype, pin_memory=group[0].is_cuda)
+def plain_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that a value is made of: itself, or those inside a quantized one."""
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `change` to a tensor, or to the plain tensors that a wrapper such as a quantized state is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if not is_traceable_wrapper_subclass(tensor):
         return change(tensor.detach())
     names, context = tensor.__tensor_flatten__()
-    parts = {name: change(getattr(tensor, name)) for name in names}
+    parts = {name: inside(getattr(tensor, name), change) for name in names}
     wrapper: Any = type(tensor)
     return wrapper.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
 
 
-def _wait_for(device: torch.device) -> None:
-    """Until what was asked of the device is done; host memory that it writes to is not to be read before."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None) -> None:
+def _on_device(state: dict[str, Any], device: torch.device) -> list[str]:
+    return [key for key, value in _tensors_of(state).items() if value.device == device]
+
+
+def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, beside: Sequence[str]) -> None:
     """Copy into the tensors that are there, so that graphs and fused kernels keep their addresses."""
     if saved is None:
         states.pop(param, None)
@@ -245,7 +292,13 @@ def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None) ->
     for key in state.keys() - saved.keys():
         del state[key]
     for key, value in saved.items():
-        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor):
+        if not isinstance(value, Tensor):
+            state[key] = value
+        elif isinstance(state.get(key), Tensor):
             state[key].copy_(value)
         else:
-            state[key] = inside(value, Tensor.clone) if isinstance(value, Tensor) else value
+            state[key] = _copy(value, param.device if key in beside else value.device)
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return inside(tensor, lambda plain: plain.to(device, copy=True))

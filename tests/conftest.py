@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hybridlab import host_memory
+from hybridlab.errors import UserError
+
 torch.set_num_threads(1)
 
 
@@ -49,3 +52,27 @@ def full_disk(room_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class CountedArenas:
+    """Host memory as it is asked for: the sizes that were taken, and how many more may be."""
+
+    def __init__(self) -> None:
+        self.taken_bytes: list[int] = []
+        self.may_take: int | None = None
+
+
+@pytest.fixture
+def arenas(monkeypatch: pytest.MonkeyPatch) -> CountedArenas:
+    """Counts the arenas, and refuses them where a test says so."""
+    counted = CountedArenas()
+
+    class Counted(host_memory.HostArena):
+        def __init__(self, total_bytes: int, *, pinned: bool) -> None:
+            if counted.may_take is not None and len(counted.taken_bytes) >= counted.may_take:
+                raise UserError("host memory is short")
+            super().__init__(total_bytes, pinned=pinned)
+            counted.taken_bytes.append(total_bytes)
+
+    monkeypatch.setattr(host_memory, "HostArena", Counted)
+    return counted

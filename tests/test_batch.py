@@ -51,7 +51,7 @@ def refusal(notebook: Path, yaml: str | None = None, *settings: tuple[str, str],
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("learning_rat: 1.0", "'learning_rat' in params.yaml is no parameter of tiny.ipynb: it has lr, steps"),
+        ("learning_rat: 1.0", "'learning_rat' in params.yaml is no parameter of tiny.ipynb: choose one of lr, steps"),
         ("widht: [1]", "did you mean 'widths'?"),
         ("lr: 1e-4", "lr: '1e-4' is text, a number is wanted: write 1.0e-4 in params.yaml"),
         ("lr: 2.55E1", "write 2.55e+1 in params.yaml"),
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_text_is_refused(notebook):
 
 def test_a_missing_parameter_file_names_its_neighbour(notebook):
     Path("tiny_run.yaml").touch()
-    with pytest.raises(UserError, match=r"no such parameter file; did you mean tiny_run\.yaml\?"):
+    with pytest.raises(UserError, match=r"no such parameter file: did you mean 'tiny_run\.yaml'\?"):
         prepared(notebook, Path("out/tiny.ipynb"), [Path("tinyrun.yaml")])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridlab.data import ImageBatches, images_in_order, load_images, mnist
+from hybridlab.data import ImageBatches, ImageData, images_in_order, load_images, mnist
 from hybridlab.errors import UserError
 
 REAL_MNIST = Path(__file__).parents[2] / "shared/data/mnist"
@@ -193,41 +193,41 @@ def test_a_wrong_source_names_the_right_one(source, message):
         load_images(source)
 
 
-def numbered(count: int) -> tuple[np.ndarray, np.ndarray]:
+def numbered(count: int) -> ImageData:
     """Images whose every pixel is their label, so that an image can be recognized."""
     labels = np.arange(count)
-    return np.broadcast_to(labels[:, None, None].astype(np.uint8), (count, 28, 28)), labels
+    images = np.broadcast_to(labels[:, None, None].astype(np.uint8), (count, 28, 28))
+    return ImageData("numbered", "each pixel is the label", images, labels, images[:1], labels[:1])
 
 
 def test_an_epoch_shows_no_image_twice_and_the_next_is_shuffled_anew():
-    batches = ImageBatches(*numbered(10), batch_size=3, seed=0)
+    batches = ImageBatches(numbered(10), batch_size=3, seed=0)
     epochs = [torch.cat([batches(3 * epoch + n)[1] for n in range(3)]).tolist() for epoch in range(2)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    one, other = (ImageBatches(*numbered(10), batch_size=3, seed=4) for _ in range(2))
+    one, other = (ImageBatches(numbered(10), batch_size=3, seed=4) for _ in range(2))
     for step in range(7):
         one(step)
     assert torch.equal(one(7)[1], other(7)[1])
     assert torch.equal(one(1)[0], other(1)[0])
-    assert not torch.equal(one(7)[1], ImageBatches(*numbered(10), batch_size=3, seed=5)(7)[1])
+    assert not torch.equal(one(7)[1], ImageBatches(numbered(10), batch_size=3, seed=5)(7)[1])
 
 
 def test_images_stay_with_their_labels_and_are_normalized(digits):
-    images, labels = ImageBatches(*numbered(10), batch_size=4, seed=0, mean=0.0, std=1 / 255)(2)
+    images, labels = ImageBatches(numbered(10), batch_size=4, seed=0)(1)
     assert images.shape == (4, 1, 28, 28)
     assert labels.dtype == torch.int64
-    assert images[:, 0, 0, 0].tolist() == pytest.approx(labels.tolist())
-    everything, _ = ImageBatches(digits.train_images, digits.train_labels, batch_size=1437, seed=0)(0)
+    mean, std = 4.5, np.std(range(10))
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([(label - mean) / std for label in labels.tolist()])
+    everything, _ = ImageBatches(digits, batch_size=1437, seed=0)(0)
     assert (everything.mean().item(), everything.std().item()) == pytest.approx((0, 1), abs=1e-3)
 
 
 def test_in_order_covers_every_test_image_with_the_training_statistics(digits):
-    batches = images_in_order(
-        digits.test_images, digits.test_labels, batch_size=100, mean=digits.pixel_mean, std=digits.pixel_std
-    )
+    batches = images_in_order(digits, batch_size=100)
     assert [len(labels) for _, labels in batches] == [100, 100, 100, 60]
     assert torch.cat([labels for _, labels in batches]).tolist() == digits.test_labels.tolist()
     expected = (digits.test_images[0, 14, 14] / 255 - digits.pixel_mean) / digits.pixel_std
@@ -236,4 +236,4 @@ def test_in_order_covers_every_test_image_with_the_training_statistics(digits):
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UserError, match="batch_size=11: choose 1 to 10"):
-        ImageBatches(*numbered(10), batch_size=11, seed=0)
+        ImageBatches(numbered(10), batch_size=11, seed=0)

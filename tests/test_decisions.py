@@ -144,6 +144,17 @@ def test_what_diverged_does_not_teach_the_band() -> None:
     assert monitor.state_dict() == before | {"grave_in_a_row": PERSISTENCE}
 
 
+def test_a_level_that_stays_is_called_divergence_once_and_is_then_the_usual_one() -> None:
+    monitor = settled()
+    verdicts = []
+    for _ in range(100):
+        verdicts.append(monitor.judge(50.0, gradient_norm=1.0))
+        if verdicts[-1]:
+            monitor.settle_anew()
+    assert sum(verdict is not None for verdict in verdicts) == 1
+    assert monitor.mean == pytest.approx(50.0)
+
+
 def test_a_single_odd_batch_is_no_divergence() -> None:
     monitor = settled()
     assert [monitor.judge(loss, gradient_norm=1.0) for loss in (4.0, 3.0, 4.0, 4.0, 3.0)] == [None] * 5

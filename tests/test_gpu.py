@@ -15,23 +15,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab import HybridTrainer, HybridTrainerConfig, host_memory
 from hybridlab.errors import UserError
-from hybridlab.memory import host_optimizer, pinned
-from hybridlab.memory.apply import optimizer_for
-from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
+from hybridlab.gram import PathNeeds
+from hybridlab.host_memory import HostArena, arena_bytes
+from hybridlab.memory import host_optimizer
+from hybridlab.memory.apply import optimizer_for, prepare_model_
+from hybridlab.memory.config import (
+    INPUTS,
+    CheckpointingConfig,
+    MemoryConfig,
+    MixedPrecisionConfig,
+    PredictAwareMemoryConfig,
+)
 from hybridlab.memory.host_optimizer import HostAdamW
 from hybridlab.memory.low_bit import low_bit_adamw
 from hybridlab.memory.offload import StateOffload
-from hybridlab.memory.pinned import HostArena, arena_bytes
 from hybridlab.memory.precision import autocast
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig, Schedule, build_optimizer, decay_groups
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.memory_log import growth_bytes
-from hybridlab.study.tasks import Task
+from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.tasks import Batch, Task
+from hybridlab.study.training_run import StepRecord
+from hybridlab.trajectory import PathStorage, Trajectory
+from hybridlab.weights import Snapshot, Weights, plain_tensors
+from tests.conftest import CountedArenas
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -156,13 +169,17 @@ class GreedyTaskConfig(TextTaskConfig):
 
 class Greedy:
     def __init__(self, task: Task) -> None:
-        self.model, self._task = task.model, task
+        self.model, self._task, self._step = task.model, task, 0
 
-    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> torch.Tensor:
-        held = torch.empty(10**8 if step == 12 else 1, dtype=torch.uint8, device=CUDA)
-        if step == 12:
+    def batch(self, step: int) -> Batch:
+        self._step = step
+        return self._task.batch(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        held = torch.empty(10**8 if self._step == 12 else 1, dtype=torch.uint8, device=CUDA)
+        if self._step == 12:
             torch.empty(2**40, dtype=torch.uint8, device=CUDA)
-        return self._task.loss(step, model, part, parts) + 0 * held[0]
+        return self._task.loss(model, batch) + 0 * held[0]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self._task.evaluate(model)
@@ -180,6 +197,19 @@ def test_a_full_card_leaves_a_snapshot_and_lets_go_of_what_the_step_held(tmp_pat
     assert (tmp_path / "checkpoint.pt").exists()
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 10**8
+
+
+def test_a_smaller_card_binds_the_run_alone(tmp_path: Path) -> None:
+    """What comes after it, and what is done between its steps, has the whole card."""
+    if torch.cuda.get_device_properties(0).total_memory < 20e9:
+        pytest.skip("needs a card that is larger than the one to emulate")
+    config, more = gpu_run(card_gb=16), 17 * 10**9
+    with ProcessSettings.of(config).held(), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(more, dtype=torch.uint8, device=CUDA)
+    between: list[float] = []
+    train(config, tmp_path, lambda: between.append(torch.cuda.get_per_process_memory_fraction()))
+    assert between == [1.0] * config.steps
+    assert torch.empty(more, dtype=torch.uint8, device=CUDA).nbytes == more
 
 
 HOLDER = """
@@ -228,12 +258,83 @@ def test_an_arena_is_pinned_and_its_views_reach_the_card_and_come_back() -> None
     assert torch.equal(back, like.cpu())
 
 
+def plain_tensors_of(snapshot: Snapshot) -> list[Tensor]:
+    return [plain for leaf in tree_leaves(snapshot.state_dict()) for plain in plain_tensors(leaf)]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", ["adamw", "int8"])
+def test_ways_back_lie_in_page_locked_memory_that_is_locked_once(name: str, arenas: CountedArenas) -> None:
+    model = wide()
+    optimizer = optimizer_of(model, name)
+    there, here = Weights(model, optimizer, on_host=True), Weights(model, optimizer)
+    for _ in range(3):
+        train_(model, optimizer)
+        before, saved = weights_of(model), there.snapshot()
+        held, expected = plain_tensors_of(saved), plain_tensors_of(here.snapshot())
+        assert all(tensor.is_pinned() for tensor in held)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(held, expected, strict=True))
+        train_(model, optimizer)
+        there.restore_(saved)
+        assert torch.equal(weights_of(model), before)
+        del saved, held
+    assert len(arenas.taken_bytes) == 2
+
+
+def test_a_state_that_was_dropped_returns_to_the_card_with_the_way_back() -> None:
+    model = wide()
+    optimizer = optimizer_of(model, "adamw")
+    train_(model, optimizer)
+    weights = Weights(model, optimizer, on_host=True)
+    saved = weights.snapshot()
+    train_(model, optimizer)
+    expected = weights_of(model)
+    StateOffload(optimizer, PredictAwareMemoryConfig("drop")).leave_()
+    weights.restore_(saved)
+    train_(model, optimizer)
+    assert torch.equal(weights_of(model), expected)
+
+
+def test_the_path_and_the_masters_lie_in_page_locked_memory(arenas: CountedArenas) -> None:
+    model = wide()
+    optimizer = optimizer_of(model, "adamw")
+    weights = Weights(model, optimizer)
+    trajectory = Trajectory(weights, optimizer, PathNeeds(rows=2, every=1), PathStorage(on_host=True))
+    trajectory.anchor()
+    before = weights_of(model)
+    weights.lower_()
+    assert all(master.is_pinned() for master in weights._masters)
+    assert all(tensor.is_pinned() for tensor in tree_leaves(trajectory.state_dict()) if isinstance(tensor, Tensor))
+    weights.raise_()
+    assert torch.equal(weights_of(model), before)
+    assert len(arenas.taken_bytes) == 2
+
+
 def test_a_driver_that_refuses_to_pin_is_told_and_the_next_kernel_runs() -> None:
-    memory = pinned._empty(2**20)
-    pinned._pin_(memory)
+    memory = host_memory._empty(2**20)
+    host_memory._pin_(memory)
     with pytest.raises(UserError, match="the driver refuses to pin"):
-        pinned._pin_(memory)
+        host_memory._pin_(memory)
     assert float(torch.ones(3, device=CUDA).sum()) == 3
+
+
+def test_inputs_of_blocks_leave_the_card_and_every_bit_comes_back() -> None:
+    shape = GPT2Config.nano(n_layer=12, n_embd=256, dropout=0.1)
+    gradients, peaks = [], []
+    for inputs in INPUTS:
+        torch.manual_seed(0)
+        model = GPT2(shape).to(CUDA)
+        prepare_model_(model, MemoryConfig(checkpointing=CheckpointingConfig(inputs=inputs)))
+        for step in range(20):
+            tokens = batch(step).repeat(8, 1)
+            torch.cuda.reset_peak_memory_stats()
+            model(tokens, tokens).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        peaks.append(torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+        del model
+    assert torch.equal(*gradients)
+    one = 32 * 64 * 256 * 4
+    assert peaks[0] - peaks[1] > 8 * one
 
 
 def test_a_run_in_its_own_process_leaves_this_one_s_card_alone(tmp_path: Path) -> None:
@@ -462,3 +563,131 @@ def test_a_compiled_low_bit_step_inside_backward_learns_like_one_after_it() -> N
         losses.append(float(loss.detach()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0] < 5.0
+
+
+def test_clipping_by_the_estimate_ends_near_clipping_by_the_norm() -> None:
+    """The quality of `fit_16gb`, feature by feature: 8-bit state, then steps inside backward with clipping."""
+    pytest.importorskip("torchao")
+    losses = {}
+    for name, memory, clip_norm in (
+        ("after backward", MemoryConfig(optimizer_state="int8"), 1.0),
+        ("inside backward", MemoryConfig(optimizer_state="int8", step_in_backward=True, clip_in_backward=1.0), None),
+    ):
+        torch.manual_seed(0)
+        model = GPT2(GPT2Config.nano(n_layer=12)).to(CUDA)
+        optimizer = optimizer_for(model, OptimizerConfig.tuned(lr=3e-3), memory)
+        trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.plain(clip_norm=clip_norm, memory=memory))
+        for step in range(60):
+            result = trainer.step(lambda step=step, model=model: model(batch(step % 2), batch(step % 2)))  # type: ignore[misc]
+        losses[name] = result.loss
+    assert losses["inside backward"] == pytest.approx(losses["after backward"], rel=0.05)  # unclipped: twice as much
+
+
+def test_a_plain_step_never_makes_the_host_wait() -> None:
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.nano()).to(CUDA)
+    trainer = HybridTrainer(model, build_optimizer(model, OptimizerConfig()), HybridTrainerConfig.plain(clip_norm=1.0))
+    batches = [batch(step) for step in range(8)]
+
+    def step(tokens: Tensor) -> None:
+        trainer.step(lambda: model(tokens, tokens))
+
+    for tokens in batches[:3]:
+        step(tokens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for tokens in batches[3:]:
+            step(tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_weights_come_back_without_more_memory_than_full_takes() -> None:
+    model = wide()
+    weights = Weights(model, build_optimizer(model, OptimizerConfig()))
+    for _ in range(2):
+        full = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        weights.lower_()
+        assert torch.cuda.max_memory_allocated() - full <= 0.51 * sum(p.nbytes for p in weights.params)
+        assert torch.cuda.memory_allocated() - full <= -0.49 * sum(p.nbytes for p in weights.params)
+        torch.cuda.reset_peak_memory_stats()
+        weights.raise_()
+        assert torch.cuda.max_memory_allocated() <= full + 4096
+
+
+def test_a_path_on_the_host_records_the_bits_of_one_on_the_card() -> None:
+    model = wide()
+    weights = Weights(model, build_optimizer(model, OptimizerConfig()))
+    size = sum(p.numel() for p in weights.params)
+    last = {device: weights.gather_(torch.empty(size, device=device), 0) for device in ("cpu", "cuda")}
+    row = {device: torch.empty(size, dtype=torch.bfloat16, device=device) for device in last}
+    with torch.no_grad():
+        for p in weights.params:
+            p.mul_(1.01)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for device in last:
+        weights.advance_(last[device], row[device], 0)
+    assert torch.equal(row["cpu"], row["cuda"].cpu())
+    assert torch.equal(last["cpu"], last["cuda"].cpu())
+    assert torch.cuda.max_memory_allocated() - before < 64_000_000
+
+
+def test_pinned_memory_is_given_up_only_when_what_is_read_from_it_has_arrived() -> None:
+    params = [nn.Parameter(torch.zeros(4 << 20, device=CUDA)) for _ in range(4)]
+    optimizer = HostAdamW(params, lr=1.0, weight_decay=0.0)
+    torch.stack([p.sum() for p in params]).sum().backward()  # every gradient is 1, so every weight moves by -1
+    torch.cuda._sleep(50_000_000)
+    optimizer.step()
+    del optimizer
+    gc.collect()
+    assert all(torch.allclose(p, torch.full_like(p, -1.0)) for p in params)
+
+
+@pytest.mark.parametrize("stop_at", [9, 16])
+def test_the_16gb_preset_goes_on_from_a_checkpoint(stop_at: int, tmp_path: Path) -> None:
+    """In Full, and in the middle of Predict with everything put away."""
+    pytest.importorskip("torchao")
+    config = gpu_run(
+        steps=30, checkpoint_every=1, evaluate_every=30,
+        hybrid=HybridTrainerConfig(
+            warmup_steps=2, full_steps=8, max_predict_steps=10, correction_interval=5, correct_steps=2, gate=False,
+            confidence_threshold=0.0, path_device="host", path_dtype="bf16", memory=MemoryConfig.fit_16gb(),
+        ),
+    )  # fmt: skip
+    whole = train(replace(config, checkpoint_every=0), tmp_path / "whole")
+
+    def stop(_: object, record: StepRecord) -> None:
+        if record.result.nominal_step == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", watch=stop)
+    parts = train(config, tmp_path / "parts", resume=True)
+    assert list(parts.steps["phase"]) == list(whole.steps["phase"])
+    assert parts.summary["validation_loss"] == pytest.approx(whole.summary["validation_loss"], abs=1e-2)
+
+
+def test_a_card_that_was_emulated_is_whole_again_and_empty_for_the_next_run(tmp_path: Path) -> None:
+    before = torch.cuda.memory_allocated()
+    train(gpu_run(card_gb=8), tmp_path / "small")
+    train(gpu_run(card_gb=0), tmp_path / "whole")
+    assert torch.cuda.get_per_process_memory_fraction() == 1.0
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 1_000_000
+
+
+def test_adam_coast_jumps_with_8_bit_moments() -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.nano()).to(CUDA)
+    memory = MemoryConfig(optimizer_state="int8", pad_vocab_to=128)
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=2, gate=False, predictor="adam_coast",
+        confidence_threshold=0.0, memory=memory,
+    )  # fmt: skip
+    trainer = HybridTrainer(model, optimizer_for(model, OptimizerConfig(lr=1e-4), memory), config)
+    for step in range(20):
+        trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
+    assert trainer.statistics().predicted_steps > 0

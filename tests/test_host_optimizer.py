@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab import HybridTrainer, HybridTrainerConfig, host_memory
 from hybridlab.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.errors import UserError
-from hybridlab.memory import pinned
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.memory.host_optimizer import HostAdamW
 from hybridlab.memory.offload import StateOffload
@@ -290,7 +289,7 @@ def test_after_a_drop_the_moments_begin_anew_in_the_same_memory() -> None:
 def test_a_host_short_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = fresh(), fresh()
     with monkeypatch.context() as patch:
-        patch.setattr(pinned, "LEFT_TO_OTHERS_BYTES", 1 << 60)
+        patch.setattr(host_memory, "LEFT_TO_OTHERS_BYTES", 1 << 60)
         with pytest.raises(UserError, match="host memory are wanted"):
             on_host(model)
     assert torch.equal(train(model, fused(model)), train(plain, fused(plain)))

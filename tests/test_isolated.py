@@ -37,7 +37,7 @@ CONFIG = RunConfig(
     cpu_threads=1,
     checkpoint_every=5,
 )
-LONG = replace(CONFIG, steps=100_000)
+LONG = replace(CONFIG, steps=100_000, schedule=None)
 
 
 def at_step(number: int, act: Callable[[], None]) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,19 @@ import hybridlab
 ROOT = Path(hybridlab.__file__).parent
 
 LAYERS = [
-    {"errors", "gram"},
-    {"models", "data", "optimizers", "files"},
+    {"errors"},
+    {"settings"},
+    {"gram", "files"},
+    {"models", "data", "optimizers", "device"},
     {"vram", "runs"},
-    {"checkpoint", "tensorboard"},
+    {"checkpoint", "tensorboard", "host_memory"},
     {"weights"},
     {"trajectory"},
     {"memory"},
     {"phases", "divergence", "gate", "corrector", "predictors"},
     {"jump", "step_result"},
     {"config"},
+    {"passes", "prediction"},
     {"trainer"},
     {"study"},
     {"notebook"},
@@ -54,6 +58,12 @@ def test_imports_go_downward_only(path: Path) -> None:
     mine = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for other in imports_of(path) - {mine}:
         assert HEIGHT[other] < HEIGHT[mine], f"{mine} must not import {other}"
+
+
+def test_the_document_lists_the_same_layers() -> None:
+    document = (ROOT.parent / "docs" / "design.md").read_text()
+    (listed,) = re.findall(r"`(cli >.*?)`", document, flags=re.DOTALL)
+    assert [set(re.findall(r"\w+", layer)) for layer in listed.split(">")] == LAYERS[::-1]
 
 
 def test_decisions_hold_no_tensor_of_the_model() -> None:

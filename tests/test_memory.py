@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -25,8 +27,10 @@ from hybridlab.memory.config import (
 )
 from hybridlab.memory.in_backward import StepInBackward
 from hybridlab.memory.low_bit import low_bit_adamw
+from hybridlab.memory.offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.study import TextTaskConfig
 from hybridlab.weights import Weights
 
 SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
@@ -105,11 +109,64 @@ def test_stepping_in_backward_clips_as_if_it_knew_all_gradients_while_their_shar
     """Even where the norm itself changes fifty-fold from one step to the next."""
     model = fresh()
     optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1e-9), buckets_of(model), clip_norm=0.01)
-    clipped_step(optimizer, model)
+    with optimizer.held():
+        model(tokens(0), tokens(0)).backward()
     optimizer.param_groups[0]["lr"] = 1.0
     step, norm = clipped_step(optimizer, model, scale=50.0)
     torch.testing.assert_close(step.norm(), torch.tensor(0.01), rtol=1e-3, atol=0.0)
     assert float(norm) > 1.0
+
+
+def test_the_estimated_norm_is_nearer_to_the_true_one_than_the_last_norm_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as clipping goes: where training is rough, in a model of twelve blocks."""
+    estimates: list[float] = []
+    estimated = StepInBackward._estimated_norm
+
+    def noting(self: StepInBackward) -> Tensor:
+        norm = estimated(self)
+        estimates.append(float(norm))
+        return norm
+
+    def off_by(guess: float, norm: float) -> float:
+        return abs(math.log(min(1.0, 1.0 / guess) / min(1.0, 1.0 / norm)))
+
+    monkeypatch.setattr(StepInBackward, "_estimated_norm", noting)
+    task = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32).build(0, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.nano(vocab_size=64, block_size=32, n_layer=12))
+    optimizer = StepInBackward(torch.optim.AdamW(model.parameters(), lr=1e-2), buckets_of(model), clip_norm=1.0)
+    ours, theirs, last = [], [], 0.0
+    for step in range(60):
+        optimizer.zero_grad()
+        estimates.clear()
+        task.loss(model, task.batch(step)).backward()
+        norm = float(optimizer.clip_(None))
+        optimizer.step()
+        if step:
+            ours += [off_by(estimate, norm) for estimate in estimates]
+            theirs.append(off_by(last, norm))
+        last = norm
+    assert mean(ours) < 0.8 * mean(theirs)
+
+
+def test_shares_of_a_checkpoint_on_the_host_go_to_where_the_gradients_are() -> None:
+    def on(device: str) -> StepInBackward:
+        model = nn.Linear(4, 4, device=device)
+        return StepInBackward(torch.optim.SGD(model.parameters(), lr=0.1), [list(model.parameters())], clip_norm=1.0)
+
+    elsewhere = on("meta")
+    elsewhere.load_state_dict(on("cpu").state_dict())
+    assert elsewhere.param_groups[0]["clip_shares"].device.type == "meta"
+
+
+def test_a_step_whose_norm_is_not_finite_leaves_the_estimate_as_it_was() -> None:
+    model = fresh()
+    optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=0.0), buckets_of(model), clip_norm=1.0)
+    clipped_step(optimizer, model)
+    before = optimizer.param_groups[0]["clip_shares"].clone()
+    for scale in (torch.inf, torch.nan):
+        clipped_step(optimizer, model, scale=scale)
+        assert torch.equal(optimizer.param_groups[0]["clip_shares"], before)
 
 
 def test_stepping_in_backward_leaves_small_gradients_alone_and_reports_their_norm() -> None:
@@ -255,6 +312,33 @@ def test_exact_strategies_change_no_bit_of_a_run_that_predicts(strategy: str) ->
     plain, _ = run_hybrid(None)
     away, _ = run_hybrid(MemoryConfig(predict_aware=PredictAwareMemoryConfig(strategy, lookahead=1)))
     assert torch.equal(plain, away)
+
+
+@pytest.mark.parametrize(("lookahead", "seen"), [(0, [True, True]), (1, [True, False]), (3, [False, False])])
+def test_state_returns_beside_the_last_predicted_steps(
+    lookahead: int, seen: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the return has yet to begin at the forward passes of a jump of four steps, the second and the fourth."""
+    asked, prefetch_ = [], StateOffload.prefetch_
+    monkeypatch.setattr(StateOffload, "prefetch_", lambda self: (asked.append(True), prefetch_(self)))
+    model = fresh()
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=2, correct_steps=1, gate=False,
+        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
+        memory=MemoryConfig(predict_aware=PredictAwareMemoryConfig("pinned", lookahead)),
+    )  # fmt: skip
+    trainer = HybridTrainer(model, adamw(model), config)
+    before_return: list[bool] = []
+
+    def loss(step: int) -> Tensor:
+        if trainer.current_phase == "predict":
+            before_return.append(not asked)
+        return model(tokens(step), tokens(step))
+
+    for step in range(11):
+        trainer.step(lambda s=step: loss(s))
+    assert trainer.statistics().predicted_steps == 4
+    assert before_return == seen
 
 
 def test_bf16_weights_in_predict_change_measurements_alone() -> None:

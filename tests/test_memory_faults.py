@@ -10,20 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hybridlab.errors import UserError
-from hybridlab.memory import pinned
-from hybridlab.memory.pinned import HostArena, arena_bytes
 from hybridlab.optimizers import Schedule
 from hybridlab.runs import Run
-from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
+from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, run_config, train
 from hybridlab.study.out_of_memory import SNAPSHOT, shortage_told
 from hybridlab.study.planning import nearest_fit_of
-from hybridlab.study.tasks import Task
+from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryReading
 
 CARD_IS_FULL = (
@@ -48,14 +45,18 @@ class Hungry:
     held: weakref.ref[Tensor] | None = None
 
     def __init__(self, task: Task) -> None:
-        self.model, self._task = task.model, task
+        self.model, self._task, self._step = task.model, task, 0
 
-    def loss(self, step: int, model: nn.Module, *part: int) -> Tensor:
+    def batch(self, step: int) -> Batch:
+        self._step = step
+        return self._task.batch(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         activations = torch.ones(5)
-        if step >= 12 and Hungry.error:
+        if self._step >= 12 and Hungry.error:
             Hungry.held = weakref.ref(activations)
             raise Hungry.error
-        return self._task.loss(step, model, *part)
+        return self._task.loss(model, batch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self._task.evaluate(model)
@@ -141,6 +142,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             return card_bytes < 80e9
 
     monkeypatch.setattr(out_of_memory, "MemoryMeter", PlayedMeter)
+    monkeypatch.setattr(run_config, "MemoryMeter", PlayedMeter)
     monkeypatch.setattr(RunConfig, "describe_device", lambda _: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -191,87 +193,3 @@ def test_a_full_disk_hides_no_full_card(tmp_path: Path, card: SimpleNamespace, m
 
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
     assert told(tmp_path).startswith("out of memory: 2.00 GiB more were asked for")
-
-
-# --- the host's memory -------------------------------------------------------------------------------------
-
-TENSORS = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16), torch.zeros(()), torch.zeros(0, 4)]
-
-
-def test_an_arena_hands_out_aligned_views_that_share_nothing() -> None:
-    arena = HostArena(arena_bytes(TENSORS), pinned=True)
-    views = [arena.take(tensor) for tensor in TENSORS]
-    for number, (view, like) in enumerate(zip(views, TENSORS, strict=True)):
-        assert (view.shape, view.dtype, view.is_contiguous()) == (like.shape, like.dtype, True)
-        assert view.numel() == 0 or view.data_ptr() % pinned.ALIGNMENT_BYTES == 0
-        view.fill_(number)
-    assert [set(view.flatten().tolist()) for view in views] == [{0}, {1}, {2}, set()]
-
-
-def test_a_view_outlives_its_arena() -> None:
-    view = HostArena(arena_bytes(TENSORS), pinned=False).take(TENSORS[0])
-    gc.collect()
-    assert view.fill_(3).sum() == 45
-
-
-def test_an_arena_that_is_used_up_says_so() -> None:
-    arena = HostArena(256, pinned=False)
-    arena.take(TENSORS[0])
-    with pytest.raises(ValueError, match="the arena of 256 bytes is used up"):
-        arena.take(TENSORS[0])
-
-
-def test_a_host_that_is_short_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6_000_000_000))
-    with pytest.raises(UserError) as caught:
-        HostArena(12_500_000_000, pinned=True)
-    assert str(caught.value) == (
-        "12.5 GB of host memory are wanted and 6.0 GB are available: "
-        "close other programs, or keep less of the training on the host"
-    )
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The driver's part in pinning, played: `refuses` and what is `locked`."""
-    played = SimpleNamespace(refuses=False, locked={})
-
-    def register(address: int, length: int, flags: int) -> int:
-        if played.refuses:
-            return 2
-        played.locked[address] = length
-        return 0
-
-    def check(code: int) -> None:
-        if code:
-            raise RuntimeError(f"out of memory ({code})")
-
-    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: played.locked.pop(address))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "check_error", check)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: check(2))
-    return played
-
-
-def test_pages_are_locked_as_long_as_somebody_looks_at_them_and_no_byte_more(driver: SimpleNamespace) -> None:
-    arena = HostArena(arena_bytes(TENSORS), pinned=True)
-    view = arena.take(TENSORS[0])
-    assert driver.locked == {view.data_ptr(): arena_bytes(TENSORS)}
-    del arena
-    gc.collect()
-    assert len(driver.locked) == 1
-    del view
-    gc.collect()
-    assert driver.locked == {}
-
-
-def test_a_driver_that_refuses_is_told_in_one_line(driver: SimpleNamespace) -> None:
-    driver.refuses = True
-    with pytest.raises(UserError) as caught:
-        HostArena(2**20, pinned=True)
-    assert str(caught.value) == (
-        "the driver refuses to pin 0.0 GB of host memory (out of memory (2)): "
-        "keep less of the training on the host, or keep it in unpinned memory"
-    )
-    assert HostArena(2**20, pinned=False).take(TENSORS[0]).shape == (3, 5)

@@ -78,8 +78,10 @@ def test_a_run_that_is_broken_off_in_predict_goes_on_bit_for_bit(broken_off_at: 
         predict_aware=PredictAwareMemoryConfig("pinned", lookahead=2),
         mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
     )
-    config = replace(BASE, name="jumps", steps=24, evaluate_every=24, hybrid=jumping(memory), checkpoint_every=1)
-    whole = train(replace(config, checkpoint_every=0), tmp_path / "whole")
+    schedule = BASE.lr_schedule.fitted_to(24)
+    longer = replace(BASE, name="jumps", steps=24, schedule=schedule, evaluate_every=24, hybrid=jumping(memory))
+    config = replace(longer, checkpoint_every=1)
+    whole = train(longer, tmp_path / "whole")
     assert set(whole.steps["phase"].iloc[8:15]) & {"predict"}
 
     class BrokenOff(Exception):
@@ -191,7 +193,7 @@ def card_run(**summary: Any) -> Run:
     vram = pd.DataFrame(
         {"nominal_step": range(1, 201), "used_bytes": [12e9] * 150 + [12e9 + summary.pop("grown", 0)] * 50}
     )
-    run: Any = SimpleNamespace(summary=figures | summary, vram=vram, folder="here")
+    run: Any = SimpleNamespace(closing_figures=figures | summary, vram=vram, folder="here")
     return run
 
 

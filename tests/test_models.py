@@ -64,9 +64,9 @@ def test_changes_keep_the_rest() -> None:
     ("changes", "message"),
     [
         ({"n_embd": 100, "n_head": 12}, r"n_embd=100 is not divisible by n_head=12: use n_embd=96"),
-        ({"n_layer": 0}, r"n_layer=0 must be 1 or more"),
-        ({"dropout": 1.0}, r"dropout=1.0 must be .* below 1.0"),
-        ({"loss_chunk_tokens": -1}, r"loss_chunk_tokens=-1 must be 0 or more"),
+        ({"n_layer": 0}, r"n_layer is 0: it must be at least 1"),
+        ({"dropout": 1.0}, r"dropout is 1.0: it must be at least 0 and below 1"),
+        ({"loss_chunk_tokens": -1}, r"loss_chunk_tokens is -1: it must be at least 0"),
     ],
 )
 def test_config_refuses_nonsense(changes: dict[str, float], message: str) -> None:
@@ -76,12 +76,12 @@ def test_config_refuses_nonsense(changes: dict[str, float], message: str) -> Non
 
 @pytest.mark.parametrize("changes", [{"n_layer": "4"}, {"n_embd": 64.0}, {"dropout": "0.1"}])
 def test_config_refuses_other_types(changes: dict[str, object]) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(changes))}=.* must be a"):
+    with pytest.raises(TypeError, match=f"{next(iter(changes))} is .* is wanted"):
         GPT2Config(**changes)
 
 
 def test_unknown_size_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'smal': did you mean 'small'"):
+    with pytest.raises(ValueError, match=r"GPT-2 size 'smal' is unknown: did you mean 'small'"):
         GPT2Config.named("smal")
 
 

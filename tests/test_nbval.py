@@ -12,8 +12,8 @@ import nbformat
 import pytest
 
 from hybridlab.notebook.batch import run_notebook
-from hybridlab.notebook.hygiene import claim_differences
 from hybridlab.notebook.results import environment, load_results
+from tests.hygiene import claim_differences
 from tests.notebook_maker import project, save, tiny_notebook
 
 ROOT = Path(__file__).parents[1]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -11,15 +14,15 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
-from hybridlab.notebook.hygiene import (
+from hybridlab.notebook.parameters import parameters_sha256
+from hybridlab.notebook.results import Claim, claims_table, load_results
+from tests.hygiene import (
     claim_differences,
     executed_problems,
     parameter_file_problems,
     results_problems,
     source_problems,
 )
-from hybridlab.notebook.parameters import parameters_sha256
-from hybridlab.notebook.results import Claim, claims_table, load_results
 from tests.notebook_maker import save, tiny_notebook
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +71,17 @@ def test_every_notebook_with_cpu_parameters_was_run():
 @pytest.mark.parametrize("results", RESULTS, ids=name)
 def test_results_hold_no_entry_of_a_notebook_that_is_gone(results):
     assert set(load_results(results)) <= {path.stem for path in EXECUTED if path.parent == results.parent}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize("profile", sorted({path.parent.name for path in PARAMETERS}))
+def test_a_batch_runs_each_notebook_of_a_profile_once_and_the_report_last(profile):
+    plan = subprocess.run(
+        ["make", "--dry-run", "milestones", f"PROFILE={profile}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    ran = re.findall(r"run notebooks/(\S+)\.ipynb", plan.stdout)
+    wanted = {path.stem for path in PARAMETERS if path.parent.name == profile} | {"09_report"}
+    assert (sorted(ran), ran[-1]) == (sorted(wanted), "09_report")
 
 
 # The checks themselves, on a tiny project.

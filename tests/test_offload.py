@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from hybridlab import host_memory
 from hybridlab.errors import UserError
-from hybridlab.memory import offload, pinned
+from hybridlab.memory import offload
 from hybridlab.memory.ao import torchao_optim
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.memory.low_bit import low_bit_adamw
-from hybridlab.memory.offload import StateOffload
+from hybridlab.memory.offload import StateOffload, _Content
 from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.weights import plain_tensors
+from tests.conftest import CountedArenas
 
 EXACT = ("cpu", "pinned")
 
@@ -71,7 +74,7 @@ def trained(name: str) -> tuple[nn.Module, Optimizer]:
 def pieces(optimizer: Optimizer) -> list[Tensor]:
     """The plain tensors of the state."""
     values = [value for state in optimizer.state.values() for value in state.values()]
-    return [tensor for value in values for tensor in offload._plain_tensors(value)]
+    return [tensor for value in values for tensor in plain_tensors(value)]
 
 
 def resident_bytes(optimizer: Optimizer) -> int:
@@ -102,23 +105,15 @@ def test_an_exact_strategy_changes_no_bit_of_training(name: str, strategy: str) 
         assert train(model, optimizer) == train(plain_model, plain)
 
 
-def test_host_memory_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-
-    class Counted(pinned.HostArena):
-        def __init__(self, total_bytes: int, *, pinned: bool) -> None:
-            taken.append(total_bytes)
-            super().__init__(total_bytes, pinned=pinned)
-
-    monkeypatch.setattr(offload, "HostArena", Counted)
+def test_host_memory_is_taken_once(arenas: CountedArenas) -> None:
     model, optimizer = trained("adamw")
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
     for _ in range(5):
         away.leave_()
         away.return_()
         train(model, optimizer, 1)
-    assert len(taken) == 1
-    assert resident_bytes(optimizer) * 0.9 < taken[0] < resident_bytes(optimizer) * 1.1
+    (taken_bytes,) = arenas.taken_bytes
+    assert resident_bytes(optimizer) * 0.9 < taken_bytes < resident_bytes(optimizer) * 1.1
 
 
 def test_tensors_that_share_memory_return_together() -> None:
@@ -192,6 +187,23 @@ def test_a_step_taken_while_the_state_is_away_brings_it_back() -> None:
     plain_model, plain = trained("muon")
     model, optimizer = trained("muon")
     StateOffload(optimizer, PredictAwareMemoryConfig("pinned")).leave_()
+    assert train(model, optimizer) == train(plain_model, plain)
+
+
+def test_an_interrupt_while_the_state_leaves_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_model, plain = trained("adamw")
+    model, optimizer = trained("adamw")
+    away, freed, free_ = StateOffload(optimizer, PredictAwareMemoryConfig("pinned")), [], _Content.free_
+
+    def interrupted(self: _Content) -> None:
+        if len(freed) == 2:
+            raise KeyboardInterrupt
+        freed.append(self)
+        free_(self)
+
+    monkeypatch.setattr(_Content, "free_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        away.leave_()
     assert train(model, optimizer) == train(plain_model, plain)
 
 
@@ -282,7 +294,7 @@ def test_a_host_short_of_memory_loses_nothing(strategy: str, monkeypatch: pytest
     model, optimizer = trained("adamw")
     away = StateOffload(optimizer, PredictAwareMemoryConfig(strategy))
     with monkeypatch.context() as patch:
-        patch.setattr(pinned, "LEFT_TO_OTHERS_BYTES", 1 << 60)
+        patch.setattr(host_memory, "LEFT_TO_OTHERS_BYTES", 1 << 60)
         with pytest.raises(UserError, match="host memory are wanted"):
             away.leave_()
     assert not away.is_away

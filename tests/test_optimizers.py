@@ -227,19 +227,19 @@ def test_muon_needs_no_companion() -> None:
 
 
 def test_a_rate_read_as_text_is_refused_with_the_fix() -> None:
-    with pytest.raises(TypeError, match=r"lr='1e-4' is text, not a number: write 1\.0e-4"):
+    with pytest.raises(TypeError, match=r"lr is '1e-4': float is wanted .*write 1\.0e-4"):
         OptimizerConfig(lr="1e-4")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "adamwd"}, r"unknown optimizer 'adamwd': did you mean 'adamw'\? \(adamw, adam, muon, sgd\)"),
-        ({"lr": 0.0}, r"lr=0.0 must be above 0"),
-        ({"lr": float("nan")}, r"lr=nan must be above 0"),
-        ({"betas": (0.9, 1.0)}, r"betas=1.0 must be at least 0 and below 1"),
-        ({"weight_decay": -0.1}, r"weight_decay=-0.1 must be at least 0"),
-        ({"name": "adam"}, r"use weight_decay=0.0 or name='adamw'"),
+        ({"name": "adamwd"}, r"optimizer 'adamwd' is unknown: did you mean 'adamw'\? \(adamw, adam, muon, sgd\)"),
+        ({"lr": 0.0}, r"lr is 0.0: it must be above 0"),
+        ({"lr": float("nan")}, r"lr is nan: it must be finite and above 0"),
+        ({"betas": (0.9, 1.0)}, r"betas is 1.0: it must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, r"weight_decay is -0.1: it must be at least 0"),
+        ({"name": "adam", "weight_decay": 0.1}, r"use weight_decay=0.0 or name='adamw'"),
         ({"adamw_lr": 1e-3}, r"adamw_lr goes with name='muon'"),
     ],
 )
@@ -248,9 +248,15 @@ def test_optimizer_config_refuses_nonsense(changes: dict[str, object], message: 
         OptimizerConfig(**changes)
 
 
+def test_the_decay_that_is_meant_goes_with_the_method() -> None:
+    assert [OptimizerConfig(name).decay for name in ("adamw", "muon", "sgd", "adam")] == [0.1, 0.1, 0.1, 0.0]
+    assert OptimizerConfig("adamw", weight_decay=0.0).decay == 0
+    assert OptimizerConfig.tuned() == OptimizerConfig(weight_decay=0.1)
+
+
 def test_betas_may_be_a_list_as_yaml_gives_them() -> None:
     assert OptimizerConfig(betas=[0.9, 0.95]) == OptimizerConfig(betas=(0.9, 0.95))
-    with pytest.raises(TypeError, match=r"betas=0\.9 must be two numbers"):
+    with pytest.raises(TypeError, match=r"betas is 0\.9: tuple\[float, float\] is wanted"):
         OptimizerConfig(betas=0.9)
 
 
@@ -296,11 +302,11 @@ def test_a_fitted_schedule_has_the_same_shape() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "cosin"}, r"unknown schedule 'cosin': did you mean 'cosine'"),
+        ({"name": "cosin"}, r"schedule 'cosin' is unknown: did you mean 'cosine'"),
         ({"total_steps": 60}, r"warmup_steps=100 is longer than total_steps=60: use 20 or less"),
-        ({"decay_fraction": 0.0}, r"decay_fraction=0.0 must be at most 1 and above 0"),
-        ({"final_fraction": 1.5}, r"final_fraction=1.5 must be at least 0 and at most 1"),
-        ({"total_steps": 0}, r"total_steps=0 must be at least 1"),
+        ({"decay_fraction": 0.0}, r"decay_fraction is 0.0: it must be above 0 and at most 1"),
+        ({"final_fraction": 1.5}, r"final_fraction is 1.5: it must be at least 0 and at most 1"),
+        ({"total_steps": 0}, r"total_steps is 0: it must be at least 1"),
     ],
 )
 def test_schedule_refuses_nonsense(changes: dict[str, object], message: str) -> None:
@@ -310,7 +316,7 @@ def test_schedule_refuses_nonsense(changes: dict[str, object], message: str) -> 
 
 @pytest.mark.parametrize("changes", [{"total_steps": 1e3}, {"warmup_steps": "100"}, {"decay_fraction": "3e-1"}])
 def test_schedule_refuses_other_types(changes: dict[str, object]) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(changes))}="):
+    with pytest.raises(TypeError, match=f"{next(iter(changes))} is "):
         Schedule(**changes)
 
 

@@ -57,7 +57,7 @@ def test_presets_are_the_plan_s() -> None:
     ("settings", "error", "says"),
     [
         ({"full_steps": 0}, ValueError, "full_steps is 0: it must be at least 1"),
-        ({"confidence_threshold": 1.5}, ValueError, "must lie in"),
+        ({"confidence_threshold": 1.5}, ValueError, "at least 0 and at most 1"),
         ({"clip_norm": "1e-4"}, TypeError, "write 1.0e-4"),
         ({"max_predict_steps": True}, TypeError, "int is wanted"),
         ({"predictor": "liner"}, ValueError, "did you mean 'linear'"),

@@ -15,6 +15,7 @@ from hybridlab.errors import UserError
 from hybridlab.gram import PathNeeds
 from hybridlab.memory import nearest_fit, plan
 from hybridlab.memory.config import (
+    INPUTS,
     CheckpointingConfig,
     GradientAccumulationConfig,
     MemoryConfig,
@@ -146,6 +147,7 @@ def plain():
     [
         (MUCH, "activations", {"mixed_precision": MixedPrecisionConfig()}),
         (MUCH, "activations", {"checkpointing": CheckpointingConfig()}),
+        (MUCH, "activations", {"checkpointing": CheckpointingConfig(inputs="host")}),
         (MUCH, "activations", {"gradient_accumulation": GradientAccumulationConfig(4)}),
         (MUCH, "logits", {"loss_chunk_tokens": 128}),
         (MUCH, "weights", {"weights": "bf16", "optimizer_state": "int8"}),
@@ -166,6 +168,18 @@ def test_more_blocks_that_keep_their_activations_take_more():
     keeping = [MemoryConfig(checkpointing=CheckpointingConfig(keep_last)) for keep_last in (0, 1, 3)]
     peaks = [plan(*MUCH, memory).peak_allocated_bytes for memory in keeping]
     assert peaks == sorted(set(peaks))
+
+
+def test_inputs_on_the_host_leave_two_of_them_on_the_card_and_cross_the_bus_twice():
+    deep = replace(WIDE_LOGITS, n_layer=16)
+    kept, sent = (plan(deep, (8, 64), MemoryConfig(checkpointing=CheckpointingConfig(inputs=i))) for i in INPUTS)
+    one = 8 * 64 * deep.n_embd * 4
+    assert kept.parts["activations"] - sent.parts["activations"] == pytest.approx((deep.n_layer - 2) * one, abs=one)
+    assert (kept.bus_bytes, sent.bus_bytes) == (0, 2 * deep.n_layer * one)
+    in_parts = MemoryConfig(
+        checkpointing=CheckpointingConfig(inputs="host"), gradient_accumulation=GradientAccumulationConfig(4)
+    )
+    assert plan(deep, (8, 64), in_parts).bus_bytes == sent.bus_bytes
 
 
 def test_state_takes_the_bytes_of_its_format():
@@ -273,13 +287,14 @@ def rungs():
 def test_the_ladder_goes_from_harmless_to_costly_and_never_up(rungs):
     peaks = [rung.plan.peak_allocated_bytes for rung in rungs]
     assert peaks[-1] < 0.5 * peaks[0]
-    assert [rung.name.split()[0] for rung in rungs[:7]] == [
+    assert [rung.name.split()[0] for rung in rungs[:8]] == [
         "as",
         "bf16",
         "loss",
         "checkpointing",
         "int8",
         "optimizer",
+        "inputs",
         "gradients",
     ]
 
@@ -289,17 +304,17 @@ def test_climbing_stops_at_the_first_rung_that_fits(rungs):
     climbed = climb(SITUATION, card_bytes)
     assert climbed[-1].plan.fits(card_bytes)
     assert not any(rung.plan.fits(card_bytes) for rung in climbed[:-1])
-    said = nearest_fit(SITUATION.model, SITUATION.batch, card_bytes, share=GRAPH_ALONE)
+    said = nearest_fit(SITUATION, card_bytes)
     assert said.startswith("nearest fitting setting: bf16 autocast, ")
     assert climbed[-1].name in said
-    assert "no setting makes it fit" in nearest_fit(SITUATION.model, SITUATION.batch, 1000)
+    assert "no setting makes it fit" in nearest_fit(SITUATION, 1000)
 
 
 def test_what_is_on_already_or_cannot_be_has_no_rung():
     whole = replace(SITUATION, memory=MemoryConfig.fit_16gb(), path=PathNeeds(4, 5))
-    assert [rung.name.split()[0] for rung in ladder(whole)][:3] == ["as", "path", "gradients"]
+    assert [rung.name.split()[0] for rung in ladder(whole)][:4] == ["as", "path", "inputs", "gradients"]
     muon = replace(SITUATION, optimizer=OptimizerConfig("muon"))
-    assert not any("int8" in rung.name or "host" in rung.name for rung in ladder(muon))
+    assert not any("state" in rung.name for rung in ladder(muon))
 
 
 def test_a_card_is_a_size_or_a_name():
@@ -345,7 +360,7 @@ def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
         ("--batch 8*512", "batch '8*512' is none: give windows and tokens, such as 8x512"),
         ("--batch 0x512", "such as 8x512"),
         ("--model nan", "did you mean 'nano'?"),
-        ("--optimizer adamx", "unknown optimizer 'adamx'"),
+        ("--optimizer adamx", "optimizer 'adamx' is unknown: did you mean 'adam'?"),
         ("--memory fit_16", "did you mean 'fit_16gb'?"),
         ("--predictor linea", "did you mean 'linear'?"),
         ("--batch 1x65", "cut it to 64"),

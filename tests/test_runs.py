@@ -99,6 +99,14 @@ def test_a_record_of_the_same_name_is_replaced(tmp_path: Path) -> None:
         assert run.summary is None
 
 
+def test_closing_figures_are_those_of_a_finished_run(tmp_path: Path) -> None:
+    with RunRecorder(tmp_path, {}) as recorder:
+        with pytest.raises(UserError, match=f"the run in {tmp_path} has not finished: go on with it"):
+            Run.load(tmp_path).closing_figures  # noqa: B018
+        recorder.finish({"validation_loss": 0.5})
+    assert Run.load(tmp_path).closing_figures == {"validation_loss": 0.5}
+
+
 def test_a_run_that_is_not_there_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Run.load(tmp_path)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hybridlab import HybridTrainerConfig
+from hybridlab.device import find_device
 from hybridlab.errors import UserError
-from hybridlab.memory import MemoryConfig
+from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
-from hybridlab.study.compilation import compiled
-from hybridlab.study.run_config import find_device
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, run_config, train, turns
+from hybridlab.study.compilation import compile_
+from hybridlab.study.overhead import step_overhead
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
+from hybridlab.study.tasks import Batch, TextTask, in_parts
+from hybridlab.study.training_run import TrainingRun
+from hybridlab.vram import MemoryMeter
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
 SHORT = RunConfig(
@@ -134,14 +142,100 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
         find_device("gpu")
 
 
-def test_models_of_one_shape_share_one_compiled_graph_and_keep_their_own_weights() -> None:
-    first, second = MARKOV.build(0, torch.device("cpu")).model, MARKOV.build(1, torch.device("cpu")).model
-    weights = [p.detach().clone() for p in second.parameters()]
-    kept, wrapped = compiled(first, MemoryConfig())
-    again, wrapped_again = compiled(second, MemoryConfig())
-    assert again is kept
-    assert wrapped_again is wrapped
-    assert all(map(torch.equal, weights, kept.parameters()))
+def weights_of(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def test_a_compiled_model_is_handed_on_and_takes_the_next_task_s_weights() -> None:
+    first, second = MARKOV.build(0, torch.device("cpu")), MARKOV.build(1, torch.device("cpu"))
+    weights, wrapped, kept = weights_of(second.model), compile_(first, MemoryConfig()), first.model
+    del first
+    assert compile_(second, MemoryConfig()) is wrapped
+    assert second.model is kept
+    assert torch.equal(weights_of(second.model), weights)
+
+
+def test_a_compiled_model_is_left_alone_while_its_task_lives() -> None:
+    first, second = MARKOV.build(0, torch.device("cpu")), MARKOV.build(1, torch.device("cpu"))
+    wrapped, kept, weights = compile_(first, MemoryConfig()), first.model, weights_of(first.model)
+    assert compile_(second, MemoryConfig()) is not wrapped
+    assert second.model is not kept
+    assert torch.equal(weights_of(first.model), weights)
+    assert not torch.equal(weights_of(first.model), weights_of(second.model))
+
+
+def test_a_run_that_has_ended_lets_its_task_go_at_once(tmp_path: Path) -> None:
+    """Else the next run of a study could not take its compiled model over."""
+    gc.disable()
+    try:
+        run = TrainingRun(replace(SHORT, hybrid=JUMPY), tmp_path)
+        task = weakref.ref(run._task)
+        run.run()
+        assert task() is not None
+        del run
+        assert task() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_batch_is_made_once_a_step_and_only_where_it_is_looked_at(tmp_path: Path, micro_batches: int) -> None:
+    made: list[int] = []
+
+    class Counted(TextTask):
+        def batch(self, step: int) -> Batch:
+            made.append(step)
+            return super().batch(step)
+
+    memory = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches))
+    run = TrainingRun(replace(SHORT, hybrid=replace(JUMPY, correction_interval=3, memory=memory)), tmp_path)
+    run._task.__class__ = Counted
+    steps = run.run().steps
+    looked_at = steps.loc[steps["measured_loss"].notna(), "nominal_step"] - 1
+    assert made == [0, *looked_at], "the first batch also warms up"
+    assert len(looked_at) < len(steps), "the arm is meant to predict blindly now and then"
+
+
+def test_a_batch_falls_into_equal_parts_that_share_its_memory() -> None:
+    tokens, targets = torch.arange(12).reshape(4, 3), torch.arange(4)
+    parts = in_parts((tokens, targets), 2)
+    assert [[tensor.tolist() for tensor in part] for part in parts] == [
+        [[[0, 1, 2], [3, 4, 5]], [0, 1]],
+        [[[6, 7, 8], [9, 10, 11]], [2, 3]],
+    ]
+    assert parts[0][0].data_ptr() == tokens.data_ptr()
+
+
+def test_the_trainer_s_cost_is_measured_in_pairs() -> None:
+    cost = step_overhead(replace(SHORT, compiled=False), rounds=3, steps=2)
+    assert {*cost} == {"plain_over_bare", "null_over_bare", "recording_over_bare", "bare_step_ms"}
+    assert cost["null_over_bare"] > 0
+
+
+def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns_taken = 0.0, ""
+
+    def loop(name: str, factor: float) -> None:
+        nonlocal now, turns_taken
+        turns_taken += name
+        now += factor * len(turns_taken)  # a machine that gets slower and slower
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
+    loops = {"a": partial(loop, "a", 1.0), "b": partial(loop, "b", 2.0)}
+    seconds = turns.seconds_in_turns(loops, torch.device("cpu"), rounds=3)
+    assert turns_taken == "abbaabbaab"
+    assert seconds == {"a": [5.0, 8.0, 9.0], "b": [12.0, 14.0, 20.0]}
+    assert turns.median_ratio(seconds["b"], seconds["a"]) == 20 / 9
+
+
+def test_a_run_s_record_tells_the_device_from_the_card_that_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SHORT, card_gb=16)
+    monkeypatch.setattr(run_config, "device_name", lambda _: "NVIDIA H100")
+    for larger, described in ((True, "NVIDIA H100 as an emulated 16 GB card"), (False, "NVIDIA H100")):
+        monkeypatch.setattr(MemoryMeter, "exceeds", lambda _, card_bytes, larger=larger: larger)
+        record = config.record()
+        assert (record["device"], record["emulates_card"]) == ("NVIDIA H100", larger)
+        assert config.describe_device() == described
 
 
 def test_the_gradient_clock_makes_the_decay_wait(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
 from hybridlab.study.stopwatch import Stopwatch
-from hybridlab.study.tasks import Task
+from hybridlab.study.tasks import Batch, Task
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -56,8 +56,11 @@ class RestlessTask:
     def __init__(self, task: Task) -> None:
         self.model, self._task = task.model, task
 
-    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
-        return self._task.loss(step, model, part, parts) * (1 + 0.1 * random.random() + 0.1 * np.random.random())  # noqa: NPY002
+    def batch(self, step: int) -> Batch:
+        return self._task.batch(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._task.loss(model, batch) * (1 + 0.1 * random.random() + 0.1 * np.random.random())  # noqa: NPY002
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         digest = hashlib.sha256()
@@ -197,7 +200,7 @@ def test_checkpoints_leave_the_figures_alone_and_go_when_the_run_has_finished(
 
 
 def test_checkpoint_every_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="checkpoint_every must be at least 0"):
+    with pytest.raises(ValueError, match="checkpoint_every is -1: it must be at least 0"):
         replace(PLAIN, checkpoint_every=-1)
 
 
@@ -249,11 +252,11 @@ def test_without_resume_the_run_starts_afresh_and_its_old_checkpoint_is_gone(
 def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path) -> None:
     interrupted(PLAIN, tmp_path, 10)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    other = replace(PLAIN, steps=60, optimizer=OptimizerConfig(lr=1e-3))
+    other = replace(PLAIN, steps=40, optimizer=OptimizerConfig(lr=1e-3))
     with pytest.raises(UserError) as caught:
         train(other, tmp_path, resume=True)
     assert str(caught.value) == (
-        f"{tmp_path} is of another run: steps (48 then, 60 now), optimizer.lr (0.0003 then, 0.001 now); "
+        f"{tmp_path} is of another run: steps (48 then, 40 now), optimizer.lr (0.0003 then, 0.001 now); "
         "choose another folder, or start afresh without resume"
     )
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -14,8 +14,12 @@ from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.errors import UserError
 from hybridlab.gate import LENGTHS
 from hybridlab.gram import Gram
+from hybridlab.memory import GradientAccumulationConfig, MemoryConfig, optimizer_for
+from hybridlab.optimizers import OptimizerConfig
 from hybridlab.predictors import PREDICTORS, Proposal
 from hybridlab.trainer import DivergenceError
+from hybridlab.trajectory import optimizer_direction
+from hybridlab.weights import Weights
 from tests.conftest import Problem
 
 EAGER = HybridTrainerConfig(
@@ -105,7 +109,6 @@ def test_predicted_steps_move_the_weights_without_a_backward_pass(predictor: str
         trainer.step(task.closure(step))
         step += 1
     before, gradient_steps = task.weights(), trainer.statistics().gradient_steps
-    assert not trainer.needs_backward
     results = [trainer.step(task.closure(step + i)) for i in range(10)]
     assert [r.phase for r in results] == [Phase.PREDICT] * 10
     assert trainer.statistics().gradient_steps == gradient_steps
@@ -321,3 +324,63 @@ def test_every_proposal_is_in_the_reliability_table() -> None:
     assert (
         sum(row["proposals"] for row in trainer.reliability()) == counts.proposals_accepted + counts.proposals_rejected
     )
+
+
+# --- one step late, in parts, and beside odd optimizers ---------------------------------------------------
+
+
+def test_a_loss_that_jumps_for_good_is_one_divergence_and_warmup_ends_when_it_should() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    trainer = HybridTrainer(
+        nn.ParameterList([weight]), torch.optim.SGD([weight], lr=0.0), HybridTrainerConfig(warmup_steps=60)
+    )
+    results = [trainer.step(lambda s=step: weight.mean() + 2.0 * (s >= 40)) for step in range(150)]  # type: ignore[misc]
+    assert trainer.statistics().divergences == 1
+    assert [r.phase for r in results[58:62]] == [Phase.WARMUP] * 2 + [Phase.FULL] * 2
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_a_batch_that_does_not_come_in_the_parts_asked_for_is_refused(given: int, problem: Problem) -> None:
+    memory = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(2))
+    trainer = HybridTrainer(problem.model, problem.adamw(), HybridTrainerConfig.plain(memory=memory))
+    before = problem.weights()
+    with pytest.raises(UserError, match=f"came in {given} parts and 2 are wanted"):
+        trainer.step([problem.closure(0)] * given)
+    assert torch.equal(problem.weights(), before)
+    trainer.step([problem.closure(0)] * 2)
+    assert trainer.statistics().nominal_steps == 1
+
+
+def test_no_closure_at_all_is_refused(problem: Problem) -> None:
+    trainer = HybridTrainer(problem.model, problem.adamw(), HybridTrainerConfig.plain())
+    with pytest.raises(UserError, match="came in 0 parts and 1 are wanted"):
+        trainer.step([])
+
+
+def test_an_optimizer_that_runs_backward_itself_is_refused(problem: Problem) -> None:
+    with pytest.raises(UserError, match="LBFGS runs forward and backward by itself"):
+        HybridTrainer(problem.model, torch.optim.LBFGS(problem.model.parameters()))
+
+
+def test_adam_coast_goes_by_the_settings_of_now_after_a_resume(problem: Problem) -> None:
+    """`load_state_dict` gives an optimizer new groups; the learning rate is then changed in those."""
+    optimizer = problem.adamw(lr=1e-2)
+    weights = Weights(problem.model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 5e-4
+    assert weights.settings[0]["lr"] == 5e-4
+
+
+def test_adam_coast_reads_moments_that_are_kept_in_8_bits() -> None:
+    pytest.importorskip("torchao")
+    directions = []
+    for state in ("fp32", "int8"):
+        torch.manual_seed(0)
+        model = nn.Linear(128, 64, bias=False)
+        optimizer = optimizer_for(model, OptimizerConfig.tuned(lr=1e-2), MemoryConfig(optimizer_state=state))
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 128, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+        directions.append(optimizer_direction(optimizer, model.weight, optimizer.param_groups[0]).flatten())
+    assert torch.cosine_similarity(*directions, dim=0) > 0.99

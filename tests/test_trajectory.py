@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hybridlab.checkpoint import load_checkpoint, save_checkpoint
+from hybridlab.errors import UserError
 from hybridlab.gram import PathNeeds
 from hybridlab.trajectory import PathStorage, Trajectory, _products
 from hybridlab.weights import Weights
-from tests.conftest import Problem
+from tests.conftest import CountedArenas, Problem
 
 NEEDS = PathNeeds(rows=3, every=2, velocity=0.9, direction=True)
 
@@ -128,6 +133,46 @@ def test_where_the_path_is_kept_changes_it_by_rounding_at_most(storage: PathStor
     exact, stored = recorded(needs)[2].gram(), recorded(needs, storage)[2].gram()
     tolerance = 0.02 if storage.dtype is torch.bfloat16 else 0.0
     np.testing.assert_allclose(stored.products, exact.products, rtol=tolerance, atol=tolerance * 1e-3)
+
+
+IN_BF16_ON_HOST = PathStorage(on_host=True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("velocity", [None, 0.9])
+def test_the_whole_path_on_the_host_is_one_arena(arenas: CountedArenas, velocity: float | None) -> None:
+    task, _, trajectory, _ = recorded(replace(NEEDS, velocity=velocity), IN_BF16_ON_HOST)
+    trajectory.anchor()
+    size = task.weights().numel()
+    path_bytes = 2 * (NEEDS.rows + bool(velocity)) * size + 4 * size
+    assert len(arenas.taken_bytes) == 1
+    assert path_bytes <= arenas.taken_bytes[0] < path_bytes + 3 * 256
+
+
+def test_a_path_that_finds_no_room_is_not_begun_and_may_be_later(arenas: CountedArenas) -> None:
+    task = Problem()
+    optimizer, before = task.adamw(), task.weights()
+    trajectory = Trajectory(Weights(task.model, optimizer), optimizer, NEEDS, IN_BF16_ON_HOST)
+    empty = trajectory.state_dict()
+    arenas.may_take = 0
+    with pytest.raises(UserError, match="host memory is short"):
+        trajectory.anchor()
+    assert trajectory.state_dict() == empty
+    assert torch.equal(task.weights(), before)
+    arenas.may_take = None
+    trajectory.anchor()
+    assert torch.equal(trajectory.state_dict()["last"][0], before)
+
+
+@pytest.mark.parametrize("storage", [PathStorage(), PathStorage(on_host=True), IN_BF16_ON_HOST])
+def test_a_path_survives_a_checkpoint(tmp_path: Path, storage: PathStorage) -> None:
+    task, optimizer, trajectory, _ = recorded(storage=storage)
+    expected = trajectory.gram().products
+    save_checkpoint(tmp_path / "a.pt", trajectory.state_dict(), meta={})
+    loaded = load_checkpoint(tmp_path / "a.pt", expect={})
+    assert loaded is not None
+    resumed = Trajectory(Weights(task.model, optimizer), optimizer, NEEDS, storage)
+    resumed.load_state_dict(loaded)
+    np.testing.assert_array_equal(resumed.gram().products, expected)
 
 
 def test_products_of_long_rows_are_exact_to_float32() -> None:

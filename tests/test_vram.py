@@ -19,6 +19,7 @@ import torch
 from hybridlab.errors import UserError
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.study.memory_log import export_csv, growth_bytes
+from hybridlab.study.run_memory import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, meter, sampler
 from hybridlab.vram.peaks import PhasePeaks
 
@@ -204,6 +205,44 @@ def test_where_processes_are_hidden_all_that_the_card_cannot_give_counts(card: P
     assert MemoryMeter(CUDA).peak()["context_bytes"] == 30 + 200 + card.driver
 
 
+def test_a_smaller_card_is_a_share_of_this_one_context_included(
+    card: PlayedCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    card.context = 30
+    card.tell_processes()
+    assert MemoryMeter(CUDA).share_of(400) == 0.37
+    assert MemoryMeter(CUDA).share_of(950) == 1.0, "a card that is no larger is taken as it is"
+    assert MemoryMeter(CUDA).share_of(20) == 0.0
+    with pytest.raises(UserError, match="set card_gb to 0"):
+        MemoryMeter(CPU).share_of(400)
+
+
+# --- a run's books -----------------------------------------------------------------------------------------
+
+
+def test_a_run_s_books_keep_the_peaks_of_its_earlier_part_and_of_predict(card: PlayedCard) -> None:
+    earlier = RunMemory(CUDA)
+    earlier.begin(dict)
+    earlier.enter("full")
+    card.hold(100)
+    card.hold(20)
+    earlier.note_predict()
+    card.reserved = card.peak_reserved = 0
+    so_far = earlier.peak()
+    later = RunMemory(CUDA)
+    later.go_on_from(so_far)
+    later.begin(dict)
+    later.enter("full")
+    card.hold(50)
+    card.hold(30)
+    later.note_predict()
+    peak = later.peak()
+    assert (peak["peak_allocated_bytes"], peak["peak_allocated_bytes_in_full"]) == (100, 100)
+    assert (peak["predict_allocated_bytes"], peak["predict_reserved_bytes"]) == (30, 100)
+    assert later.summary() == {"other_bytes_at_start": 0, **peak}
+
+
 # --- sampling ----------------------------------------------------------------------------------------------
 
 
@@ -246,6 +285,21 @@ def test_the_shortest_block_has_its_start_and_its_end() -> None:
     assert len(sampler.take()) == 2
 
 
+def test_a_sampler_can_be_stopped_and_started_again() -> None:
+    meter = CountingMeter()
+    sampler = MemorySampler(meter, dict, every_ms=1)
+    for _ in range(2):
+        sampler.start()
+        sampler.start()
+        assert [thread.name for thread in threading.enumerate()].count("memory sampler") == 1
+        wait_for(meter, meter.reads + 2)
+        sampler.stop()
+        reads = meter.reads
+        sampler.stop()
+        assert meter.reads == reads, "it has stopped"
+    assert [row["used_bytes"] for row in sampler.take()] == list(range(1, reads + 1))
+
+
 def test_an_error_in_the_block_ends_the_thread_and_keeps_the_samples() -> None:
     sampler = MemorySampler(CountingMeter(), dict)
     with pytest.raises(ZeroDivisionError), sampler:
@@ -277,8 +331,8 @@ def test_a_pace_of_nothing_is_refused() -> None:
 # --- what the samples tell ---------------------------------------------------------------------------------
 
 
-def recorded(folder: Path, rows: list[dict[str, Any]], device: str = "NVIDIA H100") -> Run:
-    with RunRecorder(folder, {"device": device}) as recorder:
+def recorded(folder: Path, rows: list[dict[str, Any]]) -> Run:
+    with RunRecorder(folder, {"device": "NVIDIA H100"}) as recorder:
         recorder.extend("vram", rows)
     return Run.load(folder)
 
@@ -305,7 +359,7 @@ def test_samples_are_written_as_nvidia_smi_writes_them_in_local_time(tmp_path: P
         sample | {"device_used_bytes": None, "utilization_percent": None},
     ]
     path = tmp_path / "memory.csv"
-    export_csv(recorded(tmp_path, rows, "NVIDIA H100 as an emulated 16 GB card"), path)
+    export_csv(recorded(tmp_path, rows), path)
     assert path.read_text().splitlines() == [
         "timestamp, name, memory.total [MiB], memory.used [MiB], utilization.gpu [%]",
         "2023/11/14 12:00:00.250, NVIDIA H100, 81559, 1024, 97",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,12 +17,10 @@ import platformdirs
 from filelock import FileLock
 
 from hybridlab.data.text_data import Tokens
-from hybridlab.errors import UserError
+from hybridlab.files import writing_to
 
 FORMAT = 1
-UNWRITABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
-}  # fmt: skip
+ELSEWHERE = "name another cache folder in the environment variable HYBRIDLAB_CACHE"
 
 
 class BrokenCacheError(Exception):
@@ -54,15 +50,18 @@ def cache_key(*inputs: object) -> str:
 def cached_tokens(folder: Path, build: Callable[[Path], dict[str, Any]]) -> CachedTokens:
     """Read the tokens in `folder`; build them first where they are missing or broken.
 
-    `build(empty_folder)` writes `train.bin` and `validation.bin` (see `append_tokens`) and returns facts to
-    keep with them. Processes that want the same folder wait for the one that builds it.
-    Raises `UserError` when the folder cannot be written; nothing half-written stays.
+    build: given an empty folder, writes `train.bin` and `validation.bin` there (see `append_tokens`), and returns
+        facts to keep with them
+
+    Processes that want the same folder wait for the one that builds it.
+
+    Raises UserError when the folder cannot be written; nothing half-written stays.
     """
     try:
         return _read(folder)
     except BrokenCacheError:
         pass
-    with writing_to(folder.parent):
+    with writing_to(folder.parent, otherwise=ELSEWHERE):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             return _read_or_build(folder, build)
@@ -80,20 +79,6 @@ def tokens_sha256(train: Tokens, validation: Tokens) -> str:
         for start in range(0, len(tokens), 2**24):
             digest.update(np.ascontiguousarray(tokens[start : start + 2**24]).data)
     return digest.hexdigest()
-
-
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise UserError(
-            f"cannot write the cache folder {folder}: {os.strerror(error.errno)}. "
-            "Free some space there, or name another folder in the environment variable HYBRIDLAB_CACHE."
-        ) from error
 
 
 def _read_or_build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> CachedTokens:

@@ -34,7 +34,8 @@ def load_huggingface(
     where it has one, else every 20th document. `max_bytes` caps the UTF-8 bytes of the training documents;
     validation is capped at a nineteenth of that, but not below 200 kB. A data set from the hub is known by
     its name: a cached one is used until its cache folder is removed.
-    Raises `UserError` for a missing extra, a data set that cannot be had, and one without text.
+
+    Raises UserError for a missing extra, a data set that cannot be had, and one without text.
     """
     name, config = _name_and_config(argument)
     key = cache_key("hf", name, config, _stamps(name), max_bytes, make_encoder.__name__)

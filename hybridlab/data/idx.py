@@ -19,20 +19,19 @@ def read_idx(path: Path) -> Images:
     """Read an IDX file of unsigned bytes, compressed or not.
 
     The file holds two zero bytes, the type of its numbers (0x08), how many dimensions, each dimension as a
-    big-endian 32-bit integer, and the numbers. Raises `UserError` when it does not.
+    big-endian 32-bit integer, and the numbers. Raises UserError when it does not.
     """
-    return parse_idx(read_raw(path), str(path))
+    return parse_idx(decompressed(path.read_bytes(), str(path)), str(path))
 
 
-def read_raw(path: Path) -> bytes:
-    """The bytes of a file, decompressed where they are gzip."""
-    content = path.read_bytes()
+def decompressed(content: bytes, name: str) -> bytes:
+    """The content of a file, unpacked where it is gzip; `name` is for the error message."""
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: the gzip file is damaged: fetch it again.") from error
+        raise UserError(f"{name}: the gzip file is damaged: fetch it again.") from error
 
 
 def parse_idx(content: bytes, name: str) -> Images:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from hybridlab.data.image_data import Images, Labels
+from hybridlab.data.image_data import ImageData, Images, Labels
 from hybridlab.errors import UserError
 
 ImageBatch = tuple[Float[Tensor, "batch 1 28 28"], Int64[Tensor, " batch"]]
@@ -20,31 +19,20 @@ class ImageBatches:
 
         x = (pixel / 255 - mean) / std
 
-    - `images`, `labels`: uint8 [n, 28, 28] and int64 [n]; kept on `device` as bytes.
-    - `mean`, `std`: of the training pixels on the scale 0 to 1; computed from `images` where not given.
+    data: its training images are kept on `device` as bytes; mean and std are those of their pixels
 
     An epoch is `n // batch_size` batches; the images left over differ from epoch to epoch.
-    Raises `UserError` when a batch is larger than the data set.
+
+    Raises UserError when a batch is larger than the data set.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        labels: Labels,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        mean: float | None = None,
-        std: float | None = None,
-    ) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise UserError(f"batch_size={batch_size}: choose 1 to {len(images)}, the number of images.")
-        self._images, self._labels = _on_device(images, labels, device)
-        self._mean = float(images.mean(dtype=np.float64) / 255) if mean is None else mean
-        self._std = float(images.std(dtype=np.float64) / 255) if std is None else std
-        self._seed, self._order_epoch = seed, -1
-        self.batch_size, self.batches_per_epoch = batch_size, len(images) // batch_size
+    def __init__(self, data: ImageData, *, batch_size: int, seed: int, device: torch.device | str = "cpu") -> None:
+        count = len(data.train_images)
+        if not 1 <= batch_size <= count:
+            raise UserError(f"batch_size={batch_size}: choose 1 to {count}, the number of images.")
+        self._data, self._seed, self._order_epoch = data, seed, -1
+        self._images, self._labels = _on_device(data.train_images, data.train_labels, device)
+        self.batch_size, self.batches_per_epoch = batch_size, count // batch_size
 
     def __call__(self, step: int) -> ImageBatch:
         """The batch of this step: normalized images and their labels."""
@@ -52,39 +40,28 @@ class ImageBatches:
         if epoch != self._order_epoch:
             self._order_epoch, self._order = epoch, self._shuffled(epoch)
         chosen = self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return _normalized(self._images[chosen], self._mean, self._std), self._labels[chosen]
+        return _normalized(self._images[chosen], self._data), self._labels[chosen]
 
     def _shuffled(self, epoch: int) -> Int64[Tensor, " images"]:
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._images))
         return torch.from_numpy(order).to(self._images.device)
 
 
-def images_in_order(
-    images: Images,
-    labels: Labels,
-    *,
-    batch_size: int,
-    mean: float,
-    std: float,
-    device: torch.device | str = "cpu",
-) -> list[ImageBatch]:
-    """Every image once, in order, for validation; the last batch may be smaller.
-
-    `mean` and `std` are those of the *training* pixels: `ImageData.pixel_mean` and `pixel_std`.
-    """
-    pixels, classes = _on_device(images, labels, device)
-    normalized = _normalized(pixels, mean, std)
+def images_in_order(data: ImageData, *, batch_size: int, device: torch.device | str = "cpu") -> list[ImageBatch]:
+    """Every test image once, in order, normalized as the training images are; the last batch may be smaller."""
+    pixels, classes = _on_device(data.test_images, data.test_labels, device)
+    normalized = _normalized(pixels, data)
     return list(zip(torch.split(normalized, batch_size), torch.split(classes, batch_size), strict=True))
 
 
 def _on_device(
-    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], device: torch.device | str
+    images: Images, labels: Labels, device: torch.device | str
 ) -> tuple[UInt8[Tensor, "images 28 28"], Int64[Tensor, " images"]]:
     return torch.tensor(images, device=device), torch.tensor(labels, device=device)
 
 
 def _normalized(
-    pixels: UInt8[Tensor, "images height width"], mean: float, std: float
+    pixels: UInt8[Tensor, "images height width"], data: ImageData
 ) -> Float[Tensor, "images 1 height width"]:
-    scaled = (pixels.to(torch.float32) / 255 - mean) / std
+    scaled = (pixels.to(torch.float32) / 255 - data.pixel_mean) / data.pixel_std
     return rearrange(scaled, "images height width -> images 1 height width")

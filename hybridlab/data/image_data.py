@@ -18,11 +18,11 @@ Labels = npt.NDArray[np.int64]
 class ImageData:
     """Gray images of 28 x 28 pixels and their labels, with their provenance.
 
-    - `source`: the string that named the data, such as `digits`.
-    - `description`: what the data is, in words, for tables.
-    - `train_images`, `test_images`: uint8 [n, 28, 28].
-    - `train_labels`, `test_labels`: int64 [n], 0 to 9.
-    - `sha256`: of the arrays, in the order above: images before labels, training before test.
+    source: the string that named the data, such as `digits`
+    description: what the data is, in words, for tables
+    train_images, test_images: uint8 [n, 28, 28]
+    train_labels, test_labels: int64 [n], 0 to 9
+    sha256: of the arrays, in the order above: images before labels, training before test
     """
 
     source: str

@@ -20,11 +20,11 @@ SOURCES = ("digits", "mnist", "mnist:PATH")
 def load_images(source: str, *, cache: Path | None = None) -> ImageData:
     """Load the images that `source` names.
 
-    - `source`: `digits` (no download), `mnist:PATH` (a folder of the four IDX files) or `mnist` (downloaded
-      once, with checksums).
-    - `cache`: the folder for downloads; None is `HYBRIDLAB_CACHE`, else the user's cache folder.
+    source: `digits` (no download), `mnist:PATH` (a folder of the four IDX files) or `mnist` (downloaded
+        once, with checksums)
+    cache: the folder for downloads; None is `HYBRIDLAB_CACHE`, else the user's cache folder
 
-    Raises `UserError` for an unknown source and for files that are missing or damaged.
+    Raises UserError for an unknown source and for files that are missing or damaged.
     """
     kind, _, argument = source.partition(":")
     if source == "digits":

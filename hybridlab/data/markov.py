@@ -21,8 +21,8 @@ class MarkovChain:
 
         P(next = successors[i, r]) = weights[r],    weights[r] ∝ 1 / (r + 1)
 
-    - `successors`: state by rank; a state named twice in a row gets both weights.
-    - `weights`: one for each rank, sum 1; the same for every state (Zipf's law).
+    successors: state by rank; a state named twice in a row gets both weights
+    weights: one for each rank, sum 1; the same for every state (Zipf's law)
     """
 
     successors: npt.NDArray[np.int64]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import urllib.request
 import warnings
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from hybridlab.data.cache import cache_folder, writing_to
-from hybridlab.data.idx import read_idx, read_raw
+from hybridlab.data.cache import ELSEWHERE, cache_folder
+from hybridlab.data.idx import decompressed, read_idx
 from hybridlab.data.image_data import ImageData, Images, Labels
 from hybridlab.errors import UserError
+from hybridlab.files import writing_to
 
 # Of the decompressed content: mirrors compress the same content to different files.
 SHA256 = {
@@ -35,7 +35,7 @@ TIMEOUT_S = 20
 def load_mnist_folder(folder: Path, source: str) -> ImageData:
     """Read the four IDX files of MNIST in `folder`, with or without `.gz`.
 
-    Raises `UserError` for a missing or damaged file, and for images and labels that do not belong together.
+    Raises UserError for a missing or damaged file, and for images and labels that do not belong together.
     """
     train_images, train_labels = _labeled(folder, "train")
     test_images, test_labels = _labeled(folder, "t10k")
@@ -52,7 +52,7 @@ def load_mnist_folder(folder: Path, source: str) -> ImageData:
 def download_mnist(cache: Path | None) -> Path:
     """The cache folder that holds MNIST's four files, downloaded where missing and checked every time."""
     folder = cache_folder(cache) / "mnist"
-    with writing_to(folder):
+    with writing_to(folder, otherwise=ELSEWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             for name, sha256 in SHA256.items():
@@ -62,36 +62,31 @@ def download_mnist(cache: Path | None) -> Path:
 
 def _ensure(path: Path, sha256: str) -> None:
     if path.exists():
-        if _matches(path, sha256):
+        if _is_right(path.read_bytes(), sha256):
             return
         warnings.warn(f"{path} is broken: downloading it again", stacklevel=5)
-    partial = path.with_suffix(".partial")
-    try:
-        for mirror in MIRRORS:
-            if _fetched(mirror + path.name, partial) and _matches(partial, sha256):
-                os.replace(partial, path)
-                return
-    finally:
-        partial.unlink(missing_ok=True)
-    raise UserError(
-        f"MNIST cannot be downloaded ({path.name}: no mirror answered with the right file): name a folder "
-        "that has it with 'mnist:PATH', or use 'digits', which needs no network."
-    )
+    answers = (_fetched(mirror + path.name) for mirror in MIRRORS)
+    content = next((answer for answer in answers if _is_right(answer, sha256)), None)
+    if content is None:
+        raise UserError(
+            f"MNIST cannot be downloaded ({path.name}: no mirror answered with the right file): name a folder "
+            "that has it with 'mnist:PATH', or use 'digits', which needs no network."
+        )
+    path.write_bytes(content)  # if that is cut short, the next start finds out and asks again
 
 
-def _fetched(url: str, path: Path) -> bool:
+def _fetched(url: str) -> bytes:
+    """What the mirror answers; nothing where it does not."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            content = response.read(LARGEST_FILE_BYTES)
+            return response.read(LARGEST_FILE_BYTES)
     except (OSError, http.client.HTTPException):  # no network, no such name, no such file, too slow, cut off
-        return False
-    path.write_bytes(content)
-    return True
+        return b""
 
 
-def _matches(path: Path, sha256: str) -> bool:
+def _is_right(content: bytes, sha256: str) -> bool:
     try:
-        return hashlib.sha256(read_raw(path)).hexdigest() == sha256
+        return hashlib.sha256(decompressed(content, "")).hexdigest() == sha256
     except UserError:
         return False
 

@@ -26,14 +26,14 @@ def load_text(
 ) -> TextData:
     """Load the text that `source` names.
 
-    - `source`: `python`, `markov`, `uniform`, `bin:PATH`, `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`.
-    - `vocab_size`: None is 4096 for `python`, `markov` and `uniform`, and GPT-2's 50257 for `bin` and `hf`.
-    - `seed`: chooses the split and the files of `python`, and the tokens of `markov` and `uniform`. Keep it
-      fixed while comparing runs: another seed is another validation set.
-    - `max_bytes`: caps the training text (a synthetic token counts as two bytes); None takes all of it.
-    - `cache`: the folder for built tokens; None is `HYBRIDLAB_CACHE`, else the user's cache folder.
+    source: `python`, `markov`, `uniform`, `bin:PATH`, `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`
+    vocab_size: None is 4096 for `python`, `markov` and `uniform`, and GPT-2's 50257 for `bin` and `hf`
+    seed: chooses the split and the files of `python`, and the tokens of `markov` and `uniform`. Keep it
+        fixed while comparing runs: another seed is another validation set
+    max_bytes: caps the training text (a synthetic token counts as two bytes); None takes all of it
+    cache: the folder for built tokens; None is `HYBRIDLAB_CACHE`, else the user's cache folder
 
-    Raises `UserError` for an unknown source, a missing file, and settings that the source cannot meet.
+    Raises UserError for an unknown source, a missing file, and settings that the source cannot meet.
     """
     kind, argument = _parsed(source)
     _check(vocab_size, seed, max_bytes)

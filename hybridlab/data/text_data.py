@@ -15,14 +15,14 @@ Tokens = npt.NDArray[np.uint16]
 class TextData:
     """Token streams for training and validation, with their provenance.
 
-    - `source`: the string that named the data, such as `python` or `bin:PATH`.
-    - `description`: what the data is, in words, for tables.
-    - `train`, `validation`: uint16 tokens, one-dimensional, memory-mapped where they live in a file.
-    - `vocab_size`: every token is below it.
-    - `sha256`: of the tokens, those for training first.
-    - `bytes_per_token`: UTF-8 bytes of validation text for each validation token, so that losses at other
-      vocabularies can be compared; None where the text is not known.
-    - `entropy_floor_nats`: the lowest mean loss a token that any model can expect; None where unknown.
+    source: the string that named the data, such as `python` or `bin:PATH`
+    description: what the data is, in words, for tables
+    train, validation: uint16 tokens, one-dimensional, memory-mapped where they live in a file
+    vocab_size: every token is below it
+    sha256: of the tokens, those for training first
+    bytes_per_token: UTF-8 bytes of validation text for each validation token, so that losses at other
+        vocabularies can be compared; None where the text is not known
+    entropy_floor_nats: the lowest mean loss a token that any model can expect; None where unknown
     """
 
     source: str

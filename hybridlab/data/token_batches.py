@@ -19,10 +19,10 @@ class TokenBatches:
 
     So a run can go on at any step, and every arm of a comparison sees the same batches.
 
-    - `tokens`: the stream, uint16, one-dimensional; may be memory-mapped.
-    - `batch_size`, `block_size`: windows a batch, tokens a window.
+    tokens: the stream, uint16, one-dimensional; may be memory-mapped
+    batch_size, block_size: windows a batch, tokens a window
 
-    Raises `UserError` when the stream is shorter than one window and its last target.
+    Raises UserError when the stream is shorter than one window and its last target.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ def evenly_spaced(
 ) -> list[TokenBatch]:
     """Cut validation windows that do not overlap, spread from the first token of the stream to the last.
 
-    No token is the target of two windows. Raises `UserError` when the stream is too short for that.
+    No token is the target of two windows. Raises UserError when the stream is too short for that.
     """
     count = batches * batch_size
     _check(tokens, count, batch_size, block_size)

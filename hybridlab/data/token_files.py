@@ -26,7 +26,8 @@ def load_token_files(argument: str, *, vocab_size: int, max_bytes: int | None, c
       uint16 tokens. Several shards are joined in the cache.
 
     `max_bytes` caps the training tokens at two bytes a token.
-    Raises `UserError` for missing files, a file that contradicts its header, and tokens >= `vocab_size`.
+
+    Raises UserError for missing files, a file that contradicts its header, and tokens >= `vocab_size`.
     """
     train_paths, validation_paths = _found(argument)
     train, validation = _joined(train_paths, validation_paths, cache)

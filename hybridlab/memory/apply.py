@@ -47,7 +47,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> Optimizer:
     if memory.optimizer_state == "fp32" and not memory.state_on_host:
         return build_optimizer(model, config)
-    groups = decay_groups((p for p in model.parameters() if p.requires_grad), config.weight_decay)
+    groups = decay_groups((p for p in model.parameters() if p.requires_grad), config.decay)
     if memory.state_on_host:
         return HostAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return low_bit_adamw(

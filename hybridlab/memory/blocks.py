@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hybridlab.errors import UserError
+from hybridlab.memory.block_inputs import BlockInputs
 from hybridlab.memory.config import CheckpointingConfig
 
 
@@ -18,16 +22,27 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return max(uniform, key=len, default=[])
 
 
-def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig) -> None:
+def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: BlockInputs | None = None) -> None:
     """Let every block but the last `keep_last` keep its input alone, and compute the rest again in backward.
 
-    Parameters keep their names. Raises UserError for a model without repeated blocks.
+    Parameters keep their names. `inputs` looks after the inputs where they go to the host; None makes one.
+
+    Raises UserError for a model without repeated blocks.
     """
     blocks = blocks_of(model)
     if not blocks:
         raise UserError(f"{type(model).__name__} repeats no block: checkpointing has nothing to work on, leave it off")
+    keeping = (inputs or BlockInputs()).kept if config.inputs == "host" else nullcontext
     for block in blocks[: len(blocks) - config.keep_last]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(_checkpointed, keeping, block.forward)  # type: ignore[method-assign]
+
+
+def _checkpointed(
+    keeping: Callable[[], AbstractContextManager[Any]], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Around the checkpoint, `keeping` sees what the checkpoint itself saves, and nothing of what it forgets."""
+    with keeping():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def buckets_of(model: nn.Module) -> list[list[nn.Parameter]]:

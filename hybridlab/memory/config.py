@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from hybridlab.errors import nearest
+from hybridlab.settings import check_bounds, check_choice, check_types
 
 TRAINING_NUMBERS = ("fp32", "bf16")
 PREDICT_NUMBERS = ("fp32", "bf16", "bf16_weights")
 STRATEGIES = ("none", "cpu", "pinned", "compress", "drop")
 STATES = ("fp32", "int8", "fp8", "int4")
 WEIGHTS = ("fp32", "bf16")
+INPUTS = ("card", "host")
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,16 @@ class MixedPrecisionConfig:
     predict: of Predict: the same two, or "bf16_weights": weights in bf16 on the card, float32 masters on the host,
         where the jump is added, so that no rounding piles up
 
-    Raises ValueError that names the setting and its remedy.
+    Raises TypeError and ValueError that name the setting and its remedy.
     """
 
     training: str = "bf16"
     predict: str = "bf16"
 
     def __post_init__(self) -> None:
-        _choose("training", self.training, TRAINING_NUMBERS)
-        _choose("predict", self.predict, PREDICT_NUMBERS)
+        check_types(self)
+        check_choice("training", self.training, TRAINING_NUMBERS)
+        check_choice("predict", self.predict, PREDICT_NUMBERS)
 
     @classmethod
     def conservative(cls) -> Self:
@@ -51,7 +53,8 @@ class GradientAccumulationConfig:
     micro_batches: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("micro_batches", self.micro_batches, 1)
+        check_types(self)
+        check_bounds(self, "micro_batches", least=1)
 
     @classmethod
     def conservative(cls) -> Self:
@@ -70,10 +73,11 @@ class PredictAwareMemoryConfig:
 
     strategy: "none" leaves it; "cpu" and "pinned" move it to host memory, pinned memory without waiting; "compress"
         keeps it on the card in 8 bits (inexact); "drop" throws it away, so that the optimizer starts anew (inexact)
-    lookahead: nominal steps before a jump's end at which the return begins, beside the predicted steps
+    lookahead: nominal steps before a jump's end at which the return begins, beside the predicted steps; 0 waits for
+        its end
     release: hand what was freed back to the card, for others to use; False keeps it in torch's cache, which is quicker
 
-    Raises ValueError that names the setting and its remedy.
+    Raises TypeError and ValueError that name the setting and its remedy.
     """
 
     strategy: str = "pinned"
@@ -81,8 +85,9 @@ class PredictAwareMemoryConfig:
     release: bool = True
 
     def __post_init__(self) -> None:
-        _choose("strategy", self.strategy, STRATEGIES)
-        _at_least("lookahead", self.lookahead, 0)
+        check_types(self)
+        check_choice("strategy", self.strategy, STRATEGIES)
+        check_bounds(self, "lookahead", least=0)
 
     @classmethod
     def conservative(cls) -> Self:
@@ -97,12 +102,21 @@ class PredictAwareMemoryConfig:
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
-    """Recompute the activations of every block in the backward pass, but of the last `keep_last`."""
+    """Recompute the activations of every block in the backward pass, but of the last `keep_last`.
+
+    inputs: where what they are computed from waits: on the "card", or on the "host", sent and brought back beside the
+        computation
+
+    Raises TypeError and ValueError that name the setting and its remedy.
+    """
 
     keep_last: int = 0
+    inputs: str = "card"
 
     def __post_init__(self) -> None:
-        _at_least("keep_last", self.keep_last, 0)
+        check_types(self)
+        check_bounds(self, "keep_last", least=0)
+        check_choice("inputs", self.inputs, INPUTS)
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ class MemoryConfig:
     state_on_host: gradients and optimizer state live in host memory, where AdamW steps
     weights: "fp32"; "bf16" with stochastic rounding, or, with `state_on_host`, with float32 masters on the host
 
-    Raises TypeError and ValueError that name the two settings that do not go together, and why.
+    Raises TypeError and ValueError that name the setting and its remedy, or the two that do not go together, and why.
     """
 
     mixed_precision: MixedPrecisionConfig | None = None
@@ -175,10 +189,11 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, and what cannot work together."""
-        for name in ("loss_chunk_tokens", "pad_vocab_to"):
-            _at_least(name, getattr(self, name), 0)
-        _choose("optimizer_state", self.optimizer_state, STATES)
-        _choose("weights", self.weights, WEIGHTS)
+        check_types(self)
+        check_bounds(self, "loss_chunk_tokens", "pad_vocab_to", least=0)
+        check_bounds(self, "clip_in_backward", above=0)
+        check_choice("optimizer_state", self.optimizer_state, STATES)
+        check_choice("weights", self.weights, WEIGHTS)
         refuse_conflicts(self._conflicts())
 
     def _conflicts(self) -> list[Conflict]:
@@ -258,15 +273,3 @@ def refuse_conflicts(conflicts: Iterable[Conflict]) -> None:
     for conflict, (first, second), why in conflicts:
         if conflict:
             raise ValueError(f"{first} does not go with {second}: {why}")
-
-
-def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} {value!r} is unknown: {nearest(value, known)}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if type(value) is not int:
-        raise TypeError(f"{name} is {value!r}: a whole number is wanted")
-    if value < least:
-        raise ValueError(f"{name} is {value}: it must be at least {least}")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from hybridlab.memory.pinned import HostArena, arena_bytes
+from hybridlab.host_memory import host_room
 from hybridlab.memory.side_stream import SideStream
+from hybridlab.memory.weak_hook import weak_hook
+from hybridlab.trajectory import MOMENTS
 
 LEAVING_BYTES = 128_000_000
 """Gradients that may be on their way at a time: beyond it the backward pass waits for the bus."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class HostAdamW(Optimizer):
@@ -52,13 +50,11 @@ class HostAdamW(Optimizer):
         super().__init__(self._adamw.param_groups, self._adamw.defaults)
         params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
         alike = [torch.empty(param.shape, device="meta") for param in params]
-        masters, gradients = (HostArena(arena_bytes(alike), pinned=True) for _ in range(2))
-        moments = HostArena(2 * arena_bytes(alike), pinned=False)
-        self._masters = {p: masters.take(like).copy_(p.detach()) for p, like in zip(params, alike, strict=True)}
-        self._gradients = {p: gradients.take(like) for p, like in zip(params, alike, strict=True)}
-        self._places = {
-            p: {name: moments.take(like) for name in MOMENTS} for p, like in zip(params, alike, strict=True)
-        }
+        masters, gradients = (host_room(alike, pinned=True) for _ in range(2))
+        moments = iter(host_room([like for like in alike for _ in MOMENTS], pinned=False))
+        self._masters = {p: master.copy_(p.detach()) for p, master in zip(params, masters, strict=True)}
+        self._gradients = dict(zip(params, gradients, strict=True))
+        self._places = {p: {name: next(moments) for name in MOMENTS} for p in params}
         for param, places in self._places.items():
             places["step"] = torch.zeros(())
             if param.dtype != torch.float32:
@@ -66,9 +62,8 @@ class HostAdamW(Optimizer):
         self._stream = SideStream(params[0].device)
         self._leaving: deque[tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]] = deque()
         self._is_held = self._have_weights_moved = False
-        send = weakref.WeakMethod(self._send_gradient)
         for param in params:
-            param.register_post_accumulate_grad_hook(partial(_call, send))  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(weak_hook(self._send_gradient))  # type: ignore[no-untyped-call]
 
     # --- backward ----------------------------------------------------------------------------------------
 
@@ -200,9 +195,3 @@ class HostAdamW(Optimizer):
             self.state[param] = dict(twin.state[master])
             self._settled(param)
         self.weights_moved()
-
-
-def _call(method: weakref.WeakMethod[Any], param: Tensor) -> None:
-    """A hook must not keep a forgotten optimizer, and all its memory, alive."""
-    if alive := method():
-        alive(param)

@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     now: bytes alive at this moment, by part; peak: the same when their sum was greatest since `reset_peak`
     logit_widths: lengths of a last dimension that make a new tensor of two dimensions or more "logits"
-    born_as: the part that other new tensors belong to until `tag` says better
+    born_as: the part that other new tensors belong to until `tag` says better; None: they are not on the card
 
     Sizes are rounded up as the CUDA caching allocator does. Views count once, with what they look at.
     """
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
         self.logit_widths: frozenset[int] = frozenset()
-        self.born_as = "activations"
+        self.born_as: str | None = "activations"
         self._total = self._peak_total = 0
         self._storages: dict[int, tuple[int, str]] = {}
 
@@ -64,8 +64,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._storages:
             return
-        size = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES
-        part = "logits" if tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths else self.born_as
+        size, part = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES, self.born_as
+        if part is None:
+            size, part = 0, "elsewhere"
+        elif tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths:
+            part = "logits"
         self._storages[key] = size, part
         weakref.finalize(storage, self._forget, key).atexit = False
         self.now[part] += size

@@ -24,12 +24,12 @@ CHUNK_TOKENS, PAD_VOCAB_TO = 1024, 128
 
 @dataclass(frozen=True)
 class Situation:
-    """A training to make smaller; `path` is None for one that never predicts."""
+    """A training to make smaller: what `plan` takes, with its defaults."""
 
     model: Model
     batch: Batch
-    memory: MemoryConfig
-    optimizer: OptimizerConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     path: PathNeeds | None = None
     path_storage: PathStorage = field(default_factory=PathStorage)
     loss: Loss | None = None
@@ -90,25 +90,11 @@ def climb(situation: Situation, card_bytes: int) -> list[Rung]:
     return rungs
 
 
-def nearest_fit(
-    model: Model,
-    batch: Batch,
-    card_bytes: int,
-    memory: MemoryConfig | None = None,
-    optimizer: OptimizerConfig | None = None,
-    *,
-    path: PathNeeds | None = None,
-    path_storage: PathStorage | None = None,
-    loss: Loss | None = None,
-    share: CardShare | None = None,
-) -> str:
+def nearest_fit(situation: Situation, card_bytes: int) -> str:
     """One line for who has run out of memory: what to switch on, and the peak that it is expected to have.
 
-    card_bytes: of the card, its context included; the other arguments are those of `plan`.
+    card_bytes: of the card, its context included
     """
-    memory, optimizer = memory or MemoryConfig(), optimizer or OptimizerConfig()
-    storage, share = path_storage or PathStorage(), share or CardShare()
-    situation = Situation(model, batch, memory, optimizer, path, storage, loss, share)
     rungs = climb(situation, card_bytes)
     last = rungs[-1]
     peak = f"{last.plan.peak_on_card_bytes / 1e9:.1f} GB of {card_bytes / 1e9:.1f} on the card"
@@ -160,6 +146,13 @@ def _in_backward(it: Situation) -> Situation | None:
     return it.changed(step_in_backward=True)
 
 
+def _inputs_on_host(it: Situation) -> Situation | None:
+    checkpointing = it.memory.checkpointing
+    if checkpointing is None or checkpointing.inputs == "host":
+        return None
+    return it.changed(checkpointing=replace(checkpointing, inputs="host"))
+
+
 def _on_host(it: Situation) -> Situation | None:
     if it.optimizer.name != "adamw" or it.memory.state_on_host:
         return None
@@ -191,7 +184,8 @@ FEATURES: tuple[tuple[str, Callable[[Situation], Situation | None]], ...] = (
     ("checkpointing of every block", _checkpointing),
     (f"int8 optimizer state, vocabulary padded to {PAD_VOCAB_TO}s", _low_bit),
     ("optimizer step inside backward", _in_backward),
-    ("gradients and fp32 state on the host instead of these two", _on_host),
+    ("inputs of checkpointed blocks on the host", _inputs_on_host),
+    ("gradients and fp32 state on the host instead of int8 state", _on_host),
     ("bf16 weights, their fp32 masters on the host", _bf16_weights),
     *((f"{count} micro batches", _parts(count)) for count in (2, 4, 8)),
 )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hybridlab.host_memory import host_room
 from hybridlab.memory.ao import torchao_optim
 from hybridlab.memory.config import PredictAwareMemoryConfig
-from hybridlab.memory.pinned import HostArena, arena_bytes
 from hybridlab.memory.side_stream import SideStream
-from hybridlab.weights import inside
+from hybridlab.weights import inside, plain_tensors
 
 SMALL_BYTES = 4096
 """Tensors below this stay where they are: step counts, lookup tables, short biases."""
@@ -81,15 +80,15 @@ class StateOffload:
         self._own_state_()
         contents = list(_contents(self._optimizer, self._device))
         self._refuge.take(contents)
+        self._away, self._is_returning = contents, False  # first: an interrupt now finds all of it on the host
         for content in contents:
             content.free_()
-        self._away, self._is_returning = contents, False
 
     def _own_state_(self) -> None:
         """Copy what lies in memory that cannot be given up, such as a loaded checkpoint's."""
         for state in self._optimizer.state.values():
             for name, value in state.items():
-                if not all(tensor.untyped_storage().resizable() for tensor in _plain_tensors(value)):
+                if not all(tensor.untyped_storage().resizable() for tensor in plain_tensors(value)):
                     state[name] = inside(value, Tensor.clone)
 
     def prefetch_(self) -> None:
@@ -127,22 +126,13 @@ def _contents(optimizer: Optimizer, device: torch.device) -> Iterator[_Content]:
     """The pieces of memory on the device that the state lies in, each once."""
     seen: set[int] = set()
     for name, value in [item for state in optimizer.state.values() for item in state.items()]:
-        for tensor in _plain_tensors(value):
+        for tensor in plain_tensors(value):
             storage = tensor.untyped_storage()
             if tensor.device != device or storage.nbytes() < SMALL_BYTES or storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())
             flat = torch.empty(0, dtype=tensor.dtype, device=device).set_(storage)  # type: ignore[call-overload]
             yield _Content(flat, is_square=name.endswith("exp_avg_sq"))
-
-
-def _plain_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors that a value is made of: itself, or those inside a quantized one."""
-    if is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(value, name))
-    elif isinstance(value, Tensor):
-        yield value
 
 
 # --- refuges ---------------------------------------------------------------------------------------------
@@ -187,8 +177,7 @@ class _HostMemory:
         if [(p.dtype, p.shape) for p in self._places] == [(f.dtype, f.shape) for f in flats]:
             return
         self._places = []
-        arena = HostArena(arena_bytes(flats), pinned=self._pinned)
-        self._places = [arena.take(flat) for flat in flats]
+        self._places = host_room(flats, pinned=self._pinned)
 
 
 class _EightBits:

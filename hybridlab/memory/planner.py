@@ -16,6 +16,7 @@ from hybridlab.memory.live_bytes import LiveBytes
 from hybridlab.memory.rehearsal import Rehearsal
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig
+from hybridlab.settings import check_bounds, check_types
 from hybridlab.trajectory import PathStorage
 
 Batch = tuple[int, int]
@@ -41,6 +42,10 @@ class CardShare:
     workspace_bytes: int = 2 * 32 * 2**20
     context_bytes: int = 900_000_000
     slack: float = 0.06
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_bounds(self, "workspace_bytes", "context_bytes", "slack", least=0)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def plan(
     Raises ValueError for settings that make no training; the message says what would.
     """
     memory, share = memory or MemoryConfig(), share or CardShare()
-    settings = OptimizerConfig(optimizer, weight_decay=0.0) if isinstance(optimizer, str) else optimizer
+    settings = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
     _refuse(batch, memory, settings)
     windows, tokens = batch
     part = windows // memory.micro_batches, tokens

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from hybridlab.errors import nearest
+from hybridlab.errors import UserError
+from hybridlab.settings import check_choice
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def check_precision(name: str) -> None:
-    """Raise ValueError for a name that is not in `PRECISIONS`."""
-    if name not in PRECISIONS:
-        raise ValueError(f"precision {name!r} is unknown: {nearest(name, PRECISIONS)}")
-
-
-def set_matmul_precision(name: str) -> None:
-    """Allow TF32 in float32 matrix products and convolutions, or forbid it, for the whole process.
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Inside, allow TF32 in float32 matrix products and convolutions, or forbid it, for the whole process.
 
     fp32 forbids it, so that "FP32" means what it says; tf32 and bf16 allow it for what stays in float32.
+
+    Raises UserError where torch cannot say what is allowed now, as it would have to be put back.
     """
-    check_precision(name)
-    torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = name != "fp32"
+    check_choice("precision", name, PRECISIONS)
+    before = _allowed_now()
+    try:
+        _allow("highest" if name == "fp32" else "high", name != "fp32")
+        yield
+    finally:
+        _allow(*before)
 
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager[object]:
@@ -33,7 +36,23 @@ def autocast(name: str, device: torch.device) -> AbstractContextManager[object]:
     A fresh region for every forward, and no weight cache: with the cache, weights that were moved in place
     are ignored until the region ends, and at XL scale it costs 2.5 GB.
     """
-    check_precision(name)
+    check_choice("precision", name, PRECISIONS)
     if name != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def _allowed_now() -> tuple[str, bool]:
+    """In matrix products, and in convolutions."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError as error:
+        raise UserError(
+            "torch's own settings were set to several formats (torch.backends...fp32_precision): leave them alone, "
+            "a run's `precision` decides"
+        ) from error
+
+
+def _allow(products: str, tf32_in_convolutions: bool) -> None:
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = tf32_in_convolutions

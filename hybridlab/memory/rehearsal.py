@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.gram import PathNeeds
+from hybridlab.memory.block_inputs import BlockInputs
 from hybridlab.memory.blocks import buckets_of, checkpoint_blocks_
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.host_optimizer import LEAVING_BYTES
@@ -58,8 +59,9 @@ class Rehearsal:
         self._live, self._model, self._loss, self._memory = live, model, loss, memory
         self._weight_cache = weight_cache
         self._work = Work()
+        self._sent_bytes = 0
         if memory.checkpointing:
-            checkpoint_blocks_(model, memory.checkpointing)
+            checkpoint_blocks_(model, memory.checkpointing, BlockInputs(self._on_host))
         if memory.weights == "bf16":
             _lower_(model)
         live.tag({*model.parameters(), *model.buffers()}, "weights")
@@ -127,9 +129,9 @@ class Rehearsal:
 
     @property
     def bus_bytes(self) -> int:
-        """To the host and back in a gradient step: gradients, those they are added to, and the weights."""
-        weights = sum(t.nbytes for t in self._params)
-        return 2 * self._memory.micro_batches * weights if self._memory.state_on_host else 0
+        """To the host and back in a gradient step: inputs of blocks, gradients and their sums, and weights."""
+        weights = sum(t.nbytes for t in self._params) if self._memory.state_on_host else 0
+        return 2 * self._memory.micro_batches * (weights + self._sent_bytes)
 
     @property
     def host_bytes(self) -> int:
@@ -228,12 +230,18 @@ class Rehearsal:
 
     # --- helpers -----------------------------------------------------------------------------------------
 
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """A place for the values of a block's input; it is used again by the next part of a batch."""
+        self._sent_bytes += tensor.nbytes
+        with self._transient(None):
+            return torch.empty_like(tensor)
+
     def _precision(self, phase: str) -> torch.autocast:
         numbers = getattr(self._memory.mixed_precision, phase, "fp32")
         return torch.autocast("cpu", torch.bfloat16, enabled=numbers != "fp32", cache_enabled=self._weight_cache)
 
     @contextmanager
-    def _transient(self, part: str) -> Iterator[None]:
+    def _transient(self, part: str | None) -> Iterator[None]:
         """What is made inside, beside gradients and state, belongs to this part."""
         self._live.born_as, before = part, self._live.born_as
         try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
+from hybridlab.device import wait_for
 from hybridlab.memory.config import MemoryConfig, PredictAwareMemoryConfig
 from hybridlab.memory.offload import StateOffload
+from hybridlab.memory.weak_hook import weak_hook
 from hybridlab.weights import Weights
 
 
@@ -14,33 +17,41 @@ class PredictResidence:
     """Clears the card for Predict, and makes all ready for the optimizer's next step.
 
     What leaves is the optimizer's state, by `predict_aware`, and the float32 weights, with `bf16_weights`. The state's
-    return begins `lookahead` nominal steps before the jump's end, beside the predicted steps; the weights return last.
+    return begins beside the jump's last `lookahead` predicted steps, or, without lookahead, after them; the weights
+    return last. Whoever saves or loads the model meanwhile finds the float32 weights in place.
 
     is_clear: between what leaves and what returns
     """
 
-    def __init__(self, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
+    def __init__(self, model: nn.Module, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
         predict_aware = memory.predict_aware or PredictAwareMemoryConfig("none")
         self._weights, self._lookahead = weights, predict_aware.lookahead
         self._state = StateOffload(optimizer, predict_aware)
-        self._releases = predict_aware.release and weights.device.type == "cuda"
         self._lowers = memory.lowers_weights
+        leaves = self._lowers or predict_aware.strategy != "none"
+        self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
         self.is_clear = False
+        if self._lowers:
+            model.register_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
 
     def clear_(self, steps_left: int) -> None:
-        """Put away what Predict does not need; near the end of a jump begin to fetch it."""
+        """Put away what Predict does not need; near the end of a jump begin to fetch it.
+
+        steps_left: predicted steps of the jump that are still to come, the one under way included
+        """
         returns = steps_left <= self._lookahead
         begins = not returns and not self.is_clear
         if begins:
             self._state.leave_()
+            self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
         elif returns and self._state.is_away:
             self._state.prefetch_()
         if self._lowers:
             self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
+        if begins:
+            self._hand_back()
         self.is_clear = not returns
-        if begins and self._releases and (self._state.is_away or self._lowers):
-            torch.cuda.synchronize(self._weights.device)
-            torch.cuda.empty_cache()
 
     def fill_(self) -> None:
         """Bring everything back; returns when the next optimizer step may follow."""
@@ -48,3 +59,12 @@ class PredictResidence:
         self.is_clear = False
         if self._state.is_away:
             self._state.return_()
+
+    def _fill_first(self, *_: object) -> None:
+        self.fill_()
+
+    def _hand_back(self) -> None:
+        """What has been freed goes back to the card."""
+        if self._releases:
+            wait_for(self._weights.device)
+            torch.cuda.empty_cache()

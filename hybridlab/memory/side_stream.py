@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hybridlab.device import wait_for
+
 
 class SideStream:
     """A CUDA stream for copies; where there is no card, copies happen in line with everything else.
@@ -16,14 +18,14 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextmanager
     def copying(self) -> Iterator[None]:
         """What is asked for inside begins when all that the computation was asked for before is done."""
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             yield
 
@@ -39,7 +41,7 @@ class SideStream:
     def hold_until(self, moment: torch.cuda.Event | None) -> None:
         """The computation goes on when that moment has come; the host does not wait."""
         if moment is not None:
-            torch.cuda.current_stream(self._device).wait_event(moment)
+            torch.cuda.current_stream(self.device).wait_event(moment)
 
     def join(self) -> None:
         """The computation goes on when all copies are done; the host does not wait."""
@@ -47,5 +49,4 @@ class SideStream:
 
     def synchronize(self) -> None:
         """The host waits for all copies, and for the computation."""
-        if self._stream is not None:
-            torch.cuda.synchronize(self._device)
+        wait_for(self.device)

@@ -41,13 +41,12 @@ HOST_BANDWIDTH_BYTES = 89.6e9
 """Of two channels of DDR5-5600."""
 
 
-def step_time_ms(plan: Plan, card: Card, *, host_bandwidth_bytes: float = HOST_BANDWIDTH_BYTES) -> float:
+def step_time_ms(plan: Plan, card: Card) -> float:
     """Estimate the time of a gradient step; it ranks settings, and is no measurement.
 
         t = sum over formats of flops / rate  +  moved / bandwidth  +  sent / bus  +  host traffic / host bandwidth
 
     plan: flops and bytes, as counted in the graph; card: rates and bandwidths, at their data sheet's full height
-    host_bandwidth_bytes: of host memory, a second
 
     Real kernels reach less than these rates, and caches spare some of the traffic; nothing is taken to overlap or to
     be fused, and float32 products are not in TF32.
@@ -55,7 +54,7 @@ def step_time_ms(plan: Plan, card: Card, *, host_bandwidth_bytes: float = HOST_B
     half = plan.flops.get("bfloat16", 0) / card.bfloat16_flops
     full = plan.flops.get("float32", 0) / card.float32_flops
     traffic = plan.moved_bytes / card.bandwidth_bytes
-    return 1e3 * (half + full + traffic + plan.bus_bytes / card.bus_bytes + plan.host_bytes / host_bandwidth_bytes)
+    return 1e3 * (half + full + traffic + plan.bus_bytes / card.bus_bytes + plan.host_bytes / HOST_BANDWIDTH_BYTES)
 
 
 def find_card(text: str) -> tuple[int, Card]:

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hybridlab.errors import nearest
 from hybridlab.models.pretrained import load_pretrained_, read_settings
+from hybridlab.settings import check_bounds, check_choice, check_types
 
 Hidden = Float[Tensor, "batch time dim"]
 IGNORED_TARGET = -100
@@ -53,21 +53,15 @@ class GPT2Config:
     pad_vocab_to: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "loss_chunk_tokens", "pad_vocab_to"):
-            value, least = getattr(self, name), int(name not in ("loss_chunk_tokens", "pad_vocab_to"))
-            if type(value) is not int:
-                raise TypeError(f"{name}={value!r} must be a whole number")
-            if value < least:
-                raise ValueError(f"{name}={value} must be {least} or more")
+        check_types(self)
+        check_bounds(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd", least=1)
+        check_bounds(self, "loss_chunk_tokens", "pad_vocab_to", least=0)
+        check_bounds(self, "dropout", least=0, below=1)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                 f"use n_embd={max(1, self.n_embd // self.n_head) * self.n_head}"
             )
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
-            raise TypeError(f"dropout={self.dropout!r} must be a number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} must be at least 0.0 and below 1.0")
 
     @classmethod
     def nano(cls, **changes: Any) -> GPT2Config:
@@ -109,8 +103,7 @@ class GPT2Config:
         """
         made = (cls.nano, cls.tiny, cls.small, cls.medium, cls.large, cls.xl)
         sizes: dict[str, Callable[..., GPT2Config]] = {make.__name__: make for make in made}
-        if name not in sizes:
-            raise ValueError(f"unknown GPT-2 size {name!r}: {nearest(name, sizes)}")
+        check_choice("GPT-2 size", name, sizes)
         return sizes[name](**changes)
 
     @property

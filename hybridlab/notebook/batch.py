@@ -54,21 +54,16 @@ def run_notebook(
 ) -> NotebookNode:
     """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
 
-    Args:
-        notebook: the source; it is only read.
-        output: the executed copy, written only when every cell has run. A partial copy goes beside
-            it as `.failed.ipynb`.
-        files: YAML mappings of parameters; a later file wins.
-        settings: (name, text) pairs, which win over the files.
-        console: where progress is shown; standard output by default.
+    notebook: the source; it is only read
+    output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`
+    files: YAML mappings of parameters; a later file wins
+    settings: (name, text) pairs, which win over the files
+    console: where progress is shown; standard output by default
 
-    Returns:
-        The executed notebook, as written.
+    Returns the executed notebook, as written.
 
-    Raises:
-        UserError: something was refused; nothing was run or written.
-        RunFailed: the notebook stopped before its end.
-        RunInterrupted: somebody stopped it.
+    Raises UserError where something is refused, before anything is run or written, and where the disk has no room for
+    the copy; RunFailed where the notebook stopped before its end; RunInterrupted where somebody stopped it.
     """
     job = prepared(notebook, output, files, settings)
     commit = git_commit()
@@ -85,8 +80,7 @@ def run_notebook(
 def prepared(notebook: Path, output: Path, files: Sequence[Path] = (), settings: Sequence[tuple[str, str]] = ()) -> Job:
     """Check everything that can be checked before a run; arguments as for `run_notebook`.
 
-    Raises:
-        UserError: with what to mend.
+    Raises UserError with what to mend.
     """
     declared = declared_parameters(read_notebook(notebook), notebook.name)
     given = [item for file in files for item in values_in_file(file)]

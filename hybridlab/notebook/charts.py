@@ -1,7 +1,7 @@
 """The charts that notebooks ask for, from plain frames and numbers.
 
-Every function returns a description (``Chart``) that a cell shows by naming it last; ``Panels`` sets
-several side by side. ``table`` shows records.
+Every function returns a description (`Chart`) that a cell shows by naming it last; `Panels` sets
+several side by side. `table` shows records.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from hybridlab.notebook.figures import Band, Chart, Limits, Line, Panels, Series
+from hybridlab.notebook.figures import Band, Chart, Line, Panels, Series
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.statistics import Interval
 
@@ -51,16 +51,14 @@ def loss_curves(
     value: str = "validation_loss",
     title: str | None = None,
     y_label: str | None = None,
-    y_zoom: Limits | None = None,
 ) -> Chart:
     """Draw one loss curve per arm.
 
-    runs: arm -> a frame with the columns ``against`` and ``value``, or a list of such frames, one per seed:
+    runs: arm -> a frame with the columns `against` and `value`, or a list of such frames, one per seed:
         then the line is their mean and the ribbon runs from their least to their greatest value, rows
-        paired by order up to the end of the shortest. Rows whose value is nan or infinite are left out.
-    smooth: rows of a centered running mean, 0 or 1 for none; the axis says so.
-    control: the arms drawn as the control.
-    y_zoom: the losses to show, where early ones would flatten the rest.
+        paired by order up to the end of the shortest. Rows whose value is nan or infinite are left out
+    smooth: rows of a centered running mean, 0 or 1 for none; the axis says so
+    control: the arms drawn as the control
 
     Raises ValueError for an arm without a finite value, a missing column, or a control that is no arm.
     """
@@ -70,7 +68,7 @@ def loss_curves(
     series = tuple(_arm(arm, frames, against, value, smooth, arm in control) for arm, frames in runs.items())
     smoothed = f", mean of {smooth} rows" if smooth > 1 else ""
     label = (y_label or f"{name} (nats)") + smoothed
-    return Chart(title or f"{name.capitalize()} against {AXES[against]}", AXES[against], label, series, y_zoom=y_zoom)
+    return Chart(title or f"{name.capitalize()} against {AXES[against]}", AXES[against], label, series)
 
 
 def seed_panels(
@@ -114,7 +112,7 @@ def _seeds(
 def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, ...]:
     """Merge consecutive rows of one phase into bands over the nominal steps, or over another rising column.
 
-    steps: columns ``over`` (such as the count of steps, or the seconds, after the row's step) and ``phase``. A row
+    steps: columns `over` (such as the count of steps, or the seconds, after the row's step) and `phase`. A row
     covers what lies between the row before it and its own, so that bands touch without gaps.
     """
     if steps.empty:
@@ -128,10 +126,10 @@ def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, 
     return tuple(Band(*stretch) for stretch in stretches if stretch[0] < stretch[1])
 
 
-def phase_chart(steps: pd.DataFrame, title: str, *, y_label: str = "loss (nats)") -> Chart:
+def phase_chart(steps: pd.DataFrame, title: str) -> Chart:
     """Draw measured loss as a line, predicted loss as points, the phases behind them.
 
-    steps: columns ``nominal_step``, ``phase``, ``measured_loss``, ``predicted_loss``; losses are nan where
+    steps: columns `nominal_step`, `phase`, `measured_loss`, `predicted_loss`; losses are nan where
     nothing was measured or predicted.
     """
     measured = _finite_rows(steps, "nominal_step", "measured_loss", "the steps")
@@ -140,7 +138,7 @@ def phase_chart(steps: pd.DataFrame, title: str, *, y_label: str = "loss (nats)"
     if len(predicted):
         x, y = predicted["nominal_step"].tolist(), predicted["predicted_loss"].tolist()
         series.append(Series("predicted", x, y, kind="points", dash=True))
-    return Chart(title, AXES["nominal_step"], y_label, tuple(series), phase_bands(steps))
+    return Chart(title, AXES["nominal_step"], "loss (nats)", tuple(series), phase_bands(steps))
 
 
 def interval_chart(
@@ -152,8 +150,8 @@ def interval_chart(
 ) -> Chart:
     """Draw a value with its interval per row.
 
-    rows: (name, value, low, high), drawn from top to bottom.
-    lines: the reference values the intervals are judged by.
+    rows: (name, value, low, high), drawn from top to bottom
+    lines: the reference values the intervals are judged by
     """
     if not rows:
         raise ValueError(f"chart {title!r} has no rows: give at least one (name, value, low, high)")
@@ -173,9 +171,9 @@ def bars(
 ) -> Chart:
     """Draw a bar per row and group, such as the time of a step or peak memory, with its value at its end.
 
-    groups: group -> row -> value, such as ``{"measured": {"fp32": 6.05, "bf16": 5.28}}``; rows run from top
-        to bottom in order of appearance, and a group may lack some.
-    control, predicted: the groups drawn as the control, and as predicted (hatched).
+    groups: group -> row -> value, such as `{"measured": {"fp32": 6.05, "bf16": 5.28}}`; rows run from top
+        to bottom in order of appearance, and a group may lack some
+    control, predicted: the groups drawn as the control, and as predicted (hatched)
     """
     names = tuple(dict.fromkeys(row for values in groups.values() for row in values))
     series = tuple(

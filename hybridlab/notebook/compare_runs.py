@@ -16,7 +16,7 @@ from hybridlab.notebook.live_table import LiveTable
 from hybridlab.notebook.results import project_root
 from hybridlab.notebook.tables import table
 from hybridlab.runs import Run, runs_under
-from hybridlab.study.arms import BASELINE, CONTROL
+from hybridlab.study.arms import BASELINE, CONTROL, label
 
 COLUMNS = (
     "run",
@@ -78,24 +78,24 @@ def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterabl
     return LiveTable(shown, f"no run in {folder} fits: loosen the conditions, or train one with `make run`")
 
 
-def overlay(runs: Sequence[Run], against: Against = "nominal_step", value: str = "validation_loss") -> Chart:
-    """Draw any runs together, each named by its arm, seed and, where that is not enough, its folder.
+def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
+    """Draw any runs' validation losses together, each named by its arm, seed and, where need be, its folder.
 
     Plain runs (baselines and controls) are drawn as controls. Raises ValueError without runs, and UserError for a run
-    that holds no such value yet.
+    that was not evaluated yet.
     """
     if not runs:
         raise ValueError("there is nothing to draw: give at least one run")
     curves = dict(zip(_names(runs), (run.steps for run in runs), strict=True))
     for run in runs:
-        if value not in run.steps or run.steps[value].dropna().empty:
-            raise UserError(f"{run.folder.name} has no {value} yet: leave it out, or wait")
+        if "validation_loss" not in run.steps or run.steps["validation_loss"].dropna().empty:
+            raise UserError(f"{run.folder.name} has no validation_loss yet: leave it out, or wait")
     plain = [name for name in curves if name.startswith((BASELINE, CONTROL))]
-    return loss_curves(curves, against=against, value=value, control=plain)
+    return loss_curves(curves, against=against, control=plain)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    names = [f"{run.config['name']}, seed {run.config['seed']}" for run in runs]
+    names = [label(run.config["name"], run.config["seed"]) for run in runs]
     twice = {name for name in names if names.count(name) > 1}
     return [
         f"{name} ({run.folder.parent.name}/{run.folder.name})" if name in twice else name

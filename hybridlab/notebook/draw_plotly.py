@@ -30,7 +30,7 @@ AXIS = {
 
 
 def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> go.Figure:
-    """One figure of all charts, row by row, with one legend; ``title`` None takes the only chart's."""
+    """One figure of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 130 + look.PANEL_HEIGHT_PX * rows
     gaps = {"horizontal_spacing": _gap(charts, columns), "vertical_spacing": 0.3 / rows}

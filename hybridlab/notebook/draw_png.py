@@ -52,7 +52,7 @@ Handles = dict[tuple[str, str], Any]
 
 
 def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> bytes:
-    """One picture of all charts, row by row, with one legend; ``title`` None takes the only chart's."""
+    """One picture of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 80 + look.PANEL_HEIGHT_PX * rows
     with matplotlib.style.context(STYLE):

@@ -30,11 +30,9 @@ ENGINE = "hybridlab"
 def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: Path) -> str | None:
     """Run `notebook` into `output`, with `progress` as the file its kernel reports to.
 
-    Returns:
-        Why it stopped, where papermill knows; None says nothing about the notebook being whole.
+    Returns why it stopped, where papermill knows; None says nothing about the notebook being whole.
 
-    Raises:
-        UserError: there is no Python kernel.
+    Raises UserError where there is no Python kernel.
     """
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
     options = {"engine_name": ENGINE, "kernel_name": "python3", "progress_bar": False}

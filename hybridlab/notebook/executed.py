@@ -10,17 +10,14 @@ import nbformat
 from nbformat import NotebookNode
 
 from hybridlab.errors import UserError
+from hybridlab.files import replaced
 
 INJECTED = "injected-parameters"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def read_notebook(path: Path) -> NotebookNode:
-    """Read a notebook file.
-
-    Raises:
-        UserError: it is missing, unreadable, or no notebook.
-    """
+    """Read a notebook file. Raises UserError where it is missing, unreadable, or no notebook."""
     try:
         return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     except FileNotFoundError:
@@ -33,9 +30,8 @@ def read_notebook(path: Path) -> NotebookNode:
 
 def write_notebook(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook file, whole or not at all."""
-    beside = path.with_name(f".{path.name}.next")
-    nbformat.write(notebook, beside)  # type: ignore[no-untyped-call]
-    beside.replace(path)
+    with replaced(path) as beside:
+        nbformat.write(notebook, beside)  # type: ignore[no-untyped-call]
 
 
 def unfinished(notebook: NotebookNode) -> str | None:

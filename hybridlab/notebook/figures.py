@@ -1,6 +1,6 @@
 """The vocabulary of charts: series over bands, one chart, several panels.
 
-A chart is a description. ``Chart.plotly`` and ``Chart.png`` draw it, ``Chart.text`` says it in words; none
+A chart is a description. `Chart.plotly` and `Chart.png` draw it, `Chart.text` says it in words; none
 of them needs a browser, a display or JavaScript.
 """
 
@@ -24,14 +24,14 @@ Limits = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """Named points: ``y`` over ``x``, all of one length.
+    """Named points: `y` over `x`, all of one length.
 
-    low, high: bounds of each value, drawn as a ribbon along a line and as intervals at points.
-    kind: ``line``, ``points``, or ``bar`` (in a chart with names).
-    dash: dashed line or hollow points: predicted, not measured.
-    control: the control: always dark grey and dashed.
-    color: index into the palette; None takes the next free one.
-    stack: bars that begin where the stacked series before it ended: parts of one whole.
+    low, high: bounds of each value, drawn as a ribbon along a line and as intervals at points
+    kind: `line`, `points`, or `bar` (in a chart with names)
+    dash: dashed line or hollow points: predicted, not measured
+    control: the control: always dark grey and dashed
+    color: index into the palette; None takes the next free one
+    stack: bars that begin where the stacked series before it ended: parts of one whole
 
     Raises ValueError for empty series, unequal lengths, nan and inf.
     """
@@ -106,10 +106,10 @@ class Line:
 class Chart(Bundle):
     """One pair of axes, labeled with their units.
 
-    lines: reference values on the value axis; x_lines: on the other one.
-    names: makes the chart a list, from top to bottom: ``y`` of a point is the row (0, 1, ...) of its name,
-        ``x`` its value; bounds and reference lines then lie along x.
-    y_zoom: the values to show, where early points would flatten all others.
+    lines: reference values on the value axis; x_lines: on the other one
+    names: makes the chart a list, from top to bottom: `y` of a point is the row (0, 1, ...) of its name,
+        `x` its value; bounds and reference lines then lie along x
+    y_zoom: the values to show, where early points would flatten all others
 
     Raises ValueError for a chart without series, a series name used twice, and what cannot be drawn.
     """
@@ -238,7 +238,7 @@ class Panels(Bundle):
 
 
 def _padded(values: list[float], *, below: float, above: float, stick: bool = False) -> Limits:
-    """The values' range with room around it; ``stick`` leaves no room beyond zero."""
+    """The values' range with room around it; `stick` leaves no room beyond zero."""
     low, high = min(values), max(values)
     span = high - low or abs(high) * 0.1 or 1.0
     if high == low and not (below or above):

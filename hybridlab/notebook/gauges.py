@@ -8,13 +8,14 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
+from hybridlab.notebook.bounds import SAFE_PEAK_BYTES
 from hybridlab.notebook.progress import clock
 from hybridlab.notebook.timeline import Timeline
 from hybridlab.phases import Phase
 from hybridlab.step_result import Statistics
 
-LIMIT_BYTES = 14 * 10**9
-"""The plan's line: a run that stays below it fits a 16 GB card with room to spare."""
+LIMIT_BYTES = SAFE_PEAK_BYTES
+"""The line that the panel draws."""
 
 ARC = "M15 100 A85 85 0 0 1 185 100"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hybridlab.errors import UserError
+from hybridlab.errors import UserError, nearest
 from hybridlab.notebook.parameters import Parameter, accepts, wanted
 
 
@@ -29,8 +28,7 @@ class Given:
 def values_in_file(path: Path) -> list[Given]:
     """Read a YAML mapping of parameters, keeping each value as it was written.
 
-    Raises:
-        UserError: the file is missing, unreadable, not a mapping, or names a parameter twice.
+    Raises UserError where the file is missing, unreadable, not a mapping, or names a parameter twice.
     """
     text = _text_of(path)
     try:
@@ -49,17 +47,13 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such parameter file{_nearest_file(path)}") from None
+        beside = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
+        hint = f": {nearest(path.name, beside)}" if beside else ""
+        raise UserError(f"{path}: no such parameter file{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8: a YAML file is wanted") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _nearest_file(path: Path) -> str:
-    beside = sorted(str(other) for other in path.parent.glob(f"*{path.suffix}"))
-    near = difflib.get_close_matches(str(path), beside, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -107,24 +101,18 @@ def _readings(raw: str) -> Iterable[Any]:
 def checked_values(given: Iterable[Given], declared: Mapping[str, Parameter], name: str) -> dict[str, Any]:
     """Hold given values against the declared parameters; the last one given for a name counts.
 
-    Raises:
-        UserError: a parameter is unknown (the message names the nearest), or of the wrong type.
+    Raises UserError for a parameter that is unknown (the message names the nearest) or of the wrong type.
     """
     values = {}
     for item in given:
         if item.name not in declared:
-            raise UserError(_unknown(item, list(declared), name))
+            hint = nearest(item.name, declared) if declared else "it has none"
+            raise UserError(f"'{item.name}' {item.place} is no parameter of {name}: {hint}")
         parameter = declared[item.name]
         if not accepts(parameter.kind, item.value) or _is_sexagesimal(item.raw, item.value):
             raise UserError(_wrong_type(item, parameter))
         values[item.name] = item.value
     return values
-
-
-def _unknown(item: Given, names: list[str], notebook: str) -> str:
-    near = difflib.get_close_matches(item.name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names) or 'none'}"
-    return f"'{item.name}' {item.place} is no parameter of {notebook}: {hint}"
 
 
 def _wrong_type(item: Given, parameter: Parameter) -> str:

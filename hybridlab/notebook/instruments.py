@@ -13,7 +13,7 @@ import psutil
 from hybridlab.notebook.gauges import Memory, State
 from hybridlab.notebook.timeline import Timeline
 from hybridlab.study.arms import label
-from hybridlab.study.train import StepRecord, TrainingRun
+from hybridlab.study.training_run import StepRecord, TrainingRun
 
 RATE_READINGS = 20
 """The rate is that of so many readings."""
@@ -72,7 +72,7 @@ class Instruments:
         self._memory = self._read_memory()
         result, statistics = self.latest.result, self.latest.statistics
         return State(
-            title=label(self.run.config),
+            title=label(self.run.config.name, self.run.config.seed),
             status=status,
             phase=result.phase,
             step=result.nominal_step,

@@ -20,7 +20,7 @@ from hybridlab.notebook.gauges import draw
 from hybridlab.notebook.instruments import Instruments
 from hybridlab.notebook.progress import seconds_left
 from hybridlab.phases import Phase
-from hybridlab.study.train import StepRecord, TrainingRun
+from hybridlab.study.training_run import StepRecord, TrainingRun
 
 LEAST_SECONDS = 0.25
 """Between two drawings: at most four a second."""

@@ -24,7 +24,7 @@ WIDTH_PX, HEIGHT_PX, PANEL_HEIGHT_PX = 900, 420, 300
 
 @dataclass(frozen=True)
 class Tint:
-    """How a background band is filled: its color, and a hatch (of color ``mark``) that needs no color."""
+    """How a background band is filled: its color, and a hatch (of color `mark`) that needs no color."""
 
     color: str
     mark: str

@@ -7,19 +7,18 @@ from typing import Any
 
 import pandas as pd
 
+from hybridlab.memory.planner import PARTS
+from hybridlab.notebook.bounds import SAFE_PEAK_BYTES
 from hybridlab.notebook.charts import phase_bands
 from hybridlab.notebook.figures import Chart, Line, Series
 from hybridlab.notebook.points import kept
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
-"""What torch allocates, in the order in which it is stacked; the context lies outside of torch."""
-
 LINES = {"device_used_bytes": "whole card", "used_bytes": "reserved by torch", "allocated_bytes": "in live tensors"}
-SAFE_PEAK = Line(14.0, "14 GB")
-"""The plan's bound on the peak: a 16 GB card less a margin."""
+SAFE_PEAK = Line(SAFE_PEAK_BYTES / 1e9, f"{SAFE_PEAK_BYTES / 1e9:.0f} GB")
+"""The plan's bound on the peak, in decimal gigabytes."""
 
 Row = Mapping[str, Any]
-"""A row of the table "memory"; `hybridlab.report.tables` says which columns there are."""
+"""A row of the table "memory", as `Footprint.row` makes it."""
 
 
 def memory_timeline(vram: pd.DataFrame, title: str, *, limit: Line | None = None) -> Chart:

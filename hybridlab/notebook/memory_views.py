@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from hybridlab.notebook.results import Claim, Verdict
+from hybridlab.notebook.bounds import CARD_BYTES, SAFE_PEAK_BYTES
+from hybridlab.notebook.results import Claim, Numbers, interval_numbers, slug, verdict, verdict_below
 from hybridlab.notebook.tables import Table, table
 from hybridlab.runs import Run
 from hybridlab.study.footprint import Footprint, PredictPhase
 from hybridlab.study.memory_log import growth_bytes
-
-Numbers = dict[str, float | int | str]
 
 PREDICTED_WITHIN = 0.10
 """The plan's bound on the error of a prediction."""
 
 QUALITY_WITHIN = 0.01
 """The plan's bound on the validation loss that a memory feature may cost, as a share of the control's."""
-
-CARD_BYTES, SAFE_BYTES = 16e9, 14e9
-"""The plan's card, and the plan's bound on the peak."""
 
 STEP_TIME_WITHIN = 1.5
 """How much longer XL's step may take than where memory is no object."""
@@ -33,6 +29,9 @@ AGREES_WITHIN = 0.005
 
 MAY_GROW_BYTES = 50e6
 """Below this, two moments of a run take the same memory."""
+
+STABLE_STEPS = 1000
+"""Nominal steps that the plan wants without a divergence."""
 
 
 def memory_table(footprints: Sequence[Footprint]) -> Table:
@@ -147,18 +146,14 @@ def quality_claims(footprints: Sequence[Footprint], control: float, *, each: boo
     for f in footprints:
         if f.change is None:
             continue
-        high, low = (f.change.high, f.change.low) if f.change.seeds > 1 else (f.change.mean, f.change.mean)
-        bound = QUALITY_WITHIN * control
-        numbers: Numbers = {
-            "loss_change": f.change.mean,
-            "loss_change_low": low,
-            "loss_change_high": high,
-            "seeds": f.change.seeds,
+        low, high = f.change.ends
+        gap: Numbers = {
             "perplexity_gap": math.expm1(f.change.mean),
             "perplexity_gap_low": math.expm1(low),
             "perplexity_gap_high": math.expm1(high),
         }
-        outcome: Verdict = "holds" if high < bound else "fails" if low > bound else "open"
+        numbers = interval_numbers("loss_change", f.change) | gap
+        outcome = verdict_below(low, high, QUALITY_WITHIN * control)
         seeds = f"{f.change.seeds} seeds" if f.change.seeds > 1 else "one seed"
         text = f"{f.arm}: validation loss at most 1 % above the control's ({seeds})"
         claims.append(Claim(f"{slug(f.arm)}-quality" if each else "quality", text, outcome, numbers))
@@ -181,8 +176,8 @@ def predict_claim(phase: PredictPhase) -> list[Claim]:
 
 def fit_claims(run: Run) -> list[Claim]:
     """That a run fits a 16 GB card, keeps the plan's margin, and neither retries allocations nor grows."""
-    summary = run.summary or {}
-    if summary.get("memory_source") != "cuda":
+    summary = run.closing_figures
+    if summary["memory_source"] != "cuda":
         return []
     peak, retries, steps = summary["peak_memory_bytes"], summary["allocator_retries"], summary["nominal_steps"]
     counts: Numbers = {"peak_memory_bytes": peak, "allocator_retries": retries, "nominal_steps": steps}
@@ -192,7 +187,7 @@ def fit_claims(run: Run) -> list[Claim]:
         Claim(
             "peak-below-14gb",
             "peak VRAM below 14 GB, context included, without an allocator retry",
-            verdict(peak < SAFE_BYTES and not retries),
+            verdict(peak < SAFE_PEAK_BYTES and not retries),
             counts,
         ),
         Claim(
@@ -204,9 +199,9 @@ def fit_claims(run: Run) -> list[Claim]:
     ]
 
 
-def stable_run_claim(run: Run, steps: int = 1000) -> Claim:
-    """That a run took so many steps, learned, and never diverged."""
-    summary = run.summary or {}
+def stable_run_claim(run: Run) -> Claim:
+    """That a run took as many steps as the plan wants, learned, and never diverged."""
+    summary = run.closing_figures
     losses = run.steps["measured_loss"].dropna()
     falls = bool(losses.tail(20).mean() < losses.head(20).mean())
     numbers: Numbers = {
@@ -215,8 +210,9 @@ def stable_run_claim(run: Run, steps: int = 1000) -> Claim:
         "first_loss": float(losses.head(20).mean()),
         "last_loss": float(losses.tail(20).mean()),
     }
-    holds = summary["nominal_steps"] >= steps and not summary["divergences"] and falls
-    return Claim(f"stable-{steps}-steps", f"trains for {steps} steps without divergence", verdict(holds), numbers)
+    holds = summary["nominal_steps"] >= STABLE_STEPS and not summary["divergences"] and falls
+    text = f"trains for {STABLE_STEPS} steps without divergence"
+    return Claim(f"stable-{STABLE_STEPS}-steps", text, verdict(holds), numbers)
 
 
 def step_time_claim(fits: Footprint, free: Footprint) -> Claim:
@@ -232,16 +228,6 @@ def agreement_claim(agreement: Mapping[str, float]) -> Claim:
     text = f"TF32 stands for FP32: {over} agrees to {AGREES_WITHIN} nats"
     holds = agreement["difference_of_means"] < AGREES_WITHIN
     return Claim("tf32-stands-for-fp32", text, verdict(holds), dict(agreement))
-
-
-def slug(name: str) -> str:
-    """A name as part of a claim's id."""
-    return name.replace(",", "").replace(" ", "-")
-
-
-def verdict(holds: bool) -> Verdict:
-    """A decided claim's verdict."""
-    return "holds" if holds else "fails"
 
 
 def _gigabytes(size: int | None) -> float | None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
-import torch
-
+from hybridlab.device import find_device
 from hybridlab.notebook.controls import Controls
 from hybridlab.notebook.live import Live
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.train import TrainingRun
+from hybridlab.study.training_run import TrainingRun
+from hybridlab.study.turns import SETTLING_ROUNDS, median_ratio, seconds_in_turns
 
 
 def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> dict[str, float]:
@@ -26,25 +25,27 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
     Returns the median over rounds of paired ratios (`panel_over_none`), the median step without it (`step_ms`), and how
     often the panel was drawn (`updates`). Run it in a notebook, and sending the panel to the page is counted too.
     """
-    config = replace(config, steps=2 * steps * (rounds + 2), evaluate_every=10**9, checkpoint_every=0)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    config = replace(config, steps=2 * steps * (SETTLING_ROUNDS + rounds), evaluate_every=10**9, checkpoint_every=0)
     live = _Counting(Controls(), config.steps)
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(config, Path(folder))
         run.start()
         with live, closing(run.steps()) as taken:
-            for number in range(2 * (rounds + 2)):
-                watched = (number % 2 == 1) != (number // 2 % 2 == 1)  # who goes first changes from round to round
-                started = _now()
+
+            def alone() -> None:
+                for _ in islice(taken, steps):
+                    pass
+
+            def watched() -> None:
                 for record in islice(taken, steps):
-                    if watched:
-                        live.step("", config.steps)
-                        live.watch(run, record)
-                seconds[watched].append(_now() - started)
-    without, with_panel = seconds[False][2:], seconds[True][2:]
+                    live.step("", config.steps)
+                    live.watch(run, record)
+
+            loops = {"alone": alone, "watched": watched}
+            seconds = seconds_in_turns(loops, find_device(config.device), rounds)
     return {
-        "panel_over_none": median(on / off for on, off in zip(with_panel, without, strict=True)),
-        "step_ms": 1e3 * median(without) / steps,
+        "panel_over_none": median_ratio(seconds["watched"], seconds["alone"]),
+        "step_ms": 1e3 * median(seconds["alone"]) / steps,
         "updates": live.updates,
     }
 
@@ -55,10 +56,3 @@ class _Counting(Live):
     def draw(self, status: str) -> None:
         super().draw(status)
         self.updates += 1
-
-
-def _now() -> float:
-    """The time when the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -68,8 +68,7 @@ def wanted(kind: ast.expr) -> str:
 def declared_parameters(notebook: NotebookNode, name: str) -> dict[str, Parameter]:
     """Read the cell tagged `parameters`: one-line annotated literals, in their order.
 
-    Raises:
-        UserError: there is no such cell, or one of its lines is something else.
+    Raises UserError where there is no such cell, or one of its lines is something else.
     """
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:

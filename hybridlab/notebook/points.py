@@ -10,11 +10,7 @@ MAX_POINTS = 300
 
 
 def finite(values: Iterable[float], what: str) -> tuple[float, ...]:
-    """The values as plain floats.
-
-    Raises:
-        ValueError: there are none, or one is infinite or not a number.
-    """
+    """The values as plain floats. Raises ValueError where there are none, or one is infinite or not a number."""
     result = tuple(float(value) for value in values)
     if not result:
         raise ValueError(f"{what} is empty: give at least one point, or leave the series out")
@@ -36,17 +32,16 @@ def rounded(values: Sequence[float], *, logarithmic: bool = False) -> list[float
     return [round(value, decimals) + 0.0 for value in values]  # + 0.0: no negative zero
 
 
-def kept(y: Sequence[float], limit: int = MAX_POINTS) -> list[int]:
-    """Indices of the points of a long line that are drawn, at most ``limit`` of them.
+def kept(y: Sequence[float]) -> list[int]:
+    """Indices of the points of a long line that are drawn, at most `MAX_POINTS` of them.
 
-    The first and the last point stay; what lies between is cut into ``(limit - 2) // 2`` stretches of
-    equal count, and of each stretch its lowest and its highest point stay. So the line's minimum, maximum
-    and envelope are those of the whole.
+    The first and the last point stay; what lies between is cut into stretches of equal count, and of each stretch its
+    lowest and its highest point stay. So the line's minimum, maximum and envelope are those of the whole.
     """
     last = len(y) - 1
-    if len(y) <= limit:
+    if len(y) <= MAX_POINTS:
         return list(range(len(y)))
-    stretches = (limit - 2) // 2
+    stretches = (MAX_POINTS - 2) // 2
     edges = [1 + round(i * (last - 1) / stretches) for i in range(stretches + 1)]
     chosen = {0, last}
     for start, stop in pairwise(edges):

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bar
 from tqdm.std import tqdm
 
+from hybridlab.files import replaced
+
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 WRITE_EVERY_SECONDS = 0.25
 LOG_EVERY_SECONDS = 15.0
@@ -26,12 +28,10 @@ SETTLED_SHARE = 0.01
 class Progress:
     """Counts towards a total where somebody watches: a file, a terminal, JupyterLab; else silent.
 
-    Args:
-        total: how many steps there are, at least 1.
-        label: what is being done, in a few words.
+    total: how many steps there are, at least 1
+    label: what is being done, in a few words
 
-    Raises:
-        ValueError: `total` is below 1.
+    Raises ValueError for a `total` below 1.
     """
 
     def __init__(self, total: int, label: str) -> None:
@@ -73,9 +73,8 @@ class Progress:
         left = seconds_left(self.done, self.total, seconds)
         state = {"done": self.done, "total": self.total, "label": self.label}
         state |= {"seconds": seconds, "seconds_left": left}
-        beside = Path(f"{self._file}.next")
-        beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        beside.replace(self._file)
+        with replaced(Path(self._file), lasting=False) as beside:
+            beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
 def seconds_left(done: int, total: int, seconds: float) -> float | None:

@@ -16,11 +16,14 @@ import torch
 from filelock import FileLock
 
 from hybridlab import __version__
+from hybridlab.device import device_name, find_device
 from hybridlab.errors import UserError
+from hybridlab.files import replaced
 from hybridlab.notebook.parameters import parameters_sha256
-from hybridlab.vram import device_name
+from hybridlab.study.statistics import Interval
 
 Verdict = Literal["holds", "fails", "open"]
+Numbers = dict[str, float | int | str]
 VOLATILE_ENDINGS = ("_seconds", "_ms", "_ratio_time", "_bytes")
 DIGITS = 6
 
@@ -29,24 +32,46 @@ DIGITS = 6
 class Claim:
     """One sentence that can be wrong, its verdict, and the numbers that decide it.
 
-    Args:
-        id: a short name, the same in every run.
-        text: the sentence.
-        verdict: "holds", "fails", or "open" (these numbers cannot tell).
-        numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time` or `_bytes` may
-            differ from run to run, all others repeat to four decimals.
+    id: a short name, the same in every run
+    text: the sentence
+    verdict: "holds", "fails", or "open" (these numbers cannot tell)
+    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time` or `_bytes` may differ from run to run,
+        all others repeat to four decimals
     """
 
     id: str
     text: str
     verdict: Verdict
-    numbers: dict[str, float | int | str] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.verdict not in get_args(Verdict):
             raise ValueError(f"claim '{self.id}': verdict is {self.verdict!r}: say holds, fails or open")
         if not self.id or not self.id.isprintable() or " " in self.id:
             raise ValueError(f"claim id is {self.id!r}: give a short name without spaces")
+
+
+def slug(name: str) -> str:
+    """A name as part of a claim's id."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def verdict(holds: bool) -> Verdict:
+    """A decided claim's verdict."""
+    return "holds" if holds else "fails"
+
+
+def verdict_below(low: float, high: float, bound: float) -> Verdict:
+    """Whether an interval lies wholly below a bound, above it, or on both sides."""
+    if high < bound:
+        return "holds"
+    return "fails" if low > bound else "open"
+
+
+def interval_numbers(name: str, interval: Interval) -> Numbers:
+    """An interval as a claim tells it: value, ends and seeds."""
+    low, high = interval.ends
+    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high, "seeds": interval.seeds}
 
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -64,31 +89,25 @@ def publish(
 ) -> Path:
     """Merge a notebook's entry into `<project root>/<folder>/results.json`, atomically.
 
-    Args:
-        notebook: the notebook's slug, as "03_gpt2_small_hybrid".
-        claims: what was tested; ids are unique.
-        summary: the closing sentences, shown when a batch run ends.
-        record: further facts (data, runs, tables). It must hold `parameters`; its keys win over the
-            environment's.
-        folder: where the file lies, relative to the project root.
-        tables: what documents draw; `hybridlab.report.tables` says which columns they read.
+    notebook: the notebook's slug, as "03_gpt2_small_hybrid"
+    claims: what was tested; ids are unique
+    summary: the closing sentences, shown when a batch run ends
+    record: further facts (data, device, times); it must hold `parameters`, and its keys win over the environment's
+    folder: where the file lies, relative to the project root
+    tables: what documents draw: "memory" as `Footprint.row` makes its rows, and "vram" as `vram_rows` does
 
-    Numbers keep six significant digits. NaN and infinities become null and are listed under
-    `not_finite`.
+    Numbers keep six significant digits. NaN and infinities become null and are listed under `not_finite`.
 
-    Raises:
-        ValueError: two claims share an id, or the parameters are missing.
-        UserError: the existing file cannot be read.
+    Raises ValueError where two claims share an id or the parameters are missing, and UserError where the file that is
+    there cannot be read or the new one not written.
     """
     path = project_root() / folder / "results.json"
     entry = _entry(claims, summary, record | ({"tables": dict(tables)} if tables else {}))
-    path.parent.mkdir(parents=True, exist_ok=True)
     (project_root() / "runs").mkdir(exist_ok=True)
     with FileLock(project_root() / "runs" / ".results.lock"):
         everything = load_results(path) | {notebook: entry}
-        beside = path.with_suffix(".json.next")
-        beside.write_text(_as_json(everything), encoding="utf-8")
-        beside.replace(path)
+        with replaced(path) as beside:
+            beside.write_text(_as_json(everything), encoding="utf-8")
     return path
 
 
@@ -113,8 +132,7 @@ def _as_json(value: Any) -> str:
 def load_results(path: Path) -> dict[str, Any]:
     """Read a `results.json`: notebook slug -> entry; empty when there is no file.
 
-    Raises:
-        UserError: the file is not JSON.
+    Raises UserError for a file that is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -129,8 +147,7 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
 
     A NaN or an infinity becomes None, and its place is added to `not_finite`.
 
-    Raises:
-        TypeError: something inside is neither a number, text, list nor mapping.
+    Raises TypeError where something inside is neither a number, text, list nor mapping.
     """
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, Mapping):
@@ -175,13 +192,9 @@ def _claim_lines(claim: Claim) -> str:
     return "\n".join([f"{claim.verdict.upper():<5}  {claim.id}: {claim.text}", *lines])
 
 
-def project_root(start: Path | None = None) -> Path:
-    """Find the folder with `pyproject.toml`, from `start` (the working folder) upward.
-
-    Raises:
-        UserError: there is none.
-    """
-    here = (start or Path.cwd()).resolve()
+def project_root() -> Path:
+    """Find the folder with `pyproject.toml`, from the working folder upward. Raises UserError where there is none."""
+    here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         if (folder / "pyproject.toml").is_file():
             return folder
@@ -197,7 +210,7 @@ def environment() -> dict[str, Any]:
     capability = torch.backends.cpu.get_cpu_capability()
     fingerprint = f"python {versions['python']}, torch {versions['torch']}, {capability}, {platform.machine()}"
     return {
-        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "device": device_name(find_device()),
         "versions": versions,
         "git_commit": git_commit(),
         "environment_fingerprint": fingerprint,

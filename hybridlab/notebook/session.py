@@ -21,7 +21,7 @@ from hybridlab.runs import Run
 from hybridlab.step_result import StepResult
 from hybridlab.study.arms import OnStep, Study, StudyResult, folder_name, label, run_arms
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.train import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run
+from hybridlab.study.training_run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run
 
 RESUME = "HYBRIDLAB_RESUME"
 
@@ -105,7 +105,11 @@ class Session:
         self._steps.close()
 
     def __repr__(self) -> str:
-        return f"Session({label(self.config)}: step {self.steps_done} of {self.config.steps}, {self._run.phase})"
+        return f"Session({self._label}: step {self.steps_done} of {self.config.steps}, {self._run.phase})"
+
+    @property
+    def _label(self) -> str:
+        return label(self.config.name, self.config.seed)
 
     def _wanted(self, steps: int | None) -> int:
         left = self.config.steps - self.steps_done
@@ -140,7 +144,7 @@ class Session:
 
     @contextmanager
     def _with_progress(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
-        with Progress(max(1, wanted), label(self.config)) as progress:
+        with Progress(max(1, wanted), self._label) as progress:
             yield progress.advance
 
     def _rest(self) -> None:
@@ -199,7 +203,8 @@ def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep
             run.save()
             _STOPPED[notebook] = what
             step = record.result.nominal_step
-            raise Stopped(f"stopped at step {step} of {label(run.config)}: run this cell again to go on from here")
+            which = label(run.config.name, run.config.seed)
+            raise Stopped(f"stopped at step {step} of {which}: run this cell again to go on from here")
 
     with interrupts(live.controls), live:
         yield live.step, watch, resume

@@ -18,13 +18,12 @@ def table(
 ) -> Table:
     """Show records as a table, a column for each key in order of appearance.
 
-    rows: the records; a missing key or None is shown as a dash.
-    caption: the sentence above the table.
-    formats: format specifications by column, such as ``{"lr": "g", "parameters": ","}``; numbers without
-        one show four decimals if they are floats.
+    rows: the records; a missing key or None is shown as a dash
+    caption: the sentence above the table
+    formats: format specifications by column, such as `{"lr": "g", "parameters": ","}`; floats without one show four
+        decimals
 
-    Raises:
-        ValueError: there are no rows, or ``formats`` names a column that is not there.
+    Raises ValueError where there are no rows, or `formats` names a column that is not there.
     """
     return Table(tuple(dict(row) for row in rows), caption, dict(formats or {}))
 
@@ -53,7 +52,7 @@ class Table:
         return [[self._cell(row.get(c), self.formats.get(c)) for c in self.columns] for row in self.rows]
 
     def html(self) -> str:
-        """A plain ``<table>`` that inherits the page's colors."""
+        """A plain `<table>` that inherits the page's colors."""
         caption = f'<caption style="{_style("left")}">{html.escape(self.caption)}</caption>\n' if self.caption else ""
         sides = self._sides()
         head = "".join(_tag("th", c, side, "col") for c, side in zip(self.columns, sides, strict=True))

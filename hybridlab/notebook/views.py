@@ -6,18 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hybridlab.gate import RELIABILITY_BINS
+from hybridlab.notebook.bounds import QUALITY_TOLERANCE_NATS
 from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart
 from hybridlab.notebook.figures import Chart, Line
-from hybridlab.notebook.results import Claim, Verdict
+from hybridlab.notebook.results import Claim, Numbers, Verdict, interval_numbers, slug, verdict, verdict_below
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.arms import BASELINE, CONTROL, StudyResult
-from hybridlab.study.compare import Comparison
-from hybridlab.study.statistics import Interval
-
-Numbers = dict[str, float | int | str]
-
-QUALITY_TOLERANCE = 0.02
-"""The plan's bound on the perplexity that a faster run may lose."""
+from hybridlab.study.comparison import Comparison
 
 PROMISED_SAVING = 0.4
 """Share of the time that the plan promises to save at least."""
@@ -34,11 +30,11 @@ def record_table(record: dict[str, Any], caption: str) -> Table:
     return table([{"fact": key.replace("_", " "), "value": str(value)} for key, value in record.items()], caption)
 
 
-def curves(result: StudyResult, arms: Sequence[str], against: Against, value: str = "validation_loss") -> Chart:
+def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
     """Validation loss of the arms, the plain runs drawn as controls."""
     plain = [name for name in arms if name.startswith((BASELINE, CONTROL))]
     runs = {name: result.steps(name) for name in arms}
-    return loss_curves(runs, against=against, control=plain, value=value, title=f"{_words(value)} over {AXES[against]}")
+    return loss_curves(runs, against=against, control=plain, title=f"Validation loss over {AXES[against]}")
 
 
 def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:
@@ -46,9 +42,9 @@ def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:
     return phase_chart(result.runs[arm, seed].steps, f"{arm}: what each nominal step did (seed {seed})")
 
 
-def gradient_chart(result: StudyResult, arm: str, seed: int = 0) -> Chart:
-    """The gradient's norm before clipping, step by step, in one run."""
-    steps = result.runs[arm, seed].steps
+def gradient_chart(result: StudyResult, arm: str) -> Chart:
+    """The gradient's norm before clipping, step by step, in an arm's first run."""
+    steps = result.runs[arm, 0].steps
     return loss_curves(
         {arm: steps}, against="nominal_step", smooth=10, value="gradient_norm", title="Gradient norm", y_label="norm"
     )
@@ -85,12 +81,12 @@ def counts_table(comparisons: Iterable[Comparison]) -> Table:
     return table(rows, "Steps by kind (mean over seeds) and decisions (total over seeds)", means)
 
 
-def reliability_table(result: StudyResult, bins: int = 5) -> Table:
-    """Predicted confidence against how often proposals were accepted, over all runs."""
-    outcomes = [row for run in result.runs.values() if run.summary for row in run.summary["reliability"]]
+def reliability_table(result: StudyResult) -> Table:
+    """Predicted confidence against how often proposals were accepted, over all runs, in the gate's own bins."""
+    outcomes = [row for run in result.runs.values() for row in run.closing_figures["reliability"]]
     rows = []
-    for low in (i / bins for i in range(bins)):
-        inside = [row for row in outcomes if low <= min(row["confidence"], 1 - 1e-9) < low + 1 / bins]
+    for low in (i / RELIABILITY_BINS for i in range(RELIABILITY_BINS)):
+        inside = [row for row in outcomes if low <= min(row["confidence"], 1 - 1e-9) < low + 1 / RELIABILITY_BINS]
         proposals = sum(row["proposals"] for row in inside)
         if proposals:
             confidence = sum(row["confidence"] * row["proposals"] for row in inside) / proposals
@@ -119,7 +115,7 @@ def verdict_table(comparisons: Iterable[Comparison]) -> Table:
 
 def verdict_chart(comparisons: Iterable[Comparison]) -> Chart:
     """The differences to the controls, with intervals; right of zero is worse than stopping earlier."""
-    rows = [(c.name, c.to_control.mean, *_finite(c.to_control)) for c in comparisons]
+    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in comparisons]
     zero = (Line(0.0, "as good as stopping earlier"),)
     title = "Hybrid minus control, equal gradient steps: right of the line is worse"
     return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
@@ -154,63 +150,61 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
     """
     promised = [_quality(comparison), _speed(comparison), *_vram(comparison)] if perplexity else []
-    return [pays_claim(comparison), *promised, stable_claim([comparison], _slug(comparison), comparison.name)]
+    return [pays_claim(comparison), *promised, stable_claim([comparison], slug(comparison.name), comparison.name)]
 
 
-def baseline_claims(result: StudyResult, baseline: str = BASELINE, vanilla: str = "vanilla") -> list[Claim]:
+def baseline_claims(result: StudyResult) -> list[Claim]:
     """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
     final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
-    first = result.runs[baseline, 0].steps["validation_loss"].dropna().iloc[0]
+    first = result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0]
     neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
     losses: Numbers = {name.replace(" ", "_") + "_loss": loss for name, loss in final.items()}
-    claims = [
-        Claim(
-            "converges", "the validation loss falls", _verdict(final[baseline] < first), {"first_loss": first} | losses
-        ),
-    ]
+    falls = verdict(final[BASELINE] < first)
+    claims = [Claim("converges", "the validation loss falls", falls, {"first_loss": first} | losses)]
     if neighbours:
-        best = _verdict(final[baseline] <= min(neighbours))
+        best = verdict(final[BASELINE] <= min(neighbours))
         claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, losses))
-    if vanilla in final:
-        better = _verdict(final[baseline] < final[vanilla])
+    if "vanilla" in final:
+        better = verdict(final[BASELINE] < final["vanilla"])
         claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, losses))
     return claims
 
 
-def cost_claims(overhead: Mapping[str, float], result: StudyResult, baseline: str = BASELINE) -> list[Claim]:
+def cost_claims(overhead: Mapping[str, float], result: StudyResult) -> list[Claim]:
     """That the trainer costs little beside the bare loop, and, on a card, that the baseline fits the plan's bound."""
     null, recording = overhead["null_over_bare"], overhead["recording_over_bare"]
     claims = [
         Claim(
             "trainer-is-thin",
             f"a step of the trainer, asking included, takes at most {MAX_NULL_OVER_BARE} of the bare loop's",
-            _verdict(null <= MAX_NULL_OVER_BARE),
+            verdict(null <= MAX_NULL_OVER_BARE),
             {"null_over_bare_ratio_time": null},
         ),
         Claim(
             "recording-is-cheap",
             f"recording the path takes at most {MAX_RECORDING:.0%} of a step",
-            _verdict(recording <= MAX_RECORDING),
+            verdict(recording <= MAX_RECORDING),
             {"recording_over_bare_ratio_time": recording},
         ),
     ]
-    summary = result.runs[baseline, 0].summary or {}
-    if summary.get("memory_source") == "cuda":
+    summary = result.runs[BASELINE, 0].closing_figures
+    if summary["memory_source"] == "cuda":
         peak = summary["peak_memory_bytes"]
-        fits = _verdict(peak < VRAM_BOUND_BYTES)
+        fits = verdict(peak < VRAM_BOUND_BYTES)
         claims.append(Claim("vram", "the baseline's peak VRAM is below 5 GB", fits, {"peak_memory_bytes": peak}))
     return claims
 
 
 def pays_claim(comparison: Comparison) -> Claim:
     """That predicting beats a plain run with as many gradient steps."""
-    numbers = _interval("loss_to_control", comparison.to_control)
+    change = comparison.to_control
+    numbers = interval_numbers("loss_to_control", change)
     if comparison.step_value:
-        numbers |= _interval("step_value", comparison.step_value)
+        numbers |= interval_numbers("step_value", comparison.step_value)
     return Claim(
-        f"{_slug(comparison)}-pays",
+        f"{slug(comparison.name)}-pays",
         f"{comparison.name}: predicting beats a plain run with as many gradient steps",
-        _holds_below(comparison.to_control, 0.0) if comparison.predicted_steps else "fails",
+        verdict_below(change.low, change.high, 0.0) if comparison.predicted_steps else "fails",
         numbers | {"gradient_steps": comparison.gradient_steps, "predicted_steps": comparison.predicted_steps},
     )
 
@@ -218,26 +212,29 @@ def pays_claim(comparison: Comparison) -> Claim:
 def _quality(comparison: Comparison) -> Claim:
     change: Numbers = {"perplexity_change": math.expm1(comparison.to_baseline.mean)}
     return Claim(
-        f"{_slug(comparison)}-quality",
+        f"{slug(comparison.name)}-quality",
         f"{comparison.name}: final perplexity stays within 2 % of the full baseline's",
-        _holds_below(comparison.to_baseline, math.log1p(QUALITY_TOLERANCE)),
-        _interval("loss_to_baseline", comparison.to_baseline) | change,
+        _keeps_quality(comparison),
+        interval_numbers("loss_to_baseline", comparison.to_baseline) | change,
     )
 
 
 def _speed(comparison: Comparison) -> Claim:
     """The plan's 40 to 60 % less time, at its own tolerance for quality."""
-    good = _holds_below(comparison.to_baseline, math.log1p(QUALITY_TOLERANCE))
     fast = comparison.time_ratio <= 1 - PROMISED_SAVING
     return Claim(
-        f"{_slug(comparison)}-speed",
+        f"{slug(comparison.name)}-speed",
         f"{comparison.name}: the baseline's perplexity within 2 % in 40 % less time",
-        good if fast else "fails",
+        _keeps_quality(comparison) if fast else "fails",
         {
             "perplexity_change": math.expm1(comparison.to_baseline.mean),
             "baseline_ratio_time": comparison.time_ratio,
         },
     )
+
+
+def _keeps_quality(comparison: Comparison) -> Verdict:
+    return verdict_below(comparison.to_baseline.low, comparison.to_baseline.high, QUALITY_TOLERANCE_NATS)
 
 
 def _vram(comparison: Comparison) -> list[Claim]:
@@ -246,41 +243,16 @@ def _vram(comparison: Comparison) -> list[Claim]:
     if peak is None:
         return []
     text = f"{comparison.name}: peak VRAM stays below 5 GB"
-    verdict = _verdict(peak < VRAM_BOUND_BYTES)
-    return [Claim(f"{_slug(comparison)}-vram", text, verdict, {"peak_memory_bytes": peak})]
+    fits = verdict(peak < VRAM_BOUND_BYTES)
+    return [Claim(f"{slug(comparison.name)}-vram", text, fits, {"peak_memory_bytes": peak})]
 
 
-def stable_claim(comparisons: Sequence[Comparison], slug: str, name: str) -> Claim:
+def stable_claim(comparisons: Sequence[Comparison], stem: str, name: str) -> Claim:
     """That no run of these arms diverges; rollbacks are counted apart."""
     divergences = sum(comparison.divergences for comparison in comparisons)
     rollbacks = sum(comparison.rollbacks for comparison in comparisons)
     numbers: Numbers = {"divergences": divergences, "rollbacks": rollbacks}
-    return Claim(f"{slug}-stable", f"{name}: no run diverges", _verdict(not divergences), numbers)
-
-
-def _verdict(holds: bool) -> Verdict:
-    return "holds" if holds else "fails"
-
-
-def _slug(comparison: Comparison) -> str:
-    return comparison.name.replace(",", "").replace(" ", "-")
-
-
-def _holds_below(interval: Interval, bound: float) -> Verdict:
-    """Whether a whole interval lies below a bound, above it, or on both sides."""
-    if interval.high < bound:
-        return "holds"
-    return "fails" if interval.low > bound else "open"
-
-
-def _interval(name: str, interval: Interval) -> Numbers:
-    low, high = _finite(interval)
-    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high, "seeds": interval.seeds}
-
-
-def _finite(interval: Interval) -> tuple[float, float]:
-    """The interval's ends; without an interval, the mean itself."""
-    return (interval.low, interval.high) if interval.seeds > 1 else (interval.mean, interval.mean)
+    return Claim(f"{stem}-stable", f"{name}: no run diverges", verdict(not divergences), numbers)
 
 
 def _words(column: str) -> str:

@@ -64,6 +64,14 @@ class Predictor(Protocol):
         """Go on where `state_dict` was taken."""
 
 
+@runtime_checkable
+class Forecaster(Protocol):
+    """A predictor that forecasts the loss, and scores its own forecasts."""
+
+    def skill(self) -> float | None:
+        """1 - squared error over persistence's: 1 is perfect, 0 worth nothing; None before the first came due."""
+
+
 def path_confidence(gram: Gram, coefficients: Coefficients) -> float:
     """How far the jump's direction was already the path's direction a while ago.
 

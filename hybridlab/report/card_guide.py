@@ -8,16 +8,13 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from hybridlab.config import HybridTrainerConfig
-from hybridlab.memory.config import MemoryConfig
+from hybridlab.memory import forecast
+from hybridlab.notebook.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.report.evidence import MAIN, Evidence
 from hybridlab.report.validation import NOT_RUN, notebook_link, predicted_share
 from hybridlab.report.words import gigabytes, interval, markdown_table, verdict_word
 
 Row = dict[str, Any]
-
-SAFE_PEAK_BYTES = 14e9
-TOLERANCE_NATS = math.log1p(0.02)
-"""The plan's bounds on peak and quality, which a recommendation must keep."""
 
 HEAD = """\
 # Training on an RTX 5080 (16 GB)
@@ -89,7 +86,8 @@ Switch on one thing at a time, in this order: from free to costly.
 2. **Chunked loss** (`loss_chunk_tokens`). The logits of a large vocabulary are often the largest thing in memory;
    they need not exist all at once. The same loss.
 3. **Checkpointing** (`checkpointing`). Activations of each block are computed again in the backward pass: about one
-   more forward pass a step. The same gradients.
+   more forward pass a step. The same gradients. With `inputs="host"` the blocks' inputs, all that is left, wait in
+   host memory; they cross the bus beside the computation.
 4. **A smaller micro-batch** (`gradient_accumulation`). The same batch in parts: exact up to rounding, and slower
    where the parts no longer fill the card.
 5. **8-bit optimizer state** (`optimizer_state="int8"`, with `pad_vocab_to` so that the embedding divides into
@@ -123,8 +121,12 @@ def card_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
 
 def recommended(rows: Sequence[Row]) -> Row | None:
     """The fastest arm of one model that stays below 14 GB and within 2 % of the control; None where none does."""
-    safe = [row for row in rows if row["peak_memory_bytes"] < SAFE_PEAK_BYTES and _worst_change(row) < TOLERANCE_NATS]
-    return min((row for row in safe if row.get("step_ms")), key=lambda row: row["step_ms"], default=None)
+    good = [row for row in rows if _is_safe(row) and _worst_change(row) < QUALITY_TOLERANCE_NATS]
+    return min((row for row in good if row.get("step_ms")), key=lambda row: row["step_ms"], default=None)
+
+
+def _is_safe(row: Row) -> bool:
+    return row["peak_memory_bytes"] < SAFE_PEAK_BYTES
 
 
 def _worst_change(row: Row) -> float:
@@ -146,7 +148,7 @@ def _model_row(row: Row, best: bool) -> Row:
         "model": row["model"],
         "arm": row["arm"],
         "peak VRAM": gigabytes(row["peak_memory_bytes"]),
-        "below 14 GB": "yes" if row["peak_memory_bytes"] < SAFE_PEAK_BYTES else "no",
+        "below 14 GB": "yes" if _is_safe(row) else "no",
         "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
         "loss against the control": interval(row, "loss_change"),
         "": "**take this**" if best else "",
@@ -155,12 +157,7 @@ def _model_row(row: Row, best: bool) -> Row:
 
 
 def _memory_presets() -> str:
-    presets = {
-        "conservative": MemoryConfig.conservative(),
-        "aggressive": MemoryConfig.aggressive(),
-        "fit_16gb": MemoryConfig.fit_16gb(),
-    }
-    return _settings(presets)
+    return _settings({name: preset() for name, preset in forecast.PRESETS.items() if name != "none"})
 
 
 def _hybrid_presets() -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from hybridlab.errors import UserError
+from hybridlab.files import replaced
 from hybridlab.report.card_guide import card_guide
 from hybridlab.report.evidence import PROFILES, Evidence
 from hybridlab.report.headlines import headlines
@@ -43,12 +44,12 @@ def stale_files(root: Path) -> list[Path]:
 
 
 def write_report(root: Path) -> list[Path]:
-    """Write every document that follows from the results; returns those that changed."""
+    """Write every document that follows from the results, each as a whole; returns those that changed."""
     files = report_files(root)
     changed = [path for path, content in files.items() if not _up_to_date(path, content)]
     for path in changed:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(files[path])
+        with replaced(path) as beside:
+            beside.write_bytes(files[path])
     return changed
 
 

@@ -72,9 +72,9 @@ class Evidence:
         found = [Found(profile, notebook, **claim) for claim in entry.get("claims", [])]
         return [claim for claim in found if any(fnmatchcase(claim.id, pattern) for pattern in patterns)]
 
-    def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
-        """Rows by notebook, for every notebook that published a table of this name."""
-        entries = self.entries.get(profile, {})
+    def tables(self, name: str) -> dict[str, list[dict[str, Any]]]:
+        """Rows by notebook, for every notebook of the main profile that published a table of this name."""
+        entries = self.entries.get(MAIN, {})
         found = {notebook: entry.get("tables", {}).get(name) for notebook, entry in entries.items()}
         return {notebook: rows for notebook, rows in found.items() if rows}
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
+from hybridlab.memory.planner import PARTS
 from hybridlab.report.criteria import CRITERIA, Criterion, Finding, Outcome
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
 from hybridlab.report.words import gigabytes, interval, markdown_table, numbers_in_words, verdict_word
@@ -60,7 +61,6 @@ As the notebooks published them, all profiles, the small ones included.
 """
 
 NOT_RUN = "Not run yet.\n"
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace", "context")
 
 
 def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:

@@ -12,9 +12,10 @@ import pandas as pd
 
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.runs import Run
+from hybridlab.settings import check_bounds, check_types
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.train import Watch, train
+from hybridlab.study.training_run import Watch, train
 
 BASELINE = "baseline"
 CONTROL = "control"
@@ -43,10 +44,9 @@ class Study:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
-        if self.seeds < 1:
-            raise ValueError("seeds must be at least 1")
-        if not all(0 < fraction < 1 for fraction in self.control_fractions):
-            raise ValueError("control_fractions must lie between 0 and 1")
+        check_types(self)
+        check_bounds(self, "seeds", least=1)
+        check_bounds(self, "control_fractions", above=0, below=1)
 
     def run(
         self,
@@ -92,7 +92,7 @@ class Study:
 
     def _shortened(self, name: str, steps: int, seed: int) -> RunConfig:
         """The truncated control: fewer steps, the schedule fitted to them."""
-        return replace(self.base, name=name, seed=seed, steps=steps, schedule=self.base.schedule.fitted_to(steps))
+        return replace(self.base, name=name, seed=seed, steps=steps, schedule=self.base.lr_schedule.fitted_to(steps))
 
 
 @dataclass
@@ -108,7 +108,7 @@ class StudyResult:
     @property
     def summaries(self) -> pd.DataFrame:
         """One row a run: name, seed, counts, final figures, time, memory."""
-        return pd.DataFrame([run.summary for run in self.runs.values()])
+        return pd.DataFrame([run.closing_figures for run in self.runs.values()])
 
     @property
     def seeds(self) -> list[int]:
@@ -121,9 +121,7 @@ class StudyResult:
 
     def value(self, column: str, name: str, seed: int) -> float:
         """One closing figure of one run."""
-        summary = self.runs[name, seed].summary
-        assert summary is not None
-        return summary[column]
+        return self.runs[name, seed].closing_figures[column]
 
     def gradient_steps(self, name: str, seed: int) -> int:
         """How many backward passes a run took."""
@@ -167,20 +165,19 @@ def run_arms(
     total = steps_before + _steps(configs)
     result = StudyResult()
     for config in configs:
-        result.runs[config.name, config.seed] = how(
-            config, folder / folder_name(config), partial(on_step, label(config), total), resume=resume
-        )
+        step = partial(on_step, label(config.name, config.seed), total)
+        result.runs[config.name, config.seed] = how(config, folder / folder_name(config), step, resume=resume)
     return result
 
 
-def label(config: RunConfig) -> str:
-    """A run's name among others."""
-    return f"{config.name}, seed {config.seed}"
+def label(name: str, seed: int) -> str:
+    """A run's name among others: its arm and its seed."""
+    return f"{name}, seed {seed}"
 
 
 def folder_name(config: RunConfig) -> str:
     """Where a run's record lies among others."""
-    return re.sub(r"\W+", "_", label(config))
+    return re.sub(r"\W+", "_", label(config.name, config.seed))
 
 
 def control_name(hybrid: str) -> str:

@@ -1,32 +1,60 @@
-"""torch.compile, once for all runs of one shape."""
+"""torch.compile, once for all runs of one shape that follow each other."""
 
 from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from hybridlab.memory.config import MemoryConfig
+from hybridlab.study.tasks import Task
 
-_COMPILED: dict[tuple[object, ...], tuple[nn.Module, nn.Module]] = {}
+
+@dataclass
+class _Kept:
+    """A compiled model, what it was compiled for, and the task that has it, or had."""
+
+    key: tuple[object, ...]
+    model: nn.Module
+    wrapped: nn.Module
+    task: weakref.ref[Task]
+
+    def is_free_for(self, key: tuple[object, ...]) -> bool:
+        """Whether it is of this shape, and nobody's any more."""
+        return self.key == key and self.task() is None
 
 
-def compiled(model: nn.Module, memory: MemoryConfig) -> tuple[nn.Module, nn.Module]:
-    """A model with these weights, and the same through torch.compile; the two share their parameters.
+_KEPT: _Kept | None = None
 
-    A process compiles each shape once: of models of one shape the first is kept, and the weights of the later ones are
-    copied into it. So a study of fifty runs compiles as often as one, and torch's limit on recompilations, beyond
-    which it silently runs uncompiled, is never reached. Only the latest model of a shape is valid.
+
+def compile_(task: Task, memory: MemoryConfig) -> nn.Module:
+    """Give the task's model through torch.compile; the two share their parameters.
+
+    Of tasks that follow each other with models of one shape, the model of the first is kept: when that task is gone,
+    the next one takes the model over, as its `model`, with its own weights copied in. So a study of fifty runs
+    compiles as often as one, and torch's limit on recompilations, beyond which it silently runs uncompiled, is never
+    reached. While the first task lives on, in a paused session, its model is left alone, and the next is compiled anew.
     """
-    shapes = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in model.state_dict().items())
-    key = (str(model), shapes, memory.checkpointing, memory.loss_chunk_tokens)
+    global _KEPT
     if memory.step_in_backward or memory.state_on_host:  # an optimizer hangs on these very parameters
-        torch._dynamo.reset()
-        return model, torch.compile(model)  # type: ignore[return-value]
-    if key not in _COMPILED:
-        torch._dynamo.reset()
-        _COMPILED.clear()
-        _COMPILED[key] = (model, torch.compile(model))  # type: ignore[assignment]
-    kept, wrapped = _COMPILED[key]
-    kept.load_state_dict(model.state_dict())
-    kept.zero_grad(set_to_none=True)
-    return kept, wrapped
+        return _fresh(task.model)
+    key = _key(task.model, memory)
+    if _KEPT is None or not _KEPT.is_free_for(key):
+        _KEPT = _Kept(key, task.model, _fresh(task.model), weakref.ref(task))
+        return _KEPT.wrapped
+    _KEPT.model.load_state_dict(task.model.state_dict())
+    _KEPT.model.zero_grad(set_to_none=True)
+    task.model, _KEPT.task = _KEPT.model, weakref.ref(task)
+    return _KEPT.wrapped
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def _key(model: nn.Module, memory: MemoryConfig) -> tuple[object, ...]:
+    shapes = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in model.state_dict().items())
+    return str(model), shapes, memory.checkpointing, memory.loss_chunk_tokens

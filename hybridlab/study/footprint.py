@@ -68,7 +68,7 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
 
     at_step: the nominal step whose validation losses are compared; None compares those at the end
     """
-    summary = result.runs[config.name, 0].summary or {}
+    summary = result.runs[config.name, 0].closing_figures
     seeds = sorted(seed for name, seed in result.runs if name == config.name)
     losses = [_validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
     shared = [(seed, loss) for seed, loss in zip(seeds, losses, strict=True) if (control, seed) in result.runs]
@@ -116,7 +116,7 @@ def predict_phase(run: Run) -> PredictPhase:
     durations = _jump_ms(run.steps)
     if not durations:
         raise UserError(f"{run.folder} predicted nothing: set confidence_threshold to 0 and gate to False")
-    summary = run.summary or {}
+    summary = run.closing_figures
     if summary["memory_source"] != "cuda":
         return PredictPhase(None, None, None, median(durations), len(durations))
     allocated, reserved = summary.get("predict_allocated_bytes"), summary.get("predict_reserved_bytes")

@@ -15,10 +15,13 @@ from typing import NoReturn
 from hybridlab.errors import UserError
 from hybridlab.runs import Run
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.train import train
+from hybridlab.study.training_run import train
 
 GRACE_SECONDS = 30.0
 """For a run that is told to stop, to bring its record to the disk."""
+
+KILLED = getattr(signal, "SIGKILL", signal.SIGTERM)
+"""What a system sends where memory runs out; Windows has no such signal."""
 
 STEP, DONE = "step", "done"
 
@@ -74,7 +77,7 @@ def _stop(child: BaseProcess) -> None:
 
 def _death(exit_code: int, config: RunConfig, folder: Path) -> str:
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-    why = ", as the system does when the host's memory runs out" if exit_code == -signal.SIGKILL else ""
+    why = ", as the system does when the host's memory runs out" if exit_code == -KILLED else ""
     return (
         f"the process of {config.name!r}, seed {config.seed}, {how}{why}: the record and the last checkpoint in "
         f"{folder} are intact, go on with resume"

@@ -37,7 +37,7 @@ def export_csv(run: Run, path: Path) -> None:
         raise UserError(f"{run.folder} has no figures of a card for nvidia-smi's columns: train on a GPU")
     columns = {
         "timestamp": _local_time(vram["unix_seconds"]),
-        "name": pd.Series(run.config["device"].split(" as an emulated ")[0], index=vram.index),
+        "name": pd.Series(run.config["device"], index=vram.index),
         "memory.total [MiB]": _whole(vram["device_total_bytes"] / MIB),
         "memory.used [MiB]": _whole(vram["device_used_bytes"] / MIB),
         "utilization.gpu [%]": _whole(vram["utilization_percent"]),

@@ -11,14 +11,18 @@ from pathlib import Path
 import psutil
 import torch
 
+from hybridlab.device import find_device
 from hybridlab.errors import UserError
 from hybridlab.files import remove, replaced
 from hybridlab.study.planning import nearest_fit_of
-from hybridlab.study.run_config import RunConfig, find_device
+from hybridlab.study.run_config import RunConfig
 from hybridlab.vram import MemoryMeter
 
 SNAPSHOT = "memory_snapshot.pickle"
 """In the folder of a run that ran out of the card's memory; pytorch.org/memory_viz draws it."""
+
+SHORT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""In the messages of drivers, libraries and compiled kernels, whose errors are plain RuntimeErrors."""
 
 OTHERS_MATTER_BYTES = 500_000_000
 """Of the card: other programs that use less are not worth a word."""
@@ -36,20 +40,24 @@ def shortage_told(config: RunConfig, folder: Path) -> Iterator[None]:
     remove(folder / SNAPSHOT)
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        shortage = f"{_asked(error)} asked for: {_on_the_card(config)}{_snapshot(folder)}"
-        traceback.clear_frames(error.__traceback__)
-        advice = nearest_fit_of(config, _card_bytes(config))
-        raise UserError(f"out of memory: {shortage}; {advice}; {_left(folder)}") from error
     except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+        told = _told(error, config, folder)
+        if told is None:
             raise
         traceback.clear_frames(error.__traceback__)
+        raise UserError(f"{told}; {_left(folder)}") from error
+
+
+def _told(error: RuntimeError, config: RunConfig, folder: Path) -> str | None:
+    """What ran out and what to do; None for an error that is none of these."""
+    if "DefaultCPUAllocator" in str(error):
         available = f"the host has {psutil.virtual_memory().available / 1e9:.1f} GB available"
-        raise UserError(
-            f"out of host memory: {_asked(error)} asked for, {available}; close other programs, or take a smaller "
-            f"model or batch; {_left(folder)}"
-        ) from error
+        asked = f"out of host memory: {_asked(error)} asked for, {available}"
+        return f"{asked}; close other programs, or take a smaller model or batch"
+    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in SHORT_OF_MEMORY):
+        return None
+    shortage = f"{_asked(error)} asked for: {_on_the_card(config)}{_snapshot(folder)}"
+    return f"out of memory: {shortage}; {nearest_fit_of(config, _card_bytes(config))}"
 
 
 def _asked(error: RuntimeError) -> str:
@@ -72,7 +80,7 @@ def _on_the_card(config: RunConfig) -> str:
 def _card_bytes(config: RunConfig) -> int:
     """The size of the card, or of the smaller one that it stands for."""
     device = find_device(config.device)
-    if config.card_gb and MemoryMeter(device).exceeds(config.card_bytes):
+    if config.emulates_card:
         return config.card_bytes
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 

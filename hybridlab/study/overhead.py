@@ -2,63 +2,77 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from hybridlab.config import HybridTrainerConfig
-from hybridlab.memory.precision import autocast, set_matmul_precision
+from hybridlab.device import find_device
+from hybridlab.memory.precision import autocast
 from hybridlab.optimizers import build_optimizer
-from hybridlab.study.compilation import compiled
-from hybridlab.study.run_config import RunConfig, find_device
+from hybridlab.study.compilation import compile_
+from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.run_config import RunConfig
+from hybridlab.study.turns import median_ratio, seconds_in_turns
 from hybridlab.trainer import HybridTrainer
 
-Step = Callable[[Callable[[], Tensor]], object]
+Closure = Callable[[], Tensor]
+Step = Callable[[Closure], object]
 
 
 def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> dict[str, float]:
     """Step times over the bare loop's, on one model and one optimizer.
 
-    rounds: how often each loop has its turn; steps: nominal steps a turn. The first two rounds are thrown away.
+    rounds: how often each loop has its turn, beside two rounds that are thrown away; steps: nominal steps a turn
 
     Returns the medians over rounds of paired ratios: `plain_over_bare` (the trainer with max_predict_steps=0),
     `null_over_bare` (with the null predictor: recording and asking included), `recording_over_bare` (the share that
     recording the path adds), and the bare step's median in ms.
     """
+    with ProcessSettings.of(config).held():
+        loops, closure = _loops(config)
+        turns = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
+        seconds = seconds_in_turns(turns, find_device(config.device), rounds)
+    bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
+    recording = [with_path - without for with_path, without in zip(null, plain, strict=True)]
+    return {
+        "plain_over_bare": median_ratio(plain, bare),
+        "null_over_bare": median_ratio(null, bare),
+        "recording_over_bare": median_ratio(recording, bare),
+        "bare_step_ms": 1e3 * median(bare) / steps,
+    }
+
+
+def _loops(config: RunConfig) -> tuple[dict[str, Step], Closure]:
+    """A step of each loop, and the loss of a new batch whenever it is called."""
     device = find_device(config.device)
-    set_matmul_precision(config.precision)
     task = config.task.build(config.seed, device)
-    model = task.model
-    if config.compiled:
-        task.model, model = compiled(task.model, config.memory)
+    model = compile_(task, config.memory) if config.compiled else task.model
     optimizer = build_optimizer(task.model, config.optimizer)
     hybrid = replace(config.hybrid, warmup_steps=0)
+    numbers = count()
+
+    def closure() -> Tensor:
+        with autocast(config.precision, device):
+            return task.loss(model, task.batch(next(numbers)))
+
     loops: dict[str, Step] = {
         "bare": _bare(task.model, optimizer, hybrid),
         "plain": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=0)).step,
         "null": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=50, predictor="null")).step,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    batches = iter(range(10**9))
-
-    def closure() -> Tensor:
-        with autocast(config.precision, device):
-            return task.loss(next(batches), model)
-
-    for _ in range(rounds):
-        for name, step in loops.items():
-            seconds[name].append(_timed(step, closure, steps, device))
-    return _ratios({name: times[2:] for name, times in seconds.items()}, steps)
+    return loops, closure
 
 
 def _bare(model: nn.Module, optimizer: torch.optim.Optimizer, config: HybridTrainerConfig) -> Step:
     """The loop that anybody would write."""
 
-    def step(closure: Callable[[], Tensor]) -> None:
+    def step(closure: Closure) -> None:
         optimizer.zero_grad(set_to_none=True)
         closure().backward()  # type: ignore[no-untyped-call]
         if config.clip_norm is not None:
@@ -68,28 +82,6 @@ def _bare(model: nn.Module, optimizer: torch.optim.Optimizer, config: HybridTrai
     return step
 
 
-def _timed(step: Step, closure: Callable[[], Tensor], steps: int, device: torch.device) -> float:
-    _wait_for(device)
-    started = time.perf_counter()
+def _take(step: Step, closure: Closure, steps: int) -> None:
     for _ in range(steps):
         step(closure)
-    _wait_for(device)
-    return time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _ratios(seconds: dict[str, list[float]], steps: int) -> dict[str, float]:
-    def over_bare(times: list[float]) -> float:
-        return median(t / bare for t, bare in zip(times, seconds["bare"], strict=True))
-
-    recording = [null - plain for null, plain in zip(seconds["null"], seconds["plain"], strict=True)]
-    return {
-        "plain_over_bare": over_bare(seconds["plain"]),
-        "null_over_bare": over_bare(seconds["null"]),
-        "recording_over_bare": over_bare(recording),
-        "bare_step_ms": 1e3 * median(seconds["bare"]) / steps,
-    }

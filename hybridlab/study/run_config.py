@@ -6,16 +6,15 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
 from hybridlab.config import HybridTrainerConfig
-from hybridlab.errors import UserError, nearest
+from hybridlab.device import device_name, find_device
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.memory.precision import check_precision
+from hybridlab.memory.precision import PRECISIONS
 from hybridlab.optimizers import OptimizerConfig, Schedule
+from hybridlab.settings import check_bounds, check_choice, check_types
 from hybridlab.study.tasks import TaskConfig
 from hybridlab.trainer import CLOCKS
-from hybridlab.vram import MemoryMeter, device_name
+from hybridlab.vram import MemoryMeter
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class RunConfig:
     name: of the arm; two runs of one study differ in name or seed
     steps: nominal steps; evaluate_every: nominal steps between two evaluations
     precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
+    schedule: of the learning rate; None is `Schedule()` fitted to `steps`
     device: "auto" (CUDA where there is one), "cuda" or "cpu"
     clock: which steps drive the schedule: "nominal", "gradient" or "worth" (`HybridTrainer.steps_by`)
     card_gb: take no more memory than a card of so many decimal gigabytes would give; 0 takes what there is
@@ -36,7 +36,7 @@ class RunConfig:
     task: TaskConfig
     steps: int
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig.tuned)
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule | None = None
     hybrid: HybridTrainerConfig = field(default_factory=HybridTrainerConfig.plain)
     precision: str = "fp32"
     compiled: bool = False
@@ -50,11 +50,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        check_precision(self.precision)
-        if self.clock not in CLOCKS:
-            raise ValueError(f"clock {self.clock!r} is unknown: {nearest(self.clock, CLOCKS)}")
-        if self.steps < 1 or self.evaluate_every < 1:
-            raise ValueError("steps and evaluate_every must be at least 1")
+        check_types(self)
+        check_bounds(self, "steps", "evaluate_every", least=1)
+        check_bounds(self, "seed", "card_gb", "cpu_threads", "checkpoint_every", least=0)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("clock", self.clock, CLOCKS)
         if self.memory.mixed_precision and self.precision != "fp32":
             raise ValueError(
                 f"precision={self.precision!r} and mixed_precision both name a format: leave one of them off"
@@ -62,14 +62,16 @@ class RunConfig:
         if self.task.batch_size % self.memory.micro_batches:
             parts = self.memory.micro_batches
             raise ValueError(f"a batch of {self.task.batch_size} does not split into {parts} equal micro_batches")
-        for name in ("cpu_threads", "checkpoint_every", "card_gb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, which turns it off")
 
     @property
     def memory(self) -> MemoryConfig:
         """The memory features of the run."""
         return self.hybrid.memory or MemoryConfig()
+
+    @property
+    def lr_schedule(self) -> Schedule:
+        """The learning rate's; made for `steps` where none is given."""
+        return self.schedule or Schedule().fitted_to(self.steps)
 
     @property
     def training_precision(self) -> str:
@@ -89,28 +91,27 @@ class RunConfig:
 
     def record(self) -> dict[str, Any]:
         """As JSON: the settings that figures depend on, and where the data come from. Equal records, equal runs."""
-        settings = asdict(self) | {"data": self.task.data_record(), "device": self.describe_device()}
+        settings = asdict(self) | {"data": self.task.data_record(), "device": self.device_name}
+        settings |= {"schedule": asdict(self.lr_schedule), "emulates_card": self.emulates_card}
+        settings["optimizer"]["weight_decay"] = self.optimizer.decay
         del settings["checkpoint_every"]
         return json.loads(json.dumps(settings, default=str))
 
     def describe_device(self) -> str:
         """The name of the card, with what it emulates, or of the processor."""
-        device = find_device(self.device)
-        emulated = self.card_gb and MemoryMeter(device).exceeds(self.card_bytes)
-        return device_name(device) + (f" as an emulated {self.card_gb} GB card" if emulated else "")
+        return self.device_name + (f" as an emulated {self.card_gb} GB card" if self.emulates_card else "")
+
+    @property
+    def device_name(self) -> str:
+        """The name of the card or of the processor."""
+        return device_name(find_device(self.device))
+
+    @property
+    def emulates_card(self) -> bool:
+        """Whether a larger card stands for the one of `card_gb`."""
+        return self.card_gb > 0 and MemoryMeter(find_device(self.device)).exceeds(self.card_bytes)
 
     @property
     def card_bytes(self) -> int:
         """The size of the card that is emulated, in bytes."""
         return self.card_gb * 10**9
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a parameter file names. Raises UserError for CUDA where there is none."""
-    if name not in ("auto", "cuda", "cpu"):
-        raise UserError(f"device {name!r} is unknown: choose auto, cuda or cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device is 'cuda', but torch sees no CUDA device: set device to auto or cpu, or mend the driver"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -29,6 +29,11 @@ class Interval:
         return cls(mean, mean - half, mean + half, count)
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Low and high; of one seed, which has no interval, twice the mean."""
+        return (self.low, self.high) if self.seeds > 1 else (self.mean, self.mean)
+
+    @property
     def sign(self) -> int:
         """-1 or 1 where the whole interval lies below or above 0; 0 where it holds 0."""
         return int(self.low > 0) - int(self.high < 0)

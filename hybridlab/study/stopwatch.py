@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from hybridlab.device import wait_for
+
 
 class Stopwatch:
     """Seconds of training alone: paused while a model is judged or saved; each pause waits for the device.
@@ -32,8 +34,7 @@ class Stopwatch:
 
     def pause(self) -> None:
         """Wait for the device, and stop."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         self._state = (self.seconds, None)
 
     @property

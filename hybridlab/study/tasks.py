@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,14 @@ from hybridlab.data import (
 )
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
+from hybridlab.settings import check_bounds, check_types
 
 load_text_once = lru_cache(load_text)
 load_images_once = lru_cache(load_images)
+
+
+Batch = tuple[Tensor, ...]
+"""What a loss is computed on: tensors whose first dimension counts the same examples."""
 
 
 class Task(Protocol):
@@ -33,13 +37,17 @@ class Task(Protocol):
 
     model: nn.Module
 
-    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
-        """Loss in nats on the batch of a nominal step, counted from 0, or on one of its equal parts."""
+    def batch(self, step: int) -> Batch:
+        """The batch of a nominal step, counted from 0, on the model's device."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss in nats: the mean over a batch, or over a part of one."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Validation figures, "validation_loss" in nats among them. The model keeps its mode."""
 
 
+@runtime_checkable
 class TaskConfig(Protocol):
     """Settings from which a task is built, the same for the same seed."""
 
@@ -73,6 +81,13 @@ class TextTaskConfig:
     validation_batches: int = 16
     max_bytes: int = 0
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        check_types(self)
+        check_bounds(self, "batch_size", "validation_batches", least=1)
+        check_bounds(self, "max_bytes", least=0)
+        _ = self.model_config  # refuses its own part
 
     @property
     def text(self) -> TextData:
@@ -117,17 +132,20 @@ class TextTask:
             device=device,
         )
 
-    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
-        """Mean cross-entropy over the step's windows, or over a part of them."""
-        return model(*_part(self._batches(step), part, parts))
+    def batch(self, step: int) -> Batch:
+        """The step's windows: tokens, and the tokens that follow them."""
+        return self._batches(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over a batch's windows."""
+        return model(*batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean over the held-out batches, dropout off."""
         was_training = model.training
         model.eval()
-        parts = range(self._parts)
-        losses = [model(*_part(batch, part, len(parts))) for batch in self._held_out for part in parts]
+        losses = [self.loss(model, part) for batch in self._held_out for part in in_parts(batch, self._parts)]
         loss = float(torch.stack(losses).mean())
         model.train(was_training)
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -139,6 +157,11 @@ class ImageTaskConfig:
 
     data: str = "digits"
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        check_types(self)
+        check_bounds(self, "batch_size", least=1)
 
     @property
     def images(self) -> ImageData:
@@ -162,22 +185,16 @@ class ImageTask:
 
     def __init__(self, model: MnistCNN, config: ImageTaskConfig, seed: int, device: torch.device) -> None:
         self.model = model
-        data = config.images
-        self._batches = ImageBatches(
-            data.train_images, data.train_labels, batch_size=config.batch_size, seed=seed, device=device
-        )
-        self._held_out = images_in_order(
-            data.test_images,
-            data.test_labels,
-            batch_size=1024,
-            mean=data.pixel_mean,
-            std=data.pixel_std,
-            device=device,
-        )
+        self._batches = ImageBatches(config.images, batch_size=config.batch_size, seed=seed, device=device)
+        self._held_out = images_in_order(config.images, batch_size=1024, device=device)
 
-    def loss(self, step: int, model: nn.Module, part: int = 0, parts: int = 1) -> Tensor:
-        """Mean cross-entropy over the step's images, or over a part of them."""
-        return model(*_part(self._batches(step), part, parts))
+    def batch(self, step: int) -> Batch:
+        """The step's images and their classes."""
+        return self._batches(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over a batch's images."""
+        return model(*batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -191,6 +208,6 @@ class ImageTask:
         return {"validation_loss": float(nn.functional.cross_entropy(logits, labels)), "accuracy": float(accuracy)}
 
 
-def _part(batch: Iterable[Tensor], part: int, parts: int) -> list[Tensor]:
-    """One of `parts` equal parts of a batch."""
-    return [tensor.chunk(parts)[part] for tensor in batch]
+def in_parts(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in so many equal parts; they share its memory."""
+    return list(zip(*(tensor.chunk(parts) for tensor in batch), strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -58,20 +57,20 @@ class MemoryMeter:
         self._card = NvmlCard(self._device) if self._device else None
         self._peaks = PhasePeaks(self._device) if self._device else None
 
-    def cap(self, card_bytes: int) -> bool:
-        """Let this process take no more than a card of `card_bytes` would give it; returns whether that cut anything.
+    def share_of(self, card_bytes: int) -> float:
+        """The share of the card that torch may reserve, for the process to fit a card of `card_bytes`; at most 1.
 
-        The context counts, as it does on the card. A card that is no larger stays as it is. Raises UserError where
-        there is no CUDA device.
+            share = (card_bytes - context) / total        1 for a card that is no larger
+
+        The context counts, as it does on the card. Raises UserError where there is no CUDA device.
         """
         if not self._device:
             raise UserError("a card can only be emulated on a larger CUDA card: set card_gb to 0")
         if not self.exceeds(card_bytes):
-            return False
+            return 1.0
         torch.empty(1, device=self._device)  # so that there is a context to measure
         total = torch.cuda.get_device_properties(self._device).total_memory
-        torch.cuda.set_per_process_memory_fraction((card_bytes - (self._context_bytes() or 0)) / total, self._device)
-        return True
+        return max(0.0, (card_bytes - (self._context_bytes() or 0)) / total)
 
     def exceeds(self, card_bytes: int) -> bool:
         """Whether the card is larger than one of `card_bytes`, beyond what cards of one name differ by."""
@@ -143,5 +142,10 @@ class MemoryMeter:
 
 
 def _process_peak_bytes() -> int:
+    """The most that this process was ever resident with."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Unix alone has it
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -17,14 +17,15 @@ ROWS_A_PACE = 10_000
 
 
 class MemorySampler:
-    """Samples memory in a thread of its own, from the start of a with-block to its end; it never waits for the device.
+    """Samples memory in a thread of its own, from `start` to `stop` or for a with-block; it never waits for the device.
 
     meter: what is read
     moment: what a sample says beside the reading: where the run stands, read in the sampler's thread
     every_ms: milliseconds between two samples, at first
 
-    A block of any length has two samples at least, at its start and at its end. Raises ValueError for an `every_ms`
-    that is not above 0.
+    It may be started again. A stretch of any length has two samples at least, at its start and at its end.
+
+    Raises ValueError for an `every_ms` that is not above 0.
     """
 
     def __init__(self, meter: MemoryMeter, moment: Callable[[], Mapping[str, Any]], every_ms: float = EVERY_MS) -> None:
@@ -34,21 +35,34 @@ class MemorySampler:
         self._rows: deque[dict[str, Any]] = deque()
         self._taken = 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory sampler", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def take(self) -> list[dict[str, Any]]:
         """The samples since the last call, oldest first: `unix_seconds`, what `moment` says, and the reading."""
         return [self._rows.popleft() for _ in range(len(self._rows))]
 
+    def start(self) -> None:
+        """Sample now and from now on; does nothing where it does so already."""
+        if self._thread is None:
+            self._over.clear()
+            self._sample()
+            self._thread = threading.Thread(target=self._watch, name="memory sampler", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Sample once more, and no longer; does nothing where it has stopped."""
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._thread = None
+            self._sample()
+
     def __enter__(self) -> Self:
-        self._sample()
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._sample()
+        self.stop()
 
     def _watch(self) -> None:
         while not self._over.wait(self._every_ms / 1e3 * 2 ** (self._taken // ROWS_A_PACE)):

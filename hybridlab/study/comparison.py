@@ -102,8 +102,8 @@ def compare(result: StudyResult, name: str) -> Comparison:
 
 
 def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
-    summaries = [result.runs[name, seed].summary or {} for seed in result.seeds]
-    on_card = all(summary.get("memory_source") == "cuda" for summary in summaries)
+    summaries = [result.runs[name, seed].closing_figures for seed in result.seeds]
+    on_card = all(summary["memory_source"] == "cuda" for summary in summaries)
     return max(int(summary["peak_memory_bytes"]) for summary in summaries) if on_card else None
 
 

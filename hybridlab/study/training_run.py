@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,19 +23,22 @@ from hybridlab.checkpoint import (
     save_checkpoint,
 )
 from hybridlab.config import HybridTrainerConfig
+from hybridlab.device import find_device
 from hybridlab.memory.apply import held, optimizer_for, prepare_model_
-from hybridlab.memory.precision import autocast, set_matmul_precision
+from hybridlab.memory.precision import autocast
 from hybridlab.optimizers import set_lr_
 from hybridlab.phases import Phase
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import Statistics, StepResult
-from hybridlab.study.compilation import compiled
+from hybridlab.study.compilation import compile_
 from hybridlab.study.out_of_memory import shortage_told
-from hybridlab.study.run_config import RunConfig, find_device
+from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.run_config import RunConfig
+from hybridlab.study.run_memory import RunMemory
 from hybridlab.study.stopwatch import Stopwatch
-from hybridlab.study.tasks import Task
+from hybridlab.study.tasks import Batch, Task, in_parts
 from hybridlab.trainer import HybridTrainer
-from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler
+from hybridlab.vram import MemoryReading
 
 Watch = Callable[["TrainingRun", "StepRecord"], None]
 """Called between two steps, with the run and what its last step did."""
@@ -110,36 +113,32 @@ class StepRecord:
 class TrainingRun:
     """The moving parts of one run. It goes on from the checkpoint in `folder`, if there is one.
 
-    Whoever drives it, through `steps`, may between two of them `pause` the clock, `save` a checkpoint and `change`
-    settings.
+    Whoever drives it, through `steps`, may between two of them `pause` it, `save` a checkpoint and `change` settings.
+    What it wants of the process (number format, threads, a smaller card) it holds while it computes, and at no other
+    time.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
         self._device = find_device(config.device)
-        set_matmul_precision(config.training_precision)
-        if config.cpu_threads:
-            torch.set_num_threads(config.cpu_threads)
-        self._meter = MemoryMeter(self._device)
-        self._sampler = MemorySampler(self._meter, self._moment)
-        self._others_at_start_bytes = self._meter.other_processes_bytes()
-        if config.card_gb:
-            self._meter.cap(config.card_bytes)
-        self._task: Task = config.task.build(config.seed, self._device, config.memory)
-        prepare_model_(self._task.model, config.memory)
-        self._model = self._task.model
-        if config.compiled:
-            self._task.model, self._model = compiled(self._task.model, config.memory)
-        self._optimizer = optimizer_for(self._task.model, config.optimizer, config.memory)
-        self._trainer = HybridTrainer(self._task.model, self._optimizer, config.hybrid)
+        self._memory = RunMemory(self._device)
+        self._process = ProcessSettings.of(config)
         self._stopwatch = Stopwatch(self._device)
         self._step_ms: list[float] = []
         self._evaluation: dict[str, float] = {}
-        self._earlier_peak: dict[str, Any] = {}
-        self._in_predict: dict[str, int] = {}
         self._unrecorded: dict[str, Any] | None = None
-        self._steps_before = 0
         self._changes: dict[str, float] = {}
+        with self._process.held():
+            self._build()
+
+    def _build(self) -> None:
+        """Task, model, optimizer and trainer, before the first step."""
+        config = self._config
+        self._task: Task = config.task.build(config.seed, self._device, config.memory)
+        prepare_model_(self._task.model, config.memory)
+        self._model = compile_(self._task, config.memory) if config.compiled else self._task.model
+        self._optimizer = optimizer_for(self._task.model, config.optimizer, config.memory)
+        self._trainer = HybridTrainer(self._task.model, self._optimizer, config.hybrid)
 
     def run(self, on_step: Callable[[], None] = lambda: None, watch: Watch | None = None) -> Run:
         """Take every step that is left."""
@@ -154,9 +153,10 @@ class TrainingRun:
 
     def start(self) -> int:
         """Warm up, go on where a checkpoint was left, and return the nominal steps that were done by then."""
-        self._warm_up()
-        self._steps_before = self._restore()
-        self._meter.reset_peak()
+        with self._process.held():
+            self._warm_up()
+            self._steps_before = self._restore()
+        self._memory.begin(partial(_moment, self._trainer, self._stopwatch, self._config.steps))
         self._recorder = RunRecorder(self._folder, self._config.record(), keep_steps=self._steps_before)
         return self._steps_before
 
@@ -168,7 +168,8 @@ class TrainingRun:
         first = self._steps_before
         with self._recorder, self._sampled():
             for step in range(first, self._config.steps):
-                record = self._step(step, settled=step >= first + UNSETTLED_STEPS)
+                with self._process.held():
+                    record = self._step(step, settled=step >= first + UNSETTLED_STEPS)
                 self._record()  # the row before: one step late, so that reading a loss stalls nothing
                 self._unrecorded = self._row(record)
                 if self._wants_checkpoint(step + 1):
@@ -201,7 +202,7 @@ class TrainingRun:
 
     def memory(self) -> tuple[MemoryReading, int]:
         """Memory at this moment, and the run's peak so far, in bytes; never waits for the device."""
-        return self._meter.read(), self._peak()["peak_memory_bytes"]
+        return self._memory.read(), self._memory.peak()["peak_memory_bytes"]
 
     def change(self, **settings: float) -> None:
         """Change settings as `HybridTrainer.change` does; the next step's row says so, under "changed"."""
@@ -209,20 +210,21 @@ class TrainingRun:
         self._changes |= settings
 
     def pause(self) -> None:
-        """Stop the clock until the next step, and bring what was measured to the disk."""
+        """Stop the clock and the sampling until the next step, and bring what was measured to the disk."""
         self._stopwatch.pause()
-        self._record()
-        self._recorder.flush()
+        self._memory.rest()
+        self._flush()
 
     def _step(self, step: int, *, settled: bool) -> StepRecord:
         """One nominal step, timed, and evaluated when it is time."""
-        set_lr_(self._optimizer, self._config.schedule(self._trainer.steps_by(self._config.clock)))
+        set_lr_(self._optimizer, self._config.lr_schedule(self._trainer.steps_by(self._config.clock)))
+        self._memory.watch()
         self._stopwatch.start()
-        self._meter.enter(str(self._trainer.current_phase))
+        self._memory.enter(str(self._trainer.current_phase))
         result = self._trainer.step(self._parts_of(step))
         elapsed = self._stopwatch.lap()
         if self._trainer.card_is_clear:
-            self._note_predict()
+            self._memory.note_predict()
         if result.phase is not Phase.PREDICT and settled:
             self._step_ms.append(1e3 * elapsed)
         evaluation = {}
@@ -240,15 +242,17 @@ class TrainingRun:
         return row | {"seconds": record.seconds}
 
     def _parts_of(self, step: int) -> list[Callable[[], Tensor]]:
-        """The losses of a step's batch, part by part."""
-        return [partial(self._loss, step, part) for part in range(self._config.memory.micro_batches)]
+        """The losses of a step's batch, part by part; the batch is made once, when one of them is asked for."""
+        count = self._config.memory.micro_batches
+        parts = cache(lambda: in_parts(self._task.batch(step), count))
+        return [partial(self._loss, parts, number) for number in range(count)]
 
-    def _loss(self, step: int, part: int = 0) -> Tensor:
+    def _loss(self, parts: Callable[[], list[Batch]], number: int) -> Tensor:
         with autocast(self._config.precision, self._device):
-            return self._task.loss(step, self._model, part, self._config.memory.micro_batches)
+            return self._task.loss(self._model, parts()[number])
 
     def _evaluate(self) -> dict[str, float]:
-        self._meter.enter("evaluation")
+        self._memory.enter("evaluation")
         self._trainer.make_whole_()
         with autocast(self._config.training_precision, self._device):
             self._evaluation = self._task.evaluate(self._model)
@@ -256,50 +260,37 @@ class TrainingRun:
 
     def _warm_up(self) -> None:
         """Compile forward, backward and the forward without gradients, and settle caches, before the clock runs."""
+        loss = self._parts_of(0)[0]
         with torch.random.fork_rng(), held(self._optimizer), autocast(self._config.training_precision, self._device):
             for _ in range(WARM_UP_PASSES):
-                self._loss(0).backward()  # type: ignore[no-untyped-call]
+                loss().backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
-                self._loss(0)
+                loss()
             self._evaluate()
         self._task.model.zero_grad(set_to_none=True)
 
     def _record(self) -> None:
         """Write down the latest step, unless that is done, and how memory stood by then."""
-        self._recorder.extend("vram", self._sampler.take())
+        self._recorder.extend("vram", self._memory.take())
         if not (row := self._unrecorded):
             return
         self._unrecorded = None
         result: StepResult = row.pop("result")
         self._recorder.add("steps", _columns(result) | row)
 
-    # --- memory ------------------------------------------------------------------------------------------
+    def _flush(self) -> None:
+        """Bring what was measured to the disk."""
+        self._record()
+        self._recorder.flush()
 
     @contextmanager
     def _sampled(self) -> Iterator[None]:
-        """Sample memory while the block runs; however it ends, every sample reaches the record."""
+        """However the block ends, sampling ends too, and every sample reaches the record."""
         try:
-            with self._sampler:
-                yield
+            yield
         finally:
-            self._recorder.extend("vram", self._sampler.take())
-
-    def _note_predict(self) -> None:
-        """Keep the most that is on the card while it holds nothing but what Predict needs."""
-        now = self._meter.read()
-        if now.allocated_bytes is None:
-            return
-        here = {"predict_allocated_bytes": now.allocated_bytes, "predict_reserved_bytes": now.used_bytes}
-        self._in_predict = {name: max(value, self._in_predict.get(name, 0)) for name, value in here.items()}
-
-    def _moment(self) -> dict[str, Any]:
-        """Where the run stands: the step under way, its phase, and the training time so far."""
-        steps_done = self._trainer.statistics().nominal_steps
-        return {
-            "nominal_step": min(steps_done + 1, self._config.steps),
-            "phase": str(self._trainer.current_phase),
-            "seconds": self._stopwatch.seconds,
-        }
+            self._memory.rest()
+            self._recorder.extend("vram", self._memory.take())
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -309,17 +300,22 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write a checkpoint while the clock stands; the record that it counts on reaches the disk first."""
-        self.pause()
-        self._trainer.make_whole_()
-        state = {name: part.state_dict() for name, part in self._parts.items()} | {
+        self._stopwatch.pause()
+        self._flush()
+        with self._process.held():
+            self._trainer.make_whole_()
+            save_checkpoint(self._folder / CHECKPOINT, self._state(), meta=self._identity)
+
+    def _state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        return {name: part.state_dict() for name, part in self._parts.items()} | {
             "steps_done": self._trainer.statistics().nominal_steps,
             "random": random_state(),
             "seconds": self._stopwatch.seconds,
             "step_ms": self._step_ms,
             "evaluation": self._evaluation,
-            "peak": self._peak(),
+            "peak": self._memory.peak(),
         }
-        save_checkpoint(self._folder / CHECKPOINT, state, meta=self._identity)
 
     def _restore(self) -> int:
         """Take up the last checkpoint, if there is one, and return the nominal steps that were done."""
@@ -329,7 +325,8 @@ class TrainingRun:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self._stopwatch = Stopwatch(self._device, state["seconds"])
-        self._step_ms, self._evaluation, self._earlier_peak = state["step_ms"], state["evaluation"], state["peak"]
+        self._step_ms, self._evaluation = state["step_ms"], state["evaluation"]
+        self._memory.go_on_from(state["peak"])
         restore_random_state_(state["random"])
         return state["steps_done"]
 
@@ -345,14 +342,6 @@ class TrainingRun:
 
     # --- closing -----------------------------------------------------------------------------------------
 
-    def _peak(self) -> dict[str, Any]:
-        """Peak memory, an interrupted run's earlier part included."""
-        earlier = self._earlier_peak
-        return earlier | {
-            name: max(value, earlier.get(name) or 0) if isinstance(value, int) else value
-            for name, value in (self._meter.peak() | self._in_predict).items()
-        }
-
     def _summary(self) -> dict[str, Any]:
         """What a comparison of runs needs, in one flat record."""
         statistics = asdict(self._trainer.statistics())
@@ -362,12 +351,12 @@ class TrainingRun:
             "seed": self._config.seed,
             **statistics,
             "reliability": self._trainer.reliability(),
+            "forecast_skill": self._trainer.forecast_skill(),
             **self._evaluation,
             **{f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()},
             "seconds": self._stopwatch.seconds,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
-            "other_bytes_at_start": self._others_at_start_bytes,
-            **self._peak(),
+            **self._memory.summary(),
         }
 
 
@@ -380,4 +369,13 @@ def _columns(result: StepResult) -> dict[str, Any]:
         "gradient_norm": result.gradient_norm,
         "confidence": result.confidence,
         "event": result.event,
+    }
+
+
+def _moment(trainer: HybridTrainer, stopwatch: Stopwatch, steps: int) -> dict[str, Any]:
+    """Where a run of so many nominal steps stands: the step under way, its phase, and the training time so far."""
+    return {
+        "nominal_step": min(trainer.statistics().nominal_steps + 1, steps),
+        "phase": str(trainer.current_phase),
+        "seconds": stopwatch.seconds,
     }

@@ -1,0 +1,71 @@
+"""What torch keeps once for a whole process, set for a run and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from hybridlab.device import find_device
+from hybridlab.memory.precision import matmul_precision
+from hybridlab.study.run_config import RunConfig
+from hybridlab.vram import MemoryMeter
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """The settings of torch that are not a model's but the process's, as one run wants them.
+
+    They are in force inside `held` alone. A run holds them while it computes, and never between two steps: what a
+    notebook does there, another run among it, finds the process as it would be without this one.
+
+    precision: of float32 matrix products, as `matmul_precision` takes it
+    cpu_threads: that torch computes with on the CPU; 0 leaves them as they are
+    card_share: of the card's memory that torch may take; 1 leaves it as it is
+    """
+
+    precision: str
+    cpu_threads: int = 0
+    card_share: float = 1.0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """What a run asks for. Raises UserError for a card that cannot be emulated here."""
+        meter = MemoryMeter(find_device(config.device))
+        share = meter.share_of(config.card_bytes) if config.card_gb else 1.0
+        return cls(config.training_precision, config.cpu_threads, share)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In force inside; afterwards, however the block ended, all is as it was."""
+        with matmul_precision(self.precision), _threads(self.cpu_threads), _capped(self.card_share):
+            yield
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    if not count:
+        yield
+        return
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _capped(share: float) -> Iterator[None]:
+    if share == 1.0:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction()
+    try:
+        torch.cuda.set_per_process_memory_fraction(share)
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)

@@ -1,0 +1,76 @@
+"""The books that a run keeps of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler
+
+Figures = dict[str, Any]
+
+
+class RunMemory:
+    """What a run takes now, its peaks, and samples in between for its record.
+
+    Make it before the run has anything on the card, so that it sees what others hold; call `begin` when the run's own
+    figures begin.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._meter = MemoryMeter(device)
+        self._meter.reset_peak()  # and without what earlier runs left behind
+        self._others_at_start_bytes = self._meter.other_processes_bytes()
+        self._earlier: Figures = {}
+        self._in_predict: dict[str, int] = {}
+
+    def go_on_from(self, peak: Figures) -> None:
+        """Count the peaks of an interrupted run's earlier part in."""
+        self._earlier = peak
+
+    def begin(self, moment: Callable[[], Mapping[str, Any]]) -> None:
+        """Count from here on. `moment` says where the run stands; it is asked in the sampler's thread."""
+        self._sampler = MemorySampler(self._meter, moment)
+        self._meter.reset_peak()
+
+    def enter(self, phase: str) -> None:
+        """Count the peak of `phase` from here on."""
+        self._meter.enter(phase)
+
+    def watch(self) -> None:
+        """Sample from here on, unless that goes on already."""
+        self._sampler.start()
+
+    def rest(self) -> None:
+        """Sample once more, and no longer."""
+        self._sampler.stop()
+
+    def take(self) -> list[Figures]:
+        """The samples since the last call, oldest first."""
+        return self._sampler.take()
+
+    def note_predict(self) -> None:
+        """Keep the most that is on the card while it holds nothing but what Predict needs: call it then."""
+        now = self._meter.read()
+        if now.allocated_bytes is None:
+            return
+        here = {"predict_allocated_bytes": now.allocated_bytes, "predict_reserved_bytes": now.used_bytes}
+        self._in_predict = {name: max(value, self._in_predict.get(name, 0)) for name, value in here.items()}
+
+    def read(self) -> MemoryReading:
+        """At this moment; never waits for the device."""
+        return self._meter.read()
+
+    def peak(self) -> Figures:
+        """The peaks so far, an interrupted run's earlier part included."""
+        now = self._meter.peak() | self._in_predict
+        return self._earlier | {
+            name: max(value, self._earlier.get(name) or 0) if isinstance(value, int) else value
+            for name, value in now.items()
+        }
+
+    def summary(self) -> Figures:
+        """The figures of a run's summary."""
+        return {"other_bytes_at_start": self._others_at_start_bytes, **self.peak()}

@@ -1,0 +1,44 @@
+"""Times loops beside each other, in turns, so that whatever slows the machine slows them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+import torch
+
+from hybridlab.device import wait_for
+
+SETTLING_ROUNDS = 2
+"""At the start; they are thrown away."""
+
+
+def seconds_in_turns(
+    loops: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds that each loop took, round by round.
+
+    loops: by name; each call is one turn, and returns when all is asked of the device
+    rounds: how often each has its turn, beside the first two, which are thrown away
+
+    Who goes first changes from round to round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(SETTLING_ROUNDS + rounds):
+        for name in list(loops)[:: -1 if number % 2 else 1]:
+            seconds[name].append(_timed(loops[name], device))
+    return {name: times[SETTLING_ROUNDS:] for name, times in seconds.items()}
+
+
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Median over rounds of one loop's time over another's in the same round."""
+    return median(mine / other for mine, other in zip(seconds, others, strict=True))
+
+
+def _timed(turn: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
+    started = time.perf_counter()
+    turn()
+    wait_for(device)
+    return time.perf_counter() - started

@@ -1,0 +1,455 @@
+"""Ways back and weights put away: copies that nobody can change, in host memory that is taken once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils._pytree import tree_leaves
+
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.checkpoint import load_checkpoint, save_checkpoint
+from hybridlab.errors import UserError
+from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
+from hybridlab.memory.low_bit import low_bit_adamw
+from hybridlab.weights import Snapshot, Weights, plain_tensors
+from tests.conftest import CountedArenas, Problem
+
+
+class Picture(nn.Sequential):
+    """Weights that lie in memory in another order, a whole number among the buffers, and a type of half the length."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 36, 7))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+
+
+class Numbers(nn.Module):
+    """As many numbers in the weights as in the momentum, so that both ask for rooms of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 512))
+
+
+def inputs(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    if isinstance(model, Numbers):
+        return model.weight * torch.randn(512, generator=generator)
+    return model(torch.randn(4, 3, 8, 8, generator=generator))  # type: ignore[no-any-return]
+
+
+def train_(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        inputs(model, step).square().mean().backward()
+        optimizer.step()
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=1e-2)
+
+
+def momentum(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+
+def int8(model: nn.Module) -> Optimizer:
+    pytest.importorskip("torchao.optim")
+    params = list(model.parameters())
+    return low_bit_adamw([{"params": params}], [params], state="int8", lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+
+
+CASES = [(Picture, adamw), (Picture, momentum), (Numbers, momentum), (Numbers, int8)]
+Case = tuple[Callable[[], nn.Module], Callable[[nn.Module], Optimizer]]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1].__name__}")
+def trained(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Optimizer]:
+    """A model and its optimizer after some steps; uncompiled, as no compiler need be here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = request.param[0]()
+    optimizer = request.param[1](model)
+    train_(model, optimizer, range(3))
+    return model, optimizer
+
+
+def plain(value: object) -> list[Tensor]:
+    """The tensors inside a snapshot or a state, in order."""
+    held = value.state_dict() if isinstance(value, Snapshot) else value
+    return [tensor.detach() for leaf in tree_leaves(held) for tensor in plain_tensors(leaf)]
+
+
+def now(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """Copies of all weights, buffers and state."""
+    held = [[*model.parameters(), *model.buffers()], [optimizer.state[p] for p in model.parameters()]]
+    return [tensor.clone() for tensor in plain(held)]
+
+
+def same(these: list[Tensor], those: list[Tensor]) -> bool:
+    return len(these) == len(those) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(these, those, strict=True)
+    )
+
+
+# --- ways back -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_way_back_is_exact_and_nothing_that_follows_changes_it(
+    trained: tuple[nn.Module, Optimizer], on_host: bool
+) -> None:
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=on_host)
+    before = now(model, optimizer)
+    held = weights.snapshot()
+    for step in range(4):
+        train_(model, optimizer, range(step, step + 1))
+        weights.snapshot(optimizer=False)
+        weights.snapshot()
+    assert same(plain(held), before)
+    assert not same(now(model, optimizer), before)
+    weights.restore_(held)
+    assert same(now(model, optimizer), before)
+    train_(model, optimizer, range(5))
+    assert same(plain(held), before), "what was restored shares nothing with it"
+
+
+def test_the_host_holds_what_a_copy_beside_the_weights_would(trained: tuple[nn.Module, Optimizer]) -> None:
+    here, there = (Weights(*trained, on_host=on_host).snapshot() for on_host in (False, True))
+    assert same(plain(here), plain(there))
+    assert here.beside == there.beside
+
+
+def test_ways_back_that_are_held_at_once_share_nothing(trained: tuple[nn.Module, Optimizer]) -> None:
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=True)
+    held = [(weights.snapshot(optimizer=bool(step % 2)), now(model, optimizer)) for step in (0, 1)]
+    train_(model, optimizer, range(3))
+    held += [(weights.snapshot(optimizer=bool(step % 2)), now(model, optimizer)) for step in (0, 1)]
+    assert all(same(plain(saved), then[: len(plain(saved))]) for saved, then in held)
+    places = [tensor.data_ptr() for saved, _ in held for tensor in plain(saved)]
+    assert len({*places}) == len(places)
+
+
+def test_host_memory_is_taken_once_for_the_weights_and_once_for_the_state(
+    trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
+) -> None:
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=True)
+    for step in range(5):
+        for _ in range(3):
+            probe = weights.snapshot(optimizer=False)
+            weights.restore_(probe)
+            del probe
+        before_jump = weights.snapshot()
+        train_(model, optimizer, range(step, step + 1))
+        weights.restore_(before_jump)
+        del before_jump
+    assert len(arenas.taken_bytes) == 2
+    expected = sum(tensor.nbytes for tensor in now(model, optimizer))
+    assert expected <= sum(arenas.taken_bytes) < expected + 256 * len(now(model, optimizer))
+
+
+def test_a_second_way_back_has_its_own_memory_and_both_are_used_again(
+    trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
+) -> None:
+    weights = Weights(*trained, on_host=True)
+    for _ in range(4):
+        before_jump = weights.snapshot()
+        probe = weights.snapshot(optimizer=False)
+        del before_jump, probe
+    assert len(arenas.taken_bytes) == 3
+
+
+def test_the_memory_stays_while_anybody_holds_one_tensor_of_it(trained: tuple[nn.Module, Optimizer]) -> None:
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=True)
+    before = now(model, optimizer)
+    state = weights.snapshot().state_dict()
+    last = plain(state)[-1]
+    train_(model, optimizer, range(3))
+    weights.snapshot()
+    assert same(plain(state), before)
+    del state
+    weights.snapshot()
+    assert torch.equal(last, before[-1])
+
+
+def test_without_the_host_no_arena_is_taken(trained: tuple[nn.Module, Optimizer], arenas: CountedArenas) -> None:
+    Weights(*trained).snapshot()
+    assert arenas.taken_bytes == []
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_state_that_is_gone_comes_back_whole(trained: tuple[nn.Module, Optimizer], on_host: bool) -> None:
+    """As the strategy `drop` leaves it, and as an optimizer that never stepped has it."""
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=on_host)
+    before, saved = now(model, optimizer), weights.snapshot()
+    for state in optimizer.state.values():
+        state.clear()
+    weights.restore_(saved)
+    assert same(now(model, optimizer), before)
+    optimizer.state.clear()
+    weights.restore_(saved)
+    assert same(now(model, optimizer), before)
+    train_(model, optimizer, range(2))
+    assert same(plain(saved), before)
+
+
+def test_state_that_is_gone_comes_back_to_where_it_lay() -> None:
+    """Moments lie beside their parameter, wherever copies of them do; a step count may lie elsewhere."""
+    optimizer = AdamW([weight := nn.Parameter(torch.ones(3, device="meta"))])
+    weights = Weights(nn.Module(), optimizer)
+    optimizer.state[weight] = {"exp_avg": torch.ones(3, device="meta"), "step": torch.tensor(1.0), "rate": 0.5}
+    saved = weights.snapshot()
+    assert saved.optimizer is not None
+    on_host = Snapshot(saved.tensors, {0: saved.optimizer[0] | {"exp_avg": torch.ones(3)}}, saved.beside)
+    optimizer.state[weight].clear()
+    weights.restore_(on_host)
+    state = optimizer.state[weight]
+    assert (state["exp_avg"].device.type, state["step"].device.type, state["rate"]) == ("meta", "cpu", 0.5)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_way_back_survives_a_checkpoint(tmp_path: Path, on_host: bool) -> None:
+    model = Picture()
+    optimizer = adamw(model)
+    train_(model, optimizer, range(3))
+    weights = Weights(model, optimizer, on_host=on_host)
+    before, saved = now(model, optimizer), weights.snapshot()
+    save_checkpoint(tmp_path / "a.pt", {"before_jump": saved.state_dict()}, meta={})
+    content = sum(tensor.nbytes for tensor in before)
+    assert (tmp_path / "a.pt").stat().st_size < content + 1000 * len(before)
+    loaded = load_checkpoint(tmp_path / "a.pt", expect={})
+    assert loaded is not None
+    del saved
+    train_(model, optimizer, range(3))
+    weights.restore_(Snapshot(**loaded["before_jump"]))
+    assert same(now(model, optimizer), before)
+
+
+def test_a_way_back_of_an_earlier_checkpoint_is_read_too() -> None:
+    model = Picture()
+    optimizer = adamw(model)
+    train_(model, optimizer, range(3))
+    weights = Weights(model, optimizer)
+    before, held = now(model, optimizer), weights.snapshot().state_dict()
+    del held["beside"]
+    optimizer.state.clear()
+    weights.restore_(Snapshot(**held))
+    assert same(now(model, optimizer), before)
+
+
+# --- a host that is short --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("may_take", [0, 1])
+def test_a_way_back_that_finds_no_room_leaves_everything_as_it_was(
+    trained: tuple[nn.Module, Optimizer], arenas: CountedArenas, may_take: int
+) -> None:
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=True)
+    before = now(model, optimizer)
+    arenas.may_take = may_take
+    with pytest.raises(UserError, match="host memory is short"):
+        weights.snapshot()
+    assert same(now(model, optimizer), before)
+    arenas.may_take = None
+    assert same(plain(weights.snapshot()), before)
+    assert len(arenas.taken_bytes) == 2, "what the first try got was used"
+
+
+def test_a_way_back_that_finds_no_room_leaves_the_held_one_as_it_was(
+    trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
+) -> None:
+    model, optimizer = trained
+    weights = Weights(model, optimizer, on_host=True)
+    before, held = now(model, optimizer), weights.snapshot()
+    train_(model, optimizer, range(3))
+    arenas.may_take = 2
+    with pytest.raises(UserError, match="host memory is short"):
+        weights.snapshot(optimizer=False)
+    weights.restore_(held)
+    assert same(now(model, optimizer), before)
+
+
+def test_masters_that_find_no_room_leave_the_weights_where_they_are(arenas: CountedArenas) -> None:
+    model = Picture()
+    plain_model = copy.deepcopy(model)
+    groups = [[model[0].weight, model[0].bias], list(model[3].parameters())]
+    optimizer = SGD([{"params": group} for group in groups], lr=0.1)
+    weights = Weights(model, optimizer)
+    places = [p.data_ptr() for p in model.parameters()]
+    arenas.may_take = 0
+    with pytest.raises(UserError, match="host memory is short"):
+        weights.lower_()
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert same(plain(list(model.parameters())), plain(list(plain_model.parameters())))
+    arenas.may_take = None
+    for _ in range(3):
+        weights.lower_()
+        assert {p.dtype for group in groups for p in group} == {torch.bfloat16}
+        weights.raise_()
+    assert same(plain(list(model.parameters())), plain(list(plain_model.parameters())))
+    sizes = [4 * sum(p.numel() for p in group) for group in groups]
+    assert len(arenas.taken_bytes) == 1
+    assert sum(sizes) <= arenas.taken_bytes[0] < sum(sizes) + 2 * 256
+
+
+# --- in training -----------------------------------------------------------------------------------------
+
+EAGER = HybridTrainerConfig(
+    warmup_steps=10, full_steps=8, max_predict_steps=6, correction_interval=3, correct_steps=2,
+    confidence_threshold=0.0, path_device="host",
+)  # fmt: skip
+
+
+def run(config: HybridTrainerConfig, steps: int = 120) -> tuple[Tensor, HybridTrainer]:
+    task = Problem()
+    trainer = HybridTrainer(task.model, task.adamw(), config)
+    for step in range(steps):
+        trainer.step(task.closure(step))
+    trainer.make_whole_()
+    return task.weights(), trainer
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_training_takes_one_arena_for_each_purpose_however_often_it_jumps(arenas: CountedArenas, gate: bool) -> None:
+    """The path, the weights of a way back, and the state of it."""
+    config = replace(EAGER, gate=gate, gate_budget=1.0)
+    there, trainer = run(config)
+    assert trainer.statistics().proposals_accepted > 1
+    assert len(arenas.taken_bytes) == 3
+    here, _ = run(replace(config, path_device="same"))
+    assert len(arenas.taken_bytes) == 3
+    assert torch.equal(here, there)
+
+
+def test_masters_and_the_state_that_leaves_have_an_arena_each(arenas: CountedArenas) -> None:
+    leaves = MemoryConfig(
+        predict_aware=PredictAwareMemoryConfig("pinned"), mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights")
+    )
+    config = replace(EAGER, gate=False)
+    away, trainer = run(replace(config, memory=leaves))
+    assert trainer.statistics().proposals_accepted > 1
+    assert len(arenas.taken_bytes) == 4, "the little state of this model stays where it is"
+    plain_run, _ = run(config)
+    assert torch.equal(away, plain_run)
+
+
+def test_a_jump_without_room_for_its_way_back_is_not_begun(arenas: CountedArenas) -> None:
+    task = Problem()
+    trainer = HybridTrainer(task.model, task.adamw(), replace(EAGER, gate=False))
+    arenas.may_take = 2  # the path and the weights of a way back, without the state
+
+    def advance(first: int, steps: int) -> None:
+        for step in range(first, first + steps):
+            trainer.step(task.closure(step))
+
+    with pytest.raises(UserError, match="host memory is short"):
+        advance(0, 60)
+    arenas.may_take = None
+    state = trainer.state_dict()["prediction"]
+    assert (state["jump"], state["way_back"]) == (None, None)
+    advance(60, 60)
+    assert trainer.statistics().proposals_accepted > 0
+
+
+# --- lowered weights -------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    """Out of memory, or a person's Ctrl-C."""
+
+
+def breaks_off(call: Callable[..., Tensor], passes: int) -> Callable[..., Tensor]:
+    """Lets some calls pass, then raises."""
+    left = iter(range(passes))
+
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        if next(left, None) is None:
+            raise Broken
+        return call(*args, **kwargs)
+
+    return broken
+
+
+@pytest.mark.parametrize("passes", range(12))
+@pytest.mark.parametrize(("owner", "name"), [(Tensor, "copy_"), (torch, "empty"), (torch, "empty_like")])
+@pytest.mark.parametrize("method", ["lower_", "raise_"])
+def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
+    method: str, owner: Any, name: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Picture()
+    optimizer = AdamW([{"params": [p]} for p in model.parameters()])
+    weights = Weights(model, optimizer)
+    before, strides = now(model, optimizer), [p.stride() for p in model.parameters()]
+    weights.lower_()
+    weights.raise_()
+    if method == "raise_":
+        weights.lower_()
+    with monkeypatch.context() as broken, suppress(Broken):
+        broken.setattr(owner, name, breaks_off(getattr(owner, name), passes))
+        getattr(weights, method)()
+    weights.raise_()
+    assert same(now(model, optimizer), before)
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+def in_predict(model: nn.Module) -> HybridTrainer:
+    """A trainer in the middle of a jump, its weights lowered."""
+    memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"))
+    config = replace(EAGER, gate=False, max_predict_steps=8, correction_interval=8, memory=memory)
+    trainer = HybridTrainer(model, adamw(model), config)
+    step = 0
+    while not trainer.card_is_clear:
+        trainer.step(lambda s=step: inputs(model, s).square().mean())  # type: ignore[misc]
+        step += 1
+    return trainer
+
+
+def test_who_saves_the_model_while_it_is_lowered_gets_the_exact_weights() -> None:
+    model = Numbers()
+    trainer = in_predict(model)
+    assert model.weight.dtype == torch.bfloat16
+    saved = model.state_dict()["weight"]
+    assert saved.dtype == torch.float32
+    assert not torch.equal(saved, saved.bfloat16().float())
+    trainer.make_whole_()
+    assert torch.equal(model.weight, saved)
+
+
+def test_weights_that_are_loaded_while_the_model_is_lowered_stay() -> None:
+    model = Numbers()
+    trainer = in_predict(model)
+    loaded = torch.linspace(3, 5, 512)
+    model.load_state_dict({"weight": loaded})
+    trainer.make_whole_()
+    assert torch.equal(model.weight, loaded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_path_elsewhere_or_narrower_records_the_same_motion(dtype: torch.dtype) -> None:
+    model = Picture()
+    weights = Weights(model, SGD(model.parameters(), lr=0.1))
+    size = sum(p.numel() for p in weights.params)
+    last = weights.gather_(torch.empty(size), 0)
+    then = last.clone()
+    train_(model, SGD(model.parameters(), lr=0.1), range(1))
+    row = torch.empty(size, dtype=dtype)
+    weights.advance_(last, row, 0)
+    assert torch.equal(last, weights.gather_(torch.empty(size), 0))
+    assert torch.equal(row, (last - then).to(dtype))
+    assert not torch.equal(last, then)
