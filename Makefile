@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PROFILE ?= cpu
 TORCH ?= torch==2.13.0
+# Passed to `jupyter lab`.
+LAB_FLAGS ?=
 
 BIN := .venv/bin
 HYBRIDLAB := $(BIN)/hybridlab
@@ -28,7 +30,7 @@ check: .venv/dev ## style and types
 	$(BIN)/mypy
 
 lab: .venv/run ## JupyterLab with the notebooks
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/$(FIRST).ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/$(FIRST).ipynb $(LAB_FLAGS)
 
 milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080
 	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }

@@ -73,6 +73,11 @@ def load_checkpoint(
     return content["state"]
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint, or one before it, to go on from."""
+    return path.exists() or _previous(path).exists()
+
+
 def remove_checkpoint(path: Path) -> None:
     """Delete the checkpoint and the one before it, if there are any."""
     remove(path, _previous(path))

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hybridlab import __version__
 from hybridlab.errors import UserError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -27,9 +28,19 @@ app = typer.Typer(
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hybridlab {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Give the app its commands' names even where there is one."""
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """Hold what goes before a command."""
 
 
 @app.command()
@@ -147,7 +158,9 @@ def runs(
 def plan(
     model: Annotated[str, typer.Option(help="A GPT-2 size: nano, tiny, small, medium, large or xl.")] = "small",
     card: Annotated[str, typer.Option(help="Its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
-    batch: Annotated[str, typer.Option(metavar="WINDOWSxTOKENS", help="As 8x512.")] = "8x512",
+    batch: Annotated[
+        str | None, typer.Option(metavar="WINDOWSxTOKENS", help="By default 8x512, or what the model takes.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
     memory: Annotated[str, typer.Option(help="none, conservative, aggressive or fit_16gb.")] = "none",
     predictor: Annotated[str, typer.Option(help="Whose path is remembered; none trains without jumps.")] = "none",
@@ -155,13 +168,13 @@ def plan(
 ) -> None:
     """Say what a training takes of a card, without one, and if it does not fit the least to switch on."""
     from hybridlab.config import HybridTrainerConfig
-    from hybridlab.memory.forecast import forecast, memory_named, read_batch
+    from hybridlab.memory.forecast import default_batch, forecast, memory_named, read_batch
     from hybridlab.memory.nearest_fit import Situation
     from hybridlab.memory.step_time import find_card
     from hybridlab.optimizers import OptimizerConfig
 
     card_bytes, rates = find_card(card)
-    settings, size = memory_named(memory), read_batch(batch)
+    settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(model)
     situation = Situation(model, size, settings, OptimizerConfig(optimizer))
     if predictor != "none":
         hybrid = HybridTrainerConfig(predictor=predictor, path_device=path_device, memory=settings)

@@ -9,8 +9,12 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something that the person at the keyboard can mend; its message is one line that says how.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with code 2; a notebook shows the message alone.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [str(self)]
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -41,8 +41,10 @@ class Passes:
         self._device = params[0].device
 
     def parts_of(self, closure: Closure | Batch) -> Batch:
-        """The closures of a batch. Raises UserError where they are not as many as the settings say."""
+        """The closures of a batch. Raises UserError where they are none, or not as many as the settings say."""
         batch = [closure] if callable(closure) else closure
+        if isinstance(batch, Tensor) or not all(callable(part) for part in batch):
+            raise UserError("give step() a function that computes the loss, as in step(lambda: loss_of(model, batch))")
         wanted = self._accumulation.micro_batches if self._accumulation else len(batch) or 1
         if len(batch) != wanted:
             raise UserError(
@@ -58,7 +60,9 @@ class Passes:
     def _backward_(self, closure: Closure, part: int, parts: int) -> Tensor:
         """Gradients of one part add to those of the parts before."""
         with self._precision(predicting=False):
-            loss = closure()
+            loss = _loss_of(closure)
+        if not loss.requires_grad:
+            raise UserError("the loss does not depend on the weights: leave out .detach(), .item() and no_grad()")
         if not part:
             self._refuse_gradients()
         (loss / parts if parts > 1 else loss).backward()  # type: ignore[no-untyped-call]
@@ -70,7 +74,7 @@ class Passes:
         devices = [self._device] if self._device.type == "cuda" else []
         gradients = [p.grad for p in self._params]
         with torch.no_grad(), torch.random.fork_rng(devices, enabled=same_noise), self._precision(predicting):
-            losses = [closure() for closure in batch]
+            losses = [_loss_of(closure) for closure in batch]
         if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):
             self._refuse_gradients()
         return _mean(losses)
@@ -93,6 +97,17 @@ class Passes:
     def _refuse_gradients(self) -> None:
         if any(p.grad is not None for p in self._params):
             raise UserError("the closure ran backward: let it return the loss only, the trainer decides about backward")
+
+
+def _loss_of(closure: Closure) -> Tensor:
+    loss: object = closure()
+    if not isinstance(loss, Tensor):
+        raise UserError(f"the closure returned a {type(loss).__name__}: let it return the loss, a tensor of one number")
+    if loss.numel() != 1:
+        raise UserError(
+            f"the closure returned a tensor of shape {tuple(loss.shape)}: let it return the batch's mean loss"
+        )
+    return loss
 
 
 def _mean(losses: list[Tensor]) -> Tensor:

@@ -22,6 +22,11 @@ class Reading:
         self._number = self.tensor.to("cpu", non_blocking=True)
         self._is_there = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the number can be read without waiting."""
+        return self._is_there is None or self._is_there.query()
+
     def __float__(self) -> float:
         if self._is_there is not None:
             self._is_there.synchronize()
@@ -48,8 +53,8 @@ class StepResult:
     predicted_loss: float | None = None
     confidence: float | None = None
     event: str | None = None
-    loss_reading: Reading | None = field(default=None, repr=False)
-    norm_reading: Reading | None = field(default=None, repr=False)
+    loss_reading: Reading | None = None
+    norm_reading: Reading | None = None
 
     @cached_property
     def measured_loss(self) -> float | None:
@@ -66,6 +71,22 @@ class StepResult:
         """The measured loss where there is one, else the predicted one."""
         loss = self.predicted_loss if self.measured_loss is None else self.measured_loss
         return float("nan") if loss is None else loss
+
+    def __repr__(self) -> str:
+        losses = {"measured": self._measured_in_words(), "predicted": _nats(self.predicted_loss)}
+        said = [f"step {self.nominal_step}", str(self.phase)]
+        said += [f"{name} loss {loss}" for name, loss in losses.items() if loss]
+        said += [] if self.confidence is None else [f"confidence {self.confidence:.2f}"]
+        return f"StepResult({', '.join(said + [self.event] * bool(self.event))})"
+
+    def _measured_in_words(self) -> str | None:
+        """The measured loss, where it can be said without waiting for the device."""
+        waits = self.loss_reading is not None and not self.loss_reading.is_there
+        return "not read yet" if waits else _nats(self.measured_loss)
+
+
+def _nats(loss: float | None) -> str | None:
+    return None if loss is None else f"{loss:.4f}"
 
 
 @dataclass

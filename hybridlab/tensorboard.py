@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from hybridlab.errors import UserError
+from hybridlab.files import writing_to
 from hybridlab.runs import Run
 
 COUNTERS = ("nominal_step", "gradient_step", "seconds", "unix_seconds")
@@ -20,9 +21,9 @@ def export_tensorboard(run: Run, folder: Path) -> int:
     folder: takes one event file; what lies there stays, so export each run into a folder of its own
 
     A scalar is named by its table and column, as "steps/validation_loss"; its wall time is the run's own clock.
-    Raises UserError where TensorBoard is not installed.
+    Raises UserError where TensorBoard is not installed, and where the disk is full or cannot be written.
     """
-    with _writer(folder) as writer:
+    with writing_to(folder), _writer(folder) as writer:
         return sum(_add(writer, table, rows) for table, rows in (("steps", run.steps), ("vram", run.vram)))
 
 
@@ -38,5 +39,5 @@ def _writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("TensorBoard is not installed: pip install 'hybridlab[tensorboard]'") from None
+        raise UserError("TensorBoard is not installed: .venv/bin/pip install -e '.[tensorboard]'") from None
     return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]

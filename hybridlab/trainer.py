@@ -15,6 +15,7 @@ from hybridlab.config import HybridTrainerConfig
 from hybridlab.device import wait_for
 from hybridlab.divergence import Answer, DivergenceMonitor, Thresholds, Verdict
 from hybridlab.errors import UserError, nearest
+from hybridlab.memory.apply import refuse_unprepared
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.residence import PredictResidence
 from hybridlab.passes import Batch, Closure, Passes
@@ -47,18 +48,20 @@ class HybridTrainer:
         settings, formats, parts of a batch and what leaves the card in Predict are seen to here, the rest by
         `hybridlab.memory.prepare_model_` and `optimizer_for`
 
-    Raises UserError for an optimizer that wants a closure. `step` raises DivergenceError when the loss is NaN or
+    Raises UserError for an optimizer that wants a closure or holds other weights than the model's, and for memory
+    settings that the model or the optimizer was not prepared for. `step` raises DivergenceError when the loss is NaN or
     infinite and there is no jump to take back; UserError when the closure runs backward by itself, when the batch does
     not come in the parts that the settings ask for, and, at the first proposal, when the optimizer keeps a copy of the
     weights.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None = None) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise UserError("LBFGS runs forward and backward by itself, several times a step: use AdamW, Muon or SGD")
-        self.model, self.optimizer = model, optimizer
-        self.config = self._first_config = config = config or HybridTrainerConfig()
+        config = config or HybridTrainerConfig()
         memory = config.memory or MemoryConfig()
+        _refuse_misfits(model, optimizer, config)
+        refuse_unprepared(model, optimizer, memory)
+        self.model, self.optimizer = model, optimizer
+        self.config = self._first_config = config
         self._statistics = Statistics()
         self._weights = Weights(model, optimizer, on_host=config.path_device == "host")
         self._passes = Passes(self._weights.params, optimizer, memory, self._statistics)
@@ -138,7 +141,7 @@ class HybridTrainer:
 
     def _lr_share(self) -> float:
         """The learning rate over the highest one so far."""
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = float(self.optimizer.param_groups[0].get("lr", 1.0))
         self._highest_lr = max(self._highest_lr, lr)
         return lr / self._highest_lr if self._highest_lr else 1.0
 
@@ -167,7 +170,8 @@ class HybridTrainer:
         if verdict.kind == "not finite":
             raise DivergenceError(
                 f"{verdict.reason} by step {self._statistics.nominal_steps + 1} ({self._phase}), and there is no jump "
-                "to take back: lower the learning rate or warm up for longer"
+                "to take back: lower the learning rate, warm up for longer, or look for empty batches and NaN in the "
+                "data; the weights may be spoilt, go back to a checkpoint"
             )
         self._monitor.settle_anew()
         return f"diverged: {verdict}"
@@ -294,6 +298,23 @@ class HybridTrainer:
         self._monitor.load_state_dict(state["monitor"])
         self._last = _restored_result(state["last"]) if state["last"] else None
         self._highest_lr = state["highest_lr"]
+
+
+def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig) -> None:
+    """Refuse what could not train this model."""
+    if not isinstance(config, HybridTrainerConfig):
+        raise TypeError(f"config is a {type(config).__name__}: give a HybridTrainerConfig")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError("LBFGS runs forward and backward by itself, several times a step: use AdamW, Muon or SGD")
+    mine = {id(p) for p in model.parameters()}
+    given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not given:
+        raise UserError("the optimizer holds no weight that requires gradients: there is nothing to train")
+    if any(id(p) not in mine for p in given):
+        raise UserError(
+            "the optimizer holds weights that are not the model's: build it over model.parameters(), after the model; "
+            "several modules go together in one nn.ModuleList"
+        )
 
 
 def _restored_result(last: dict[str, Any]) -> StepResult:

@@ -22,7 +22,9 @@ import pytest
 
 from tests.notebook_maker import KERNEL, save
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'hybridlab[browser]'")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is missing: .venv/bin/pip install -e '.[browser]'"
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 

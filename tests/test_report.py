@@ -232,7 +232,7 @@ def test_published_tables_become_tables_and_pictures(memory: Path) -> None:
     assert "| small | everything | 1.50 GB | 1.53 GB | 0.980 | 1.80 GB | 41.0 ms | +0.006 [-0.001, +0.012] |" in results
     guide = (memory / "docs" / "RTX_5080_GUIDE.md").read_text()
     assert guide.count("| **take this** |") == 1
-    assert "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] | **take this** |" in guide
+    assert "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] |  | **take this** |" in guide
 
 
 def test_only_what_fits_and_keeps_the_quality_is_recommended() -> None:

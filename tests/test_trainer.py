@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.errors import UserError
 from hybridlab.gate import LENGTHS
 from hybridlab.gram import Gram
-from hybridlab.memory import GradientAccumulationConfig, MemoryConfig, optimizer_for
+from hybridlab.memory import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig, optimizer_for
+from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig
 from hybridlab.predictors import PREDICTORS, Proposal
 from hybridlab.trainer import DivergenceError
@@ -384,3 +386,58 @@ def test_adam_coast_reads_moments_that_are_kept_in_8_bits() -> None:
             optimizer.step()
         directions.append(optimizer_direction(optimizer, model.weight, optimizer.param_groups[0]).flatten())
     assert torch.cosine_similarity(*directions, dim=0) > 0.99
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda loss: None, "returned a NoneType: let it return the loss"),
+        (lambda loss: loss.item(), "returned a float"),
+        (lambda loss: (loss, loss), "returned a tuple"),
+        (lambda loss: loss.detach(), "does not depend on the weights"),
+        (lambda loss: loss.repeat(3), r"shape \(3,\): let it return the batch's mean loss"),
+    ],
+)
+def test_a_closure_that_returns_no_loss_is_told_what_to_return(returned: Any, said: str, problem: Problem) -> None:
+    trainer = HybridTrainer(problem.model, problem.adamw(), EAGER)
+    before = problem.weights()
+    with pytest.raises(UserError, match=said):
+        trainer.step(lambda: returned(problem.closure(0)()))
+    assert torch.equal(problem.weights(), before)
+
+
+def test_a_loss_in_place_of_a_closure_is_refused(problem: Problem) -> None:
+    trainer = HybridTrainer(problem.model, problem.adamw(), EAGER)
+    with pytest.raises(UserError, match=r"give step\(\) a function that computes the loss"):
+        trainer.step(problem.closure(0)())
+
+
+def test_an_optimizer_of_another_model_is_refused(problem: Problem) -> None:
+    with pytest.raises(UserError, match="holds weights that are not the model's"):
+        HybridTrainer(Problem().model, problem.adamw())
+
+
+def test_a_model_with_nothing_to_train_is_refused(problem: Problem) -> None:
+    optimizer = problem.adamw()
+    problem.model.requires_grad_(requires_grad=False)
+    with pytest.raises(UserError, match="there is nothing to train"):
+        HybridTrainer(problem.model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (MemoryConfig(step_in_backward=True), r"step_in_backward=True.*optimizer_for"),
+        (MemoryConfig(optimizer_state="int8"), r"optimizer_state='int8'.*AdamW was built without"),
+        (MemoryConfig(state_on_host=True), "state_on_host=True"),
+        (MemoryConfig(checkpointing=CheckpointingConfig()), "prepare_model_"),
+        (MemoryConfig(weights="bf16", optimizer_state="int8"), "optimizer_state"),
+    ],
+)
+def test_memory_settings_that_nobody_put_to_work_are_refused(memory: MemoryConfig, said: str) -> None:
+    model = GPT2(GPT2Config.nano())
+    with pytest.raises(UserError, match=said):
+        HybridTrainer(model, torch.optim.AdamW(model.parameters()), HybridTrainerConfig.plain(memory=memory))

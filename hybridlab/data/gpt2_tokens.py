@@ -23,7 +23,7 @@ def gpt2_encoder() -> Encoder:
     try:
         import tiktoken
     except ImportError as error:
-        raise UserError("GPT-2's tokens need tiktoken: pip install 'hybridlab[hf]'") from error
+        raise UserError("GPT-2's tokens need tiktoken: .venv/bin/pip install -e '.[hf]'") from error
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the network stack raises

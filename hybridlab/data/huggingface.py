@@ -155,7 +155,7 @@ def _splits(name: str, config: str | None) -> dict[str, Iterable[str]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError("the source hf:NAME needs datasets: pip install 'hybridlab[hf]'") from error
+        raise UserError("the source hf:NAME needs datasets: .venv/bin/pip install -e '.[hf]'") from error
     path = Path(name)
     where = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": name, "name": config}
     try:

@@ -28,7 +28,7 @@ def torchao_optim(wanted_by: str) -> ModuleType:
         with warnings.catch_warnings(action="ignore"):
             import torchao.optim
     except ImportError as error:
-        raise UserError(f"{wanted_by} needs torchao: pip install torchao") from error
+        raise UserError(f"{wanted_by} needs torchao: .venv/bin/pip install torchao") from error
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybridlab.errors import UserError
-from hybridlab.memory.blocks import buckets_of, checkpoint_blocks_
+from hybridlab.memory.blocks import buckets_of, checkpoint_blocks_, is_checkpointed
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.host_optimizer import HostAdamW
 from hybridlab.memory.in_backward import StepInBackward
-from hybridlab.memory.low_bit import low_bit_adamw
+from hybridlab.memory.low_bit import InFewCalls, low_bit_adamw
 from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
 
 
@@ -42,6 +42,29 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
     if memory.step_in_backward:
         return StepInBackward(optimizer, buckets_of(model), memory.clip_in_backward)
     return optimizer
+
+
+def refuse_unprepared(model: nn.Module, optimizer: Optimizer, memory: MemoryConfig) -> None:
+    """Raise UserError for settings that nobody has put to work on this model or optimizer: they would do nothing."""
+    method = optimizer.method if isinstance(optimizer, StepInBackward) else optimizer
+    built = {
+        "step_in_backward": not memory.step_in_backward or isinstance(optimizer, StepInBackward),
+        "state_on_host": not memory.state_on_host or isinstance(method, HostAdamW),
+        "optimizer_state": memory.optimizer_state == "fp32" or isinstance(method, InFewCalls),
+    }
+    for name, is_so in built.items():
+        if not is_so:
+            raise UserError(
+                f"the memory settings ask for {name}={getattr(memory, name)!r}, and this {type(method).__name__} was "
+                "built without: make it by hybridlab.memory.optimizer_for(model, OptimizerConfig(...), memory)"
+            )
+    is_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters() if p.is_floating_point())
+    is_prepared = not memory.checkpointing or is_checkpointed(model, memory.checkpointing)
+    if not is_prepared or (memory.weights == "bf16" and not is_bf16):
+        raise UserError(
+            "the memory settings ask for checkpointing or bf16 weights, and the model was not prepared: call "
+            "hybridlab.memory.prepare_model_(model, memory) first, then build the optimizer"
+        )
 
 
 def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> Optimizer:

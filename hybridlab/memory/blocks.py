@@ -37,6 +37,13 @@ def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: Bl
         block.forward = partial(_checkpointed, keeping, block.forward)  # type: ignore[method-assign]
 
 
+def is_checkpointed(model: nn.Module, config: CheckpointingConfig) -> bool:
+    """Whether `checkpoint_blocks_` has been at work, or would find nothing to do."""
+    blocks = blocks_of(model)
+    chosen = blocks[: len(blocks) - config.keep_last]
+    return all(getattr(block.forward, "func", None) is _checkpointed for block in chosen)
+
+
 def _checkpointed(
     keeping: Callable[[], AbstractContextManager[Any]], forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:

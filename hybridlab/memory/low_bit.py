@@ -43,13 +43,13 @@ def low_bit_adamw(
     Source: Dettmers et al. 2021 (arXiv 2110.02861); https://github.com/pytorch/ao/tree/main/torchao/optim.
     """
     optim = torchao_optim(f"optimizer_state={state!r}")
-    method = type("LowBitAdamW", (_InFewCalls, getattr(optim, CLASSES[state])), {})
+    method = type("LowBitAdamW", (InFewCalls, getattr(optim, CLASSES[state])), {})
     optimizer: Any = method(groups, lr=lr, betas=betas, eps=eps, bf16_stochastic_round=stochastic_rounding)
     optimizer.bucket_of = {p: i for i, bucket in enumerate(buckets) for p in bucket}
     return optimizer
 
 
-class _InFewCalls(Optimizer):
+class InFewCalls(Optimizer):
     """Replaces torchao's step by one that hands many parameters to each call of the compiled update."""
 
     bucket_of: dict[Tensor, int]

@@ -129,7 +129,7 @@ def plan(
     """
     memory, share = memory or MemoryConfig(), share or CardShare()
     settings = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
-    _refuse(batch, memory, settings)
+    _refuse(model, batch, memory, settings)
     windows, tokens = batch
     part = windows // memory.micro_batches, tokens
     with emulated_card(), LiveBytes() as live:
@@ -163,9 +163,16 @@ def next_token_loss(module: nn.Module, batch: Batch) -> Tensor:
     return module(tokens, torch.empty_like(tokens))
 
 
-def _refuse(batch: Batch, memory: MemoryConfig, optimizer: OptimizerConfig) -> None:
+def _refuse(model: Model, batch: Batch, memory: MemoryConfig, optimizer: OptimizerConfig) -> None:
     if min(batch) < 1:
         raise ValueError(f"batch={batch} is empty: give windows and tokens, such as (8, 512)")
+    config, (windows, tokens) = _config(model), batch
+    if config and tokens > config.block_size:
+        longest = config.block_size
+        raise ValueError(
+            f"a window of {tokens} tokens is longer than block_size={longest}: cut it to {longest}, as in "
+            f"batch=({windows}, {longest}), on the command line --batch {windows}x{longest}"
+        )
     if batch[0] % memory.micro_batches:
         raise ValueError(f"{batch[0]} windows do not split into {memory.micro_batches} equal micro_batches")
     if optimizer.name != "adamw" and (memory.state_on_host or memory.optimizer_state != "fp32"):
@@ -174,10 +181,16 @@ def _refuse(batch: Batch, memory: MemoryConfig, optimizer: OptimizerConfig) -> N
 
 
 def _build(model: Model, memory: MemoryConfig) -> nn.Module:
-    config = GPT2Config.named(model) if isinstance(model, str) else model
-    if not isinstance(config, GPT2Config):
-        return config()
+    if not (config := _config(model)):
+        return model()  # type: ignore[operator]
     return GPT2(replace(config, **{name: value for name, value in memory.model_settings.items() if value}))
+
+
+def _config(model: Model) -> GPT2Config | None:
+    """The settings of a GPT-2; None where the model is anything else."""
+    if isinstance(model, GPT2Config):
+        return model
+    return GPT2Config.named(model) if isinstance(model, str) else None
 
 
 def _vocabulary(module: nn.Module) -> frozenset[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from rich.console import Console
 
 from hybridlab.errors import UserError
 from hybridlab.notebook.engine import execute
-from hybridlab.notebook.executed import clean_, read_notebook, stopping_place, unfinished, write_notebook
-from hybridlab.notebook.given import checked_values, value_on_command_line, values_in_file
+from hybridlab.notebook.executed import clean_, read_notebook, stopping_place, unfinished, write_or_rescue
+from hybridlab.notebook.given import checked_values, results_beside, value_on_command_line, values_in_file
 from hybridlab.notebook.parameters import declared_parameters, defaults, parameters_sha256
 from hybridlab.notebook.progress import watched
 from hybridlab.notebook.results import environment, git_commit, load_results, project_root
 
+WORK, PROGRESS = "work.ipynb", "progress.json"
+GO_ON = "the same command with --resume goes on with its training runs"
+
 
 class RunFailed(Exception):
-    """The notebook stopped before its end; the message names the cell and the reason."""
+    """The notebook stopped before its end, or its copy found no place; the message says where it is and why."""
 
 
 class RunInterrupted(RunFailed):
@@ -55,24 +59,29 @@ def run_notebook(
     """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
 
     notebook: the source; it is only read
-    output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`
+    output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`.
+        The notebook's parameter `results`, if it has one, becomes the folder of `output`
     files: YAML mappings of parameters; a later file wins
-    settings: (name, text) pairs, which win over the files
+    settings: (name, text) pairs, which win over the files, and over `output` for `results`
     console: where progress is shown; standard output by default
 
     Returns the executed notebook, as written.
 
-    Raises UserError where something is refused, before anything is run or written, and where the disk has no room for
-    the copy; RunFailed where the notebook stopped before its end; RunInterrupted where somebody stopped it.
+    Raises UserError where something is refused, before anything is run or written; RunFailed where the notebook
+    stopped before its end, and where its copy had to be kept elsewhere; RunInterrupted where somebody stopped it.
     """
     job = prepared(notebook, output, files, settings)
     commit = git_commit()
-    executed = _run(job, console or Console())
-    facts = environment() | {"git_commit": commit, "parameters": job.parameters}
-    facts["parameters_sha256"] = parameters_sha256(job.parameters)
-    clean_(executed, job.root)
-    executed.metadata["hybridlab"] = facts
-    write_notebook(executed, job.output)
+    with _working_folder() as folder:
+        executed = _run(job, folder, console or Console())
+        facts = environment() | {"git_commit": commit, "parameters": job.parameters}
+        facts["parameters_sha256"] = parameters_sha256(job.parameters)
+        clean_(executed, job.root)
+        executed.metadata["hybridlab"] = facts
+        try:
+            write_or_rescue(executed, job.output, folder / WORK)
+        except UserError as error:
+            raise RunFailed(f"every cell has run, but {error}") from None
     job.partial.unlink(missing_ok=True)
     return executed
 
@@ -83,48 +92,78 @@ def prepared(notebook: Path, output: Path, files: Sequence[Path] = (), settings:
     Raises UserError with what to mend.
     """
     declared = declared_parameters(read_notebook(notebook), notebook.name)
+    root = project_root()
     given = [item for file in files for item in values_in_file(file)]
+    given += results_beside(output, declared, root)
     given += [value_on_command_line(name, text, declared) for name, text in settings]
     overrides = checked_values(given, declared, notebook.name)
-    root = project_root()
-    _check_output(notebook, output)
-    return Job(notebook, output, overrides, defaults(declared) | overrides, root)
+    parameters = defaults(declared) | overrides
+    _check_output(notebook, output, root / str(parameters.get("results", "")))
+    return Job(notebook, output, overrides, parameters, root)
 
 
-def _check_output(notebook: Path, output: Path) -> None:
+def _check_output(notebook: Path, output: Path, results: Path) -> None:
+    """Refuse an output or results that could not be written when the run is over; make their folders."""
     if output.suffix != ".ipynb" or output.is_dir():
         raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
     if output.resolve() == notebook.resolve():
         raise UserError(f"{output}: the output would replace the source notebook: give it another name")
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{output}: cannot write into {folder}: choose another output folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot make its folder: {error.strerror}") from None
-
-
-def _run(job: Job, console: Console) -> NotebookNode:
-    """Run in a folder of its own, so that the output is only touched by a whole run."""
-    with tempfile.TemporaryDirectory(prefix="hybridlab-") as folder:
-        work, progress = Path(folder) / "work.ipynb", Path(folder) / "progress.json"
+    for what, folder in ((output, output.parent), (results / "results.json", results)):
+        _check_writable(what, folder.absolute())
+    for what, folder in ((output, output.parent), (results / "results.json", results)):
         try:
-            with watched(progress, console):
-                reason = execute(job.notebook, work, job.overrides, progress)
-        except KeyboardInterrupt:
-            raise RunInterrupted(_keep_partial(job, work, "stopped (Ctrl-C or a signal)")) from None
-        executed = read_notebook(work if work.exists() else job.notebook)
-        if reason := reason or unfinished(executed):
-            raise RunFailed(_keep_partial(job, work, reason))
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{what}: cannot make its folder: {error.strerror}") from None
+
+
+def _check_writable(what: Path, folder: Path) -> None:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: cannot write into {there}: choose another folder")
+
+
+@contextmanager
+def _working_folder() -> Iterator[Path]:
+    """A folder of the run's own, so that the output is only touched by a whole run."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="hybridlab-")
+    except OSError as error:
+        raise UserError(f"no temporary folder: {error.strerror}; name another one in TMPDIR") from None
+    with folder as name:
+        yield Path(name)
+
+
+def _run(job: Job, folder: Path, console: Console) -> NotebookNode:
+    """Run every cell. Raises RunFailed where one of them did not."""
+    try:
+        with watched(folder / PROGRESS, console):
+            reason = execute(job.notebook, folder / WORK, job.overrides, folder / PROGRESS)
+    except KeyboardInterrupt:
+        raise RunInterrupted(_keep_partial(job, folder / WORK, "stopped (Ctrl-C or a signal)")) from None
+    executed = _as_it_ran(job, folder / WORK)
+    if reason := reason or unfinished(executed):
+        raise RunFailed(_keep_partial(job, folder / WORK, reason))
     return executed
 
 
 def _keep_partial(job: Job, work: Path, reason: str) -> str:
-    """Keep the copy of a run that stopped; return the line that says so."""
-    executed = read_notebook(work if work.exists() else job.notebook)
-    write_notebook(executed, job.partial)
-    return f"{stopping_place(executed)}: {' '.join(reason.split())} (partial copy: {job.partial})"
+    """Keep the copy of a run that stopped; return the line that says so, and how to go on."""
+    executed = _as_it_ran(job, work)
+    try:
+        write_or_rescue(executed, job.partial, work)
+        copy = f"partial copy: {job.partial}"
+    except UserError as error:
+        copy = str(error)
+    return f"{stopping_place(executed)}: {' '.join(reason.split())} ({copy}); {GO_ON}"
+
+
+def _as_it_ran(job: Job, work: Path) -> NotebookNode:
+    """The working copy, or the source where there is none that is whole."""
+    try:
+        return read_notebook(work)
+    except UserError:
+        return read_notebook(job.notebook)
 
 
 def summary_of(job_parameters: dict[str, Any], notebook: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,10 @@ from hybridlab.notebook.tables import table
 from hybridlab.runs import Run, runs_under
 from hybridlab.study.arms import BASELINE, CONTROL, label
 
-COLUMNS = (
-    "run",
-    "name",
-    "seed",
-    "state",
-    "nominal_steps",
-    "gradient_steps",
-    "predicted_steps",
-    "validation_loss",
-    "seconds",
-    "step_ms",
-    "peak_gb",
-)
+COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
+"""The key figures that a run's summary has by the same name."""
+
+COLUMNS = ("run", "name", "predictor", "seed", "state", *COUNTED, "step_ms", "peak_gb")
 FORMATS = {"seconds": ".1f", "step_ms": ".1f", "peak_gb": ".2f"}
 
 
@@ -62,9 +53,10 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
     return {
         "run": str(run.folder.relative_to(root)),
         "name": run.config.get("name"),
+        "predictor": _predictor(run.config.get("hybrid", {})),
         "seed": run.config.get("seed"),
         "state": "finished" if run.summary else "unfinished",
-        **{name: summary.get(name) for name in COLUMNS[4:9]},
+        **{name: summary.get(name) for name in COUNTED},
         "step_ms": summary.get("gradient_step_ms"),
         "peak_gb": None if peak is None else peak / 1e9,
     }
@@ -101,6 +93,11 @@ def _names(runs: Sequence[Run]) -> list[str]:
         f"{name} ({run.folder.parent.name}/{run.folder.name})" if name in twice else name
         for name, run in zip(names, runs, strict=True)
     ]
+
+
+def _predictor(hybrid: Mapping[str, Any]) -> str | None:
+    """The name of the one that a run asks; None for plain training."""
+    return hybrid.get("predictor") if hybrid.get("max_predict_steps") else None
 
 
 def _so_far(run: Run) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: P
         raise UserError("no Jupyter kernel named python3: install ipykernel in this environment") from None
     except RuntimeError as error:
         return f"the kernel failed: {error}"
+    except OSError as error:
+        return f"cannot write {output}: {error.strerror}; make room there, or name another folder in TMPDIR"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,29 @@ def write_notebook(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook file, whole or not at all."""
     with replaced(path) as beside:
         nbformat.write(notebook, beside)  # type: ignore[no-untyped-call]
+
+
+def write_or_rescue(notebook: NotebookNode, path: Path, working_copy: Path) -> None:
+    """Write a notebook file; where that cannot be, keep it in a folder of its own among the temporary files.
+
+    working_copy: the notebook as it ran, if it is there: moved, it takes no more room
+
+    Raises UserError that says where the notebook is kept.
+    """
+    try:
+        write_notebook(notebook, path)
+    except UserError as error:
+        raise UserError(f"{error}; {_rescued(notebook, path.name, working_copy)}") from error
+
+
+def _rescued(notebook: NotebookNode, name: str, working_copy: Path) -> str:
+    kept = working_copy.parent.with_name(f"{working_copy.parent.name}-kept") / name
+    with suppress(OSError):
+        kept.parent.mkdir()
+        working_copy.rename(kept)
+    with suppress(UserError):
+        write_notebook(notebook, kept)  # clean, where there is room
+    return f"the copy is kept as {kept}" if kept.exists() else "no copy could be kept"
 
 
 def unfinished(notebook: NotebookNode) -> str | None:

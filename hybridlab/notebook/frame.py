@@ -17,7 +17,7 @@ from hybridlab.notebook import look
 from hybridlab.notebook.draw_png import DPI, HATCHES, STYLE
 from hybridlab.notebook.gauges import LIMIT_BYTES, State, draw
 from hybridlab.notebook.instruments import memory_of, work_of
-from hybridlab.notebook.timeline import Timeline
+from hybridlab.notebook.timeline import timeline_of
 from hybridlab.phases import Phase
 from hybridlab.runs import Run
 from hybridlab.step_result import Statistics
@@ -85,7 +85,7 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
         step=int(last["nominal_step"]),
         steps=len(steps),
         memory=memory_of(reading, summary["peak_memory_bytes"], int(run.config.get("card_gb", 0)) * 10**9),
-        timeline=_timeline(run),
+        timeline=timeline_of(run, len(run.steps)),
         statistics=Statistics(**counts),
         measured_loss=_latest(steps["measured_loss"]),
         predicted_loss=_latest(steps["predicted_loss"]),
@@ -94,17 +94,6 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
         unit=unit,
         step_ms={str(phase): 1e3 * summary[f"seconds_in_{phase}"] / count for phase, count in taken.items()},
     )
-
-
-def _timeline(run: Run) -> Timeline:
-    """Memory is the most that was seen in or before a step, since a step may have passed between two samples."""
-    used = run.vram["used_bytes"] + (run.vram["other_bytes"].fillna(0) if "other_bytes" in run.vram else 0)
-    memory = used.groupby(run.vram["nominal_step"]).max().reindex(run.steps["nominal_step"]).ffill().bfill()
-    timeline = Timeline(len(run.steps))
-    columns = [run.steps[name] for name in ("nominal_step", "phase", "measured_loss", "predicted_loss")]
-    for (step, phase, measured, predicted), size in zip(zip(*columns, strict=True), memory, strict=True):
-        timeline.add(int(step), phase, int(size), measured, predicted)
-    return timeline
 
 
 def _latest(column: Any) -> float | None:

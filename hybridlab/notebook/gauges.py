@@ -72,13 +72,28 @@ class State:
 def draw(state: State) -> str:
     """The whole panel, its style included, for any page."""
     cards = "".join((_memory(state.memory), _loss(state), _speed(state), _counts(state.statistics)))
-    way = 100 * state.done / state.total if state.total else 100 * state.step / state.steps
     return (
-        f"<style>{_style()}</style><div class='hl'>{_head(state)}"
-        f"<div class='hl-way'><div style='width:{way:.1f}%'></div></div>"
+        f"<style>{_style()}</style><div class='hl'>{_head(state)}{_way(state.step, state.steps)}"
         f"<div class='hl-cards'>{cards}</div>{_time_line(state)}"
         f"<div class='hl-note'>{escape(state.note)}</div></div>"
     )
+
+
+def draw_bar(label: str, done: int, total: int, status: str, seconds_left: float | None) -> str:
+    """A bar alone, for runs whose gauges cannot be read; `label` names the one under way, the counts are of them all.
+
+    status: "running", "stopped" or "finished"; seconds_left: None while it cannot be said
+    """
+    left = _time_left(seconds_left) if status == "running" else ""
+    return (
+        f"<style>{_style()}</style><div class='hl'><div class='hl-head'><span class='hl-title'>{escape(label)}</span>"
+        f"<span class='hl-status'><b>{status}</b> · step <b>{done:,}</b> of {total:,} in all{left}</span></div>"
+        f"{_way(done, total)}</div>"
+    )
+
+
+def _way(done: int, total: int) -> str:
+    return f"<div class='hl-way'><div style='width:{100 * done / total:.1f}%'></div></div>"
 
 
 @cache
@@ -97,16 +112,21 @@ def _head(state: State) -> str:
     return (
         f"<div class='hl-head'><span class='hl-title'>{escape(state.title)}</span>"
         f"<span class='hl-lamps'>{lamps}</span><span class='hl-status'><b>{state.status}</b> · "
-        f"step <b>{state.step:,}</b> of {state.steps:,}{_left(state)}</span></div>"
+        f"step <b>{state.step:,}</b> of {state.steps:,}{_of_the_cell(state)}</span></div>"
     )
 
 
-def _left(state: State) -> str:
+def _of_the_cell(state: State) -> str:
+    """What the cell trains, where that is more than the run whose step stands before it; and the time left for it."""
+    counts = f" · {state.done:,} of {state.total:,} in all" if state.total > state.steps else ""
     if state.status in ("stopped", "finished"):
-        return ""
-    if state.seconds_left is None:
-        return " · time left unknown"
-    return f" · <b>{clock(state.seconds_left)}</b> left{' in all' if state.total > state.steps else ''}"
+        return counts
+    part = " in this cell" if 0 < state.total < state.steps else ""
+    return counts + _time_left(state.seconds_left) + part
+
+
+def _time_left(seconds: float | None) -> str:
+    return " · time left unknown" if seconds is None else f" · <b>{clock(seconds)}</b> left"
 
 
 # --- the cards -----------------------------------------------------------------------------------------------

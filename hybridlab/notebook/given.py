@@ -87,6 +87,16 @@ def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]
     return Given(name, raw, raw, "after -p")
 
 
+def results_beside(output: Path, declared: Mapping[str, Parameter], root: Path) -> list[Given]:
+    """Set the parameter `results`, where a notebook has it, to the folder of its executed copy.
+
+    output: the executed copy; root: the project's folder, from which a folder inside it is named
+    """
+    folder = output.parent.resolve()
+    name = (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
+    return [Given("results", name, name, "from -o")] if "results" in declared else []
+
+
 def _readings(raw: str) -> Iterable[Any]:
     """Offer what a text may mean: what YAML makes of it, a number, the text itself."""
     with suppress(yaml.YAMLError):

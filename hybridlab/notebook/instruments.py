@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from hybridlab.notebook.gauges import Memory, State
-from hybridlab.notebook.timeline import Timeline
+from hybridlab.notebook.timeline import timeline_of
 from hybridlab.study.arms import label
 from hybridlab.study.training_run import StepRecord, TrainingRun
 
@@ -24,7 +24,7 @@ class Instruments:
 
     def __init__(self, run: TrainingRun) -> None:
         self.run, config = run, run.config
-        self.timeline = Timeline(config.steps)
+        self.timeline = timeline_of(run.record, config.steps)  # of a run gone on with, the steps before
         self.latest: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
         self._memory = self._read_memory()

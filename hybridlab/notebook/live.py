@@ -16,7 +16,7 @@ from IPython.display import display
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.notebook.controls import Controls, control_row
-from hybridlab.notebook.gauges import draw
+from hybridlab.notebook.gauges import draw, draw_bar
 from hybridlab.notebook.instruments import Instruments
 from hybridlab.notebook.progress import seconds_left
 from hybridlab.phases import Phase
@@ -123,6 +123,39 @@ class Live:
             if not self._drawn:
                 self.draw("paused")
         self._started += time.monotonic() - paused
+
+
+class LiveBar:
+    """A bar alone, for runs that train in processes of their own: their gauges cannot be read from here.
+
+    total: nominal steps of everything that the cell trains
+    """
+
+    def __init__(self, total: int) -> None:
+        self._label, self._done, self._total = "starting", 0, total
+        self._bar = widgets.HTML()
+        self._started, self._drawn = time.monotonic(), 0.0
+
+    def __enter__(self) -> Self:
+        """Show the bar below the cell."""
+        self._draw("running")
+        display(self._bar)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Show how far it came."""
+        self._draw("finished" if self._done == self._total else "stopped")
+
+    def step(self, label: str, total: int) -> None:
+        """Count a nominal step of a total that may have grown."""
+        self._label, self._done, self._total = label, self._done + 1, total
+        if time.monotonic() - self._drawn >= LEAST_SECONDS:
+            self._draw("running")
+
+    def _draw(self, status: str) -> None:
+        left = seconds_left(self._done, self._total, time.monotonic() - self._started)
+        self._bar.value = draw_bar(self._label, self._done, self._total, status, left)
+        self._drawn = time.monotonic()
 
 
 @contextmanager

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import GEN_CLOSED, getgeneratorstate
+from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from itertools import islice
 from pathlib import Path
 
-from hybridlab.checkpoint import remove_checkpoint
+from hybridlab.checkpoint import has_checkpoint, remove_checkpoint
 from hybridlab.errors import UserError
 from hybridlab.notebook.controls import Controls
 from hybridlab.notebook.frame import Frame
 from hybridlab.notebook.instruments import Instruments
-from hybridlab.notebook.live import Live, interrupts
+from hybridlab.notebook.live import Live, LiveBar, interrupts
 from hybridlab.notebook.progress import Progress, gauges_wanted
 from hybridlab.notebook.results import project_root
 from hybridlab.runs import Run
@@ -27,10 +27,7 @@ RESUME = "HYBRIDLAB_RESUME"
 
 
 class Stopped(UserError):
-    """A person stopped the cell; a notebook shows the one line alone."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [str(self)]
+    """A person stopped the cell."""
 
 
 class Session:
@@ -41,22 +38,24 @@ class Session:
             ...
 
     config: of the run; folder: its record goes to `runs/<folder>/<arm>_seed_<seed>`
-    resume: go on from the last checkpoint that lies there; by default, what lies there is replaced
+    resume: go on from the last checkpoint that lies there; by default, what lies there is replaced. The Stop button,
+        `save` and `close` leave one
 
     In JupyterLab each cell shows gauges, buttons and sliders; in batch the same cells report plain progress.
 
-    Raises UserError when `resume` meets a run of another configuration, or one that has finished.
+    Raises UserError, and leaves all as it is, when `resume` meets a run of another configuration, one that has
+    finished, or one without a checkpoint.
     """
 
     def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
         self.config, self.folder = config, runs_folder(folder) / folder_name(config)
         earlier = earlier_run(config, self.folder) if resume else None
-        if earlier and earlier.summary is not None:
-            raise UserError(f"{self.folder} has finished: show final_frame of its run, or start afresh without resume")
-        if not earlier:
+        if earlier:
+            self._refuse_no_way_on(earlier)
+        else:
             remove_checkpoint(self.folder / CHECKPOINT)
         self._run = TrainingRun(config, self.folder)
-        self.steps_done = self._run.start()
+        self.steps_done = self._saved_at = self._run.start()
         self._steps = self._run.steps()
         self._instruments = Instruments(self._run)
 
@@ -77,6 +76,7 @@ class Session:
                 yield record.result
                 act()
                 if controls.stopping and self.steps_done < self.config.steps:
+                    self.save()
                     print(f"stopped at step {self.steps_done} of {self.config.steps}: session.run() goes on from here")
                     return
 
@@ -87,6 +87,7 @@ class Session:
     def save(self) -> None:
         """Write a checkpoint, from which `Session(..., resume=True)` goes on."""
         self._run.save()
+        self._saved_at = self.steps_done
 
     def frame(self) -> Frame:
         """The gauges as they stand, as a picture that stays."""
@@ -101,8 +102,15 @@ class Session:
         return Run.load(self.folder)
 
     def close(self) -> None:
-        """Free the model, and keep the record; the run counts as interrupted unless it has finished."""
-        self._steps.close()
+        """End the run, and keep its record; unless it has finished, a checkpoint holds the steps that were taken.
+
+        A run that an error broke off halfway through a step keeps the checkpoint that it had.
+        """
+        try:
+            if self._has_unsaved_steps:
+                self.save()
+        finally:
+            self._steps.close()
 
     def __repr__(self) -> str:
         return f"Session({self._label}: step {self.steps_done} of {self.config.steps}, {self._run.phase})"
@@ -110,6 +118,21 @@ class Session:
     @property
     def _label(self) -> str:
         return label(self.config.name, self.config.seed)
+
+    @property
+    def _has_unsaved_steps(self) -> bool:
+        """Whether whole steps were taken that no checkpoint holds and that the run still needs."""
+        between_steps = getgeneratorstate(self._steps) == GEN_SUSPENDED
+        return between_steps and self._saved_at < self.steps_done < self.config.steps
+
+    def _refuse_no_way_on(self, earlier: Run) -> None:
+        if earlier.summary is not None:
+            raise UserError(f"{self.folder} has finished: show final_frame of its run, or start afresh without resume")
+        if len(earlier.steps) and not has_checkpoint(self.folder / CHECKPOINT):
+            raise UserError(
+                f"no checkpoint lies in {self.folder}: its {len(earlier.steps)} steps cannot be gone on with; start "
+                "afresh without resume, which replaces them, or choose another folder"
+            )
 
     def _wanted(self, steps: int | None) -> int:
         left = self.config.steps - self.steps_done
@@ -170,14 +193,15 @@ def run_study(study: Study, notebook: str) -> StudyResult:
 def run_configs(configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False) -> StudyResult:
     """Train some runs, one after the other; records go to `runs/<notebook>`.
 
-    isolated: each in a process of its own, so that its memory is measured by itself; it shows a progress bar alone
+    isolated: each in a process of its own, so that its memory is measured by itself; a bar alone
+        shows its progress, without gauges or buttons: interrupt the kernel to stop
     """
     total = sum(config.steps for config in configs)
     if not configs:
         return StudyResult()
     if isolated:
-        with Progress(total, "training") as progress:
-            return run_arms(configs, runs_folder(notebook), progress.step, resume=_resumes(), isolated=True)
+        with LiveBar(total) if gauges_wanted() else Progress(total, "training") as bar:
+            return run_arms(configs, runs_folder(notebook), bar.step, resume=_resumes(), isolated=True)
     with _watching(total, tuple(configs), notebook) as (on_step, watch, resume):
         return run_arms(configs, runs_folder(notebook), on_step, resume=resume, watch=watch)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from hybridlab.runs import Run
+
 COLUMNS = 240
 """However long the run, it is drawn in no more."""
 
@@ -65,16 +67,30 @@ class Timeline:
 
     def bands(self) -> Iterator[tuple[str, float, float]]:
         """Phase, start and end of each stretch of one phase, as shares of the whole."""
-        start = 0.0
         for phase, stretch in groupby(sorted(self.columns.items()), key=lambda item: item[1].phase):
-            end = (list(stretch)[-1][0] + 1) / self.width
-            yield phase, start, end
-            start = end
+            places = [at for at, _ in stretch]
+            yield phase, places[0] / self.width, (places[-1] + 1) / self.width
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(place as a share of the whole, value) of each column that has one."""
         values = ((at, getattr(column, name)) for at, column in sorted(self.columns.items()))
         return [((at + 0.5) / self.width, value) for at, value in values if value is not None]
+
+
+def timeline_of(run: Run, steps: int) -> Timeline:
+    """What a run's record says of it so far, of so many steps in all.
+
+    Memory is the most that was seen in or before a step, since a step may have passed between two samples.
+    """
+    timeline = Timeline(steps)
+    if run.steps.empty or run.vram.empty:
+        return timeline
+    used = run.vram["used_bytes"] + (run.vram["other_bytes"].fillna(0) if "other_bytes" in run.vram else 0)
+    memory = used.groupby(run.vram["nominal_step"]).max().reindex(run.steps["nominal_step"]).ffill().bfill()
+    columns = [run.steps[name] for name in ("nominal_step", "phase", "measured_loss", "predicted_loss")]
+    for (step, phase, measured, predicted), size in zip(zip(*columns, strict=True), memory, strict=True):
+        timeline.add(int(step), phase, int(size), measured, predicted)
+    return timeline
 
 
 def _mean(count: int, mean: float | None, value: float | None) -> tuple[int, float | None]:

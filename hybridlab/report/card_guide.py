@@ -36,7 +36,7 @@ EMULATED = """\
 The figures come from: {devices}.
 
 An emulated card is a larger one whose allocator refuses what a 16 GB card would not have: 16 decimal gigabytes, less
-the context that was measured. So what fits, what fails and the peaks carry over, as far as the same kernels run.
+the context that was measured. References that need more than that ran on the whole card, as their peaks show. So what fits, what fails and the peaks carry over, as far as the same kernels run.
 What does not:
 
 - **Time.** Steps a second are those of the card that ran. Compare arms with each other, not with your clock.
@@ -53,6 +53,10 @@ BY_MODEL = """\
 **Take this** marks, for each model, the arm with the shortest step among those whose peak stays below 14 GB and whose
 loss, its whole interval included, is within 2 % of the control's perplexity.
 """
+
+NONE_QUALIFIES = """\
+For **{model}** there is nothing to recommend yet: no arm stayed below 14 GB *and* within 2 % of the control. If you must
+train it on this card, watch its loss."""
 
 PRESETS = """\
 ## Conservative against aggressive
@@ -140,10 +144,20 @@ def _by_model(evidence: Evidence) -> str:
     rows = [row | {"notebook": notebook} for notebook, rows in tables.items() for row in rows]
     models = dict.fromkeys(row["model"] for row in rows)
     best = {model: recommended([row for row in rows if row["model"] == model]) for model in models}
-    return markdown_table([_model_row(row, row is best[row["model"]]) for row in rows]) if rows else NOT_RUN
+    if not rows:
+        return NOT_RUN
+    table = markdown_table([_model_row(row, row is best[row["model"]], _basis(evidence, row)) for row in rows])
+    return "\n\n".join([table, *(NONE_QUALIFIES.format(model=model) for model in models if best[model] is None)])
 
 
-def _model_row(row: Row, best: bool) -> Row:
+def _basis(evidence: Evidence, row: Row) -> str:
+    """What the loss of a row rests on: how long a training, and how many seeds."""
+    asked = (evidence.entry(row["notebook"]) or {}).get("parameters", {})
+    steps, seeds = asked.get("reference_steps") or asked.get("steps"), asked.get("seeds", 1)
+    return f"{steps} steps, {seeds} seed{'s' if seeds > 1 else ''}" if steps else ""
+
+
+def _model_row(row: Row, best: bool, basis: str) -> Row:
     return {
         "model": row["model"],
         "arm": row["arm"],
@@ -151,6 +165,7 @@ def _model_row(row: Row, best: bool) -> Row:
         "below 14 GB": "yes" if _is_safe(row) else "no",
         "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
         "loss against the control": interval(row, "loss_change"),
+        "judged over": basis,
         "": "**take this**" if best else "",
         "notebook": notebook_link(row["notebook"], short=True),
     }

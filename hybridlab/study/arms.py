@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,7 +67,7 @@ class Study:
         watch: called after every step that is taken, with the run and what the step did
         isolated: train each run in a process of its own; `watch` is then refused
 
-        Raises UserError when `resume` meets a run of another configuration.
+        A run under other settings lies in another folder, which is left alone.
         """
         trained = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
         planned = list(self._planned())
@@ -176,8 +178,14 @@ def label(name: str, seed: int) -> str:
 
 
 def folder_name(config: RunConfig) -> str:
-    """Where a run's record lies among others."""
-    return re.sub(r"\W+", "_", label(config.name, config.seed))
+    """Where a run's record lies among others, as `baseline_3fa9c1_seed_0`.
+
+    Its middle is a hash of the record, the seed aside: a run finds its own record again, and leaves alone those of the
+    same arm under other settings.
+    """
+    settings = config.record() | {"seed": None}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    return re.sub(r"\W+", "_", f"{config.name} {key} seed {config.seed}")
 
 
 def control_name(hybrid: str) -> str:

@@ -191,6 +191,11 @@ class TrainingRun:
         return self._config
 
     @property
+    def record(self) -> Run:
+        """Everything that reached the disk so far."""
+        return Run.load(self._folder)
+
+    @property
     def settings(self) -> HybridTrainerConfig:
         """The trainer's settings as they are now."""
         return self._trainer.config
