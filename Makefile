@@ -18,7 +18,7 @@ help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 run: .venv/run ## train baseline, hybrids and controls on real text; leaves an executed notebook
-	$(HYBRIDLAB) run notebooks/$(FIRST).ipynb -f params/cpu/$(FIRST).yaml -p device auto -p results runs/first \
+	$(HYBRIDLAB) run notebooks/$(FIRST).ipynb -f params/cpu/$(FIRST).yaml -p device auto \
 	  -o runs/first/$(FIRST).ipynb
 
 test: .venv/test ## every test, the notebooks' included

@@ -64,7 +64,10 @@ def run(
     Parameters are checked before anything runs. A copy is written only when every cell has run;
     what is left of a run that stopped goes to OUT with the ending .failed.ipynb.
 
-    Exit codes: 0 done, 1 a cell failed, 2 refused before the start, 130 stopped.
+    The results, results.json, go where the copy goes, whatever a parameter file says of them;
+    -p results FOLDER puts them elsewhere.
+
+    Exit codes: 0 done, 1 a cell failed or OUT could not be written, 2 refused before the start, 130 stopped.
     """
     from hybridlab.notebook.batch import run_notebook, summary_of
 
@@ -138,12 +141,15 @@ def runs(
     from hybridlab.study.memory_log import export_csv
     from hybridlab.tensorboard import export_tensorboard
 
+    root = project_root() / folder
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: name another after --folder, or train a run with `make run`")
     shown = runs_table(folder, sort=sort, where=where or [])
     if not shown.table:
         raise UserError(shown.empty)
     print(shown)
     for found in find_runs(folder, where=where or []) if tensorboard or csv else []:
-        place = found.folder.relative_to(project_root() / folder)
+        place = found.folder.relative_to(root)
         if tensorboard:
             export_tensorboard(found, tensorboard / place)
         if csv:

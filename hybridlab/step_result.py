@@ -73,20 +73,21 @@ class StepResult:
         return float("nan") if loss is None else loss
 
     def __repr__(self) -> str:
-        losses = {"measured": self._measured_in_words(), "predicted": _nats(self.predicted_loss)}
-        said = [f"step {self.nominal_step}", str(self.phase)]
-        said += [f"{name} loss {loss}" for name, loss in losses.items() if loss]
-        said += [] if self.confidence is None else [f"confidence {self.confidence:.2f}"]
-        return f"StepResult({', '.join(said + [self.event] * bool(self.event))})"
+        parts = (
+            f"step {self.nominal_step}",
+            str(self.phase),
+            self._measured_in_words(),
+            self.predicted_loss is not None and f"predicted loss {self.predicted_loss:.4f}",
+            self.confidence is not None and f"confidence {self.confidence:.2f}",
+            self.event,
+        )
+        return f"StepResult({', '.join(part for part in parts if part)})"
 
-    def _measured_in_words(self) -> str | None:
+    def _measured_in_words(self) -> str:
         """The measured loss, where it can be said without waiting for the device."""
-        waits = self.loss_reading is not None and not self.loss_reading.is_there
-        return "not read yet" if waits else _nats(self.measured_loss)
-
-
-def _nats(loss: float | None) -> str | None:
-    return None if loss is None else f"{loss:.4f}"
+        if self.loss_reading is None:
+            return ""
+        return f"measured loss {self.measured_loss:.4f}" if self.loss_reading.is_there else "measured loss under way"
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ def export_tensorboard(run: Run, folder: Path) -> int:
     A scalar is named by its table and column, as "steps/validation_loss"; its wall time is the run's own clock.
     Raises UserError where TensorBoard is not installed, and where the disk is full or cannot be written.
     """
-    with writing_to(folder), _writer(folder) as writer:
+    with writing_to(folder), _disk_told_once(), _writer(folder) as writer:
         return sum(_add(writer, table, rows) for table, rows in (("steps", run.steps), ("vram", run.vram)))
 
 
@@ -33,6 +36,17 @@ def _add(writer: Any, table: str, rows: pd.DataFrame) -> int:
         for row in rows[["nominal_step", "seconds", column]].dropna().itertuples(index=False):
             writer.add_scalar(f"{table}/{column}", row[2], int(row[0]), walltime=row[1])
     return len(columns)
+
+
+@contextmanager
+def _disk_told_once() -> Iterator[None]:
+    """Keep the writer's thread from printing a full disk's traceback: the writer itself raises the same error."""
+    shown = threading.excepthook
+    threading.excepthook = lambda failure: None if isinstance(failure.exc_value, OSError) else shown(failure)
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
 
 
 def _writer(folder: Path) -> Any:

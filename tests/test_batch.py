@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,11 +18,12 @@ from rich.console import Console
 
 from hybridlab.errors import UserError
 from hybridlab.notebook import progress
-from hybridlab.notebook.batch import RunFailed, prepared, run_notebook, summary_of
-from hybridlab.notebook.executed import clean_, unfinished
+from hybridlab.notebook.batch import GO_ON, RunFailed, prepared, run_notebook, summary_of
+from hybridlab.notebook.executed import clean_, unfinished, write_or_rescue
 from hybridlab.notebook.parameters import declared_parameters, parameters_from, parameters_sha256
 from hybridlab.notebook.progress import PROGRESS_FILE, Progress, watched
 from hybridlab.notebook.results import Claim, claims_table, environment, git_commit, load_results, publish
+from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
 
@@ -94,9 +97,10 @@ def test_a_missing_parameter_file_names_its_neighbour(notebook):
 
 def test_settings_on_the_command_line_are_read_by_the_declared_type(notebook):
     settings = [("lr", "1e-4"), ("start", "12:30"), ("fast", "true"), ("widths", "[4]"), ("limit", "7")]
-    job = prepared(notebook, Path("out.ipynb"), [], settings)
-    assert job.overrides == {"lr": 1e-4, "start": "12:30", "fast": True, "widths": [4], "limit": 7}
-    assert job.parameters == {"steps": 3, "results": "runs"} | job.overrides
+    job = prepared(notebook, Path("runs/out.ipynb"), [], settings)
+    read = {"lr": 1e-4, "start": "12:30", "fast": True, "widths": [4], "limit": 7}
+    assert job.overrides == read | {"results": "runs"}
+    assert job.parameters == {"steps": 3} | job.overrides
     assert "steps: 'many' is text" in refusal(notebook, None, ("steps", "many"))
     assert "did you mean 'steps'?" in refusal(notebook, None, ("stepps", "1"))
 
@@ -105,8 +109,30 @@ def test_later_values_win_and_an_int_is_a_float(notebook):
     for name, text in (("a.yaml", "lr: 1\nsteps: 5"), ("b.yaml", "steps: 6"), ("empty.yaml", "# nothing\n")):
         Path(name).write_text(text, encoding="utf-8")
     files = [Path("a.yaml"), Path("b.yaml"), Path("empty.yaml")]
-    job = prepared(notebook, Path("out.ipynb"), files, [("lr", "2")])
-    assert job.overrides == {"lr": 2, "steps": 6}
+    job = prepared(notebook, Path("runs/out.ipynb"), files, [("lr", "2")])
+    assert job.overrides == {"lr": 2, "steps": 6, "results": "runs"}
+
+
+def test_results_go_where_the_copy_goes_unless_they_are_sent_elsewhere(notebook, root, tmp_path_factory, monkeypatch):
+    Path("params.yaml").write_text("lr: 1.0\nresults: executed/cpu\nsteps: 2", encoding="utf-8")
+    files, elsewhere = [Path("params.yaml")], tmp_path_factory.mktemp("elsewhere")
+    for output, results in (("runs/a.ipynb", "runs"), ("a.ipynb", "."), (elsewhere / "a.ipynb", str(elsewhere))):
+        assert prepared(notebook, Path(output), files).parameters["results"] == results
+    sent = prepared(notebook, Path("runs/a.ipynb"), files, [("results", "kept")])
+    assert sent.parameters["results"] == "kept"
+    assert not Path("executed").exists()
+    assert list(sent.overrides) == ["lr", "results", "steps"], "in the file's order, as an executed copy shows them"
+    monkeypatch.chdir(root / "notebooks")
+    assert prepared(notebook, Path("../runs/a.ipynb")).parameters["results"] == "runs"
+
+
+def test_a_notebook_without_results_is_given_none(root):
+    plain = save(tiny_notebook(declared="lr: float = 1.0"), root / "plain.ipynb")
+    assert prepared(plain, Path("out.ipynb")).overrides == {}
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_start(notebook):
+    assert "cannot write into" in refusal(notebook, None, ("results", "pyproject.toml/deeper"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +170,7 @@ def test_parameters_collected_in_the_notebook_are_those_the_runner_records(noteb
     namespace: dict[str, object] = {}
     exec(DECLARED, namespace)
     namespace |= {"In": [""], "path": Path(), "_i1": "text"}
-    assert parameters_from(namespace) == prepared(notebook, Path("out.ipynb")).parameters
+    assert parameters_from(namespace) == prepared(notebook, Path("runs/out.ipynb")).parameters
 
 
 GOOD_CELLS = (
@@ -158,6 +184,9 @@ GOOD_CELLS = (
 )
 
 
+GOOD_SETTINGS = [("lr", "1e-2"), ("start", 'a"b\\c\nd'), ("results", "runs")]
+
+
 @pytest.fixture(scope="module")
 def good_run(tmp_path_factory):
     """One whole run, shared by the tests that look at its copy."""
@@ -165,7 +194,7 @@ def good_run(tmp_path_factory):
     notebook = save(tiny_notebook(*GOOD_CELLS), folder / "notebooks" / "good.ipynb")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run_notebook(notebook, folder / "executed" / "good.ipynb", [], [("lr", "1e-2"), ("start", 'a"b\\c\nd')])
+        run_notebook(notebook, folder / "executed" / "good.ipynb", [], GOOD_SETTINGS)
     return folder
 
 
@@ -199,17 +228,16 @@ def test_the_copy_says_what_it_rests_on_as_its_results_do(good_run, monkeypatch)
 def test_two_equal_runs_leave_the_same_bytes(good_run, monkeypatch):
     monkeypatch.chdir(good_run)
     first = (good_run / "executed" / "good.ipynb").read_bytes()
-    settings = [("lr", "1e-2"), ("start", 'a"b\\c\nd')]
-    run_notebook(good_run / "notebooks" / "good.ipynb", good_run / "again" / "good.ipynb", [], settings)
+    run_notebook(good_run / "notebooks" / "good.ipynb", good_run / "again" / "good.ipynb", [], GOOD_SETTINGS)
     assert (good_run / "again" / "good.ipynb").read_bytes() == first
 
 
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        ("raise ValueError('two\\nlines')", "code cell 2, `raise ValueError('two\\nlines')`: ValueError: two lines"),
-        ("raise SystemExit(0)", "code cell 2, `raise SystemExit(0)`: the notebook ended early with SystemExit"),
-        ("import os\nos.kill(os.getpid(), 9)", "code cell 2, `import os`: the kernel died: killed, or out of memory"),
+        ("raise ValueError('two\\nlines')", "code cell 3, `raise ValueError('two\\nlines')`: ValueError: two lines"),
+        ("raise SystemExit(0)", "code cell 3, `raise SystemExit(0)`: the notebook ended early with SystemExit"),
+        ("import os\nos.kill(os.getpid(), 9)", "code cell 3, `import os`: the kernel died: killed, or out of memory"),
     ],
 )
 def test_a_run_that_stops_keeps_a_partial_copy_and_the_old_output(root, cell, reason):
@@ -219,10 +247,71 @@ def test_a_run_that_stops_keeps_a_partial_copy_and_the_old_output(root, cell, re
     output.write_text("old", encoding="utf-8")
     with pytest.raises(RunFailed) as failed:
         run_notebook(notebook, output)
-    assert str(failed.value) == f"{reason} (partial copy: {output.with_suffix('.failed.ipynb')})"
+    assert str(failed.value) == f"{reason} (partial copy: {output.with_suffix('.failed.ipynb')}); {GO_ON}"
     assert output.read_text(encoding="utf-8") == "old"
     partial = nbformat.read(output.with_suffix(".failed.ipynb"), as_version=4)
     assert partial.cells[-1].execution_count is None
+
+
+def kept_as(message: str) -> Path:
+    found = re.search(r"the copy is kept as (\S+\.ipynb)", message)
+    assert found, message
+    return Path(found[1])
+
+
+@pytest.fixture
+def temporary(root, monkeypatch):
+    folder = root / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_finished_copy_without_a_place_is_kept_elsewhere_whole_and_clean(root, temporary):
+    """The place is taken away by the run itself, after all checks."""
+    source = "import os, pathlib\nos.rmdir('out')\npathlib.Path('out').touch()"
+    notebook = save(tiny_notebook(source), root / "tiny.ipynb")
+    with pytest.raises(RunFailed, match=r"^every cell has run, but cannot write in the folder out: ") as failed:
+        run_notebook(notebook, Path("out/tiny.ipynb"))
+    kept = kept_as(str(failed.value))
+    assert "\n" not in str(failed.value)
+    copy = nbformat.read(kept, as_version=4)
+    assert unfinished(copy) is None
+    assert copy.metadata["hybridlab"]["parameters"]["results"] == "out"
+    assert [path.name for path in temporary.rglob("*")] == [kept.parent.name, "tiny.ipynb"]
+
+
+def test_a_partial_copy_without_a_place_is_kept_elsewhere(root, temporary):
+    source = "import os, pathlib\nos.rmdir('out')\npathlib.Path('out').touch()\n1 / 0"
+    notebook = save(tiny_notebook(source), root / "tiny.ipynb")
+    with pytest.raises(RunFailed) as failed:
+        run_notebook(notebook, Path("out/tiny.ipynb"))
+    said = str(failed.value)
+    assert said.startswith("code cell 3, `import os, pathlib`: ZeroDivisionError: division by zero (cannot write in")
+    assert said.endswith(GO_ON)
+    assert kept_as(said).name == "tiny.failed.ipynb"
+
+
+def test_on_a_full_disk_the_copy_as_it_ran_is_moved_and_nothing_half_written_stays(root, temporary):
+    whole = tiny_notebook("print('all')")
+    work = save(whole, temporary / "hybridlab-x" / "work.ipynb")
+    with full_disk(100), pytest.raises(UserError) as refused:
+        write_or_rescue(whole, root / "out" / "tiny.ipynb", work)
+    kept = kept_as(str(refused.value))
+    assert nbformat.read(kept, as_version=4) == whole
+    assert [path.name for path in (root / "out").iterdir()] == []
+    assert [path.name for path in kept.parent.iterdir()] == ["tiny.ipynb"]
+
+
+def test_a_full_temporary_folder_stops_a_run_with_one_line(root, temporary):
+    notebook = save(tiny_notebook("print('all')"), root / "tiny.ipynb")
+    with full_disk(100), pytest.raises(RunFailed) as failed:
+        run_notebook(notebook, Path("out/tiny.ipynb"))
+    said = str(failed.value)
+    assert "work.ipynb: File too large; make room there, or name another folder in TMPDIR" in said
+    assert said.endswith(f"no copy could be kept); {GO_ON}")
+    assert "\n" not in said
+    assert list(temporary.iterdir()) == list((root / "out").iterdir()) == []
 
 
 def test_an_early_exit_in_the_last_cell_is_not_a_whole_run(root):
@@ -246,8 +335,8 @@ def test_an_interrupted_run_says_where_and_ends_with_130(root):
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130
     assert said.splitlines() == [
-        "hybridlab: code cell 2, `import pathlib, time`: stopped (Ctrl-C or a signal) "
-        "(partial copy: out/slow.failed.ipynb)"
+        "hybridlab: code cell 3, `import pathlib, time`: stopped (Ctrl-C or a signal) "
+        f"(partial copy: out/slow.failed.ipynb); {GO_ON}"
     ]
     assert not (root / "out" / "slow.ipynb").exists()
     assert (root / "out" / "slow.failed.ipynb").exists()

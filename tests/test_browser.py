@@ -39,6 +39,12 @@ hybrid = HybridTrainerConfig.conservative(warmup_steps=20, gate=False, confidenc
 task = TextTaskConfig("nano", "markov", vocab_size=64, block_size=16, validation_batches=2, max_bytes=40_000)
 session = Session(RunConfig("steered", task, steps=20_000, hybrid=hybrid, device="cpu", cpu_threads=1), "browser")
 """
+ISOLATED = """\
+from dataclasses import replace
+from hybridlab.notebook import run_configs
+session.close()
+runs = run_configs([replace(session.config, steps=60)], "browser", isolated=True)
+"""
 SCROLL = "element => element.scrollIntoView({block: 'center'})"
 RUN = "for result in session.run({}): pass\nprint(session)"
 
@@ -231,3 +237,17 @@ def test_a_session_is_steered_stopped_and_gone_on_with(lab: Lab) -> None:
     lab.menu("Kernel", "Interrupt Kernel")
     until(lambda: "goes on from here" in first.inner_text(), "an interrupt ends the cell with one line")
     assert lab.page.locator(".jp-OutputArea-output[data-mime-type*=error]").count() == 0
+
+
+def test_an_isolated_run_shows_a_bar_and_a_mistake_one_line(lab: Lab) -> None:
+    mistake = "list(session.run(1))"
+    cells = [nbformat.v4.new_code_cell(source) for source in (SESSION, ISOLATED, mistake)]
+    lab.open(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), "isolated.ipynb")
+    lab.run_cell(0)
+    until(lab.is_idle, "the session is made")
+    isolated = lab.run_cell(1)
+    until(lambda: "finished · step 60 of 60 in all" in " ".join(isolated.inner_text().split()), "the run ends")
+    assert lab.page.locator("[data-mime-type*=stderr], .jupyter-button:visible").count() == 0
+    refused = lab.run_cell(2).locator(".jp-OutputArea-output")
+    until(lambda: refused.count() == 1, "the mistake is told")
+    assert refused.inner_text() == "this session has ended: Session(..., resume=True) goes on from its last checkpoint"

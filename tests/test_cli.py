@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from hybridlab import __version__
 from hybridlab.cli import main
 from tests.notebook_maker import project, save, tiny_notebook
 
@@ -75,8 +77,17 @@ def test_a_failing_cell_ends_with_1_and_one_line(root, capfd):
     assert said == ""
     assert errors == (
         "hybridlab: code cell 4, `1 / 0 if fast else None`: ZeroDivisionError: division by zero "
-        "(partial copy: out/tiny.failed.ipynb)\n"
+        "(partial copy: out/tiny.failed.ipynb); the same command with --resume goes on with its training runs\n"
     )
+
+
+def test_a_mistake_in_a_cell_ends_with_1_and_is_one_line_in_the_copy_too(root, capfd):
+    cell = "from hybridlab.errors import UserError\nraise UserError('mend it so')"
+    save(tiny_notebook(cell), root / "mistaken.ipynb")
+    assert ended("run mistaken.ipynb -o out/mistaken.ipynb") == 1
+    assert "UserError: mend it so" in capfd.readouterr().err
+    outputs = nbformat.read("out/mistaken.failed.ipynb", as_version=4).cells[-1].outputs
+    assert [output.traceback for output in outputs] == [["mend it so"]]
 
 
 def test_a_bug_keeps_its_traceback(root, monkeypatch):
@@ -93,6 +104,11 @@ def test_help_names_what_there_is(capsys, arguments, code):
     assert ended(arguments) == code
     out, said = capsys.readouterr()
     assert "hybridlab" in out + said
+
+
+def test_the_version_is_said(capsys):
+    assert ended("--version") == 0
+    assert capsys.readouterr().out == f"hybridlab {__version__}\n"
 
 
 def test_data_prints_the_record_of_a_source(capsys):

@@ -13,17 +13,29 @@ from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_ta
 from hybridlab.notebook.progress import PROGRESS_FILE
 from hybridlab.runs import RunRecorder
 from hybridlab.tensorboard import export_tensorboard
+from tests.conftest import full_disk
 from tests.notebook_maker import project
 
 
-def record(folder: Path, name: str, seed: int, end: float, *, finished: bool = True, evaluated: bool = True) -> None:
-    with RunRecorder(folder, {"name": name, "seed": seed}) as recorder:
+def record(
+    folder: Path,
+    name: str,
+    seed: int,
+    end: float,
+    *,
+    finished: bool = True,
+    evaluated: bool = True,
+    card: bool = False,
+) -> None:
+    hybrid = {"predictor": "river", "max_predict_steps": 8 if name == "bold" else 0}
+    with RunRecorder(folder, {"name": name, "seed": seed, "hybrid": hybrid, "device": "a card"}) as recorder:
         for step in range(1, 5):
             loss = end + 1 / step if evaluated else None
             row = {"nominal_step": step, "gradient_step": max(1, step - 1), "seconds": 0.5 * step}
             recorder.add("steps", row | {"measured_loss": end, "validation_loss": loss, "phase": "full"})
             memory = {"nominal_step": step, "seconds": 0.5 * step, "phase": "full"}
-            recorder.add("vram", memory | {"source": "process", "used_bytes": 10**9})
+            on_card = {"unix_seconds": 0.0, "device_total_bytes": 1, "device_used_bytes": 1, "utilization_percent": 1}
+            recorder.add("vram", memory | {"source": "process", "used_bytes": 10**9} | (on_card if card else {}))
         if finished:
             counts = {"nominal_steps": 4, "gradient_steps": 3, "predicted_steps": 1, "seconds": 2.0}
             recorder.finish(
@@ -112,8 +124,33 @@ def test_the_command_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     assert said.startswith("2 runs in runs")
     assert said.index("one/bold_seed_0") < said.index("two/bold_seed_0")
+    assert main(["runs", "--where", "name=none"]) == 2
+    assert "no run in runs fits" in capsys.readouterr().err
     assert main(["runs", "--folder", "elsewhere"]) == 2
-    assert "no run in elsewhere fits" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_runs_tell_which_predictor_they_asked() -> None:
+    shown = runs_table("runs", sort="predictor")
+    assert shown.table is not None
+    assert [row["predictor"] for row in shown.table.rows] == ["river", "river", None, None]
+    assert found(where=["predictor=river", "state=finished"]) == ["one/bold_seed_0"]
+
+
+@pytest.mark.parametrize("option", ["--tensorboard", "--csv"])
+def test_a_place_that_cannot_be_written_is_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    record(Path("runs/card/x"), "x", 0, 3.0, card=True)
+    assert main(["runs", "--where", "name=x", option, "pyproject.toml/there"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot write in the folder" in said
+    assert said.count("\n") == 1
+
+
+def test_a_full_disk_ends_an_export_with_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with full_disk(50), pytest.raises(UserError, match="cannot write in the folder"):
+        export_tensorboard(find_runs("runs")[0], tmp_path / "events")
 
 
 def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
@@ -130,5 +167,5 @@ def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
 
 def test_without_tensorboard_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"pip install 'hybridlab\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tensorboard\]'"):
         export_tensorboard(find_runs("runs")[0], tmp_path)

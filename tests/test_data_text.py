@@ -386,10 +386,10 @@ def test_hf_refuses_what_it_cannot_use(hf, tmp_path):
 def test_hf_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     jsonl(tmp_path / "set" / "train.jsonl", ["one"])
-    with pytest.raises(UserError, match=r"pip install 'hybridlab\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
         load_huggingface(str(tmp_path / "set"), vocab_size=257, max_bytes=None, cache=tmp_path, make_encoder=words)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(UserError, match=r"pip install 'hybridlab\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
         load_text(f"hf:{tmp_path / 'set'}", cache=tmp_path)
 
 

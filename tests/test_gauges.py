@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybridlab.notebook.gauges import Memory, State, draw
+from hybridlab.notebook.gauges import Memory, State, draw, draw_bar
 from hybridlab.notebook.instruments import memory_of, work_of
 from hybridlab.notebook.timeline import COLUMNS, Timeline
 from hybridlab.step_result import Statistics
@@ -76,6 +76,37 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
     assert "step 40 of 100 · 1 min 15 s left" in seen
     assert "time left unknown" in text(draw(state()))
     assert "left" not in text(draw(state(status="finished"))).split("Card")[0]
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ({"done": 10, "total": 20, "seconds_left": 5}, "running · step 40 of 100 · 5 s left in this cell"),
+        ({"done": 40, "total": 100, "seconds_left": 5}, "running · step 40 of 100 · 5 s left"),
+        ({"done": 140, "total": 400, "seconds_left": 5}, "step 40 of 100 · 140 of 400 in all · 5 s left"),
+        ({"done": 140, "total": 400, "status": "stopped"}, "stopped · step 40 of 100 · 140 of 400 in all"),
+        ({"done": 10, "total": 20, "status": "stopped"}, "stopped · step 40 of 100"),
+    ],
+)
+def test_the_bar_measures_the_run_whose_step_is_written_beside_it(cell: dict[str, object], said: str) -> None:
+    drawn = draw(state(**cell))
+    assert re.findall(r"hl-way'><div style='width:(.*?)%", drawn) == ["40.0"]
+    head = re.sub(r"\s+", " ", text(drawn.split("<div class='hl-way'>")[0])).strip()
+    assert f"{head} ·".endswith(f"{said} ·")
+
+
+def test_a_bar_alone_measures_all_runs() -> None:
+    drawn = draw_bar("<fits>, seed 0", 30, 120, "running", 75)
+    assert "width:25.0%" in drawn
+    assert text(drawn).strip() == "&lt;fits&gt;, seed 0 running · step 30 of 120 in all · 1 min 15 s left"
+    assert "left" not in text(draw_bar("fits", 120, 120, "finished", 0))
+
+
+def test_steps_that_nobody_saw_stay_empty() -> None:
+    line = Timeline(10)
+    for step in (5, 6):
+        line.add(step, "full", 1, 1.0, None)
+    assert list(line.bands()) == [("full", 0.4, 0.6)]
 
 
 def test_names_and_events_cannot_break_the_page() -> None:

@@ -329,5 +329,5 @@ def test_compress_says_that_it_needs_torchao(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     torchao_optim.cache_clear()
     _, optimizer = trained("adamw")
-    with pytest.raises(UserError, match="strategy 'compress' needs torchao: pip install torchao"):
+    with pytest.raises(UserError, match=r"strategy 'compress' needs torchao: \.venv/bin/pip install torchao"):
         StateOffload(optimizer, PredictAwareMemoryConfig("compress"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybridlab.cli import main
+from hybridlab.config import HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.gram import PathNeeds
 from hybridlab.memory import nearest_fit, plan
@@ -23,6 +25,7 @@ from hybridlab.memory.config import (
     PredictAwareMemoryConfig,
 )
 from hybridlab.memory.emulated_card import emulated_card
+from hybridlab.memory.forecast import code_of, default_batch
 from hybridlab.memory.live_bytes import LiveBytes
 from hybridlab.memory.nearest_fit import Situation, climb, ladder
 from hybridlab.memory.planner import CardShare
@@ -336,10 +339,10 @@ def test_step_time_follows_the_work_and_the_card():
 # --- the command line ------------------------------------------------------------------------------------
 
 
-def ended(arguments: str) -> int | str | None:
-    """Plan the smallest model; give the exit code however it ends."""
+def ended(arguments: str, size: str = "--model nano --batch 8x64") -> int | str | None:
+    """Plan, the smallest model by default; give the exit code however it ends."""
     try:
-        return main(["plan", "--model", "nano", "--batch", "8x64", *arguments.split()])
+        return main(["plan", *size.split(), *arguments.split()])
     except SystemExit as end:
         return end.code
 
@@ -351,6 +354,39 @@ def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
     out = capsys.readouterr().out
     assert "It does not fit a card of 0.65 GB" in out
     assert "+ bf16 autocast" in out
+    assert "memory = " not in out, "nothing makes it fit"
+
+
+def test_what_is_switched_on_can_be_pasted(capsys):
+    assert ended("--predictor linear --card 6GB", size="--model small") == 0
+    *_, imports, memory, hybrid = capsys.readouterr().out.splitlines()
+    names = {"HybridTrainerConfig": HybridTrainerConfig}
+    exec("\n".join((imports, memory, hybrid)), names)
+    switched_on = MemoryConfig(**BF16, **CHUNKED)
+    assert names["memory"] == switched_on
+    assert (names["hybrid"].path_device, names["hybrid"].memory) == ("host", switched_on)
+
+
+@pytest.mark.parametrize(
+    "make", [MemoryConfig, MemoryConfig.conservative, MemoryConfig.aggressive, MemoryConfig.fit_16gb]
+)
+def test_settings_are_made_again_by_their_code(make):
+    assert eval(code_of(make())) == make()
+    assert code_of(MemoryConfig()) == "MemoryConfig()"
+
+
+def test_sizes_too_small_for_gigabytes_are_in_smaller_units(capsys):
+    assert ended("--card 16GB --memory conservative") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^weights +0\.\d\d MB", out, re.MULTILINE)
+    assert re.search(r"^path +0 +0 +0$", out, re.MULTILINE)
+    assert "0.00" not in out
+
+
+def test_the_default_batch_is_one_that_the_model_takes(capsys):
+    assert [default_batch(model) for model in ("nano", "small")] == [(8, 64), (8, 512)]
+    assert ended("", size="--model nano") == 0
+    assert "It fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -363,7 +399,7 @@ def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
         ("--optimizer adamx", "optimizer 'adamx' is unknown: did you mean 'adam'?"),
         ("--memory fit_16", "did you mean 'fit_16gb'?"),
         ("--predictor linea", "did you mean 'linear'?"),
-        ("--batch 1x65", "cut it to 64"),
+        ("--batch 1x65", "cut it to 64, as in batch=(1, 64), on the command line --batch 1x64"),
         ("--memory fit_16gb --predictor linear", "path_device='host'"),
     ],
 )

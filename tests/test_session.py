@@ -13,13 +13,14 @@ import pytest
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.errors import UserError
-from hybridlab.notebook import Session, final_frame, run_study, session
+from hybridlab.notebook import Session, final_frame, live, run_study, session
 from hybridlab.notebook.controls import Controls, control_row
 from hybridlab.notebook.live import Live, interrupts
 from hybridlab.notebook.panel_cost import panel_overhead
 from hybridlab.optimizers import Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, TextTaskConfig, train
+from hybridlab.study.arms import OnStep
 from tests.conftest import Problem
 from tests.notebook_maker import project
 
@@ -117,7 +118,7 @@ def test_a_session_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path
     list(driven.run(12))
     driven.save()
     list(driven.run(3))
-    driven.close()
+    driven._steps.close()  # as an interpreter that ends does
     with pytest.raises(UserError, match="resume=True"):
         next(driven.run())
     again = Session(CONFIG, "cells", resume=True)
@@ -126,8 +127,74 @@ def test_a_session_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path
     pd.testing.assert_frame_equal(untimed(again.record), untimed(train(CONFIG, tmp_path / "x")), check_exact=True)
     with pytest.raises(UserError, match="has finished"):
         Session(CONFIG, "cells", resume=True)
-    with pytest.raises(UserError, match="steps"):
-        Session(replace(CONFIG, steps=20), "cells", resume=True)
+    assert Session(replace(CONFIG, steps=20), "cells", resume=True).steps_done == 0, "another run, in another folder"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_without_a_checkpoint_resume_is_refused_and_touches_nothing() -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(5))
+    driven._steps.close()
+    before = files(driven.folder)
+    with pytest.raises(UserError, match=r"no checkpoint lies in .*: its 5 steps cannot be gone on with; start afresh"):
+        Session(CONFIG, "cells", resume=True)
+    assert files(driven.folder) == before
+    assert Session(CONFIG, "cells").steps_done == 0
+
+
+def test_resume_starts_where_nothing_was_trained_yet() -> None:
+    assert Session(CONFIG, "cells", resume=True).steps_done == 0
+    assert Session(CONFIG, "cells", resume=True).steps_done == 0
+
+
+def test_closing_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(27))
+    driven.close()
+    driven.close()
+    again = Session(CONFIG, "cells", resume=True)
+    assert again.steps_done == 27
+    written = files(again.folder)["checkpoint.pt"]
+    again.close()
+    assert files(again.folder)["checkpoint.pt"] == written, "it holds every step already"
+    again = Session(CONFIG, "cells", resume=True)
+    list(again.run())
+    again.close()
+    assert not (again.folder / "checkpoint.pt").exists()
+    pd.testing.assert_frame_equal(untimed(again.record), untimed(train(CONFIG, tmp_path / "x")), check_exact=True)
+
+
+def test_half_a_step_is_never_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(5))
+    monkeypatch.setattr(HybridTrainer, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(driven.run(5))
+    driven.close()
+    assert not (driven.folder / "checkpoint.pt").exists()
+    assert len(driven.record.steps) == 5
+
+
+def test_a_session_that_took_no_step_is_closed_without_a_checkpoint() -> None:
+    driven = Session(CONFIG, "cells")
+    driven.close()
+    assert not (driven.folder / "checkpoint.pt").exists()
+
+
+def test_a_resumed_panel_shows_the_steps_before_in_their_own_phases() -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(30))
+    bands = list(driven.frame().state.timeline.bands())
+    driven.close()
+    again = Session(CONFIG, "cells", resume=True)
+    assert list(again._instruments.timeline.bands()) == bands
+    assert bands[0] == ("warmup", 0.0, 8 / STEPS)
+    list(again.run(1))
+    measured = again.frame().state.timeline.series("measured_loss")
+    assert [loss for _, loss in measured] == pytest.approx(again.record.steps["measured_loss"].dropna().tolist())
 
 
 def test_an_interrupt_ends_the_cell_after_the_step_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +270,11 @@ def test_buttons_and_sliders_act_between_two_steps(watched: list[Live]) -> None:
             assert (driven.folder / "checkpoint.pt").exists()
             controls.stop()
     assert seen == [1, 2, 3, 4, 5]
+    saved = (driven.folder / "checkpoint.pt").stat().st_mtime_ns
+    driven.close()
+    assert (driven.folder / "checkpoint.pt").stat().st_mtime_ns == saved, "Stop has left one already"
+    driven = Session(CONFIG, "cells", resume=True)
+    assert driven.steps_done == 5
     assert driven.record.steps["changed"].dropna().to_dict() == {3: "confidence_threshold=0.25"}
     list(driven.run())
     assert "finished" in watched[1]._gauges.value
@@ -286,6 +358,24 @@ def test_a_stopped_study_goes_on_when_the_cell_is_run_again(
     unbroken = study.run(Path("unbroken"))
     for name, run in unbroken.runs.items():
         pd.testing.assert_frame_equal(untimed(result.runs[name]), untimed(run), check_exact=True)
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_isolated_runs_show_a_bar_of_their_own(
+    looked_at: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_arms(configs: object, folder: Path, on_step: OnStep, **_: object) -> str:
+        for _step in range(3):
+            on_step("fits, seed 0", 4)
+        return "result"
+
+    drawn: list[str] = []
+    monkeypatch.setattr(session, "gauges_wanted", lambda: looked_at)
+    monkeypatch.setattr(session, "run_arms", run_arms)
+    monkeypatch.setattr(live, "display", lambda bar: drawn.append(bar))
+    assert session.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
+    assert capsys.readouterr() == ("", "")
+    assert [("stopped" in bar.value, "3</b> of 4 in all" in bar.value) for bar in drawn] == [(True, True)] * looked_at
 
 
 def test_in_batch_nothing_but_progress_is_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, run_config, train, turns
+from hybridlab.study.arms import folder_name, run_arms
 from hybridlab.study.compilation import compile_
 from hybridlab.study.overhead import step_overhead
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
@@ -104,6 +106,25 @@ def test_a_run_s_record_tells_everything(result: StudyResult) -> None:
     assert predicted["gradient_norm"].isna().all()
     assert run.steps["validation_loss"].notna().sum() == 2
     assert (run.vram["used_bytes"] > 0).all()
+
+
+def test_runs_under_other_settings_lie_apart_and_each_resumes_its_own(tmp_path: Path) -> None:
+    short = replace(SHORT, steps=4, evaluate_every=4)
+    other = replace(short, optimizer=OptimizerConfig(lr=2e-2))
+    first = run_arms([short], tmp_path).runs["baseline", 0]
+    second = run_arms([other], tmp_path, resume=True).runs["baseline", 0]
+    assert Run.load(first.folder).summary == first.summary
+    for config, run in ((short, first), (other, second)):
+        resumed = run_arms([config], tmp_path, resume=True).runs["baseline", 0]
+        assert (resumed.folder, resumed.summary) == (run.folder, run.summary)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_s_name_tells_arm_settings_and_seed() -> None:
+    names = [folder_name(replace(SHORT, name="lr x 2", seed=seed)) for seed in (0, 1)]
+    assert re.fullmatch(r"lr_x_2_[0-9a-f]{6}_seed_0", names[0])
+    assert names[1] == names[0].replace("seed_0", "seed_1")
+    assert folder_name(replace(SHORT, checkpoint_every=5)) == folder_name(SHORT), "no figure depends on it"
 
 
 def test_same_settings_same_numbers(tmp_path: Path, result: StudyResult) -> None:

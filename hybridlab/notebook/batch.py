@@ -98,29 +98,30 @@ def prepared(notebook: Path, output: Path, files: Sequence[Path] = (), settings:
     given += [value_on_command_line(name, text, declared) for name, text in settings]
     overrides = checked_values(given, declared, notebook.name)
     parameters = defaults(declared) | overrides
-    _check_output(notebook, output, root / str(parameters.get("results", "")))
+    _check_name(notebook, output)
+    results = parameters.get("results")
+    _make_folders(output, *([root / results / "results.json"] if isinstance(results, str) else []))
     return Job(notebook, output, overrides, parameters, root)
 
 
-def _check_output(notebook: Path, output: Path, results: Path) -> None:
-    """Refuse an output or results that could not be written when the run is over; make their folders."""
+def _check_name(notebook: Path, output: Path) -> None:
     if output.suffix != ".ipynb" or output.is_dir():
         raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
     if output.resolve() == notebook.resolve():
         raise UserError(f"{output}: the output would replace the source notebook: give it another name")
-    for what, folder in ((output, output.parent), (results / "results.json", results)):
-        _check_writable(what, folder.absolute())
-    for what, folder in ((output, output.parent), (results / "results.json", results)):
+
+
+def _make_folders(*files: Path) -> None:
+    """Make the folders of what is written when the run is over; none is made where one of them is refused."""
+    for file in files:
+        there = next(place for place in file.absolute().parents if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{file}: cannot write into {there}: choose another folder")
+    for file in files:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{what}: cannot make its folder: {error.strerror}") from None
-
-
-def _check_writable(what: Path, folder: Path) -> None:
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{what}: cannot write into {there}: choose another folder")
+            raise UserError(f"{file}: cannot make its folder: {error.strerror}") from None
 
 
 @contextmanager

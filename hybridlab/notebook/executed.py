@@ -50,11 +50,14 @@ def write_or_rescue(notebook: NotebookNode, path: Path, working_copy: Path) -> N
 
 def _rescued(notebook: NotebookNode, name: str, working_copy: Path) -> str:
     kept = working_copy.parent.with_name(f"{working_copy.parent.name}-kept") / name
-    with suppress(OSError):
-        kept.parent.mkdir()
+    with suppress(OSError, UserError):
+        kept.parent.mkdir(mode=0o700)
+        read_notebook(working_copy)  # half of one is none
         working_copy.rename(kept)
     with suppress(UserError):
         write_notebook(notebook, kept)  # clean, where there is room
+    with suppress(OSError):
+        kept.parent.rmdir()  # if it is empty
     return f"the copy is kept as {kept}" if kept.exists() else "no copy could be kept"
 
 

@@ -94,7 +94,8 @@ def results_beside(output: Path, declared: Mapping[str, Parameter], root: Path) 
     """
     folder = output.parent.resolve()
     name = (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
-    return [Given("results", name, name, "from -o")] if "results" in declared else []
+    wanted_here = "results" in declared and accepts(declared["results"].kind, name)
+    return [Given("results", name, name, "from -o")] if wanted_here else []
 
 
 def _readings(raw: str) -> Iterable[Any]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from itertools import islice
 from pathlib import Path
+from weakref import finalize
 
 from hybridlab.checkpoint import has_checkpoint, remove_checkpoint
 from hybridlab.errors import UserError
@@ -37,14 +38,13 @@ class Session:
         for result in session.run(200):
             ...
 
-    config: of the run; folder: its record goes to `runs/<folder>/<arm>_seed_<seed>`
+    config: of the run; folder: its record goes to `runs/<folder>/<arm>_<hash of the settings>_seed_<seed>`
     resume: go on from the last checkpoint that lies there; by default, what lies there is replaced. The Stop button,
         `save` and `close` leave one
 
     In JupyterLab each cell shows gauges, buttons and sliders; in batch the same cells report plain progress.
 
-    Raises UserError, and leaves all as it is, when `resume` meets a run of another configuration, one that has
-    finished, or one without a checkpoint.
+    Raises UserError, and leaves all as it is, when `resume` meets a run that has finished, or one without a checkpoint.
     """
 
     def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
@@ -57,6 +57,7 @@ class Session:
         self._run = TrainingRun(config, self.folder)
         self.steps_done = self._saved_at = self._run.start()
         self._steps = self._run.steps()
+        finalize(self, self._steps.close)  # at the interpreter's exit too, while the record can still be written
         self._instruments = Instruments(self._run)
 
     def run(self, steps: int | None = None) -> Iterator[StepResult]:

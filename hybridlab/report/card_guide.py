@@ -36,7 +36,8 @@ EMULATED = """\
 The figures come from: {devices}.
 
 An emulated card is a larger one whose allocator refuses what a 16 GB card would not have: 16 decimal gigabytes, less
-the context that was measured. References that need more than that ran on the whole card, as their peaks show. So what fits, what fails and the peaks carry over, as far as the same kernels run.
+the context that was measured. References that need more than that ran on the whole card, as their peaks show. So what
+fits, what fails and the peaks carry over, as far as the same kernels run.
 What does not:
 
 - **Time.** Steps a second are those of the card that ran. Compare arms with each other, not with your clock.
@@ -55,8 +56,8 @@ loss, its whole interval included, is within 2 % of the control's perplexity.
 """
 
 NONE_QUALIFIES = """\
-For **{model}** there is nothing to recommend yet: no arm stayed below 14 GB *and* within 2 % of the control. If you must
-train it on this card, watch its loss."""
+For **{model}** there is nothing to recommend yet: no arm stayed below 14 GB *and* within 2 % of the control. If you
+must train it on this card, watch its loss."""
 
 PRESETS = """\
 ## Conservative against aggressive
