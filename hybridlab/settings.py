@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_types(settings: DataclassInstance) -> None:
     """Hold every field against its annotation; a bool is no int, an int is a float. Raises TypeError."""
-    kinds = get_type_hints(type(settings))
+    kinds = _kinds(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
         if not _fits(value, kinds[field.name]):
@@ -52,6 +53,9 @@ def check_choice(what: str, name: str, known: Iterable[str]) -> None:
     """Raise ValueError for a name that is not among the known ones; `what` says of what it is a name."""
     if name not in known:
         raise ValueError(f"{what} {name!r} is unknown: {nearest(name, known)}")
+
+
+_kinds = cache(get_type_hints)
 
 
 def _fits(value: object, kind: Any) -> bool:

@@ -18,12 +18,9 @@ from hybridlab.errors import UserError
 from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
 from hybridlab.host_memory import brought, host_room
 from hybridlab.settings import check_types
-from hybridlab.weights import Flat, Weights, refuse_hidden_weights
+from hybridlab.weights import PIECE, Flat, Weights, refuse_hidden_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-_CHUNK_ELEMENTS = 1 << 24
-"""Elements of a row whose products are summed in float32, and that are brought to the device at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,9 @@ class Trajectory:
         if self._rows:
             return
         needs, stored = self._needs, self._storage.dtype
-        sizes = [(sum(p.numel() for p in group), group[0].dtype) for group in self._weights.groups]
-        rows = [_unfilled(stored, needs.rows, size) for size, _ in sizes]
-        last = [_unfilled(dtype, size) for size, dtype in sizes]
-        velocity = [_unfilled(stored, size) for size, _ in sizes if needs.velocity is not None]
+        last = self._weights.flats
+        rows = [flat.new_empty((needs.rows, flat.numel()), dtype=stored) for flat in last]
+        velocity = [flat.to(stored) for flat in last if needs.velocity is not None]
         room = iter(self._room([*rows, *last, *velocity]))
         self._rows, self._last, self._velocity = ([next(room) for _ in kind] for kind in (rows, last, velocity))
         for mean in self._velocity:
@@ -221,17 +217,12 @@ def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, An
 # --- lists of tensors ------------------------------------------------------------------------------------
 
 
-def _unfilled(dtype: torch.dtype, *shape: int) -> Tensor:
-    """What memory is wanted for."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _average_(mean: Flat, row: Flat, keep: float, weight: float, device: torch.device) -> None:
-    """Mean = keep mean + weight row; computed on the device, piece by piece where it does not lie there."""
+    """Set mean to keep mean + weight row, on the device: piece by piece where it does not lie there."""
     if (mean.device, mean.dtype) == (device, torch.float32):
         mean.mul_(keep).add_(row, alpha=weight)
         return
-    for old, new in zip(torch.split(mean, _CHUNK_ELEMENTS), torch.split(row, _CHUNK_ELEMENTS), strict=True):
+    for old, new in zip(torch.split(mean, PIECE), torch.split(row, PIECE), strict=True):
         exact = brought(old, device, torch.float32) * keep
         exact.add_(brought(new, device, torch.float32), alpha=weight)
         old.copy_(exact.to(old.dtype), non_blocking=True)
@@ -241,8 +232,8 @@ def _average_(mean: Flat, row: Flat, keep: float, weight: float, device: torch.d
 def _products(rows: Sequence[Flat], device: torch.device) -> Float64[Tensor, "row row"]:
     """Inner products of rows, brought to the device piece by piece."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for start in range(0, rows[0].numel() if rows else 0, _CHUNK_ELEMENTS):
-        pieces = [brought(row[start : start + _CHUNK_ELEMENTS], device, torch.float32) for row in rows]
+    for start in range(0, rows[0].numel() if rows else 0, PIECE):
+        pieces = [brought(row[start : start + PIECE], device, torch.float32) for row in rows]
         for i, j in itertools.combinations_with_replacement(range(len(rows)), 2):
             total[i, j] += torch.dot(pieces[i], pieces[j])
     return torch.triu(total) + torch.triu(total, diagonal=1).T
@@ -250,5 +241,5 @@ def _products(rows: Sequence[Flat], device: torch.device) -> Float64[Tensor, "ro
 
 def _dot(a: Float[Tensor, " element"], b: Float[Tensor, " element"]) -> Float64[Tensor, ""]:
     """Inner product of two vectors, in float32 by the piece, in float64 over the pieces."""
-    pieces = zip(torch.split(a, _CHUNK_ELEMENTS), torch.split(b, _CHUNK_ELEMENTS), strict=True)
+    pieces = zip(torch.split(a, PIECE), torch.split(b, PIECE), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in pieces]).sum(dtype=torch.float64)

@@ -20,7 +20,7 @@ Flat = Float[Tensor, " element"]
 """One parameter group, laid out in one piece of memory."""
 
 PIECE = 1 << 24
-"""Elements of the exact weights that are on the device at a time while they are lowered."""
+"""Elements of a flat piece of memory that are brought to the device, or summed in float32, at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Weights:
         """The optimizer's settings of each group, as they are now."""
         return [s for s in self._optimizer.param_groups if any(p.requires_grad for p in s["params"])]
 
+    @property
+    def flats(self) -> list[Flat]:
+        """What each group takes in one piece of memory: its size and type, on "meta"."""
+        return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in self.groups]
+
     @torch.no_grad()
     def gather_(self, flat: Flat, g: int) -> Flat:
         """Copy one group's weights into a flat piece of memory, and return it."""
@@ -77,7 +82,7 @@ class Weights:
 
     @torch.no_grad()
     def advance_(self, last: Flat, row: Flat, g: int) -> None:
-        """Row = weights - last, then last = weights, of one group; computed where the weights are."""
+        """Of one group, set row to weights - last, then last to the weights; computed where the weights are."""
         group = self.groups[g]
         if (row.device, row.dtype) == (self.device, last.dtype):
             torch.sub(self.gather_(row, g), last, out=row)
@@ -133,7 +138,7 @@ class Weights:
         if self._is_low:
             return
         if not self._masters:
-            self._masters = host_room([_alike(group) for group in self.groups], pinned=self.device.type == "cuda")
+            self._masters = host_room(self.flats, pinned=self.device.type == "cuda")
         lows = [torch.empty(m.numel(), dtype=torch.bfloat16, device=self.device) for m in self._masters]  # no gaps
         for param, master in self._beside(self._masters):
             master.copy_(param, non_blocking=True)
@@ -249,11 +254,6 @@ def _views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
     """A flat piece of memory in the shapes of the parameters."""
     pieces = torch.split(flat, [p.numel() for p in group])
     return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
-
-
-def _alike(group: Sequence[Tensor]) -> Flat:
-    """The shape and type of all of a group's weights in one piece of memory."""
-    return torch.empty(sum(p.numel() for p in group), dtype=group[0].dtype, device="meta")
 
 
 def plain_tensors(value: Any) -> Iterator[Tensor]:

@@ -38,6 +38,13 @@ class Problem:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
 
+TINY_TEXT = {
+    "model": "nano", "data": "markov", "vocab_size": 64, "block_size": 16, "batch_size": 4, "validation_batches": 2,
+    "max_bytes": 40_000,
+}  # fmt: skip
+"""Settings of a text task that trains in a second."""
+
+
 @pytest.fixture
 def problem() -> Problem:
     return Problem()

@@ -25,12 +25,11 @@ from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.arms import run_arms
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.tasks import Task
+from tests.conftest import TINY_TEXT
 
 CONFIG = RunConfig(
     name="alone",
-    task=TextTaskConfig(
-        model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
-    ),
+    task=TextTaskConfig(**TINY_TEXT),
     steps=12,
     schedule=Schedule(warmup_steps=5, total_steps=12),
     device="cpu",

@@ -22,6 +22,7 @@ from hybridlab.study.out_of_memory import SNAPSHOT, shortage_told
 from hybridlab.study.planning import nearest_fit_of
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryReading
+from tests.conftest import TINY_TEXT
 
 CARD_IS_FULL = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.47 GiB of which 1.10 GiB is free."
@@ -64,9 +65,7 @@ class Hungry:
 
 CONFIG = RunConfig(
     name="hungry",
-    task=HungryTaskConfig(
-        model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
-    ),
+    task=HungryTaskConfig(**TINY_TEXT),
     steps=16,
     schedule=Schedule(warmup_steps=5, total_steps=16),
     device="cpu",

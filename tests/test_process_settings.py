@@ -18,6 +18,7 @@ from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.study.training_run import TrainingRun
 from hybridlab.vram import MemoryMeter
+from tests.conftest import TINY_TEXT
 
 TF32_ON_TWO = ("high", True, 2)
 """What the runs here ask for; nothing of it is this process's own."""
@@ -119,9 +120,7 @@ class Curious:
 
 CONFIG = RunConfig(
     name="tf32",
-    task=CuriousTaskConfig(
-        model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
-    ),
+    task=CuriousTaskConfig(**TINY_TEXT),
     steps=6,
     precision="tf32",
     device="cpu",

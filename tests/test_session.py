@@ -21,13 +21,11 @@ from hybridlab.optimizers import Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, TextTaskConfig, train
 from hybridlab.study.arms import OnStep
-from tests.conftest import Problem
+from tests.conftest import TINY_TEXT, Problem
 from tests.notebook_maker import project
 
 STEPS = 40
-TASK = TextTaskConfig(
-    model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2, max_bytes=40_000
-)
+TASK = TextTaskConfig(**TINY_TEXT)
 HYBRID = HybridTrainerConfig.conservative(
     warmup_steps=8,
     full_steps=8,

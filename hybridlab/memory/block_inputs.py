@@ -12,10 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hybridlab.host_memory import host_room
-from hybridlab.memory.side_stream import SideStream
-
-SMALL_BYTES = 4096
-"""Tensors below this stay where they are."""
+from hybridlab.memory.side_stream import SMALL_BYTES, SideStream
 
 
 @dataclass(eq=False)

@@ -14,11 +14,8 @@ from torch.optim import Optimizer
 from hybridlab.host_memory import host_room
 from hybridlab.memory.ao import torchao_optim
 from hybridlab.memory.config import PredictAwareMemoryConfig
-from hybridlab.memory.side_stream import SideStream
+from hybridlab.memory.side_stream import SMALL_BYTES, SideStream
 from hybridlab.weights import inside, plain_tensors
-
-SMALL_BYTES = 4096
-"""Tensors below this stay where they are: step counts, lookup tables, short biases."""
 
 BLOCK = 256
 """Numbers that share one scale in `compress`."""

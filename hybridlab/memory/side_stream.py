@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hybridlab.device import wait_for
 
+SMALL_BYTES = 4096
+"""Tensors below this stay where they are: step counts, lookup tables, short biases."""
+
 
 class SideStream:
     """A CUDA stream for copies; where there is no card, copies happen in line with everything else.

@@ -21,6 +21,7 @@ from hybridlab.notebook.timeline import timeline_of
 from hybridlab.phases import Phase
 from hybridlab.runs import Run
 from hybridlab.step_result import Statistics
+from hybridlab.study.arms import label
 
 MEASURED, PREDICTED, MEMORY = look.PALETTE[:3]
 
@@ -79,7 +80,7 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
     reading = {str(name): value for name, value in run.vram.iloc[-1].items()}
     work, unit = work_of(run.config["task"])
     return State(
-        title=f"{summary['name']}, seed {summary['seed']}",
+        title=label(summary["name"], summary["seed"]),
         status="finished",
         phase=last["phase"],
         step=int(last["nominal_step"]),

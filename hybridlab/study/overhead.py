@@ -15,13 +15,13 @@ from hybridlab.config import HybridTrainerConfig
 from hybridlab.device import find_device
 from hybridlab.memory.precision import autocast
 from hybridlab.optimizers import build_optimizer
+from hybridlab.passes import Closure
 from hybridlab.study.compilation import compile_
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.run_config import RunConfig
 from hybridlab.study.turns import median_ratio, seconds_in_turns
 from hybridlab.trainer import HybridTrainer
 
-Closure = Callable[[], Tensor]
 Step = Callable[[Closure], object]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from hybridlab.config import HybridTrainerConfig
@@ -63,12 +64,12 @@ class RunConfig:
             parts = self.memory.micro_batches
             raise ValueError(f"a batch of {self.task.batch_size} does not split into {parts} equal micro_batches")
 
-    @property
+    @cached_property
     def memory(self) -> MemoryConfig:
         """The memory features of the run."""
         return self.hybrid.memory or MemoryConfig()
 
-    @property
+    @cached_property
     def lr_schedule(self) -> Schedule:
         """The learning rate's; made for `steps` where none is given."""
         return self.schedule or Schedule().fitted_to(self.steps)

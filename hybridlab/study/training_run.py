@@ -27,6 +27,7 @@ from hybridlab.device import find_device
 from hybridlab.memory.apply import held, optimizer_for, prepare_model_
 from hybridlab.memory.precision import autocast
 from hybridlab.optimizers import set_lr_
+from hybridlab.passes import Closure
 from hybridlab.phases import Phase
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import Statistics, StepResult
@@ -246,7 +247,7 @@ class TrainingRun:
             row["changed"] = ", ".join(f"{name}={value:g}" for name, value in record.changes.items())
         return row | {"seconds": record.seconds}
 
-    def _parts_of(self, step: int) -> list[Callable[[], Tensor]]:
+    def _parts_of(self, step: int) -> list[Closure]:
         """The losses of a step's batch, part by part; the batch is made once, when one of them is asked for."""
         count = self._config.memory.micro_batches
         parts = cache(lambda: in_parts(self._task.batch(step), count))
@@ -313,7 +314,7 @@ class TrainingRun:
 
     def _state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
-        return {name: part.state_dict() for name, part in self._parts.items()} | {
+        return {name: component.state_dict() for name, component in self._components.items()} | {
             "steps_done": self._trainer.statistics().nominal_steps,
             "random": random_state(),
             "seconds": self._stopwatch.seconds,
@@ -327,8 +328,8 @@ class TrainingRun:
         state = load_checkpoint(self._folder / CHECKPOINT, expect=self._identity)
         if state is None:
             return 0
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+        for name, component in self._components.items():
+            component.load_state_dict(state[name])
         self._stopwatch = Stopwatch(self._device, state["seconds"])
         self._step_ms, self._evaluation = state["step_ms"], state["evaluation"]
         self._memory.go_on_from(state["peak"])
@@ -336,7 +337,7 @@ class TrainingRun:
         return state["steps_done"]
 
     @property
-    def _parts(self) -> dict[str, Any]:
+    def _components(self) -> dict[str, Any]:
         """What has a state of its own, in the order in which it is taken up."""
         return {"model": self._task.model, "optimizer": self._optimizer, "trainer": self._trainer}
 
