@@ -22,10 +22,9 @@ from hybridlab.memory import (
     PredictAwareMemoryConfig,
     plan,
 )
+from hybridlab.notebook.format_agreement import agreement_claim, format_agreement
 from hybridlab.notebook.memory_views import (
-    agreement_claim,
     fit_claims,
-    loss_agreement,
     memory_table,
     predict_claim,
     predict_table,
@@ -38,6 +37,7 @@ from hybridlab.runs import Run
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.arms import run_arms
 from hybridlab.study.footprint import Footprint, PredictPhase, footprint, footprints, predict_phase
+from hybridlab.study.jump_times import JumpTimes
 from hybridlab.study.statistics import Interval
 
 TASK = TextTaskConfig(
@@ -154,7 +154,7 @@ def test_footprints_pair_losses_by_seed_and_plan_each_arm(tmp_path: Path) -> Non
     )
     with pytest.raises(UserError, match="was not evaluated at step 5"):
         footprint(result, configs[1], "fp32", at_step=5)
-    with pytest.raises(UserError, match="predicted nothing"):
+    with pytest.raises(UserError, match="has no whole jump: set confidence_threshold to 0"):
         predict_phase(result.runs["fp32", 0])
     assert "–" in memory_table([control]).cells()[0]
 
@@ -211,26 +211,54 @@ def test_fitting_means_peak_retries_and_growth(summary: dict[str, Any], failing:
     assert {claim.id for claim in fit_claims(card_run(**summary)) if claim.verdict == "fails"} == failing
 
 
+def phase(whole_ms: float, held_bytes: int | None = None) -> PredictPhase:
+    jump = JumpTimes(0.0, 0.0, 0.0, 0.0, whole_ms, steps=20)
+    with_context = held_bytes and held_bytes + 900_000_000
+    return PredictPhase(held_bytes, held_bytes, with_context, (jump,), gradient_step_ms=1.0)
+
+
 def test_what_was_not_measured_makes_no_claim() -> None:
     assert fit_claims(card_run(memory_source="process")) == []
-    assert predict_claim(PredictPhase(None, None, None, 1.0, 1)) == []
+    assert predict_claim(phase(1.0)) == []
     assert predicted_claims([replace(measured(), measured_allocated_bytes=None)]) == []
 
 
 def test_predict_is_judged_by_what_torch_holds() -> None:
-    (claim,) = predict_claim(PredictPhase(3_200_000_000, 3_600_000_000, 4_500_000_000, 1.0, 1))
+    (claim,) = predict_claim(phase(1.0, 3_600_000_000))
     assert claim.verdict == "holds"
-    phases = {"none": PredictPhase(None, None, None, 10.0, 1), "cpu": PredictPhase(None, None, None, 15.0, 1)}
-    assert predict_table(phases, "none").cells()[1][5] == "1.50"
+    assert claim.numbers["with_context_bytes"] == 4_500_000_000
+    assert predict_table({"none": phase(10.0), "cpu": phase(15.0)}, "none").cells()[1][5] == "1.50"
     assert predict_table({}, "none").cells() == [["no run jumped"]]
 
 
-def test_step_times_and_losses_of_two_runs_are_held_against_each_other() -> None:
+def test_step_times_of_two_runs_are_held_against_each_other() -> None:
     assert step_time_claim(measured(step_ms=1.4), measured()).verdict == "holds"
     assert step_time_claim(measured(step_ms=1.6), measured()).verdict == "fails"
-    first, second = (
-        SimpleNamespace(steps=pd.DataFrame({"measured_loss": losses})) for losses in ([3.0, 2.0, 1.0], [3.0, 2.2])
-    )
-    agreement = loss_agreement(first, second)  # type: ignore[arg-type]
-    assert (agreement["steps"], agreement["largest_difference"]) == (2, 0.2)
-    assert agreement_claim(agreement).verdict == "fails"
+
+
+def evaluated(seed: int, **losses: float) -> Any:
+    """A run of a seed that was evaluated after some steps: `after_10=3.5`."""
+    steps = [int(name.removeprefix("after_")) for name in losses]
+    frame = pd.DataFrame({"nominal_step": steps, "validation_loss": list(losses.values())})
+    return SimpleNamespace(config={"seed": seed}, steps=frame, folder="here")
+
+
+@pytest.mark.parametrize(
+    ("strict_loss", "verdict"), [(3.05, "holds"), (2.95, "holds"), (3.06, "fails"), (2.94, "fails")]
+)
+def test_number_formats_may_differ_as_much_as_seeds_do(strict_loss: float, verdict: str) -> None:
+    """By the losses where the strict run ended, not where TF32's did."""
+    strict = evaluated(0, after_5=9.0, after_10=strict_loss)
+    tf32 = [
+        evaluated(0, after_5=8.0, after_10=3.0, after_15=1.0),
+        evaluated(1, after_10=3.02),
+        evaluated(2, after_10=2.97),
+    ]
+    agreement = format_agreement(strict, tf32, at_step=10)
+    assert agreement["spread_of_seeds_in_loss"] == 0.05
+    assert agreement["difference_in_loss"] == pytest.approx(abs(strict_loss - 3.0))
+    claim = agreement_claim(agreement)
+    assert (claim.id, claim.verdict) == ("tf32-stands-for-fp32", verdict)
+    assert {"strict_seed_0_loss", "tf32_seed_0_loss", "tf32_seed_1_loss", "tf32_seed_2_loss"} < set(claim.numbers)
+    with pytest.raises(UserError, match="was not evaluated at step 15"):
+        format_agreement(strict, tf32, at_step=15)

@@ -24,9 +24,6 @@ STEP_TIME_WITHIN = 1.5
 PREDICT_BYTES = 3.7e9
 """What XL may occupy in Predict."""
 
-AGREES_WITHIN = 0.005
-"""Difference of two mean losses, in nats, far below that of two seeds."""
-
 MAY_GROW_BYTES = 50e6
 """Below this, two moments of a run take the same memory."""
 
@@ -85,9 +82,9 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
             "live tensors (GB)": _gigabytes(phase.allocated_bytes),
             "held by torch (GB)": _gigabytes(phase.reserved_bytes),
             "on the card (GB)": _gigabytes(phase.occupied_bytes),
-            "a jump and the step after it (ms)": phase.jump_ms,
-            f"over {plain}'s": phase.jump_ms / phases[plain].jump_ms,
-            "jumps": phase.jumps,
+            "a jump and Correct (ms)": phase.typical_ms(),
+            f"over {plain}'s": phase.typical_ms() / phases[plain].typical_ms(),
+            "jumps": len(phase.jumps),
         }
         for name, phase in phases.items()
     ]
@@ -95,25 +92,12 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
         "live tensors (GB)": ".3f",
         "held by torch (GB)": ".3f",
         "on the card (GB)": ".2f",
+        "a jump and Correct (ms)": ".0f",
         f"over {plain}'s": ".2f",
     }
-    formats |= {"a jump and the step after it (ms)": ".0f"}
     if not rows:
         return table([{"strategy": "no run jumped"}])
     return table(rows, "Between what leaves and what returns; times include both", formats)
-
-
-def loss_agreement(first: Run, second: Run) -> dict[str, float]:
-    """Differences of two runs' training losses, batch by batch, over the steps that both took, in nats."""
-    steps = min(len(first.steps), len(second.steps))
-    ours, theirs = (run.steps["measured_loss"].head(steps).to_numpy() for run in (first, second))
-    differences = abs(ours - theirs)
-    return {
-        "steps": steps,
-        "mean_difference": round(float(differences.mean()), 6),
-        "largest_difference": round(float(differences.max()), 6),
-        "difference_of_means": round(float(abs(ours.mean() - theirs.mean())), 6),
-    }
 
 
 # --- claims ----------------------------------------------------------------------------------------------
@@ -220,14 +204,6 @@ def step_time_claim(fits: Footprint, free: Footprint) -> Claim:
     ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
     return Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), {"step_ratio_time": ratio})
-
-
-def agreement_claim(agreement: Mapping[str, float]) -> Claim:
-    """That two number formats give one loss."""
-    over = f"mean training loss over the first {agreement['steps']:.0f} steps"
-    text = f"TF32 stands for FP32: {over} agrees to {AGREES_WITHIN} nats"
-    holds = agreement["difference_of_means"] < AGREES_WITHIN
-    return Claim("tf32-stands-for-fp32", text, verdict(holds), dict(agreement))
 
 
 def _gigabytes(size: int | None) -> float | None:

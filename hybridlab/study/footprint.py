@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import pandas as pd
-
 from hybridlab.errors import UserError
 from hybridlab.memory.planner import Plan
-from hybridlab.phases import Phase
 from hybridlab.runs import Run
 from hybridlab.study.arms import StudyResult
+from hybridlab.study.jump_times import JumpTimes, gradient_step_ms, jump_times
 from hybridlab.study.planning import plan_of
 from hybridlab.study.run_config import RunConfig
 from hybridlab.study.statistics import Interval
@@ -70,9 +68,9 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
     """
     summary = result.runs[config.name, 0].closing_figures
     seeds = sorted(seed for name, seed in result.runs if name == config.name)
-    losses = [_validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
+    losses = [validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
     shared = [(seed, loss) for seed, loss in zip(seeds, losses, strict=True) if (control, seed) in result.runs]
-    change = [loss - _validation_loss(result.runs[control, seed], at_step) for seed, loss in shared]
+    change = [loss - validation_loss(result.runs[control, seed], at_step) for seed, loss in shared]
     return Footprint(
         arm=config.name,
         predicted=plan_of(config),
@@ -84,8 +82,8 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
     )
 
 
-def _validation_loss(run: Run, at_step: int | None) -> float:
-    """At the end of a run, or where it was evaluated after `at_step` nominal steps."""
+def validation_loss(run: Run, at_step: int | None) -> float:
+    """Of a run, in nats: at its end, or after `at_step` nominal steps. Raises UserError if none was measured there."""
     evaluated = run.steps.dropna(subset="validation_loss")
     chosen = evaluated if at_step is None else evaluated[evaluated["nominal_step"] == at_step]
     if chosen.empty:
@@ -100,37 +98,35 @@ class PredictPhase:
     allocated_bytes: live tensors between what leaves and what returns; None without a GPU
     reserved_bytes: what torch then holds of the card, forward passes included; None without a GPU
     occupied_bytes: what the card counts then: reserved, and CUDA's context; None without a GPU
-    jump_ms: median time from the last real step before a jump to the end of the first after it, transitions included
-    jumps: how many of them there were
+    jumps: the times of each; the first takes memory from the host that later ones find taken
+    gradient_step_ms: median step of Full
     """
 
     allocated_bytes: int | None
     reserved_bytes: int | None
     occupied_bytes: int | None
-    jump_ms: float
-    jumps: int
+    jumps: tuple[JumpTimes, ...]
+    gradient_step_ms: float
+
+    def typical_ms(self, part: str = "whole") -> float:
+        """Median over the jumps but the first; of one alone, its own. `part`: a field of `JumpTimes`."""
+        return median(getattr(jump, part) for jump in self.jumps[1:] or self.jumps)
 
 
 def predict_phase(run: Run) -> PredictPhase:
-    """Look at a run's jumps. Raises UserError where nothing was predicted."""
-    durations = _jump_ms(run.steps)
-    if not durations:
-        raise UserError(f"{run.folder} predicted nothing: set confidence_threshold to 0 and gate to False")
-    summary = run.closing_figures
+    """Look at a run's whole jumps. Raises UserError where there is none."""
+    jumps = tuple(jump_times(run.steps))
+    if not jumps:
+        raise UserError(
+            f"{run.folder} has no whole jump: set confidence_threshold to 0 and gate to False, correct_steps to 1 or "
+            "more, and steps to well beyond the first proposal"
+        )
+    summary, step_ms = run.closing_figures, gradient_step_ms(run.steps)
     if summary["memory_source"] != "cuda":
-        return PredictPhase(None, None, None, median(durations), len(durations))
+        return PredictPhase(None, None, None, jumps, step_ms)
     allocated, reserved = summary.get("predict_allocated_bytes"), summary.get("predict_reserved_bytes")
     on_card = None if reserved is None else reserved + (summary["context_bytes"] or 0)
-    return PredictPhase(allocated, reserved, on_card, median(durations), len(durations))
-
-
-def _jump_ms(steps: pd.DataFrame) -> list[float]:
-    """Wall time of each jump and the one real step after it, in ms."""
-    predicted = (steps["phase"] == str(Phase.PREDICT)).to_numpy()
-    seconds = steps["seconds"].to_numpy()
-    starts = [i for i in range(1, len(steps)) if predicted[i] and not predicted[i - 1]]
-    ends = [next((j for j in range(i, len(steps)) if not predicted[j]), None) for i in starts]
-    return [float(1e3 * (seconds[end] - seconds[start - 1])) for start, end in zip(starts, ends, strict=True) if end]
+    return PredictPhase(allocated, reserved, on_card, jumps, step_ms)
 
 
 def footprints(result: StudyResult, configs: Sequence[RunConfig], control: str) -> list[Footprint]:

@@ -1,0 +1,101 @@
+"""The times of jumps, read off a record, and what is said of the way to Predict and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hybridlab import HybridTrainerConfig
+from hybridlab.memory import MemoryConfig
+from hybridlab.notebook.transition_views import transition_claims, transition_table
+from hybridlab.optimizers import Schedule
+from hybridlab.study import RunConfig, TextTaskConfig, train
+from hybridlab.study.footprint import PredictPhase, predict_phase
+from hybridlab.study.jump_times import JumpTimes, jump_times
+
+GRADIENT_MS, PREDICTED_MS = 100, 2
+
+
+def record(*stretches: tuple[str, list[int]], measured: tuple[int, ...] = ()) -> pd.DataFrame:
+    """Steps of so many ms each, phase by phase; predicted ones have a loss where `measured` says, counted in them."""
+    rows = [(phase, ms) for phase, stretch in stretches for ms in stretch]
+    predicted = [i for i, (phase, _) in enumerate(rows) if phase == "predict"]
+    unmeasured = set(predicted) - {predicted[i] for i in measured if i < len(predicted)}
+    frame = pd.DataFrame(rows, columns=["phase", "ms"])
+    frame["seconds"] = 1e-3 * frame["ms"].cumsum()
+    frame["measured_loss"] = [None if i in unmeasured else 5.0 for i in range(len(rows))]
+    return frame
+
+
+FULL = ("full", [GRADIENT_MS] * 6 + [700])
+JUMP = ("predict", [500, 2, 2, 40, 300, 2, 2, 60])
+CORRECT = ("correct", [180])
+WHOLE_JUMP = pytest.approx(
+    vars(JumpTimes(proposing=600, leaving=498, moving=298, returning=0 + 0 + 58 + 80, whole=1088, steps=8))
+)
+
+
+def test_a_jump_is_told_in_parts_beyond_ordinary_steps() -> None:
+    """Two chunks of four steps; the second's motion, and what returns after it, stand apart."""
+    steps = record(FULL, JUMP, CORRECT, FULL, measured=(3, 7))
+    (jump,) = jump_times(steps)
+    assert vars(jump) == WHOLE_JUMP
+
+
+def test_a_jump_that_was_not_corrected_or_not_gone_beyond_is_not_counted() -> None:
+    taken_back, at_the_end = record(FULL, JUMP, FULL), record(FULL, JUMP, CORRECT)
+    assert jump_times(taken_back) == jump_times(at_the_end) == []
+    assert jump_times(record(FULL)) == []
+    assert len(jump_times(record(FULL, JUMP, FULL, JUMP, CORRECT, FULL))) == 1
+
+
+def phase(*whole_ms: float, held_bytes: int | None = 10**9) -> PredictPhase:
+    jumps = tuple(JumpTimes(1.0, 2.0, 3.0, 4.0, ms, steps=20) for ms in whole_ms)
+    return PredictPhase(held_bytes, held_bytes, held_bytes, jumps, GRADIENT_MS)
+
+
+def test_the_first_jump_stands_apart_and_the_control_is_subtracted() -> None:
+    phases = {"all away": phase(9000, 700, 900, 800), "nothing away": phase(400, 300)}
+    first, control = (dict(zip(row[0], row[1], strict=True)) for row in table_rows(phases))
+    assert (first["a jump (ms)"], first["the first (ms)"], first["jumps"]) == ("800.0", "9000.0", "4")
+    assert (first["beyond nothing away (ms)"], first["in gradient steps"]) == ("500.0", "5.00")
+    assert (control["a jump (ms)"], control["in gradient steps"]) == ("300.0", "0.00")
+    assert transition_table({}, "nothing away").cells() == [["no run jumped"]]
+
+
+def table_rows(phases: dict[str, PredictPhase]) -> list[tuple[list[str], list[str]]]:
+    shown = transition_table(phases, "nothing away")
+    return [(shown.columns, cells) for cells in shown.cells()]
+
+
+@pytest.mark.parametrize(("away_ms", "verdict"), [(2200, "holds"), (2400, "fails")])
+def test_the_way_there_and_back_is_held_against_the_steps_that_a_jump_replaces(away_ms: float, verdict: str) -> None:
+    control = phase(400, 300)
+    (claim,) = transition_claims({"all away": phase(9000, away_ms), "nothing away": control}, "nothing away")
+    assert (claim.id, claim.verdict) == ("all-away-transition", verdict)
+    assert claim.numbers == {
+        "beyond_control_ms": away_ms - 300,
+        "gradient_steps_ratio_time": (away_ms - 300) / GRADIENT_MS,
+        "replaced_ms": 20 * GRADIENT_MS,
+    }
+    unmeasured = {"all away": phase(1.0, held_bytes=None), "nothing away": phase(1.0, held_bytes=None)}
+    assert transition_claims(unmeasured, "nothing away") == []
+
+
+def test_a_runs_jumps_are_found_in_its_record(tmp_path: Path) -> None:
+    hybrid = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=6, correction_interval=3, correct_steps=1,
+        confidence_threshold=0.0, gate=False, path_device="host",
+    )  # fmt: skip
+    task = TextTaskConfig("nano", "markov", vocab_size=64, block_size=16, validation_batches=1, max_bytes=40_000)
+    config = RunConfig("jumps", task, 30, schedule=Schedule("constant", 2), hybrid=hybrid, device="cpu", cpu_threads=1)
+    for memory in (None, MemoryConfig.conservative()):
+        run = train(replace(config, hybrid=replace(hybrid, memory=memory)), tmp_path)
+        found = predict_phase(run)
+        assert len(found.jumps) == 2
+        assert all(2 < jump.steps <= 6 for jump in found.jumps)
+        assert all(jump.whole > 0 for jump in found.jumps)
+        assert found.gradient_step_ms > 0
