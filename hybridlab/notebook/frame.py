@@ -40,7 +40,7 @@ class Frame:
             _draw_loss(loss, self.state)
             _draw_memory(memory, self.state)
             figure.suptitle(str(self), x=0.01, ha="left", fontsize=9.5)
-            figure.legend(loc="outside lower left", ncols=7)
+            figure.legend(loc="outside lower left", ncols=4)
             drawn = io.BytesIO()
             figure.savefig(drawn, format="png")
         return drawn.getvalue()

@@ -74,8 +74,7 @@ def draw(state: State) -> str:
     cards = "".join((_memory(state.memory), _loss(state), _speed(state), _counts(state.statistics)))
     return (
         f"<style>{_style()}</style><div class='hl'>{_head(state)}{_way(state.step, state.steps)}"
-        f"<div class='hl-cards'>{cards}</div>{_time_line(state)}"
-        f"<div class='hl-note'>{escape(state.note)}</div></div>"
+        f"<div class='hl-cards'>{cards}</div>{_time_line(state)}{_note(state)}</div>"
     )
 
 
@@ -94,6 +93,13 @@ def draw_bar(label: str, done: int, total: int, status: str, seconds_left: float
 
 def _way(done: int, total: int) -> str:
     return f"<div class='hl-way'><div style='width:{100 * done / total:.1f}%'></div></div>"
+
+
+def _note(state: State) -> str:
+    """The latest event; while a run goes on, its place is kept, so that the panel does not grow when one comes."""
+    if state.status == "finished" and not state.note:
+        return ""
+    return f"<div class='hl-note'>{escape(state.note)}</div>"
 
 
 @cache
