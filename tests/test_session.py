@@ -395,6 +395,7 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
     bundle = final_frame(driven.record)._repr_mimebundle_()
     assert set(bundle) == {"text/html", "image/png", "text/plain"}
     assert "<script" not in bundle["text/html"]
+    assert "class='hl-note'" not in bundle["text/html"], "nothing more will happen"
     assert sum(map(len, bundle.values())) < 300_000
 
 
