@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hybridlab.notebook.memory_views import verdict
-from hybridlab.notebook.results import Claim
+from hybridlab.notebook.results import Claim, verdict
 from hybridlab.runs import Run
 from hybridlab.study.footprint import validation_loss
 

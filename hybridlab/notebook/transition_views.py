@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hybridlab.notebook.memory_views import Numbers, slug, verdict
-from hybridlab.notebook.results import Claim
+from hybridlab.notebook.results import Claim, Numbers, slug, verdict
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.footprint import PredictPhase
 
