@@ -129,7 +129,6 @@ def gpu_run(**changes: Any) -> RunConfig:
         "name": "baseline",
         "task": TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32),
         "steps": 20,
-        "schedule": Schedule(warmup_steps=5, total_steps=20),
         "device": "cuda",
     }
     return RunConfig(**settings | changes)

@@ -178,7 +178,7 @@ class MemoryConfig:
         preset: dict[str, Any] = {
             "mixed_precision": MixedPrecisionConfig.aggressive(),
             "predict_aware": PredictAwareMemoryConfig("pinned"),
-            "checkpointing": CheckpointingConfig(),
+            "checkpointing": CheckpointingConfig(inputs="host"),
             "loss_chunk_tokens": 512,
             "pad_vocab_to": 128,
             "optimizer_state": "int8",

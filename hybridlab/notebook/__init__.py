@@ -6,6 +6,7 @@ from hybridlab.notebook.results import claims_table, publish
 from hybridlab.notebook.session import Session, run_configs, run_study
 from hybridlab.notebook.views import (
     baseline_claims,
+    by_seed,
     cost_claims,
     counts_table,
     curves,
@@ -26,6 +27,7 @@ __all__ = [
     "Frame",
     "Session",
     "baseline_claims",
+    "by_seed",
     "claims_table",
     "cost_claims",
     "counts_table",

@@ -25,7 +25,9 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
     Returns the median over rounds of paired ratios (`panel_over_none`), the median step without it (`step_ms`), and how
     often the panel was drawn (`updates`). Run it in a notebook, and sending the panel to the page is counted too.
     """
-    config = replace(config, steps=2 * steps * (SETTLING_ROUNDS + rounds), evaluate_every=10**9, checkpoint_every=0)
+    total = 2 * steps * (SETTLING_ROUNDS + rounds)
+    schedule = config.lr_schedule.fitted_to(total)
+    config = replace(config, steps=total, schedule=schedule, evaluate_every=10**9, checkpoint_every=0)
     live = _Counting(Controls(), config.steps)
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(config, Path(folder))

@@ -8,8 +8,8 @@ from typing import Any
 
 from hybridlab.gate import RELIABILITY_BINS
 from hybridlab.notebook.bounds import QUALITY_TOLERANCE_NATS
-from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart
-from hybridlab.notebook.figures import Chart, Line
+from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
+from hybridlab.notebook.figures import Chart, Line, Panels
 from hybridlab.notebook.results import Claim, Numbers, Verdict, interval_numbers, slug, verdict, verdict_below
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.arms import BASELINE, CONTROL, StudyResult
@@ -35,6 +35,16 @@ def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
     plain = [name for name in arms if name.startswith((BASELINE, CONTROL))]
     runs = {name: result.steps(name) for name in arms}
     return loss_curves(runs, against=against, control=plain, title=f"Validation loss over {AXES[against]}")
+
+
+def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | str:
+    """Each hybrid that predicted anything, seed by seed, beside its truncated control."""
+    names = [c.name for c in comparisons if c.predicted_steps]
+    controls = {name: control for name in names for control in result.controls([name])}
+    if not controls:
+        return "no arm predicted anything"
+    runs = {name: result.steps(name) for name in {*controls, *controls.values()}}
+    return seed_panels(runs, controls, against="gradient_step", title="Validation loss by seed, beside the control")
 
 
 def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:

@@ -31,6 +31,9 @@ class RunConfig:
     card_gb: take no more memory than a card of so many decimal gigabytes would give; 0 takes what there is
     cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
     checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
+
+    Raises TypeError and ValueError that name the setting and its remedy; a learning rate that would have decayed to its
+    end before the run ends is one.
     """
 
     name: str
@@ -56,6 +59,9 @@ class RunConfig:
         check_bounds(self, "seed", "card_gb", "cpu_threads", "checkpoint_every", least=0)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("clock", self.clock, CLOCKS)
+        if self.lr_schedule.name != "constant" and self.lr_schedule.total_steps < self.steps:
+            ends = f"the schedule ends at step {self.lr_schedule.total_steps} of {self.steps}"
+            raise ValueError(f"{ends}: use schedule.fitted_to({self.steps})")
         if self.memory.mixed_precision and self.precision != "fp32":
             raise ValueError(
                 f"precision={self.precision!r} and mixed_precision both name a format: leave one of them off"
