@@ -48,6 +48,16 @@ class PlayedCard:
     def reset_peaks(self, _: object = None) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
+    def stats(self) -> dict[str, int]:
+        """In torch's words."""
+        return {
+            "allocated_bytes.all.current": self.allocated,
+            "reserved_bytes.all.current": self.reserved,
+            "allocated_bytes.all.peak": self.peak_allocated,
+            "reserved_bytes.all.peak": self.peak_reserved,
+            "num_alloc_retries": 3,
+        }
+
     def memory(self, _: object, version: int) -> Any:
         assert version == pynvml.nvmlMemory_v2, "the first version counts the driver's share as used"
         return SimpleNamespace(used=self.context + self.reserved + self.others, reserved=self.driver, total=1000)
@@ -66,14 +76,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> PlayedCard:
     for name, value in {
         "current_device": lambda: 0,
         "get_device_properties": lambda _: SimpleNamespace(uuid="played", total_memory=1000),
-        "memory_reserved": lambda _: played.reserved,
-        "memory_allocated": lambda _: played.allocated,
-        "max_memory_reserved": lambda _: played.peak_reserved,
-        "max_memory_allocated": lambda _: played.peak_allocated,
         "reset_peak_memory_stats": played.reset_peaks,
         "reset_accumulated_memory_stats": lambda _: None,
         "empty_cache": lambda: None,
-        "memory_stats": lambda _: {"num_alloc_retries": 3},
+        "memory_stats": lambda _: played.stats(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name, value in {
@@ -109,6 +115,7 @@ def test_a_card_is_read_with_all_who_use_it(card: PlayedCard) -> None:
         device_used_bytes=330,
         process_used_bytes=130,
         other_bytes=230,
+        context_bytes=30,
         device_total_bytes=1000,
         utilization_percent=42,
     )
@@ -241,6 +248,32 @@ def test_a_run_s_books_keep_the_peaks_of_its_earlier_part_and_of_predict(card: P
     assert (peak["peak_allocated_bytes"], peak["peak_allocated_bytes_in_full"]) == (100, 100)
     assert (peak["predict_allocated_bytes"], peak["predict_reserved_bytes"]) == (30, 100)
     assert later.summary() == {"other_bytes_at_start": 0, **peak}
+
+
+def test_a_panel_s_figures_are_the_last_sample_s_and_ask_the_driver_nothing(
+    card: PlayedCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card.context = 30
+    memory = RunMemory(CUDA)
+    memory.begin(dict)
+    card.hold(100)
+    assert memory.latest() == (MemoryMeter(CUDA).read(), 100 + 30 + card.driver), "before the first sample it is read"
+    memory.watch()
+    memory.rest()
+    for name in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetUtilizationRates"):
+        monkeypatch.delattr(pynvml, name)
+    card.hold(140)
+    reading, peak_bytes = memory.latest()
+    assert reading.used_bytes == 100
+    assert peak_bytes == 140 + 30 + card.driver
+
+
+def test_a_panel_s_peak_counts_an_interrupted_run_s_earlier_part_in(card: PlayedCard) -> None:
+    memory = RunMemory(CUDA)
+    memory.go_on_from({"peak_memory_bytes": 900})
+    memory.begin(dict)
+    card.hold(100)
+    assert memory.latest()[1] == 900
 
 
 # --- sampling ----------------------------------------------------------------------------------------------

@@ -59,9 +59,10 @@ class RunMemory:
         here = {"predict_allocated_bytes": now.allocated_bytes, "predict_reserved_bytes": now.used_bytes}
         self._in_predict = {name: max(value, self._in_predict.get(name, 0)) for name, value in here.items()}
 
-    def read(self) -> MemoryReading:
-        """At this moment; never waits for the device."""
-        return self._meter.read()
+    def latest(self) -> tuple[MemoryReading, int]:
+        """The last sample, and the peak so far in bytes: asks neither the device nor its driver, once there is one."""
+        reading = self._sampler.latest or self._meter.read()
+        return reading, max(self._meter.peak_beside(reading), self._earlier.get("peak_memory_bytes") or 0)
 
     def peak(self) -> Figures:
         """The peaks so far, an interrupted run's earlier part included."""

@@ -207,8 +207,8 @@ class TrainingRun:
         return self._trainer.current_phase
 
     def memory(self) -> tuple[MemoryReading, int]:
-        """Memory at this moment, and the run's peak so far, in bytes; never waits for the device."""
-        return self._memory.read(), self._memory.peak()["peak_memory_bytes"]
+        """Memory at the last sample, and the run's peak so far, in bytes; stalls nothing."""
+        return self._memory.latest()
 
     def change(self, **settings: float) -> None:
         """Change settings as `HybridTrainer.change` does; the next step's row says so, under "changed"."""

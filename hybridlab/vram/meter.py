@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from hybridlab.errors import UserError
+from hybridlab.vram.allocator import Allocator
 from hybridlab.vram.nvml import NvmlCard
 from hybridlab.vram.peaks import PhasePeaks
 
@@ -29,6 +30,7 @@ class MemoryReading:
     device_used_bytes: on the whole card, by everybody's contexts
     process_used_bytes: of these by this process, its context included; containers hide it
     other_bytes: device_used_bytes - used_bytes: other processes, and this one's context
+    context_bytes: of this process beyond torch's reserve, or of all where containers hide processes
     device_total_bytes: the card's size
     utilization_percent: how busy the card was just before
     """
@@ -39,6 +41,7 @@ class MemoryReading:
     device_used_bytes: int | None = None
     process_used_bytes: int | None = None
     other_bytes: int | None = None
+    context_bytes: int | None = None
     device_total_bytes: int | None = None
     utilization_percent: int | None = None
 
@@ -70,7 +73,7 @@ class MemoryMeter:
             return 1.0
         torch.empty(1, device=self._device)  # so that there is a context to measure
         total = torch.cuda.get_device_properties(self._device).total_memory
-        return max(0.0, (card_bytes - (self._context_bytes() or 0)) / total)
+        return max(0.0, (card_bytes - (self.read().context_bytes or 0)) / total)
 
     def exceeds(self, card_bytes: int) -> bool:
         """Whether the card is larger than one of `card_bytes`, beyond what cards of one name differ by."""
@@ -93,17 +96,18 @@ class MemoryMeter:
 
     def read(self) -> MemoryReading:
         """Memory at this moment; never waits for the device."""
-        if not self._card:
+        if not self._device or not self._card:
             return MemoryReading("process", psutil.Process().memory_info().rss)
-        reserved, on_card = torch.cuda.memory_reserved(self._device), self._card.used_bytes()
+        counted, on_card, mine = Allocator.read(self._device), self._card.memory(), self._card.process_bytes()
         return MemoryReading(
-            source="torch" if on_card is None else "nvml",
-            used_bytes=reserved,
-            allocated_bytes=torch.cuda.memory_allocated(self._device),
-            device_used_bytes=on_card,
-            process_used_bytes=self._card.process_bytes(),
-            other_bytes=None if on_card is None else max(0, on_card - reserved),
-            device_total_bytes=self._card.total_bytes(),
+            source="torch" if on_card.used_bytes is None else "nvml",
+            used_bytes=counted.reserved,
+            allocated_bytes=counted.allocated,
+            device_used_bytes=on_card.used_bytes,
+            process_used_bytes=mine,
+            other_bytes=_beyond(on_card.used_bytes, counted.reserved),
+            context_bytes=_beyond(mine or on_card.held_bytes, counted.reserved),
+            device_total_bytes=on_card.total_bytes,
             utilization_percent=self._card.utilization_percent(),
         )
 
@@ -112,33 +116,35 @@ class MemoryMeter:
 
         Where containers hide processes, all that is used is others' as long as torch has allocated nothing.
         """
-        if not self._card or (used := self._card.used_bytes()) is None:
+        if not self._device or not self._card or (used := self._card.memory().used_bytes) is None:
             return None
         mine = self._card.process_bytes()
-        if mine is None and torch.cuda.max_memory_reserved(self._device):
+        if mine is None and Allocator.read(self._device).peak_reserved:
             return None
         return max(0, used - (mine or 0))
 
     def peak(self) -> dict[str, Any]:
         """The figures of a run's summary; what could not be read is None, never 0."""
-        if not self._peaks:
+        if not self._device or not self._peaks:
             return {"memory_source": "process", "peak_memory_bytes": _process_peak_bytes()}
-        reserved = self._peaks.reserved_bytes()
-        context = self._context_bytes()
+        reserved, context = self._peaks.reserved_bytes(), self.read().context_bytes
         return {
             "memory_source": "cuda",
             "peak_memory_bytes": reserved + (context or 0),
             "peak_allocated_bytes": self._peaks.allocated_bytes(),
             "peak_reserved_bytes": reserved,
             "context_bytes": context,
-            "allocator_retries": torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0),
+            "allocator_retries": Allocator.read(self._device).retries,
             **{f"peak_allocated_bytes_in_{phase}": peak for phase, peak in self._peaks.by_phase().items()},
         }
 
-    def _context_bytes(self) -> int | None:
-        """By this process beyond torch's reserve, or by everybody where processes are hidden."""
-        used = self._card.process_bytes() or self._card.held_bytes() if self._card else None
-        return None if used is None else max(0, used - torch.cuda.memory_reserved(self._device))
+    def peak_beside(self, reading: MemoryReading) -> int:
+        """The peak in bytes, with the context as a reading has it: asks nothing of the driver."""
+        return self._peaks.reserved_bytes() + (reading.context_bytes or 0) if self._peaks else _process_peak_bytes()
+
+
+def _beyond(used_bytes: int | None, reserved_bytes: int) -> int | None:
+    return None if used_bytes is None else max(0, used_bytes - reserved_bytes)
 
 
 def _process_peak_bytes() -> int:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pynvml
 import torch
+
+
+class CardMemory(NamedTuple):
+    """A card's memory in bytes, in one reading.
+
+    used_bytes: by everybody's contexts: what nvidia-smi calls memory.used
+    held_bytes: used, and what the driver keeps for itself: so much of the card nobody can have
+    total_bytes: what nvidia-smi calls memory.total
+    """
+
+    used_bytes: int | None = None
+    held_bytes: int | None = None
+    total_bytes: int | None = None
 
 
 class NvmlCard:
@@ -20,27 +33,21 @@ class NvmlCard:
     def __init__(self, device: torch.device) -> None:
         self._handle = _read(lambda: _handle(device))
 
-    def used_bytes(self) -> int | None:
-        """By everybody's contexts: what nvidia-smi calls memory.used."""
-        return self._ask(lambda card: _memory(card).used)
-
-    def held_bytes(self) -> int | None:
-        """Used, and what the driver keeps for itself: so much of the card nobody can have."""
-        return self._ask(lambda card: _memory(card).used + _memory(card).reserved)
-
-    def total_bytes(self) -> int | None:
-        """What nvidia-smi calls memory.total."""
-        return self._ask(lambda card: _memory(card).total)
+    def memory(self) -> CardMemory:
+        """By all processes together."""
+        return self._ask(_memory) or CardMemory()
 
     def process_bytes(self) -> int | None:
         """By this process, its context included."""
-        return self._ask(_process_bytes)
+        found: int | None = self._ask(_process_bytes)
+        return found
 
     def utilization_percent(self) -> int | None:
         """Share of the last moments in which a kernel ran."""
-        return self._ask(lambda card: pynvml.nvmlDeviceGetUtilizationRates(card).gpu)
+        found: int | None = self._ask(lambda card: pynvml.nvmlDeviceGetUtilizationRates(card).gpu)
+        return found
 
-    def _ask(self, question: Callable[[Any], int | None]) -> int | None:
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
         return None if self._handle is None else _read(lambda: question(self._handle))
 
 
@@ -56,8 +63,9 @@ def _handle(device: torch.device) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
-def _memory(card: Any) -> Any:
-    return pynvml.nvmlDeviceGetMemoryInfo(card, version=pynvml.nvmlMemory_v2)
+def _memory(card: Any) -> CardMemory:
+    found = pynvml.nvmlDeviceGetMemoryInfo(card, version=pynvml.nvmlMemory_v2)
+    return CardMemory(found.used, found.used + found.reserved, found.total)
 
 
 def _process_bytes(card: Any) -> int | None:

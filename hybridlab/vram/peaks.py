@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hybridlab.vram.allocator import Allocator
+
 
 class PhasePeaks:
     """Splits the allocator's one peak into one a phase, and loses nothing of the whole.
@@ -48,6 +50,6 @@ class PhasePeaks:
         return {phase: peak for phase, peak in self._allocated.items() if phase}
 
     def _note(self) -> None:
-        peak = torch.cuda.max_memory_allocated(self._device)
-        self._allocated[self._phase] = max(peak, self._allocated.get(self._phase, 0))
-        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))
+        now = Allocator.read(self._device)
+        self._allocated[self._phase] = max(now.peak_allocated, self._allocated.get(self._phase, 0))
+        self._reserved = max(self._reserved, now.peak_reserved)

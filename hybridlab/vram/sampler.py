@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
-from hybridlab.vram.meter import MemoryMeter
+from hybridlab.vram.meter import MemoryMeter, MemoryReading
 
 EVERY_MS = 100
 ROWS_A_PACE = 10_000
@@ -23,6 +23,8 @@ class MemorySampler:
     moment: what a sample says beside the reading: where the run stands, read in the sampler's thread
     every_ms: milliseconds between two samples, at first
 
+    latest: the last reading; None before the first
+
     It may be started again. A stretch of any length has two samples at least, at its start and at its end.
 
     Raises ValueError for an `every_ms` that is not above 0.
@@ -32,6 +34,7 @@ class MemorySampler:
         if every_ms <= 0:
             raise ValueError(f"every_ms is {every_ms}: it must be above 0")
         self._meter, self._moment, self._every_ms = meter, moment, every_ms
+        self.latest: MemoryReading | None = None
         self._rows: deque[dict[str, Any]] = deque()
         self._taken = 0
         self._over = threading.Event()
@@ -69,5 +72,6 @@ class MemorySampler:
             self._sample()
 
     def _sample(self) -> None:
-        self._rows.append({"unix_seconds": time.time(), **self._moment(), **asdict(self._meter.read())})
+        self.latest = reading = self._meter.read()
+        self._rows.append({"unix_seconds": time.time(), **self._moment(), **asdict(reading)})
         self._taken += 1
