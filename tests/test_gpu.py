@@ -392,6 +392,7 @@ def test_state_leaves_the_card_and_returns_bit_for_bit(name: str, strategy: str)
         train_(plain_model, plain)
         train_(model, optimizer)
         optimizer.zero_grad()
+        gc.collect()  # what earlier tests left behind must not go in between
         full = torch.cuda.memory_allocated()
         away.leave_()
         freed.append(full - torch.cuda.memory_allocated())
@@ -405,7 +406,7 @@ def test_state_leaves_the_card_and_returns_bit_for_bit(name: str, strategy: str)
         assert torch.cuda.memory_allocated() <= 1.05 * full
     parameter_bytes = sum(p.nbytes for p in model.parameters())
     share = {"adamw": 2.0, "muon": 1.0, "sgd": 1.0, "int8": 0.5}[name]
-    assert all(0.9 * share * parameter_bytes < freed_bytes < 1.1 * share * parameter_bytes for freed_bytes in freed)
+    assert freed == pytest.approx([share * parameter_bytes] * 3, rel=0.1)
     train_(plain_model, plain)
     train_(model, optimizer)
     assert torch.equal(weights_of(model), weights_of(plain_model))
@@ -604,12 +605,13 @@ def test_a_plain_step_never_makes_the_host_wait() -> None:
 def test_weights_come_back_without_more_memory_than_full_takes() -> None:
     model = wide()
     weights = Weights(model, build_optimizer(model, OptimizerConfig()))
+    parameter_bytes = sum(p.nbytes for p in weights.params)
     for _ in range(2):
         full = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         weights.lower_()
-        assert torch.cuda.max_memory_allocated() - full <= 0.51 * sum(p.nbytes for p in weights.params)
-        assert torch.cuda.memory_allocated() - full <= -0.49 * sum(p.nbytes for p in weights.params)
+        assert torch.cuda.max_memory_allocated() - full <= 0.51 * parameter_bytes
+        assert torch.cuda.memory_allocated() - full <= -0.49 * parameter_bytes
         torch.cuda.reset_peak_memory_stats()
         weights.raise_()
         assert torch.cuda.max_memory_allocated() <= full + 4096
@@ -618,7 +620,7 @@ def test_weights_come_back_without_more_memory_than_full_takes() -> None:
 def test_a_path_on_the_host_records_the_bits_of_one_on_the_card() -> None:
     model = wide()
     weights = Weights(model, build_optimizer(model, OptimizerConfig()))
-    size = sum(p.numel() for p in weights.params)
+    size = weights.flats[0].numel()
     last = {device: weights.gather_(torch.empty(size, device=device), 0) for device in ("cpu", "cuda")}
     row = {device: torch.empty(size, dtype=torch.bfloat16, device=device) for device in last}
     with torch.no_grad():

@@ -22,23 +22,29 @@ from hybridlab.memory import (
     PredictAwareMemoryConfig,
     plan,
 )
-from hybridlab.notebook.format_agreement import agreement_claim, format_agreement
+from hybridlab.notebook.batch import run_notebook
+from hybridlab.notebook.format_agreement import agreement_claims, format_agreement
 from hybridlab.notebook.memory_views import (
+    cost_table,
     fit_claims,
     memory_table,
     predict_claim,
     predict_table,
     predicted_claims,
     quality_claims,
+    reference_claims,
     step_time_claim,
 )
+from hybridlab.notebook.results import load_results
 from hybridlab.optimizers import Schedule
 from hybridlab.runs import Run
-from hybridlab.study import RunConfig, TextTaskConfig, train
-from hybridlab.study.arms import run_arms
+from hybridlab.study import RunConfig, TextTaskConfig, planning, train
+from hybridlab.study.arms import StudyResult, run_arms
 from hybridlab.study.footprint import Footprint, PredictPhase, footprint, footprints, predict_phase
 from hybridlab.study.jump_times import JumpTimes
+from hybridlab.study.planning import plan_of, room_for
 from hybridlab.study.statistics import Interval
+from tests.notebook_maker import project
 
 TASK = TextTaskConfig(
     model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=4, max_bytes=40_000
@@ -236,11 +242,43 @@ def test_step_times_of_two_runs_are_held_against_each_other() -> None:
     assert step_time_claim(measured(step_ms=1.6), measured()).verdict == "fails"
 
 
-def evaluated(seed: int, **losses: float) -> Any:
-    """A run of a seed that was evaluated after some steps: `after_10=3.5`."""
+def test_what_the_card_could_not_hold_is_not_claimed_about() -> None:
+    fits = replace(measured(change=Interval.of([0.01])), arm="fit_16gb")
+    free, control = (replace(measured(), arm=arm) for arm in ("no limits", "fp32"))
+    words = {"control": "fp32", "fast": "no limits"}
+    assert [claim.id for claim in reference_claims(fits, [free, control], **words)] == ["step-time", "quality"]
+    assert reference_claims(fits, [], **words) == []
+    assert cost_table([fits], "fp32", fast="no limits").cells()[0][-1] == "–"
+
+
+def test_a_card_runs_what_it_can_hold_and_the_rest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = BASE, replace(BASE, name="large", task=replace(TASK, batch_size=64))
+    assert room_for([small, large]) == ([small, large], {}), "without a card"
+    between = (plan_of(small).peak_on_card_bytes + plan_of(large).peak_on_card_bytes) // 2
+    monkeypatch.setattr(planning, "card_bytes_of", lambda _: between)
+    held, left_out = room_for([small, large])
+    assert held == [small]
+    assert left_out == {"large": "needs 1.0 GB, this card has 1.0"}
+
+
+@pytest.mark.slow
+def test_xl_s_notebook_tells_what_it_can_where_its_references_have_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[1]
+    copy = project(tmp_path) / "executed" / "cpu" / "06_gpt2_xl.ipynb"
+    monkeypatch.chdir(tmp_path)
+    settings = [("steps", "8"), ("reference_steps", "0"), ("predict_steps", "0")]
+    run_notebook(root / "notebooks" / copy.name, copy, [root / "params" / "cpu" / "06_gpt2_xl.yaml"], settings)
+    claims = load_results(copy.parent / "results.json")["06_gpt2_xl"]["claims"]
+    assert [claim["id"] for claim in claims] == ["stable-1000-steps"]
+
+
+def evaluated(**losses: float) -> Any:
+    """A run that was evaluated after some steps: `after_10=3.5`."""
     steps = [int(name.removeprefix("after_")) for name in losses]
     frame = pd.DataFrame({"nominal_step": steps, "validation_loss": list(losses.values())})
-    return SimpleNamespace(config={"seed": seed}, steps=frame, folder="here")
+    return SimpleNamespace(steps=frame, folder="here")
 
 
 @pytest.mark.parametrize(
@@ -248,17 +286,24 @@ def evaluated(seed: int, **losses: float) -> Any:
 )
 def test_number_formats_may_differ_as_much_as_seeds_do(strict_loss: float, verdict: str) -> None:
     """By the losses where the strict run ended, not where TF32's did."""
-    strict = evaluated(0, after_5=9.0, after_10=strict_loss)
-    tf32 = [
-        evaluated(0, after_5=8.0, after_10=3.0, after_15=1.0),
-        evaluated(1, after_10=3.02),
-        evaluated(2, after_10=2.97),
-    ]
-    agreement = format_agreement(strict, tf32, at_step=10)
+    runs = {
+        ("strict", 0): evaluated(after_5=9.0, after_10=strict_loss),
+        ("tf32", 0): evaluated(after_5=8.0, after_10=3.0, after_15=1.0),
+        ("tf32", 1): evaluated(after_10=3.02),
+        ("tf32", 2): evaluated(after_10=2.97),
+        ("fit_16gb", 0): evaluated(after_10=5.0),
+    }
+    result = StudyResult(runs)
+    agreement = format_agreement(result, "strict", "tf32", at_step=10)
     assert agreement["spread_of_seeds_in_loss"] == 0.05
     assert agreement["difference_in_loss"] == pytest.approx(abs(strict_loss - 3.0))
-    claim = agreement_claim(agreement)
+    [claim] = agreement_claims(agreement)
     assert (claim.id, claim.verdict) == ("tf32-stands-for-fp32", verdict)
     assert {"strict_seed_0_loss", "tf32_seed_0_loss", "tf32_seed_1_loss", "tf32_seed_2_loss"} < set(claim.numbers)
     with pytest.raises(UserError, match="was not evaluated at step 15"):
-        format_agreement(strict, tf32, at_step=15)
+        format_agreement(result, "strict", "tf32", at_step=15)
+
+
+def test_number_formats_that_did_not_run_are_not_spoken_of() -> None:
+    runs = {("tf32", 0): evaluated(after_10=3.0)}
+    assert agreement_claims(format_agreement(StudyResult(runs), "strict", "tf32", at_step=10)) == []

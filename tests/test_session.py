@@ -401,5 +401,5 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
 
 def test_the_panels_cost_is_measured_in_pairs() -> None:
     cost = panel_overhead(replace(CONFIG, hybrid=HybridTrainerConfig.plain()), rounds=3, steps=2)
-    assert set(cost) == {"panel_over_none", "step_ms", "updates"}
+    assert set(cost) == {"panel_over_none", "low", "high", "step_ms", "updates"}
     assert cost["updates"] >= 1

@@ -249,6 +249,13 @@ def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.
     assert turns.median_ratio(seconds["b"], seconds["a"]) == 20 / 9
 
 
+@pytest.mark.parametrize(("rounds", "ends"), [(5, (-math.inf, math.inf)), (6, (1, 6)), (10, (2, 9)), (20, (6, 15))])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(rounds: int, ends: tuple[float, float]) -> None:
+    """Ranks as tables of the sign test have them, at 95 %."""
+    ranks = [float(rank) for rank in range(rounds, 0, -1)]
+    assert turns.median_ratio_ends(ranks, [1.0] * rounds) == ends
+
+
 def test_a_run_s_record_tells_the_device_from_the_card_that_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SHORT, card_gb=16)
     monkeypatch.setattr(run_config, "device_name", lambda _: "NVIDIA H100")

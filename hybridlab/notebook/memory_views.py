@@ -56,9 +56,12 @@ def parts_table(footprints: Sequence[Footprint]) -> Table:
 
 
 def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | None = None) -> Table:
-    """What each arm pays: its loss beside the control's, and its step over that of `fast`, by default the control."""
+    """What each arm pays: its loss beside the control's, and its step over that of `fast`, by default the control.
+
+    Where the card could hold neither of these, nothing is said of them.
+    """
     fast = fast or control
-    base = next(f.step_ms for f in footprints if f.arm == fast)
+    base = next((f.step_ms for f in footprints if f.arm == fast), None)
     rows = [
         {
             "arm": f.arm,
@@ -66,7 +69,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             f"against {control} (nats)": str(f.change) if f.change else None,
             "perplexity gap": f"{math.expm1(f.change.mean):+.2%}" if f.change else None,
             "step (ms)": f.step_ms,
-            f"step over {fast}'s": f.step_ms / base,
+            f"step over {fast}'s": f.step_ms / base if base else None,
         }
         for f in footprints
     ]
@@ -204,6 +207,20 @@ def step_time_claim(fits: Footprint, free: Footprint) -> Claim:
     ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
     return Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), {"step_ratio_time": ratio})
+
+
+def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
+    """That fitting costs neither quality nor time, as far as the card could hold what it is held against.
+
+    control: the arm whose loss counts; fast: the one whose step does
+    """
+    claims = []
+    for other in others:
+        if other.arm == control:
+            claims += quality_claims([fits], other.validation_loss, each=False)
+        if other.arm == fast:
+            claims.append(step_time_claim(fits, other))
+    return claims
 
 
 def _gigabytes(size: int | None) -> float | None:

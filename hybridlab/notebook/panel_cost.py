@@ -14,7 +14,7 @@ from hybridlab.notebook.controls import Controls
 from hybridlab.notebook.live import Live
 from hybridlab.study.run_config import RunConfig
 from hybridlab.study.training_run import TrainingRun
-from hybridlab.study.turns import SETTLING_ROUNDS, median_ratio, seconds_in_turns
+from hybridlab.study.turns import SETTLING_ROUNDS, median_ratio, median_ratio_ends, seconds_in_turns
 
 
 def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> dict[str, float]:
@@ -22,8 +22,9 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
 
     rounds: how often each has its turn; steps: nominal steps a turn, best a second or more together
 
-    Returns the median over rounds of paired ratios (`panel_over_none`), the median step without it (`step_ms`), and how
-    often the panel was drawn (`updates`). Run it in a notebook, and sending the panel to the page is counted too.
+    Returns the median over rounds of paired ratios (`panel_over_none`) with the ends of its 95 % interval (`low`,
+    `high`), the median step without it (`step_ms`), and how often the panel was drawn (`updates`). Run it in a
+    notebook, and sending the panel to the page is counted too.
     """
     total = 2 * steps * (SETTLING_ROUNDS + rounds)
     schedule = config.lr_schedule.fitted_to(total)
@@ -45,8 +46,11 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
 
             loops = {"alone": alone, "watched": watched}
             seconds = seconds_in_turns(loops, find_device(config.device), rounds)
+    low, high = median_ratio_ends(seconds["watched"], seconds["alone"])
     return {
         "panel_over_none": median_ratio(seconds["watched"], seconds["alone"]),
+        "low": low,
+        "high": high,
         "step_ms": 1e3 * median(seconds["alone"]) / steps,
         "updates": live.updates,
     }

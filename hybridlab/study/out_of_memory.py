@@ -14,7 +14,7 @@ import torch
 from hybridlab.device import find_device
 from hybridlab.errors import UserError
 from hybridlab.files import remove, replaced
-from hybridlab.study.planning import nearest_fit_of
+from hybridlab.study.planning import card_bytes_of, nearest_fit_of
 from hybridlab.study.run_config import RunConfig
 from hybridlab.vram import MemoryMeter
 
@@ -57,7 +57,7 @@ def _told(error: RuntimeError, config: RunConfig, folder: Path) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in SHORT_OF_MEMORY):
         return None
     shortage = f"{_asked(error)} asked for: {_on_the_card(config)}{_snapshot(folder)}"
-    return f"out of memory: {shortage}; {nearest_fit_of(config, _card_bytes(config))}"
+    return f"out of memory: {shortage}; {nearest_fit_of(config, card_bytes_of(config))}"
 
 
 def _asked(error: RuntimeError) -> str:
@@ -71,18 +71,9 @@ def _on_the_card(config: RunConfig) -> str:
     now, others = meter.read(), meter.other_processes_bytes() or 0
     if now.source == "process":
         return config.describe_device()
-    text = (
-        f"{config.describe_device()} has {_card_bytes(config) / 1e9:.1f} GB, torch holds {now.used_bytes / 1e9:.1f} GB"
-    )
+    size = f"{config.describe_device()} has {card_bytes_of(config) / 1e9:.1f} GB"
+    text = f"{size}, torch holds {now.used_bytes / 1e9:.1f} GB"
     return text + (f", other programs use {others / 1e9:.1f} GB" if others > OTHERS_MATTER_BYTES else "")
-
-
-def _card_bytes(config: RunConfig) -> int:
-    """The size of the card, or of the smaller one that it stands for."""
-    device = find_device(config.device)
-    if config.emulates_card:
-        return config.card_bytes
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _snapshot(folder: Path) -> str:

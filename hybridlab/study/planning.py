@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
+from hybridlab.device import find_device
 from hybridlab.errors import UserError
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.memory.nearest_fit import Situation, nearest_fit
@@ -15,6 +19,30 @@ from hybridlab.study.tasks import TextTaskConfig
 def plan_of(config: RunConfig) -> Plan:
     """What a run's memory is predicted to be. Raises UserError for a task that is not a GPT-2's."""
     return situation_of(config).plan()
+
+
+def card_bytes_of(config: RunConfig) -> int:
+    """The size of the card that a run has to itself, or of the smaller one that it stands for; 0 without a card."""
+    device = find_device(config.device)
+    if config.emulates_card:
+        return config.card_bytes
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def room_for(configs: Iterable[RunConfig]) -> tuple[list[RunConfig], dict[str, str]]:
+    """Those of some runs that the card here can hold, and of each other one, by name, why it cannot.
+
+    Goes by the predicted peak, context included; without a card all are held.
+    """
+    held, left_out = [], {}
+    for config in configs:
+        card_bytes = card_bytes_of(config)
+        needed_bytes = plan_of(config).peak_on_card_bytes if card_bytes else 0
+        if needed_bytes > card_bytes:
+            left_out[config.name] = f"needs {needed_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
+        else:
+            held.append(config)
+    return held, left_out
 
 
 def nearest_fit_of(config: RunConfig, card_bytes: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
+from scipy import stats
 
 from hybridlab.device import wait_for
 
@@ -33,7 +35,22 @@ def seconds_in_turns(
 
 def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
     """Median over rounds of one loop's time over another's in the same round."""
-    return median(mine / other for mine, other in zip(seconds, others, strict=True))
+    return median(_ratios(seconds, others))
+
+
+def median_ratio_ends(seconds: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95 % confidence interval of `median_ratio`, whatever the distribution.
+
+    The k-th smallest and the k-th largest ratio, k as large as the sign test at 5 % lets it be; infinite for fewer than
+    six rounds, of which no ratios are far enough out.
+    """
+    ratios = sorted(_ratios(seconds, others))
+    k = int(stats.binom.ppf(0.025, len(ratios), 0.5))
+    return (ratios[k - 1], ratios[-k]) if k else (-math.inf, math.inf)
+
+
+def _ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [mine / other for mine, other in zip(seconds, others, strict=True)]
 
 
 def _timed(turn: Callable[[], object], device: torch.device) -> float:
