@@ -10,7 +10,7 @@ import pytest
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig
-from hybridlab.notebook.transition_views import transition_claims, transition_table
+from hybridlab.notebook.transition_views import lookahead_claims, transition_claims, transition_table
 from hybridlab.optimizers import Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.footprint import PredictPhase, predict_phase
@@ -83,6 +83,15 @@ def test_the_way_there_and_back_is_held_against_the_steps_that_a_jump_replaces(a
     }
     unmeasured = {"all away": phase(1.0, held_bytes=None), "nothing away": phase(1.0, held_bytes=None)}
     assert transition_claims(unmeasured, "nothing away") == []
+
+
+@pytest.mark.parametrize(("ahead_ms", "verdict"), [(700, "holds"), (900, "fails")])
+def test_a_return_beside_predicted_steps_is_held_against_one_after_them(ahead_ms: float, verdict: str) -> None:
+    (claim,) = lookahead_claims({"ahead": phase(9000, ahead_ms), "late": phase(100, 800)}, "ahead", "late")
+    assert (claim.verdict, claim.numbers) == (verdict, {"ahead_ms": ahead_ms, "late_ms": 800})
+    unmeasured = phase(1.0, held_bytes=None)
+    assert lookahead_claims({"ahead": unmeasured, "late": unmeasured}, "ahead", "late") == []
+    assert lookahead_claims({}, "ahead", "late") == []
 
 
 def test_a_runs_jumps_are_found_in_its_record(tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def _claim(name: str, phase: PredictPhase, control: PredictPhase) -> Claim:
     return Claim(f"{slug(name)}-transition", text, verdict(beyond < phase.typical_ms("steps") * step_ms), numbers)
 
 
+def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) -> list[Claim]:
+    """That fetching beside the last predicted steps is quicker than after them; nothing without a GPU, or a jump."""
+    if ahead not in phases or phases[ahead].reserved_bytes is None:
+        return []
+    numbers: Numbers = {"ahead_ms": phases[ahead].typical_ms(), "late_ms": phases[late].typical_ms()}
+    holds = phases[ahead].typical_ms() < phases[late].typical_ms()
+    text = f"{ahead}: a jump takes less time when the state returns beside its last predicted steps than after them"
+    return [Claim("lookahead", text, verdict(holds), numbers)]
+
+
 def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:
     """How much longer a jump takes than where nothing is put away."""
     return phase.typical_ms() - control.typical_ms()
