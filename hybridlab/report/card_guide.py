@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -26,7 +25,7 @@ In three lines:
 
 - Ask first, without a GPU: `hybridlab plan --model xl --card 16GB` says what fits, and the least to switch on if it
   does not.
-- Take the memory settings from the table below: the fastest with a peak below 14 GB and a quality within 2 %.
+- Take the memory settings from the table below: the fastest with a peak below 14 GB and a loss within 2 %.
 - Switch prediction on only for a setting whose row says that it pays.
 """
 
@@ -52,12 +51,15 @@ BY_MODEL = """\
 ## Which settings for which model
 
 **Take this** marks, for each model, the arm with the shortest step among those whose peak stays below 14 GB and whose
-loss, its whole interval included, is within 2 % of the control's perplexity.
+loss was within 2 % of the control's perplexity. **Watch its loss** is added where that is not certain: one seed, or an
+interval that reaches beyond.
 """
 
 NONE_QUALIFIES = """\
 For **{model}** there is nothing to recommend yet: no arm stayed below 14 GB *and* within 2 % of the control. If you
 must train it on this card, watch its loss."""
+
+TAKE, WATCH = "**take this**", "**take this, watch its loss**"
 
 PRESETS = """\
 ## Conservative against aggressive
@@ -126,7 +128,7 @@ def card_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
 
 def recommended(rows: Sequence[Row]) -> Row | None:
     """The fastest arm of one model that stays below 14 GB and within 2 % of the control; None where none does."""
-    good = [row for row in rows if _is_safe(row) and _worst_change(row) < QUALITY_TOLERANCE_NATS]
+    good = [row for row in rows if _is_safe(row) and _within(row.get("loss_change"))]
     return min((row for row in good if row.get("step_ms")), key=lambda row: row["step_ms"], default=None)
 
 
@@ -134,10 +136,9 @@ def _is_safe(row: Row) -> bool:
     return row["peak_memory_bytes"] < SAFE_PEAK_BYTES
 
 
-def _worst_change(row: Row) -> float:
-    """The upper end of the loss's change, or the change itself; what was not measured is no recommendation."""
-    known = [row.get("loss_change_high"), row.get("loss_change")]
-    return next((value for value in known if value is not None), math.inf)
+def _within(change: float | None) -> bool:
+    """Whether a change of the loss, in nats, was measured and costs no more than is tolerated."""
+    return change is not None and change < QUALITY_TOLERANCE_NATS
 
 
 def _by_model(evidence: Evidence) -> str:
@@ -167,7 +168,7 @@ def _model_row(row: Row, best: bool, basis: str) -> Row:
         "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
         "loss against the control": interval(row, "loss_change"),
         "judged over": basis,
-        "": "**take this**" if best else "",
+        "": "" if not best else TAKE if _within(row.get("loss_change_high")) else WATCH,
         "notebook": notebook_link(row["notebook"], short=True),
     }
 
