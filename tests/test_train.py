@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +25,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hybridlab
 from hybridlab import HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
+from hybridlab.study.code_version import code_version
 from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Batch, Task
 
@@ -237,6 +240,35 @@ def test_a_finished_run_is_returned_without_training(
     again = train(replace(PLAIN, checkpoint_every=7), tmp_path, lambda: calls.append(None), resume=True)
     assert again.summary == run.summary
     assert len(calls) == STEPS
+
+
+def test_a_finished_run_of_other_code_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no table holds the figures of two programs."""
+    first = train(PLAIN, tmp_path)
+    monkeypatch.setattr(TRAIN_MODULE, "code_version", lambda: "of tomorrow")
+    again = train(PLAIN, tmp_path, resume=True)
+    assert first.closing_figures["code"] == code_version()
+    assert again.closing_figures["code"] == "of tomorrow"
+
+
+def test_the_code_s_version_counts_what_trains_and_not_what_shows(tmp_path: Path) -> None:
+    def version() -> str:
+        command = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        command += "from hybridlab.study.code_version import code_version; print(code_version())"
+        done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
+        return done.stdout
+
+    def add_to(name: str) -> None:
+        path = tmp_path / "hybridlab" / name
+        path.write_text(path.read_text() + "# more\n")
+
+    shutil.copytree(Path(hybridlab.__file__).parent, tmp_path / "hybridlab")
+    before = version()
+    add_to("notebook/gauges.py")
+    add_to("cli.py")
+    assert version() == before
+    add_to("trainer.py")
+    assert version() != before
 
 
 def test_without_resume_the_run_starts_afresh_and_its_old_checkpoint_is_gone(

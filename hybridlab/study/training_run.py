@@ -31,6 +31,7 @@ from hybridlab.passes import Closure
 from hybridlab.phases import Phase
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import Statistics, StepResult
+from hybridlab.study.code_version import code_version
 from hybridlab.study.compilation import compile_
 from hybridlab.study.out_of_memory import shortage_told
 from hybridlab.study.process_settings import ProcessSettings
@@ -65,7 +66,7 @@ def train(
 
     on_step: called after every nominal step, for a progress bar; at once for those that are not taken again
     resume: go on with the run that lies in `folder`, from its last checkpoint, if it has one; a finished run is
-        returned as it is. By default, what lies there is replaced
+        returned as it is, unless it was trained by other code. By default, what lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
 
     Raises UserError when `resume` meets a run of another configuration, and when memory runs out.
@@ -73,7 +74,7 @@ def train(
     earlier = earlier_run(config, folder) if resume else None
     if not earlier or earlier.summary is not None:
         remove_checkpoint(folder / CHECKPOINT)
-    if earlier and earlier.summary is not None:
+    if earlier and earlier.summary is not None and earlier.summary.get("code") == code_version():
         for _ in range(config.steps):
             on_step()
         return earlier
@@ -355,6 +356,7 @@ class TrainingRun:
         return {
             "name": self._config.name,
             "seed": self._config.seed,
+            "code": code_version(),
             **statistics,
             "reliability": self._trainer.reliability(),
             "forecast_skill": self._trainer.forecast_skill(),
