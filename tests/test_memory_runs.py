@@ -14,6 +14,7 @@ import torch
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.errors import UserError
+from hybridlab.host_memory import LEFT_TO_OTHERS_BYTES
 from hybridlab.memory import (
     CheckpointingConfig,
     GradientAccumulationConfig,
@@ -33,7 +34,8 @@ from hybridlab.notebook.memory_views import (
     predicted_claims,
     quality_claims,
     reference_claims,
-    step_time_claim,
+    stable_run_claim,
+    step_time_claims,
 )
 from hybridlab.notebook.results import load_results
 from hybridlab.optimizers import Schedule
@@ -238,8 +240,23 @@ def test_predict_is_judged_by_what_torch_holds() -> None:
 
 
 def test_step_times_of_two_runs_are_held_against_each_other() -> None:
-    assert step_time_claim(measured(step_ms=1.4), measured()).verdict == "holds"
-    assert step_time_claim(measured(step_ms=1.6), measured()).verdict == "fails"
+    assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.4), measured())] == ["holds"]
+    assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.6), measured())] == ["fails"]
+    without_a_card, too_short = replace(measured(), measured_allocated_bytes=None), replace(measured(), step_ms=None)
+    assert step_time_claims(without_a_card, measured()) == step_time_claims(too_short, measured()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "divergences", "last", "verdict"),
+    [(1000, 0, 4.0, "holds"), (999, 0, 4.0, "open"), (999, 1, 4.0, "fails"), (1000, 1, 4.0, "fails"),
+     (1000, 0, 6.0, "fails"), (40, 0, 6.0, "fails")],
+)  # fmt: skip
+def test_a_run_that_was_too_short_to_be_called_stable_leaves_it_open(
+    steps: int, divergences: int, last: float, verdict: str
+) -> None:
+    losses = pd.DataFrame({"measured_loss": [5.0] * 20 + [last] * 20})
+    run: Any = SimpleNamespace(closing_figures={"nominal_steps": steps, "divergences": divergences}, steps=losses)
+    assert stable_run_claim(run).verdict == verdict
 
 
 def test_what_the_card_could_not_hold_is_not_claimed_about() -> None:
@@ -259,6 +276,15 @@ def test_a_card_runs_what_it_can_hold_and_the_rest_is_named(monkeypatch: pytest.
     held, left_out = room_for([small, large])
     assert held == [small]
     assert left_out == {"large": "needs 1.0 GB, this card has 1.0"}
+
+
+def test_what_the_host_cannot_keep_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = replace(BASE, name="jumps", hybrid=jumping(MemoryConfig.conservative()))
+    monkeypatch.setattr(planning, "card_bytes_of", lambda _: 10**12)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=LEFT_TO_OTHERS_BYTES))
+    held, left_out = room_for([BASE, jumps])
+    assert held == [BASE]
+    assert left_out == {"jumps": "needs 0.0 GB of host memory, 0.5 are available"}
 
 
 @pytest.mark.slow
@@ -302,6 +328,12 @@ def test_number_formats_may_differ_as_much_as_seeds_do(strict_loss: float, verdi
     assert {"strict_seed_0_loss", "tf32_seed_0_loss", "tf32_seed_1_loss", "tf32_seed_2_loss"} < set(claim.numbers)
     with pytest.raises(UserError, match="was not evaluated at step 15"):
         format_agreement(result, "strict", "tf32", at_step=15)
+
+
+def test_one_seed_has_no_spread_to_hold_formats_against() -> None:
+    runs = {("strict", 0): evaluated(after_10=3.1), ("tf32", 0): evaluated(after_10=3.0)}
+    [claim] = agreement_claims(format_agreement(StudyResult(runs), "strict", "tf32", at_step=10))
+    assert claim.verdict == "open"
 
 
 def test_number_formats_that_did_not_run_are_not_spoken_of() -> None:

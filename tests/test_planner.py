@@ -30,7 +30,7 @@ from hybridlab.memory.live_bytes import LiveBytes
 from hybridlab.memory.nearest_fit import Situation, climb, ladder
 from hybridlab.memory.planner import CardShare
 from hybridlab.memory.step_time import CARDS, find_card, step_time_ms
-from hybridlab.models import GPT2Config, MnistCNN
+from hybridlab.models import GPT2, GPT2Config, MnistCNN
 from hybridlab.optimizers import OptimizerConfig
 from hybridlab.trajectory import PathStorage
 
@@ -178,11 +178,11 @@ def test_inputs_on_the_host_leave_two_of_them_on_the_card_and_cross_the_bus_twic
     kept, sent = (plan(deep, (8, 64), MemoryConfig(checkpointing=CheckpointingConfig(inputs=i))) for i in INPUTS)
     one = 8 * 64 * deep.n_embd * 4
     assert kept.parts["activations"] - sent.parts["activations"] == pytest.approx((deep.n_layer - 2) * one, abs=one)
-    assert (kept.bus_bytes, sent.bus_bytes) == (0, 2 * deep.n_layer * one)
+    assert (kept.costs.bus_bytes, sent.costs.bus_bytes) == (0, 2 * deep.n_layer * one)
     in_parts = MemoryConfig(
         checkpointing=CheckpointingConfig(inputs="host"), gradient_accumulation=GradientAccumulationConfig(4)
     )
-    assert plan(deep, (8, 64), in_parts).bus_bytes == sent.bus_bytes
+    assert plan(deep, (8, 64), in_parts).costs.bus_bytes == sent.costs.bus_bytes
 
 
 def test_state_takes_the_bytes_of_its_format():
@@ -333,7 +333,7 @@ def test_step_time_follows_the_work_and_the_card():
     h100, rtx3090 = CARDS["h100"], CARDS["rtx3090"]
     assert 0 < step_time_ms(plain, h100) < step_time_ms(twice, h100) < step_time_ms(twice, rtx3090)
     parts = plan(*MUCH, MemoryConfig(gradient_accumulation=GradientAccumulationConfig(8)))
-    assert parts.flops == plain.flops
+    assert parts.costs.flops == plain.costs.flops
 
 
 # --- the command line ------------------------------------------------------------------------------------
@@ -408,3 +408,38 @@ def test_a_mistake_gives_one_line_and_exit_code_2(capsys, arguments, message):
     out, said = capsys.readouterr()
     assert (out, said.count("\n")) == ("", 1)
     assert message in said
+
+
+# --- the host --------------------------------------------------------------------------------------------
+
+LOWERED = MixedPrecisionConfig("bf16", "bf16_weights")
+
+
+def test_what_leaves_in_predict_does_not_make_a_gradient_step_cheaper() -> None:
+    stays = MemoryConfig(optimizer_state="int8", pad_vocab_to=128)
+    leaves = replace(stays, predict_aware=PredictAwareMemoryConfig("pinned"), mixed_precision=LOWERED)
+    with_fp32 = replace(stays, mixed_precision=MixedPrecisionConfig("bf16", "bf16"))
+    assert plan("nano", (2, 32), leaves).costs == plan("nano", (2, 32), with_fp32).costs
+
+
+def test_host_memory_is_counted_by_what_it_keeps() -> None:
+    memory = MemoryConfig(
+        mixed_precision=LOWERED,
+        predict_aware=PredictAwareMemoryConfig("pinned"),
+        checkpointing=CheckpointingConfig(inputs="host"),
+    )
+    config = GPT2Config.nano()
+    weights = sum(p.nbytes for p in GPT2(config).parameters())
+    needs, storage = PathNeeds(rows=4, every=1, velocity=0.9), PathStorage(on_host=True, dtype=torch.bfloat16)
+    held = plan("nano", (2, 32), memory, path=needs, path_storage=storage).held_on_host
+    assert held == {
+        "inputs of blocks": config.n_layer * 2 * 32 * config.n_embd * 4,
+        "path": 5 * weights // 2 + weights,
+        "way back": pytest.approx(3 * weights, rel=1e-3),
+        "float32 weights in Predict": weights,
+        "state in Predict": pytest.approx(2 * weights, rel=1e-3),
+    }
+    assert plan("nano", (2, 32), memory).held_on_host.keys() == {"inputs of blocks"}, "nothing is predicted"
+    on_host = plan("nano", (2, 32), MemoryConfig(state_on_host=True))
+    assert on_host.held_on_host_bytes == 4 * weights
+    assert plan("nano", (2, 32)).held_on_host == {}

@@ -38,6 +38,8 @@ def forecast(situation: Situation, card_bytes: int, card: Card) -> Iterator[str]
     yield _verdict(rungs, card_bytes)
     yield ""
     yield from _rungs(rungs, card_bytes, card)
+    if rungs[-1].plan.held_on_host != rungs[0].plan.held_on_host:
+        yield from _on_host(rungs[-1].plan, "With all of these, ")
     yield f"Times a step are estimated, apart from the memory, from the data sheet of a {card.name}; measure to know."
     if len(rungs) > 1 and rungs[-1].plan.fits(card_bytes):
         yield ""
@@ -54,6 +56,15 @@ def _by_part(plan: Plan) -> Iterator[str]:
         f"On the card: {_size(plan.peak_on_card_bytes)}, with {share.slack:.0%} of slack in torch's allocator and "
         f"{_size(share.context_bytes)} of CUDA context (assumed)."
     )
+    yield from _on_host(plan)
+
+
+def _on_host(plan: Plan, begin: str = "") -> Iterator[str]:
+    """What the training keeps in host memory, if it keeps anything there."""
+    if plan.held_on_host:
+        held = ", ".join(f"{name} {_size(size)}" for name, size in plan.held_on_host.items())
+        line = f"{begin}host memory, most of it page-locked: {_size(plan.held_on_host_bytes)} ({held})."
+        yield line[0].upper() + line[1:]
 
 
 def _verdict(rungs: list[Rung], card_bytes: int) -> str:
@@ -77,6 +88,7 @@ def _rungs(rungs: list[Rung], card_bytes: int, card: Card) -> Iterator[str]:
 def _in_python(asked: Situation, fits: Situation) -> Iterator[str]:
     """What to paste, and where the path goes if it went to the host."""
     memory = code_of(fits.memory)
+    yield "# prepare_model_ and optimizer_for put it to work: README.md, In less memory"
     yield f"from hybridlab.memory import {', '.join(sorted(set(re.findall(r'[A-Z][A-Za-z]+Config', memory))))}"
     yield f"memory = {memory}"
     if fits.path_storage.on_host and not asked.path_storage.on_host:

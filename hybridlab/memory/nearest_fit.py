@@ -19,7 +19,7 @@ from hybridlab.memory.planner import Batch, CardShare, Loss, Model, Plan, plan
 from hybridlab.optimizers import OptimizerConfig
 from hybridlab.trajectory import PathStorage
 
-CHUNK_TOKENS, PAD_VOCAB_TO = 1024, 128
+CHUNK_TOKENS, PAD_VOCAB_TO, CLIP_NORM = 1024, 128, 1.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _in_backward(it: Situation) -> Situation | None:
     memory = it.memory
     if memory.step_in_backward or memory.gradient_accumulation or memory.state_on_host:
         return None
-    return it.changed(step_in_backward=True)
+    return it.changed(step_in_backward=True, clip_in_backward=CLIP_NORM)
 
 
 def _inputs_on_host(it: Situation) -> Situation | None:
@@ -183,7 +183,7 @@ FEATURES: tuple[tuple[str, Callable[[Situation], Situation | None]], ...] = (
     ("path on the host", _path_on_host),
     ("checkpointing of every block", _checkpointing),
     (f"int8 optimizer state, vocabulary padded to {PAD_VOCAB_TO}s", _low_bit),
-    ("optimizer step inside backward", _in_backward),
+    (f"optimizer step inside backward, clipped at norm {CLIP_NORM:g}", _in_backward),
     ("inputs of checkpointed blocks on the host", _inputs_on_host),
     ("gradients and fp32 state on the host instead of int8 state", _on_host),
     ("bf16 weights, their fp32 masters on the host", _bf16_weights),

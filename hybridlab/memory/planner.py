@@ -13,7 +13,7 @@ from hybridlab.gram import PathNeeds
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.emulated_card import emulated_card
 from hybridlab.memory.live_bytes import LiveBytes
-from hybridlab.memory.rehearsal import Rehearsal
+from hybridlab.memory.rehearsal import Rehearsal, StepCosts
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig
 from hybridlab.settings import check_bounds, check_types
@@ -54,18 +54,14 @@ class Plan:
 
     phases: "Full" (Warmup is Full without the path), "Predict" and "Correct": part -> bytes at that phase's peak
     share: what the card gives up beside tensors
-    flops: of a gradient step by number format ("float32", "bfloat16"), what is computed twice included
-    moved_bytes: that a gradient step's other kernels, the optimizer's included, read and write on the card
-    bus_bytes: that a gradient step sends to the host and back
-    host_bytes: that a gradient step reads and writes in host memory
+    costs: of a gradient step: operations, and traffic on the card, the bus and the host
+    held_on_host: bytes of host memory that the training takes and keeps, by what it keeps there
     """
 
     phases: dict[str, dict[str, int]]
     share: CardShare
-    flops: dict[str, int]
-    moved_bytes: int
-    bus_bytes: int
-    host_bytes: int
+    costs: StepCosts
+    held_on_host: dict[str, int]
 
     @property
     def parts(self) -> dict[str, int]:
@@ -81,6 +77,11 @@ class Plan:
     def peak_on_card_bytes(self) -> int:
         """What the card is expected to count: allocated, the allocator's slack, and the context."""
         return round(self.peak_allocated_bytes * (1 + self.share.slack)) + self.share.context_bytes
+
+    @property
+    def held_on_host_bytes(self) -> int:
+        """Host memory in all, beside the process itself and its data."""
+        return _total(self.held_on_host)
 
     def fits(self, card_bytes: int) -> bool:
         """Whether a card of this size holds it all."""
@@ -146,15 +147,9 @@ def plan(
             weight_cache=weight_cache,
         )
         step = training.gradient_step()
+        costs, held_on_host = training.costs(), training.held_on_host()
         phases = {"Full": step, "Predict": training.predict(), "Correct": step}
-    return Plan(
-        {phase: _by_part(peak, share) for phase, peak in phases.items()},
-        share,
-        flops=training.flops,
-        moved_bytes=training.moved_bytes,
-        bus_bytes=training.bus_bytes,
-        host_bytes=training.host_bytes,
-    )
+    return Plan({phase: _by_part(peak, share) for phase, peak in phases.items()}, share, costs, held_on_host)
 
 
 def next_token_loss(module: nn.Module, batch: Batch) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,6 +33,22 @@ SMALLEST_QUANTIZED = 4096
 
 Loss = Callable[[nn.Module], Tensor]
 """The loss of one part of a batch; it makes its inputs itself, and they are fake."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a gradient step takes besides memory on the card.
+
+    flops: by number format ("float32", "bfloat16"), what is computed twice included
+    moved_bytes: that its other kernels, the optimizer's included, read and write on the card
+    bus_bytes: to the host and back: inputs of blocks, gradients and their sums, and weights
+    host_bytes: that it reads and writes in host memory
+    """
+
+    flops: dict[str, int]
+    moved_bytes: int
+    bus_bytes: int
+    host_bytes: int
 
 
 class Rehearsal:
@@ -70,6 +87,7 @@ class Rehearsal:
         self._optimizer = _optimizer_on_cuda(model, optimizer) if self._steps_on_card else None
         self._state = self._new_state()
         live.tag(self._state, "optimizer")
+        self._path_needs, self._path_storage = path, path_storage
         self._path = self._new_path(path, path_storage) if path else []
         self._slope_copies = (1 + (path_storage != PathStorage())) if path else 0
         live.tag(self._path, "path")
@@ -113,30 +131,38 @@ class Rehearsal:
             self._loss(self._model)
         return self._live.peak
 
-    # --- work --------------------------------------------------------------------------------------------
+    # --- work, and the host: ask between `gradient_step` and `predict` ------------------------------------
+
+    def costs(self) -> StepCosts:
+        """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
+        weights, state = _bytes(self._params), _bytes(self._state)
+        on_host = self._memory.state_on_host
+        return StepCosts(
+            flops={str(dtype).removeprefix("torch."): self._whole(n) for dtype, n in self._work.flops.items()},
+            moved_bytes=self._whole(self._work.moved_bytes) + (0 if on_host else 3 * weights + 2 * state),
+            bus_bytes=2 * self._memory.micro_batches * ((weights if on_host else 0) + self._sent_bytes),
+            host_bytes=28 * self._size if on_host else 0,
+        )
+
+    def held_on_host(self) -> dict[str, int]:
+        """Bytes of host memory that the training takes and keeps, by what it keeps there; most of it page-locked."""
+        weights, state, path = _bytes(self._params), _bytes(self._state), self._path_needs
+        held = {"inputs of blocks": self._sent_bytes}
+        if self._memory.state_on_host:
+            held["gradients, state and masters"] = 16 * self._size
+        if path and self._path_storage.on_host:
+            rows = path.rows + (path.velocity is not None)
+            held["path"] = rows * self._size * self._path_storage.dtype.itemsize + weights
+            held["way back"] = weights + _bytes(self._model.buffers()) + state
+        if path and self._memory.lowers_weights:
+            held["float32 weights in Predict"] = weights
+        if path and self._memory.predict_strategy in ("cpu", "pinned"):
+            held["state in Predict"] = state
+        return {name: size for name, size in held.items() if size}
 
     @property
-    def flops(self) -> dict[str, int]:
-        """Floating-point operations of a gradient step, by number format."""
-        return {str(dtype).removeprefix("torch."): self._whole(count) for dtype, count in self._work.flops.items()}
-
-    @property
-    def moved_bytes(self) -> int:
-        """Read and written on the card by a gradient step, apart from matrix products."""
-        weights, state = (sum(t.nbytes for t in tensors) for tensors in (self._params, self._state))
-        optimizer = 0 if self._memory.state_on_host else 3 * weights + 2 * state
-        return self._whole(self._work.moved_bytes) + optimizer
-
-    @property
-    def bus_bytes(self) -> int:
-        """To the host and back in a gradient step: inputs of blocks, gradients and their sums, and weights."""
-        weights = sum(t.nbytes for t in self._params) if self._memory.state_on_host else 0
-        return 2 * self._memory.micro_batches * (weights + self._sent_bytes)
-
-    @property
-    def host_bytes(self) -> int:
-        """Of AdamW's step in host memory: weight, gradient and two moments are read, all but the gradient written."""
-        return 28 * sum(p.numel() for p in self._params) if self._memory.state_on_host else 0
+    def _size(self) -> int:
+        return sum(p.numel() for p in self._params)
 
     def _whole(self, counted: int) -> int:
         """Of all micro batches, from those that were rehearsed."""
@@ -213,7 +239,7 @@ class Rehearsal:
 
     def _new_path(self, path: PathNeeds, storage: PathStorage) -> list[Tensor]:
         """Rows, last weights, velocity and direction, and the copy of weights and state that a jump can go back to."""
-        size = sum(p.numel() for p in self._params)
+        size = self._size
         made: list[Tensor] = [torch.empty(size)] if path.direction else []
         if storage.on_host:
             return made
@@ -257,6 +283,10 @@ def _optimizer_on_cuda(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         if "fused" in group:
             group.update(fused=True, foreach=False)
     return optimizer
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _moment(like: Tensor, bits: LowBit) -> list[Tensor]:

@@ -51,10 +51,11 @@ def step_time_ms(plan: Plan, card: Card) -> float:
     Real kernels reach less than these rates, and caches spare some of the traffic; nothing is taken to overlap or to
     be fused, and float32 products are not in TF32.
     """
-    half = plan.flops.get("bfloat16", 0) / card.bfloat16_flops
-    full = plan.flops.get("float32", 0) / card.float32_flops
-    traffic = plan.moved_bytes / card.bandwidth_bytes
-    return 1e3 * (half + full + traffic + plan.bus_bytes / card.bus_bytes + plan.host_bytes / HOST_BANDWIDTH_BYTES)
+    costs = plan.costs
+    half = costs.flops.get("bfloat16", 0) / card.bfloat16_flops
+    full = costs.flops.get("float32", 0) / card.float32_flops
+    traffic = costs.moved_bytes / card.bandwidth_bytes
+    return 1e3 * (half + full + traffic + costs.bus_bytes / card.bus_bytes + costs.host_bytes / HOST_BANDWIDTH_BYTES)
 
 
 def find_card(text: str) -> tuple[int, Card]:

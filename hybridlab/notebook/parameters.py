@@ -104,13 +104,15 @@ def _parameter(line: ast.stmt, notebook: str) -> Parameter:
 
 
 def parameters_from(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect the literals that a notebook's namespace holds so far: its parameters.
+    """A notebook's parameters, with their values: the annotated literals of its namespace.
 
-    Call it as `parameters_from(globals())` straight after the parameters cell, before other names
-    are bound to literals. Constants that imports bring in, in capitals, are none.
+    Call it as `parameters_from(globals())` straight after the parameters cell. What later cells bind, which a second
+    run of all cells finds there, has no annotations; where Python keeps none of these (from 3.14 on), every lower-case
+    literal counts.
     """
     literals = (bool, int, float, str, list, type(None))
-    named = {name: value for name, value in namespace.items() if name.islower() and not name.startswith("_")}
+    declared = namespace.get("__annotations__") or [name for name in namespace if name.islower()]
+    named = {name: namespace[name] for name in declared if name in namespace and not name.startswith("_")}
     return {name: value for name, value in named.items() if type(value) in literals}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from hybridlab.errors import UserError
 from hybridlab.memory.planner import Plan
+from hybridlab.memory.step_time import CARDS, step_time_ms
 from hybridlab.runs import Run
 from hybridlab.study.arms import StudyResult
 from hybridlab.study.jump_times import JumpTimes, gradient_step_ms, jump_times
@@ -24,7 +25,7 @@ class Footprint:
     predicted: its plan, made without a card
     measured_allocated_bytes: peak of live tensors in the measured run; None without a GPU
     peak_memory_bytes: the run's peak as the card counts it, or the process's without a GPU
-    step_ms: median gradient step of the measured run
+    step_ms: median gradient step of the measured run; None where it was too short to have settled
     validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
     """
 
@@ -32,7 +33,7 @@ class Footprint:
     predicted: Plan
     measured_allocated_bytes: int | None
     peak_memory_bytes: int
-    step_ms: float
+    step_ms: float | None
     validation_loss: float
     change: Interval | None
 
@@ -53,6 +54,7 @@ class Footprint:
             "measured_allocated_bytes": self.measured_allocated_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "step_ms": self.step_ms,
+            "estimated_5080_ms": step_time_ms(self.predicted, CARDS["rtx5080"]),
             "validation_loss": self.validation_loss,
             "loss_change": change.mean if change else None,
             "loss_change_low": change.low if change and several else None,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import psutil
 import torch
 
 from hybridlab.device import find_device
 from hybridlab.errors import UserError
+from hybridlab.host_memory import LEFT_TO_OTHERS_BYTES
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.memory.nearest_fit import Situation, nearest_fit
 from hybridlab.memory.planner import Plan
@@ -30,19 +32,34 @@ def card_bytes_of(config: RunConfig) -> int:
 
 
 def room_for(configs: Iterable[RunConfig]) -> tuple[list[RunConfig], dict[str, str]]:
-    """Those of some runs that the card here can hold, and of each other one, by name, why it cannot.
+    """Those of some runs that the machine can hold, and of each other one, by name, why it cannot.
 
-    Goes by the predicted peak, context included; without a card all are held.
+    Goes by the predicted peak on the card, context included, against the whole card, and by what is kept on the host
+    against what the host has available. Without a card all are held.
+
+    Raises UserError for a task that is not a GPT-2's, where there is a card.
     """
     held, left_out = [], {}
     for config in configs:
-        card_bytes = card_bytes_of(config)
-        needed_bytes = plan_of(config).peak_on_card_bytes if card_bytes else 0
-        if needed_bytes > card_bytes:
-            left_out[config.name] = f"needs {needed_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
+        if reason := _lack(config):
+            left_out[config.name] = reason
         else:
             held.append(config)
     return held, left_out
+
+
+def _lack(config: RunConfig) -> str:
+    """What a run wants and the machine does not have; nothing where it has it all, or no card."""
+    card_bytes = card_bytes_of(config)
+    if not card_bytes:
+        return ""
+    plan = plan_of(config)
+    if not plan.fits(card_bytes):
+        return f"needs {plan.peak_on_card_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
+    wanted_bytes, available_bytes = plan.held_on_host_bytes, psutil.virtual_memory().available
+    if wanted_bytes > available_bytes - LEFT_TO_OTHERS_BYTES:
+        return f"needs {wanted_bytes / 1e9:.1f} GB of host memory, {available_bytes / 1e9:.1f} are available"
+    return ""
 
 
 def nearest_fit_of(config: RunConfig, card_bytes: int) -> str:
