@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 import psutil
 import torch
@@ -18,8 +19,9 @@ from hybridlab.study.run_config import RunConfig
 from hybridlab.study.tasks import TextTaskConfig
 
 
+@lru_cache
 def plan_of(config: RunConfig) -> Plan:
-    """What a run's memory is predicted to be. Raises UserError for a task that is not a GPT-2's."""
+    """What a run's memory is predicted to be; made once, since XL's takes seconds. Raises UserError for a task that is not a GPT-2's."""
     return situation_of(config).plan()
 
 
