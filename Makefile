@@ -2,6 +2,10 @@
 PYTHON ?= python3
 PROFILE ?= cpu
 TORCH ?= torch==2.13.0
+# Where the executed copies of `make milestones` go, and their results beside them.
+OUT ?= executed/$(PROFILE)
+# RESUME=--resume goes on with the training runs that an interrupted start left.
+RESUME ?=
 # Passed to `jupyter lab`.
 LAB_FLAGS ?=
 
@@ -11,6 +15,8 @@ FIRST := 03_gpt2_small_hybrid
 ALL := $(patsubst params/$(PROFILE)/%.yaml,%,$(sort $(wildcard params/$(PROFILE)/[0-9]*.yaml)))
 # The report reads what the others found, and runs after them.
 MILESTONES := $(filter-out 09_report,$(ALL))
+# Its committed copy is that of the profile cpu; beside copies of your own lies one of its own.
+REPORT_OUT := $(if $(filter executed/$(PROFILE),$(OUT)),executed/cpu,$(OUT))
 
 .PHONY: help run test lab milestones check clean
 
@@ -32,13 +38,13 @@ check: .venv/dev ## style and types
 lab: .venv/run ## JupyterLab with the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/$(FIRST).ipynb $(LAB_FLAGS)
 
-milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080
+milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080; OUT=folder RESUME=--resume
 	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }
-	$(HYBRIDLAB) run notebooks/09_report.ipynb -f params/cpu/09_report.yaml -o executed/cpu/09_report.ipynb
+	$(HYBRIDLAB) run notebooks/09_report.ipynb -f params/cpu/09_report.yaml -o $(REPORT_OUT)/09_report.ipynb
 	$(HYBRIDLAB) report
 
 milestone/%: .venv/run
-	$(HYBRIDLAB) run notebooks/$*.ipynb -f params/$(PROFILE)/$*.yaml -o executed/$(PROFILE)/$*.ipynb
+	$(HYBRIDLAB) run notebooks/$*.ipynb -f params/$(PROFILE)/$*.yaml -o $(OUT)/$*.ipynb $(RESUME)
 
 # A stamp file for each set of packages: a second call finds it and installs nothing.
 .venv/python:

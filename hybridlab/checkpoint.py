@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def load_checkpoint(
         raise UserError(_other_format(path, content.get(_MARK)))
     refuse_differences(path, content["meta"], expect)
     return content["state"]
+
+
+def checkpoint_meta(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint, or the one before it, belongs to: the `meta` it was saved with; tensors stay on the disk.
+
+    None where there is none, or none that can be read: `load_checkpoint` says what is wrong with it.
+    """
+    for file in (path, _previous(path)):
+        with suppress(Exception):  # a damaged file makes its reader fail in a dozen ways
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return dict(content["meta"])
+    return None
 
 
 def has_checkpoint(path: Path) -> bool:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from hybridlab.errors import UserError
 
+ON_WINDOWS = os.name == "nt"
+"""There no folder can be opened, and the system itself brings names to the disk."""
+
 
 @contextmanager
 def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -> Iterator[Path]:
@@ -30,12 +33,12 @@ def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -
             path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
             if lasting:
-                _to_disk(beside)
+                _content_to_disk(beside)
             if keep_as and path.exists():
                 os.replace(path, keep_as)
             os.replace(beside, path)
             if lasting:
-                _to_disk(path.parent)
+                _names_to_disk(path.parent)
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -71,9 +74,17 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp")
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _content_to_disk(path: Path) -> None:
+    """Wait until a file's content has reached the disk; Windows wants the file open for writing."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _names_to_disk(folder: Path) -> None:
+    """Wait until a folder's list of names has reached the disk."""
+    if ON_WINDOWS:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -14,6 +14,7 @@ import torch
 
 from hybridlab import checkpoint, files
 from hybridlab.checkpoint import (
+    checkpoint_meta,
     load_checkpoint,
     random_state,
     remove_checkpoint,
@@ -286,6 +287,17 @@ def test_killed_at_any_moment_of_writing_the_old_state_or_the_new_one_is_there(
     save(path, 4)
     assert load(path) == 4
     assert names(path.parent) == {"checkpoint.pt", "checkpoint.previous.pt"}
+
+
+def test_what_a_checkpoint_belongs_to_is_read_without_its_tensors(path: Path) -> None:
+    assert checkpoint_meta(path) is None
+    save_checkpoint(path, {}, meta={"name": "the one before"})
+    save(path, 1)
+    assert checkpoint_meta(path) == META
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert checkpoint_meta(path) == {"name": "the one before"}
+    path.with_name("checkpoint.previous.pt").write_bytes(b"no checkpoint")
+    assert checkpoint_meta(path) is None
 
 
 def test_remove_leaves_nothing(path: Path) -> None:

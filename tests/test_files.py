@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hybridlab import files
 from hybridlab.errors import UserError
 from hybridlab.files import replaced
 from hybridlab.notebook.executed import write_notebook
@@ -68,3 +71,33 @@ def test_what_need_not_last_waits_for_no_disk(root: Path, monkeypatch: pytest.Mo
     with Progress(2, "training") as progress:
         progress.advance()
     assert (root / "progress.json").exists()
+
+
+def test_a_progress_file_that_cannot_be_written_ends_no_training(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or on Windows a reader that has it open."""
+    path = root / "progress.json"
+    monkeypatch.setenv(PROGRESS_FILE, str(path))
+    with Progress(2, "training") as progress, full_disk(room_bytes=0):
+        progress._write()
+        assert json.loads(path.read_text())["done"] == 0
+        progress.advance(2)
+    assert json.loads(path.read_text())["done"] == 2, "it is written again as soon as there is room"
+
+
+def test_no_folder_is_opened_on_windows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "ON_WINDOWS", True)
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opens a folder"))
+    with replaced(root / "file") as beside:
+        beside.write_text("new")
+    assert (root / "file").read_text() == "new"
+
+
+def test_a_file_reaches_the_disk_through_a_descriptor_that_may_write(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows refuses any other."""
+    modes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE))
+    with replaced(root / "file") as beside:
+        beside.write_text("new")
+    assert modes == [os.O_RDWR, os.O_RDONLY], "the file, then its folder"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,13 @@ def test_the_worked_example_runs(
 def test_links_of_the_guide_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", GUIDE.read_text(encoding="utf-8"))
     assert [link for link in links if not (GUIDE.parent / link).exists()] == []
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_milestones_go_where_they_are_told_to_and_go_on_if_asked() -> None:
+    asked = ["make", "--dry-run", "milestones", "PROFILE=rtx5080", "OUT=runs/mine", "RESUME=--resume"]
+    plan = subprocess.run(asked, cwd=GUIDE.parents[1], capture_output=True, text=True, check=True).stdout
+    runs = re.findall(r"run notebooks/(\S+)\.ipynb -f \S+ -o runs/mine/(\S+)\.ipynb ?(\S*)", plan)
+    assert len(runs) == plan.count(" run notebooks/")
+    assert all(name == copy for name, copy, _ in runs)
+    assert {resume for name, _, resume in runs if name != "09_report"} == {"--resume"}

@@ -99,6 +99,12 @@ def test_the_control_is_told_apart_and_the_bound_is_drawn_where_it_matters() -> 
     assert large.png().startswith(b"\x89PNG")
 
 
+def test_an_arm_that_changes_nothing_is_no_control() -> None:
+    exact = MEMORY_ROWS[1] | {"arm": "exact", "loss_change": 0.0, "loss_change_low": 0.0, "loss_change_high": 0.0}
+    chart = quality_against_memory([MEMORY_ROWS[0], exact], "Quality")
+    assert [series.name for series in chart.series if series.control] == ["fp32"]
+
+
 def test_a_time_line_starts_at_zero_and_shows_every_phase_and_the_bound() -> None:
     chart = memory_timeline(vram(), "VRAM", limit=SAFE_PEAK)
     assert [series.name for series in chart.series] == ["reserved by torch", "in live tensors"]

@@ -12,14 +12,19 @@ import pytest
 
 from hybridlab.cli import main
 from hybridlab.errors import UserError
+from hybridlab.memory.nearest_fit import FEATURES
+from hybridlab.memory.step_time import CARDS
 from hybridlab.notebook.memory_charts import vram_rows
 from hybridlab.notebook.results import load_results, publish
 from hybridlab.report import report_files, stale_files, write_report
-from hybridlab.report.card_guide import recommended
+from hybridlab.report.card_guide import NO_FIT, card_guide
 from hybridlab.report.criteria import CRITERIA, Below, Claims, Criterion, Ran
 from hybridlab.report.documents import BEGIN, END
 from hybridlab.report.evidence import MAIN, PROFILES, REPORT, Evidence
+from hybridlab.report.headlines import Headline, headlines
 from hybridlab.report.pictures import drawn, same_picture, signed, vram_frame
+from hybridlab.report.recommendation import by_model, recommended
+from hybridlab.report.validation import validation_document
 from hybridlab.report.words import interval, markdown_table, numbers_in_words
 from tests.notebook_maker import project
 from tests.test_memory_charts import MEMORY_ROWS, vram
@@ -232,7 +237,10 @@ def test_published_tables_become_tables_and_pictures(memory: Path) -> None:
     assert "| small | everything | 1.50 GB | 1.53 GB | 0.980 | 1.80 GB | 41.0 ms | +0.006 [-0.001, +0.012] |" in results
     guide = (memory / "docs" / "RTX_5080_GUIDE.md").read_text()
     assert guide.count("| **take this** |") == 1
-    assert "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] |  | **take this** |" in guide
+    assert (
+        "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] | to a loss of 3.90 | **take this** |"
+        in guide
+    )
 
 
 def test_only_what_fits_and_keeps_the_quality_is_recommended() -> None:
@@ -256,6 +264,136 @@ def test_what_is_recommended_without_certainty_says_so(
     (line,) = [line for line in guide.splitlines() if "take this" in line and line.startswith("|")]
     assert line.startswith("| small | bf16 |")
     assert line.split("|")[-3].strip() == "**take this, watch its loss**"
+
+
+def rows_of(*rows: dict[str, Any], **parameters: Any) -> Evidence:
+    """Evidence of the memory notebook with these rows of its table."""
+    return evidence(n04=entry(tables={"memory": list(rows)}, parameters=parameters))
+
+
+XL = {
+    "arm": "fit_16gb",
+    "model": "xl",
+    "peak_memory_bytes": 13e9,
+    "step_ms": 200.0,
+    "validation_loss": 4.0,
+    "parts": {"weights": 6e9},
+}
+LARGE = XL | {"arm": "no limits", "peak_memory_bytes": 27e9}
+CONTROL = XL | {"arm": "fp32", "peak_memory_bytes": 42e9, "loss_change": None}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([XL | {"loss_change": None}], "**xl** fits with fit_16gb; its loss could not be judged on this card"),
+        ([XL | {"loss_change": None}, LARGE | {"loss_change": None}], "**xl** fits with fit_16gb; its loss could not"),
+        (
+            [XL | {"loss_change": 0.6}, LARGE | {"loss_change": 0.0}, CONTROL],
+            "no arm stayed below 14 GB *and* within 2 %",
+        ),
+        ([LARGE | {"loss_change": 0.0}, CONTROL], "no arm that was measured stayed below 14 GB"),
+    ],
+)
+def test_a_model_without_a_recommendation_says_why(rows: list[dict[str, Any]], words: str) -> None:
+    text = by_model(rows_of(*rows))
+    assert words in text
+    assert text.count("**xl**") == 1
+    assert "take this" not in text
+
+
+def test_what_a_loss_was_judged_over_names_the_control_s_loss() -> None:
+    text = by_model(rows_of(XL | {"loss_change": 0.001}, CONTROL | {"validation_loss": 6.7359}, steps=40, seeds=3))
+    assert "| 40 steps, 3 seeds, to a loss of 6.74 | **take this, watch its loss** |" in text
+    assert "to a loss" not in by_model(rows_of(XL | {"loss_change": None}, steps=40, seeds=3))
+
+
+def test_the_estimated_time_is_shown_where_rows_have_it() -> None:
+    row = XL | {"loss_change": 0.001}
+    assert "est. on a 5080" not in by_model(rows_of(row, CONTROL))
+    text = by_model(rows_of(row | {"estimated_5080_ms": 412.3}, CONTROL))
+    assert "| a step | est. on a 5080 | loss" in text
+    assert "| 200.0 ms | 412 ms |" in text
+    assert "| 200.0 ms | – |" in text
+
+
+def test_where_no_control_ran_no_loss_is_drawn() -> None:
+    assert f"quality_against_memory_{MEMORY}.png" not in drawn(rows_of(XL | {"loss_change": None}))
+
+
+@pytest.mark.parametrize("device", ["GeForce RTX 5080", "H200 as an emulated 16 GB card"])
+def test_only_an_emulated_card_is_excused(device: str) -> None:
+    guide = card_guide(evidence(n02=entry(), n03=entry(device=device)), {})
+    assert ("## What we could only emulate" in guide) == ("emulated" in device)
+    assert device in guide
+    assert "A GB is decimal" in guide
+
+
+def test_ratios_of_speeds_come_from_the_data_sheets() -> None:
+    guide = card_guide(evidence(n03=entry(device="an emulated card")), {})
+    for card in (CARDS["h100"], CARDS["rtx5080"]):
+        assert f"{card.bfloat16_flops / card.float32_flops:.1f} times ({card.name})" in guide
+
+
+def test_the_text_climbs_the_planner_s_ladder() -> None:
+    """Each rung of `nearest_fit.FEATURES` by a word of its name, and what the text calls it."""
+    words = {
+        "autocast": "`mixed_precision`",
+        "chunks": "`loss_chunk_tokens`",
+        "path": "`path_device=",
+        "checkpointing of every": "(`checkpointing`)",
+        "int8": "`optimizer_state=",
+        "inside backward": "(`step_in_backward`)",
+        "inputs": '`inputs="host"`',
+        "state on the host": "(`state_on_host`)",
+        "bf16 weights": "`weights=",
+        "micro batches": "(`gradient_accumulation`)",
+    }
+    rungs = [next(key for key in reversed(words) if key in name) for name, _ in FEATURES]
+    assert list(dict.fromkeys(rungs)) == list(words)
+    places = [NO_FIT.index(text) for text in words.values()]
+    assert places == sorted(places)
+
+
+def test_prediction_is_advised_only_where_it_was_shown_to_pay() -> None:
+    idle = claim("conservative-pays", "holds", predicted_steps=0.0, gradient_steps=1000.0)
+    lost = claim("aggressive-pays", "fails", predicted_steps=100.0, gradient_steps=900.0)
+    guide = card_guide(evidence(n03=entry(idle, lost)), {})
+    assert "Leave prediction off" in guide
+    won = lost | {"verdict": "holds"}
+    guide = card_guide(evidence(n03=entry(idle, won)), {})
+    assert "Leave prediction off" not in guide
+    assert "Switch prediction on only as here: aggressive-pays." in guide
+
+
+def test_what_prediction_takes_of_the_card_is_shown_where_it_was_claimed() -> None:
+    pays = claim("aggressive-pays", "fails", predicted_steps=100.0, gradient_steps=900.0, step_value=-0.5)
+    assert "peak VRAM | pays" not in card_guide(evidence(n03=entry(pays)), {})
+    vram = claim("aggressive-vram", "holds", peak_memory_bytes=4.9e9)
+    guide = card_guide(evidence(n03=entry(pays, vram)), {})
+    assert "| peak VRAM | pays |" in guide
+    assert "| -0.50 | 4.90 GB | **fails** |" in guide
+
+
+def test_a_headline_on_arms_that_predicted_nothing_says_so() -> None:
+    pays = [
+        claim(f"{preset}-pays", "fails", predicted_steps=0.0, gradient_steps=1000.0)
+        for preset in ("conservative", "aggressive")
+    ]
+    assert headlines(evidence(n03=entry(*pays))).count("**predicted nothing**") == 1
+    pays[0]["numbers"]["predicted_steps"] = 10.0
+    rule = Claims(HYBRID, ("conservative-pays", "aggressive-pays"))
+    assert Headline("q", rule).row(evidence(n03=entry(*pays)))["verdict"] == "**fails**"
+    assert "predicted nothing" not in headlines(evidence(n03=entry()))
+
+
+def test_arms_of_one_name_are_told_apart_where_a_criterion_mixes_notebooks() -> None:
+    quality = claim("conservative-quality", "holds", loss_to_baseline=0.0)
+    text = validation_document(evidence(n03=entry(quality), n04=entry(quality)), {})
+    mixed = text[text.index("### Overall: must have") :]
+    assert "| small, hybrid: conservative-quality |" in mixed
+    assert "| small, memory: conservative-quality |" in mixed
+    assert "| small, " not in text[: text.index("### Overall: must have")]
 
 
 def test_a_picture_is_known_by_its_numbers(memory: Path) -> None:

@@ -19,8 +19,9 @@ from hybridlab.notebook.live import Live, interrupts
 from hybridlab.notebook.panel_cost import panel_overhead
 from hybridlab.optimizers import Schedule
 from hybridlab.runs import Run
-from hybridlab.study import RunConfig, Study, TextTaskConfig, train
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, train, training_run
 from hybridlab.study.arms import OnStep
+from hybridlab.study.training_run import TrainingRun
 from tests.conftest import TINY_TEXT, Problem
 from tests.notebook_maker import project
 
@@ -141,6 +142,23 @@ def test_without_a_checkpoint_resume_is_refused_and_touches_nothing() -> None:
         Session(CONFIG, "cells", resume=True)
     assert files(driven.folder) == before
     assert Session(CONFIG, "cells").steps_done == 0
+
+
+def test_a_checkpoint_of_other_code_is_refused_in_one_line_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(5))
+    driven.close()
+    before = files(driven.folder)
+    with monkeypatch.context() as patched:
+        for module in (session, training_run):
+            patched.setattr(module, "code_version", lambda: "of tomorrow")
+        with pytest.raises(UserError, match=r"of other code \(hybridlab .* then, of tomorrow now\)") as caught:
+            Session(CONFIG, "cells", resume=True)
+    assert "\n" not in str(caught.value)
+    assert files(driven.folder) == before
+    assert Session(CONFIG, "cells", resume=True).steps_done == 5
 
 
 def test_resume_starts_where_nothing_was_trained_yet() -> None:
@@ -376,6 +394,27 @@ def test_isolated_runs_show_a_bar_of_their_own(
     assert [("stopped" in bar.value, "3</b> of 4 in all" in bar.value) for bar in drawn] == [(True, True)] * looked_at
 
 
+def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed: list[bool] = []
+
+    def run_arms(*_: object, resume: bool, **__: object) -> StudyResult:
+        resumed.append(resume)
+        if len(resumed) in (1, 2):
+            raise KeyboardInterrupt
+        return StudyResult()
+
+    monkeypatch.setattr(session, "run_arms", run_arms)
+    with pytest.raises(KeyboardInterrupt):
+        session.run_configs([CONFIG], "isolated", isolated=True)
+    monkeypatch.setattr(session, "gauges_wanted", lambda: True)
+    monkeypatch.setattr(live, "display", lambda _: None)
+    with pytest.raises(session.Stopped, match="stopped: run this cell again"):
+        session.run_configs([CONFIG], "isolated", isolated=True)
+    session.run_configs([CONFIG], "isolated", isolated=True)
+    session.run_configs([CONFIG], "isolated", isolated=True)
+    assert resumed == [False, True, True, False], "only what was interrupted is gone on with"
+
+
 def test_in_batch_nothing_but_progress_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     list(Session(CONFIG, "cells").run(3))
     assert capsys.readouterr() == ("", "")
@@ -399,7 +438,10 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
     assert sum(map(len, bundle.values())) < 300_000
 
 
-def test_the_panels_cost_is_measured_in_pairs() -> None:
+def test_the_panels_cost_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[None] = []
+    monkeypatch.setattr(TrainingRun, "_evaluate", lambda _: evaluated.append(None) or {})
     cost = panel_overhead(replace(CONFIG, hybrid=HybridTrainerConfig.plain()), rounds=3, steps=2)
     assert set(cost) == {"panel_over_none", "low", "high", "step_ms", "updates"}
     assert cost["updates"] >= 1
+    assert len(evaluated) == 1, "in the warm-up: no turn holds an evaluation"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from hybridlab.optimizers import OptimizerConfig, Schedule
 from hybridlab.runs import Run
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, run_config, train, turns
 from hybridlab.study.arms import folder_name, run_arms
-from hybridlab.study.compilation import compile_
+from hybridlab.study.compilation import compile_, let_go_of_compiled
 from hybridlab.study.overhead import step_overhead
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
 from hybridlab.study.tasks import Batch, TextTask, in_parts
@@ -155,6 +156,44 @@ def test_step_value_is_one_when_a_predicted_step_is_a_real_one() -> None:
     assert step_value(curve, loss(150), gradient_steps=200, predicted_steps=100) == pytest.approx(-0.5)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.4])
+def test_a_control_curve_that_does_not_fall_values_no_step(slope: float) -> None:
+    curve = ControlCurve.fit({n: 5.0 + slope * math.log(n) for n in (100, 200, 400)})
+    assert not curve.falls
+    with pytest.raises(ValueError, match="does not fall"):
+        step_value(curve, 4.0, gradient_steps=200, predicted_steps=100)
+
+
+def test_a_nearly_flat_control_curve_overflows_nowhere() -> None:
+    curve = ControlCurve.fit({n: 5.0 - 1e-4 * math.log(n) for n in (100, 200, 400)})
+    assert curve.steps_for(3.0) == math.inf
+    assert curve.steps_for(7.0) == 0.0
+
+
+def made_up(losses: list[dict[str, float]]) -> StudyResult:
+    """A study's closing figures: for each seed, the final loss of each arm."""
+    steps = {"baseline": 400, "control, 50% of the steps": 200, "hybrid": 300}
+    plain = dict.fromkeys(("forward_only_passes", "proposals_accepted", "proposals_rejected"), 0)
+    plain |= {"rollbacks": 0, "divergences": 0, "seconds": 1.0, "memory_source": "process"}
+    runs = {}
+    for seed, by_arm in enumerate(losses):
+        for name, loss in by_arm.items():
+            counts = {"gradient_steps": steps[name], "predicted_steps": 100 * (name == "hybrid")}
+            summary = plain | counts | {"validation_loss": loss}
+            runs[name, seed] = Run(Path(), {}, pd.DataFrame(), pd.DataFrame(), summary)
+    return StudyResult(runs)
+
+
+def test_seeds_whose_control_curve_does_not_fall_have_no_step_value() -> None:
+    falling = {"baseline": 4.0, "control, 50% of the steps": 4.5, "hybrid": 4.0}
+    rising = falling | {"control, 50% of the steps": 3.9}
+    too_flat = falling | {"control, 50% of the steps": 4.0001, "hybrid": 3.0}
+    found = compare(made_up([falling, rising, too_flat]), "hybrid").step_value
+    assert found is not None
+    assert (found.seeds, found.mean) == (1, pytest.approx(1.0))
+    assert compare(made_up([rising, too_flat]), "hybrid").step_value is None
+
+
 def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no CUDA device: set device to auto or cpu"):
@@ -183,6 +222,20 @@ def test_a_compiled_model_is_left_alone_while_its_task_lives() -> None:
     assert second.model is not kept
     assert torch.equal(weights_of(first.model), weights)
     assert not torch.equal(weights_of(first.model), weights_of(second.model))
+
+
+def test_a_compiled_model_that_waits_is_let_go_of_when_an_uncompiled_run_begins(tmp_path: Path) -> None:
+    """Else that run's memory would count its weights."""
+    task = MARKOV.build(0, torch.device("cpu"))
+    compile_(task, MemoryConfig())
+    model = weakref.ref(task.model)
+    let_go_of_compiled()  # while its task lives, that is nobody's to free
+    del task
+    gc.collect()
+    assert model() is not None, "it waits for the next compiled run"
+    TrainingRun(SHORT, tmp_path)
+    gc.collect()
+    assert model() is None
 
 
 def test_a_run_that_has_ended_lets_its_task_go_at_once(tmp_path: Path) -> None:
@@ -231,6 +284,17 @@ def test_the_trainer_s_cost_is_measured_in_pairs() -> None:
     cost = step_overhead(replace(SHORT, compiled=False), rounds=3, steps=2)
     assert {*cost} == {"plain_over_bare", "null_over_bare", "recording_over_bare", "bare_step_ms"}
     assert cost["null_over_bare"] > 0
+
+
+def test_the_bare_loop_is_no_measure_of_memory_features() -> None:
+    hybrid = replace(SHORT.hybrid, memory=MemoryConfig(optimizer_state="int8"))
+    with pytest.raises(UserError, match="no memory features: set memory to None"):
+        step_overhead(replace(SHORT, hybrid=hybrid), rounds=1, steps=1)
+
+
+def test_no_turn_is_no_measurement() -> None:
+    with pytest.raises(ValueError, match="rounds is 0: it must be at least 1"):
+        turns.seconds_in_turns({}, torch.device("cpu"), rounds=0)
 
 
 def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

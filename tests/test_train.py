@@ -35,6 +35,7 @@ from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
 from hybridlab.study.code_version import code_version
 from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Batch, Task
+from hybridlab.study.training_run import TrainingRun
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -251,6 +252,35 @@ def test_a_finished_run_of_other_code_is_trained_again(tmp_path: Path, monkeypat
     assert again.closing_figures["code"] == "of tomorrow"
 
 
+def test_an_interrupted_run_of_other_code_is_trained_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Callable[[str], Run]
+) -> None:
+    """So that no run mixes the figures of two programs under the name of one."""
+    with monkeypatch.context() as patched:
+        patched.setattr(TRAIN_MODULE, "code_version", lambda: "of yesterday")
+        interrupted(PLAIN, tmp_path, 30)
+    assert TRAIN_MODULE.foreign_code(tmp_path) == "of yesterday"
+    seconds = Run.load(tmp_path).steps["seconds"].tolist()
+    run = train(PLAIN, tmp_path, resume=True)
+    assert not {*seconds} & {*run.steps["seconds"]}, "every step is taken again"
+    assert_same(run, unbroken("plain"))
+    assert names(tmp_path) == RECORD
+
+
+def test_the_code_s_version_is_that_of_the_sources_that_were_imported(tmp_path: Path) -> None:
+    shutil.copytree(Path(hybridlab.__file__).parent, tmp_path / "hybridlab")
+    edited = tmp_path / "hybridlab" / "trainer.py"
+    command = f"""
+import pathlib, sys
+sys.path.insert(0, {str(tmp_path)!r})
+from hybridlab.study.code_version import _read_version, code_version
+pathlib.Path({str(edited)!r}).write_text("# edited while a run goes on")
+print(code_version() == _read_version())
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "False\n"
+
+
 def test_the_code_s_version_counts_what_trains_and_not_what_shows(tmp_path: Path) -> None:
     def version() -> str:
         command = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
@@ -294,11 +324,18 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_take_up_a_checkpoint_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(PLAIN, tmp_path, 10)
-    monkeypatch.setattr(TRAIN_MODULE, "__version__", "99.0")
-    with pytest.raises(UserError, match=r"hybridlab \('.*' then, '99.0' now\)"):
-        train(PLAIN, tmp_path, resume=True)
+    monkeypatch.setattr(TRAIN_MODULE, "code_version", lambda: "of tomorrow")
+    with pytest.raises(UserError, match=r"code \('.*' then, 'of tomorrow' now\)"):
+        TrainingRun(PLAIN, tmp_path).start()
+
+
+def test_a_run_on_the_cpu_leaves_the_cards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks for their random streams, which would start a context on each of them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("asks a card"))
+    train(replace(PLAIN, steps=2, checkpoint_every=0), tmp_path)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path: Path, unbroken: Callable[[str], Run]) -> None:

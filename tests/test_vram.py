@@ -24,6 +24,7 @@ from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, meter, sam
 from hybridlab.vram.peaks import PhasePeaks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DRIVER = ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetUtilizationRates")
 
 
 @dataclass
@@ -250,6 +251,38 @@ def test_a_run_s_books_keep_the_peaks_of_its_earlier_part_and_of_predict(card: P
     assert later.summary() == {"other_bytes_at_start": 0, **peak}
 
 
+def test_this_process_s_context_is_not_another_s_from_the_second_run_on(card: PlayedCard) -> None:
+    """In a container, where NVML names no process."""
+    card.others = 200
+    first = RunMemory(CUDA)
+    first.begin(dict)
+    card.context = 30
+    card.hold(100)
+    assert first.summary()["other_bytes_at_start"] == 200
+    card.allocated = card.reserved = 0  # the first run is gone, its context stays
+    second = RunMemory(CUDA)
+    second.begin(dict)
+    assert second.summary()["other_bytes_at_start"] is None, "nobody can say whose it is"
+
+
+def test_a_note_in_predict_asks_the_driver_nothing(card: PlayedCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = RunMemory(CUDA)
+    memory.begin(dict)
+    card.hold(100)
+    with monkeypatch.context() as patched:
+        for name in DRIVER:
+            patched.delattr(pynvml, name)
+        memory.note_predict()
+    assert memory.peak()["predict_allocated_bytes"] == 100
+
+
+def test_without_a_gpu_there_is_nothing_to_note_in_predict() -> None:
+    memory = RunMemory(CPU)
+    memory.begin(dict)
+    memory.note_predict()
+    assert "predict_allocated_bytes" not in memory.peak()
+
+
 def test_a_panel_s_figures_are_the_last_sample_s_and_ask_the_driver_nothing(
     card: PlayedCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +293,7 @@ def test_a_panel_s_figures_are_the_last_sample_s_and_ask_the_driver_nothing(
     assert memory.latest() == (MemoryMeter(CUDA).read(), 100 + 30 + card.driver), "before the first sample it is read"
     memory.watch()
     memory.rest()
-    for name in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetUtilizationRates"):
+    for name in DRIVER:
         monkeypatch.delattr(pynvml, name)
     card.hold(140)
     reading, peak_bytes = memory.latest()

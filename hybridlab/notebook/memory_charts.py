@@ -83,8 +83,8 @@ def memory_breakdown(rows: Sequence[Row], title: str) -> Chart:
 def quality_against_memory(rows: Sequence[Row], title: str) -> Chart:
     """Draw each arm's change of the loss over its peak memory; down and to the left is better.
 
-    rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`; the arm that
-        the others are held against has a change of exactly 0 or None, and is drawn as the control
+    rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`; a change of None
+        marks the arm that the others are held against, which is drawn as the control; 0 is an arm that is exact
 
     Raises ValueError without rows.
     """
@@ -94,7 +94,7 @@ def quality_against_memory(rows: Sequence[Row], title: str) -> Chart:
         bounds = [row.get("loss_change_low"), row.get("loss_change_high")]
         low, high = (change if bound is None else bound for bound in bounds)
         where = ([row["peak_memory_bytes"] / 1e9], [change], [low], [high])
-        series.append(Series(row["arm"], *where, kind="points", control=not change))
+        series.append(Series(row["arm"], *where, kind="points", control=row["loss_change"] is None))
     label = "change of the final loss (nats)"
     zero = (Line(0.0, "as good as the control"),)
     near = max(row["peak_memory_bytes"] for row in rows) / 1e9 > SAFE_PEAK.value / 2

@@ -27,9 +27,10 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
     notebook, and sending the panel to the page is counted too.
     """
     total = 2 * steps * (SETTLING_ROUNDS + rounds)
-    schedule = config.lr_schedule.fitted_to(total)
-    config = replace(config, steps=total, schedule=schedule, evaluate_every=10**9, checkpoint_every=0)
-    live = _Counting(Controls(), config.steps)
+    length = total + 1  # a run's last step evaluates, which belongs to no turn: it is not taken
+    schedule = config.lr_schedule.fitted_to(length)
+    config = replace(config, steps=length, schedule=schedule, evaluate_every=10**9, checkpoint_every=0)
+    live = _Counting(Controls(), total)
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(config, Path(folder))
         run.start()
@@ -41,7 +42,7 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
 
             def watched() -> None:
                 for record in islice(taken, steps):
-                    live.step("", config.steps)
+                    live.step("", total)
                     live.watch(run, record)
 
             loops = {"alone": alone, "watched": watched}

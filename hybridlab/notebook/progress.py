@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bar
 from tqdm.std import tqdm
 
+from hybridlab.errors import UserError
 from hybridlab.files import replaced
 
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
@@ -66,6 +67,7 @@ class Progress:
         self.advance(label=label)
 
     def _write(self) -> None:
+        """Tell whoever watches the file; one that cannot be written ends no training."""
         if not self._file:
             return
         self._written = time.monotonic()
@@ -73,7 +75,7 @@ class Progress:
         left = seconds_left(self.done, self.total, seconds)
         state = {"done": self.done, "total": self.total, "label": self.label}
         state |= {"seconds": seconds, "seconds_left": left}
-        with replaced(Path(self._file), lasting=False) as beside:
+        with suppress(UserError), replaced(Path(self._file), lasting=False) as beside:
             beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 

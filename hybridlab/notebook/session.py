@@ -21,8 +21,9 @@ from hybridlab.notebook.results import project_root
 from hybridlab.runs import Run
 from hybridlab.step_result import StepResult
 from hybridlab.study.arms import OnStep, Study, StudyResult, folder_name, label, run_arms
+from hybridlab.study.code_version import code_version
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.training_run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run
+from hybridlab.study.training_run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run, foreign_code
 
 RESUME = "HYBRIDLAB_RESUME"
 
@@ -44,7 +45,8 @@ class Session:
 
     In JupyterLab each cell shows gauges, buttons and sliders; in batch the same cells report plain progress.
 
-    Raises UserError, and leaves all as it is, when `resume` meets a run that has finished, or one without a checkpoint.
+    Raises UserError, and leaves all as it is, when `resume` meets a run that has finished, one without a checkpoint, or
+    one whose checkpoint other code has written.
     """
 
     def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
@@ -134,6 +136,11 @@ class Session:
                 f"no checkpoint lies in {self.folder}: its {len(earlier.steps)} steps cannot be gone on with; start "
                 "afresh without resume, which replaces them, or choose another folder"
             )
+        if code := foreign_code(self.folder):
+            raise UserError(
+                f"the checkpoint in {self.folder} is of other code ({code} then, {code_version()} now): go on with "
+                "that code, or start afresh without resume, which replaces it"
+            )
 
     def _wanted(self, steps: int | None) -> int:
         left = self.config.steps - self.steps_done
@@ -195,14 +202,15 @@ def run_configs(configs: Sequence[RunConfig], notebook: str, *, isolated: bool =
     """Train some runs, one after the other; records go to `runs/<notebook>`.
 
     isolated: each in a process of its own, so that its memory is measured by itself; a bar alone
-        shows its progress, without gauges or buttons: interrupt the kernel to stop
+        shows its progress, without gauges or buttons: interrupt the kernel to stop. Running the same again then keeps
+        the runs that have finished, and goes on with the one under way from its last checkpoint, if it writes any
     """
     total = sum(config.steps for config in configs)
     if not configs:
         return StudyResult()
     if isolated:
-        with LiveBar(total) if gauges_wanted() else Progress(total, "training") as bar:
-            return run_arms(configs, runs_folder(notebook), bar.step, resume=_resumes(), isolated=True)
+        with _remembering(tuple(configs), notebook) as resume, _bar(total) as bar:
+            return run_arms(configs, runs_folder(notebook), bar.step, resume=resume, isolated=True)
     with _watching(total, tuple(configs), notebook) as (on_step, watch, resume):
         return run_arms(configs, runs_folder(notebook), on_step, resume=resume, watch=watch)
 
@@ -212,6 +220,22 @@ def runs_folder(notebook: str) -> Path:
     return project_root() / "runs" / notebook
 
 
+def _bar(total: int) -> LiveBar | Progress:
+    return LiveBar(total) if gauges_wanted() else Progress(total, "training")
+
+
+@contextmanager
+def _remembering(what: object, notebook: str) -> Generator[bool]:
+    """Whether to go on with what lies there; an interrupt of the block is remembered, so that the next time does."""
+    try:
+        yield _goes_on(what, notebook)
+    except KeyboardInterrupt:
+        _STOPPED[notebook] = what
+        if gauges_wanted():
+            raise Stopped("stopped: run this cell again to go on with the runs that are left") from None
+        raise
+
+
 @contextmanager
 def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep, Watch | None, bool]]:
     """What is to be called after each step, and whether to go on with what lies there."""
@@ -219,7 +243,7 @@ def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep
         with Progress(total, "training") as progress:
             yield progress.step, None, _resumes()
         return
-    resume = _STOPPED.pop(notebook, None) == what or _resumes()
+    resume = _goes_on(what, notebook)
     live = Live(Controls(), total)
 
     def watch(run: TrainingRun, record: StepRecord) -> None:
@@ -233,6 +257,11 @@ def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep
 
     with interrupts(live.controls), live:
         yield live.step, watch, resume
+
+
+def _goes_on(what: object, notebook: str) -> bool:
+    """Whether to go on with what lies there, because it was stopped here or in an interrupted start."""
+    return _STOPPED.pop(notebook, None) == what or _resumes()
 
 
 def _resumes() -> bool:

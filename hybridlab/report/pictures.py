@@ -35,8 +35,9 @@ def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
             yield f"against_control_{profile}.png", against_control(paying, PROFILES[profile])
     for notebook, rows in evidence.tables("memory").items():
         yield f"memory_breakdown_{notebook}.png", memory_breakdown(rows, f"{notebook}: where the memory goes")
-        title = f"{notebook}: what less memory costs in quality"
-        yield f"quality_against_memory_{notebook}.png", quality_against_memory(rows, title)
+        if any(row.get("loss_change") is not None for row in rows):  # else the control did not run
+            title = f"{notebook}: what less memory costs in quality"
+            yield f"quality_against_memory_{notebook}.png", quality_against_memory(rows, title)
     for notebook, rows in evidence.tables("vram").items():
         for number, row in enumerate(rows):
             title = f"{notebook}, {row['run']}: memory over time"

@@ -114,8 +114,15 @@ def _rows(criterion: Criterion, evidence: Evidence) -> Iterator[Row]:
         yield whole | _numbers(findings[0])
         return
     yield whole | {"numbers": "", "notebook": ""}
+    mixed = len({finding.notebook for finding in findings}) > 1
     for finding in findings:
-        yield {"criterion": finding.about, "verdict": finding.outcome} | _numbers(finding)
+        about = f"{_model_and_topic(finding.notebook or '')}: {finding.about}" if mixed else finding.about
+        yield {"criterion": about, "verdict": finding.outcome} | _numbers(finding)
+
+
+def _model_and_topic(notebook: str) -> str:
+    """What a notebook is about, from its name: "small, memory" of "04_gpt2_small_memory"."""
+    return notebook.partition("_")[2].removeprefix("gpt2_").replace("_", ", ")
 
 
 def _numbers(finding: Finding) -> Row:

@@ -54,6 +54,12 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, sides, *cells])
 
 
+def known_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same records without the columns that are None in all of them."""
+    known = {key for row in rows for key, value in row.items() if value is not None}
+    return [{key: value for key, value in row.items() if key in known} for row in rows]
+
+
 def gigabytes(count: float | None) -> str | None:
     """Bytes in decimal gigabytes, None as it is."""
     return None if count is None else f"{count / 1e9:.2f} GB"

@@ -62,8 +62,9 @@ class Study:
         """Train every arm, then the controls that the hybrids turned out to need; one folder a run under `folder`.
 
         on_step: called after every nominal step
-        resume: keep the runs that have finished, by the same code, and go on with the one that was interrupted from its
-            last checkpoint, or from its start where there is none. By default, everything is trained afresh
+        resume: keep the runs that have finished, and go on with the one that was interrupted from its last
+            checkpoint, or from its start where there is none; what other code has trained is trained afresh, as is
+            everything by default
         watch: called after every step that is taken, with the run and what the step did
         isolated: train each run in a process of its own; `watch` is then refused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hybridlab.study.arms import BASELINE, StudyResult
@@ -14,7 +15,8 @@ class Comparison:
 
     to_control: final validation loss against the plain run with as many gradient steps
     to_baseline: final validation loss against the full-length plain run
-    step_value: worth of a predicted step in real ones; None where nothing was predicted
+    step_value: worth of a predicted step in real ones, over the seeds that have one; None where nothing was predicted,
+        or no control curve falls
     time_ratio: training seconds as a share of the baseline's
     peak_vram_bytes: the greatest peak of its runs; None without a GPU
     """
@@ -108,12 +110,19 @@ def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
 
 
 def _step_value(result: StudyResult, name: str) -> Interval | None:
-    """The step value over the seeds in which something was predicted."""
-    values = []
-    for seed in result.seeds:
-        predicted = int(result.value("predicted_steps", name, seed))
-        if predicted:
-            curve = ControlCurve.fit(result.control_losses(seed))
-            loss = result.value("validation_loss", name, seed)
-            values.append(step_value(curve, loss, result.gradient_steps(name, seed), predicted))
+    """The step value over the seeds that have one."""
+    values = [value for seed in result.seeds if (value := _step_value_of(result, name, seed)) is not None]
     return Interval.of(values) if values else None
+
+
+def _step_value_of(result: StudyResult, name: str, seed: int) -> float | None:
+    """None where nothing was predicted, or the control curve does not come down to the hybrid's loss."""
+    predicted = int(result.value("predicted_steps", name, seed))
+    if not predicted:
+        return None
+    curve = ControlCurve.fit(result.control_losses(seed))
+    if not curve.falls:
+        return None
+    loss = result.value("validation_loss", name, seed)
+    value = step_value(curve, loss, result.gradient_steps(name, seed), predicted)
+    return value if math.isfinite(value) else None

@@ -39,6 +39,7 @@ def compile_(task: Task, memory: MemoryConfig) -> nn.Module:
     """
     global _KEPT
     if memory.step_in_backward or memory.state_on_host:  # an optimizer hangs on these very parameters
+        let_go_of_compiled()
         return _fresh(task.model)
     key = _key(task.model, memory)
     if _KEPT is None or not _KEPT.is_free_for(key):
@@ -48,6 +49,17 @@ def compile_(task: Task, memory: MemoryConfig) -> nn.Module:
     _KEPT.model.zero_grad(set_to_none=True)
     task.model, _KEPT.task = _KEPT.model, weakref.ref(task)
     return _KEPT.wrapped
+
+
+def let_go_of_compiled() -> None:
+    """Free the memory of the model that waits for a next compiled task: another run's figures must not count it.
+
+    A model whose task lives on is left alone.
+    """
+    global _KEPT
+    if _KEPT is not None and _KEPT.task() is None:
+        _KEPT = None
+        torch._dynamo.reset()
 
 
 def _fresh(model: nn.Module) -> nn.Module:

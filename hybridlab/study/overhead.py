@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.device import find_device
+from hybridlab.errors import UserError
+from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
 from hybridlab.optimizers import build_optimizer
 from hybridlab.passes import Closure
@@ -33,7 +35,11 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> di
     Returns the medians over rounds of paired ratios: `plain_over_bare` (the trainer with max_predict_steps=0),
     `null_over_bare` (with the null predictor: recording and asking included), `recording_over_bare` (the share that
     recording the path adds), and the bare step's median in ms.
+
+    Raises UserError for a config with memory features, which the bare loop has not.
     """
+    if config.memory != MemoryConfig():
+        raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
     with ProcessSettings.of(config).held():
         loops, closure = _loops(config)
         turns = {name: partial(_take, step, closure, steps) for name, step in loops.items()}

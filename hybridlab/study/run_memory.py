@@ -21,8 +21,8 @@ class RunMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._meter = MemoryMeter(device)
-        self._meter.reset_peak()  # and without what earlier runs left behind
         self._others_at_start_bytes = self._meter.other_processes_bytes()
+        self._meter.reset_peak()  # and without what earlier runs left behind
         self._earlier: Figures = {}
         self._in_predict: dict[str, int] = {}
 
@@ -53,10 +53,10 @@ class RunMemory:
 
     def note_predict(self) -> None:
         """Keep the most that is on the card while it holds nothing but what Predict needs: call it then."""
-        now = self._meter.read()
-        if now.allocated_bytes is None:
+        now = self._meter.allocator()  # not the driver, which would keep the training waiting
+        if now is None:
             return
-        here = {"predict_allocated_bytes": now.allocated_bytes, "predict_reserved_bytes": now.used_bytes}
+        here = {"predict_allocated_bytes": now.allocated, "predict_reserved_bytes": now.reserved}
         self._in_predict = {name: max(value, self._in_predict.get(name, 0)) for name, value in here.items()}
 
     def latest(self) -> tuple[MemoryReading, int]:

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+LEAST_FALL_NATS = 1e-6
+"""Of a control curve, for e times the gradient steps: less is the rounding of float32 losses."""
+
+MOST_STEPS = 1e15
+"""More gradient steps than this nobody counts."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -64,9 +70,20 @@ class ControlCurve:
         slope, level = np.polyfit(np.log(list(final_loss)), list(final_loss.values()), deg=1)
         return cls(float(level), float(slope))
 
+    @property
+    def falls(self) -> bool:
+        """Whether more gradient steps lower the loss; only then is a loss worth a number of steps."""
+        return self.slope < -LEAST_FALL_NATS
+
     def steps_for(self, loss: float) -> float:
-        """n*: gradient steps that a plain run needs for this final loss."""
-        return math.exp((loss - self.level) / self.slope)
+        """n*: gradient steps that a plain run needs for this final loss; infinite beyond `MOST_STEPS`.
+
+        Raises ValueError where the curve does not fall.
+        """
+        if not self.falls:
+            raise ValueError("the control curve does not fall: no number of gradient steps is worth a loss")
+        exponent = (loss - self.level) / self.slope
+        return math.exp(exponent) if exponent < math.log(MOST_STEPS) else math.inf
 
 
 def step_value(curve: ControlCurve, loss: float, gradient_steps: int, predicted_steps: int) -> float:
@@ -75,7 +92,9 @@ def step_value(curve: ControlCurve, loss: float, gradient_steps: int, predicted_
         q = (n* - gradient_steps) / predicted_steps
 
     n* is where the control curve meets the hybrid's final loss. 1: as good as real; 0: worth nothing; below:
-    harmful. Raises ValueError where nothing was predicted.
+    harmful; infinite where the curve is too flat to come down to that loss.
+
+    Raises ValueError where nothing was predicted, or the curve does not fall.
     """
     if predicted_steps < 1:
         raise ValueError("the step value needs at least one predicted step")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlab import __version__
 from hybridlab.checkpoint import (
+    checkpoint_meta,
     load_checkpoint,
     random_state,
     refuse_differences,
@@ -32,7 +32,7 @@ from hybridlab.phases import Phase
 from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import Statistics, StepResult
 from hybridlab.study.code_version import code_version
-from hybridlab.study.compilation import compile_
+from hybridlab.study.compilation import compile_, let_go_of_compiled
 from hybridlab.study.out_of_memory import shortage_told
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.run_config import RunConfig
@@ -66,13 +66,14 @@ def train(
 
     on_step: called after every nominal step, for a progress bar; at once for those that are not taken again
     resume: go on with the run that lies in `folder`, from its last checkpoint, if it has one; a finished run is
-        returned as it is, unless it was trained by other code. By default, what lies there is replaced
+        returned as it is. What other code has trained, finished or not, is trained afresh: no run mixes the figures of
+        two programs. By default, what lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
 
     Raises UserError when `resume` meets a run of another configuration, and when memory runs out.
     """
     earlier = earlier_run(config, folder) if resume else None
-    if not earlier or earlier.summary is not None:
+    if not earlier or earlier.summary is not None or foreign_code(folder):
         remove_checkpoint(folder / CHECKPOINT)
     if earlier and earlier.summary is not None and earlier.summary.get("code") == code_version():
         for _ in range(config.steps):
@@ -92,6 +93,14 @@ def earlier_run(config: RunConfig, folder: Path) -> Run | None:
     earlier = Run.load(folder)
     refuse_differences(folder, earlier.config, config.record())
     return earlier
+
+
+def foreign_code(folder: Path) -> str | None:
+    """The code that wrote the checkpoint in `folder`, where it was other code than this; else None."""
+    meta = checkpoint_meta(folder / CHECKPOINT)
+    if meta is None or meta.get("code") == code_version():
+        return None
+    return meta.get("code") or "unknown"
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ class TrainingRun:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
         self._device = find_device(config.device)
+        if not config.compiled:
+            let_go_of_compiled()
         self._memory = RunMemory(self._device)
         self._process = ProcessSettings.of(config)
         self._stopwatch = Stopwatch(self._device)
@@ -268,7 +279,9 @@ class TrainingRun:
     def _warm_up(self) -> None:
         """Compile forward, backward and the forward without gradients, and settle caches, before the clock runs."""
         loss = self._parts_of(0)[0]
-        with torch.random.fork_rng(), held(self._optimizer), autocast(self._config.training_precision, self._device):
+        devices = [self._device] if self._device.type == "cuda" else []  # a run has nothing to do with other cards
+        numbers = autocast(self._config.training_precision, self._device)
+        with torch.random.fork_rng(devices), held(self._optimizer), numbers:
             for _ in range(WARM_UP_PASSES):
                 loss().backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
@@ -345,7 +358,7 @@ class TrainingRun:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must fit to be gone on from, bit for bit."""
-        return self._config.record() | {"hybridlab": __version__, "torch": str(torch.__version__)}
+        return self._config.record() | {"code": code_version()}
 
     # --- closing -----------------------------------------------------------------------------------------
 

@@ -24,8 +24,10 @@ def seconds_in_turns(
     loops: by name; each call is one turn, and returns when all is asked of the device
     rounds: how often each has its turn, beside the first two, which are thrown away
 
-    Who goes first changes from round to round.
+    Who goes first changes from round to round. Raises ValueError for fewer than one round.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}: it must be at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(SETTLING_ROUNDS + rounds):
         for name in list(loops)[:: -1 if number % 2 else 1]:

@@ -111,10 +111,15 @@ class MemoryMeter:
             utilization_percent=self._card.utilization_percent(),
         )
 
+    def allocator(self) -> Allocator | None:
+        """What torch's allocator counts at this moment; None without a GPU. Asks nothing of the driver."""
+        return Allocator.read(self._device) if self._device else None
+
     def other_processes_bytes(self) -> int | None:
         """Used on the card by other processes; None without a GPU, or where NVML does not say whose it is.
 
-        Where containers hide processes, all that is used is others' as long as torch has allocated nothing.
+        Where containers hide processes, all that is used is others' as long as torch has allocated nothing: ask before
+        a `reset_peak` lets that be forgotten.
         """
         if not self._device or not self._card or (used := self._card.memory().used_bytes) is None:
             return None
