@@ -21,7 +21,10 @@ from hybridlab.study.tasks import TextTaskConfig
 
 @lru_cache
 def plan_of(config: RunConfig) -> Plan:
-    """What a run's memory is predicted to be; made once, since XL's takes seconds. Raises UserError for a task that is not a GPT-2's."""
+    """What a run's memory is predicted to be; made once, since XL's takes seconds.
+
+    Raises UserError for a task that is not a GPT-2's.
+    """
     return situation_of(config).plan()
 
 
