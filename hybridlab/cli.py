@@ -164,6 +164,7 @@ def runs(
 def plan(
     model: Annotated[str, typer.Option(help="A GPT-2 size: nano, tiny, small, medium, large or xl.")] = "small",
     card: Annotated[str, typer.Option(help="Its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
+    taken: Annotated[float, typer.Option(min=0, help="GB of it that other programs hold, such as a desktop.")] = 0.0,
     batch: Annotated[
         str | None, typer.Option(metavar="WINDOWSxTOKENS", help="By default 8x512, or what the model takes.")
     ] = None,
@@ -180,6 +181,9 @@ def plan(
     from hybridlab.optimizers import OptimizerConfig
 
     card_bytes, rates = find_card(card)
+    if taken * 1e9 >= card_bytes:
+        raise UserError(f"other programs hold {taken:g} GB, all of a card of {card_bytes / 1e9:g} GB: close some")
+    card_bytes -= round(taken * 1e9)
     settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(model)
     situation = Situation(model, size, settings, OptimizerConfig(optimizer))
     if predictor != "none":

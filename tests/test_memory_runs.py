@@ -219,6 +219,12 @@ def test_fitting_means_peak_retries_and_growth(summary: dict[str, Any], failing:
     assert {claim.id for claim in fit_claims(card_run(**summary)) if claim.verdict == "fails"} == failing
 
 
+def test_a_run_that_was_over_between_two_samples_says_nothing_of_growth() -> None:
+    run: Any = card_run()
+    run.vram = run.vram.iloc[:0]
+    assert [claim.id for claim in fit_claims(run)] == ["fits-16gb", "peak-below-14gb"]
+
+
 def phase(whole_ms: float, held_bytes: int | None = None) -> PredictPhase:
     jump = JumpTimes(0.0, 0.0, 0.0, 0.0, whole_ms, steps=20)
     with_context = held_bytes and held_bytes + 900_000_000

@@ -357,6 +357,13 @@ def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
     assert "memory = " not in out, "nothing makes it fit"
 
 
+def test_what_other_programs_hold_is_taken_off_the_card(capsys):
+    assert ended("--card 16GB --taken 15.5", size="--model nano") == 0
+    assert "It does not fit a card of 0.5 GB" in capsys.readouterr().out
+    assert ended("--card 16GB --taken 16", size="--model nano") == 2
+    assert "other programs hold 16 GB, all of a card of 16 GB" in capsys.readouterr().err
+
+
 def test_what_is_switched_on_can_be_pasted(capsys):
     assert ended("--predictor linear --card 6GB", size="--model small") == 0
     *_, imports, memory, hybrid = capsys.readouterr().out.splitlines()

@@ -16,7 +16,7 @@ from hybridlab.notebook.live_table import LiveTable
 from hybridlab.notebook.results import project_root
 from hybridlab.notebook.tables import table
 from hybridlab.runs import Run, runs_under
-from hybridlab.study.arms import BASELINE, CONTROL, label
+from hybridlab.study.arms import is_plain, label
 
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""
@@ -82,7 +82,7 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     for run in runs:
         if "validation_loss" not in run.steps or run.steps["validation_loss"].dropna().empty:
             raise UserError(f"{run.folder.name} has no validation_loss yet: leave it out, or wait")
-    plain = [name for name in curves if name.startswith((BASELINE, CONTROL))]
+    plain = [name for name in curves if is_plain(name)]
     return loss_curves(curves, against=against, control=plain)
 
 

@@ -274,7 +274,7 @@ def _scale(values: Mapping[float, int], style: str, unit: str) -> str:
 
 
 def _range(values: list[float]) -> tuple[float, float]:
-    """A little more than the values take."""
+    """What the values take; half a unit to each side of a single one."""
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)

@@ -27,6 +27,7 @@ class Instruments:
         self.timeline = timeline_of(run.record, config.steps)  # of a run gone on with, the steps before
         self.latest: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
+        self._emulated_bytes = config.card_bytes if config.emulates_card else 0
         self._memory = self._read_memory()
         self._losses: dict[str, float] = {}
         self._first: StepRecord | None = None
@@ -104,7 +105,7 @@ class Instruments:
 
     def _read_memory(self) -> Memory:
         reading, peak = self.run.memory()
-        return memory_of(asdict(reading), peak, self.run.config.card_bytes)
+        return memory_of(asdict(reading), peak, self._emulated_bytes)
 
 
 def memory_of(reading: Mapping[str, Any], peak_bytes: int, card_bytes: int = 0) -> Memory:
@@ -113,7 +114,7 @@ def memory_of(reading: Mapping[str, Any], peak_bytes: int, card_bytes: int = 0) 
     if reading["source"] == "process":
         return Memory(False, psutil.virtual_memory().total, used, max(peak_bytes, used))
     allocated, other, size = (_known(reading[f"{name}_bytes"]) for name in ("allocated", "other", "device_total"))
-    total = min(size for size in (size, card_bytes, None) if size) if size or card_bytes else peak_bytes
+    total = min((known for known in (size, card_bytes) if known), default=peak_bytes)
     return Memory(True, total, used + (other or 0), peak_bytes, allocated, used, other)
 
 

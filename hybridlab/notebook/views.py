@@ -12,7 +12,7 @@ from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves
 from hybridlab.notebook.figures import Chart, Line, Panels
 from hybridlab.notebook.results import Claim, Numbers, Verdict, interval_numbers, slug, verdict, verdict_below
 from hybridlab.notebook.tables import Table, table
-from hybridlab.study.arms import BASELINE, CONTROL, StudyResult
+from hybridlab.study.arms import BASELINE, StudyResult, is_plain
 from hybridlab.study.comparison import Comparison
 
 PROMISED_SAVING = 0.4
@@ -32,7 +32,7 @@ def record_table(record: dict[str, Any], caption: str) -> Table:
 
 def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
     """Validation loss of the arms, the plain runs drawn as controls."""
-    plain = [name for name in arms if name.startswith((BASELINE, CONTROL))]
+    plain = [name for name in arms if is_plain(name)]
     runs = {name: result.steps(name) for name in arms}
     return loss_curves(runs, against=against, control=plain, title=f"Validation loss over {AXES[against]}")
 

@@ -53,7 +53,7 @@ What does not carry over:
 - **The bus.** How fast state travels to the host and back depends on the slot: on a slower one, offloading costs
   more.
 - **The display.** A desktop on the same card takes memory that no run here had to share: the bound of 14 GB leaves
-  room for it and for fragmentation.
+  room for it and for fragmentation. `hybridlab plan --taken 1` leaves a gigabyte to it.
 - **Number formats.** bf16 is the same everywhere; which kernels are fast is not.
 """
 

@@ -132,7 +132,7 @@ class StudyResult:
 
     def control_losses(self, seed: int) -> dict[int, float]:
         """Final validation loss of every plain run of a seed, by its gradient steps."""
-        plain = [name for name, its_seed in self.runs if its_seed == seed and name.startswith((BASELINE, CONTROL))]
+        plain = [name for name, its_seed in self.runs if its_seed == seed and is_plain(name)]
         return {self.gradient_steps(name, seed): self.value("validation_loss", name, seed) for name in plain}
 
     def control_of(self, name: str, seed: int) -> str:
@@ -187,6 +187,11 @@ def folder_name(config: RunConfig) -> str:
     settings = config.record() | {"seed": None}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     return re.sub(r"\W+", "_", f"{config.name} {key} seed {config.seed}")
+
+
+def is_plain(name: str) -> bool:
+    """Whether an arm of that name predicts nothing: the baseline, or one of its controls."""
+    return name.startswith((BASELINE, CONTROL))
 
 
 def control_name(hybrid: str) -> str:

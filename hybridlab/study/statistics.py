@@ -36,7 +36,7 @@ class Interval:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Low and high; of one seed, which has no interval, twice the mean."""
+        """(low, high); of one seed, which has no interval, (mean, mean)."""
         return (self.low, self.high) if self.seeds > 1 else (self.mean, self.mean)
 
     @property
