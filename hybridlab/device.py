@@ -34,6 +34,11 @@ def device_name(device: torch.device) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def cards(device: torch.device) -> list[torch.device]:
+    """The device, if it is a card: whose random stream counts beside the processor's, and no other card's."""
+    return [device] if device.type == "cuda" else []
+
+
 def wait_for_stream(device: torch.device) -> None:
     """Return when the current stream is done, whatever runs beside it; host memory that it writes may then be read."""
     if device.type == "cuda":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hybridlab.device import cards
 from hybridlab.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
@@ -71,9 +72,9 @@ class Passes:
     def forward(self, batch: Batch, *, predicting: bool = False, same_noise: bool = False) -> Tensor:
         """The batch's mean loss, without backward; `same_noise` leaves the random streams as they were."""
         self._statistics.forward_only_passes += 1
-        devices = [self._device] if self._device.type == "cuda" else []
         gradients = [p.grad for p in self._params]
-        with torch.no_grad(), torch.random.fork_rng(devices, enabled=same_noise), self._precision(predicting):
+        streams = torch.random.fork_rng(cards(self._device), enabled=same_noise)
+        with torch.no_grad(), streams, self._precision(predicting):
             losses = [_loss_of(closure) for closure in batch]
         if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):
             self._refuse_gradients()

@@ -438,6 +438,17 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
     assert sum(map(len, bundle.values())) < 300_000
 
 
+@pytest.mark.parametrize(("is_emulated", "total_bytes"), [(False, 17_100_000_000), (True, 16_000_000_000)])
+def test_a_frame_shows_the_card_that_ran_or_the_one_it_stood_for(is_emulated: bool, total_bytes: int) -> None:
+    """A card of 16 GB by name has a little more: it is no emulated one, though the run asked for 16."""
+    driven = Session(CONFIG, "cells")
+    list(driven.run())
+    figures = {"source": "nvml", "device_total_bytes": 17_100_000_000, "allocated_bytes": 1, "other_bytes": 1}
+    config = driven.record.config | {"card_gb": 16, "emulates_card": is_emulated}
+    run = replace(driven.record, config=config, vram=driven.record.vram.assign(**figures))
+    assert final_frame(run).state.memory.total_bytes == total_bytes
+
+
 def test_the_panels_cost_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[None] = []
     monkeypatch.setattr(TrainingRun, "_evaluate", lambda _: evaluated.append(None) or {})

@@ -14,6 +14,8 @@ STRATEGIES = ("none", "cpu", "pinned", "compress", "drop")
 STATES = ("fp32", "int8", "fp8", "int4")
 WEIGHTS = ("fp32", "bf16")
 INPUTS = ("card", "host")
+CLIP_NORM = 1.0
+"""Of gradients, wherever nobody asks for another."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class MemoryConfig:
             "pad_vocab_to": 128,
             "optimizer_state": "int8",
             "step_in_backward": True,
-            "clip_in_backward": 1.0,
+            "clip_in_backward": CLIP_NORM,
         }
         return cls(**preset | changes)
 

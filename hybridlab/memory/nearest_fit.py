@@ -9,6 +9,7 @@ from typing import Any
 from hybridlab.errors import UserError
 from hybridlab.gram import PathNeeds
 from hybridlab.memory.config import (
+    CLIP_NORM,
     CheckpointingConfig,
     GradientAccumulationConfig,
     MemoryConfig,
@@ -19,7 +20,7 @@ from hybridlab.memory.planner import Batch, CardShare, Loss, Model, Plan, plan
 from hybridlab.optimizers import OptimizerConfig
 from hybridlab.trajectory import PathStorage
 
-CHUNK_TOKENS, PAD_VOCAB_TO, CLIP_NORM = 1024, 128, 1.0
+CHUNK_TOKENS, PAD_VOCAB_TO = 1024, 128
 
 
 @dataclass(frozen=True)

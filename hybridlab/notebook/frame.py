@@ -79,13 +79,14 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
     taken = steps["phase"].value_counts()
     reading = {str(name): value for name, value in run.vram.iloc[-1].items()}
     work, unit = work_of(run.config["task"])
+    emulated_bytes = run.config["card_gb"] * 10**9 if run.config.get("emulates_card") else 0
     return State(
         title=label(summary["name"], summary["seed"]),
         status="finished",
         phase=last["phase"],
         step=int(last["nominal_step"]),
         steps=len(steps),
-        memory=memory_of(reading, summary["peak_memory_bytes"], int(run.config.get("card_gb", 0)) * 10**9),
+        memory=memory_of(reading, summary["peak_memory_bytes"], emulated_bytes),
         timeline=timeline_of(run, len(run.steps)),
         statistics=Statistics(**counts),
         measured_loss=_latest(steps["measured_loss"]),

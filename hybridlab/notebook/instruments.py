@@ -27,7 +27,6 @@ class Instruments:
         self.timeline = timeline_of(run.record, config.steps)  # of a run gone on with, the steps before
         self.latest: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
-        self._emulated_bytes = config.card_bytes if config.emulates_card else 0
         self._memory = self._read_memory()
         self._losses: dict[str, float] = {}
         self._first: StepRecord | None = None
@@ -105,7 +104,8 @@ class Instruments:
 
     def _read_memory(self) -> Memory:
         reading, peak = self.run.memory()
-        return memory_of(asdict(reading), peak, self._emulated_bytes)
+        config = self.run.config
+        return memory_of(asdict(reading), peak, config.card_bytes if config.emulates_card else 0)
 
 
 def memory_of(reading: Mapping[str, Any], peak_bytes: int, card_bytes: int = 0) -> Memory:

@@ -15,8 +15,6 @@ from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import NOT_RUN, predicted_share
 from hybridlab.report.words import gigabytes, interval, known_columns, markdown_table, verdict_word
 
-Row = dict[str, Any]
-
 HEAD = """\
 # Training on an RTX 5080 (16 GB)
 

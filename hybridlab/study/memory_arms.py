@@ -6,9 +6,7 @@ from typing import Any
 
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
-
-CLIP_NORM = 1.0
-"""Gradients are clipped at this norm, wherever the optimizer steps."""
+from hybridlab.memory.config import CLIP_NORM
 
 
 def plain_with(memory: MemoryConfig) -> HybridTrainerConfig:
@@ -37,10 +35,9 @@ def jumping_with(memory: MemoryConfig, *, full_steps: int, **changes: Any) -> Hy
 
 def ways_to_predict() -> dict[str, MemoryConfig]:
     """`fit_16gb` with everything put away in Predict, the same fetched after the jump, and with nothing put away."""
-    away = MemoryConfig.fit_16gb()
     late = PredictAwareMemoryConfig("pinned", lookahead=0)
     return {
-        "all away": away,
+        "all away": MemoryConfig.fit_16gb(),
         "all away, no lookahead": MemoryConfig.fit_16gb(predict_aware=late),
         "nothing away": MemoryConfig.fit_16gb(predict_aware=None, mixed_precision=MixedPrecisionConfig.conservative()),
     }

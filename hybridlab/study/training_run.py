@@ -23,7 +23,7 @@ from hybridlab.checkpoint import (
     save_checkpoint,
 )
 from hybridlab.config import HybridTrainerConfig
-from hybridlab.device import find_device
+from hybridlab.device import cards, find_device
 from hybridlab.memory.apply import held, optimizer_for, prepare_model_
 from hybridlab.memory.precision import autocast
 from hybridlab.optimizers import set_lr_
@@ -279,9 +279,8 @@ class TrainingRun:
     def _warm_up(self) -> None:
         """Compile forward, backward and the forward without gradients, and settle caches, before the clock runs."""
         loss = self._parts_of(0)[0]
-        devices = [self._device] if self._device.type == "cuda" else []  # a run has nothing to do with other cards
         numbers = autocast(self._config.training_precision, self._device)
-        with torch.random.fork_rng(devices), held(self._optimizer), numbers:
+        with torch.random.fork_rng(cards(self._device)), held(self._optimizer), numbers:
             for _ in range(WARM_UP_PASSES):
                 loss().backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():

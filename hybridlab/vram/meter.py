@@ -132,13 +132,13 @@ class MemoryMeter:
         """The figures of a run's summary; what could not be read is None, never 0."""
         if not self._device or not self._peaks:
             return {"memory_source": "process", "peak_memory_bytes": _process_peak_bytes()}
-        reserved, context = self._peaks.reserved_bytes(), self.read().context_bytes
+        now = self.read()
         return {
             "memory_source": "cuda",
-            "peak_memory_bytes": reserved + (context or 0),
+            "peak_memory_bytes": self.peak_beside(now),
             "peak_allocated_bytes": self._peaks.allocated_bytes(),
-            "peak_reserved_bytes": reserved,
-            "context_bytes": context,
+            "peak_reserved_bytes": self._peaks.reserved_bytes(),
+            "context_bytes": now.context_bytes,
             "allocator_retries": Allocator.read(self._device).retries,
             **{f"peak_allocated_bytes_in_{phase}": peak for phase, peak in self._peaks.by_phase().items()},
         }
