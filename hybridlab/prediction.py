@@ -139,6 +139,7 @@ class Prediction:
         change = loss_change * min(1.0, steps / asked)
         worth = self._monitor.worth_steps(change, steps) / steps
         self._way_back = self._weights.snapshot()  # may be refused: no jump without a way back
+        self._weights.depart_from(self._way_back)
         self.jump = Jump(trial.proposal, trial.horizon, steps, self._monitor.mean, change, worth, slopes)
         self._statistics.proposals_accepted += 1
         return replace(result, event="accepted")

@@ -264,7 +264,7 @@ class HybridTrainer:
 
     def make_whole_(self) -> None:
         """Bring back to the device what Predict has put away, as whoever saves the model needs it."""
-        self._residence.fill_()
+        self._residence.make_whole_()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, besides the model and the optimizer.

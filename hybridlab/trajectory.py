@@ -17,8 +17,9 @@ from hybridlab.device import wait_for_stream
 from hybridlab.errors import UserError
 from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
 from hybridlab.host_memory import brought, host_room
+from hybridlab.motion import PIECE, Flat
 from hybridlab.settings import check_types
-from hybridlab.weights import PIECE, Flat, Weights, refuse_hidden_weights
+from hybridlab.weights import Weights, refuse_hidden_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.device import wait_for_stream
 from hybridlab.errors import UserError
-from hybridlab.host_memory import HostPool, brought, host_room
-
-Flat = Float[Tensor, " element"]
-"""One parameter group, laid out in one piece of memory."""
-
-PIECE = 1 << 24
-"""Elements of a flat piece of memory that are brought to the device, or summed in float32, at a time."""
+from hybridlab.host_memory import HostPool, brought
+from hybridlab.low_weights import LowWeights
+from hybridlab.motion import Flat, Motion, move_along_, views
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,8 @@ class Snapshot:
 class Weights:
     """The trainable weights in the optimizer's groups, and the model's buffers.
 
-    While they are *lowered*, the device holds them in bf16 and the host their exact float32 values; motions are added
-    to the exact ones, so that roundings never pile up.
+    While they are *lowered*, the device holds them in bf16, and the float32 ones can be had from elsewhere; motions are
+    added to the exact ones, so that roundings never pile up.
 
     on_host: keep snapshots in (pinned) host memory instead of beside the weights; it is used again when nobody holds
         the snapshot, or a tensor of it, any more
@@ -59,10 +54,8 @@ class Weights:
         self.params = [p for group in self.groups for p in group]
         self.device = self.params[0].device
         self._buffers = list(model.buffers())
-        self._likes = [torch.empty_like(p, device="meta") for p in self.params]  # strides too
-        self._masters: list[Flat] = []
-        self._low: list[Flat] = []
-        self._is_low = False
+        self._low = LowWeights(self.groups)
+        self._way_back: Snapshot | None = None
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -72,12 +65,12 @@ class Weights:
     @property
     def flats(self) -> list[Flat]:
         """What each group takes in one piece of memory: its size and type, on "meta"."""
-        return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in self.groups]
+        return self._low.flats
 
     @torch.no_grad()
     def gather_(self, flat: Flat, g: int) -> Flat:
         """Copy one group's weights into a flat piece of memory, and return it."""
-        torch._foreach_copy_(_views(flat, self.groups[g]), self.groups[g])
+        torch._foreach_copy_(views(flat, self.groups[g]), self.groups[g])
         return flat
 
     @torch.no_grad()
@@ -88,7 +81,7 @@ class Weights:
             torch.sub(self.gather_(row, g), last, out=row)
             self.gather_(last, g)
             return
-        for param, then, way in zip(group, _views(last, group), _views(row, group), strict=True):
+        for param, then, way in zip(group, views(last, group), views(row, group), strict=True):
             moved = param - brought(then, self.device, then.dtype)
             way.copy_(moved.to(way.dtype), non_blocking=True)
             then.copy_(param, non_blocking=True)
@@ -97,73 +90,56 @@ class Weights:
     # --- moving ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def move_(self, motions: Iterable[tuple[int, Flat, float]]) -> None:
-        """Add to each group g its motions times their lengths, in place. Every jump passes here.
-
-        motions: g, a row of the path, and the length to go along it
-        """
-        move_ = self._move_masters_ if self._is_low else self._move_group_
-        for g, row, length in motions:
-            move_(g, row, length)
+    def move_(self, motions: Iterable[Motion]) -> None:
+        """Add to each group its motions times their lengths, in place. Every jump passes here."""
+        motions = list(motions)
+        self._low.note(motions)
+        if self._low.is_low:
+            self._low.follow_()
+        else:
+            for g, row, length in motions:
+                move_along_(self.groups[g], row, length)
         tell_of_jump(self._optimizer)
-
-    def _move_group_(self, g: int, row: Flat, length: float) -> None:
-        """Along a row that lies beside the weights, or comes over one parameter at a time."""
-        group, pieces = self.groups[g], _views(row, self.groups[g])
-        if (row.device, row.dtype) == (self.device, group[0].dtype):
-            torch._foreach_add_(group, pieces, alpha=length)
-            return
-        for param, piece in zip(group, pieces, strict=True):
-            param.add_(brought(piece, self.device, param.dtype), alpha=length)
-        wait_for_stream(self.device)
-
-    def _move_masters_(self, g: int, row: Flat, length: float) -> None:
-        """The exact weights come to the device piece by piece, move there, and go back; so do the bf16 ones."""
-        flats = (torch.split(flat, PIECE) for flat in (self._masters[g], self._low[g], row))
-        for master, low, piece in zip(*flats, strict=True):
-            exact = brought(master, self.device, master.dtype)
-            exact = exact.add(brought(piece, self.device, master.dtype), alpha=length)
-            master.copy_(exact, non_blocking=True)
-            low.copy_(exact)
-        wait_for_stream(self.device)
 
     # --- putting away ------------------------------------------------------------------------------------
 
+    def depart_from(self, way_back: Snapshot) -> None:
+        """A jump begins where this was taken: until `raise_`, whatever it holds need not be copied to be put away."""
+        self._low.depart_from(way_back.tensors[: len(self.params)])
+        self._way_back = way_back
+
     @torch.no_grad()
     def lower_(self) -> None:
-        """Leave bf16 weights on the device, and keep the float32 ones on the host. Does nothing the second time.
+        """Leave bf16 weights on the device; the float32 ones can be had from the way back, or from a copy on the host.
 
-        Broken off at any point, no bit is lost: the exact weights are where `raise_` finds them.
+        Does nothing the second time. Broken off at any point, no bit is lost: `raise_` brings all of them.
         """
-        if self._is_low:
-            return
-        if not self._masters:
-            self._masters = host_room(self.flats, pinned=self.device.type == "cuda")
-        lows = [torch.empty(m.numel(), dtype=torch.bfloat16, device=self.device) for m in self._masters]  # no gaps
-        for param, master in self._beside(self._masters):
-            master.copy_(param, non_blocking=True)
-        wait_for_stream(self.device)
-        self._low, self._is_low = lows, True
-        for param, low in self._beside(lows):
-            param.data = low.copy_(param)
+        self._low.lower_()
 
     @torch.no_grad()
-    def raise_(self) -> None:
-        """Bring the float32 weights back to the device. Does nothing where they are there."""
-        if not self._is_low:
-            return
-        for param, master in self._beside(self._masters):
-            param.data = master  # the bf16 weights go before the float32 ones come
-        self._low = []
-        for (param, master), like in zip(self._beside(self._masters), self._likes, strict=True):
-            param.data = torch.empty_like(like, device=self.device).copy_(master, non_blocking=True)
-        wait_for_stream(self.device)
-        self._is_low = False
+    def raise_(self, *, for_now: bool = False) -> None:
+        """Bring the float32 weights back to the device. Does nothing where they are there.
 
-    def _beside(self, flats: Sequence[Flat]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter, with its place in its group's piece of memory."""
-        for group, flat in zip(self.groups, flats, strict=True):
-            yield from zip(group, _views(flat, group), strict=True)
+        for_now: they are looked at, and the jump goes on; else they may be trained, and nothing stands for them
+        """
+        self._low.raise_()
+        if not for_now:
+            self._low.forget()
+            self._way_back = None
+
+    def copies_of_state(self) -> dict[int, Tensor]:
+        """What the way back of the jump under way has of the optimizer's state, by the original's address.
+
+        Only what lies in memory in the same order as the original.
+        """
+        states, saved = self._states, (self._way_back.optimizer if self._way_back else None) or {}
+        return {
+            plain.data_ptr(): copy
+            for i, state in saved.items()
+            for key, kept in _tensors_of(state).items()
+            for plain, copy in zip(plain_tensors(states[i][key]), plain_tensors(kept), strict=True)
+            if plain.is_contiguous() and copy.is_contiguous()
+        }
 
     # --- keeping a way back ------------------------------------------------------------------------------
 
@@ -248,12 +224,6 @@ def _lies_near(value: Tensor, param: Tensor) -> bool:
 
 
 # --- tensors ---------------------------------------------------------------------------------------------
-
-
-def _views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
-    """A flat piece of memory in the shapes of the parameters."""
-    pieces = torch.split(flat, [p.numel() for p in group])
-    return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
 
 
 def plain_tensors(value: Any) -> Iterator[Tensor]:

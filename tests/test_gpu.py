@@ -294,15 +294,18 @@ def test_a_state_that_was_dropped_returns_to_the_card_with_the_way_back() -> Non
     assert torch.equal(weights_of(model), expected)
 
 
-def test_the_path_and_the_masters_lie_in_page_locked_memory(arenas: CountedArenas) -> None:
+@pytest.mark.parametrize("departs", [True, False])
+def test_the_path_and_the_weights_that_leave_lie_in_page_locked_memory(departs: bool, arenas: CountedArenas) -> None:
     model = wide()
     optimizer = optimizer_of(model, "adamw")
-    weights = Weights(model, optimizer)
+    weights = Weights(model, optimizer, on_host=True)
     trajectory = Trajectory(weights, optimizer, PathNeeds(rows=2, every=1), PathStorage(on_host=True))
     trajectory.anchor()
     before = weights_of(model)
+    if departs:
+        weights.depart_from(weights.snapshot())
     weights.lower_()
-    assert all(master.is_pinned() for master in weights._masters)
+    assert all(origin.is_pinned() for origin in weights._low._origin)
     assert all(tensor.is_pinned() for tensor in tree_leaves(trajectory.state_dict()) if isinstance(tensor, Tensor))
     weights.raise_()
     assert torch.equal(weights_of(model), before)

@@ -116,6 +116,30 @@ def test_host_memory_is_taken_once(arenas: CountedArenas) -> None:
     assert resident_bytes(optimizer) * 0.9 < taken_bytes < resident_bytes(optimizer) * 1.1
 
 
+def test_a_state_that_was_copied_already_takes_no_host_memory(arenas: CountedArenas) -> None:
+    plain_model, plain = trained("adamw")
+    model, optimizer = trained("adamw")
+    away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
+    for _ in range(2):
+        copies = {tensor.data_ptr(): tensor.clone() for tensor in pieces(optimizer)}
+        away.leave_(lambda copies=copies: copies)  # type: ignore[misc]
+        assert away.is_away
+        away.return_()
+        assert train(model, optimizer) == train(plain_model, plain)
+    assert arenas.taken_bytes == []
+
+
+def test_copies_of_a_part_of_the_state_are_not_enough(arenas: CountedArenas) -> None:
+    plain_model, plain = trained("adamw")
+    model, optimizer = trained("adamw")
+    away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
+    copies = {tensor.data_ptr(): torch.zeros_like(tensor) for tensor in pieces(optimizer)[:2]}
+    away.leave_(lambda: copies)
+    away.return_()
+    assert len(arenas.taken_bytes) == 1
+    assert train(model, optimizer) == train(plain_model, plain)
+
+
 def test_tensors_that_share_memory_return_together() -> None:
     optimizer = AdamW([weight := nn.Parameter(torch.ones(2, 2048))])
     both = torch.arange(8192.0)

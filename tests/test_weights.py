@@ -20,6 +20,7 @@ from hybridlab.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.errors import UserError
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
 from hybridlab.memory.low_bit import low_bit_adamw
+from hybridlab.phases import Phase
 from hybridlab.weights import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas, Problem
 
@@ -42,10 +43,18 @@ class Numbers(nn.Module):
         self.weight = nn.Parameter(torch.linspace(-1, 1, 512))
 
 
+class Wide(Numbers):
+    """Enough numbers for their state to leave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 4096))
+
+
 def inputs(model: nn.Module, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     if isinstance(model, Numbers):
-        return model.weight * torch.randn(512, generator=generator)
+        return model.weight * torch.randn(model.weight.shape, generator=generator)
     return model(torch.randn(4, 3, 8, 8, generator=generator))  # type: ignore[no-any-return]
 
 
@@ -285,7 +294,7 @@ def test_a_way_back_that_finds_no_room_leaves_the_held_one_as_it_was(
     assert same(now(model, optimizer), before)
 
 
-def test_masters_that_find_no_room_leave_the_weights_where_they_are(arenas: CountedArenas) -> None:
+def test_float32_weights_that_find_no_room_stay_where_they_are(arenas: CountedArenas) -> None:
     model = Picture()
     plain_model = copy.deepcopy(model)
     groups = [[model[0].weight, model[0].bias], list(model[3].parameters())]
@@ -337,15 +346,16 @@ def test_training_takes_one_arena_for_each_purpose_however_often_it_jumps(arenas
     assert torch.equal(here, there)
 
 
-def test_masters_and_the_state_that_leaves_have_an_arena_each(arenas: CountedArenas) -> None:
+def test_what_leaves_in_predict_is_not_copied_beside_the_way_back(arenas: CountedArenas) -> None:
     leaves = MemoryConfig(
         predict_aware=PredictAwareMemoryConfig("pinned"), mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights")
     )
     config = replace(EAGER, gate=False)
+    plain_run, _ = run(config)
+    taken = list(arenas.taken_bytes)
     away, trainer = run(replace(config, memory=leaves))
     assert trainer.statistics().proposals_accepted > 1
-    assert len(arenas.taken_bytes) == 4, "the little state of this model stays where it is"
-    plain_run, _ = run(config)
+    assert arenas.taken_bytes[len(taken) :] == taken
     assert torch.equal(away, plain_run)
 
 
@@ -408,9 +418,51 @@ def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
     assert [p.stride() for p in model.parameters()] == strides
 
 
-def in_predict(model: nn.Module) -> HybridTrainer:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(on_host: bool, arenas: CountedArenas) -> None:
+    model, plain_model = Picture(), Picture()
+    rows = [torch.linspace(-1, 1, sum(p.numel() for p in model.parameters())).roll(n) for n in range(2)]
+    weights, plain_weights = (Weights(m, SGD(m.parameters(), lr=0.1), on_host=on_host) for m in (model, plain_model))
+    way_back = weights.snapshot()
+    kept, taken = plain(way_back), len(arenas.taken_bytes)
+    weights.depart_from(way_back)
+    for turn in range(4):
+        motions = [(0, row, 1e-3 * (turn + 1)) for row in rows]
+        weights.move_(motions)
+        plain_weights.move_(motions)
+        weights.lower_()
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        exact = [p.bfloat16() for p in plain_model.parameters()]
+        assert same([p.clone() for p in model.parameters()], exact), "rounded once, from the exact ones"
+        if turn % 2:
+            weights.raise_(for_now=True)
+            assert same(list(model.parameters()), list(plain_model.parameters()))
+    weights.raise_()
+    assert same(list(model.parameters()), list(plain_model.parameters()))
+    assert same(plain(way_back), kept)
+    assert len(arenas.taken_bytes) == taken
+
+
+def test_weights_trained_after_a_jump_are_lowered_as_they_are_then() -> None:
+    model = Picture()
+    optimizer = adamw(model)
+    weights = Weights(model, optimizer)
+    weights.depart_from(weights.snapshot())
+    weights.lower_()
+    weights.raise_()
+    assert weights.copies_of_state() == {}
+    train_(model, optimizer, range(3))
+    before = now(model, optimizer)
+    weights.lower_()
+    weights.raise_()
+    assert same(now(model, optimizer), before)
+
+
+def in_predict(model: nn.Module, strategy: str = "none") -> HybridTrainer:
     """A trainer in the middle of a jump, its weights lowered."""
-    memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"))
+    memory = MemoryConfig(
+        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig(strategy)
+    )
     config = replace(EAGER, gate=False, max_predict_steps=8, correction_interval=8, memory=memory)
     trainer = HybridTrainer(model, adamw(model), config)
     step = 0
@@ -438,6 +490,20 @@ def test_weights_that_are_loaded_while_the_model_is_lowered_stay() -> None:
     model.load_state_dict({"weight": loaded})
     trainer.make_whole_()
     assert torch.equal(model.weight, loaded)
+
+
+def test_a_state_that_is_loaded_while_it_is_away_stays() -> None:
+    model = Wide()
+    trainer = in_predict(model, "pinned")
+    loaded = copy.deepcopy(trainer.optimizer.state_dict())
+    for state in loaded["state"].values():
+        state["exp_avg"].fill_(0.25)
+    trainer.optimizer.load_state_dict(loaded)
+    trainer.make_whole_()
+    while trainer.current_phase is Phase.PREDICT:
+        trainer.step(lambda: inputs(model, 0).square().mean())
+    state = trainer.optimizer.state[model.weight]
+    assert torch.equal(state["exp_avg"], torch.full_like(model.weight, 0.25))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,8 +23,8 @@ class MixedPrecisionConfig:
     """In which number format each phase computes.
 
     training: of Warmup, Full and Correct: "fp32", or "bf16" for autocast over float32 weights
-    predict: of Predict: the same two, or "bf16_weights": weights in bf16 on the card, float32 masters on the host,
-        where the jump is added, so that no rounding piles up
+    predict: of Predict: the same two, or "bf16_weights": weights in bf16 on the card, the float32 ones in the jump's
+        way back on the host, to which its motions are added, so that no rounding piles up
 
     Raises TypeError and ValueError that name the setting and its remedy.
     """
@@ -236,7 +236,7 @@ class MemoryConfig:
             (
                 bf16 and self.lowers_weights,
                 ("weights='bf16'", "mixed_precision predict='bf16_weights'"),
-                "there are no float32 masters on the card to put away; use predict='bf16'",
+                "there are no float32 weights on the card to put away; use predict='bf16'",
             ),
             (
                 bf16 and not low_bit and not self.state_on_host,

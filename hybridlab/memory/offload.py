@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,9 @@ from hybridlab.weights import inside, plain_tensors
 BLOCK = 256
 """Numbers that share one scale in `compress`."""
 
+Copies = Callable[[], Mapping[int, Tensor]]
+"""Says of which memory, by its address, there is a copy already; it stays as it is until the state is back."""
+
 CHUNK = BLOCK << 14
 """Numbers that `compress` works on at a time: its intermediate results take some hundred MB."""
 
@@ -33,8 +36,9 @@ class StateOffload:
         compress   float32 moments become 8-bit codes, a scale for every 256, on the card; inexact
         drop       it is thrown away and the optimizer starts anew, its step count too; inexact
 
-    cpu and pinned return every bit. The state's tensors stay the same objects: only their memory on the card is given
-    up, so whoever holds one finds it filled again. Host memory is taken at the first use, and used again.
+    cpu and pinned return every bit, and copy nothing where there is a copy already, as a jump's way back has it. The
+    state's tensors stay the same objects: only their memory on the card is given up, so whoever holds one finds it
+    filled again. Host memory is taken at the first use, and used again.
 
     optimizer: any whose `state` maps parameters to their tensors, torchao's low-bit ones among them. Asked to step,
         or for its `state_dict`, while its state is away, it has the state brought back first
@@ -67,8 +71,11 @@ class StateOffload:
         """Whether the state must be brought back before it may be used."""
         return bool(self._away)
 
-    def leave_(self) -> None:
-        """Predict begins: free the state's memory on the card."""
+    def leave_(self, copies: Copies = dict) -> None:
+        """Predict begins: free the state's memory on the card.
+
+        copies: what `cpu` and `pinned` need not copy again
+        """
         if self._strategy == "drop":
             for state in self._optimizer.state.values():
                 state.clear()
@@ -76,7 +83,7 @@ class StateOffload:
             return
         self._own_state_()
         contents = list(_contents(self._optimizer, self._device))
-        self._refuge.take(contents)
+        self._refuge.take(contents, copies)
         self._away, self._is_returning = contents, False  # first: an interrupt now finds all of it on the host
         for content in contents:
             content.free_()
@@ -138,7 +145,7 @@ def _contents(optimizer: Optimizer, device: torch.device) -> Iterator[_Content]:
 class _Refuge(Protocol):
     """Keeps what the state's memory holds, while the memory itself is away."""
 
-    def take(self, contents: Sequence[_Content]) -> None: ...
+    def take(self, contents: Sequence[_Content], copies: Copies) -> None: ...
 
     def give_back_(self, contents: Sequence[_Content]) -> None: ...
 
@@ -146,19 +153,30 @@ class _Refuge(Protocol):
 
 
 class _HostMemory:
-    """The same bytes, in one arena of the host."""
+    """The same bytes, where there is a copy of them all already, or else in one arena of the host."""
 
     def __init__(self, device: torch.device, *, pinned: bool) -> None:
         self._pinned = pinned
         self._stream = SideStream(device if pinned else torch.device("cpu"))
+        self._room: list[Tensor] = []
         self._places: list[Tensor] = []
 
-    def take(self, contents: Sequence[_Content]) -> None:
-        self._make_room([content.flat for content in contents])
+    def take(self, contents: Sequence[_Content], copies: Copies) -> None:
+        flats, known = [content.flat for content in contents], copies()
+        self._places = [known[flat.data_ptr()].view(-1) for flat in flats if flat.data_ptr() in known]
+        if not _are_like(self._places, flats):
+            self._places = self._copied(flats)
+
+    def _copied(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        """Into the room that there is, if it fits; else into an arena that does."""
+        if not _are_like(self._room, flats):
+            self._room = []
+            self._room = host_room(flats, pinned=self._pinned)
         with self._stream.copying():
-            for place, content in zip(self._places, contents, strict=True):
-                place.copy_(content.flat, non_blocking=self._pinned)
-                self._stream.keep(content.flat)
+            for place, flat in zip(self._room, flats, strict=True):
+                place.copy_(flat, non_blocking=self._pinned)
+                self._stream.keep(flat)
+        return self._room
 
     def give_back_(self, contents: Sequence[_Content]) -> None:
         with self._stream.copying():
@@ -168,13 +186,11 @@ class _HostMemory:
 
     def join(self) -> None:
         self._stream.join()
-
-    def _make_room(self, flats: Sequence[Tensor]) -> None:
-        """Keep the places if they fit; else take an arena that does."""
-        if [(p.dtype, p.shape) for p in self._places] == [(f.dtype, f.shape) for f in flats]:
-            return
         self._places = []
-        self._places = host_room(flats, pinned=self._pinned)
+
+
+def _are_like(places: Sequence[Tensor], flats: Sequence[Tensor]) -> bool:
+    return [(p.dtype, p.shape) for p in places] == [(f.dtype, f.shape) for f in flats]
 
 
 class _EightBits:
@@ -190,7 +206,7 @@ class _EightBits:
         self._zeros = torchao_optim("strategy 'compress'").subclass_8bit.OptimState8bit.zeros
         self._kept: list[list[Tensor]] = []
 
-    def take(self, contents: Sequence[_Content]) -> None:
+    def take(self, contents: Sequence[_Content], copies: Copies) -> None:
         self._kept = [[self._coded(piece, content) for piece in _pieces(content.flat)] for content in contents]
 
     def give_back_(self, contents: Sequence[_Content]) -> None:

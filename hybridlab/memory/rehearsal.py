@@ -154,10 +154,6 @@ class Rehearsal:
             rows = path.rows + (path.velocity is not None)
             held["path"] = rows * self._size * self._path_storage.dtype.itemsize + weights
             held["way back"] = weights + _bytes(self._model.buffers()) + state
-        if path and self._memory.lowers_weights:
-            held["float32 weights in Predict"] = weights
-        if path and self._memory.predict_strategy in ("cpu", "pinned"):
-            held["state in Predict"] = state
         return {name: size for name, size in held.items() if size}
 
     @property

@@ -16,9 +16,10 @@ from hybridlab.weights import Weights
 class PredictResidence:
     """Clears the card for Predict, and makes all ready for the optimizer's next step.
 
-    What leaves is the optimizer's state, by `predict_aware`, and the float32 weights, with `bf16_weights`. The state's
-    return begins beside the jump's last `lookahead` predicted steps, or, without lookahead, after them; the weights
-    return last. Whoever saves or loads the model meanwhile finds the float32 weights in place.
+    What leaves is the optimizer's state, by `predict_aware`, and the float32 weights, with `bf16_weights`. The jump's
+    way back holds both already: leaving is giving up their memory. The state's return begins beside the jump's last
+    `lookahead` predicted steps, or, without lookahead, after them; the weights return last. Whoever saves or loads the
+    model meanwhile finds the float32 weights in place.
 
     is_clear: between what leaves and what returns
     """
@@ -31,8 +32,9 @@ class PredictResidence:
         leaves = self._lowers or predict_aware.strategy != "none"
         self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
         self.is_clear = False
+        optimizer.register_load_state_dict_pre_hook(weak_hook(self._fill_first))
         if self._lowers:
-            model.register_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
+            model.register_state_dict_pre_hook(weak_hook(self._make_whole_first))  # type: ignore[no-untyped-call]
             model.register_load_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
 
     def clear_(self, steps_left: int) -> None:
@@ -43,7 +45,7 @@ class PredictResidence:
         returns = steps_left <= self._lookahead
         begins = not returns and not self.is_clear
         if begins:
-            self._state.leave_()
+            self._state.leave_(self._weights.copies_of_state)
             self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
         elif returns and self._state.is_away:
             self._state.prefetch_()
@@ -54,14 +56,22 @@ class PredictResidence:
         self.is_clear = not returns
 
     def fill_(self) -> None:
-        """Bring everything back; returns when the next optimizer step may follow."""
+        """Bring everything back for good; returns when the next optimizer step may follow."""
+        self.make_whole_()
         self._weights.raise_()
+
+    def make_whole_(self) -> None:
+        """Bring everything back to be looked at, as by whoever saves the model; a jump under way may go on."""
+        self._weights.raise_(for_now=True)
         self.is_clear = False
         if self._state.is_away:
             self._state.return_()
 
     def _fill_first(self, *_: object) -> None:
         self.fill_()
+
+    def _make_whole_first(self, *_: object) -> None:
+        self.make_whole_()
 
     def _hand_back(self) -> None:
         """What has been freed goes back to the card."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from statistics import median
 
-from hybridlab.notebook.results import Claim, Numbers, slug, verdict
+from hybridlab.notebook.results import Claim, Numbers, slug, verdict_below
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.footprint import PredictPhase
+from hybridlab.study.statistics import median_ends
 
 
 def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
@@ -31,42 +34,44 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
     caption = (
         "Medians over all jumps but the first, which takes memory from the host. Parts are beyond ordinary steps; with "
         f"{control}, leaving is the first motion of the weights, and returning the last forward pass and a new path's "
-        "beginning. Proposing comes before the jump"
+        f"beginning. Proposing comes before the jump; beyond {control}, jumps of the same number are compared"
     )
     formats = dict.fromkeys([name for name in rows[0] if name.endswith("(ms)")], ".1f")
     return table(rows, caption, formats | {"in gradient steps": ".2f"})
 
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
-    """That clearing the card for a jump takes less time than the jump's gradient steps; nothing without a GPU."""
+    """That clearing the card for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
+    limit_ms = phases[control].gradient_step_ms if control in phases else 0.0
+    text = "{}: leaving the card and returning adds less than a gradient step to a jump of "
     return [
-        _claim(name, phase, phases[control])
+        _claim(f"{slug(name)}-transition", f"{text.format(name)}{phase.typical_ms('steps'):.0f}", beyond, limit_ms)
         for name, phase in phases.items()
-        if name != control and phase.reserved_bytes is not None
+        if name != control and (beyond := _measured(phase, phases[control]))
     ]
 
 
-def _claim(name: str, phase: PredictPhase, control: PredictPhase) -> Claim:
-    beyond, step_ms = _beyond_ms(phase, control), control.gradient_step_ms
-    numbers: Numbers = {
-        "beyond_control_ms": beyond,
-        "gradient_steps_ratio_time": beyond / step_ms,
-        "replaced_ms": phase.typical_ms("steps") * step_ms,
-    }
-    text = f"{name}: the way to Predict and back takes less time than the gradient steps that a jump replaces"
-    return Claim(f"{slug(name)}-transition", text, verdict(beyond < phase.typical_ms("steps") * step_ms), numbers)
-
-
 def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) -> list[Claim]:
-    """That fetching beside the last predicted steps is quicker than after them; nothing without a GPU, or a jump."""
-    if ahead not in phases or phases[ahead].reserved_bytes is None:
+    """That fetching beside the last predicted steps is quicker than after them; nothing without a GPU, or two jumps."""
+    if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
         return []
-    numbers: Numbers = {"ahead_ms": phases[ahead].typical_ms(), "late_ms": phases[late].typical_ms()}
-    holds = phases[ahead].typical_ms() < phases[late].typical_ms()
     text = f"{ahead}: a jump takes less time when the state returns beside its last predicted steps than after them"
-    return [Claim("lookahead", text, verdict(holds), numbers)]
+    return [_claim("lookahead", text, beyond, 0.0)]
+
+
+def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
+    return [] if phase.reserved_bytes is None else phase.beyond_ms(control)
+
+
+def _claim(name: str, text: str, beyond: list[float], limit_ms: float) -> Claim:
+    """Jumps of the same number are compared; the median decides, with its 95 % interval."""
+    low, high = median_ends(beyond)
+    numbers: Numbers = {"beyond_ms": median(beyond), "jumps": len(beyond)}
+    if math.isfinite(low):
+        numbers |= {"beyond_low_ms": low, "beyond_high_ms": high}
+    return Claim(name, text, verdict_below(low, high, limit_ms), numbers | {"limit_ms": limit_ms})
 
 
 def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:
     """How much longer a jump takes than where nothing is put away."""
-    return phase.typical_ms() - control.typical_ms()
+    return median(phase.beyond_ms(control) or [phase.typical_ms() - control.typical_ms()])

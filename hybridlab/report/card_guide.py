@@ -95,8 +95,8 @@ PATH = """\
 Prediction takes memory of its own. It keeps {rows} rows of the path with the presets' predictor, and the last recorded
 weights, each as large as the trainable weights (`path_dtype="bf16"` halves the rows), and before a jump the way back: a
 copy of the weights and of the optimizer's state. All of it lies on the card unless `path_device="host"`, and then it
-takes host memory instead. `hybridlab plan --model small --predictor {predictor} --path-device host` says how much of
-either.
+takes host memory instead; what leaves the card in Predict (`predict_aware`) is in the way back already and takes no
+more. `hybridlab plan --model small --predictor {predictor} --path-device host` says how much of either.
 """
 
 CURVES = """\

@@ -114,6 +114,10 @@ class PredictPhase:
         """Median over the jumps but the first; of one alone, its own. `part`: a field of `JumpTimes`."""
         return median(getattr(jump, part) for jump in self.jumps[1:] or self.jumps)
 
+    def beyond_ms(self, other: PredictPhase) -> list[float]:
+        """How much longer each jump took than the one of the same number in another run; of the first, nothing."""
+        return [mine.whole - theirs.whole for mine, theirs in zip(self.jumps[1:], other.jumps[1:], strict=False)]
+
 
 def predict_phase(run: Run) -> PredictPhase:
     """Look at a run's whole jumps. Raises UserError where there is none."""

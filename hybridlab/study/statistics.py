@@ -50,6 +50,17 @@ class Interval:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
+def median_ends(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95 % confidence interval of a median, whatever the distribution.
+
+    The k-th smallest and the k-th largest value, k as large as the sign test at 5 % lets it be; infinite for fewer than
+    six values, of which none are far enough out.
+    """
+    ordered = sorted(values)
+    k = int(stats.binom.ppf(0.025, len(ordered), 0.5))
+    return (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
+
+
 @dataclass(frozen=True)
 class ControlCurve:
     """Final loss of runs that simply take n gradient steps, their schedule fitted to n.

@@ -1,0 +1,121 @@
+"""Weights that lie on the device in bf16, while every bit of the float32 ones can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from hybridlab.device import wait_for_stream
+from hybridlab.host_memory import brought, host_room
+from hybridlab.motion import PIECE, Flat, Motion, move_along_, views
+
+
+class LowWeights:
+    """Takes the float32 weights off the device, and brings them back.
+
+        exact weights = origin + the motions since, one by one
+
+    The origin is a copy that there is already, such as a jump's way back, wherever that lies; where there is none, one
+    is made in host memory. Only bf16 weights are written while they are low: no rounding piles up, a motion crosses the
+    bus in one direction, and what breaks off can be begun again.
+
+    groups: the parameters, all of them on one device
+
+    is_low: whether the device holds bf16 weights
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        self._groups, self._params = groups, [p for group in groups for p in group]
+        self._device = self._params[0].device
+        self._likes = [torch.empty_like(p, device="meta") for p in self._params]  # strides too
+        self._origin: list[Tensor] = []
+        self._motions: list[Motion] = []
+        self._low: list[Flat] = []
+        self._room: list[Flat] = []
+        self.is_low = False
+
+    @property
+    def flats(self) -> list[Flat]:
+        """What each group takes in one piece of memory: its size and type, on "meta"."""
+        return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in self._groups]
+
+    # --- where the exact ones are ------------------------------------------------------------------------
+
+    def depart_from(self, origin: Sequence[Tensor]) -> None:
+        """Parameter by parameter, the weights equal these, which stay as they are until `forget`."""
+        self._origin, self._motions = list(origin), []
+
+    def note(self, motions: Sequence[Motion]) -> None:
+        """The weights move along rows that stay as they are until `forget`."""
+        if self._origin:
+            self._motions += motions
+
+    def forget(self) -> None:
+        """The weights, which must not be low, go their own way."""
+        self._origin, self._motions = [], []
+
+    def _copy(self) -> list[Tensor]:
+        """The weights in host memory, which is taken once and used again."""
+        self._room = self._room or host_room(self.flats, pinned=self._device.type == "cuda")
+        copies = [view for flat, group in zip(self._room, self._groups, strict=True) for view in views(flat, group)]
+        for param, copy in zip(self._params, copies, strict=True):
+            copy.copy_(param, non_blocking=True)
+        wait_for_stream(self._device)
+        return copies
+
+    # --- down and up -------------------------------------------------------------------------------------
+
+    def lower_(self) -> None:
+        """Leave bf16 weights on the device. Does nothing the second time.
+
+        Raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
+        """
+        if self.is_low:
+            return
+        lows = [torch.empty(flat.numel(), dtype=torch.bfloat16, device=self._device) for flat in self.flats]  # no gaps
+        if not self._origin:
+            self.depart_from(self._copy())
+        self._low, self.is_low = lows, True
+        for param, low in zip(self._params, self._low_views(), strict=True):
+            param.data = low.copy_(param)
+
+    def follow_(self) -> None:
+        """Bring the bf16 weights to where the exact ones are by now."""
+        origins = iter(self._origin)
+        for g, group in enumerate(self._groups):
+            motions = [(row, length) for to, row, length in self._motions if to == g]
+            ends = list(accumulate(param.numel() for param in group))
+            for start, end in pairwise([0, *ends]):
+                self._follow_(self._low[g][start:end], next(origins), [(row[start:end], n) for row, n in motions])
+        wait_for_stream(self._device)
+
+    def _follow_(self, low: Flat, origin: Tensor, motions: Sequence[tuple[Flat, float]]) -> None:
+        """One parameter: the exact weights come over piece by piece, move, and are rounded."""
+        flat = origin.reshape(-1)
+        for start in range(0, low.numel() if motions else 0, PIECE):
+            piece = slice(start, start + PIECE)
+            exact = brought(flat[piece], self._device, flat.dtype)
+            for row, length in motions:
+                exact = exact.add(brought(row[piece], self._device, exact.dtype), alpha=length)
+            low[piece] = exact
+
+    def raise_(self) -> None:
+        """Bring the float32 weights back to the device. Does nothing where they are there."""
+        if not self.is_low:
+            return
+        for param, origin in zip(self._params, self._origin, strict=True):
+            param.data = origin  # the bf16 weights go before the float32 ones come
+        self._low = []
+        for param, origin, like in zip(self._params, self._origin, self._likes, strict=True):
+            param.data = torch.empty_like(like, device=self._device).copy_(origin, non_blocking=True)
+        for g, row, length in self._motions:
+            move_along_(self._groups[g], row, length)
+        wait_for_stream(self._device)
+        self.is_low = False
+
+    def _low_views(self) -> Iterator[Tensor]:
+        for flat, group in zip(self._low, self._groups, strict=True):
+            yield from views(flat, group)

@@ -1,0 +1,38 @@
+"""Moving weights along rows of a path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hybridlab.device import wait_for_stream
+from hybridlab.host_memory import brought
+
+Flat = Float[Tensor, " element"]
+"""One parameter group, laid out in one piece of memory."""
+
+Motion = tuple[int, Flat, float]
+"""A group's number, a row of the path, and the length to go along it."""
+
+PIECE = 1 << 24
+"""Elements of a flat piece of memory that are brought to the device, or summed in float32, at a time."""
+
+
+def views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
+    """A flat piece of memory in the shapes of the parameters."""
+    pieces = torch.split(flat, [p.numel() for p in group])
+    return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
+
+
+def move_along_(group: Sequence[Tensor], row: Flat, length: float) -> None:
+    """Add a row to a group's parameters; where it does not lie beside them, it comes over one parameter at a time."""
+    pieces, first = views(row, group), group[0]
+    if (row.device, row.dtype) == (first.device, first.dtype):
+        torch._foreach_add_(list(group), pieces, alpha=length)
+        return
+    for param, piece in zip(group, pieces, strict=True):
+        param.add_(brought(piece, param.device, param.dtype), alpha=length)
+    wait_for_stream(first.device)
