@@ -172,6 +172,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="none, conservative, aggressive or fit_16gb.")] = "none",
     predictor: Annotated[str, typer.Option(help="Whose path is remembered; none trains without jumps.")] = "none",
     path_device: Annotated[str, typer.Option(help="Where the path is kept: same or host.")] = "same",
+    path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
 ) -> None:
     """Say what a training takes of a card, without one, and if it does not fit the least to switch on."""
     from hybridlab.config import HybridTrainerConfig
@@ -187,7 +188,9 @@ def plan(
     settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(model)
     situation = Situation(model, size, settings, OptimizerConfig(optimizer))
     if predictor != "none":
-        hybrid = HybridTrainerConfig(predictor=predictor, path_device=path_device, memory=settings)
+        hybrid = HybridTrainerConfig(
+            predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings
+        )
         situation = replace(situation, path=hybrid.path_needs, path_storage=hybrid.path_storage)
     for line in forecast(situation, card_bytes, rates):
         print(line)

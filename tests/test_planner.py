@@ -364,6 +364,16 @@ def test_what_other_programs_hold_is_taken_off_the_card(capsys):
     assert "other programs hold 16 GB, all of a card of 16 GB" in capsys.readouterr().err
 
 
+def test_host_memory_is_told_by_where_and_how_the_path_is_kept(capsys):
+    told = []
+    for arguments in ("", "--path-device host", "--path-device host --path-dtype bf16"):
+        assert ended(f"--predictor ema_nesterov {arguments}") == 0
+        told += [*re.findall(r"Host memory.*\(path ([\d.]+) MB, way back", capsys.readouterr().out), ""][:1]
+    on_card, fp32, bf16 = told
+    assert on_card == ""
+    assert float(fp32) / float(bf16) == pytest.approx((4 + 1 + 1) / ((4 + 1) / 2 + 1), rel=0.01)
+
+
 def test_what_is_switched_on_can_be_pasted(capsys):
     assert ended("--predictor linear --card 6GB", size="--model small") == 0
     *_, imports, memory, hybrid = capsys.readouterr().out.splitlines()
@@ -408,6 +418,7 @@ def test_the_default_batch_is_one_that_the_model_takes(capsys):
         ("--predictor linea", "did you mean 'linear'?"),
         ("--batch 1x65", "cut it to 64, as in batch=(1, 64), on the command line --batch 1x64"),
         ("--memory fit_16gb --predictor linear", "path_device='host'"),
+        ("--predictor linear --path-dtype bf61", "did you mean 'bf16'?"),
     ],
 )
 def test_a_mistake_gives_one_line_and_exit_code_2(capsys, arguments, message):
