@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from ipywidgets import HTML, VBox
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.errors import UserError
@@ -294,7 +295,7 @@ def test_buttons_and_sliders_act_between_two_steps(watched: list[Live]) -> None:
     assert driven.record.steps["changed"].dropna().to_dict() == {3: "confidence_threshold=0.25"}
     list(driven.run())
     assert "finished" in watched[1]._gauges.value
-    assert len(watched[1]._panel.children) == 1, "no button is left that could do nothing"
+    assert [type(child) for child in watched[1]._panel.children] == [HTML, HTML], "no button is left"
 
 
 def test_a_change_waits_until_the_jump_is_over(watched: list[Live]) -> None:
@@ -335,6 +336,26 @@ def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.
             watched[0].controls.toggle()
     assert len(waits) == 3
     assert len(set(waits)) == 1
+
+
+def test_gauges_are_drawn_by_the_clock_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(live, "draw_panel", lambda state: drawn.append(state.step) or "")
+    driven, now = Session(CONFIG, "cells"), 0.0
+    panel = Live(Controls(), STEPS, driven._instruments, clock=lambda: now)
+    for result in driven.run(12):
+        now += live.LEAST_SECONDS if result.nominal_step in (5, 9) else 0.0  # else it stands
+        panel.between_steps(driven._run)
+    assert drawn == [1, 5, 9]
+
+
+def test_a_panel_s_style_is_sent_once_and_the_last_frame_is_whole(watched: list[Live]) -> None:
+    driven = Session(CONFIG, "cells")
+    for _ in driven.run():
+        assert "<style>" not in watched[0]._gauges.value
+    assert watched[0]._gauges.value
+    assert ["<style>" in child.value for child in watched[0]._panel.children] == [True, False]
+    assert driven.frame()._repr_mimebundle_()["text/html"].count("<style>") == 1
 
 
 def test_a_plain_run_offers_nothing_to_steer() -> None:
@@ -385,13 +406,14 @@ def test_isolated_runs_show_a_bar_of_their_own(
             on_step("fits, seed 0", 4)
         return "result"
 
-    drawn: list[str] = []
+    shown: list[VBox] = []
     monkeypatch.setattr(session, "gauges_wanted", lambda: looked_at)
     monkeypatch.setattr(session, "run_arms", run_arms)
-    monkeypatch.setattr(live, "display", lambda bar: drawn.append(bar))
+    monkeypatch.setattr(live, "display", lambda box: shown.append(box))
     assert session.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
     assert capsys.readouterr() == ("", "")
-    assert [("stopped" in bar.value, "3</b> of 4 in all" in bar.value) for bar in drawn] == [(True, True)] * looked_at
+    bars = [box.children[1].value for box in shown]
+    assert [("stopped" in bar, "3</b> of 4 in all" in bar) for bar in bars] == [(True, True)] * looked_at
 
 
 def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
