@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -471,10 +473,48 @@ def test_a_frame_shows_the_card_that_ran_or_the_one_it_stood_for(is_emulated: bo
     assert final_frame(run).state.memory.total_bytes == total_bytes
 
 
-def test_the_panels_cost_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tick(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
+    """Makes a method take an eighth of a second, while all else takes no time."""
+    now = 0.0
+
+    def take_time(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def taking(*arguments: object, **named: object) -> object:
+            nonlocal now
+            now += 0.125
+            return method(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, taking)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    take_time(TrainingRun, "_loss")
+    return take_time
+
+
+PLAIN = replace(CONFIG, hybrid=HybridTrainerConfig.plain())
+
+
+def test_the_panels_cost_is_measured_in_pairs_beside_its_control(tick: Callable[[type, str], None]) -> None:
+    tick(Live, "step")
+    cost = panel_overhead(PLAIN, rounds=6, turns=2, steps=2)
+    assert asdict(cost.panel_over_none) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert asdict(cost.none_over_none) == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert (cost.step_ms, cost.panel_itself_ms) == (125.0, 125.0)
+
+
+def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], None]) -> None:
+    """Every second watched step is a quarter of a second later, however many steps nobody watched."""
+    assert live.LEAST_SECONDS == 0.25
+    cost = panel_overhead(PLAIN, rounds=4, turns=2, steps=1)
+    assert (cost.drawings, cost.panel_itself_ms) == (1.0, 0.0)
+
+
+def test_no_evaluation_falls_in_a_turn_and_no_round_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[None] = []
     monkeypatch.setattr(TrainingRun, "_evaluate", lambda _: evaluated.append(None) or {})
-    cost = panel_overhead(replace(CONFIG, hybrid=HybridTrainerConfig.plain()), rounds=3, steps=2)
-    assert set(cost) == {"panel_over_none", "low", "high", "step_ms", "updates"}
-    assert cost["updates"] >= 1
-    assert len(evaluated) == 1, "in the warm-up: no turn holds an evaluation"
+    panel_overhead(PLAIN, rounds=1, turns=1, steps=1)
+    assert len(evaluated) == 1, "in the warm-up"
+    with pytest.raises(ValueError, match="rounds is 0: it must be at least 1"):
+        panel_overhead(PLAIN, rounds=0, turns=1, steps=1)
