@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybridlab.notebook.gauges import Memory, State, draw, draw_bar
+from hybridlab.notebook.gauges import Memory, State, draw, draw_bar, draw_panel, style
 from hybridlab.notebook.instruments import memory_of, work_of
 from hybridlab.notebook.timeline import COLUMNS, Timeline
 from hybridlab.step_result import Statistics
@@ -100,6 +100,31 @@ def test_a_bar_alone_measures_all_runs() -> None:
     assert "width:25.0%" in drawn
     assert text(drawn).strip() == "&lt;fits&gt;, seed 0 running · step 30 of 120 in all · 1 min 15 s left"
     assert "left" not in text(draw_bar("fits", 120, 120, "finished", 0))
+
+
+def test_a_page_is_told_the_style_once_and_a_whole_panel_brings_its_own() -> None:
+    assert draw(state()) == style() + draw_panel(state())
+    assert style().startswith("<style>")
+    assert "<style>" not in draw_panel(state()) + draw_bar("fits", 30, 120, "running", 75)
+
+
+def test_memory_is_drawn_by_its_corners() -> None:
+    line = Timeline(6)
+    for step, size in enumerate((4, 4, 4, 8, 8, 8), start=1):
+        line.add(step, "full", size, None, None)
+    corners = "83,57.0 417,57.0 583,14.0 917,14.0"
+    drawn = draw_panel(state(timeline=line, memory=replace(PROCESS, used_bytes=1, peak_bytes=8)))
+    assert f"<polyline points='{corners}' stroke='var(--memory)'/>" in drawn
+    assert f"<polygon points='83,100 {corners} 917,100'" in drawn
+
+
+def test_a_column_is_of_the_phase_of_most_of_its_steps() -> None:
+    line = Timeline(5 * COLUMNS)
+    for step, phase in enumerate(("full", "predict", "predict", "correct", "full"), start=1):
+        line.add(step, phase, 1, None, None)
+    assert [phase for phase, _, _ in line.bands()] == ["predict"]
+    line.add(5, "full", 1, None, None)
+    assert [phase for phase, _, _ in line.bands()] == ["full"]
 
 
 def test_steps_that_nobody_saw_stay_empty() -> None:

@@ -419,6 +419,13 @@ def test_numbers_are_written_with_their_units() -> None:
     )
 
 
+def test_a_ratio_has_no_sign_before_it_or_its_bounds() -> None:
+    name = "panel_over_none_ratio_time"
+    ratio = {name: 1.0, f"{name}_low": 0.998, f"{name}_high": 1.0031}
+    assert numbers_in_words(ratio) == "panel over none 1.000 [0.998, 1.003]"
+    assert numbers_in_words(ratio | {f"{name}_low": None, f"{name}_high": None}) == "panel over none 1.000"
+
+
 def test_an_interval_of_one_seed_has_no_bounds() -> None:
     assert interval({"q": 0.5, "q_low": 0.5, "q_high": 0.5}, "q", digits=2) == "+0.50"
     assert interval({"q": None}, "q") is None

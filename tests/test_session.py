@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from ipywidgets import HTML, VBox
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.errors import UserError
@@ -294,7 +297,7 @@ def test_buttons_and_sliders_act_between_two_steps(watched: list[Live]) -> None:
     assert driven.record.steps["changed"].dropna().to_dict() == {3: "confidence_threshold=0.25"}
     list(driven.run())
     assert "finished" in watched[1]._gauges.value
-    assert len(watched[1]._panel.children) == 1, "no button is left that could do nothing"
+    assert [type(child) for child in watched[1]._panel.children] == [HTML, HTML], "no button is left"
 
 
 def test_a_change_waits_until_the_jump_is_over(watched: list[Live]) -> None:
@@ -335,6 +338,26 @@ def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.
             watched[0].controls.toggle()
     assert len(waits) == 3
     assert len(set(waits)) == 1
+
+
+def test_gauges_are_drawn_by_the_clock_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(live, "draw_panel", lambda state: drawn.append(state.step) or "")
+    driven, now = Session(CONFIG, "cells"), 0.0
+    panel = Live(Controls(), STEPS, driven._instruments, clock=lambda: now)
+    for result in driven.run(12):
+        now += live.LEAST_SECONDS if result.nominal_step in (5, 9) else 0.0  # else it stands
+        panel.between_steps(driven._run)
+    assert drawn == [1, 5, 9]
+
+
+def test_a_panel_s_style_is_sent_once_and_the_last_frame_is_whole(watched: list[Live]) -> None:
+    driven = Session(CONFIG, "cells")
+    for _ in driven.run():
+        assert "<style>" not in watched[0]._gauges.value
+    assert watched[0]._gauges.value
+    assert ["<style>" in child.value for child in watched[0]._panel.children] == [True, False]
+    assert driven.frame()._repr_mimebundle_()["text/html"].count("<style>") == 1
 
 
 def test_a_plain_run_offers_nothing_to_steer() -> None:
@@ -385,13 +408,14 @@ def test_isolated_runs_show_a_bar_of_their_own(
             on_step("fits, seed 0", 4)
         return "result"
 
-    drawn: list[str] = []
+    shown: list[VBox] = []
     monkeypatch.setattr(session, "gauges_wanted", lambda: looked_at)
     monkeypatch.setattr(session, "run_arms", run_arms)
-    monkeypatch.setattr(live, "display", lambda bar: drawn.append(bar))
+    monkeypatch.setattr(live, "display", lambda box: shown.append(box))
     assert session.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
     assert capsys.readouterr() == ("", "")
-    assert [("stopped" in bar.value, "3</b> of 4 in all" in bar.value) for bar in drawn] == [(True, True)] * looked_at
+    bars = [box.children[1].value for box in shown]
+    assert [("stopped" in bar, "3</b> of 4 in all" in bar) for bar in bars] == [(True, True)] * looked_at
 
 
 def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,10 +473,48 @@ def test_a_frame_shows_the_card_that_ran_or_the_one_it_stood_for(is_emulated: bo
     assert final_frame(run).state.memory.total_bytes == total_bytes
 
 
-def test_the_panels_cost_is_measured_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tick(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
+    """Makes a method take an eighth of a second, while all else takes no time."""
+    now = 0.0
+
+    def take_time(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def taking(*arguments: object, **named: object) -> object:
+            nonlocal now
+            now += 0.125
+            return method(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, taking)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    take_time(TrainingRun, "_loss")
+    return take_time
+
+
+PLAIN = replace(CONFIG, hybrid=HybridTrainerConfig.plain())
+
+
+def test_the_panels_cost_is_measured_in_pairs_beside_its_control(tick: Callable[[type, str], None]) -> None:
+    tick(Live, "step")
+    cost = panel_overhead(PLAIN, rounds=6, turns=2, steps=2)
+    assert asdict(cost.panel_over_none) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert asdict(cost.none_over_none) == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert (cost.step_ms, cost.panel_itself_ms) == (125.0, 125.0)
+
+
+def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], None]) -> None:
+    """Every second watched step is a quarter of a second later, however many steps nobody watched."""
+    assert live.LEAST_SECONDS == 0.25
+    cost = panel_overhead(PLAIN, rounds=4, turns=2, steps=1)
+    assert (cost.drawings, cost.panel_itself_ms) == (1.0, 0.0)
+
+
+def test_no_evaluation_falls_in_a_turn_and_no_round_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[None] = []
     monkeypatch.setattr(TrainingRun, "_evaluate", lambda _: evaluated.append(None) or {})
-    cost = panel_overhead(replace(CONFIG, hybrid=HybridTrainerConfig.plain()), rounds=3, steps=2)
-    assert set(cost) == {"panel_over_none", "low", "high", "step_ms", "updates"}
-    assert cost["updates"] >= 1
-    assert len(evaluated) == 1, "in the warm-up: no turn holds an evaluation"
+    panel_overhead(PLAIN, rounds=1, turns=1, steps=1)
+    assert len(evaluated) == 1, "in the warm-up"
+    with pytest.raises(ValueError, match="rounds is 0: it must be at least 1"):
+        panel_overhead(PLAIN, rounds=0, turns=1, steps=1)

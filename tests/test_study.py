@@ -292,9 +292,10 @@ def test_the_bare_loop_is_no_measure_of_memory_features() -> None:
         step_overhead(replace(SHORT, hybrid=hybrid), rounds=1, steps=1)
 
 
-def test_no_turn_is_no_measurement() -> None:
-    with pytest.raises(ValueError, match="rounds is 0: it must be at least 1"):
-        turns.seconds_in_turns({}, torch.device("cpu"), rounds=0)
+@pytest.mark.parametrize("count", ["rounds", "turns"])
+def test_no_turn_is_no_measurement(count: str) -> None:
+    with pytest.raises(ValueError, match=f"{count} is 0: it must be at least 1"):
+        turns.seconds_in_turns({}, torch.device("cpu"), **{"rounds": 1, "turns": 1, count: 0})
 
 
 def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,9 +309,24 @@ def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.
     monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
     loops = {"a": partial(loop, "a", 1.0), "b": partial(loop, "b", 2.0)}
     seconds = turns.seconds_in_turns(loops, torch.device("cpu"), rounds=3)
-    assert turns_taken == "abbaabbaab"
-    assert seconds == {"a": [5.0, 8.0, 9.0], "b": [12.0, 14.0, 20.0]}
+    assert turns_taken == "abbabaabab"
+    assert seconds == {"a": [6.0, 7.0, 9.0], "b": [10.0, 16.0, 20.0]}
     assert turns.median_ratio(seconds["b"], seconds["a"]) == 20 / 9
+
+
+def test_short_turns_in_mirrored_order_put_a_drift_on_all_loops_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns_taken = 0.0, ""
+
+    def loop(name: str) -> None:
+        nonlocal now, turns_taken
+        turns_taken += name
+        now += len(turns_taken)  # a machine that gets slower and slower
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
+    loops = {name: partial(loop, name) for name in "abc"}
+    seconds = turns.seconds_in_turns(loops, torch.device("cpu"), rounds=2, turns=6)
+    assert turns_taken == 4 * "abccbabcaacbcabbac"
+    assert seconds["a"] == seconds["b"] == seconds["c"] == [sum(range(37, 55)) / 3, sum(range(55, 73)) / 3]
 
 
 @pytest.mark.parametrize(("rounds", "ends"), [(5, (-math.inf, math.inf)), (6, (1, 6)), (10, (2, 9)), (20, (6, 15))])

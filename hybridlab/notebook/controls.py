@@ -62,6 +62,11 @@ class Controls:
             self._settings[name] = value
             self._changed.notify_all()
 
+    @property
+    def have_wishes(self) -> bool:
+        """Whether there is anything to take, without a lock: a step is to cost little."""
+        return self._saving or bool(self._settings)
+
     def take_save(self) -> bool:
         """Whether a checkpoint is wanted; it is wanted once."""
         with self._changed:

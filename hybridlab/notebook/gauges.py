@@ -71,9 +71,14 @@ class State:
 
 def draw(state: State) -> str:
     """The whole panel, its style included, for any page."""
+    return style() + draw_panel(state)
+
+
+def draw_panel(state: State) -> str:
+    """The panel for a page that has its style already."""
     cards = "".join((_memory(state.memory), _loss(state), _speed(state), _counts(state.statistics)))
     return (
-        f"<style>{_style()}</style><div class='hl'>{_head(state)}{_way(state.step, state.steps)}"
+        f"<div class='hl'>{_head(state)}{_way(state.step, state.steps)}"
         f"<div class='hl-cards'>{cards}</div>{_time_line(state)}{_note(state)}</div>"
     )
 
@@ -81,14 +86,23 @@ def draw(state: State) -> str:
 def draw_bar(label: str, done: int, total: int, status: str, seconds_left: float | None) -> str:
     """A bar alone, for runs whose gauges cannot be read; `label` names the one under way, the counts are of them all.
 
+    For a page that has its style already.
+
     status: "running", "stopped" or "finished"; seconds_left: None while it cannot be said
     """
     left = _time_left(seconds_left) if status == "running" else ""
     return (
-        f"<style>{_style()}</style><div class='hl'><div class='hl-head'><span class='hl-title'>{escape(label)}</span>"
+        f"<div class='hl'><div class='hl-head'><span class='hl-title'>{escape(label)}</span>"
         f"<span class='hl-status'><b>{status}</b> · step <b>{done:,}</b> of {total:,} in all{left}</span></div>"
         f"{_way(done, total)}</div>"
     )
+
+
+@cache
+def style() -> str:
+    """How panels and bars look, which a page must be told once."""
+    sheet = files("hybridlab.notebook").joinpath("gauges.css").read_text(encoding="utf-8")
+    return f"<style>{sheet}</style>"
 
 
 def _way(done: int, total: int) -> str:
@@ -100,11 +114,6 @@ def _note(state: State) -> str:
     if state.status == "finished" and not state.note:
         return ""
     return f"<div class='hl-note'>{escape(state.note)}</div>"
-
-
-@cache
-def _style() -> str:
-    return files("hybridlab.notebook").joinpath("gauges.css").read_text(encoding="utf-8")
 
 
 # --- the head ------------------------------------------------------------------------------------------------
@@ -309,10 +318,17 @@ def _predicted(points: list[tuple[float, float]], low: float, high: float, width
 def _area(points: list[tuple[float, float]], most: float) -> str:
     if not points:
         return ""
-    path = " ".join(f"{1000 * x:.0f},{100 - 86 * y / most:.1f}" for x, y in points)
+    path = " ".join(f"{1000 * x:.0f},{100 - 86 * y / most:.1f}" for x, y in _corners(points))
     first, last = 1000 * points[0][0], 1000 * points[-1][0]
     fill = f"<polygon points='{first:.0f},100 {path} {last:.0f},100' fill='var(--memory)' fill-opacity='.25'/>"
     return f"{fill}<polyline points='{path}' stroke='var(--memory)'/>"
+
+
+def _corners(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points without those amid a level stretch, of which memory has long ones."""
+    heights = [None, *(y for _, y in points), None]
+    around = zip(heights, heights[2:], strict=False)
+    return [point for point, (before, after) in zip(points, around, strict=True) if not before == point[1] == after]
 
 
 def _most(state: State) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import psutil
@@ -27,6 +27,7 @@ class Instruments:
         self.timeline = timeline_of(run.record, config.steps)  # of a run gone on with, the steps before
         self.latest: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
+        self._emulated_bytes = config.card_bytes if config.emulates_card else 0
         self._memory = self._read_memory()
         self._losses: dict[str, float] = {}
         self._first: StepRecord | None = None
@@ -43,11 +44,8 @@ class Instruments:
             self._readings.append((record.seconds, record.statistics.gradient_steps))
         else:
             self._steps_in[record.result.phase] += 1
-        events = [f"changed {name} to {value:g}" for name, value in record.changes.items()]
-        if record.result.event:
-            events.append(record.result.event)
-        if events:
-            self.remark("; ".join(events))
+        if record.changes or record.result.event:
+            self.remark("; ".join(_events(record)))
         if "validation_loss" in record.evaluation:
             self._losses["validation_loss"] = record.evaluation["validation_loss"]
 
@@ -63,8 +61,10 @@ class Instruments:
         result = self.latest.result
         measured, predicted = result.measured_loss, result.predicted_loss
         self.timeline.add(result.nominal_step, result.phase, self._memory.used_bytes, measured, predicted)
-        found = {"measured_loss": measured, "predicted_loss": predicted}
-        self._losses |= {name: loss for name, loss in found.items() if loss is not None}
+        if measured is not None:
+            self._losses["measured_loss"] = measured
+        if predicted is not None:
+            self._losses["predicted_loss"] = predicted
 
     def state(self, status: str, *, done: int, total: int, seconds_left: float | None) -> State:
         """What the gauges show now; reads the memory. At least one step must have been noted."""
@@ -104,18 +104,28 @@ class Instruments:
 
     def _read_memory(self) -> Memory:
         reading, peak = self.run.memory()
-        config = self.run.config
-        return memory_of(asdict(reading), peak, config.card_bytes if config.emulates_card else 0)
+        return memory_of(vars(reading), peak, self._emulated_bytes)
+
+
+def _events(record: StepRecord) -> Iterator[str]:
+    yield from (f"changed {name} to {value:g}" for name, value in record.changes.items())
+    if record.result.event:
+        yield record.result.event
 
 
 def memory_of(reading: Mapping[str, Any], peak_bytes: int, card_bytes: int = 0) -> Memory:
     """What the gauge shows of a `MemoryReading`, on a card that may be emulated."""
     used = int(reading["used_bytes"])
     if reading["source"] == "process":
-        return Memory(False, psutil.virtual_memory().total, used, max(peak_bytes, used))
+        return Memory(False, _machine_bytes(), used, max(peak_bytes, used))
     allocated, other, size = (_known(reading[f"{name}_bytes"]) for name in ("allocated", "other", "device_total"))
     total = min((known for known in (size, card_bytes) if known), default=peak_bytes)
     return Memory(True, total, used + (other or 0), peak_bytes, allocated, used, other)
+
+
+@cache
+def _machine_bytes() -> int:
+    return psutil.virtual_memory().total
 
 
 def _known(value: float | None) -> int | None:

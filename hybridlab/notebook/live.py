@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Self
@@ -16,7 +16,7 @@ from IPython.display import display
 from hybridlab.config import HybridTrainerConfig
 from hybridlab.errors import UserError
 from hybridlab.notebook.controls import Controls, control_row
-from hybridlab.notebook.gauges import draw, draw_bar
+from hybridlab.notebook.gauges import draw_bar, draw_panel, style
 from hybridlab.notebook.instruments import Instruments
 from hybridlab.notebook.progress import seconds_left
 from hybridlab.phases import Phase
@@ -36,6 +36,7 @@ class Live:
     total: nominal steps of everything that the cell trains
     instruments: of a run that was followed before; by default each run gets its own
     settings: that sliders may change; None offers none
+    clock: seconds that count for how often the gauges are drawn, and for the time left
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class Live:
         total: int,
         instruments: Instruments | None = None,
         settings: HybridTrainerConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.controls = controls
         self._total, self._done = total, 0
         self._instruments = instruments
-        self._gauges = widgets.HTML()
-        self._panel = widgets.VBox([self._gauges, control_row(self.controls, settings)])
-        self._started, self._drawn, self._rest = time.monotonic(), 0.0, LEAST_SECONDS
+        self._style, self._gauges = _style(), widgets.HTML()
+        self._panel = widgets.VBox([self._style, self._gauges, control_row(self.controls, settings)])
+        self._clock = clock
+        self._started = self._drawn = clock()
+        self._rest = 0.0  # seconds from one drawing to the next
 
     def __enter__(self) -> Self:
         """Show the panel below the cell."""
@@ -63,7 +67,7 @@ class Live:
         if self._instruments is not None and not failed:
             self._instruments.settle()
             self.draw("finished" if self._is_over and not kind else "stopped")
-        self._panel.children = [self._gauges]
+        self._panel.children = [self._style, self._gauges]
 
     def step(self, label: str, total: int) -> None:
         """Count a nominal step of a total that may have grown."""
@@ -78,21 +82,22 @@ class Live:
 
     def between_steps(self, run: TrainingRun) -> None:
         """Do what is asked, draw when it is time, wait while paused."""
-        self._obey(run)
-        if time.monotonic() - self._drawn >= self._rest:
+        if self.controls.have_wishes:
+            self._obey(run)
+        if self._clock() - self._drawn >= self._rest:
             self.draw("running")
-        if not self.controls.may_go_on():
+        if self.controls.paused and not self.controls.may_go_on():
             self._hold(run)
 
     def draw(self, status: str) -> None:
         """Bring the gauges up to date."""
         if self._instruments is None or self._instruments.latest is None:
             return
-        started = time.monotonic()
+        started = self._clock()
         left = seconds_left(self._done, self._total, started - self._started)
         state = self._instruments.state(status, done=self._done, total=self._total, seconds_left=left)
-        self._gauges.value = draw(state)
-        self._drawn = time.monotonic()
+        self._gauges.value = draw_panel(state)
+        self._drawn = self._clock()
         self._rest = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
 
     @property
@@ -108,21 +113,21 @@ class Live:
             run.save()
             if self._instruments:
                 self._instruments.remark("checkpoint written")
-                self._drawn = 0.0
+                self._rest = 0.0
         if run.phase is not Phase.PREDICT and (settings := self.controls.take_settings()):
             run.change(**settings)
 
     def _hold(self, run: TrainingRun) -> None:
         """Wait while paused, with the clocks standing."""
-        paused = time.monotonic()
+        paused = self._clock()
         run.pause()
         self.draw("paused")
         while not self.controls.may_go_on():
             self.controls.wait(LEAST_SECONDS)
             self._obey(run)
-            if not self._drawn:
+            if not self._rest:
                 self.draw("paused")
-        self._started += time.monotonic() - paused
+        self._started += self._clock() - paused
 
 
 class LiveBar:
@@ -139,7 +144,7 @@ class LiveBar:
     def __enter__(self) -> Self:
         """Show the bar below the cell."""
         self._draw("running")
-        display(self._bar)  # type: ignore[no-untyped-call]
+        display(widgets.VBox([_style(), self._bar]))  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -156,6 +161,11 @@ class LiveBar:
         left = seconds_left(self._done, self._total, time.monotonic() - self._started)
         self._bar.value = draw_bar(self._label, self._done, self._total, status, left)
         self._drawn = time.monotonic()
+
+
+def _style() -> widgets.Widget:
+    """The gauges' style in a widget of its own: it is sent once, and not at each drawing."""
+    return widgets.HTML(style(), layout=widgets.Layout(display="none"))
 
 
 @contextmanager

@@ -3,34 +3,71 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from hybridlab.device import find_device
 from hybridlab.notebook.controls import Controls
 from hybridlab.notebook.live import Live
 from hybridlab.study.run_config import RunConfig
+from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.training_run import TrainingRun
 from hybridlab.study.turns import SETTLING_ROUNDS, median_ratio, median_ratio_ends, seconds_in_turns
 
+LOOPS = 3
+"""Alone, alone again, and watched."""
 
-def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> dict[str, float]:
-    """Step times of one run with the panel on over off, in turns; the first two rounds are thrown away.
 
-    rounds: how often each has its turn; steps: nominal steps a turn, best a second or more together
+@dataclass(frozen=True)
+class Ratio:
+    """A median over rounds of paired ratios, with the ends of its 95 % interval."""
 
-    Returns the median over rounds of paired ratios (`panel_over_none`) with the ends of its 95 % interval (`low`,
-    `high`), the median step without it (`step_ms`), and how often the panel was drawn (`updates`). Run it in a
-    notebook, and sending the panel to the page is counted too.
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PanelCost:
+    """What the panel costs a step, and what the measurement of it is worth.
+
+    panel_over_none: a step with the panel over one without
+    none_over_none: a step without it over another without, in turns of their own: the control, which is 1 but for what
+        the measurement cannot tell
+    step_ms: the median step without it
+    panel_itself_ms: the host's time in the panel's own code a step, drawings included: the least that it can cost
+    drawings: in a round
     """
-    total = 2 * steps * (SETTLING_ROUNDS + rounds)
-    length = total + 1  # a run's last step evaluates, which belongs to no turn: it is not taken
+
+    panel_over_none: Ratio
+    none_over_none: Ratio
+    step_ms: float
+    panel_itself_ms: float
+    drawings: float
+
+
+def panel_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 15) -> PanelCost:
+    """Measure what the panel costs, in one run whose steps are taken in turns: alone, alone again, and watched.
+
+    rounds: that count, beside the first two, which are thrown away
+    turns: of each loop in a round, best a multiple of six: then each has each place equally often
+    steps: nominal steps a turn; a round's watched ones best take a second or more, so that it holds several drawings
+
+    While the panel is off its clock stands, so that it is drawn as often a watched second as in use. Run it in a
+    notebook, and sending the panel to the page is counted too. Raises ValueError for fewer than one round, or turn.
+    """
+    watched_steps = turns * steps * (SETTLING_ROUNDS + rounds)
+    length = LOOPS * watched_steps + 1  # a run's last step evaluates, which belongs to no turn: it is not taken
     schedule = config.lr_schedule.fitted_to(length)
     config = replace(config, steps=length, schedule=schedule, evaluate_every=10**9, checkpoint_every=0)
-    live = _Counting(Controls(), total)
+    device = find_device(config.device)
+    clock = Stopwatch(device)
+    live = _Counting(Controls(), watched_steps, clock=lambda: clock.seconds)
+    itself: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingRun(config, Path(folder))
         run.start()
@@ -41,25 +78,33 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 50) -> d
                     pass
 
             def watched() -> None:
+                clock.start()
                 for record in islice(taken, steps):
-                    live.step("", total)
+                    began = time.perf_counter()
+                    live.step("", watched_steps)
                     live.watch(run, record)
+                    itself.append(time.perf_counter() - began)
+                clock.pause()
 
-            loops = {"alone": alone, "watched": watched}
-            seconds = seconds_in_turns(loops, find_device(config.device), rounds)
-    low, high = median_ratio_ends(seconds["watched"], seconds["alone"])
-    return {
-        "panel_over_none": median_ratio(seconds["watched"], seconds["alone"]),
-        "low": low,
-        "high": high,
-        "step_ms": 1e3 * median(seconds["alone"]) / steps,
-        "updates": live.updates,
-    }
+            loops = {"alone": alone, "again": alone, "watched": watched}
+            seconds = seconds_in_turns(loops, device, rounds, turns)
+            drawings = live.drawings / (SETTLING_ROUNDS + rounds)
+    return PanelCost(
+        panel_over_none=_ratio(seconds["watched"], seconds["alone"]),
+        none_over_none=_ratio(seconds["again"], seconds["alone"]),
+        step_ms=1e3 * median(seconds["alone"]) / (turns * steps),
+        panel_itself_ms=1e3 * mean(itself[SETTLING_ROUNDS * turns * steps :]),
+        drawings=drawings,
+    )
+
+
+def _ratio(seconds: list[float], others: list[float]) -> Ratio:
+    return Ratio(median_ratio(seconds, others), *median_ratio_ends(seconds, others))
 
 
 class _Counting(Live):
-    updates = 0
+    drawings = 0
 
     def draw(self, status: str) -> None:
         super().draw(status)
-        self.updates += 1
+        self.drawings += 1

@@ -35,8 +35,8 @@ class Claim:
     id: a short name, the same in every run
     text: the sentence
     verdict: "holds", "fails", or "open" (these numbers cannot tell)
-    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time` or `_bytes` may differ from run to run,
-        all others repeat to four decimals
+    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time` or `_bytes`, and the bounds of such, with
+        `_low` or `_high` behind it, may differ from run to run; all others repeat to four decimals
     """
 
     id: str
@@ -166,7 +166,7 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
 
 def is_volatile(name: str) -> bool:
     """Say whether a number of this name may differ between two equal runs (times, bytes)."""
-    return name.endswith(VOLATILE_ENDINGS)
+    return name.removesuffix("_low").removesuffix("_high").endswith(VOLATILE_ENDINGS)
 
 
 def shown(value: Any) -> str:

@@ -18,10 +18,11 @@ COLUMNS = 240
 class Column:
     """What happened in a stretch of nominal steps.
 
-    memory_bytes: the most that was seen; steps_in: phase -> steps taken in it
+    phase: of most of its steps; memory_bytes: the most that was seen; steps_in: phase -> steps taken in it
     losses: their mean, in nats; None where there was none
     """
 
+    phase: str
     memory_bytes: int
     steps_in: Counter[str] = field(default_factory=Counter)
     measured_loss: float | None = None
@@ -29,13 +30,12 @@ class Column:
     measured: int = 0
     predicted: int = 0
 
-    @property
-    def phase(self) -> str:
-        """The phase of most of its steps."""
-        return max(self.steps_in, key=self.steps_in.__getitem__)
-
-    def add(self, measured: float | None, predicted: float | None) -> None:
-        """Take a step's losses into the means."""
+    def add(self, phase: str, memory_bytes: int, measured: float | None, predicted: float | None) -> None:
+        """Take a step in, its losses into the means."""
+        self.steps_in[phase] += 1
+        if self.steps_in[phase] > self.steps_in[self.phase]:
+            self.phase = phase
+        self.memory_bytes = max(self.memory_bytes, memory_bytes)
         self.measured, self.measured_loss = _mean(self.measured, self.measured_loss, measured)
         self.predicted, self.predicted_loss = _mean(self.predicted, self.predicted_loss, predicted)
 
@@ -60,10 +60,9 @@ class Timeline:
     ) -> None:
         """Note a nominal step, counted from 1."""
         at = (nominal_step - 1) * self.width // self.steps
-        column = self.columns.setdefault(at, Column(memory_bytes))
-        column.memory_bytes = max(column.memory_bytes, memory_bytes)
-        column.steps_in[phase] += 1
-        column.add(measured, predicted)
+        if (column := self.columns.get(at)) is None:
+            column = self.columns[at] = Column(phase, memory_bytes)
+        column.add(phase, memory_bytes, measured, predicted)
 
     def bands(self) -> Iterator[tuple[str, float, float]]:
         """Phase, start and end of each stretch of one phase, as shares of the whole."""
@@ -73,8 +72,8 @@ class Timeline:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(place as a share of the whole, value) of each column that has one."""
-        values = ((at, getattr(column, name)) for at, column in sorted(self.columns.items()))
-        return [((at + 0.5) / self.width, value) for at, value in values if value is not None]
+        width, columns = self.width, sorted(self.columns.items())
+        return [((at + 0.5) / width, value) for at, column in columns if (value := getattr(column, name)) is not None]
 
 
 def timeline_of(run: Run, steps: int) -> Timeline:

@@ -29,16 +29,18 @@ def numbers_in_words(numbers: Numbers) -> str:
     return "; ".join([*phrases, *([f"seeds {numbers['seeds']}"] if "seeds" in numbers else [])])
 
 
-def interval(numbers: Mapping[str, Any], name: str, *, scale: float = 1.0, digits: int = 3) -> str | None:
+def interval(
+    numbers: Mapping[str, Any], name: str, *, scale: float = 1.0, digits: int = 3, sign: str = "+"
+) -> str | None:
     """A signed value with its bounds, "+0.115 [-0.120, +0.349]"; None where it was not measured.
 
-    Bounds that were not measured, or are the value itself (one seed), are left out.
+    sign: of positive ones; "" for none. Bounds that were not measured, or are the value itself (one seed), are left out.
     """
     value, *bounds = (numbers.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return None
-    texts = [f"{scale * bound:+.{digits}f}" for bound in bounds if bound is not None and bound != value]
-    return f"{scale * value:+.{digits}f}" + (f" [{', '.join(texts)}]" if len(texts) == 2 else "")
+    texts = [f"{scale * bound:{sign}.{digits}f}" for bound in bounds if bound is not None and bound != value]
+    return f"{scale * value:{sign}.{digits}f}" + (f" [{', '.join(texts)}]" if len(texts) == 2 else "")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -90,7 +92,8 @@ def _value(name: str, numbers: Numbers) -> str:
         return value
     percent = name.startswith("perplexity_") or name.endswith("_share")
     if f"{name}_low" in numbers or percent:
-        scaled = interval(numbers, name, scale=100, digits=1) if percent else interval(numbers, name)
+        sign = "" if name.endswith("_ratio_time") else "+"
+        scaled = interval(numbers, name, scale=100, digits=1) if percent else interval(numbers, name, sign=sign)
         return f"{scaled}{' %' if percent else ' nats' if 'loss' in name else ''}"
     return _with_unit(name, value)
 

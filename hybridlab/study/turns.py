@@ -17,22 +17,25 @@ SETTLING_ROUNDS = 2
 
 
 def seconds_in_turns(
-    loops: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+    loops: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, turns: int = 1
 ) -> dict[str, list[float]]:
     """Seconds that each loop took, round by round.
 
     loops: by name; each call is one turn, and returns when all is asked of the device
-    rounds: how often each has its turn, beside the first two, which are thrown away
+    rounds: that count, beside the first two, which are thrown away
+    turns: of each loop in a round, which sums them: the shorter they are, the more alike a drift falls on all loops
 
-    Who goes first changes from round to round. Raises ValueError for fewer than one round.
+    The loops' order is mirrored from one time to the next, and another loop begins after every two, so that with twice
+    as many turns as loops each has each place equally often. Raises ValueError for fewer than one round, or turn.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}: it must be at least 1")
+    for name, count in (("rounds", rounds), ("turns", turns)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}: it must be at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(SETTLING_ROUNDS + rounds):
-        for name in list(loops)[:: -1 if number % 2 else 1]:
+    for number in range((SETTLING_ROUNDS + rounds) * turns):
+        for name in _order(list(loops), number):
             seconds[name].append(_timed(loops[name], device))
-    return {name: times[SETTLING_ROUNDS:] for name, times in seconds.items()}
+    return {name: _sums(times, turns)[SETTLING_ROUNDS:] for name, times in seconds.items()}
 
 
 def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
@@ -49,6 +52,16 @@ def median_ratio_ends(seconds: Sequence[float], others: Sequence[float]) -> tupl
     ratios = sorted(_ratios(seconds, others))
     k = int(stats.binom.ppf(0.025, len(ratios), 0.5))
     return (ratios[k - 1], ratios[-k]) if k else (-math.inf, math.inf)
+
+
+def _order(names: list[str], number: int) -> list[str]:
+    """Who follows whom the `number`-th time."""
+    first = number // 2 % len(names)
+    return (names[first:] + names[:first])[:: -1 if number % 2 else 1]
+
+
+def _sums(seconds: list[float], turns: int) -> list[float]:
+    return [sum(seconds[start : start + turns]) for start in range(0, len(seconds), turns)]
 
 
 def _ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
