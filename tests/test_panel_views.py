@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hybridlab.notebook.panel_cost import PanelCost, Ratio
-from hybridlab.notebook.panel_views import panel_claim, panel_table
+from hybridlab.notebook.panel_views import panel_claims, panel_table
 from hybridlab.notebook.results import Verdict, is_volatile
 
 WIDE = (0.9, 1.1)
@@ -34,11 +34,15 @@ def cost(panel: tuple[float, float], control: tuple[float, float]) -> PanelCost:
 def test_the_panels_interval_decides_unless_the_control_is_told_apart_from_one(
     panel: tuple[float, float], control: tuple[float, float], verdict: Verdict
 ) -> None:
-    assert panel_claim(cost(panel, control)).verdict == verdict
+    (claim,) = panel_claims({"bf16": cost(panel, control)})
+    assert (claim.id, claim.verdict) == ("panel-is-cheap-bf16", verdict)
 
 
 def test_the_claim_rests_on_times_alone() -> None:
-    numbers = panel_claim(cost((0.999, 1.005), WIDE)).numbers
+    costs = {"bf16": cost((1.5, 1.6), WIDE), "bf16, compiled": cost((0.999, 1.005), WIDE)}
+    _, claim = panel_claims(costs)
+    assert claim.id == "panel-is-cheap-bf16-compiled"
+    numbers = claim.numbers
     assert all(map(is_volatile, numbers))
     assert numbers["panel_over_none_ratio_time_high"] == 1.005
     assert numbers["none_over_none_ratio_time_low"] == 0.9
@@ -46,12 +50,11 @@ def test_the_claim_rests_on_times_alone() -> None:
 
 
 def test_the_control_stands_beside_the_panel() -> None:
-    text = panel_table(cost((0.999, 1.005), WIDE)).text()
-    assert "of 14.0 ms" in text
-    assert "0.070 ms a step, 3.5 drawings a round included" in text
-    rows = [line.split("  ") for line in text.splitlines()[3:]]
-    assert [[cell.strip() for cell in row if cell] for row in rows] == [
-        ["with the panel", "1.0000", "0.9990", "1.0050"],
-        ["without it again: the control", "1.0000", "0.9000", "1.1000"],
-        ["the panel's own code alone", "0.0050", "–", "–"],
+    shown = panel_table({"fp32": cost((0.999, 1.005), WIDE)})
+    assert shown.columns == ["training", "a step", "ms", "median", "low", "high", "drawings a round"]
+    assert shown.cells() == [
+        ["fp32", "without the panel", "14.000", "–", "–", "–", "–"],
+        ["fp32", "without it again: the control", "–", "1.0000", "0.9000", "1.1000", "–"],
+        ["fp32", "with the panel", "–", "1.0000", "0.9990", "1.0050", "3.5"],
+        ["fp32", "the panel's own code alone", "0.070", "0.0050", "–", "–", "–"],
     ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
-from scipy import stats
 
 from hybridlab.device import wait_for
+from hybridlab.study.statistics import median_ends
 
 SETTLING_ROUNDS = 2
 """At the start; they are thrown away."""
@@ -44,14 +43,8 @@ def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 
 def median_ratio_ends(seconds: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Ends of the 95 % confidence interval of `median_ratio`, whatever the distribution.
-
-    The k-th smallest and the k-th largest ratio, k as large as the sign test at 5 % lets it be; infinite for fewer than
-    six rounds, of which no ratios are far enough out.
-    """
-    ratios = sorted(_ratios(seconds, others))
-    k = int(stats.binom.ppf(0.025, len(ratios), 0.5))
-    return (ratios[k - 1], ratios[-k]) if k else (-math.inf, math.inf)
+    """Ends of the 95 % confidence interval of `median_ratio`; infinite for fewer than six rounds."""
+    return median_ends(_ratios(seconds, others))
 
 
 def _order(names: list[str], number: int) -> list[str]:
