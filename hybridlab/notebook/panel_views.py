@@ -20,8 +20,8 @@ def panel_table(cost: PanelCost) -> Table:
         {"a step": "the panel's own code alone", "median": _itself_over_none(cost)},
     ]
     caption = (
-        f"In steps without the panel, of {cost.step_ms:.1f} ms: medians over paired rounds, with the ends of their 95 % "
-        f"intervals. The panel's own code takes the host {cost.panel_itself_ms:.3f} ms a step, "
+        f"In steps without the panel, of {cost.step_ms:.1f} ms: medians over paired rounds, with the ends of their "
+        f"95 % intervals. The panel's own code takes the host {cost.panel_itself_ms:.3f} ms a step, "
         f"{cost.drawings:.1f} drawings a round included"
     )
     return table(rows, caption)

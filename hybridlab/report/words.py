@@ -34,7 +34,9 @@ def interval(
 ) -> str | None:
     """A signed value with its bounds, "+0.115 [-0.120, +0.349]"; None where it was not measured.
 
-    sign: of positive ones; "" for none. Bounds that were not measured, or are the value itself (one seed), are left out.
+    Bounds that were not measured, or are the value itself (one seed), are left out.
+
+    sign: "+", or "" for positive numbers without one
     """
     value, *bounds = (numbers.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
