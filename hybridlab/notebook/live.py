@@ -25,7 +25,7 @@ from hybridlab.study.training_run import StepRecord, TrainingRun
 LEAST_SECONDS = 0.25
 """Between two drawings: at most four a second."""
 
-DRAWING_SHARE = 0.005
+DRAWING_SHARE = 0.0025
 """Drawing may take this share of the time."""
 
 
