@@ -13,7 +13,7 @@ from typing import Any, Self
 from hybridlab.notebook.results import Verdict, load_results
 
 PROFILES = {
-    "rtx5080": "GPT-2 scale, on a GPU",
+    "rtx5080": "the plan's scale, on a GPU",
     "cpu": "small scale, on two CPU cores",
     "cpu_long": "small scale, every predictor",
 }
