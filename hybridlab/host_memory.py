@@ -113,9 +113,14 @@ def arena_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(-(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor in tensors)
 
 
+def host_holds(total_bytes: int, available_bytes: int) -> bool:
+    """Whether the host, with so much available, can give that much and leave others something."""
+    return total_bytes <= available_bytes - LEFT_TO_OTHERS_BYTES
+
+
 def _refuse_more_than_the_host_has(total_bytes: int) -> None:
     available = psutil.virtual_memory().available
-    if total_bytes > available - LEFT_TO_OTHERS_BYTES:
+    if not host_holds(total_bytes, available):
         raise UserError(
             f"{total_bytes / 1e9:.1f} GB of host memory are wanted and {available / 1e9:.1f} GB are available: "
             "close other programs, or keep less of the training on the host"

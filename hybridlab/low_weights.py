@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridlab.device import wait_for_stream
 from hybridlab.host_memory import brought, host_room
-from hybridlab.motion import PIECE, Flat, Motion, move_along_, views
+from hybridlab.motion import PIECE, Flat, Motion, flats_of, move_along_, views
 
 
 class LowWeights:
@@ -37,11 +37,6 @@ class LowWeights:
         self._room: list[Flat] = []
         self.is_low = False
 
-    @property
-    def flats(self) -> list[Flat]:
-        """What each group takes in one piece of memory: its size and type, on "meta"."""
-        return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in self._groups]
-
     # --- where the exact ones are ------------------------------------------------------------------------
 
     def depart_from(self, origin: Sequence[Tensor]) -> None:
@@ -59,8 +54,8 @@ class LowWeights:
 
     def _copy(self) -> list[Tensor]:
         """The weights in host memory, which is taken once and used again."""
-        self._room = self._room or host_room(self.flats, pinned=self._device.type == "cuda")
-        copies = [view for flat, group in zip(self._room, self._groups, strict=True) for view in views(flat, group)]
+        self._room = self._room or host_room(flats_of(self._groups), pinned=self._device.type == "cuda")
+        copies = self._views(self._room)
         for param, copy in zip(self._params, copies, strict=True):
             copy.copy_(param, non_blocking=True)
         wait_for_stream(self._device)
@@ -75,11 +70,11 @@ class LowWeights:
         """
         if self.is_low:
             return
-        lows = [torch.empty(flat.numel(), dtype=torch.bfloat16, device=self._device) for flat in self.flats]  # no gaps
+        lows = [torch.empty_like(flat, dtype=torch.bfloat16, device=self._device) for flat in flats_of(self._groups)]
         if not self._origin:
             self.depart_from(self._copy())
         self._low, self.is_low = lows, True
-        for param, low in zip(self._params, self._low_views(), strict=True):
+        for param, low in zip(self._params, self._views(lows), strict=True):
             param.data = low.copy_(param)
 
     def follow_(self) -> None:
@@ -116,6 +111,6 @@ class LowWeights:
         wait_for_stream(self._device)
         self.is_low = False
 
-    def _low_views(self) -> Iterator[Tensor]:
-        for flat, group in zip(self._low, self._groups, strict=True):
-            yield from views(flat, group)
+    def _views(self, flats: Sequence[Flat]) -> list[Tensor]:
+        """Each parameter's place in its group's piece of memory."""
+        return [view for flat, group in zip(flats, self._groups, strict=True) for view in views(flat, group)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,11 @@ Motion = tuple[int, Flat, float]
 
 PIECE = 1 << 24
 """Elements of a flat piece of memory that are brought to the device, or summed in float32, at a time."""
+
+
+def flats_of(groups: Iterable[Sequence[Tensor]]) -> list[Flat]:
+    """What each group takes in one piece of memory: its size and type, on "meta"."""
+    return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in groups]
 
 
 def views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from hybridlab.device import wait_for_stream
 from hybridlab.errors import UserError
 from hybridlab.host_memory import HostPool, brought
 from hybridlab.low_weights import LowWeights
-from hybridlab.motion import Flat, Motion, move_along_, views
+from hybridlab.motion import Flat, Motion, flats_of, move_along_, views
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Weights:
     @property
     def flats(self) -> list[Flat]:
         """What each group takes in one piece of memory: its size and type, on "meta"."""
-        return self._low.flats
+        return flats_of(self.groups)
 
     @torch.no_grad()
     def gather_(self, flat: Flat, g: int) -> Flat:

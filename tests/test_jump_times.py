@@ -83,9 +83,9 @@ def further(*beyond_ms: float) -> PredictPhase:
 @pytest.mark.parametrize(
     ("beyond_ms", "verdict", "ends"),
     [
-        ((50, 60, 70, 80, 90, 40, 30), "holds", {"beyond_low_ms": 30, "beyond_high_ms": 90}),
-        ((250, 160, 170, 180, 190, 140, 130), "fails", {"beyond_low_ms": 130, "beyond_high_ms": 250}),
-        ((50, 60, 170, 180, 90, 40, 30), "open", {"beyond_low_ms": 30, "beyond_high_ms": 180}),
+        ((50, 60, 70, 80, 90, 40, 30), "holds", {"beyond_ms_low": 30, "beyond_ms_high": 90}),
+        ((250, 160, 170, 180, 190, 140, 130), "fails", {"beyond_ms_low": 130, "beyond_ms_high": 250}),
+        ((50, 60, 170, 180, 90, 40, 30), "open", {"beyond_ms_low": 30, "beyond_ms_high": 180}),
         ((50, 60, 70, 80, 90), "open", {}),
     ],
 )

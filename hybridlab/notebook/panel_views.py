@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
-from hybridlab.notebook.panel_cost import PanelCost, Ratio
-from hybridlab.notebook.results import Claim, Numbers, Verdict, slug, verdict_below
+from hybridlab.notebook.panel_cost import PanelCost
+from hybridlab.notebook.results import Claim, Verdict, bounded, slug, verdict_below
 from hybridlab.notebook.tables import Table, table
 
 BOUND = 1.01
@@ -41,8 +41,8 @@ def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
             f"{name}: a step with the panel on takes at most {BOUND} of one without",
             _verdict(cost),
             {
-                **_numbers("panel_over_none", cost.panel_over_none),
-                **_numbers("none_over_none", cost.none_over_none),
+                **bounded("panel_over_none_ratio_time", *astuple(cost.panel_over_none)),
+                **bounded("none_over_none_ratio_time", *astuple(cost.none_over_none)),
                 "panel_itself_over_none_ratio_time": _itself_over_none(cost),
                 "panel_itself_ms": cost.panel_itself_ms,
                 "step_ms": cost.step_ms,
@@ -55,11 +55,6 @@ def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
 def _verdict(cost: PanelCost) -> Verdict:
     panel, control = cost.panel_over_none, cost.none_over_none
     return verdict_below(panel.low, panel.high, BOUND) if control.low <= 1 <= control.high else "open"
-
-
-def _numbers(name: str, ratio: Ratio) -> Numbers:
-    name = f"{name}_ratio_time"
-    return {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
 def _itself_over_none(cost: PanelCost) -> float:

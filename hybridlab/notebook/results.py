@@ -68,10 +68,14 @@ def verdict_below(low: float, high: float, bound: float) -> Verdict:
     return "fails" if low > bound else "open"
 
 
+def bounded(name: str, value: float, low: float, high: float) -> Numbers:
+    """A value with the ends of its interval, as a claim tells them."""
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
 def interval_numbers(name: str, interval: Interval) -> Numbers:
-    """An interval as a claim tells it: value, ends and seeds."""
-    low, high = interval.ends
-    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high, "seeds": interval.seeds}
+    """An interval over seeds as a claim tells it."""
+    return bounded(name, interval.mean, *interval.ends) | {"seeds": interval.seeds}
 
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]

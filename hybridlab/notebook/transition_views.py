@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
-from hybridlab.notebook.results import Claim, Numbers, slug, verdict_below
+from hybridlab.notebook.results import Claim, Numbers, bounded, slug, verdict_below
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.footprint import PredictPhase
 from hybridlab.study.statistics import median_ends
@@ -66,10 +66,11 @@ def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
 def _claim(name: str, text: str, beyond: list[float], limit_ms: float) -> Claim:
     """Jumps of the same number are compared; the median decides, with its 95 % interval."""
     low, high = median_ends(beyond)
-    numbers: Numbers = {"beyond_ms": median(beyond), "jumps": len(beyond)}
+    told: Numbers = {"beyond_ms": median(beyond)}
     if math.isfinite(low):
-        numbers |= {"beyond_low_ms": low, "beyond_high_ms": high}
-    return Claim(name, text, verdict_below(low, high, limit_ms), numbers | {"limit_ms": limit_ms})
+        told = bounded("beyond_ms", median(beyond), low, high)
+    numbers = told | {"jumps": len(beyond), "limit_ms": limit_ms}
+    return Claim(name, text, verdict_below(low, high, limit_ms), numbers)
 
 
 def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:

@@ -96,7 +96,7 @@ def _value(name: str, numbers: Numbers) -> str:
     if f"{name}_low" in numbers or percent:
         sign = "" if name.endswith("_ratio_time") else "+"
         scaled = interval(numbers, name, scale=100, digits=1) if percent else interval(numbers, name, sign=sign)
-        return f"{scaled}{' %' if percent else ' nats' if 'loss' in name else ''}"
+        return f"{scaled}{' %' if percent else ' nats' if 'loss' in name else ' ms' if name.endswith('_ms') else ''}"
     return _with_unit(name, value)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from hybridlab.device import find_device
 from hybridlab.errors import UserError
-from hybridlab.host_memory import LEFT_TO_OTHERS_BYTES
+from hybridlab.host_memory import host_holds
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.memory.nearest_fit import Situation, nearest_fit
 from hybridlab.memory.planner import Plan
@@ -62,7 +62,7 @@ def _lack(config: RunConfig) -> str:
     if not plan.fits(card_bytes):
         return f"needs {plan.peak_on_card_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
     wanted_bytes, available_bytes = plan.held_on_host_bytes, psutil.virtual_memory().available
-    if wanted_bytes > available_bytes - LEFT_TO_OTHERS_BYTES:
+    if not host_holds(wanted_bytes, available_bytes):
         return f"needs {wanted_bytes / 1e9:.1f} GB of host memory, {available_bytes / 1e9:.1f} are available"
     return ""
 
