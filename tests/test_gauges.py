@@ -75,6 +75,8 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
         assert part in seen
     assert "step 40 of 100 · 1 min 15 s left" in seen
     assert "time left unknown" in text(draw(state()))
+    assert "card busy 59%" in text(draw(state(card_busy_percent=58.6)))
+    assert "busy" not in text(draw(state()))
     assert "left" not in text(draw(state(status="finished"))).split("Card")[0]
 
 

@@ -248,6 +248,11 @@ def test_predict_is_judged_by_what_torch_holds() -> None:
 def test_step_times_of_two_runs_are_held_against_each_other() -> None:
     assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.4), measured())] == ["holds"]
     assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.6), measured())] == ["fails"]
+    waiting, busy = replace(measured(step_ms=1.6), card_busy_percent=50.0), replace(measured(), card_busy_percent=80.0)
+    (claim,) = step_time_claims(waiting, busy)
+    assert (claim.verdict, claim.numbers["busy_ratio_time"]) == ("fails", pytest.approx(1.0))
+    assert "50%" in str(cost_table([waiting, busy], "arm"))
+    assert "busy" not in str(cost_table([measured()], "arm"))
     without_a_card, too_short = replace(measured(), measured_allocated_bytes=None), replace(measured(), step_ms=None)
     assert step_time_claims(without_a_card, measured()) == step_time_claims(too_short, measured()) == []
 

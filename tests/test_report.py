@@ -424,6 +424,8 @@ def test_a_ratio_has_no_sign_before_it_or_its_bounds() -> None:
     ratio = {name: 1.0, f"{name}_low": 0.998, f"{name}_high": 1.0031}
     assert numbers_in_words(ratio) == "panel over none 1.000 [0.998, 1.003]"
     assert numbers_in_words(ratio | {f"{name}_low": None, f"{name}_high": None}) == "panel over none 1.000"
+    busy = {"card_busy_percent": 58.6, "busy_ratio_time": 1.21}
+    assert numbers_in_words(busy) == "card busy 59 %; of the time in which the card was busy 1.210"
 
 
 def test_an_interval_of_one_seed_has_no_bounds() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from hybridlab.errors import UserError
 from hybridlab.runs import Run, RunRecorder
-from hybridlab.study.memory_log import export_csv, growth_bytes
+from hybridlab.study.memory_log import card_busy_percent, export_csv, growth_bytes
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, meter, sampler
 from hybridlab.vram.peaks import PhasePeaks
@@ -415,6 +415,17 @@ def test_growth_is_the_late_median_less_the_early_one(tmp_path: Path) -> None:
 def test_growth_of_a_run_that_is_too_short_is_refused(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="has no sample of memory in steps 951 to 1000"):
         growth_bytes(recorded(tmp_path, rows))
+
+
+def test_a_card_is_as_busy_as_its_settled_gradient_steps_keep_it(tmp_path: Path) -> None:
+    def sample(step: int, phase: str, percent: int | None) -> dict[str, Any]:
+        return {"nominal_step": step, "phase": phase, "utilization_percent": percent}
+
+    compiling, jump = sample(1, "warmup", 0), sample(30, "predict", 7)
+    steps = [sample(20, "warmup", 50), sample(25, "full", 60), sample(31, "correct", 70), sample(40, "full", None)]
+    assert card_busy_percent(recorded(tmp_path, [compiling, *steps, jump])) == 60
+    assert card_busy_percent(recorded(tmp_path, [compiling, sample(40, "full", None)])) is None
+    assert card_busy_percent(recorded(tmp_path, [])) is None
 
 
 def test_samples_are_written_as_nvidia_smi_writes_them_in_local_time(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hybridlab.phases import Phase
 from hybridlab.runs import Run
 from hybridlab.step_result import Statistics
 from hybridlab.study.arms import label
+from hybridlab.study.memory_log import card_busy_percent
 
 MEASURED, PREDICTED, MEMORY = look.PALETTE[:3]
 
@@ -94,6 +95,7 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
         validation_loss=summary.get("validation_loss"),
         rate=work * summary["gradient_steps"] / summary["seconds"],
         unit=unit,
+        card_busy_percent=card_busy_percent(run),
         step_ms={str(phase): 1e3 * summary[f"seconds_in_{phase}"] / count for phase, count in taken.items()},
     )
 

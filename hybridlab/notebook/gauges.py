@@ -46,6 +46,7 @@ class State:
     step, steps: nominal, of the run; done, total: of everything that the cell trains
     losses: in nats; None where nothing was measured yet
     rate: of work done by gradient steps, in `unit` a second; step_ms: by phase, for phases that were met
+    card_busy_percent: of the time the card computed, lately; None where nobody says it
     seconds_left: None while it cannot be said; note: the latest event
     """
 
@@ -65,6 +66,7 @@ class State:
     rate: float | None = None
     unit: str = "tokens"
     step_ms: Mapping[str, float] = field(default_factory=dict)
+    card_busy_percent: float | None = None
     seconds_left: float | None = None
     note: str = ""
 
@@ -233,6 +235,8 @@ def _speed(state: State) -> str:
             f"{bar}<span style='min-width:58px;text-align:right'>{value}</span></div>"
         )
     rate = "–" if state.rate is None else f"{_figure(state.rate)}"
+    if state.card_busy_percent is not None:
+        rows.append(_row("card busy", f"{state.card_busy_percent:.0f}%"))
     return _card("Speed, and time of a step", _big(rate, f"{state.unit} / s"), *rows)
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from functools import cache
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ from hybridlab.study.arms import label
 from hybridlab.study.training_run import StepRecord, TrainingRun
 
 RATE_READINGS = 20
-"""The rate is that of so many readings."""
+"""The rate, and how busy the card is, are those of so many readings."""
 
 
 class Instruments:
@@ -26,8 +27,10 @@ class Instruments:
         self.run, config = run, run.config
         self.timeline = timeline_of(run.record, config.steps)  # of a run gone on with, the steps before
         self.latest: StepRecord | None = None
+        self._unsettled: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
         self._emulated_bytes = config.card_bytes if config.emulates_card else 0
+        self._busy: deque[int] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
         self._losses: dict[str, float] = {}
         self._first: StepRecord | None = None
@@ -38,7 +41,7 @@ class Instruments:
     def note(self, record: StepRecord) -> None:
         """Take in a step; reads the losses of the one before it."""
         self.settle()
-        self.latest = record
+        self.latest = self._unsettled = record
         if self._first is None:
             self._first = record
             self._readings.append((record.seconds, record.statistics.gradient_steps))
@@ -55,10 +58,10 @@ class Instruments:
         self._note = f"step {step:,}: {text}"
 
     def settle(self) -> None:
-        """Read the losses of the latest step, which waits for the device unless another step has followed."""
-        if self.latest is None:
+        """Read the losses of the latest step, once; that waits for the device unless another step has followed."""
+        if self._unsettled is None:
             return
-        result = self.latest.result
+        result, self._unsettled = self._unsettled.result, None
         measured, predicted = result.measured_loss, result.predicted_loss
         self.timeline.add(result.nominal_step, result.phase, self._memory.used_bytes, measured, predicted)
         if measured is not None:
@@ -85,6 +88,7 @@ class Instruments:
             rate=self._rate(self.latest),
             unit=self._unit,
             step_ms=self._step_ms(self.latest),
+            card_busy_percent=mean(self._busy) if self._busy else None,
             seconds_left=seconds_left,
             note=self._note,
             **self._losses,
@@ -104,6 +108,8 @@ class Instruments:
 
     def _read_memory(self) -> Memory:
         reading, peak = self.run.memory()
+        if reading.utilization_percent is not None:
+            self._busy.append(reading.utilization_percent)
         return memory_of(vars(reading), peak, self._emulated_bytes)
 
 

@@ -72,10 +72,12 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             "step (ms)": f.step_ms,
             f"step over {fast}'s": f.step_ms / base if base and f.step_ms else None,
         }
+        | ({} if f.card_busy_percent is None else {"card busy": f"{f.card_busy_percent:.0f}%"})
         for f in footprints
     ]
     formats = {"step (ms)": ".1f", f"step over {fast}'s": ".2f"}
-    return table(rows, "Quality and time; intervals are over seeds, paired", formats)
+    waits = "; a card that is not busy waits for the host" if any("card busy" in row for row in rows) else ""
+    return table(rows, f"Quality and time; intervals are over seeds, paired{waits}", formats)
 
 
 def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
@@ -211,13 +213,27 @@ def stable_run_claim(run: Run) -> Claim:
 def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
     """That fitting costs little time beside a run to which memory is no object, on the same card; nothing without one.
 
-    Nor is anything said of runs too short for a settled step.
+    Nor is anything said of runs too short for a settled step. Beside the ratio stands that of the time in which the
+    card was busy: of two steps that wait for the host, it is what a slower card would tell apart.
     """
     if fits.measured_allocated_bytes is None or not fits.step_ms or not free.step_ms:
         return []
     ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
-    return [Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), {"step_ratio_time": ratio})]
+    numbers = {"step_ratio_time": ratio, **_busy(fits, free)}
+    return [Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), numbers)]
+
+
+def _busy(fits: Footprint, free: Footprint) -> Numbers:
+    """How busy the card was with each, and the ratio of the busy time of their steps; nothing where nobody says it."""
+    if not (fits.card_busy_percent and free.card_busy_percent and fits.step_ms and free.step_ms):
+        return {}
+    ratio = (fits.step_ms * fits.card_busy_percent) / (free.step_ms * free.card_busy_percent)
+    return {
+        "card_busy_percent": fits.card_busy_percent,
+        "control_card_busy_percent": free.card_busy_percent,
+        "busy_ratio_time": ratio,
+    }
 
 
 def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:

@@ -24,7 +24,7 @@ from hybridlab.study.statistics import Interval
 
 Verdict = Literal["holds", "fails", "open"]
 Numbers = dict[str, float | int | str]
-VOLATILE_ENDINGS = ("_seconds", "_ms", "_ratio_time", "_bytes")
+VOLATILE_ENDINGS = ("_seconds", "_ms", "_ratio_time", "_bytes", "_percent")
 DIGITS = 6
 
 
@@ -35,8 +35,8 @@ class Claim:
     id: a short name, the same in every run
     text: the sentence
     verdict: "holds", "fails", or "open" (these numbers cannot tell)
-    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time` or `_bytes`, and the bounds of such, with
-        `_low` or `_high` behind it, may differ from run to run; all others repeat to four decimals
+    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time`, `_bytes` or `_percent`, and the bounds
+        of such, with `_low` or `_high` behind it, may differ from run to run; all others repeat to four decimals
     """
 
     id: str

@@ -47,13 +47,16 @@ What does not carry over:
   how much faster bf16 is than float32. By the data sheets that is
   {ratios}.
   What bf16 saves, and what computing something twice costs, differs with it. Time the arms on your own card;
-  `hybridlab plan --card rtx5080` estimates their times from its data sheet.
+  `hybridlab plan --card rtx5080` estimates their times from its data sheet.{waiting}
 - **The bus.** How fast state travels to the host and back depends on the slot: on a slower one, offloading costs
   more.
 - **The display.** A desktop on the same card takes memory that no run here had to share: the bound of 14 GB leaves
   room for it and for fragmentation. `hybridlab plan --taken 1` leaves a gigabyte to it.
 - **Number formats.** bf16 is the same everywhere; which kernels are fast is not.
 """
+
+WAITING = """ Where **card busy** is
+  well below 100 %, the step waited for the host, for which the card that ran is too fast: a slower card waits less."""
 
 COUNTED = """\
 ## How memory is counted
@@ -166,7 +169,9 @@ def _emulated(evidence: Evidence) -> list[str]:
         f"{card.bfloat16_flops / card.float32_flops:.1f} times ({card.name})"
         for card in (CARDS["h100"], CARDS["rtx5080"])
     ]
-    return [EMULATED.format(ratios=" and ".join(ratios), mebibytes=CARD_BYTES / 2**20)]
+    rows = [row for rows in evidence.tables("memory").values() for row in rows]
+    waiting = WAITING if any(row.get("card_busy_percent") is not None for row in rows) else ""
+    return [EMULATED.format(ratios=" and ".join(ratios), mebibytes=CARD_BYTES / 2**20, waiting=waiting)]
 
 
 def _memory_presets() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from hybridlab.notebook.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.validation import NOT_RUN, notebook_link
-from hybridlab.report.words import gigabytes, interval, known_columns, markdown_table
+from hybridlab.report.words import gigabytes, interval, known_columns, markdown_table, percent
 
 Row = dict[str, Any]
 
@@ -101,6 +101,7 @@ def _shown(row: Row, best: bool, judged_over: str | None) -> Row:
         "peak VRAM": gigabytes(row["peak_memory_bytes"]),
         "below 14 GB": "yes" if _is_safe(row) else "no",
         "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
+        "card busy": percent(row.get("card_busy_percent")),
         "est. on a 5080": f"{estimated:.0f} ms" if estimated else None,
         "loss against the control": interval(row, "loss_change"),
         "judged over": judged_over,

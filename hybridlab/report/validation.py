@@ -9,7 +9,15 @@ from typing import Any, get_args
 from hybridlab.memory.planner import PARTS
 from hybridlab.report.criteria import CRITERIA, Criterion, Finding, Outcome
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
-from hybridlab.report.words import gigabytes, interval, markdown_table, numbers_in_words, verdict_word
+from hybridlab.report.words import (
+    gigabytes,
+    interval,
+    known_columns,
+    markdown_table,
+    numbers_in_words,
+    percent,
+    verdict_word,
+)
 
 Row = dict[str, Any]
 
@@ -181,7 +189,7 @@ def _memory(evidence: Evidence) -> str:
     if not tables:
         return NOT_RUN
     rows = [(notebook, row) for notebook, rows in tables.items() for row in rows]
-    peaks = markdown_table([_memory_row(notebook, row) for notebook, row in rows])
+    peaks = markdown_table(known_columns([_memory_row(notebook, row) for notebook, row in rows]))
     parts = markdown_table([_parts_row(row) for _, row in rows])
     return f"{peaks}\n\nThe predicted parts, at the moment of the peak:\n\n{parts}\n"
 
@@ -196,6 +204,7 @@ def _memory_row(notebook: str, row: Row) -> Row:
         "predicted over measured": f"{predicted / measured:.3f}" if predicted and measured else None,
         "peak VRAM": gigabytes(row.get("peak_memory_bytes")),
         "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
+        "card busy": percent(row.get("card_busy_percent")),
         "loss against the control": interval(row, "loss_change"),
         "notebook": notebook_link(notebook, short=True),
     }

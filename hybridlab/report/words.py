@@ -15,6 +15,7 @@ NAMES = {
     "perplexity_gap": "perplexity",
     "error_share": "error",
     "baseline": "time over the baseline's",
+    "busy": "of the time in which the card was busy",
     "step_value": "worth of a predicted step",
 }
 """Names of numbers, without their units' endings, that read better in other words."""
@@ -69,6 +70,11 @@ def gigabytes(count: float | None) -> str | None:
     return None if count is None else f"{count / 1e9:.2f} GB"
 
 
+def percent(value: float | None) -> str | None:
+    """A share in percent, None as it is."""
+    return None if value is None else f"{value:.0f} %"
+
+
 def verdict_word(verdict: str) -> str:
     """A verdict as documents set it: what decides stands out."""
     return VERDICTS.get(verdict, verdict)
@@ -81,7 +87,7 @@ def _is_bound(name: str, numbers: Numbers) -> bool:
 
 def _name(name: str) -> str:
     stem = name
-    for ending in ("_bytes", "_ms", "_seconds", "_ratio_time"):
+    for ending in ("_bytes", "_ms", "_seconds", "_ratio_time", "_percent"):
         stem = stem.removesuffix(ending)
     return NAMES.get(stem, stem.replace("_", " "))
 
@@ -103,6 +109,8 @@ def _value(name: str, numbers: Numbers) -> str:
 def _with_unit(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e9:.2f} GB"
+    if name.endswith("_percent"):
+        return f"{value:.0f} %"
     for ending, unit in (("_ms", "ms"), ("_seconds", "s"), ("_loss", "nats")):
         if name.endswith(ending):
             return f"{value:.3f} {unit}"

@@ -13,6 +13,7 @@ from hybridlab.memory.step_time import CARDS, step_time_ms
 from hybridlab.runs import Run
 from hybridlab.study.arms import StudyResult
 from hybridlab.study.jump_times import JumpTimes, gradient_step_ms, jump_times
+from hybridlab.study.memory_log import card_busy_percent
 from hybridlab.study.planning import plan_of
 from hybridlab.study.run_config import RunConfig
 from hybridlab.study.statistics import Interval
@@ -27,6 +28,7 @@ class Footprint:
     peak_memory_bytes: the run's peak as the card counts it, or the process's without a GPU
     step_ms: median gradient step of the measured run; None where it was too short to have settled
     validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
+    card_busy_percent: of the time of gradient steps; the rest the card waits for the host. None where nobody says it
     """
 
     arm: str
@@ -36,6 +38,7 @@ class Footprint:
     step_ms: float | None
     validation_loss: float
     change: Interval | None
+    card_busy_percent: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -54,6 +57,7 @@ class Footprint:
             "measured_allocated_bytes": self.measured_allocated_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "step_ms": self.step_ms,
+            "card_busy_percent": self.card_busy_percent,
             "estimated_5080_ms": step_time_ms(self.predicted, CARDS["rtx5080"]),
             "validation_loss": self.validation_loss,
             "loss_change": change.mean if change else None,
@@ -68,7 +72,8 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
 
     at_step: the nominal step whose validation losses are compared; None compares those at the end
     """
-    summary = result.runs[config.name, 0].closing_figures
+    run = result.runs[config.name, 0]
+    summary = run.closing_figures
     seeds = sorted(seed for name, seed in result.runs if name == config.name)
     losses = [validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
     shared = [(seed, loss) for seed, loss in zip(seeds, losses, strict=True) if (control, seed) in result.runs]
@@ -81,6 +86,7 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
         step_ms=summary["gradient_step_ms"],
         validation_loss=sum(losses) / len(losses),
         change=Interval.of(change) if config.name != control and change else None,
+        card_busy_percent=card_busy_percent(run),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run's samples of memory tell: whether it grows, and in nvidia-smi's own columns."""
+"""What a run's samples of the card tell: whether its memory grows, how busy it is, and nvidia-smi's own columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pandas as pd
 
 from hybridlab.errors import UserError
 from hybridlab.files import replaced
+from hybridlab.phases import Phase
 from hybridlab.runs import Run
+from hybridlab.study.training_run import UNSETTLED_STEPS
 
 MIB = 2**20
 
@@ -25,6 +27,18 @@ def growth_bytes(run: Run, early: int = 50, late: int = 1000) -> int:
     Raises UserError where the run is shorter, or has no samples there.
     """
     return round(_median_used(run, late - early + 1, late) - _median_used(run, early, 2 * early - 1))
+
+
+def card_busy_percent(run: Run) -> float | None:
+    """Mean share of the time of gradient steps in which the card computed; None without NVML, or for a short run.
+
+    What is missing to 100 the card spent waiting for the host. Steps that compile or settle do not count.
+    """
+    if run.vram.empty or "utilization_percent" not in run.vram:
+        return None
+    settled = run.vram[(run.vram["nominal_step"] > UNSETTLED_STEPS) & (run.vram["phase"] != str(Phase.PREDICT))]
+    known = settled["utilization_percent"].dropna()
+    return float(known.mean()) if len(known) else None
 
 
 def export_csv(run: Run, path: Path) -> None:
