@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.errors import UserError
 from hybridlab.notebook import Session, final_frame, live, run_study, session
 from hybridlab.notebook.controls import Controls, control_row
+from hybridlab.notebook.instruments import Instruments
 from hybridlab.notebook.live import Live, interrupts
 from hybridlab.notebook.panel_cost import panel_overhead
 from hybridlab.optimizers import Schedule
@@ -503,6 +505,16 @@ def test_the_panels_cost_is_measured_in_pairs_beside_its_control(tick: Callable[
     assert asdict(cost.panel_over_none) == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert asdict(cost.none_over_none) == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert (cost.step_ms, cost.panel_itself_ms) == (125.0, 125.0)
+
+
+def test_a_step_takes_as_long_however_few_are_noted(tick: Callable[[type, str], None], tmp_path: Path) -> None:
+    run = TrainingRun(PLAIN, tmp_path / "run")
+    run.start()
+    instruments = Instruments(run)
+    for record in islice(run.steps(), 0, 30, 3):
+        instruments.note(record)
+    state = instruments.state("running", done=30, total=STEPS, seconds_left=None)
+    assert set(state.step_ms.values()) == {125.0}
 
 
 def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], None]) -> None:

@@ -39,14 +39,14 @@ class Instruments:
         self._note = ""
 
     def note(self, record: StepRecord) -> None:
-        """Take in a step; reads the losses of the one before it."""
+        """Take in a step; reads the losses of the one before it. Steps that nobody noted are taken for ones like it."""
         self.settle()
-        self.latest = self._unsettled = record
-        if self._first is None:
+        if self._first is None or self.latest is None:
             self._first = record
             self._readings.append((record.seconds, record.statistics.gradient_steps))
         else:
-            self._steps_in[record.result.phase] += 1
+            self._steps_in[record.result.phase] += record.result.nominal_step - self.latest.result.nominal_step
+        self.latest = self._unsettled = record
         if record.changes or record.result.event:
             self.remark("; ".join(_events(record)))
         if "validation_loss" in record.evaluation:
