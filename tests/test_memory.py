@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import shutil
 from collections.abc import Callable
 from statistics import mean
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from hybridlab import HybridTrainer, HybridTrainerConfig
 from hybridlab.errors import UserError
+from hybridlab.memory import low_bit
 from hybridlab.memory.apply import optimizer_for, prepare_model_
 from hybridlab.memory.blocks import blocks_of, buckets_of
 from hybridlab.memory.config import (
@@ -257,6 +259,46 @@ def test_few_calls_equal_torchao_parameter_by_parameter(state: str, monkeypatch:
     assert torch.equal(trained(model, ours, 2), trained(other, theirs, 2))
     moment = ours.state[model.h[0].mlp.c_fc.weight]["exp_avg"]
     assert type(moment).__name__.startswith("OptimState")
+
+
+def one_bucket(params: list[nn.Parameter], state: str) -> Optimizer:
+    return low_bit_adamw([{"params": params}], [params], state=state, lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
+
+
+def stepped(params: list[nn.Parameter], optimizer: Optimizer, steps: int = 3) -> list[Tensor]:
+    """The weights after steps along random gradients, the same every time."""
+    torch.manual_seed(1)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize("state", ["int8", "fp8", "int4"])
+def test_weights_that_do_not_lie_in_order_are_stepped_too(state: str) -> None:
+    ao = pytest.importorskip("torchao.optim")
+    name = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}[state]
+    mixed = torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last)
+    ours, theirs = ([nn.Parameter(mixed.clone())] for _ in range(2))
+    plain = getattr(ao, name)(theirs, lr=1e-2, betas=(0.9, 0.99), eps=1e-8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        after, expected = stepped(ours, one_bucket(ours, state)), stepped(theirs, plain)
+    assert not ours[0].is_contiguous()
+    assert torch.equal(*after, *expected)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="compiling for a CPU takes a compiler")
+@pytest.mark.parametrize("state", ["int8", "fp8", "int4"])
+def test_the_compiled_update_is_the_same_one(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao.optim")
+    shapes, update = [(64, 96), (8192,), (5,)], low_bit._update
+    plain, compiled = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    expected = stepped(plain, one_bucket(plain, state))
+    monkeypatch.setattr(low_bit, "_update", lambda compiled: update(compiled=True))
+    for after, before in zip(stepped(compiled, one_bucket(compiled, state)), expected, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_low_bit_state_survives_snapshot_and_round_trip() -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.memory.ao import torchao_optim
 from hybridlab.optimizers import ParamGroup
 
 CLASSES = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}
-
-Member = tuple[Tensor, ParamGroup]
 
 
 def low_bit_adamw(
@@ -32,8 +31,9 @@ def low_bit_adamw(
     """AdamW by torchao with its moments in "int8", "fp8" or "int4", a scale a block of 256 (int4: 128) values.
 
     The update and the formats are torchao's own. It compiles and calls that update parameter by parameter, which at
-    GPT-2 XL's 580 parameters costs more than the training step itself; here a bucket's parameters go in one call. On a
-    CPU the update runs uncompiled, so that no C++ compiler is needed.
+    GPT-2 XL's 580 parameters costs more than the training step itself; here a bucket's parameters go in one call, each
+    in rows of the numbers that share a scale, so that one kernel reads and writes it once. On a CPU the update runs
+    uncompiled, so that no C++ compiler is needed.
 
     buckets: parameters that one call steps; equal ones, such as a model's blocks, are compiled once
     stochastic_rounding: of bf16 weights, so that small updates are not lost
@@ -49,6 +49,10 @@ def low_bit_adamw(
     return optimizer
 
 
+Owned = tuple[nn.Parameter, ParamGroup]
+"""A parameter, and the group that has its settings."""
+
+
 class InFewCalls(Optimizer):
     """Replaces torchao's step by one that hands many parameters to each call of the compiled update."""
 
@@ -59,7 +63,7 @@ class InFewCalls(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient."""
-        calls: dict[int, list[Member]] = defaultdict(list)
+        calls: dict[int, list[Owned]] = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -68,7 +72,7 @@ class InFewCalls(Optimizer):
             for members in calls.values():
                 self._step_together_(members)
 
-    def _step_together_(self, members: list[Member]) -> None:
+    def _step_together_(self, members: list[Owned]) -> None:
         states = [self._state_of(p) for p, _ in members]
         if len({float(state["step"]) for state in states}) > 1:  # one of them missed a step
             for member in members:
@@ -77,11 +81,8 @@ class InFewCalls(Optimizer):
         for state in states:
             state["step"] += 1
         _update(compiled=members[0][0].is_cuda)(
-            [p.detach() for p, _ in members],
-            [p.grad for p, _ in members],
+            [_taken(p, state["exp_avg"], state["exp_avg_sq"]) for (p, _), state in zip(members, states, strict=True)],
             states[0]["step"],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
             [(g["lr"], *g["betas"], g["weight_decay"], g["eps"]) for _, g in members],
             self.bf16_stochastic_round,
         )
@@ -96,24 +97,70 @@ class InFewCalls(Optimizer):
         return state
 
 
+class Moment(NamedTuple):
+    """A moment in plain tensors, which compiled code takes at a fraction of a wrapper's cost.
+
+    kind, context: the wrapper's class, and what it is made with beside the parts; None for a plain tensor
+    """
+
+    parts: dict[str, Tensor]
+    kind: Any = None
+    context: Any = None
+
+    def tensor(self) -> Tensor:
+        """The moment, in this memory."""
+        if self.kind is None:
+            return self.parts["itself"]
+        whole: Tensor = self.kind.__tensor_unflatten__(self.parts, self.context)
+        return whole
+
+
+class Member(NamedTuple):
+    """What the update works on, of one parameter."""
+
+    param: Tensor
+    gradient: Tensor
+    mean: Moment
+    square: Moment
+
+
+def _taken(param: nn.Parameter, mean: Tensor, square: Tensor) -> Member:
+    """All of a parameter, in rows of the numbers that share a scale, where they lie in order and have one.
+
+    In the parameter's own shape, the scales would take a pass of their own before the codes can be written.
+    """
+    weights, gradient, shape = param.detach(), param.grad, param.shape
+    assert gradient is not None
+    block = getattr(mean, "block_size", None)
+    if block is None or not (weights.is_contiguous() and gradient.is_contiguous()):
+        return Member(weights, gradient, _moment(mean, shape, shape), _moment(square, shape, shape))
+    rows = torch.Size((weights.numel() // block, block))
+    return Member(weights.view(rows), gradient.view(rows), _moment(mean, shape, rows), _moment(square, shape, rows))
+
+
+def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> Moment:
+    """Taken apart; whatever has the parameter's shape, or tells it, takes on that of `rows`."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return Moment({"itself": tensor})
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    parts = {name: part.view(rows) if part.shape == shape else part for name, part in parts.items()}
+    return Moment(parts, type(tensor), tuple(rows if told == shape else told for told in context))
+
+
 @lru_cache
 def _update(compiled: bool) -> Callable[..., None]:
     """The update of one parameter that torchao has, for a list of them."""
     update = torchao_optim("a low-bit state").adam.single_param_adam
 
     def update_all(
-        params: list[Tensor],
-        gradients: list[Tensor],
+        members: list[Member],
         step: Tensor,
-        means: list[Tensor],
-        squares: list[Tensor],
         settings: list[tuple[Tensor, float, float, float, float]],
         stochastic_rounding: bool,
     ) -> None:
-        for p, g, mean, square, (lr, beta1, beta2, decay, eps) in zip(
-            params, gradients, means, squares, settings, strict=True
-        ):
+        for (p, g, mean, square), (lr, beta1, beta2, decay, eps) in zip(members, settings, strict=True):
             rounded = stochastic_rounding and p.dtype is torch.bfloat16
-            update(p, g, step, mean, square, None, lr, beta1, beta2, decay, eps, True, rounded)
+            update(p, g, step, mean.tensor(), square.tensor(), None, lr, beta1, beta2, decay, eps, True, rounded)
 
     return torch.compile(update_all, fullgraph=True, dynamic=False) if compiled else update_all
