@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from hybridlab.device import wait_for_stream
 from hybridlab.host_memory import brought, host_room
-from hybridlab.motion import PIECE, Flat, Motion, flats_of, move_along_, views
+from hybridlab.motion import PIECE, Flat, Motion, flats_of, views
+
+Way = list[tuple[Flat, float]]
+"""Rows to go along, and how far along each, one by one."""
 
 
 class LowWeights:
@@ -79,23 +82,10 @@ class LowWeights:
 
     def follow_(self) -> None:
         """Bring the bf16 weights to where the exact ones are by now."""
-        origins = iter(self._origin)
-        for g, group in enumerate(self._groups):
-            motions = [(row, length) for to, row, length in self._motions if to == g]
-            ends = list(accumulate(param.numel() for param in group))
-            for start, end in pairwise([0, *ends]):
-                self._follow_(self._low[g][start:end], next(origins), [(row[start:end], n) for row, n in motions])
+        for low, origin, way in zip(self._views(self._low), self._origin, self._ways(), strict=True):
+            if way:
+                self._place_(low.view(-1), origin, way)
         wait_for_stream(self._device)
-
-    def _follow_(self, low: Flat, origin: Tensor, motions: Sequence[tuple[Flat, float]]) -> None:
-        """One parameter: the exact weights come over piece by piece, move, and are rounded."""
-        flat = origin.reshape(-1)
-        for start in range(0, low.numel() if motions else 0, PIECE):
-            piece = slice(start, start + PIECE)
-            exact = brought(flat[piece], self._device, flat.dtype)
-            for row, length in motions:
-                exact = exact.add(brought(row[piece], self._device, exact.dtype), alpha=length)
-            low[piece] = exact
 
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
@@ -104,12 +94,39 @@ class LowWeights:
         for param, origin in zip(self._params, self._origin, strict=True):
             param.data = origin  # the bf16 weights go before the float32 ones come
         self._low = []
-        for param, origin, like in zip(self._params, self._origin, self._likes, strict=True):
-            param.data = torch.empty_like(like, device=self._device).copy_(origin, non_blocking=True)
-        for g, row, length in self._motions:
-            move_along_(self._groups[g], row, length)
+        for param, origin, like, way in zip(self._params, self._origin, self._likes, self._ways(), strict=True):
+            flat = torch.empty(like.numel(), dtype=like.dtype, device=self._device)
+            self._place_(flat, origin, way)
+            exact = flat.view(like.shape)
+            param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
         wait_for_stream(self._device)
         self.is_low = False
+
+    def _ways(self) -> Iterator[Way]:
+        """Of each parameter, the motions since the origin."""
+        for g, group in enumerate(self._groups):
+            motions = [(row, length) for to, row, length in self._motions if to == g]
+            ends = accumulate((param.numel() for param in group), initial=0)
+            yield from ([(row[start:end], length) for row, length in motions] for start, end in pairwise(ends))
+
+    def _place_(self, target: Flat, origin: Tensor, way: Way) -> None:
+        """One parameter: the exact weights come over piece by piece, and move; a narrower target has them rounded.
+
+        A row that is gone along several times comes over once.
+        """
+        flat = origin.reshape(-1)
+        for start in range(0, target.numel(), PIECE):
+            piece = slice(start, start + PIECE)
+            there = target[piece]
+            exact = there if there.dtype == flat.dtype else torch.empty_like(there, dtype=flat.dtype)
+            exact.copy_(flat[piece], non_blocking=True)
+            rows: dict[int, Tensor] = {}
+            for row, length in way:
+                if row.data_ptr() not in rows:
+                    rows[row.data_ptr()] = brought(row[piece], self._device, exact.dtype)
+                exact.add_(rows[row.data_ptr()], alpha=length)
+            if exact is not there:
+                there.copy_(exact)
 
     def _views(self, flats: Sequence[Flat]) -> list[Tensor]:
         """Each parameter's place in its group's piece of memory."""

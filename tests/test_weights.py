@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
-from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights
 from hybridlab.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.errors import UserError
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
@@ -441,6 +441,18 @@ def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(on_host:
     assert same(list(model.parameters()), list(plain_model.parameters()))
     assert same(plain(way_back), kept)
     assert len(arenas.taken_bytes) == taken
+
+
+def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, crossed, over = Picture(), [], low_weights.brought
+    monkeypatch.setattr(low_weights, "brought", lambda *asked: (crossed.append(asked), over(*asked))[1])
+    weights = Weights(model, SGD(model.parameters(), lr=0.1))
+    row = torch.ones(sum(p.numel() for p in model.parameters()))
+    weights.lower_()
+    for _ in range(3):
+        weights.move_([(0, row, 1e-3)])
+    weights.raise_()
+    assert len(crossed) == 4 * len(list(model.parameters())), "once a motion, and once on the way back"
 
 
 def test_weights_trained_after_a_jump_are_lowered_as_they_are_then() -> None:
