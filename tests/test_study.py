@@ -281,9 +281,11 @@ def test_a_batch_falls_into_equal_parts_that_share_its_memory() -> None:
 
 
 def test_the_trainer_s_cost_is_measured_in_pairs() -> None:
-    cost = step_overhead(replace(SHORT, compiled=False), rounds=3, steps=2)
-    assert {*cost} == {"plain_over_bare", "null_over_bare", "recording_over_bare", "bare_step_ms"}
-    assert cost["null_over_bare"] > 0
+    cost = step_overhead(replace(SHORT, compiled=False), rounds=6, steps=2)
+    for ratio in (cost.plain_over_bare, cost.null_over_bare, cost.recording_over_bare):
+        assert -math.inf < ratio.low <= ratio.median <= ratio.high < math.inf
+    assert cost.null_over_bare.low > 0
+    assert cost.bare_step_ms > 0
 
 
 def test_the_bare_loop_is_no_measure_of_memory_features() -> None:
@@ -311,7 +313,7 @@ def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.
     seconds = turns.seconds_in_turns(loops, torch.device("cpu"), rounds=3)
     assert turns_taken == "abbabaabab"
     assert seconds == {"a": [6.0, 7.0, 9.0], "b": [10.0, 16.0, 20.0]}
-    assert turns.median_ratio(seconds["b"], seconds["a"]) == 20 / 9
+    assert turns.Ratio.of(seconds["b"], seconds["a"]) == turns.Ratio(20 / 9, -math.inf, math.inf)
 
 
 def test_short_turns_in_mirrored_order_put_a_drift_on_all_loops_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +335,8 @@ def test_short_turns_in_mirrored_order_put_a_drift_on_all_loops_alike(monkeypatc
 def test_the_interval_of_a_median_is_that_of_the_sign_test(rounds: int, ends: tuple[float, float]) -> None:
     """Ranks as tables of the sign test have them, at 95 %."""
     ranks = [float(rank) for rank in range(rounds, 0, -1)]
-    assert turns.median_ratio_ends(ranks, [1.0] * rounds) == ends
+    ratio = turns.Ratio.of(ranks, [1.0] * rounds)
+    assert (ratio.low, ratio.high) == ends
 
 
 def test_a_run_s_record_tells_the_device_from_the_card_that_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from hybridlab.notebook import baseline_claims, cost_claims, hybrid_claims, phases, reliability_table, verdict_chart
+from hybridlab.notebook import (
+    baseline_claims,
+    cost_claims,
+    hybrid_claims,
+    overhead_table,
+    phases,
+    reliability_table,
+    verdict_chart,
+)
 from hybridlab.runs import Run
 from hybridlab.study import Comparison, StudyResult
+from hybridlab.study.overhead import StepOverhead
 from hybridlab.study.statistics import Interval
+from hybridlab.study.turns import Ratio
 
 
 def compared(name: str = "bold, unguarded", **changes: Any) -> Comparison:
@@ -96,9 +107,18 @@ def test_a_baseline_must_learn_and_be_tuned_and_beat_vanilla() -> None:
     assert [claim.id for claim in baseline_claims(study(run("baseline", 3.0)))] == ["converges"]
 
 
+def costing(low: float, high: float) -> StepOverhead:
+    """A trainer whose path takes between these shares of a step, and all else nothing."""
+    recording = Ratio((low + high) / 2, low, high)
+    null = Ratio(*(1 + part for part in astuple(recording)))
+    return StepOverhead(Ratio(1.0, 1.0, 1.0), null, recording, bare_step_ms=1.0)
+
+
 def test_the_trainer_must_be_thin_and_the_baseline_small_where_there_is_a_card() -> None:
-    thin, thick = ({"null_over_bare": 1 + x, "recording_over_bare": x} for x in (0.02, 0.04))
+    thin, unclear, thick = (costing(*ends) for ends in ((0.0, 0.01), (0.0, 0.04), (0.04, 0.05)))
     assert [claim.verdict for claim in cost_claims(thin, study(run("baseline", 3.0)))] == ["holds", "holds"]
+    assert [claim.verdict for claim in cost_claims(unclear, study(run("baseline", 3.0)))] == ["open", "open"]
+    assert overhead_table(thin).cells()[2] == ["the same, with the null predictor", "–", "1.0050", "1.0000", "1.0100"]
     large = study(run("baseline", 3.0, memory_source="cuda", peak_memory_bytes=5_000_000_000))
     assert [claim.verdict for claim in cost_claims(thick, large)] == ["fails"] * 3
 

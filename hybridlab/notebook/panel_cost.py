@@ -16,19 +16,10 @@ from hybridlab.notebook.live import Live
 from hybridlab.study.run_config import RunConfig
 from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.training_run import TrainingRun
-from hybridlab.study.turns import SETTLING_ROUNDS, median_ratio, median_ratio_ends, seconds_in_turns
+from hybridlab.study.turns import SETTLING_ROUNDS, Ratio, seconds_in_turns
 
 LOOPS = 3
 """Alone, alone again, and watched."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A median over rounds of paired ratios, with the ends of its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -90,16 +81,12 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps
             seconds = seconds_in_turns(loops, device, rounds, turns)
             drawings = live.drawings / (SETTLING_ROUNDS + rounds)
     return PanelCost(
-        panel_over_none=_ratio(seconds["watched"], seconds["alone"]),
-        none_over_none=_ratio(seconds["again"], seconds["alone"]),
+        panel_over_none=Ratio.of(seconds["watched"], seconds["alone"]),
+        none_over_none=Ratio.of(seconds["again"], seconds["alone"]),
         step_ms=1e3 * median(seconds["alone"]) / (turns * steps),
         panel_itself_ms=1e3 * mean(itself[SETTLING_ROUNDS * turns * steps :]),
         drawings=drawings,
     )
-
-
-def _ratio(seconds: list[float], others: list[float]) -> Ratio:
-    return Ratio(median_ratio(seconds, others), *median_ratio_ends(seconds, others))
 
 
 class _Counting(Live):

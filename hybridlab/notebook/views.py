@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple
 from typing import Any
 
 from hybridlab.gate import RELIABILITY_BINS
 from hybridlab.notebook.bounds import QUALITY_TOLERANCE_NATS
 from hybridlab.notebook.charts import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
 from hybridlab.notebook.figures import Chart, Line, Panels
-from hybridlab.notebook.results import Claim, Numbers, Verdict, interval_numbers, slug, verdict, verdict_below
+from hybridlab.notebook.results import Claim, Numbers, Verdict, bounded, interval_numbers, slug, verdict, verdict_below
 from hybridlab.notebook.tables import Table, table
 from hybridlab.study.arms import BASELINE, StudyResult, is_plain
 from hybridlab.study.comparison import Comparison
+from hybridlab.study.overhead import StepOverhead
 
 PROMISED_SAVING = 0.4
 """Share of the time that the plan promises to save at least."""
@@ -180,21 +182,33 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     return claims
 
 
-def cost_claims(overhead: Mapping[str, float], result: StudyResult) -> list[Claim]:
+def overhead_table(overhead: StepOverhead) -> Table:
+    """Step times over the bare loop's, and that one's own."""
+    rows = [
+        {"a step": "the bare loop's", "ms": overhead.bare_step_ms},
+        {"a step": "the trainer's, which never predicts"} | asdict(overhead.plain_over_bare),
+        {"a step": "the same, with the null predictor"} | asdict(overhead.null_over_bare),
+        {"a step": "of that, recording the path"} | asdict(overhead.recording_over_bare),
+    ]
+    caption = "Over a step of the bare loop: medians over paired rounds, with the ends of their 95 % intervals"
+    return table(rows, caption, {"ms": ".3f"})
+
+
+def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
     """That the trainer costs little beside the bare loop, and, on a card, that the baseline fits the plan's bound."""
-    null, recording = overhead["null_over_bare"], overhead["recording_over_bare"]
+    null, recording = overhead.null_over_bare, overhead.recording_over_bare
     claims = [
         Claim(
             "trainer-is-thin",
             f"a step of the trainer, asking included, takes at most {MAX_NULL_OVER_BARE} of the bare loop's",
-            verdict(null <= MAX_NULL_OVER_BARE),
-            {"null_over_bare_ratio_time": null},
+            verdict_below(null.low, null.high, MAX_NULL_OVER_BARE),
+            bounded("null_over_bare_ratio_time", *astuple(null)),
         ),
         Claim(
             "recording-is-cheap",
             f"recording the path takes at most {MAX_RECORDING:.0%} of a step",
-            verdict(recording <= MAX_RECORDING),
-            {"recording_over_bare_ratio_time": recording},
+            verdict_below(recording.low, recording.high, MAX_RECORDING),
+            bounded("recording_over_bare_ratio_time", *astuple(recording)),
         ),
     ]
     summary = result.runs[BASELINE, 0].closing_figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from statistics import median
@@ -21,20 +21,32 @@ from hybridlab.passes import Closure
 from hybridlab.study.compilation import compile_
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.run_config import RunConfig
-from hybridlab.study.turns import median_ratio, seconds_in_turns
+from hybridlab.study.turns import Ratio, seconds_in_turns
 from hybridlab.trainer import HybridTrainer
 
 Step = Callable[[Closure], object]
 
 
-def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> dict[str, float]:
-    """Step times over the bare loop's, on one model and one optimizer.
+@dataclass(frozen=True)
+class StepOverhead:
+    """What a step of the trainer takes over the bare loop's.
+
+    plain_over_bare: the trainer with max_predict_steps=0
+    null_over_bare: with the null predictor: recording and asking included
+    recording_over_bare: the share of a bare step that recording the path adds
+    bare_step_ms: the bare loop's median
+    """
+
+    plain_over_bare: Ratio
+    null_over_bare: Ratio
+    recording_over_bare: Ratio
+    bare_step_ms: float
+
+
+def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> StepOverhead:
+    """Measure it, on one model and one optimizer.
 
     rounds: how often each loop has its turn, beside two rounds that are thrown away; steps: nominal steps a turn
-
-    Returns the medians over rounds of paired ratios: `plain_over_bare` (the trainer with max_predict_steps=0),
-    `null_over_bare` (with the null predictor: recording and asking included), `recording_over_bare` (the share that
-    recording the path adds), and the bare step's median in ms.
 
     Raises UserError for a config with memory features, which the bare loop has not.
     """
@@ -46,12 +58,12 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> di
         seconds = seconds_in_turns(turns, find_device(config.device), rounds)
     bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
     recording = [with_path - without for with_path, without in zip(null, plain, strict=True)]
-    return {
-        "plain_over_bare": median_ratio(plain, bare),
-        "null_over_bare": median_ratio(null, bare),
-        "recording_over_bare": median_ratio(recording, bare),
-        "bare_step_ms": 1e3 * median(bare) / steps,
-    }
+    return StepOverhead(
+        plain_over_bare=Ratio.of(plain, bare),
+        null_over_bare=Ratio.of(null, bare),
+        recording_over_bare=Ratio.of(recording, bare),
+        bare_step_ms=1e3 * median(bare) / steps,
+    )
 
 
 def _loops(config: RunConfig) -> tuple[dict[str, Step], Closure]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Self
 
 import torch
 
@@ -37,14 +39,19 @@ def seconds_in_turns(
     return {name: _sums(times, turns)[SETTLING_ROUNDS:] for name, times in seconds.items()}
 
 
-def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
-    """Median over rounds of one loop's time over another's in the same round."""
-    return median(_ratios(seconds, others))
+@dataclass(frozen=True)
+class Ratio:
+    """A median over rounds of paired ratios, with the ends of its 95 % interval; infinite for fewer than six rounds."""
 
+    median: float
+    low: float
+    high: float
 
-def median_ratio_ends(seconds: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Ends of the 95 % confidence interval of `median_ratio`; infinite for fewer than six rounds."""
-    return median_ends(_ratios(seconds, others))
+    @classmethod
+    def of(cls, seconds: Sequence[float], others: Sequence[float]) -> Self:
+        """One loop's time over another's in the same round."""
+        ratios = [mine / other for mine, other in zip(seconds, others, strict=True)]
+        return cls(median(ratios), *median_ends(ratios))
 
 
 def _order(names: list[str], number: int) -> list[str]:
@@ -55,10 +62,6 @@ def _order(names: list[str], number: int) -> list[str]:
 
 def _sums(seconds: list[float], turns: int) -> list[float]:
     return [sum(seconds[start : start + turns]) for start in range(0, len(seconds), turns)]
-
-
-def _ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [mine / other for mine, other in zip(seconds, others, strict=True)]
 
 
 def _timed(turn: Callable[[], object], device: torch.device) -> float:
