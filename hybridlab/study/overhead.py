@@ -43,10 +43,12 @@ class StepOverhead:
     bare_step_ms: float
 
 
-def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> StepOverhead:
+def step_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 10) -> StepOverhead:
     """Measure it, on one model and one optimizer.
 
-    rounds: how often each loop has its turn, beside two rounds that are thrown away; steps: nominal steps a turn
+    rounds: that count, beside the first two, which are thrown away
+    turns: of each loop in a round, best a multiple of six: then each has each place equally often
+    steps: nominal steps a turn
 
     Raises UserError for a config with memory features, which the bare loop has not.
     """
@@ -54,15 +56,15 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, steps: int = 20) -> St
         raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
     with ProcessSettings.of(config).held():
         loops, closure = _loops(config)
-        turns = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
-        seconds = seconds_in_turns(turns, find_device(config.device), rounds)
+        taken = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
+        seconds = seconds_in_turns(taken, find_device(config.device), rounds, turns)
     bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
     recording = [with_path - without for with_path, without in zip(null, plain, strict=True)]
     return StepOverhead(
         plain_over_bare=Ratio.of(plain, bare),
         null_over_bare=Ratio.of(null, bare),
         recording_over_bare=Ratio.of(recording, bare),
-        bare_step_ms=1e3 * median(bare) / steps,
+        bare_step_ms=1e3 * median(bare) / (turns * steps),
     )
 
 
