@@ -1,8 +1,9 @@
-"""Shared pieces: a small regression problem, a full disk, and one thread so that tests share a machine."""
+"""Shared pieces: a small regression problem, a full disk, one thread so that tests share a machine, and Ctrl-C."""
 
 from __future__ import annotations
 
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from hybridlab import host_memory
 from hybridlab.errors import UserError
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as whatever a shell starts in the background inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Problem:
