@@ -114,17 +114,15 @@ class LowWeights:
 
         A row that is gone along several times comes over once.
         """
-        flat = origin.reshape(-1)
+        flat, rows = origin.reshape(-1), {row.data_ptr(): row for row, _ in way}
         for start in range(0, target.numel(), PIECE):
             piece = slice(start, start + PIECE)
             there = target[piece]
             exact = there if there.dtype == flat.dtype else torch.empty_like(there, dtype=flat.dtype)
             exact.copy_(flat[piece], non_blocking=True)
-            rows: dict[int, Tensor] = {}
+            over = {place: brought(row[piece], self._device, exact.dtype) for place, row in rows.items()}
             for row, length in way:
-                if row.data_ptr() not in rows:
-                    rows[row.data_ptr()] = brought(row[piece], self._device, exact.dtype)
-                exact.add_(rows[row.data_ptr()], alpha=length)
+                exact.add_(over[row.data_ptr()], alpha=length)
             if exact is not there:
                 there.copy_(exact)
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from hybridlab.notebook.panel_cost import PanelCost, Ratio
+from hybridlab.notebook.panel_cost import PanelCost
 from hybridlab.notebook.panel_views import panel_claims, panel_table
 from hybridlab.notebook.results import Verdict, is_volatile
+from hybridlab.study.turns import Ratio
 
 WIDE = (0.9, 1.1)
 NONE = (-math.inf, math.inf)

@@ -41,7 +41,7 @@ class Instruments:
     def note(self, record: StepRecord) -> None:
         """Take in a step; reads the losses of the one before it. Steps that nobody noted are taken for ones like it."""
         self.settle()
-        if self._first is None or self.latest is None:
+        if self.latest is None:
             self._first = record
             self._readings.append((record.seconds, record.statistics.gradient_steps))
         else:

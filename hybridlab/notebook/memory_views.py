@@ -220,19 +220,18 @@ def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
         return []
     ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
-    numbers = {"step_ratio_time": ratio, **_busy(fits, free)}
+    numbers = {"step_ratio_time": ratio, **_busy(ratio, fits.card_busy_percent, free.card_busy_percent)}
     return [Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), numbers)]
 
 
-def _busy(fits: Footprint, free: Footprint) -> Numbers:
-    """How busy the card was with each, and the ratio of the busy time of their steps; nothing where nobody says it."""
-    if not (fits.card_busy_percent and free.card_busy_percent and fits.step_ms and free.step_ms):
+def _busy(ratio: float, percent: float | None, control: float | None) -> Numbers:
+    """How busy the card was with each, and what of two steps' ratio is the card's; nothing where nobody says it."""
+    if not (percent and control):
         return {}
-    ratio = (fits.step_ms * fits.card_busy_percent) / (free.step_ms * free.card_busy_percent)
     return {
-        "card_busy_percent": fits.card_busy_percent,
-        "control_card_busy_percent": free.card_busy_percent,
-        "busy_ratio_time": ratio,
+        "card_busy_percent": percent,
+        "control_card_busy_percent": control,
+        "busy_ratio_time": ratio * percent / control,
     }
 
 

@@ -98,11 +98,11 @@ def _value(name: str, numbers: Numbers) -> str:
         return "not finite"
     if isinstance(value, str):
         return value
-    percent = name.startswith("perplexity_") or name.endswith("_share")
-    if f"{name}_low" in numbers or percent:
+    is_share = name.startswith("perplexity_") or name.endswith("_share")
+    if f"{name}_low" in numbers or is_share:
         sign = "" if name.endswith("_ratio_time") else "+"
-        scaled = interval(numbers, name, scale=100, digits=1) if percent else interval(numbers, name, sign=sign)
-        return f"{scaled}{' %' if percent else ' nats' if 'loss' in name else ' ms' if name.endswith('_ms') else ''}"
+        scaled = interval(numbers, name, scale=100, digits=1) if is_share else interval(numbers, name, sign=sign)
+        return f"{scaled}{' %' if is_share else ' nats' if 'loss' in name else ' ms' if name.endswith('_ms') else ''}"
     return _with_unit(name, value)
 
 
