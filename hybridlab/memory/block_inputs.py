@@ -79,7 +79,8 @@ class BlockInputs:
 
     def _copy(self, sent: _Sent, tensor: Tensor, *, to: Tensor, of: Tensor) -> None:
         """Beside the computation. The card's tensor stays alive until the computation has been told to wait for it."""
-        self._stream.join()
+        if self._on_the_way is not None:
+            self._stream.join()
         with self._stream.copying():
             to.copy_(of, non_blocking=True)
         self._on_the_way = sent, tensor

@@ -29,7 +29,7 @@ class StepInBackward(Optimizer):
     first step takes its shares from a pass under `held`, or else from the buckets' sizes.
 
     method: an optimizer that treats its parameters one by one, such as AdamW, SGD or Muon
-    buckets: parameters whose gradients arrive together, such as a block's (`hybridlab.memory.blocks.buckets_of`)
+    buckets: parameters that step together, such as a block's matrices (`hybridlab.memory.blocks.buckets_of`)
     clip_norm: None leaves gradients alone
 
     Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html; the estimate is
@@ -47,6 +47,7 @@ class StepInBackward(Optimizer):
         self._is_held = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
         self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
+        self._known_square, self._known_share = self._squares.new_zeros(()), self._squares.new_full((), 1e-12)
         self.param_groups[0].setdefault("clip_shares", (sizes / sizes.sum()).to(self._squares.device))
         for i, bucket in enumerate(self._buckets):
             for param in bucket:
@@ -73,6 +74,8 @@ class StepInBackward(Optimizer):
         """Begin a new step."""
         self._arrived = [0] * len(self._buckets)
         self._squares.zero_()
+        self._known_square.zero_()
+        self._known_share.fill_(1e-12)
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,18 +110,24 @@ class StepInBackward(Optimizer):
     def _step_bucket_(self, i: int) -> None:
         self._arrived[i] = 0
         gradients = [p.grad for p in self._buckets[i] if p.grad is not None]
-        self._squares[i] = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        self._note_(i, gradients)
         if self._clip is not None:
-            torch._foreach_mul_(gradients, (self._clip / (self._estimated_norm() + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(gradients, (self._clip / self._estimated_norm()).clamp(max=1.0))
         self._lend_(i)
         self.method.step()
         for param in self._buckets[i]:
             param.grad = None
 
+    def _note_(self, i: int, gradients: list[Tensor]) -> None:
+        """Take a bucket's squared norm into account, in few operations, as the host pays for each of them."""
+        norms = torch.stack(torch._foreach_norm(gradients)).float()
+        torch.dot(norms, norms, out=self._squares[i])
+        known = [self._known_square, self._known_share]
+        torch._foreach_add_(known, [self._squares[i], self.param_groups[0]["clip_shares"][i]])
+
     def _estimated_norm(self) -> Tensor:
         """Norm of all gradients, from those that have arrived."""
-        known = (self._squares > 0) * self.param_groups[0]["clip_shares"]
-        return (self._squares.sum() / known.sum().clamp(min=1e-12)).sqrt()
+        return (self._known_square / self._known_share).sqrt()
 
     def _learn_shares_(self, weight: float) -> None:
         """Take in how the squared norm was shared out among the buckets; all zero, NaN and infinite teach nothing."""

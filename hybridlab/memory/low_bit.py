@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.memory.ao import torchao_optim
@@ -33,7 +34,8 @@ def low_bit_adamw(
     The update and the formats are torchao's own. It compiles and calls that update parameter by parameter, which at
     GPT-2 XL's 580 parameters costs more than the training step itself; here a bucket's parameters go in one call, each
     in rows of the numbers that share a scale, so that one kernel reads and writes it once. On a CPU the update runs
-    uncompiled, so that no C++ compiler is needed.
+    uncompiled, so that no C++ compiler is needed. Biases and norms, most of the parameters and a thousandth of the
+    numbers, keep float32 moments and go through torch's own AdamW, all together.
 
     buckets: parameters that one call steps; equal ones, such as a model's blocks, are compiled once
     stochastic_rounding: of bf16 weights, so that small updates are not lost
@@ -65,8 +67,10 @@ class InFewCalls(Optimizer):
         """Step every parameter that has a gradient."""
         calls: dict[int, list[Owned]] = defaultdict(list)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
+            stepping = [p for p in group["params"] if p.grad is not None]
+            self._step_vectors_([p for p in stepping if p.ndim < 2], group)
+            for p in stepping:
+                if p.ndim > 1:
                     calls[self.bucket_of[p]].append((p, group))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of shapes, each compiled once
             for members in calls.values():
@@ -87,13 +91,37 @@ class InFewCalls(Optimizer):
             self.bf16_stochastic_round,
         )
 
+    def _step_vectors_(self, params: list[nn.Parameter], group: ParamGroup) -> None:
+        """By torch's own AdamW in float32, and then rounded as the matrices are."""
+        if not params:
+            return
+        states, (beta1, beta2) = [self._state_of(p) for p in params], group["betas"]
+        values = [p.detach().float() for p in params]  # where they are float32, the parameters' own memory
+        adamw(
+            values,
+            [p.grad.float() for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        if params[0].dtype is not torch.float32:
+            _copy_(params, values, stochastic_rounding=self.bf16_stochastic_round)
+
     def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """The parameter's state, in torchao's own form."""
+        """The parameter's state: torchao's own form, and float32 for what is no matrix."""
         state: dict[str, Any] = self.state[param]
         if not state:
+            new = self._new_buffer if param.ndim > 1 else _float32_zeros
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = self._new_buffer(param, True)
-            state["exp_avg_sq"] = self._new_buffer(param, False)
+            state["exp_avg"], state["exp_avg_sq"] = new(param, True), new(param, False)
         return state
 
 
@@ -146,6 +174,18 @@ def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> Moment:
     parts = {name: getattr(tensor, name) for name in names}
     parts = {name: part.view(rows) if part.shape == shape else part for name, part in parts.items()}
     return Moment(parts, type(tensor), tuple(rows if told == shape else told for told in context))
+
+
+def _float32_zeros(like: Tensor, _: bool) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.float32)
+
+
+def _copy_(params: Sequence[Tensor], values: list[Tensor], *, stochastic_rounding: bool) -> None:
+    """Into bf16 parameters their float32 values, all in a few calls."""
+    flat = torch.cat(values)
+    if stochastic_rounding and params[0].dtype is torch.bfloat16:
+        flat = torchao_optim("stochastic rounding").quant_utils._fp32_to_bf16_sr(flat)
+    torch._foreach_copy_(list(params), torch.split(flat, [p.numel() for p in params]))
 
 
 @lru_cache

@@ -176,7 +176,8 @@ class Rehearsal:
             return []
         if self._optimizer is None:
             bits = FORMATS[self._memory.optimizer_state]
-            return [t for p in self._params for _ in range(2) for t in _moment(p, bits)]
+            vectors = [torch.empty_like(p, dtype=torch.float32) for p in self._params if p.ndim < 2 for _ in range(2)]
+            return vectors + [t for p in self._params if p.ndim > 1 for _ in range(2) for t in _moment(p, bits)]
         for p in self._params:
             p.grad = torch.empty_like(p)
         self._optimizer.step()
