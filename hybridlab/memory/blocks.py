@@ -53,13 +53,7 @@ def _checkpointed(
 
 
 def buckets_of(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The trainable matrices block by block, each of the others by itself, and what is no matrix together at the end.
-
-    Biases and norms are most of a block's parameters and next to none of its numbers: whoever works bucket by bucket
-    spends the host's time on the matrices alone.
-    """
-    blocks = [[p for p in block.parameters() if p.requires_grad and p.ndim > 1] for block in blocks_of(model)]
+    """The trainable parameters block by block, and each of the others by itself."""
+    blocks = [[p for p in block.parameters() if p.requires_grad] for block in blocks_of(model)]
     inside = {id(p) for bucket in blocks for p in bucket}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
-    buckets = [*blocks, *([p] for p in others if p.ndim > 1), [p for p in others if p.ndim < 2]]
-    return [bucket for bucket in buckets if bucket]
+    return blocks + [[p] for p in model.parameters() if p.requires_grad and id(p) not in inside]

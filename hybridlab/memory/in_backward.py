@@ -15,7 +15,10 @@ from hybridlab.memory.weak_hook import weak_hook
 
 
 class StepInBackward(Optimizer):
-    """Steps a bucket of weights as soon as its gradients are there, and frees these: they never all exist at once.
+    """Steps a bucket of matrices as soon as its gradients are there, and frees these: they never all exist at once.
+
+    Biases and norms, most of the parameters and a thousandth of the numbers, step all together at the end: what the
+    host has to do beside each block is little.
 
     One ordinary optimizer to whoever looks at it: groups and state are this object's, and are lent to `method` for each
     bucket. The norm of all gradients is known only when the backward pass has ended, so clipping goes by an estimate:
@@ -29,7 +32,7 @@ class StepInBackward(Optimizer):
     first step takes its shares from a pass under `held`, or else from the buckets' sizes.
 
     method: an optimizer that treats its parameters one by one, such as AdamW, SGD or Muon
-    buckets: parameters that step together, such as a block's matrices (`hybridlab.memory.blocks.buckets_of`)
+    buckets: parameters whose gradients arrive together, such as a block's (`hybridlab.memory.blocks.buckets_of`)
     clip_norm: None leaves gradients alone
 
     Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html; the estimate is
@@ -42,7 +45,8 @@ class StepInBackward(Optimizer):
         super().__init__(method.param_groups, defaults={})
         self.method, self._clip = method, clip_norm
         self._buckets = [list(bucket) for bucket in buckets]
-        self._members = [self._by_group(set(bucket)) for bucket in self._buckets]
+        self._matrices = [self._by_group({p for p in bucket if p.ndim > 1}) for bucket in self._buckets]
+        self._vectors = self._by_group({p for bucket in self._buckets for p in bucket if p.ndim < 2})
         self._arrived = [0] * len(self._buckets)
         self._is_held = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
@@ -54,8 +58,9 @@ class StepInBackward(Optimizer):
                 param.register_post_accumulate_grad_hook(weak_hook(self._arrive, i))  # type: ignore[no-untyped-call]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Close the step: what got only some of its gradients steps now, and the next step's clipping is known."""
+        """Close the step: what has waited steps now, and the next step's clipping is known."""
         self.clip_(None)
+        self._step_(self._vectors)
         self._learn_shares_(weight=0.5)
 
     def clip_(self, limit: float | None) -> Tensor:
@@ -113,10 +118,7 @@ class StepInBackward(Optimizer):
         self._note_(i, gradients)
         if self._clip is not None:
             torch._foreach_mul_(gradients, (self._clip / self._estimated_norm()).clamp(max=1.0))
-        self._lend_(i)
-        self.method.step()
-        for param in self._buckets[i]:
-            param.grad = None
+        self._step_(self._matrices[i])
 
     def _note_(self, i: int, gradients: list[Tensor]) -> None:
         """Take a bucket's squared norm into account, in few operations, as the host pays for each of them."""
@@ -135,12 +137,18 @@ class StepInBackward(Optimizer):
         shares = torch.lerp(before, self._squares / whole, weight)
         self.param_groups[0]["clip_shares"] = torch.where((whole > 0) & whole.isfinite(), shares, before)
 
-    def _by_group(self, bucket: set[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """The bucket's parameters, a list a group."""
-        return [[p for p in group["params"] if p in bucket] for group in self.param_groups]
+    def _by_group(self, chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The chosen parameters, a list a group."""
+        return [[p for p in group["params"] if p in chosen] for group in self.param_groups]
 
-    def _lend_(self, i: int) -> None:
-        """Let the method see a bucket alone, with this object's settings and state."""
-        groups = zip(self.param_groups, self._members[i], strict=True)
+    @torch.no_grad()
+    def _step_(self, chosen: list[list[nn.Parameter]]) -> None:
+        """Let the method see these alone, with this object's settings and state, and step them."""
+        if not any(chosen):
+            return
+        groups = zip(self.param_groups, chosen, strict=True)
         self.method.param_groups = [group | {"params": members} for group, members in groups if members]
         self.method.state = self.state
+        self.method.step()
+        for p in (p for members in chosen for p in members):
+            p.grad = None

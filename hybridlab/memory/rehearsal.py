@@ -218,7 +218,8 @@ class Rehearsal:
         if len(waiting) < bucket_size:
             return
         for member in waiting if self._memory.step_in_backward else []:
-            member.grad = None
+            if member.ndim > 1:  # the others wait for the step's end
+                member.grad = None
         waiting.clear()
 
     def _send(self, gradient: Tensor) -> None:
