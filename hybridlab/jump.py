@@ -97,6 +97,10 @@ class Jump:
         """Whether all its steps have passed."""
         return self.taken >= self.length
 
+    def is_settled(self, interval: int) -> bool:
+        """Whether the last of several motions is made, or being made; a jump of one chunk ends where it is made."""
+        return interval < self.length <= -(-self.taken // interval) * interval
+
     def next_chunk(self, interval: int) -> float:
         """Horizons to move for the chunk that begins now."""
         chunk = self.share * min(interval, self.length - self.taken) / self.horizon

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from hybridlab.device import wait_for_stream
+from hybridlab.device import take_at_once, wait_for_stream
 from hybridlab.host_memory import brought, host_room
 from hybridlab.motion import PIECE, Flat, Motion, flats_of, views
 
@@ -94,6 +94,7 @@ class LowWeights:
         for param, origin in zip(self._params, self._origin, strict=True):
             param.data = origin  # the bf16 weights go before the float32 ones come
         self._low = []
+        take_at_once(self._device, self._likes)
         for param, origin, like, way in zip(self._params, self._origin, self._likes, self._ways(), strict=True):
             flat = torch.empty(like.numel(), dtype=like.dtype, device=self._device)
             self._place_(flat, origin, way)

@@ -149,9 +149,10 @@ class Prediction:
     def advance_(self, jump: Jump) -> bool:
         """One nominal step of the jump: the weights move at the start of a chunk. Whether this step ends one."""
         interval = self.config.correction_interval
-        if jump.taken % interval == 0:
-            self._trajectory.move_(jump.proposal.coefficients, jump.next_chunk(interval))
+        chunk = jump.next_chunk(interval) if jump.taken % interval == 0 else None
         jump.taken += 1
+        if chunk is not None:
+            self._trajectory.move_(jump.proposal.coefficients, chunk, settles=jump.is_settled(interval))
         self._statistics.predicted_steps += 1
         self._worth_at_risk += jump.worth_per_step
         return jump.taken % interval == 0 or jump.is_over

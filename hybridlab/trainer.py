@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hybridlab.checkpoint import differences
 from hybridlab.config import HybridTrainerConfig
-from hybridlab.device import wait_for
+from hybridlab.device import wait_for_stream
 from hybridlab.divergence import Answer, DivergenceMonitor, Thresholds, Verdict
 from hybridlab.errors import UserError, nearest
 from hybridlab.memory.apply import refuse_unprepared
@@ -98,7 +98,7 @@ class HybridTrainer:
 
     def _gradient_step(self, batch: Batch) -> StepResult:
         """Forward, backward, clip, optimizer."""
-        self._residence.fill_()
+        self._residence.get_ready_()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._passes.backward_(batch)
         norm = self._passes.clip_(self.config.clip_norm)
@@ -112,7 +112,7 @@ class HybridTrainer:
         assert jump is not None
         steps_left = jump.length - jump.taken
         chunk_ends = self._prediction.advance_(jump)
-        self._residence.clear_(steps_left)
+        self._residence.clear_(steps_left, settled=jump.is_settled(self.config.correction_interval))
         loss = self._passes.forward(batch, predicting=True) if chunk_ends else None
         return self._result(loss, predicted_loss=jump.predicted_loss)
 
@@ -189,13 +189,13 @@ class HybridTrainer:
         self._statistics.seconds_by_phase[str(result.phase)] += time.perf_counter() - started
 
     def _enter(self, phase: Phase) -> None:
-        """Begin a phase; wait for the device first, so that its work is counted where it belongs."""
-        wait_for(self._weights.device)
+        """Begin a phase; wait for the computation first, so that it is counted where it belongs."""
+        wait_for_stream(self._weights.device)
         self._phase, self._steps_in_phase = phase, 0
         if phase is Phase.PREDICT:
             self.optimizer.zero_grad(set_to_none=True)
         else:
-            self._residence.fill_()
+            self._residence.settle_()
         if phase is Phase.FULL:
             self._prediction.begin_block()
 

@@ -159,17 +159,19 @@ class Trajectory:
 
     # --- moving ------------------------------------------------------------------------------------------
 
-    def move_(self, coefficients: Coefficients, fraction: float = 1.0) -> None:
+    def move_(self, coefficients: Coefficients, fraction: float = 1.0, *, settles: bool = False) -> None:
         """Move the weights by `fraction` times the combination of rows.
 
         coefficients: of the rows in the order of the last `gram()`
+        settles: no motion follows for now; weights that are lowered come back with this one
         """
         lengths = coefficients * fraction
-        self._weights.move_(
+        motions = [
             (g, self._row_vectors(g)[row], float(lengths[g, row]))
             for g in range(len(lengths))
             for row in np.flatnonzero(lengths[g])
-        )
+        ]
+        self._weights.move_(motions, settles=settles)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 

@@ -533,7 +533,7 @@ def jumped(memory: MemoryConfig | None) -> tuple[torch.Tensor, HybridTrainer]:
         warmup_steps=2, full_steps=4, max_predict_steps=8, correction_interval=3, correct_steps=2, gate=False,
         confidence_threshold=0.0, path_device="host", path_dtype="bf16", memory=memory,
     )  # fmt: skip
-    trainer = HybridTrainer(model, build_optimizer(model, OptimizerConfig()), config)
+    trainer = HybridTrainer(model, optimizer_for(model, OptimizerConfig(), memory or MemoryConfig()), config)
     for step in range(40):
         trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
     trainer.make_whole_()
@@ -549,6 +549,26 @@ def test_bf16_weights_on_the_card_and_masters_on_the_host_end_where_plain_weight
     low, trainer = jumped(memory)
     assert trainer.statistics().predicted_steps > 0
     assert torch.equal(low, plain)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_step_in_the_backward_pass_waits_for_its_state_to_return(lookahead: int) -> None:
+    plain, _ = jumped(MemoryConfig(step_in_backward=True))
+    away = PredictAwareMemoryConfig("pinned", lookahead)
+    assert torch.equal(jumped(MemoryConfig(step_in_backward=True, predict_aware=away))[0], plain)
+
+
+def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
+    """The float32 weights of a model, on their way back: one stretch for all, which goes back to the card as one."""
+    model = wide(32)
+    weights = Weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    weights.lower_()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    weights.raise_()
+    assert torch.cuda.memory_stats()["num_device_alloc"] - before <= 3
+    assert torch.cuda.memory_reserved() <= 1.1 * sum(p.nbytes for p in model.parameters()) + 64_000_000
 
 
 def test_a_compiled_low_bit_step_inside_backward_learns_like_one_after_it() -> None:

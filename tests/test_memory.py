@@ -380,8 +380,9 @@ def run_hybrid(memory: MemoryConfig | None, **settings: Any) -> tuple[Tensor, li
 @pytest.mark.parametrize("strategy", ["none", "cpu", "pinned"])
 def test_exact_strategies_change_no_bit_of_a_run_that_predicts(strategy: str) -> None:
     plain, _ = run_hybrid(None)
-    away, _ = run_hybrid(MemoryConfig(predict_aware=PredictAwareMemoryConfig(strategy, lookahead=1)))
-    assert torch.equal(plain, away)
+    for lookahead in (0, 1):
+        away, _ = run_hybrid(MemoryConfig(predict_aware=PredictAwareMemoryConfig(strategy, lookahead)))
+        assert torch.equal(plain, away)
 
 
 @pytest.mark.parametrize(("lookahead", "seen"), [(0, [True, True]), (1, [True, False]), (3, [False, False])])
@@ -390,7 +391,7 @@ def test_state_returns_beside_the_last_predicted_steps(
 ) -> None:
     """Whether the return has yet to begin at the forward passes of a jump of four steps, the second and the fourth."""
     asked, prefetch_ = [], StateOffload.prefetch_
-    monkeypatch.setattr(StateOffload, "prefetch_", lambda self: (asked.append(True), prefetch_(self)))
+    monkeypatch.setattr(StateOffload, "prefetch_", lambda self: (asked.extend([True] * self.is_away), prefetch_(self)))
     model = fresh()
     config = HybridTrainerConfig(
         warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=2, correct_steps=1, gate=False,
@@ -409,6 +410,40 @@ def test_state_returns_beside_the_last_predicted_steps(
         trainer.step(lambda s=step: loss(s))
     assert trainer.statistics().predicted_steps == 4
     assert before_return == seen
+
+
+@pytest.mark.parametrize(("interval", "seen"), [(2, ["bfloat16", "float32"]), (4, ["bfloat16"])])
+def test_weights_return_with_the_last_of_several_motions(interval: int, seen: list[str]) -> None:
+    """As the forward passes of a jump of four steps find them, each at the end of what one motion moved to."""
+    model = fresh()
+    memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"))
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
+        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9, memory=memory,
+    )  # fmt: skip
+    trainer = HybridTrainer(model, adamw(model), config)
+    found: list[str] = []
+
+    def loss(step: int) -> Tensor:
+        if trainer.current_phase == "predict":
+            found.append(str(model.wte.weight.dtype).removeprefix("torch."))
+        return model(tokens(step), tokens(step))
+
+    for step in range(11):
+        trainer.step(lambda s=step: loss(s))
+    assert trainer.statistics().predicted_steps == 4
+    assert found == seen
+    assert not trainer.card_is_clear
+
+
+def test_whoever_waits_for_a_step_is_asked_before_the_first_bucket_steps() -> None:
+    model = fresh()
+    optimizer = adamw(model, MemoryConfig(step_in_backward=True))
+    before, asked = model.wte.weight.detach().clone(), []
+    optimizer.register_step_pre_hook(lambda *_: asked.append(torch.equal(model.wte.weight, before)))
+    model(tokens(0), tokens(0)).backward()
+    assert asked[0]
+    assert not torch.equal(model.wte.weight, before)
 
 
 def test_bf16_weights_in_predict_change_measurements_alone() -> None:

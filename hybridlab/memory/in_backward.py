@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hybridlab.errors import UserError
 from hybridlab.memory.weak_hook import weak_hook
@@ -62,6 +63,10 @@ class StepInBackward(Optimizer):
         self.clip_(None)
         self._step_(self._vectors)
         self._learn_shares_(weight=0.5)
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call `hook` before anything steps: before each bucket's step, as all of them together are this one's."""
+        return self.method.register_step_pre_hook(hook)
 
     def clip_(self, limit: float | None) -> Tensor:
         """Norm of all gradients since `zero_grad`, before clipping; no other limit than the constructor's is possible.

@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hybridlab.device import take_at_once
 from hybridlab.host_memory import host_room
 from hybridlab.memory.ao import torchao_optim
 from hybridlab.memory.config import PredictAwareMemoryConfig
@@ -96,9 +97,10 @@ class StateOffload:
                     state[name] = inside(value, Tensor.clone)
 
     def prefetch_(self) -> None:
-        """Predict is over soon: begin the return beside the predicted steps."""
-        if self._is_returning:
+        """The state is wanted soon: begin its return, if it is away, beside what the computation does."""
+        if self._is_returning or not self._away:
             return
+        take_at_once(self._device, [content.flat for content in self._away])
         for content in self._away:
             content.allocate_()
         self._refuge.give_back_(self._away)

@@ -17,9 +17,10 @@ class PredictResidence:
     """Clears the card for Predict, and makes all ready for the optimizer's next step.
 
     What leaves is the optimizer's state, by `predict_aware`, and the float32 weights, with `bf16_weights`. The jump's
-    way back holds both already: leaving is giving up their memory. The state's return begins beside the jump's last
-    `lookahead` predicted steps, or, without lookahead, after them; the weights return last. Whoever saves or loads the
-    model meanwhile finds the float32 weights in place.
+    way back holds both already: leaving is giving up their memory. The weights return with the jump's last motion, so
+    that they cross the bus once; where the jump is one motion, after it. The state's return begins beside the last
+    `lookahead` predicted steps, or else beside the next forward pass; the optimizer waits for it. Whoever saves or
+    loads the model meanwhile finds the float32 weights in place.
 
     is_clear: between what leaves and what returns
     """
@@ -31,41 +32,52 @@ class PredictResidence:
         self._lowers = memory.lowers_weights
         leaves = self._lowers or predict_aware.strategy != "none"
         self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
-        self.is_clear = False
+        self.is_clear, self._has_left = False, False
         optimizer.register_load_state_dict_pre_hook(weak_hook(self._fill_first))
         if self._lowers:
             model.register_state_dict_pre_hook(weak_hook(self._make_whole_first))  # type: ignore[no-untyped-call]
             model.register_load_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
 
-    def clear_(self, steps_left: int) -> None:
+    def clear_(self, steps_left: int, *, settled: bool) -> None:
         """Put away what Predict does not need; near the end of a jump begin to fetch it.
 
         steps_left: predicted steps of the jump that are still to come, the one under way included
+        settled: the last of the jump's motions is made, and the weights returned with it
         """
         returns = steps_left <= self._lookahead
-        begins = not returns and not self.is_clear
+        begins = not returns and not self._has_left
         if begins:
             self._state.leave_(self._weights.copies_of_state)
             self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
         elif returns and self._state.is_away:
             self._state.prefetch_()
-        if self._lowers:
+        if self._lowers and not settled:
             self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
         if begins:
             self._hand_back()
-        self.is_clear = not returns
+        self._has_left = not returns
+        self.is_clear = not returns and not (self._lowers and settled)
+
+    def settle_(self) -> None:
+        """The jump is over: the weights return for good. The state may still be away."""
+        self._weights.raise_()
+        self.is_clear = self._has_left = False
+
+    def get_ready_(self) -> None:
+        """The optimizer steps soon: the state returns beside what the computation does until then."""
+        self.settle_()
+        self._state.prefetch_()
 
     def fill_(self) -> None:
-        """Bring everything back for good; returns when the next optimizer step may follow."""
+        """Bring everything back for good; what the computation does next finds it in place."""
         self.make_whole_()
         self._weights.raise_()
 
     def make_whole_(self) -> None:
         """Bring everything back to be looked at, as by whoever saves the model; a jump under way may go on."""
         self._weights.raise_(for_now=True)
-        self.is_clear = False
-        if self._state.is_away:
-            self._state.return_()
+        self.is_clear = self._has_left = False
+        self._state.return_()
 
     def _fill_first(self, *_: object) -> None:
         self.fill_()

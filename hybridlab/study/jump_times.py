@@ -20,8 +20,8 @@ class JumpTimes:
 
     proposing: the gradient step before: Gram matrix of the path, and a copy to go back to
     leaving: the first predicted step: the weights move, and what leaves the card leaves it
-    moving: the first steps of its further chunks: the weights move again, wherever they are
-    returning: what follows in Predict and Correct: what left returns, and the path begins anew
+    moving: the first steps of its further chunks: the weights move again, wherever they are, and return with the last
+    returning: what follows in Predict and Correct: what else left returns, and the path begins anew
     whole: from the end of the gradient step before to the end of Correct, ordinary steps and forward passes included
     steps: predicted ones
 
