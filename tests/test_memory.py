@@ -272,10 +272,12 @@ def test_vectors_in_bf16_keep_float32_moments_and_are_rounded_at_random() -> Non
 
     def after(stochastic_rounding: bool) -> Tensor:
         torch.manual_seed(0)
-        vector = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
-        vector.grad = torch.ones_like(vector)
+        vector, number = (nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((20_000,), ()))
+        both = [vector, number]
+        for p in both:
+            p.grad = torch.ones_like(p)
         optimizer = low_bit_adamw(
-            [{"params": [vector]}], [[vector]], state="int8", lr=2**-18, betas=(0.9, 0.99), eps=1e-8,
+            [{"params": both}], [both], state="int8", lr=2**-18, betas=(0.9, 0.99), eps=1e-8,
             stochastic_rounding=stochastic_rounding,
         )  # fmt: skip
         optimizer.step()

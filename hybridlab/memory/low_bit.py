@@ -182,10 +182,11 @@ def _float32_zeros(like: Tensor, _: bool) -> Tensor:
 
 def _copy_(params: Sequence[Tensor], values: list[Tensor], *, stochastic_rounding: bool) -> None:
     """Into bf16 parameters their float32 values, all in a few calls."""
-    flat = torch.cat(values)
+    flat = torch.cat([value.flatten() for value in values])
     if stochastic_rounding and params[0].dtype is torch.bfloat16:
         flat = torchao_optim("stochastic rounding").quant_utils._fp32_to_bf16_sr(flat)
-    torch._foreach_copy_(list(params), torch.split(flat, [p.numel() for p in params]))
+    pieces = torch.split(flat, [p.numel() for p in params])
+    torch._foreach_copy_(list(params), [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)])
 
 
 @lru_cache
