@@ -211,6 +211,9 @@ def test_an_arm_that_predicted_nothing_is_said_to_be_the_baseline() -> None:
     found = evidence(n03=entry(pays, claim("arm-quality", "holds", loss_to_baseline=0.0)))
     (finding,) = Claims(HYBRID, ("arm-quality",)).findings(found)
     assert finding.words.endswith("(predicted nothing)")
+    page = validation_document(found, {})
+    assert "| predicted nothing | predicted steps 0; gradient steps 1000 |" in page
+    assert "| arm-quality | **holds** |" in page
 
 
 # Memory, from the tables that notebooks publish.

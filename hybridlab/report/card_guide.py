@@ -210,7 +210,7 @@ def _hybrids(evidence: Evidence, claims: Sequence[Found]) -> str:
             "steps predicted": predicted_share(claim),
             "worth of a predicted step": interval(claim.numbers, "step_value", digits=2),
             "peak VRAM": _peak(evidence, claim),
-            "pays": verdict_word(claim.verdict) if claim.numbers.get("predicted_steps") else "predicted nothing",
+            "pays": verdict_word(claim.outcome),
         }
         for claim in claims
     ]

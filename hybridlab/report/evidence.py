@@ -44,6 +44,12 @@ class Found:
         name, sign, _ = self.text.partition(":")
         return name if sign else self.id
 
+    @property
+    def outcome(self) -> str:
+        """The verdict; about predicting, a hybrid that never did has shown nothing."""
+        is_idle = self.id.endswith("-pays") and self.numbers.get("predicted_steps") == 0
+        return "predicted nothing" if is_idle else self.verdict
+
 
 @dataclass(frozen=True)
 class Evidence:

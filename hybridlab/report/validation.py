@@ -28,9 +28,10 @@ Written by `hybridlab report` from `executed/*/results.json`; no number here is 
 this page and the results disagree. The plan's numbers are targets to test, not results to believe.
 
 **holds**, **fails**: the numbers decide it, with their whole interval where there is one. **open**: they cannot tell.
-**not run yet**: nothing was measured. **not measured**: the notebook ran, but makes no such claim. Intervals are 95 %
-confidence intervals over seeds, paired: the same seed means the same first weights and the same batches. With one
-seed there is no interval, and the verdict is about that run alone. Losses are in nats, on text that was held out.
+**not run yet**: nothing was measured. **not measured**: the notebook ran, but makes no such claim. **predicted
+nothing**: every step was a gradient step, so that nothing is shown about predicting. Intervals are 95 % confidence
+intervals over seeds, paired: the same seed means the same first weights and the same batches. With one seed there is no
+interval, and the verdict is about that run alone. Losses are in nats, on text that was held out.
 """
 
 SPEEDUP = """\
@@ -160,7 +161,7 @@ def _speedup_row(claim: Found, evidence: Evidence) -> Row:
         "control: share of the steps": f"{gradient / (predicted + gradient):.2f}",
         "loss against the control": interval(claim.numbers, "loss_to_control"),
         "worth of a predicted step": interval(claim.numbers, "step_value", digits=2),
-        "pays": verdict_word(claim.verdict),
+        "pays": verdict_word(claim.outcome),
         "notebook": notebook_link(claim.notebook, short=True),
     }
 
@@ -232,4 +233,4 @@ def _claims(evidence: Evidence) -> Iterator[str]:
 
 
 def _claim_row(claim: Found) -> Row:
-    return {"claim": claim.text, "verdict": verdict_word(claim.verdict), "numbers": numbers_in_words(claim.numbers)}
+    return {"claim": claim.text, "verdict": verdict_word(claim.outcome), "numbers": numbers_in_words(claim.numbers)}

@@ -31,7 +31,7 @@ def claims_browser(evidence: Evidence) -> LiveTable:
             "profile": profile,
             "notebook": notebook,
             "claim": claim.text,
-            "verdict": claim.verdict,
+            "verdict": claim.outcome,
             "numbers": numbers_in_words(claim.numbers),
         }
         for profile, notebook, _ in evidence
