@@ -414,11 +414,17 @@ def test_state_returns_beside_the_last_predicted_steps(
     assert before_return == seen
 
 
-@pytest.mark.parametrize(("interval", "seen"), [(2, ["bfloat16", "float32"]), (4, ["bfloat16"])])
-def test_weights_return_with_the_last_of_several_motions(interval: int, seen: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("lookahead", "interval", "seen"),
+    [(1, 2, ["bfloat16", "float32"]), (1, 4, ["bfloat16"]), (0, 2, ["bfloat16", "bfloat16"])],
+)
+def test_weights_return_with_the_last_of_several_motions(lookahead: int, interval: int, seen: list[str]) -> None:
     """As the forward passes of a jump of four steps find them, each at the end of what one motion moved to."""
     model = fresh()
-    memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"))
+    memory = MemoryConfig(
+        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
+        predict_aware=PredictAwareMemoryConfig("none", lookahead),
+    )
     config = HybridTrainerConfig(
         warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
         confidence_threshold=0.0, path_device="host", divergence_threshold=1e9, memory=memory,

@@ -17,12 +17,13 @@ class PredictResidence:
     """Clears the card for Predict, and makes all ready for the optimizer's next step.
 
     What leaves is the optimizer's state, by `predict_aware`, and the float32 weights, with `bf16_weights`. The jump's
-    way back holds both already: leaving is giving up their memory. The weights return with the jump's last motion, so
-    that they cross the bus once; where the jump is one motion, after it. The state's return begins beside the last
-    `lookahead` predicted steps, or else beside the next forward pass; the optimizer waits for it. Whoever saves or
-    loads the model meanwhile finds the float32 weights in place.
+    way back holds both already: leaving is giving up their memory. With a lookahead, the weights return with the last
+    of several motions, so that they cross the bus once less, and the state's return begins beside the last predicted
+    steps. Without, the weights return after the jump, and the state beside the next forward pass. The optimizer waits
+    for it. Whoever saves or loads the model meanwhile finds the float32 weights in place.
 
     is_clear: between what leaves and what returns
+    returns_early: whether it has a lookahead
     """
 
     def __init__(self, model: nn.Module, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
@@ -32,6 +33,7 @@ class PredictResidence:
         self._lowers = memory.lowers_weights
         leaves = self._lowers or predict_aware.strategy != "none"
         self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
+        self.returns_early = predict_aware.lookahead > 0
         self.is_clear, self._has_left = False, False
         optimizer.register_load_state_dict_pre_hook(weak_hook(self._fill_first))
         if self._lowers:
@@ -42,8 +44,9 @@ class PredictResidence:
         """Put away what Predict does not need; near the end of a jump begin to fetch it.
 
         steps_left: predicted steps of the jump that are still to come, the one under way included
-        settled: the last of the jump's motions is made, and the weights returned with it
+        settled: the last of several motions is made; where weights return early, they have
         """
+        is_whole = settled and self.returns_early
         returns = steps_left <= self._lookahead
         begins = not returns and not self._has_left
         if begins:
@@ -51,12 +54,12 @@ class PredictResidence:
             self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
         elif returns and self._state.is_away:
             self._state.prefetch_()
-        if self._lowers and not settled:
+        if self._lowers and not is_whole:
             self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
         if begins:
             self._hand_back()
         self._has_left = not returns
-        self.is_clear = not returns and not (self._lowers and settled)
+        self.is_clear = not returns and not (self._lowers and is_whole)
 
     def settle_(self) -> None:
         """The jump is over: the weights return for good. The state may still be away."""
