@@ -12,9 +12,6 @@ from torch import Tensor
 
 from hybridlab.errors import UserError
 
-ALLOCATOR_BYTES = 512
-"""torch's allocator rounds every tensor up to a multiple of this."""
-
 
 def find_device(name: str = "auto") -> torch.device:
     """The device that a parameter file names: "auto" (CUDA where there is one), "cuda" or "cpu".
@@ -55,8 +52,8 @@ def take_at_once(device: torch.device, tensors: Iterable[Tensor]) -> None:
     """
     if device.type != "cuda":
         return
-    total_bytes = sum(-(-tensor.nbytes // ALLOCATOR_BYTES) * ALLOCATOR_BYTES for tensor in tensors)
-    missing_bytes = total_bytes - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    missing_bytes = sum(tensor.nbytes for tensor in tensors) - cached_bytes
     if missing_bytes > 0:
         with suppress(torch.OutOfMemoryError):
             torch.empty(missing_bytes, dtype=torch.uint8, device=device)

@@ -166,11 +166,11 @@ class Trajectory:
         settles: no motion follows for now; weights that are lowered come back with this one
         """
         lengths = coefficients * fraction
-        motions = [
+        motions = (
             (g, self._row_vectors(g)[row], float(lengths[g, row]))
             for g in range(len(lengths))
             for row in np.flatnonzero(lengths[g])
-        ]
+        )
         self._weights.move_(motions, settles=settles)
 
     # --- checkpoints -------------------------------------------------------------------------------------

@@ -273,15 +273,17 @@ def test_vectors_in_bf16_keep_float32_moments_and_are_rounded_at_random() -> Non
     def after(stochastic_rounding: bool) -> Tensor:
         torch.manual_seed(0)
         vector, number = (nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((20_000,), ()))
-        both = [vector, number]
-        for p in both:
+        whole = nn.Parameter(torch.ones(8))  # beside them in one group
+        params = [whole, vector, number]
+        for p in params:
             p.grad = torch.ones_like(p)
         optimizer = low_bit_adamw(
-            [{"params": both}], [both], state="int8", lr=2**-18, betas=(0.9, 0.99), eps=1e-8,
+            [{"params": params}], [params], state="int8", lr=2**-18, betas=(0.9, 0.99), eps=1e-8,
             stochastic_rounding=stochastic_rounding,
         )  # fmt: skip
         optimizer.step()
         assert optimizer.state[vector]["exp_avg"].dtype is torch.float32
+        torch.testing.assert_close(whole.detach(), torch.full((8,), 1.0 - 2**-18), rtol=0.0, atol=1e-7)
         return vector.detach().float()
 
     pytest.importorskip("torchao.optim")

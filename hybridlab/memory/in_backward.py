@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from hybridlab.errors import UserError
 from hybridlab.memory.weak_hook import weak_hook
 
+LEAST_SHARE = 1e-12
+"""Where the shares that are known begin: what has none and brings nothing would make the norm NaN."""
+
 
 class StepInBackward(Optimizer):
     """Steps a bucket of matrices as soon as its gradients are there, and frees these: they never all exist at once.
@@ -52,7 +55,7 @@ class StepInBackward(Optimizer):
         self._is_held = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
         self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
-        self._known_square, self._known_share = self._squares.new_zeros(()), self._squares.new_full((), 1e-12)
+        self._known_square, self._known_share = self._squares.new_zeros(()), self._squares.new_full((), LEAST_SHARE)
         self.param_groups[0].setdefault("clip_shares", (sizes / sizes.sum()).to(self._squares.device))
         for i, bucket in enumerate(self._buckets):
             for param in bucket:
@@ -85,7 +88,7 @@ class StepInBackward(Optimizer):
         self._arrived = [0] * len(self._buckets)
         self._squares.zero_()
         self._known_square.zero_()
-        self._known_share.fill_(1e-12)
+        self._known_share.fill_(LEAST_SHARE)
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,7 +149,6 @@ class StepInBackward(Optimizer):
         """The chosen parameters, a list a group."""
         return [[p for p in group["params"] if p in chosen] for group in self.param_groups]
 
-    @torch.no_grad()
     def _step_(self, chosen: list[list[nn.Parameter]]) -> None:
         """Let the method see these alone, with this object's settings and state, and step them."""
         if not any(chosen):

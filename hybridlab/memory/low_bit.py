@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.memory.ao import torchao_optim
+from hybridlab.motion import views
 from hybridlab.optimizers import ParamGroup
 
 CLASSES = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}
@@ -112,8 +113,9 @@ class InFewCalls(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        if params[0].dtype is not torch.float32:
-            _copy_(params, values, stochastic_rounding=self.bf16_stochastic_round)
+        for dtype in {p.dtype for p in params} - {torch.float32}:
+            low = [(p, value) for p, value in zip(params, values, strict=True) if p.dtype is dtype]
+            _copy_(low, stochastic_rounding=self.bf16_stochastic_round and dtype is torch.bfloat16)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state: torchao's own form, and float32 for what is no matrix."""
@@ -180,13 +182,13 @@ def _float32_zeros(like: Tensor, _: bool) -> Tensor:
     return torch.zeros_like(like, dtype=torch.float32)
 
 
-def _copy_(params: Sequence[Tensor], values: list[Tensor], *, stochastic_rounding: bool) -> None:
-    """Into bf16 parameters their float32 values, all in a few calls."""
-    flat = torch.cat([value.flatten() for value in values])
-    if stochastic_rounding and params[0].dtype is torch.bfloat16:
+def _copy_(pairs: Sequence[tuple[Tensor, Tensor]], *, stochastic_rounding: bool) -> None:
+    """Into each parameter its float32 values, all in a few calls."""
+    params = [param for param, _ in pairs]
+    flat = torch.cat([value.flatten() for _, value in pairs])
+    if stochastic_rounding:
         flat = torchao_optim("stochastic rounding").quant_utils._fp32_to_bf16_sr(flat)
-    pieces = torch.split(flat, [p.numel() for p in params])
-    torch._foreach_copy_(list(params), [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)])
+    torch._foreach_copy_(params, views(flat, params))
 
 
 @lru_cache

@@ -22,7 +22,6 @@ class PredictResidence:
     steps. Without, the weights return after the jump, and the state beside the next forward pass. The optimizer waits
     for it. Whoever saves or loads the model meanwhile finds the float32 weights in place.
 
-    is_clear: between what leaves and what returns
     returns_early: whether it has a lookahead
     """
 
@@ -34,11 +33,16 @@ class PredictResidence:
         leaves = self._lowers or predict_aware.strategy != "none"
         self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
         self.returns_early = predict_aware.lookahead > 0
-        self.is_clear, self._has_left = False, False
+        self._has_left = False
         optimizer.register_load_state_dict_pre_hook(weak_hook(self._fill_first))
         if self._lowers:
             model.register_state_dict_pre_hook(weak_hook(self._make_whole_first))  # type: ignore[no-untyped-call]
             model.register_load_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
+
+    @property
+    def is_clear(self) -> bool:
+        """Between what leaves and what returns."""
+        return self._has_left and self._weights.is_low == self._lowers
 
     def clear_(self, steps_left: int, *, settled: bool) -> None:
         """Put away what Predict does not need; near the end of a jump begin to fetch it.
@@ -46,7 +50,6 @@ class PredictResidence:
         steps_left: predicted steps of the jump that are still to come, the one under way included
         settled: the last of several motions is made; where weights return early, they have
         """
-        is_whole = settled and self.returns_early
         returns = steps_left <= self._lookahead
         begins = not returns and not self._has_left
         if begins:
@@ -54,17 +57,16 @@ class PredictResidence:
             self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
         elif returns and self._state.is_away:
             self._state.prefetch_()
-        if self._lowers and not is_whole:
+        if self._lowers and not (settled and self.returns_early):
             self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
         if begins:
             self._hand_back()
         self._has_left = not returns
-        self.is_clear = not returns and not (self._lowers and is_whole)
 
     def settle_(self) -> None:
         """The jump is over: the weights return for good. The state may still be away."""
         self._weights.raise_()
-        self.is_clear = self._has_left = False
+        self._has_left = False
 
     def get_ready_(self) -> None:
         """The optimizer steps soon: the state returns beside what the computation does until then."""
@@ -73,13 +75,13 @@ class PredictResidence:
 
     def fill_(self) -> None:
         """Bring everything back for good; what the computation does next finds it in place."""
-        self.make_whole_()
-        self._weights.raise_()
+        self.settle_()
+        self._state.return_()
 
     def make_whole_(self) -> None:
         """Bring everything back to be looked at, as by whoever saves the model; a jump under way may go on."""
         self._weights.raise_(for_now=True)
-        self.is_clear = self._has_left = False
+        self._has_left = False
         self._state.return_()
 
     def _fill_first(self, *_: object) -> None:

@@ -229,7 +229,7 @@ def _predicted(claim: Found, evidence: Evidence) -> str:
     """A hybrid that predicted nothing is the baseline: where that is so, every claim on it says it."""
     arm = claim.id.rpartition("-")[0]
     for pays in evidence.claims(claim.notebook, f"{arm}-pays", profile=claim.profile):
-        if pays.numbers.get("predicted_steps") == 0:
+        if pays.is_idle:
             return " (predicted nothing)"
     return ""
 

@@ -45,10 +45,14 @@ class Found:
         return name if sign else self.id
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it is about predicting, and its hybrid took gradient steps only."""
+        return self.id.endswith("-pays") and self.numbers.get("predicted_steps") == 0
+
+    @property
     def outcome(self) -> str:
         """The verdict; about predicting, a hybrid that never did has shown nothing."""
-        is_idle = self.id.endswith("-pays") and self.numbers.get("predicted_steps") == 0
-        return "predicted nothing" if is_idle else self.verdict
+        return "predicted nothing" if self.is_idle else self.verdict
 
 
 @dataclass(frozen=True)

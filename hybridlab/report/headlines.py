@@ -27,7 +27,7 @@ class Headline:
     def _idle(self, evidence: Evidence) -> bool:
         """Whether all arms that could have predicted took gradient steps only: they neither won nor lost."""
         found = evidence.claims(self.rule.notebook, *self.rule.patterns)
-        return bool(found) and all(claim.numbers.get("predicted_steps") == 0 for claim in found)
+        return bool(found) and all(claim.is_idle for claim in found)
 
 
 HEADLINES = (
