@@ -45,18 +45,17 @@ def cards(device: torch.device) -> list[torch.device]:
 def take_at_once(device: torch.device, tensors: Iterable[Tensor]) -> None:
     """Let torch take from a card in one request what as many tensors as these are about to take one by one.
 
-    The driver needs a good part of a millisecond for each request; torch serves many from its cache in no time. What
-    the cache holds already is not asked for again. Without so much in one piece, they are taken one by one.
+    The driver needs a good part of a millisecond for each request; torch serves many from its cache in no time. Nothing
+    is asked for where the cache holds as much. Without so much in one piece, they are taken one by one.
 
     tensors: only their sizes count, and they may be on "meta" or empty of memory
     """
     if device.type != "cuda":
         return
-    cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    missing_bytes = sum(tensor.nbytes for tensor in tensors) - cached_bytes
-    if missing_bytes > 0:
+    total_bytes = sum(tensor.nbytes for tensor in tensors)
+    if total_bytes > torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device):
         with suppress(torch.OutOfMemoryError):
-            torch.empty(missing_bytes, dtype=torch.uint8, device=device)
+            torch.empty(total_bytes, dtype=torch.uint8, device=device)
 
 
 def wait_for_stream(device: torch.device) -> None:

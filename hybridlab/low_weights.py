@@ -77,15 +77,15 @@ class LowWeights:
         if not self._origin:
             self.depart_from(self._copy())
         self._low, self.is_low = lows, True
+        torch._foreach_copy_(self._views(lows), self._params)
         for param, low in zip(self._params, self._views(lows), strict=True):
-            param.data = low.copy_(param)
+            param.data = low
 
     def follow_(self) -> None:
         """Bring the bf16 weights to where the exact ones are by now."""
         for low, origin, way in zip(self._views(self._low), self._origin, self._ways(), strict=True):
             if way:
                 self._place_(low.view(-1), origin, way)
-        wait_for_stream(self._device)
 
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
@@ -100,7 +100,6 @@ class LowWeights:
             self._place_(flat, origin, way)
             exact = flat.view(like.shape)
             param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
-        wait_for_stream(self._device)
         self.is_low = False
 
     def _ways(self) -> Iterator[Way]:

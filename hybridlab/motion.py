@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hybridlab.device import wait_for_stream
 from hybridlab.host_memory import brought
 
 Flat = Float[Tensor, " element"]
@@ -40,4 +39,3 @@ def move_along_(group: Sequence[Tensor], row: Flat, length: float) -> None:
         return
     for param, piece in zip(group, pieces, strict=True):
         param.add_(brought(piece, param.device, param.dtype), alpha=length)
-    wait_for_stream(first.device)

@@ -58,11 +58,6 @@ class Weights:
         self._way_back: Snapshot | None = None
 
     @property
-    def is_low(self) -> bool:
-        """Whether they are lowered."""
-        return self._low.is_low
-
-    @property
     def settings(self) -> list[dict[str, Any]]:
         """The optimizer's settings of each group, as they are now."""
         return [s for s in self._optimizer.param_groups if any(p.requires_grad for p in s["params"])]

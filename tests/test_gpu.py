@@ -559,7 +559,7 @@ def test_a_step_in_the_backward_pass_waits_for_its_state_to_return(lookahead: in
 
 
 def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
-    """The float32 weights of a model, on their way back: one stretch for all, which goes back to the card as one."""
+    """The float32 weights of a model, on their way back: one stretch for all of them."""
     model = wide(32)
     weights = Weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
     weights.lower_()
@@ -568,7 +568,7 @@ def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
     before = torch.cuda.memory_stats()["num_device_alloc"]
     weights.raise_()
     assert torch.cuda.memory_stats()["num_device_alloc"] - before <= 3
-    assert torch.cuda.memory_reserved() <= 1.1 * sum(p.nbytes for p in model.parameters()) + 64_000_000
+    assert torch.cuda.memory_reserved() <= 1.6 * sum(p.nbytes for p in model.parameters()) + 64_000_000  # bf16 too
 
 
 def test_a_compiled_low_bit_step_inside_backward_learns_like_one_after_it() -> None:

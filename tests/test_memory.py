@@ -389,31 +389,43 @@ def test_exact_strategies_change_no_bit_of_a_run_that_predicts(strategy: str) ->
         assert torch.equal(plain, away)
 
 
-@pytest.mark.parametrize(("lookahead", "seen"), [(0, [True, True]), (1, [True, False]), (3, [False, False])])
+@pytest.mark.parametrize(
+    ("lookahead", "interval", "predict", "begun"),
+    [
+        (0, 2, "bf16_weights", ("correct", 4)),
+        (1, 2, "fp32", ("predict", 4)),
+        (1, 2, "bf16_weights", ("predict", 3)),  # with the weights, which the second motion brings
+        (1, 4, "bf16_weights", ("predict", 4)),
+        (3, 2, "fp32", ("predict", 2)),
+    ],
+)
 def test_state_returns_beside_the_last_predicted_steps(
-    lookahead: int, seen: list[bool], monkeypatch: pytest.MonkeyPatch
+    lookahead: int, interval: int, predict: str, begun: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the return has yet to begin at the forward passes of a jump of four steps, the second and the fourth."""
-    asked, prefetch_ = [], StateOffload.prefetch_
-    monkeypatch.setattr(StateOffload, "prefetch_", lambda self: (asked.extend([True] * self.is_away), prefetch_(self)))
+    """In which phase its return begins, and after how many predicted steps of a jump of four."""
+    asked: list[tuple[str, int]] = []
+    prefetch_ = StateOffload.prefetch_
+
+    def noted(state: StateOffload) -> None:
+        if state.is_away:
+            asked.append((str(trainer.current_phase), trainer.statistics().predicted_steps))
+        prefetch_(state)
+
+    monkeypatch.setattr(StateOffload, "prefetch_", noted)
     model = fresh()
     config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=2, correct_steps=1, gate=False,
+        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
         confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
-        memory=MemoryConfig(predict_aware=PredictAwareMemoryConfig("pinned", lookahead)),
+        memory=MemoryConfig(
+            mixed_precision=MixedPrecisionConfig("fp32", predict),
+            predict_aware=PredictAwareMemoryConfig("pinned", lookahead),
+        ),
     )  # fmt: skip
     trainer = HybridTrainer(model, adamw(model), config)
-    before_return: list[bool] = []
-
-    def loss(step: int) -> Tensor:
-        if trainer.current_phase == "predict":
-            before_return.append(not asked)
-        return model(tokens(step), tokens(step))
-
     for step in range(11):
-        trainer.step(lambda s=step: loss(s))
+        trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps == 4
-    assert before_return == seen
+    assert asked[0] == begun
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Started as a program with a folder, this file trains the study of the kill test,
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -16,7 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +188,19 @@ def test_a_run_records_every_step_once_and_evaluates_in_time(unbroken: Callable[
     assert run.summary["gradient_steps"] + run.summary["predicted_steps"] == STEPS
     assert run.summary["predicted_steps"] > 0, "the arm is meant to jump"
     assert names(run.folder) == RECORD
+
+
+@pytest.mark.parametrize("after", [3, STEPS])
+def test_the_collector_looks_through_what_a_run_makes_alone(tmp_path: Path, after: int) -> None:
+    """However it ends; what torch imported would be looked through in the middle of a step."""
+    before, during = gc.get_freeze_count(), []
+    run = TrainingRun(replace(PLAIN, checkpoint_every=0), tmp_path)
+    run.start()
+    with closing(run.steps()) as steps:
+        for _ in islice(steps, after):
+            during.append(gc.get_freeze_count())
+    assert min(during) > max(before, 100_000)
+    assert gc.get_freeze_count() == before == 0
 
 
 def test_checkpoints_are_off_unless_asked_for(tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ class PredictAwareMemoryConfig:
 
     strategy: "none" leaves it; "cpu" and "pinned" move it to host memory, pinned memory without waiting; "compress"
         keeps it on the card in 8 bits (inexact); "drop" throws it away, so that the optimizer starts anew (inexact)
-    lookahead: nominal steps before a jump's end at which the return begins, beside the predicted steps; weights that
-        left too come back with the last of several motions. 0 leaves all of it away until the jump is over
+    lookahead: nominal steps before a jump's end at which the return begins, beside the predicted steps. Weights that
+        left too come back with the last of several motions, and the state then with them. 0 leaves all of it away
+        until the jump is over
     release: hand what was freed back to the card, for others to use; False keeps it in torch's cache, which is quicker
 
     Raises TypeError and ValueError that name the setting and its remedy.

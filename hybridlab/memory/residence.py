@@ -18,11 +18,12 @@ class PredictResidence:
 
     What leaves is the optimizer's state, by `predict_aware`, and the float32 weights, with `bf16_weights`. The jump's
     way back holds both already: leaving is giving up their memory. With a lookahead, the weights return with the last
-    of several motions, so that they cross the bus once less, and the state's return begins beside the last predicted
-    steps. Without, the weights return after the jump, and the state beside the next forward pass. The optimizer waits
-    for it. Whoever saves or loads the model meanwhile finds the float32 weights in place.
+    of several motions, so that they cross the bus once less; the state's return begins beside the last predicted steps,
+    or with the weights. Without, the weights return after the jump, and the state beside the next forward pass. The
+    optimizer waits for it. Whoever saves or loads the model meanwhile finds the float32 weights in place.
 
     returns_early: whether it has a lookahead
+    is_clear: between what leaves and what returns
     """
 
     def __init__(self, model: nn.Module, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
@@ -33,16 +34,11 @@ class PredictResidence:
         leaves = self._lowers or predict_aware.strategy != "none"
         self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
         self.returns_early = predict_aware.lookahead > 0
-        self._has_left = False
+        self.is_clear = False
         optimizer.register_load_state_dict_pre_hook(weak_hook(self._fill_first))
         if self._lowers:
             model.register_state_dict_pre_hook(weak_hook(self._make_whole_first))  # type: ignore[no-untyped-call]
             model.register_load_state_dict_pre_hook(weak_hook(self._fill_first))  # type: ignore[no-untyped-call]
-
-    @property
-    def is_clear(self) -> bool:
-        """Between what leaves and what returns."""
-        return self._has_left and self._weights.is_low == self._lowers
 
     def clear_(self, steps_left: int, *, settled: bool) -> None:
         """Put away what Predict does not need; near the end of a jump begin to fetch it.
@@ -50,23 +46,24 @@ class PredictResidence:
         steps_left: predicted steps of the jump that are still to come, the one under way included
         settled: the last of several motions is made; where weights return early, they have
         """
-        returns = steps_left <= self._lookahead
-        begins = not returns and not self._has_left
+        is_whole = self._lowers and settled and self.returns_early
+        returns = is_whole or steps_left <= self._lookahead
+        begins = not returns and not self.is_clear
         if begins:
             self._state.leave_(self._weights.copies_of_state)
             self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
         elif returns and self._state.is_away:
             self._state.prefetch_()
-        if self._lowers and not (settled and self.returns_early):
+        if self._lowers and not is_whole:
             self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
         if begins:
             self._hand_back()
-        self._has_left = not returns
+        self.is_clear = not returns
 
     def settle_(self) -> None:
         """The jump is over: the weights return for good. The state may still be away."""
         self._weights.raise_()
-        self._has_left = False
+        self.is_clear = False
 
     def get_ready_(self) -> None:
         """The optimizer steps soon: the state returns beside what the computation does until then."""
@@ -81,7 +78,7 @@ class PredictResidence:
     def make_whole_(self) -> None:
         """Bring everything back to be looked at, as by whoever saves the model; a jump under way may go on."""
         self._weights.raise_(for_now=True)
-        self._has_left = False
+        self.is_clear = False
         self._state.return_()
 
     def _fill_first(self, *_: object) -> None:

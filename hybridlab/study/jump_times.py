@@ -25,8 +25,9 @@ class JumpTimes:
     whole: from the end of the gradient step before to the end of Correct, ordinary steps and forward passes included
     steps: predicted ones
 
-    The trainer waits for the device before Predict and after Correct, so that the host's clock is right there, and so
-    it is inside where the path is kept on the host: every motion waits. Before `proposing` one step may be under way.
+    The trainer waits for the device before Predict, after Correct, and in every predicted step, so that the host's
+    clock is right there. What is put away or fetched in a step goes beside its motion. Before `proposing` one step may
+    be under way.
     """
 
     proposing: float

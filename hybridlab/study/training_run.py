@@ -33,6 +33,7 @@ from hybridlab.runs import Run, RunRecorder
 from hybridlab.step_result import Statistics, StepResult
 from hybridlab.study.code_version import code_version
 from hybridlab.study.compilation import compile_, let_go_of_compiled
+from hybridlab.study.garbage import collector_spared
 from hybridlab.study.out_of_memory import shortage_told
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.run_config import RunConfig
@@ -179,7 +180,7 @@ class TrainingRun:
         Call `start` first. Closing the iterator keeps what was measured; the run then counts as interrupted.
         """
         first = self._steps_before
-        with self._recorder, self._sampled():
+        with self._recorder, self._sampled(), collector_spared():
             for step in range(first, self._config.steps):
                 with self._process.held():
                     record = self._step(step, settled=step >= first + UNSETTLED_STEPS)
