@@ -45,8 +45,9 @@ def cards(device: torch.device) -> list[torch.device]:
 def take_at_once(device: torch.device, tensors: Iterable[Tensor]) -> None:
     """Let torch take from a card in one request what as many tensors as these are about to take one by one.
 
-    The driver needs a good part of a millisecond for each request; torch serves many from its cache in no time. Nothing
-    is asked for where the cache holds as much. Without so much in one piece, they are taken one by one.
+    They then lie in one stretch, which can go back to the card whole: so what the cache holds goes back first, or some
+    of them would be taken from there. Nothing happens where the cache holds enough for all; without so much in one
+    piece, they are taken one by one.
 
     tensors: only their sizes count, and they may be on "meta" or empty of memory
     """
@@ -54,6 +55,7 @@ def take_at_once(device: torch.device, tensors: Iterable[Tensor]) -> None:
         return
     total_bytes = sum(tensor.nbytes for tensor in tensors)
     if total_bytes > torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device):
+        torch.cuda.empty_cache()
         with suppress(torch.OutOfMemoryError):
             torch.empty(total_bytes, dtype=torch.uint8, device=device)
 
