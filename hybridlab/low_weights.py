@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from hybridlab.device import take_at_once, wait_for_stream
 from hybridlab.host_memory import brought, host_room
-from hybridlab.motion import PIECE, Flat, Motion, flats_of, views
+from hybridlab.motion import PIECE, Flat, Motion, flats_of, runs, views
 
 Way = list[tuple[Flat, float]]
 """Rows to go along, and how far along each, one by one."""
@@ -83,9 +82,10 @@ class LowWeights:
 
     def follow_(self) -> None:
         """Bring the bf16 weights to where the exact ones are by now."""
-        for low, origin, way in zip(self._views(self._low), self._origin, self._ways(), strict=True):
+        lows = self._views(self._low)
+        for members, way in self._runs():
             if way:
-                self._place_(low.view(-1), origin, way)
+                self._place_([low.view(-1) for low in lows[members]], self._origin[members], way)
 
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
@@ -95,36 +95,47 @@ class LowWeights:
             param.data = origin  # the bf16 weights go before the float32 ones come
         self._low = []
         take_at_once(self._device, self._likes)
-        for param, origin, like, way in zip(self._params, self._origin, self._likes, self._ways(), strict=True):
-            flat = torch.empty(like.numel(), dtype=like.dtype, device=self._device)
-            self._place_(flat, origin, way)
-            exact = flat.view(like.shape)
-            param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
+        for members, way in self._runs():
+            likes = self._likes[members]
+            flats = [torch.empty(like.numel(), dtype=like.dtype, device=self._device) for like in likes]
+            self._place_(flats, self._origin[members], way)
+            for param, like, flat in zip(self._params[members], likes, flats, strict=True):
+                exact = flat.view(like.shape)
+                param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
         self.is_low = False
 
-    def _ways(self) -> Iterator[Way]:
-        """Of each parameter, the motions since the origin."""
+    def _runs(self) -> Iterator[tuple[slice, Way]]:
+        """Parameters that come over together, and the motions of each run since the origin."""
+        begin = 0
         for g, group in enumerate(self._groups):
             motions = [(row, length) for to, row, length in self._motions if to == g]
-            ends = accumulate((param.numel() for param in group), initial=0)
-            yield from ([(row[start:end], length) for row, length in motions] for start, end in pairwise(ends))
+            for members, stretch in runs(group):
+                way = [(row[stretch], length) for row, length in motions]
+                yield slice(begin + members.start, begin + members.stop), way
+            begin += len(group)
 
-    def _place_(self, target: Flat, origin: Tensor, way: Way) -> None:
-        """One parameter: the exact weights come over piece by piece, and move; a narrower target has them rounded.
+    def _place_(self, targets: list[Flat], origins: list[Tensor], way: Way) -> None:
+        """One run; a parameter that is longer than a piece comes over piece by piece."""
+        for start in range(0, sum(target.numel() for target in targets), PIECE):
+            piece = slice(start, start + PIECE)
+            there, flats = [target[piece] for target in targets], [origin.reshape(-1)[piece] for origin in origins]
+            self._place_piece_(there, flats, [(row[piece], length) for row, length in way])
+
+    def _place_piece_(self, targets: list[Flat], origins: list[Flat], way: Way) -> None:
+        """The exact weights come over, and move; narrower targets have them rounded.
 
         A row that is gone along several times comes over once.
         """
-        flat, rows = origin.reshape(-1), {row.data_ptr(): row for row, _ in way}
-        for start in range(0, target.numel(), PIECE):
-            piece = slice(start, start + PIECE)
-            there = target[piece]
-            exact = there if there.dtype == flat.dtype else torch.empty_like(there, dtype=flat.dtype)
-            exact.copy_(flat[piece], non_blocking=True)
-            over = {place: brought(row[piece], self._device, exact.dtype) for place, row in rows.items()}
-            for row, length in way:
-                exact.add_(over[row.data_ptr()], alpha=length)
-            if exact is not there:
-                there.copy_(exact)
+        dtype, rounds = origins[0].dtype, targets[0].dtype != origins[0].dtype
+        exact = [torch.empty_like(target, dtype=dtype) for target in targets] if rounds else targets
+        for place, origin in zip(exact, origins, strict=True):
+            place.copy_(origin, non_blocking=True)
+        rows = {row.data_ptr(): row for row, _ in way}
+        over = {place: views(brought(row, self._device, dtype), exact) for place, row in rows.items()}
+        for row, length in way:
+            torch._foreach_add_(exact, over[row.data_ptr()], alpha=length)
+        if rounds:
+            torch._foreach_copy_(targets, exact)
 
     def _views(self, flats: Sequence[Flat]) -> list[Tensor]:
         """Each parameter's place in its group's piece of memory."""

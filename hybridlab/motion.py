@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,11 +31,26 @@ def views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
 
 
+def runs(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
+    """Consecutive parameters that together are no longer than a `PIECE`; a longer one is a run of its own.
+
+    Yields which parameters, and where they lie in a flat piece of memory.
+    """
+    first = start = end = 0
+    for i, param in enumerate(group):
+        if i > first and end - start + param.numel() > PIECE:
+            yield slice(first, i), slice(start, end)
+            first, start = i, end
+        end += param.numel()
+    yield slice(first, len(group)), slice(start, end)
+
+
 def move_along_(group: Sequence[Tensor], row: Flat, length: float) -> None:
-    """Add a row to a group's parameters; where it does not lie beside them, it comes over one parameter at a time."""
-    pieces, first = views(row, group), group[0]
-    if (row.device, row.dtype) == (first.device, first.dtype):
-        torch._foreach_add_(list(group), pieces, alpha=length)
+    """Add a row to a group's parameters; where it does not lie beside them, it comes over run by run."""
+    device, dtype = group[0].device, group[0].dtype
+    if (row.device, row.dtype) == (device, dtype):
+        torch._foreach_add_(list(group), views(row, group), alpha=length)
         return
-    for param, piece in zip(group, pieces, strict=True):
-        param.add_(brought(piece, param.device, param.dtype), alpha=length)
+    for members, stretch in runs(group):
+        run = list(group[members])
+        torch._foreach_add_(run, views(brought(row[stretch], device, dtype), run), alpha=length)

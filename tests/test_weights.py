@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
-from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights
+from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights, motion
 from hybridlab.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.errors import UserError
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
 from hybridlab.memory.low_bit import low_bit_adamw
+from hybridlab.motion import PIECE, runs
 from hybridlab.phases import Phase
 from hybridlab.weights import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas, Problem
@@ -418,8 +419,14 @@ def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
     assert [p.stride() for p in model.parameters()] == strides
 
 
+@pytest.mark.parametrize("piece", [7, 100, PIECE])
 @pytest.mark.parametrize("on_host", [False, True])
-def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(on_host: bool, arenas: CountedArenas) -> None:
+def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(
+    on_host: bool, piece: int, arenas: CountedArenas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much of them comes over at a time."""
+    for module in (motion, low_weights):
+        monkeypatch.setattr(module, "PIECE", piece)
     model, plain_model = Picture(), Picture()
     rows = [torch.linspace(-1, 1, sum(p.numel() for p in model.parameters())).roll(n) for n in range(2)]
     weights, plain_weights = (Weights(m, SGD(m.parameters(), lr=0.1), on_host=on_host) for m in (model, plain_model))
@@ -443,6 +450,14 @@ def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(on_host:
     assert len(arenas.taken_bytes) == taken
 
 
+def test_runs_are_consecutive_parameters_no_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(motion, "PIECE", 10)
+    group = [torch.empty(n) for n in (4, 6, 1, 25, 0, 3)]
+    assert [(members.start, members.stop, where.start, where.stop) for members, where in runs(group)] == [
+        (0, 2, 0, 10), (2, 3, 10, 11), (3, 4, 11, 36), (4, 6, 36, 39),
+    ]  # fmt: skip
+
+
 def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, crossed, over = Picture(), [], low_weights.brought
     monkeypatch.setattr(low_weights, "brought", lambda *asked: (crossed.append(asked), over(*asked))[1])
@@ -452,7 +467,7 @@ def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.Monk
     for _ in range(3):
         weights.move_([(0, row, 1e-3)])
     weights.raise_()
-    assert len(crossed) == 4 * len(list(model.parameters())), "once a motion, and once on the way back"
+    assert len(crossed) == 4, "once a motion, and once on the way back, all parameters together"
 
 
 def test_weights_trained_after_a_jump_are_lowered_as_they_are_then() -> None:
