@@ -149,14 +149,14 @@ class Prediction:
     def advance_(self, jump: Jump, *, returns_early: bool = False) -> bool:
         """One nominal step of the jump: the weights move at the start of a chunk. Whether this step ends one.
 
-        returns_early: weights that are lowered come back with the last of several motions
+        returns_early: weights that are lowered are raised after the last of several motions
         """
         interval = self.config.correction_interval
         chunk = jump.next_chunk(interval) if jump.taken % interval == 0 else None
         jump.taken += 1
         if chunk is not None:
-            settles = returns_early and jump.is_settled(interval)
-            self._trajectory.move_(jump.proposal.coefficients, chunk, settles=settles)
+            raised_next = returns_early and jump.is_settled(interval)
+            self._trajectory.move_(jump.proposal.coefficients, chunk, raised_next=raised_next)
         self._statistics.predicted_steps += 1
         self._worth_at_risk += jump.worth_per_step
         return jump.taken % interval == 0 or jump.is_over

@@ -159,11 +159,11 @@ class Trajectory:
 
     # --- moving ------------------------------------------------------------------------------------------
 
-    def move_(self, coefficients: Coefficients, fraction: float = 1.0, *, settles: bool = False) -> None:
+    def move_(self, coefficients: Coefficients, fraction: float = 1.0, *, raised_next: bool = False) -> None:
         """Move the weights by `fraction` times the combination of rows.
 
         coefficients: of the rows in the order of the last `gram()`
-        settles: no motion follows for now; weights that are lowered come back with this one
+        raised_next: weights that are lowered are about to be raised, and so need not follow
         """
         lengths = coefficients * fraction
         motions = (
@@ -171,7 +171,7 @@ class Trajectory:
             for g in range(len(lengths))
             for row in np.flatnonzero(lengths[g])
         )
-        self._weights.move_(motions, settles=settles)
+        self._weights.move_(motions, raised_next=raised_next)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 

@@ -90,15 +90,16 @@ class Weights:
     # --- moving ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def move_(self, motions: Iterable[Motion], *, settles: bool = False) -> None:
+    def move_(self, motions: Iterable[Motion], *, raised_next: bool = False) -> None:
         """Add to each group its motions times their lengths, in place. Every jump passes here.
 
-        settles: weights that are lowered come back with these motions, which costs hardly more than to follow them
+        raised_next: weights that are lowered are about to be raised, and so need not follow
         """
         motions = list(motions)
         self._low.note(motions)
         if self._low.is_low:
-            self._low.raise_() if settles else self._low.follow_()
+            if not raised_next:
+                self._low.follow_()
         else:
             for g, row, length in motions:
                 move_along_(self.groups[g], row, length)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from hybridlab import HybridTrainer, HybridTrainerConfig
 from hybridlab.errors import UserError
+from hybridlab.low_weights import LowWeights
 from hybridlab.memory import low_bit
 from hybridlab.memory.apply import optimizer_for, prepare_model_
 from hybridlab.memory.blocks import blocks_of, buckets_of
@@ -29,7 +30,7 @@ from hybridlab.memory.config import (
 )
 from hybridlab.memory.in_backward import StepInBackward
 from hybridlab.memory.low_bit import low_bit_adamw
-from hybridlab.memory.offload import StateOffload
+from hybridlab.memory.offload import StateOffload, _Content, _HostMemory
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
 from hybridlab.study import TextTaskConfig
@@ -426,6 +427,39 @@ def test_state_returns_beside_the_last_predicted_steps(
         trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps == 4
     assert asked[0] == begun
+
+
+@pytest.mark.parametrize(("lookahead", "interval"), [(0, 4), (1, 2)])
+def test_room_for_the_state_is_taken_before_the_weights_return(
+    lookahead: int, interval: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While copies are under way the driver gives none, and the host would wait for them."""
+    order: list[str] = []
+    for owner, name in ((_Content, "allocate_"), (LowWeights, "_place_"), (_HostMemory, "give_back_")):
+        monkeypatch.setattr(owner, name, _noted(getattr(owner, name), order, name))
+    model = fresh()
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
+        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
+        memory=MemoryConfig(
+            mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
+            predict_aware=PredictAwareMemoryConfig("pinned", lookahead),
+        ),
+    )  # fmt: skip
+    trainer = HybridTrainer(model, adamw(model), config)
+    for step in range(11):
+        trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
+    assert trainer.statistics().predicted_steps == 4
+    first = [name for i, name in enumerate(order) if name not in order[:i]]
+    assert first == ["allocate_", "_place_", "give_back_"]
+
+
+def _noted(call: Callable[..., None], order: list[str], name: str) -> Callable[..., None]:
+    def noted(*args: Any, **kwargs: Any) -> None:
+        order.append(name)
+        call(*args, **kwargs)
+
+    return noted
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class StateOffload:
             case strategy:
                 self._refuge = _HostMemory(self._device, pinned=strategy == "pinned")
         self._away: list[_Content] = []
-        self._is_returning = False
+        self._has_room = self._is_returning = False
         for ask_first in (
             optimizer.register_step_pre_hook,
             optimizer.register_state_dict_pre_hook,
@@ -85,7 +85,7 @@ class StateOffload:
         self._own_state_()
         contents = list(_contents(self._optimizer, self._device))
         self._refuge.take(contents, copies)
-        self._away, self._is_returning = contents, False  # first: an interrupt now finds all of it on the host
+        self._away, self._has_room, self._is_returning = contents, False, False  # first: an interrupt finds all there
         for content in contents:
             content.free_()
 
@@ -96,13 +96,20 @@ class StateOffload:
                 if not all(tensor.untyped_storage().resizable() for tensor in plain_tensors(value)):
                     state[name] = inside(value, Tensor.clone)
 
-    def prefetch_(self) -> None:
-        """The state is wanted soon: begin its return, if it is away, beside what the computation does."""
-        if self._is_returning or not self._away:
+    def make_room_(self) -> None:
+        """Take the state's memory on the card, if it is away."""
+        if self._has_room or not self._away:
             return
         take_at_once(self._device, [content.flat for content in self._away])
         for content in self._away:
             content.allocate_()
+        self._has_room = True
+
+    def prefetch_(self) -> None:
+        """The state is wanted soon: begin its return, if it is away, beside what the computation does."""
+        if self._is_returning or not self._away:
+            return
+        self.make_room_()
         self._refuge.give_back_(self._away)
         self._is_returning = True
 

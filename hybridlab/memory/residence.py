@@ -44,7 +44,7 @@ class PredictResidence:
         """Put away what Predict does not need; near the end of a jump begin to fetch it.
 
         steps_left: predicted steps of the jump that are still to come, the one under way included
-        settled: the last of several motions is made; where weights return early, they have
+        settled: the last of several motions is made
         """
         is_whole = self._lowers and settled and self.returns_early
         returns = is_whole or steps_left <= self._lookahead
@@ -52,7 +52,9 @@ class PredictResidence:
         if begins:
             self._state.leave_(self._weights.copies_of_state)
             self._hand_back()  # the bf16 weights need the room before the float32 ones leave theirs
-        elif returns and self._state.is_away:
+        elif returns:
+            if is_whole:
+                self._raise_(for_now=True)
             self._state.prefetch_()
         if self._lowers and not is_whole:
             self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
@@ -62,7 +64,7 @@ class PredictResidence:
 
     def settle_(self) -> None:
         """The jump is over: the weights return for good. The state may still be away."""
-        self._weights.raise_()
+        self._raise_(for_now=False)
         self.is_clear = False
 
     def get_ready_(self) -> None:
@@ -77,9 +79,14 @@ class PredictResidence:
 
     def make_whole_(self) -> None:
         """Bring everything back to be looked at, as by whoever saves the model; a jump under way may go on."""
-        self._weights.raise_(for_now=True)
+        self._raise_(for_now=True)
         self.is_clear = False
         self._state.return_()
+
+    def _raise_(self, *, for_now: bool) -> None:
+        """Bring the weights back, after room for the state: while they come, the driver would give none."""
+        self._state.make_room_()
+        self._weights.raise_(for_now=for_now)
 
     def _fill_first(self, *_: object) -> None:
         self.fill_()
