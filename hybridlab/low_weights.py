@@ -36,7 +36,7 @@ class LowWeights:
         self._origin: list[Tensor] = []
         self._motions: list[Motion] = []
         self._low: list[Flat] = []
-        self._room: list[Flat] = []
+        self._room: list[Tensor] = []
         self.is_low = False
 
     # --- where the exact ones are ------------------------------------------------------------------------
@@ -56,12 +56,11 @@ class LowWeights:
 
     def _copy(self) -> list[Tensor]:
         """The weights in host memory, which is taken once and used again."""
-        self._room = self._room or host_room(flats_of(self._groups), pinned=self._device.type == "cuda")
-        copies = self._views(self._room)
-        for param, copy in zip(self._params, copies, strict=True):
+        self._room = self._room or host_room(self._likes, pinned=self._device.type == "cuda")
+        for param, copy in zip(self._params, self._room, strict=True):
             copy.copy_(param, non_blocking=True)
         wait_for_stream(self._device)
-        return copies
+        return self._room
 
     # --- down and up -------------------------------------------------------------------------------------
 
@@ -109,7 +108,7 @@ class LowWeights:
         begin = 0
         for g, group in enumerate(self._groups):
             motions = [(row, length) for to, row, length in self._motions if to == g]
-            for members, stretch in runs(group):
+            for members, stretch in runs(self._likes[begin : begin + len(group)]):
                 way = [(row[stretch], length) for row, length in motions]
                 yield slice(begin + members.start, begin + members.stop), way
             begin += len(group)

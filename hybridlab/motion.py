@@ -32,13 +32,13 @@ def views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
 
 
 def runs(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
-    """Consecutive parameters that together are no longer than a `PIECE`; a longer one is a run of its own.
+    """Consecutive parameters of one type, together no longer than a `PIECE`; a longer one is a run of its own.
 
     Yields which parameters, and where they lie in a flat piece of memory.
     """
     first = start = end = 0
     for i, param in enumerate(group):
-        if i > first and end - start + param.numel() > PIECE:
+        if i > first and (param.dtype != group[first].dtype or end - start + param.numel() > PIECE):
             yield slice(first, i), slice(start, end)
             first, start = i, end
         end += param.numel()
@@ -47,10 +47,10 @@ def runs(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
 
 def move_along_(group: Sequence[Tensor], row: Flat, length: float) -> None:
     """Add a row to a group's parameters; where it does not lie beside them, it comes over run by run."""
-    device, dtype = group[0].device, group[0].dtype
-    if (row.device, row.dtype) == (device, dtype):
+    device = group[0].device
+    if (row.device, row.dtype) == (device, group[0].dtype):
         torch._foreach_add_(list(group), views(row, group), alpha=length)
         return
     for members, stretch in runs(group):
         run = list(group[members])
-        torch._foreach_add_(run, views(brought(row[stretch], device, dtype), run), alpha=length)
+        torch._foreach_add_(run, views(brought(row[stretch], device, run[0].dtype), run), alpha=length)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights, motion
 from hybridlab.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.errors import UserError
+from hybridlab.host_memory import ALIGNMENT_BYTES
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
 from hybridlab.memory.low_bit import low_bit_adamw
 from hybridlab.motion import PIECE, runs
@@ -313,9 +314,9 @@ def test_float32_weights_that_find_no_room_stay_where_they_are(arenas: CountedAr
         assert {p.dtype for group in groups for p in group} == {torch.bfloat16}
         weights.raise_()
     assert same(plain(list(model.parameters())), plain(list(plain_model.parameters())))
-    sizes = [4 * sum(p.numel() for p in group) for group in groups]
+    sizes = [4 * p.numel() for group in groups for p in group]
     assert len(arenas.taken_bytes) == 1
-    assert sum(sizes) <= arenas.taken_bytes[0] < sum(sizes) + 2 * 256
+    assert sum(sizes) <= arenas.taken_bytes[0] < sum(sizes) + ALIGNMENT_BYTES * len(sizes)
 
 
 # --- in training -----------------------------------------------------------------------------------------
@@ -450,11 +451,30 @@ def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(
     assert len(arenas.taken_bytes) == taken
 
 
-def test_runs_are_consecutive_parameters_no_longer_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_of_two_types_in_one_group_move_as_exactly_while_they_are_lowered() -> None:
+    def of_two_types() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ParameterList([torch.randn(5, 3).bfloat16(), torch.randn(7), torch.randn(4, 4)])
+
+    low, plain_model = of_two_types(), of_two_types()
+    weights, plain_weights = (Weights(m, SGD(m.parameters(), lr=0.1)) for m in (low, plain_model))
+    weights.lower_()
+    row = torch.linspace(-1, 1, 38)
+    for moved in (weights, plain_weights):
+        moved.move_([(0, row, 0.5)])
+        moved.move_([(0, row, 0.25)])
+    assert same([p.clone() for p in low.parameters()], [p.bfloat16() for p in plain_model.parameters()])
+    weights.raise_()
+    assert same(list(low.parameters()), list(plain_model.parameters()))
+
+
+def test_runs_are_consecutive_parameters_of_one_type_up_to_a_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(motion, "PIECE", 10)
-    group = [torch.empty(n) for n in (4, 6, 1, 25, 0, 3)]
+    group = [torch.empty(n) for n in (4, 6, 1, 25, 0, 3)] + [torch.empty(2, dtype=torch.bfloat16)]
     assert [(members.start, members.stop, where.start, where.stop) for members, where in runs(group)] == [
-        (0, 2, 0, 10), (2, 3, 10, 11), (3, 4, 11, 36), (4, 6, 36, 39),
+        (0, 2, 0, 10), (2, 3, 10, 11), (3, 4, 11, 36), (4, 6, 36, 39), (6, 7, 39, 41),
     ]  # fmt: skip
 
 
