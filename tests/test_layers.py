@@ -79,4 +79,4 @@ def test_few_files_write_parameters_in_place() -> None:
     """Beside them, models draw their first weights, and optimizers scale gradients or write what they have rounded."""
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
     optimizers = {ROOT / "memory" / "in_backward.py", ROOT / "memory" / "low_bit.py"}
-    assert writers == {ROOT / "motion.py", ROOT / "weights.py"} | optimizers
+    assert writers == {ROOT / f"{name}.py" for name in ("motion", "weights", "low_weights")} | optimizers
