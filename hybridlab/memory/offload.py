@@ -85,7 +85,8 @@ class StateOffload:
         self._own_state_()
         contents = list(_contents(self._optimizer, self._device))
         self._refuge.take(contents, copies)
-        self._away, self._has_room, self._is_returning = contents, False, False  # first: an interrupt finds all there
+        self._has_room = self._is_returning = False
+        self._away = contents  # first: an interrupt now finds all of it on the host
         for content in contents:
             content.free_()
 
