@@ -94,13 +94,13 @@ class LowWeights:
             param.data = origin  # the bf16 weights go before the float32 ones come
         self._low = []
         take_at_once(self._device, self._likes)
+        # all of them before the first copy: while copies are under way, the driver gives no memory
+        flats = [torch.empty(like.numel(), dtype=like.dtype, device=self._device) for like in self._likes]
         for members, way in self._runs():
-            likes = self._likes[members]
-            flats = [torch.empty(like.numel(), dtype=like.dtype, device=self._device) for like in likes]
-            self._place_(flats, self._origin[members], way)
-            for param, like, flat in zip(self._params[members], likes, flats, strict=True):
-                exact = flat.view(like.shape)
-                param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
+            self._place_(flats[members], self._origin[members], way)
+        for param, like, flat in zip(self._params, self._likes, flats, strict=True):
+            exact = flat.view(like.shape)
+            param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
         self.is_low = False
 
     def _runs(self) -> Iterator[tuple[slice, Way]]:
