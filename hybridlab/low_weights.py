@@ -26,7 +26,7 @@ class LowWeights:
 
     groups: the parameters, all of them on one device
 
-    is_low: whether the device holds bf16 weights
+    is_low: whether the device holds bf16 weights; motions since then have moved the exact ones alone
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
@@ -37,7 +37,7 @@ class LowWeights:
         self._motions: list[Motion] = []
         self._low: list[Flat] = []
         self._room: list[Tensor] = []
-        self.is_low = False
+        self.is_low = self._is_behind = False
 
     # --- where the exact ones are ------------------------------------------------------------------------
 
@@ -49,6 +49,7 @@ class LowWeights:
         """The weights move along rows that stay as they are until `forget`."""
         if self._origin:
             self._motions += motions
+            self._is_behind = self.is_low
 
     def forget(self) -> None:
         """The weights, which must not be low, go their own way."""
@@ -65,26 +66,31 @@ class LowWeights:
     # --- down and up -------------------------------------------------------------------------------------
 
     def lower_(self) -> None:
-        """Leave bf16 weights on the device. Does nothing the second time.
+        """Leave bf16 weights on the device; those that are there follow the exact ones.
 
         Raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
         """
         if self.is_low:
+            self._follow_()
             return
         lows = [torch.empty_like(flat, dtype=torch.bfloat16, device=self._device) for flat in flats_of(self._groups)]
         if not self._origin:
             self.depart_from(self._copy())
         self._low, self.is_low = lows, True
-        torch._foreach_copy_(self._views(lows), self._params)
-        for param, low in zip(self._params, self._views(lows), strict=True):
-            param.data = low
+        places = self._views(lows)
+        torch._foreach_copy_(places, self._params)
+        for param, place in zip(self._params, places, strict=True):
+            param.data = place
 
-    def follow_(self) -> None:
+    def _follow_(self) -> None:
         """Bring the bf16 weights to where the exact ones are by now."""
+        if not self._is_behind:
+            return
         lows = self._views(self._low)
         for members, way in self._runs():
             if way:
                 self._place_([low.view(-1) for low in lows[members]], self._origin[members], way)
+        self._is_behind = False
 
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
@@ -101,7 +107,7 @@ class LowWeights:
         for param, like, flat in zip(self._params, self._likes, flats, strict=True):
             exact = flat.view(like.shape)
             param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
-        self.is_low = False
+        self.is_low = self._is_behind = False
 
     def _runs(self) -> Iterator[tuple[slice, Way]]:
         """Parameters that come over together, and the motions of each run since the origin."""

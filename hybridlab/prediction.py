@@ -146,17 +146,13 @@ class Prediction:
 
     # --- Predict and Correct -----------------------------------------------------------------------------
 
-    def advance_(self, jump: Jump, *, returns_early: bool = False) -> bool:
-        """One nominal step of the jump: the weights move at the start of a chunk. Whether this step ends one.
-
-        returns_early: weights that are lowered are raised after the last of several motions
-        """
+    def advance_(self, jump: Jump) -> bool:
+        """One nominal step of the jump: the weights move at the start of a chunk. Whether this step ends one."""
         interval = self.config.correction_interval
         chunk = jump.next_chunk(interval) if jump.taken % interval == 0 else None
         jump.taken += 1
         if chunk is not None:
-            raised_next = returns_early and jump.is_settled(interval)
-            self._trajectory.move_(jump.proposal.coefficients, chunk, raised_next=raised_next)
+            self._trajectory.move_(jump.proposal.coefficients, chunk)
         self._statistics.predicted_steps += 1
         self._worth_at_risk += jump.worth_per_step
         return jump.taken % interval == 0 or jump.is_over

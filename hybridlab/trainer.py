@@ -111,7 +111,7 @@ class HybridTrainer:
         jump = self._prediction.jump
         assert jump is not None
         steps_left = jump.length - jump.taken
-        chunk_ends = self._prediction.advance_(jump, returns_early=self._residence.returns_early)
+        chunk_ends = self._prediction.advance_(jump)
         self._residence.clear_(steps_left, settled=jump.is_settled(self.config.correction_interval))
         wait_for_stream(self._weights.device)  # here, so that the card is cleared beside the motion
         loss = self._passes.forward(batch, predicting=True) if chunk_ends else None

@@ -159,11 +159,10 @@ class Trajectory:
 
     # --- moving ------------------------------------------------------------------------------------------
 
-    def move_(self, coefficients: Coefficients, fraction: float = 1.0, *, raised_next: bool = False) -> None:
+    def move_(self, coefficients: Coefficients, fraction: float = 1.0) -> None:
         """Move the weights by `fraction` times the combination of rows.
 
         coefficients: of the rows in the order of the last `gram()`
-        raised_next: weights that are lowered are about to be raised, and so need not follow
         """
         lengths = coefficients * fraction
         motions = (
@@ -171,7 +170,7 @@ class Trajectory:
             for g in range(len(lengths))
             for row in np.flatnonzero(lengths[g])
         )
-        self._weights.move_(motions, raised_next=raised_next)
+        self._weights.move_(motions)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 

@@ -90,17 +90,14 @@ class Weights:
     # --- moving ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def move_(self, motions: Iterable[Motion], *, raised_next: bool = False) -> None:
+    def move_(self, motions: Iterable[Motion]) -> None:
         """Add to each group its motions times their lengths, in place. Every jump passes here.
 
-        raised_next: weights that are lowered are about to be raised, and so need not follow
+        While weights are lowered, the exact ones move alone: `lower_` lets the bf16 ones follow, `raise_` brings them.
         """
         motions = list(motions)
         self._low.note(motions)
-        if self._low.is_low:
-            if not raised_next:
-                self._low.follow_()
-        else:
+        if not self._low.is_low:
             for g, row, length in motions:
                 move_along_(self.groups[g], row, length)
         tell_of_jump(self._optimizer)
@@ -116,7 +113,7 @@ class Weights:
     def lower_(self) -> None:
         """Leave bf16 weights on the device; the float32 ones can be had from the way back, or from a copy on the host.
 
-        Does nothing the second time. Broken off at any point, no bit is lost: `raise_` brings all of them.
+        Those that are lowered follow the motions since. Broken off at any point, no bit is lost: `raise_` brings all.
         """
         self._low.lower_()
 

@@ -590,7 +590,7 @@ def test_every_jump_leaves_as_little_on_the_card_as_the_first() -> None:
         weights.depart_from(weights.snapshot())
         residence.clear_(10, settled=False)
         held.append(torch.cuda.memory_reserved())
-        weights.move_([], raised_next=True)
+        weights.move_([])
         residence.clear_(9, settled=True)
     bf16_bytes = sum(p.nbytes for p in model.parameters()) / 2
     assert max(held) - min(held) < 0.3 * bf16_bytes

@@ -390,6 +390,18 @@ def test_exact_strategies_change_no_bit_of_a_run_that_predicts(strategy: str) ->
         assert torch.equal(plain, away)
 
 
+def taking_jumps_of_four(
+    model: GPT2, interval: int, predict: str, predict_aware: PredictAwareMemoryConfig
+) -> HybridTrainer:
+    """After six gradient steps the first, of four predicted ones; the weights move every `interval` of them."""
+    config = HybridTrainerConfig(
+        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
+        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
+        memory=MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", predict), predict_aware=predict_aware),
+    )  # fmt: skip
+    return HybridTrainer(model, adamw(model), config)
+
+
 @pytest.mark.parametrize(
     ("lookahead", "interval", "predict", "begun"),
     [
@@ -414,15 +426,7 @@ def test_state_returns_beside_the_last_predicted_steps(
 
     monkeypatch.setattr(StateOffload, "prefetch_", noted)
     model = fresh()
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
-        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
-        memory=MemoryConfig(
-            mixed_precision=MixedPrecisionConfig("fp32", predict),
-            predict_aware=PredictAwareMemoryConfig("pinned", lookahead),
-        ),
-    )  # fmt: skip
-    trainer = HybridTrainer(model, adamw(model), config)
+    trainer = taking_jumps_of_four(model, interval, predict, PredictAwareMemoryConfig("pinned", lookahead))
     for step in range(11):
         trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps == 4
@@ -438,15 +442,7 @@ def test_room_for_the_state_is_taken_before_the_weights_return(
     for owner, name in ((_Content, "allocate_"), (LowWeights, "_place_"), (_HostMemory, "give_back_")):
         monkeypatch.setattr(owner, name, _noted(getattr(owner, name), order, name))
     model = fresh()
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
-        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
-        memory=MemoryConfig(
-            mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
-            predict_aware=PredictAwareMemoryConfig("pinned", lookahead),
-        ),
-    )  # fmt: skip
-    trainer = HybridTrainer(model, adamw(model), config)
+    trainer = taking_jumps_of_four(model, interval, "bf16_weights", PredictAwareMemoryConfig("pinned", lookahead))
     for step in range(11):
         trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps == 4
@@ -469,15 +465,7 @@ def _noted(call: Callable[..., None], order: list[str], name: str) -> Callable[.
 def test_weights_return_with_the_last_of_several_motions(lookahead: int, interval: int, seen: list[str]) -> None:
     """As the forward passes of a jump of four steps find them, each at the end of what one motion moved to."""
     model = fresh()
-    memory = MemoryConfig(
-        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
-        predict_aware=PredictAwareMemoryConfig("none", lookahead),
-    )
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
-        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9, memory=memory,
-    )  # fmt: skip
-    trainer = HybridTrainer(model, adamw(model), config)
+    trainer = taking_jumps_of_four(model, interval, "bf16_weights", PredictAwareMemoryConfig("none", lookahead))
     found: list[str] = []
 
     def loss(step: int) -> Tensor:

@@ -463,14 +463,13 @@ def test_parameters_of_two_types_in_one_group_move_as_exactly_while_they_are_low
     for moved in (weights, plain_weights):
         moved.move_([(0, row, 0.5)])
         moved.move_([(0, row, 0.25)])
+    weights.lower_()
     assert same([p.clone() for p in low.parameters()], [p.bfloat16() for p in plain_model.parameters()])
     weights.raise_()
     assert same(list(low.parameters()), list(plain_model.parameters()))
 
 
-def test_runs_are_consecutive_parameters_of_one_type_up_to_a_piece(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_runs_are_consecutive_parameters_of_one_type_up_to_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(motion, "PIECE", 10)
     group = [torch.empty(n) for n in (4, 6, 1, 25, 0, 3)] + [torch.empty(2, dtype=torch.bfloat16)]
     assert [(members.start, members.stop, where.start, where.stop) for members, where in runs(group)] == [
@@ -486,6 +485,7 @@ def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.Monk
     weights.lower_()
     for _ in range(3):
         weights.move_([(0, row, 1e-3)])
+        weights.lower_()
     weights.raise_()
     assert len(crossed) == 4, "once a motion, and once on the way back, all parameters together"
 

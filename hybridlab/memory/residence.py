@@ -22,7 +22,6 @@ class PredictResidence:
     or with the weights. Without, the weights return after the jump, and the state beside the next forward pass. The
     optimizer waits for it. Whoever saves or loads the model meanwhile finds the float32 weights in place.
 
-    returns_early: whether it has a lookahead
     is_clear: between what leaves and what returns
     """
 
@@ -33,7 +32,6 @@ class PredictResidence:
         self._lowers = memory.lowers_weights
         leaves = self._lowers or predict_aware.strategy != "none"
         self._releases = leaves and predict_aware.release and weights.device.type == "cuda"
-        self.returns_early = predict_aware.lookahead > 0
         self.is_clear = False
         optimizer.register_load_state_dict_pre_hook(weak_hook(self._fill_first))
         if self._lowers:
@@ -46,7 +44,7 @@ class PredictResidence:
         steps_left: predicted steps of the jump that are still to come, the one under way included
         settled: the last of several motions is made
         """
-        is_whole = self._lowers and settled and self.returns_early
+        is_whole = self._lowers and settled and self._lookahead > 0
         returns = is_whole or steps_left <= self._lookahead
         begins = not returns and not self.is_clear
         if begins:
@@ -57,7 +55,7 @@ class PredictResidence:
                 self._raise_(for_now=True)
             self._state.prefetch_()
         if self._lowers and not is_whole:
-            self._weights.lower_()  # near the end too, where a checkpoint has raised them: every step measures alike
+            self._weights.lower_()  # or let them follow; also where a checkpoint raised them: all steps measure alike
         if begins:
             self._hand_back()
         self.is_clear = not returns
