@@ -36,6 +36,7 @@ class LowWeights:
         self._origin: list[Tensor] = []
         self._motions: list[Motion] = []
         self._low: list[Flat] = []
+        self._exact: list[Flat] = []
         self._room: list[Tensor] = []
         self.is_low = self._is_behind = False
 
@@ -68,12 +69,16 @@ class LowWeights:
     def lower_(self) -> None:
         """Leave bf16 weights on the device; those that are there follow the exact ones.
 
+        They lie in one piece: a small one of them would fit in, and hold, a stretch of the card that others have left.
+
         Raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
         """
-        if self.is_low:
+        if self._low:
             self._follow_()
             return
-        lows = [torch.empty_like(flat, dtype=torch.bfloat16, device=self._device) for flat in flats_of(self._groups)]
+        self.raise_()  # where that had begun, and broke off
+        sizes = [flat.numel() for flat in flats_of(self._groups)]
+        lows = list(torch.split(torch.empty(sum(sizes), dtype=torch.bfloat16, device=self._device), sizes))
         if not self._origin:
             self.depart_from(self._copy())
         self._low, self.is_low = lows, True
@@ -92,21 +97,30 @@ class LowWeights:
                 self._place_([low.view(-1) for low in lows[members]], self._origin[members], way)
         self._is_behind = False
 
+    def make_room_(self) -> None:
+        """Take the float32 weights' memory on the device, and give up that of the bf16 ones: `raise_` comes next.
+
+        Apart from it, so that others take theirs in between: while copies are under way, the driver gives no memory.
+        """
+        if not self.is_low or self._exact:
+            return
+        for param, origin in zip(self._params, self._origin, strict=True):
+            param.data = origin
+        self._low = []
+        take_at_once(self._device, self._likes)
+        self._exact = [torch.empty(like.numel(), dtype=like.dtype, device=self._device) for like in self._likes]
+
     def raise_(self) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there."""
         if not self.is_low:
             return
-        for param, origin in zip(self._params, self._origin, strict=True):
-            param.data = origin  # the bf16 weights go before the float32 ones come
-        self._low = []
-        take_at_once(self._device, self._likes)
-        # all of them before the first copy: while copies are under way, the driver gives no memory
-        flats = [torch.empty(like.numel(), dtype=like.dtype, device=self._device) for like in self._likes]
+        self.make_room_()
         for members, way in self._runs():
-            self._place_(flats[members], self._origin[members], way)
-        for param, like, flat in zip(self._params, self._likes, flats, strict=True):
+            self._place_(self._exact[members], self._origin[members], way)
+        for param, like, flat in zip(self._params, self._likes, self._exact, strict=True):
             exact = flat.view(like.shape)
             param.data = exact if like.is_contiguous() else torch.empty_like(like, device=self._device).copy_(exact)
+        self._exact = []
         self.is_low = self._is_behind = False
 
     def _runs(self) -> Iterator[tuple[slice, Way]]:

@@ -117,6 +117,10 @@ class Weights:
         """
         self._low.lower_()
 
+    def make_room_(self) -> None:
+        """Take the float32 weights' memory on the device, if they are lowered: `raise_` comes next."""
+        self._low.make_room_()
+
     @torch.no_grad()
     def raise_(self, *, for_now: bool = False) -> None:
         """Bring the float32 weights back to the device. Does nothing where they are there.

@@ -566,16 +566,19 @@ def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
     weights.lower_()
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_stats()["num_device_alloc"]
+    bf16_bytes = sum(p.nbytes for p in model.parameters())
+    before, others = torch.cuda.memory_stats()["num_device_alloc"], torch.cuda.memory_reserved() - bf16_bytes
     weights.raise_()
     assert torch.cuda.memory_stats()["num_device_alloc"] - before <= 3
-    assert torch.cuda.memory_reserved() <= 1.1 * sum(p.nbytes for p in model.parameters()) + 64_000_000
+    assert torch.cuda.memory_reserved() - others <= 2.2 * bf16_bytes
 
 
 def test_every_jump_leaves_as_little_on_the_card_as_the_first() -> None:
-    """What returns must not lie in one stretch with what the next jump keeps."""
+    """What returns must not lie in one stretch with what the next jump keeps, however small that is."""
     model = wide(32)
-    optimizer = torch.optim.AdamW(model.parameters())
+    *most, last = model
+    groups = [[p for layer in most for p in layer.parameters()], list(last.parameters())]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups])
     weights = Weights(model, optimizer, on_host=True)
     memory = MemoryConfig(
         mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig("pinned")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights
 from hybridlab.errors import UserError
 from hybridlab.low_weights import LowWeights
 from hybridlab.memory import low_bit
@@ -434,12 +434,13 @@ def test_state_returns_beside_the_last_predicted_steps(
 
 
 @pytest.mark.parametrize(("lookahead", "interval"), [(0, 4), (1, 2)])
-def test_room_for_the_state_is_taken_before_the_weights_return(
+def test_room_for_weights_and_then_for_the_state_is_taken_before_either_returns(
     lookahead: int, interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While copies are under way the driver gives none, and the host would wait for them."""
     order: list[str] = []
-    for owner, name in ((_Content, "allocate_"), (LowWeights, "_place_"), (_HostMemory, "give_back_")):
+    asked: list[tuple[Any, str]] = [(low_weights, "take_at_once"), (_Content, "allocate_")]
+    for owner, name in (*asked, (LowWeights, "_place_"), (_HostMemory, "give_back_")):
         monkeypatch.setattr(owner, name, _noted(getattr(owner, name), order, name))
     model = fresh()
     trainer = taking_jumps_of_four(model, interval, "bf16_weights", PredictAwareMemoryConfig("pinned", lookahead))
@@ -447,7 +448,7 @@ def test_room_for_the_state_is_taken_before_the_weights_return(
         trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps == 4
     first = [name for i, name in enumerate(order) if name not in order[:i]]
-    assert first == ["allocate_", "_place_", "give_back_"]
+    assert first == ["take_at_once", "allocate_", "_place_", "give_back_"]
 
 
 def _noted(call: Callable[..., None], order: list[str], name: str) -> Callable[..., None]:

@@ -420,6 +420,30 @@ def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
     assert [p.stride() for p in model.parameters()] == strides
 
 
+@pytest.mark.parametrize("passes", range(4))
+@pytest.mark.parametrize(("owner", "name"), [(Tensor, "copy_"), (torch, "empty")])
+def test_weights_whose_return_broke_off_can_leave_again(
+    owner: Any, name: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Picture()
+    exact = plain(list(model.parameters()))
+    weights = Weights(model, SGD(model.parameters(), lr=0.1))
+    weights.lower_()
+    with monkeypatch.context() as broken, suppress(Broken):
+        broken.setattr(owner, name, breaks_off(getattr(owner, name), passes))
+        weights.raise_()
+    weights.lower_()
+    assert same([p.clone() for p in model.parameters()], [p.bfloat16() for p in exact])
+
+
+def test_all_bf16_weights_lie_in_one_piece_of_memory() -> None:
+    """A small one would hold the stretch of the card in which it finds room, and all of what others left there."""
+    model = Picture()
+    weights = Weights(model, SGD([{"params": [p]} for p in model.parameters()], lr=0.1))
+    weights.lower_()
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+
+
 @pytest.mark.parametrize("piece", [7, 100, PIECE])
 @pytest.mark.parametrize("on_host", [False, True])
 def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(

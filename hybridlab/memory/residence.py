@@ -82,7 +82,11 @@ class PredictResidence:
         self._state.return_()
 
     def _raise_(self, *, for_now: bool) -> None:
-        """Bring the weights back, after room for the state: while they come, the driver would give none."""
+        """Bring the weights back, when there is room for the state too: while they come, the driver would give none.
+
+        The state's comes second, for no weight then lies in it: with the next jump it goes back to the card whole.
+        """
+        self._weights.make_room_()
         self._state.make_room_()
         self._weights.raise_(for_now=for_now)
 
