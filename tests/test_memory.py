@@ -76,6 +76,32 @@ def test_checkpointing_changes_no_bit(keep_last: int) -> None:
     assert checkpointed.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("turned_on", ["residual", "attention"])
+def test_dropout_that_is_turned_on_later_is_drawn_again_as_it_was(turned_on: str) -> None:
+    ends = []
+    for memory in (MemoryConfig(), MemoryConfig(checkpointing=CheckpointingConfig())):
+        model = fresh()
+        prepare_model_(model, memory)
+        for block in model.h:
+            block.drop.p = 0.2 if turned_on == "residual" else 0.0
+            block.attn.dropout = 0.2 if turned_on == "attention" else 0.0
+        ends.append(trained(model, adamw(model)))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(("dropout", "is_saved"), [(0.0, False), (0.1, True)])
+def test_the_random_state_is_saved_for_blocks_that_draw_from_it(
+    dropout: float, is_saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[None] = []
+    get_rng_state = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: (saved.append(None), get_rng_state())[1])
+    model = fresh(dropout=dropout)
+    prepare_model_(model, MemoryConfig(checkpointing=CheckpointingConfig()))
+    model(tokens(0), tokens(0)).backward()
+    assert bool(saved) == is_saved
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
 def test_stepping_in_backward_changes_no_bit(name: str) -> None:
     config = OptimizerConfig(name=name, lr=1e-2)

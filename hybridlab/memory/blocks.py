@@ -25,7 +25,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: BlockInputs | None = None) -> None:
     """Let every block but the last `keep_last` keep its input alone, and compute the rest again in backward.
 
-    Parameters keep their names. `inputs` looks after the inputs where they go to the host; None makes one.
+    Parameters keep their names. The same random numbers are drawn again; a block whose `draws_random_numbers` is False
+    spares the host the saving and restoring of their state. `inputs` looks after the inputs where they go to the host;
+    None makes one.
 
     Raises UserError for a model without repeated blocks.
     """
@@ -34,7 +36,7 @@ def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: Bl
         raise UserError(f"{type(model).__name__} repeats no block: checkpointing has nothing to work on, leave it off")
     keeping = (inputs or BlockInputs()).kept if config.inputs == "host" else nullcontext
     for block in blocks[: len(blocks) - config.keep_last]:
-        block.forward = partial(_checkpointed, keeping, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(_checkpointed, keeping, block, block.forward)  # type: ignore[method-assign]
 
 
 def is_checkpointed(model: nn.Module, config: CheckpointingConfig) -> bool:
@@ -45,11 +47,16 @@ def is_checkpointed(model: nn.Module, config: CheckpointingConfig) -> bool:
 
 
 def _checkpointed(
-    keeping: Callable[[], AbstractContextManager[Any]], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    keeping: Callable[[], AbstractContextManager[Any]],
+    block: nn.Module,
+    forward: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Around the checkpoint, `keeping` sees what the checkpoint itself saves, and nothing of what it forgets."""
+    draws = getattr(block, "draws_random_numbers", True)
     with keeping():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
 
 def buckets_of(model: nn.Module) -> list[list[nn.Parameter]]:

@@ -163,6 +163,11 @@ class Block(nn.Module):
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd, eps=1e-5), MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether anything is dropped; if not, checkpointing need not look after the random numbers."""
+        return self.drop.p > 0 or self.attn.dropout > 0
+
     def forward(self, x: Hidden) -> Hidden:
         """Add both branches to the residual stream."""
         x = x + self.drop(self.attn(self.ln_1(x)))
