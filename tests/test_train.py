@@ -38,7 +38,7 @@ from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
 from hybridlab.study.code_version import code_version
 from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Batch, Task
-from hybridlab.study.training_run import TrainingRun
+from hybridlab.study.training_run import UNSETTLED_STEPS, TrainingRun
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -201,6 +201,18 @@ def test_the_collector_looks_through_what_a_run_makes_alone(tmp_path: Path, afte
             during.append(gc.get_freeze_count())
     assert min(during) > max(before, 100_000)
     assert gc.get_freeze_count() == before == 0
+
+
+def test_the_collector_leaves_out_what_the_first_steps_have_made_to_stay(tmp_path: Path) -> None:
+    """Compiled code, say, which a run makes when it first steps."""
+    run = TrainingRun(replace(PLAIN, checkpoint_every=0), tmp_path)
+    run.start()
+    made, looked_through = [], []
+    with closing(run.steps()) as steps:
+        for _ in islice(steps, UNSETTLED_STEPS + 1):
+            made = made or [[number] for number in range(100)]
+            looked_through.append(bool({id(thing) for thing in made} & {id(thing) for thing in gc.get_objects()}))
+    assert looked_through == [True] * UNSETTLED_STEPS + [False]
 
 
 def test_checkpoints_are_off_unless_asked_for(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ CHECKPOINT = "checkpoint.pt"
 WARM_UP_PASSES = 3
 
 UNSETTLED_STEPS = 10
-"""Steps at a run's start that its median step time leaves out."""
+"""Steps at a run's start, in which all is compiled and taken, that its median step time leaves out."""
 
 
 def train(
@@ -180,8 +180,10 @@ class TrainingRun:
         Call `start` first. Closing the iterator keeps what was measured; the run then counts as interrupted.
         """
         first = self._steps_before
-        with self._recorder, self._sampled(), collector_spared():
+        with self._recorder, self._sampled(), collector_spared() as spare_what_stays:
             for step in range(first, self._config.steps):
+                if step == first + UNSETTLED_STEPS:
+                    spare_what_stays()
                 with self._process.held():
                     record = self._step(step, settled=step >= first + UNSETTLED_STEPS)
                 self._record()  # the row before: one step late, so that reading a loss stalls nothing
