@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -203,16 +204,25 @@ def test_the_collector_looks_through_what_a_run_makes_alone(tmp_path: Path, afte
     assert gc.get_freeze_count() == before == 0
 
 
+class Loop:
+    """What nobody holds but itself."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
 def test_the_collector_leaves_out_what_the_first_steps_have_made_to_stay(tmp_path: Path) -> None:
-    """Compiled code, say, which a run makes when it first steps."""
+    """Compiled code, say, which a run makes when it first steps; garbage goes before."""
     run = TrainingRun(replace(PLAIN, checkpoint_every=0), tmp_path)
     run.start()
-    made, looked_through = [], []
+    looked_through = []
     with closing(run.steps()) as steps:
-        for _ in islice(steps, UNSETTLED_STEPS + 1):
-            made = made or [[number] for number in range(100)]
+        for step, _ in enumerate(islice(steps, UNSETTLED_STEPS + 1)):
+            if not step:
+                made, garbage = [[number] for number in range(100)], weakref.ref(Loop())
             looked_through.append(bool({id(thing) for thing in made} & {id(thing) for thing in gc.get_objects()}))
     assert looked_through == [True] * UNSETTLED_STEPS + [False]
+    assert garbage() is None
 
 
 def test_checkpoints_are_off_unless_asked_for(tmp_path: Path) -> None:

@@ -183,6 +183,7 @@ class TrainingRun:
         with self._recorder, self._sampled(), collector_spared() as spare_what_stays:
             for step in range(first, self._config.steps):
                 if step == first + UNSETTLED_STEPS:
+                    self._stopwatch.pause()
                     spare_what_stays()
                 with self._process.held():
                     record = self._step(step, settled=step >= first + UNSETTLED_STEPS)
