@@ -1,19 +1,26 @@
-"""A card that exists on paper: torch's CUDA caching allocator, as far as it decides what goes back to the card."""
+"""A card that exists on paper: torch's CUDA caching allocator, as far as it decides what goes back to the card.
+
+And jumps that ask the same of it as of a real one.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybridlab import low_weights
 from hybridlab.memory import offload, residence
+from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
+from hybridlab.memory.residence import PredictResidence
+from hybridlab.weights import Weights
 
 GRAIN, SMALL, LARGE, STEP = 512, 1 << 20, 10 << 20, 2 << 20
 """Bytes: of which blocks are multiples; up to which they come from small segments, and rests of large ones stay with
@@ -130,3 +137,31 @@ def _segment_bytes(size: int) -> int:
 def _key(tensor: Tensor) -> int:
     """Of the memory that a tensor lies in, for as long as that is there."""
     return tensor.untyped_storage()._cdata
+
+
+def held_in_jumps(device: str, reserved_bytes: Callable[[], int]) -> tuple[list[int], float]:
+    """What `reserved_bytes` says in the midst of six jumps with all away, and what the bf16 weights alone take.
+
+    Weights and states of many sizes, and a second group that is small.
+    """
+    shapes = [(1024, 1024), (512, 500)] * 12 + [(1024, 700)]
+    model = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes)
+    *most, last = model
+    optimizer = torch.optim.AdamW([{"params": most}, {"params": [last]}])
+    weights = Weights(model, optimizer, on_host=True)
+    memory = MemoryConfig(
+        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig("pinned")
+    )
+    clearing = PredictResidence(model, weights, optimizer, memory)
+    held = []
+    for _ in range(6):
+        clearing.get_ready_()
+        torch.stack([p.sum() for p in model]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.depart_from(weights.snapshot())
+        clearing.clear_(10, settled=False)
+        held.append(reserved_bytes())
+        weights.move_([])
+        clearing.clear_(9, settled=True)
+    return held, sum(p.nbytes for p in model) / 2

@@ -34,7 +34,6 @@ from hybridlab.memory.host_optimizer import HostAdamW
 from hybridlab.memory.low_bit import low_bit_adamw
 from hybridlab.memory.offload import StateOffload
 from hybridlab.memory.precision import autocast
-from hybridlab.memory.residence import PredictResidence
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig, Schedule, build_optimizer, decay_groups
 from hybridlab.study import RunConfig, TextTaskConfig, train
@@ -46,6 +45,7 @@ from hybridlab.study.training_run import StepRecord
 from hybridlab.trajectory import PathStorage, Trajectory
 from hybridlab.weights import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas
+from tests.model_card import held_in_jumps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -575,27 +575,7 @@ def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
 
 def test_every_jump_leaves_as_little_on_the_card_as_the_first() -> None:
     """As on the model of a card in `test_memory`; what earlier tests have left there does not change between jumps."""
-    shapes = [(1024, 1024), (512, 500)] * 12 + [(1024, 700)]
-    model = nn.ParameterList(torch.zeros(shape, device=CUDA) for shape in shapes)
-    *most, last = model
-    optimizer = torch.optim.AdamW([{"params": most}, {"params": [last]}])
-    weights = Weights(model, optimizer, on_host=True)
-    memory = MemoryConfig(
-        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig("pinned")
-    )
-    residence = PredictResidence(model, weights, optimizer, memory)
-    held = []
-    for _ in range(6):
-        residence.get_ready_()
-        torch.stack([p.sum() for p in model]).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        weights.depart_from(weights.snapshot())
-        residence.clear_(10, settled=False)
-        held.append(torch.cuda.memory_reserved())
-        weights.move_([])
-        residence.clear_(9, settled=True)
-    bf16_bytes = sum(p.nbytes for p in model.parameters()) / 2
+    held, bf16_bytes = held_in_jumps("cuda", torch.cuda.memory_reserved)
     assert max(held) - min(held) < 0.3 * bf16_bytes
 
 

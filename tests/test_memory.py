@@ -31,12 +31,11 @@ from hybridlab.memory.config import (
 from hybridlab.memory.in_backward import StepInBackward
 from hybridlab.memory.low_bit import low_bit_adamw
 from hybridlab.memory.offload import StateOffload, _Content, _HostMemory
-from hybridlab.memory.residence import PredictResidence
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
 from hybridlab.study import TextTaskConfig
 from hybridlab.weights import Weights
-from tests.model_card import ModelCard
+from tests.model_card import ModelCard, held_in_jumps
 
 SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
 
@@ -481,28 +480,8 @@ def test_room_for_weights_and_then_for_the_state_is_taken_before_either_returns(
 
 def test_every_jump_leaves_as_little_on_the_card_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What returns must not lie in one stretch with what the next jump keeps, however small that is."""
-    memory = MemoryConfig(
-        mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig("pinned")
-    )
     with ModelCard(monkeypatch) as card:
-        shapes = [(1024, 1024), (512, 500)] * 12 + [(1024, 700)]
-        model = nn.ParameterList(torch.zeros(shape) for shape in shapes)
-        *most, last = model
-        optimizer = torch.optim.AdamW([{"params": most}, {"params": [last]}])
-        weights = Weights(model, optimizer, on_host=True)
-        residence = PredictResidence(model, weights, optimizer, memory)
-        held = []
-        for _ in range(6):
-            residence.get_ready_()
-            torch.stack([p.sum() for p in model]).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            weights.depart_from(weights.snapshot())
-            residence.clear_(10, settled=False)
-            held.append(card.reserved_bytes)
-            weights.move_([])
-            residence.clear_(9, settled=True)
-    bf16_bytes = sum(p.nbytes for p in model) / 2
+        held, bf16_bytes = held_in_jumps("cpu", lambda: card.reserved_bytes)
     assert held == [pytest.approx(bf16_bytes, rel=0.1)] * 6
 
 

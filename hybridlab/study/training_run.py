@@ -180,13 +180,14 @@ class TrainingRun:
         Call `start` first. Closing the iterator keeps what was measured; the run then counts as interrupted.
         """
         first = self._steps_before
+        settles_at = first + UNSETTLED_STEPS
         with self._recorder, self._sampled(), collector_spared() as spare_what_stays:
             for step in range(first, self._config.steps):
-                if step == first + UNSETTLED_STEPS:
+                if step == settles_at:
                     self._stopwatch.pause()
                     spare_what_stays()
                 with self._process.held():
-                    record = self._step(step, settled=step >= first + UNSETTLED_STEPS)
+                    record = self._step(step, settled=step >= settles_at)
                 self._record()  # the row before: one step late, so that reading a loss stalls nothing
                 self._unrecorded = self._row(record)
                 if self._wants_checkpoint(step + 1):
