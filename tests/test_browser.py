@@ -256,3 +256,23 @@ def test_an_isolated_run_shows_a_bar_and_a_mistake_one_line(lab: Lab) -> None:
     refused = lab.run_cell(2).locator(".jp-OutputArea-output")
     until(lambda: refused.count() == 1, "the mistake is told")
     assert refused.inner_text() == "this session has ended: Session(..., resume=True) goes on from its last checkpoint"
+
+
+def test_a_last_frame_is_a_panel_where_it_was_run_and_a_picture_where_it_is_not_trusted(lab: Lab) -> None:
+    show = "list(session.run(30))\nsession.frame()"
+    cells = [nbformat.v4.new_code_cell(source) for source in (SESSION, show)]
+    lab.open(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), "frame.ipynb")
+    panel, picture = lab.page.locator(".hl-styled .hl-cards").last, lab.page.locator(".hl-unstyled").last
+    lab.run_cell(0)
+    lab.run_cell(1)
+    until(lambda: panel.count() and panel.is_visible() and not picture.is_visible(), "the panel is shown")
+
+    lab.page.keyboard.press("Control+s")
+    path = lab.folder / "notebooks" / "frame.ipynb"
+    until(lambda: "hl-styled" in path.read_text(), "the notebook is saved")
+    executed = nbformat.read(path, as_version=4)
+    executed.cells.append(nbformat.v4.new_markdown_cell("changed by another hand"))
+    lab.open(executed, "untrusted.ipynb")
+    until(lambda: picture.count() and picture.is_visible() and not panel.is_visible(), "the picture is shown")
+    assert picture.evaluate("image => image.naturalWidth") > 500
+    lab.shot("7_untrusted")

@@ -461,6 +461,9 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
     bundle = final_frame(driven.record)._repr_mimebundle_()
     assert set(bundle) == {"text/html", "image/png", "text/plain"}
     assert "<script" not in bundle["text/html"]
+    without_style = bundle["text/html"].split("</style>")[1]
+    assert without_style.startswith("<div class='hl-styled' hidden='hidden'><div class='hl'>"), "it waits for its style"
+    assert without_style.partition("</div><img ")[2].count(bundle["image/png"]) == 1, "and a picture stands in"
     assert "class='hl-note'" not in bundle["text/html"], "nothing more will happen"
     assert sum(map(len, bundle.values())) < 300_000
 

@@ -60,7 +60,8 @@ class Frame:
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, Any]:
         picture = base64.b64encode(self.png()).decode("ascii")
-        return {"text/html": draw(self.state), "image/png": picture, "text/plain": str(self)}
+        html = draw(self.state, f"data:image/png;base64,{picture}")
+        return {"text/html": html, "image/png": picture, "text/plain": str(self)}
 
 
 def final_frame(run: Run) -> Frame:

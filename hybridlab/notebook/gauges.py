@@ -71,9 +71,13 @@ class State:
     note: str = ""
 
 
-def draw(state: State) -> str:
-    """The whole panel, its style included, for any page."""
-    return style() + draw_panel(state)
+def draw(state: State, picture: str) -> str:
+    """The whole panel, its style included, for any page; one that takes styles away shows the picture instead.
+
+    picture: the address of an image of the same state
+    """
+    instead = f"<img class='hl-unstyled' src='{picture}' alt='{escape(state.title, quote=True)}'>"
+    return f"{style()}<div class='hl-styled' hidden='hidden'>{draw_panel(state)}</div>{instead}"
 
 
 def draw_panel(state: State) -> str:
