@@ -64,7 +64,7 @@ def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> bytes:
             handles |= _chart(axes, chart, styles, columns)
         _title(figure, title)
         _legend(figure, handles, below=title is not None)
-        return _bytes(figure)
+        return png_of(figure)
 
 
 def _chart(axes: Axes, chart: Chart, styles: dict[str, Look], columns: int) -> Handles:
@@ -201,8 +201,8 @@ def _legend(figure: Figure, handles: Handles, *, below: bool) -> None:
     figure.legend([handles[key] for key in ordered], [name for _, name in ordered], handlelength=2.6, **where)
 
 
-def _bytes(figure: Figure) -> bytes:
-    """The picture with a palette of its own, a third of the size of full color."""
+def png_of(figure: Figure) -> bytes:
+    """The picture of a figure, with a palette of its own, a third of the size of full color."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 from hybridlab.errors import UserError
 from hybridlab.notebook import look
-from hybridlab.notebook.draw_png import DPI, HATCHES, STYLE
+from hybridlab.notebook.draw_png import DPI, HATCHES, STYLE, png_of
 from hybridlab.notebook.gauges import LIMIT_BYTES, State, draw
 from hybridlab.notebook.instruments import memory_of, work_of
 from hybridlab.notebook.timeline import timeline_of
@@ -42,9 +41,7 @@ class Frame:
             _draw_memory(memory, self.state)
             figure.suptitle(str(self), x=0.01, ha="left", fontsize=9.5)
             figure.legend(loc="outside lower left", ncols=4)
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format="png")
-        return drawn.getvalue()
+            return png_of(figure)
 
     def __str__(self) -> str:
         s, counts, peak = self.state, self.state.statistics, self.state.memory.peak_bytes / 1e9
