@@ -16,7 +16,7 @@ LAYERS = [
     {"errors"},
     {"settings"},
     {"gram", "files"},
-    {"models", "data", "optimizers", "device"},
+    {"models", "data", "optimizers", "device", "compiler"},
     {"vram", "runs"},
     {"checkpoint", "tensorboard", "host_memory"},
     {"motion"},

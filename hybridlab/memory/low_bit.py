@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hybridlab.compiler import require_compiler
 from hybridlab.memory.ao import torchao_optim
 from hybridlab.motion import views
 from hybridlab.optimizers import ParamGroup
@@ -41,11 +42,13 @@ def low_bit_adamw(
     buckets: parameters that one call steps; equal ones, such as a model's blocks, are compiled once
     stochastic_rounding: of bf16 weights, so that small updates are not lost
 
-    Raises UserError where torchao is not installed.
+    Raises UserError where torchao is not installed, and for a card where nothing can compile.
 
     Source: Dettmers et al. 2021 (arXiv 2110.02861); https://github.com/pytorch/ao/tree/main/torchao/optim.
     """
-    optim = torchao_optim(f"optimizer_state={state!r}")
+    optim = torchao_optim(wanted_by := f"optimizer_state={state!r}")
+    if any(p.is_cuda for bucket in buckets for p in bucket):
+        require_compiler("cuda", wanted_by)
     method = type("LowBitAdamW", (InFewCalls, getattr(optim, CLASSES[state])), {})
     optimizer: Any = method(groups, lr=lr, betas=betas, eps=eps, bf16_stochastic_round=stochastic_rounding)
     optimizer.bucket_of = {p: i for i, bucket in enumerate(buckets) for p in bucket}

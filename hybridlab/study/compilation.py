@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hybridlab.compiler import require_compiler
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.study.tasks import Task
 
@@ -36,6 +37,8 @@ def compile_(task: Task, memory: MemoryConfig) -> nn.Module:
     the next one takes the model over, as its `model`, with its own weights copied in. So a study of fifty runs
     compiles as often as one, and torch's limit on recompilations, beyond which it silently runs uncompiled, is never
     reached. While the first task lives on, in a paused session, its model is left alone, and the next is compiled anew.
+
+    Raises UserError where nothing can compile.
     """
     global _KEPT
     if memory.step_in_backward or memory.state_on_host:  # an optimizer hangs on these very parameters
@@ -63,6 +66,7 @@ def let_go_of_compiled() -> None:
 
 
 def _fresh(model: nn.Module) -> nn.Module:
+    require_compiler(next(model.parameters()).device.type, "compiled=True")
     torch._dynamo.reset()
     return torch.compile(model)  # type: ignore[return-value]
 
