@@ -9,6 +9,9 @@ from importlib.util import find_spec
 
 from hybridlab.errors import UserError
 
+CPP_COMPILERS = {"darwin": "clang++", "win32": "cl"}
+"""That torch looks for, where it is not g++."""
+
 ON_LINUX = "On Debian and Ubuntu: sudo apt install build-essential python3-dev"
 
 
@@ -21,21 +24,20 @@ def require_compiler(device_type: str, wanted_by: str) -> None:
 
     Source: triton/runtime/build.py, torch/_inductor/cpp_builder.py.
     """
-    on_card, on_windows = device_type == "cuda", sys.platform == "win32"
-    if on_card and find_spec("triton") is None:
-        raise UserError(
-            f"{wanted_by} compiles code for the card, which needs Triton: torch brings it on Linux and WSL2"
-        )
-    if on_card and on_windows:
-        return  # Triton's packages for Windows bring a compiler
-    variable, names = ("CC", ("gcc", "clang")) if on_card else ("CXX", (_cpp_compiler(),))
-    names = (os.environ[variable],) if os.environ.get(variable) else names
+    if device_type == "cuda":
+        if find_spec("triton") is None:
+            raise UserError(
+                f"{wanted_by} compiles code for the card, which needs Triton: torch brings it on Linux and WSL2"
+            )
+        if sys.platform == "win32":
+            return  # Triton's packages for Windows bring a compiler
+        variable, usual = "CC", ["gcc", "clang"]
+    else:
+        variable, usual = "CXX", [CPP_COMPILERS.get(sys.platform, "g++")]
+    named = os.environ.get(variable)
+    names = [named] if named else usual
     if not any(map(shutil.which, names)):
         raise UserError(
             f"{wanted_by} compiles code, and there is no compiler ({' or '.join(names)}): install one, or name yours "
             f"in the variable {variable}. {ON_LINUX}"
         )
-
-
-def _cpp_compiler() -> str:
-    return {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")

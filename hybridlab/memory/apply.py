@@ -33,7 +33,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
     Prepare the model and move it to its device first.
 
-    Raises UserError where the method knows no such state, or torchao is not installed.
+    Raises UserError where the method knows no such state, torchao is not installed, or nothing can compile its update.
     """
     if (memory.state_on_host or memory.optimizer_state != "fp32") and config.name != "adamw":
         asked = "state_on_host" if memory.state_on_host else f"optimizer_state={memory.optimizer_state!r}"
