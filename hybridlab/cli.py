@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from hybridlab import __version__
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -69,7 +69,7 @@ def run(
 
     Exit codes: 0 done, 1 a cell failed or OUT could not be written, 2 refused before the start, 130 stopped.
     """
-    from hybridlab.notebook.batch import run_notebook, summary_of
+    from hybridlab.batch.run import run_notebook, summary_of
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["HYBRIDLAB_RESUME"] = str(int(resume))
@@ -109,8 +109,8 @@ def report(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a document is stale.")] = False,
 ) -> None:
     """Write what the documents say of results, from the results files in executed/ alone."""
-    from hybridlab.notebook.results import project_root
     from hybridlab.report import stale_files, write_report
+    from hybridlab.results.publish import project_root
 
     root = project_root()
     changed = stale_files(root) if check else write_report(root)
@@ -137,9 +137,9 @@ def runs(
 ) -> None:
     """List recorded runs with their key figures."""
     from hybridlab.notebook.compare_runs import find_runs, runs_table
-    from hybridlab.notebook.results import project_root
+    from hybridlab.results.publish import project_root
     from hybridlab.study.memory_log import export_csv
-    from hybridlab.tensorboard import export_tensorboard
+    from hybridlab.study.tensorboard import export_tensorboard
 
     root = project_root() / folder
     if not root.is_dir():
@@ -175,11 +175,11 @@ def plan(
     path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
 ) -> None:
     """Say what a training takes of a card, without one, and if it does not fit the least to switch on."""
-    from hybridlab.config import HybridTrainerConfig
-    from hybridlab.memory.forecast import default_batch, forecast, memory_named, read_batch
-    from hybridlab.memory.nearest_fit import Situation
-    from hybridlab.memory.step_time import find_card
-    from hybridlab.optimizers import OptimizerConfig
+    from hybridlab.engine.config import HybridTrainerConfig
+    from hybridlab.optim import OptimizerConfig
+    from hybridlab.planner.gpu_specs import find_card
+    from hybridlab.planner.suggest import Situation
+    from hybridlab.planner.text_report import default_batch, forecast, memory_named, read_batch
 
     card_bytes, rates = find_card(card)
     if taken * 1e9 >= card_bytes:
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _exit_code(error: Exception) -> int:
     """Tell a run that failed or was stopped from a bug, which keeps its traceback."""
-    from hybridlab.notebook.batch import RunFailed, RunInterrupted
+    from hybridlab.batch.run import RunFailed, RunInterrupted
 
     if not isinstance(error, RunFailed):
         raise error

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybridlab import host_memory
-from hybridlab.errors import UserError
+from hybridlab.base import pinned_memory as host_memory
+from hybridlab.base.errors import UserError
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as whatever a shell starts in the background inherits it

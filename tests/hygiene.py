@@ -11,11 +11,12 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from hybridlab.errors import UserError
-from hybridlab.notebook.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
-from hybridlab.notebook.given import checked_values, values_in_file
-from hybridlab.notebook.parameters import declared_parameters, defaults, parameters_sha256
-from hybridlab.notebook.results import is_volatile, shown
+from hybridlab.base.errors import UserError
+from hybridlab.batch.declared import declared_parameters, defaults
+from hybridlab.batch.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
+from hybridlab.batch.given import checked_values, values_in_file
+from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.publish import is_volatile, shown
 
 MAX_NOTEBOOK_BYTES = 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w+/.~])(?:/(?:home|root|work|tmp|Users)/|[A-Z]:\\Users\\)[^\s\"'<>]*")

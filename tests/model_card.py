@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybridlab import low_weights
-from hybridlab.memory import offload, residence
+from hybridlab.memory import predict_offload as residence
+from hybridlab.memory import state_offload as offload
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
-from hybridlab.memory.residence import PredictResidence
-from hybridlab.weights import Weights
+from hybridlab.memory.predict_offload import PredictResidence
+from hybridlab.weights import bf16_resident as low_weights
+from hybridlab.weights.snapshot import Weights
 
 GRAIN, SMALL, LARGE, STEP = 512, 1 << 20, 10 << 20, 2 << 20
 """Bytes: of which blocks are multiples; up to which they come from small segments, and rests of large ones stay with
@@ -73,7 +74,7 @@ class ModelCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._segments = [segment for segment in self._segments if not all(block.is_free for block in segment.blocks)]
 
     def take_at_once(self, tensors: Iterable[Tensor]) -> None:
-        """As `hybridlab.device.take_at_once`."""
+        """As `hybridlab.base.device.take_at_once`."""
         total = sum(tensor.nbytes for tensor in tensors)
         if total > self.reserved_bytes - sum(block.size for block in self._held.values()):
             self.empty_cache()

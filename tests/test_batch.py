@@ -16,13 +16,14 @@ import pytest
 from nbformat.v4 import new_code_cell, new_output
 from rich.console import Console
 
-from hybridlab.errors import UserError
-from hybridlab.notebook import progress
-from hybridlab.notebook.batch import GO_ON, RunFailed, prepared, run_notebook, summary_of
-from hybridlab.notebook.executed import clean_, unfinished, write_or_rescue
-from hybridlab.notebook.parameters import declared_parameters, parameters_from, parameters_sha256
-from hybridlab.notebook.progress import PROGRESS_FILE, Progress, watched
-from hybridlab.notebook.results import Claim, claims_table, environment, git_commit, load_results, publish
+from hybridlab.base.errors import UserError
+from hybridlab.batch.declared import declared_parameters
+from hybridlab.batch.executed import clean_, unfinished, write_or_rescue
+from hybridlab.batch.run import GO_ON, RunFailed, prepared, run_notebook, summary_of
+from hybridlab.panel import progress
+from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched
+from hybridlab.results.parameters import parameters_from, parameters_sha256
+from hybridlab.results.publish import Claim, claims_table, environment, git_commit, load_results, publish
 from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
@@ -175,11 +176,11 @@ def test_parameters_collected_in_the_notebook_are_those_the_runner_records(noteb
 
 
 GOOD_CELLS = (
-    "from hybridlab.notebook.parameters import parameters_from\nparameters = parameters_from(globals())",
-    "from hybridlab.notebook.progress import Progress\n"
+    "from hybridlab.results.parameters import parameters_from\nparameters = parameters_from(globals())",
+    "from hybridlab.panel.progress import Progress\n"
     "with Progress(steps, 'counting') as progress:\n    for _ in range(steps):\n        progress.advance()",
     "import pathlib\nprint('in', pathlib.Path.cwd())\nparameters['lr']",
-    "from hybridlab.notebook.results import Claim, publish\n"
+    "from hybridlab.results.publish import Claim, publish\n"
     "publish('good', claims=[Claim('sum', 'it adds up', 'holds', {'lr': lr})], summary=['It adds up.'],\n"
     "        record={'parameters': parameters}, folder=results).name",
 )

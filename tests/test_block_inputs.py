@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hybridlab import host_memory
-from hybridlab.errors import UserError
+from hybridlab.base import pinned_memory as host_memory
+from hybridlab.base.errors import UserError
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, prepare_model_
 from hybridlab.memory.block_inputs import BlockInputs
-from hybridlab.memory.blocks import checkpoint_blocks_
+from hybridlab.memory.checkpointing import checkpoint_blocks_
 from hybridlab.models import GPT2, GPT2Config
 
 HOST = CheckpointingConfig(inputs="host")

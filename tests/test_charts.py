@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import pytest
 from matplotlib import pyplot
 
-from hybridlab.notebook.charts import (
+from hybridlab.charts.builders import (
     Band,
     Chart,
     Line,
@@ -27,8 +27,8 @@ from hybridlab.notebook.charts import (
     phase_chart,
     table,
 )
-from hybridlab.notebook.look import CONTROL
-from hybridlab.notebook.points import kept, rounded
+from hybridlab.charts.points import kept, rounded
+from hybridlab.charts.style import CONTROL
 
 PLOTLY = "application/vnd.plotly.v1+json"
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybridlab import checkpoint, files
-from hybridlab.checkpoint import (
+from hybridlab.base import checkpoint, files
+from hybridlab.base.checkpoint import (
     checkpoint_meta,
     load_checkpoint,
     random_state,
@@ -21,7 +21,7 @@ from hybridlab.checkpoint import (
     restore_random_state_,
     save_checkpoint,
 )
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 from tests.conftest import full_disk
 
 META = {"name": "baseline", "optimizer": {"lr": 3e-4, "betas": [0.9, 0.999]}}

@@ -82,7 +82,7 @@ def test_a_failing_cell_ends_with_1_and_one_line(root, capfd):
 
 
 def test_a_mistake_in_a_cell_ends_with_1_and_is_one_line_in_the_copy_too(root, capfd):
-    cell = "from hybridlab.errors import UserError\nraise UserError('mend it so')"
+    cell = "from hybridlab.base.errors import UserError\nraise UserError('mend it so')"
     save(tiny_notebook(cell), root / "mistaken.ipynb")
     assert ended("run mistaken.ipynb -o out/mistaken.ipynb") == 1
     assert "UserError: mend it so" in capfd.readouterr().err
@@ -94,7 +94,7 @@ def test_a_bug_keeps_its_traceback(root, monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr("hybridlab.notebook.batch.run_notebook", broken)
+    monkeypatch.setattr("hybridlab.batch.run.run_notebook", broken)
     with pytest.raises(KeyError):
         main(["run", "tiny.ipynb", "-o", "out.ipynb"])
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hybridlab.base.errors import UserError
 from hybridlab.cli import main
-from hybridlab.errors import UserError
 from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
-from hybridlab.notebook.progress import PROGRESS_FILE
-from hybridlab.runs import RunRecorder
-from hybridlab.tensorboard import export_tensorboard
+from hybridlab.panel.progress import PROGRESS_FILE
+from hybridlab.study.record import RunRecorder
+from hybridlab.study.tensorboard import export_tensorboard
 from tests.conftest import full_disk
 from tests.notebook_maker import project
 

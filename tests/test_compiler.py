@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridlab import compiler
-from hybridlab.compiler import require_compiler
-from hybridlab.errors import UserError
+from hybridlab.base import compiler
+from hybridlab.base.compiler import require_compiler
+from hybridlab.base.errors import UserError
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from tests.conftest import TINY_TEXT
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from hybridlab.base.errors import UserError
 from hybridlab.data import ImageBatches, ImageData, images_in_order, load_images, mnist
-from hybridlab.errors import UserError
 
 REAL_MNIST = Path(__file__).parents[2] / "shared/data/mnist"
 SHAPES = {

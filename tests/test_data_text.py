@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from hybridlab.base.errors import UserError
 from hybridlab.data import TokenBatches, evenly_spaced, load_text
 from hybridlab.data.bpe import END_OF_TEXT, END_OF_TEXT_ID, train_tokenizer, write_encoded
 from hybridlab.data.cache import append_tokens, cached_tokens
@@ -23,7 +24,6 @@ from hybridlab.data.gpt2_tokens import Encoder
 from hybridlab.data.huggingface import load_huggingface
 from hybridlab.data.markov import MarkovChain
 from hybridlab.data.python_sources import load_python
-from hybridlab.errors import UserError
 
 
 def source_files(root: Path, count: int = 60) -> Path:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from hybridlab.corrector import LONGEST, Case, ResidualStore, wanted_length
-from hybridlab.divergence import PERSISTENCE, Answer, DivergenceMonitor, Thresholds
-from hybridlab.gate import Gate, judge
+from hybridlab.engine.corrector import LONGEST, Case, ResidualStore, wanted_length
+from hybridlab.engine.divergence import PERSISTENCE, Answer, DivergenceMonitor, Thresholds
+from hybridlab.engine.gate import Gate, judge
 
 # --- gate ----------------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hybridlab import files
-from hybridlab.errors import UserError
-from hybridlab.files import replaced
-from hybridlab.notebook.executed import write_notebook
-from hybridlab.notebook.progress import PROGRESS_FILE, Progress
-from hybridlab.notebook.results import publish
+from hybridlab.base import files
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
+from hybridlab.batch.executed import write_notebook
+from hybridlab.panel.progress import PROGRESS_FILE, Progress
+from hybridlab.results.publish import publish
 from tests.conftest import full_disk
 from tests.notebook_maker import project, tiny_notebook
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from hybridlab.notebook.gauges import Memory, State, draw, draw_bar, draw_panel, style
-from hybridlab.notebook.instruments import memory_of, work_of
-from hybridlab.notebook.timeline import COLUMNS, Timeline
-from hybridlab.step_result import Statistics
+from hybridlab.engine.result import Statistics
+from hybridlab.panel.html import Memory, State, draw, draw_bar, draw_panel, style
+from hybridlab.panel.instruments import memory_of, work_of
+from hybridlab.panel.timeline import COLUMNS, Timeline
 
 CARD = Memory(True, 16 * 10**9, 9 * 10**9, 12_500_000_000, 5 * 10**9, 8 * 10**9, 10**9)
 PROCESS = Memory(False, 32 * 10**9, 2 * 10**9, 3 * 10**9)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from hybridlab import HybridTrainer, HybridTrainerConfig, host_memory
-from hybridlab.errors import UserError
-from hybridlab.gram import PathNeeds
-from hybridlab.host_memory import HostArena, arena_bytes
-from hybridlab.memory import host_optimizer
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.base import pinned_memory as host_memory
+from hybridlab.base.errors import UserError
+from hybridlab.base.pinned_memory import HostArena, arena_bytes
 from hybridlab.memory.apply import optimizer_for, prepare_model_
 from hybridlab.memory.config import (
     INPUTS,
@@ -30,20 +29,22 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.memory.host_optimizer import HostAdamW
-from hybridlab.memory.low_bit import low_bit_adamw
-from hybridlab.memory.offload import StateOffload
 from hybridlab.memory.precision import autocast
+from hybridlab.memory.state_offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optimizers import OptimizerConfig, Schedule, build_optimizer, decay_groups
+from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, decay_groups
+from hybridlab.optim import host_adamw as host_optimizer
+from hybridlab.optim.host_adamw import HostAdamW
+from hybridlab.optim.low_bit import low_bit_adamw
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.run import StepRecord
 from hybridlab.study.tasks import Batch, Task
-from hybridlab.study.training_run import StepRecord
-from hybridlab.trajectory import PathStorage, Trajectory
-from hybridlab.weights import Snapshot, Weights, plain_tensors
+from hybridlab.weights.gram import PathNeeds
+from hybridlab.weights.path import PathStorage, Trajectory
+from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas
 from tests.model_card import held_in_jumps
 

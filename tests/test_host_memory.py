@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridlab import host_memory
-from hybridlab.errors import UserError
-from hybridlab.host_memory import HostArena, HostPool, arena_bytes, host_room
+from hybridlab.base import pinned_memory as host_memory
+from hybridlab.base.errors import UserError
+from hybridlab.base.pinned_memory import HostArena, HostPool, arena_bytes, host_room
 from tests.conftest import CountedArenas
 
 TENSORS = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16), torch.zeros(()), torch.zeros(0, 4)]

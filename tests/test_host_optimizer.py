@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from hybridlab import HybridTrainer, HybridTrainerConfig, host_memory
-from hybridlab.checkpoint import load_checkpoint, save_checkpoint
-from hybridlab.errors import UserError
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.base import pinned_memory as host_memory
+from hybridlab.base.checkpoint import load_checkpoint, save_checkpoint
+from hybridlab.base.errors import UserError
 from hybridlab.memory.config import PredictAwareMemoryConfig
-from hybridlab.memory.host_optimizer import HostAdamW
-from hybridlab.memory.offload import StateOffload
+from hybridlab.memory.state_offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optimizers import decay_groups, set_lr_
+from hybridlab.optim import decay_groups, set_lr_
+from hybridlab.optim.host_adamw import HostAdamW
 from tests.conftest import Problem
 
 MINI = GPT2Config(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)

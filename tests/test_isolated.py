@@ -18,12 +18,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from hybridlab.errors import UserError
-from hybridlab.optimizers import Schedule
-from hybridlab.runs import Run
+from hybridlab.base.errors import UserError
+from hybridlab.optim import Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, train
-from hybridlab.study.arms import run_arms
 from hybridlab.study.isolated import train_isolated
+from hybridlab.study.record import Run
+from hybridlab.study.study import run_arms
 from hybridlab.study.tasks import Task
 from tests.conftest import TINY_TEXT
 

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from hybridlab import HybridTrainerConfig
+from hybridlab.benchmarks.footprint import PredictPhase, predict_phase
+from hybridlab.benchmarks.jump_times import JumpTimes, jump_times
 from hybridlab.memory import MemoryConfig
-from hybridlab.notebook.transition_views import lookahead_claims, transition_claims, transition_table
-from hybridlab.optimizers import Schedule
+from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
+from hybridlab.optim import Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, train
-from hybridlab.study.footprint import PredictPhase, predict_phase
-from hybridlab.study.jump_times import JumpTimes, jump_times
 
 GRADIENT_MS, PREDICTED_MS = 100, 2
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-import re
+from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,20 @@ import hybridlab
 ROOT = Path(hybridlab.__file__).parent
 
 LAYERS = [
-    {"errors"},
-    {"settings"},
-    {"gram", "files"},
-    {"models", "data", "optimizers", "device", "compiler"},
-    {"vram", "runs"},
-    {"checkpoint", "tensorboard", "host_memory"},
-    {"motion"},
-    {"low_weights"},
-    {"weights"},
-    {"trajectory"},
-    {"memory"},
-    {"phases", "divergence", "gate", "corrector", "predictors"},
-    {"jump", "step_result"},
-    {"config"},
-    {"passes", "prediction"},
-    {"trainer"},
+    {"base"},
+    {"weights", "models", "data", "vram"},
+    {"predictors", "optim"},
+    {"memory", "optimizers"},
+    {"engine", "planner"},
     {"study"},
-    {"notebook"},
+    {"benchmarks", "charts", "results"},
+    {"panel"},
+    {"batch", "notebook"},
     {"report"},
     {"cli"},
 ]
+"""The folders of the library, from the bottom up. Those of one layer do not import each other."""
+
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -55,6 +49,20 @@ def imports_of(path: Path) -> set[str]:
     return found - {"__version__"}
 
 
+def module_of(path: Path) -> str:
+    return ".".join(("hybridlab", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def modules_imported(path: Path, modules: Collection[str]) -> set[str]:
+    """Modules of hybridlab that a file imports when it is imported itself."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (named | {node.module}) & set(modules)
+    return found - {module_of(path)}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downward_only(path: Path) -> None:
     mine = path.relative_to(ROOT).parts[0].removesuffix(".py")
@@ -62,21 +70,33 @@ def test_imports_go_downward_only(path: Path) -> None:
         assert HEIGHT[other] < HEIGHT[mine], f"{mine} must not import {other}"
 
 
-def test_the_document_lists_the_same_layers() -> None:
-    document = (ROOT.parent / "docs" / "design.md").read_text()
-    (listed,) = re.findall(r"`(cli >.*?)`", document, flags=re.DOTALL)
-    assert [set(re.findall(r"\w+", layer)) for layer in listed.split(">")] == LAYERS[::-1]
+def test_no_file_lies_flat_in_the_library_but_the_command_line() -> None:
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {ROOT}), ids=lambda path: path.name)
+def test_a_folder_says_in_one_sentence_what_is_in_it(folder: Path) -> None:
+    sentence = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    modules = {module_of(path): path for path in FILES}
+    imported = {name: modules_imported(path, modules) for name, path in modules.items()}
+    TopologicalSorter(imported).prepare()  # raises CycleError, which names the circle
 
 
 def test_decisions_hold_no_tensor_of_the_model() -> None:
     """They do not even import torch; the learned dynamics model has tensors, but of its own."""
-    pure = [ROOT / f"{name}.py" for name in ("phases", "divergence", "gate", "corrector", "gram")]
-    pure += [path for path in (ROOT / "predictors").glob("*.py") if path.stem not in ("rssm", "dynamics")]
+    pure = [ROOT / "engine" / f"{name}.py" for name in ("phases", "divergence", "gate", "corrector")]
+    pure += [path for path in (ROOT / "predictors").glob("*.py") if path.stem not in ("rssm", "rssm_model")]
+    pure += [ROOT / "weights" / "gram.py"]
     assert [path.name for path in pure if "torch" in path.read_text()] == []
 
 
 def test_few_files_write_parameters_in_place() -> None:
     """Beside them, models draw their first weights, and optimizers scale gradients or write what they have rounded."""
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
-    optimizers = {ROOT / "memory" / "in_backward.py", ROOT / "memory" / "low_bit.py"}
-    assert writers == {ROOT / f"{name}.py" for name in ("motion", "weights", "low_weights")} | optimizers
+    optimizers = {ROOT / "optim" / f"{name}.py" for name in ("in_backward", "low_bit")}
+    assert writers == {ROOT / "weights" / f"{name}.py" for name in ("motion", "snapshot", "bf16_resident")} | optimizers

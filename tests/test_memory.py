@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights
-from hybridlab.errors import UserError
-from hybridlab.low_weights import LowWeights
-from hybridlab.memory import low_bit
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.base.errors import UserError
 from hybridlab.memory.apply import optimizer_for, prepare_model_
-from hybridlab.memory.blocks import blocks_of, buckets_of
+from hybridlab.memory.checkpointing import blocks_of, buckets_of
 from hybridlab.memory.config import (
     CheckpointingConfig,
     GradientAccumulationConfig,
@@ -28,13 +26,15 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.memory.in_backward import StepInBackward
-from hybridlab.memory.low_bit import low_bit_adamw
-from hybridlab.memory.offload import StateOffload, _Content, _HostMemory
+from hybridlab.memory.state_offload import StateOffload, _Content, _HostMemory
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups, low_bit
+from hybridlab.optim.in_backward import StepInBackward
+from hybridlab.optim.low_bit import low_bit_adamw
 from hybridlab.study import TextTaskConfig
-from hybridlab.weights import Weights
+from hybridlab.weights import bf16_resident as low_weights
+from hybridlab.weights.bf16_resident import LowWeights
+from hybridlab.weights.snapshot import Weights
 from tests.model_card import ModelCard, held_in_jumps
 
 SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}

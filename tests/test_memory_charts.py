@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hybridlab.notebook.charts import seed_panels
-from hybridlab.notebook.figures import Series
-from hybridlab.notebook.look import CONTROL, placed
-from hybridlab.notebook.memory_charts import (
+from hybridlab.charts.builders import seed_panels
+from hybridlab.charts.model import Series
+from hybridlab.charts.style import CONTROL, placed
+from hybridlab.notebook.views.memory_charts import (
     SAFE_PEAK,
     memory_breakdown,
     memory_timeline,

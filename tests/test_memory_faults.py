@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybridlab.errors import UserError
-from hybridlab.optimizers import Schedule
-from hybridlab.runs import Run
-from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, run_config, train
+from hybridlab.base.errors import UserError
+from hybridlab.optim import Schedule
+from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
+from hybridlab.study import config as run_config
 from hybridlab.study.out_of_memory import SNAPSHOT, shortage_told
 from hybridlab.study.planning import nearest_fit_of
+from hybridlab.study.record import Run
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryReading
 from tests.conftest import TINY_TEXT

@@ -13,19 +13,20 @@ import pytest
 import torch
 
 from hybridlab import HybridTrainerConfig
-from hybridlab.errors import UserError
-from hybridlab.host_memory import LEFT_TO_OTHERS_BYTES
+from hybridlab.base.errors import UserError
+from hybridlab.base.pinned_memory import LEFT_TO_OTHERS_BYTES
+from hybridlab.batch.run import run_notebook
+from hybridlab.benchmarks.footprint import Footprint, PredictPhase, footprint, footprints, predict_phase
+from hybridlab.benchmarks.jump_times import JumpTimes
 from hybridlab.memory import (
     CheckpointingConfig,
     GradientAccumulationConfig,
     MemoryConfig,
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
-    plan,
 )
-from hybridlab.notebook.batch import run_notebook
 from hybridlab.notebook.format_agreement import agreement_claims, format_agreement
-from hybridlab.notebook.memory_views import (
+from hybridlab.notebook.views.memory import (
     cost_table,
     fit_claims,
     memory_table,
@@ -37,15 +38,14 @@ from hybridlab.notebook.memory_views import (
     stable_run_claim,
     step_time_claims,
 )
-from hybridlab.notebook.results import load_results
-from hybridlab.optimizers import Schedule
-from hybridlab.runs import Run
+from hybridlab.optim import Schedule
+from hybridlab.planner import plan
+from hybridlab.results.publish import load_results
 from hybridlab.study import RunConfig, TextTaskConfig, planning, train
-from hybridlab.study.arms import StudyResult, run_arms
-from hybridlab.study.footprint import Footprint, PredictPhase, footprint, footprints, predict_phase
-from hybridlab.study.jump_times import JumpTimes
 from hybridlab.study.planning import plan_of, room_for
+from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval
+from hybridlab.study.study import StudyResult, run_arms
 from tests.notebook_maker import project
 
 TASK = TextTaskConfig(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
 
 MINI = GPT2Config(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=16)

@@ -11,8 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hybridlab.notebook.batch import run_notebook
-from hybridlab.notebook.results import environment, load_results
+from hybridlab.batch.run import run_notebook
+from hybridlab.results.publish import environment, load_results
 from tests.hygiene import claim_differences
 from tests.notebook_maker import project, save, tiny_notebook
 
@@ -57,7 +57,7 @@ def test_a_changed_number_is_seen_and_an_unchanged_notebook_passes(tmp_path, mon
     monkeypatch.chdir(project(tmp_path))
     code = "import torch\nprint(f'loss {torch.arange(3.0).mean().item():.4f}')"
     source = save(
-        tiny_notebook(code, "from hybridlab.notebook.progress import Progress\nProgress(3, 'quiet').advance()"),
+        tiny_notebook(code, "from hybridlab.panel.progress import Progress\nProgress(3, 'quiet').advance()"),
         tmp_path / "tiny.ipynb",
     )
     executed = tmp_path / "executed" / "cpu" / "tiny.ipynb"

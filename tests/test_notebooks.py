@@ -14,8 +14,8 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
-from hybridlab.notebook.parameters import parameters_sha256
-from hybridlab.notebook.results import Claim, claims_table, load_results
+from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.publish import Claim, claims_table, load_results
 from tests.hygiene import (
     claim_differences,
     executed_problems,

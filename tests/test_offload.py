@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from hybridlab import host_memory
-from hybridlab.errors import UserError
-from hybridlab.memory import offload
-from hybridlab.memory.ao import torchao_optim
+from hybridlab.base import pinned_memory as host_memory
+from hybridlab.base.errors import UserError
+from hybridlab.memory import state_offload as offload
 from hybridlab.memory.config import PredictAwareMemoryConfig
-from hybridlab.memory.low_bit import low_bit_adamw
-from hybridlab.memory.offload import StateOffload, _Content
-from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
-from hybridlab.weights import plain_tensors
+from hybridlab.memory.state_offload import StateOffload, _Content
+from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.optim.ao import torchao_optim
+from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.weights.snapshot import plain_tensors
 from tests.conftest import CountedArenas
 
 EXACT = ("cpu", "pinned")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
-from hybridlab.optimizers import (
+from hybridlab.optim.build import (
     MuonWithAdamW,
     OptimizerConfig,
     Schedule,

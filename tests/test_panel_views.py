@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from hybridlab.notebook.panel_cost import PanelCost
-from hybridlab.notebook.panel_views import panel_claims, panel_table
-from hybridlab.notebook.results import Verdict, is_volatile
-from hybridlab.study.turns import Ratio
+from hybridlab.benchmarks.interleaved import Ratio
+from hybridlab.notebook.views.panel import panel_claims, panel_table
+from hybridlab.panel.cost import PanelCost
+from hybridlab.results.publish import Verdict, is_volatile
 
 WIDE = (0.9, 1.1)
 NONE = (-math.inf, math.inf)

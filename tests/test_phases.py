@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridlab import HybridTrainerConfig, Phase
-from hybridlab.phases import Moment, first_phase, may_propose, next_phase
+from hybridlab.engine.phases import Moment, first_phase, may_propose, next_phase
 
 CONFIG = HybridTrainerConfig(warmup_steps=10, full_steps=5, max_predict_steps=8, correct_steps=2)
 

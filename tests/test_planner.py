@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hybridlab.base.errors import UserError
 from hybridlab.cli import main
-from hybridlab.config import HybridTrainerConfig
-from hybridlab.errors import UserError
-from hybridlab.gram import PathNeeds
-from hybridlab.memory import nearest_fit, plan
+from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.config import (
     INPUTS,
     CheckpointingConfig,
@@ -24,15 +22,18 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.memory.emulated_card import emulated_card
-from hybridlab.memory.forecast import code_of, default_batch
-from hybridlab.memory.live_bytes import LiveBytes
-from hybridlab.memory.nearest_fit import Situation, climb, ladder
-from hybridlab.memory.planner import CardShare
-from hybridlab.memory.step_time import CARDS, find_card, step_time_ms
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
-from hybridlab.optimizers import OptimizerConfig
-from hybridlab.trajectory import PathStorage
+from hybridlab.optim import OptimizerConfig
+from hybridlab.planner import plan
+from hybridlab.planner import suggest as nearest_fit
+from hybridlab.planner.fake_gpu import emulated_card
+from hybridlab.planner.gpu_specs import CARDS, find_card, step_time_ms
+from hybridlab.planner.live_bytes import LiveBytes
+from hybridlab.planner.plan import CardShare
+from hybridlab.planner.suggest import Situation, climb, ladder
+from hybridlab.planner.text_report import code_of, default_batch
+from hybridlab.weights.gram import PathNeeds
+from hybridlab.weights.path import PathStorage
 
 # --- golden numbers: allocated GB at the peak, batch 8 x 512, without cuBLAS's workspace -----------------
 #

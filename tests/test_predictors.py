@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybridlab.gram import Coefficients, Gram, PathNeeds, Row
 from hybridlab.predictors import PREDICTORS, Predictor, Proposal, Signals
+from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, Row
 
 EVERY_NAME = pytest.mark.parametrize("name", PREDICTORS)
 FULL_STEPS, HORIZON, SEEDS = 20, 10.0, range(20)

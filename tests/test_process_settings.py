@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 from hybridlab.memory.precision import matmul_precision
 from hybridlab.study import RunConfig, TextTaskConfig, process_settings, train
 from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.run import TrainingRun
 from hybridlab.study.tasks import Batch, Task
-from hybridlab.study.training_run import TrainingRun
 from hybridlab.vram import MemoryMeter
 from tests.conftest import TINY_TEXT
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
+from hybridlab.base.errors import UserError
 from hybridlab.cli import main
-from hybridlab.errors import UserError
-from hybridlab.memory.nearest_fit import FEATURES
-from hybridlab.memory.step_time import CARDS
-from hybridlab.notebook.memory_charts import vram_rows
-from hybridlab.notebook.results import load_results, publish
+from hybridlab.notebook.views.memory_charts import vram_rows
+from hybridlab.planner.gpu_specs import CARDS
+from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.card_guide import NO_FIT, card_guide
 from hybridlab.report.criteria import CRITERIA, Below, Claims, Criterion, Ran
@@ -26,6 +25,7 @@ from hybridlab.report.pictures import drawn, same_picture, signed, vram_frame
 from hybridlab.report.recommendation import by_model, recommended
 from hybridlab.report.validation import validation_document
 from hybridlab.report.words import interval, markdown_table, numbers_in_words
+from hybridlab.results.publish import load_results, publish
 from tests.notebook_maker import project
 from tests.test_memory_charts import MEMORY_ROWS, vram
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from hybridlab.gram import Gram, Row
 from hybridlab.predictors.base import Proposal, Signals
-from hybridlab.predictors.dynamics import Dynamics
 from hybridlab.predictors.rssm import SCORED_AHEAD_STEPS, Forecast, Rssm
+from hybridlab.predictors.rssm_model import Dynamics
+from hybridlab.weights.gram import Gram, Row
 
 JUMP_AT = 400
 

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hybridlab import runs
-from hybridlab.errors import UserError
-from hybridlab.runs import Run, RunRecorder, write_json
+from hybridlab.base.errors import UserError
+from hybridlab.study import record as runs
+from hybridlab.study.record import Run, RunRecorder, write_json
 from tests.conftest import full_disk
 
 
@@ -140,7 +140,7 @@ def test_an_error_leaves_what_was_measured(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hybridlab.runs import RunRecorder
+from hybridlab.study.record import RunRecorder
 recorder = RunRecorder(Path(sys.argv[1]), {"name": "killed"})
 for step in range(1, 8):
     recorder.add("steps", {"nominal_step": step})

@@ -16,17 +16,19 @@ import pytest
 from ipywidgets import HTML, VBox
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
-from hybridlab.errors import UserError
-from hybridlab.notebook import Session, final_frame, live, run_study, session
-from hybridlab.notebook.controls import Controls, control_row
-from hybridlab.notebook.instruments import Instruments
-from hybridlab.notebook.live import Live, interrupts
-from hybridlab.notebook.panel_cost import panel_overhead
-from hybridlab.optimizers import Schedule
-from hybridlab.runs import Run
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, train, training_run
-from hybridlab.study.arms import OnStep
-from hybridlab.study.training_run import TrainingRun
+from hybridlab.base.errors import UserError
+from hybridlab.notebook import Session, final_frame, run_study, session
+from hybridlab.optim import Schedule
+from hybridlab.panel import live
+from hybridlab.panel.controls import Controls, control_row
+from hybridlab.panel.cost import panel_overhead
+from hybridlab.panel.instruments import Instruments
+from hybridlab.panel.live import Live, interrupts
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, train
+from hybridlab.study import run as training_run
+from hybridlab.study.record import Run
+from hybridlab.study.run import TrainingRun
+from hybridlab.study.study import OnStep
 from tests.conftest import TINY_TEXT, Problem
 from tests.notebook_maker import project
 

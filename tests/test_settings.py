@@ -13,10 +13,8 @@ import pytest
 
 import hybridlab
 from hybridlab import HybridTrainerConfig
-from hybridlab.divergence import Thresholds
-from hybridlab.gram import PathNeeds
+from hybridlab.engine.divergence import Thresholds
 from hybridlab.memory import (
-    CardShare,
     CheckpointingConfig,
     GradientAccumulationConfig,
     MemoryConfig,
@@ -24,9 +22,11 @@ from hybridlab.memory import (
     PredictAwareMemoryConfig,
 )
 from hybridlab.models import GPT2Config
-from hybridlab.optimizers import OptimizerConfig, Schedule
+from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.planner import CardShare
 from hybridlab.study import ImageTaskConfig, RunConfig, Study, TextTaskConfig
-from hybridlab.trajectory import PathStorage
+from hybridlab.weights.gram import PathNeeds
+from hybridlab.weights.path import PathStorage
 
 RUN = RunConfig("run", TextTaskConfig("nano"), steps=10)
 SETTINGS: list[Any] = [
@@ -120,7 +120,7 @@ def test_bounds_themselves_are_accepted(settings: Any) -> None:
         (lambda: MemoryConfig(clip_in_backward=0), ValueError, "it must be above 0, or None"),
         (lambda: TextTaskConfig(model="smal"), ValueError, "GPT-2 size 'smal' is unknown: did you mean 'small'?"),
         (lambda: RunConfig("run", RUN.task, steps=1, clock="nominl"), ValueError, "did you mean 'nominal'?"),
-        (lambda: PathStorage(dtype=hybridlab.trajectory.torch.int8), ValueError, "take torch.bfloat16"),
+        (lambda: PathStorage(dtype=hybridlab.weights.path.torch.int8), ValueError, "take torch.bfloat16"),
     ],
 )
 def test_a_message_says_the_fix(build: Callable[[], object], error: type[Exception], says: str) -> None:

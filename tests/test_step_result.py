@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridlab.phases import Phase
-from hybridlab.step_result import Reading, StepResult
+from hybridlab.engine.phases import Phase
+from hybridlab.engine.result import Reading, StepResult
 
 
 def test_a_gradient_step_says_its_loss() -> None:

@@ -18,18 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab import HybridTrainerConfig
-from hybridlab.device import find_device
-from hybridlab.errors import UserError
+from hybridlab.base.device import find_device
+from hybridlab.base.errors import UserError
+from hybridlab.benchmarks import interleaved as turns
+from hybridlab.benchmarks.step_overhead import step_overhead
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
-from hybridlab.optimizers import OptimizerConfig, Schedule
-from hybridlab.runs import Run
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, run_config, train, turns
-from hybridlab.study.arms import folder_name, run_arms
+from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
+from hybridlab.study import config as run_config
 from hybridlab.study.compilation import compile_, let_go_of_compiled
-from hybridlab.study.overhead import step_overhead
+from hybridlab.study.record import Run
+from hybridlab.study.run import TrainingRun
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
+from hybridlab.study.study import folder_name, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
-from hybridlab.study.training_run import TrainingRun
 from hybridlab.vram import MemoryMeter
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)

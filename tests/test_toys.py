@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab import HybridTrainer, HybridTrainerConfig
-from hybridlab.step_result import StepResult
+from hybridlab.engine.result import StepResult
 
 Loss = Callable[[Tensor, int], Tensor]
 

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 
 import hybridlab
 from hybridlab import HybridTrainerConfig
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.optimizers import OptimizerConfig, Schedule
-from hybridlab.runs import Run
+from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
 from hybridlab.study.code_version import code_version
+from hybridlab.study.record import Run
+from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
 from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Batch, Task
-from hybridlab.study.training_run import UNSETTLED_STEPS, TrainingRun
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -307,7 +307,7 @@ def test_an_interrupted_run_of_other_code_is_trained_afresh(
 
 def test_the_code_s_version_is_that_of_the_sources_that_were_imported(tmp_path: Path) -> None:
     shutil.copytree(Path(hybridlab.__file__).parent, tmp_path / "hybridlab")
-    edited = tmp_path / "hybridlab" / "trainer.py"
+    edited = tmp_path / "hybridlab" / "engine" / "trainer.py"
     command = f"""
 import pathlib, sys
 sys.path.insert(0, {str(tmp_path)!r})
@@ -332,10 +332,10 @@ def test_the_code_s_version_counts_what_trains_and_not_what_shows(tmp_path: Path
 
     shutil.copytree(Path(hybridlab.__file__).parent, tmp_path / "hybridlab")
     before = version()
-    add_to("notebook/gauges.py")
+    add_to("panel/html.py")
     add_to("cli.py")
     assert version() == before
-    add_to("trainer.py")
+    add_to("engine/trainer.py")
     assert version() != before
 
 

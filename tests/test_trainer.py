@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
-from hybridlab.errors import UserError
-from hybridlab.gate import LENGTHS
-from hybridlab.gram import Gram
+from hybridlab.base.errors import UserError
+from hybridlab.engine.gate import LENGTHS
+from hybridlab.engine.trainer import DivergenceError
 from hybridlab.memory import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig, optimizer_for
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optimizers import OptimizerConfig
+from hybridlab.optim import OptimizerConfig
 from hybridlab.predictors import PREDICTORS, Proposal
-from hybridlab.trainer import DivergenceError
-from hybridlab.trajectory import optimizer_direction
-from hybridlab.weights import Weights
+from hybridlab.weights.gram import Gram
+from hybridlab.weights.path import optimizer_direction
+from hybridlab.weights.snapshot import Weights
 from tests.conftest import Problem
 
 EAGER = HybridTrainerConfig(

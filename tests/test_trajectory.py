@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridlab.checkpoint import load_checkpoint, save_checkpoint
-from hybridlab.errors import UserError
-from hybridlab.gram import PathNeeds
-from hybridlab.trajectory import PathStorage, Trajectory, _products
-from hybridlab.weights import Weights
+from hybridlab.base.checkpoint import load_checkpoint, save_checkpoint
+from hybridlab.base.errors import UserError
+from hybridlab.weights.gram import PathNeeds
+from hybridlab.weights.path import PathStorage, Trajectory, _products
+from hybridlab.weights.snapshot import Weights
 from tests.conftest import CountedArenas, Problem
 
 NEEDS = PathNeeds(rows=3, every=2, velocity=0.9, direction=True)

@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from hybridlab.benchmarks.interleaved import Ratio
+from hybridlab.benchmarks.step_overhead import StepOverhead
 from hybridlab.notebook import (
     baseline_claims,
     cost_claims,
@@ -18,11 +20,9 @@ from hybridlab.notebook import (
     reliability_table,
     verdict_chart,
 )
-from hybridlab.runs import Run
 from hybridlab.study import Comparison, StudyResult
-from hybridlab.study.overhead import StepOverhead
+from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval
-from hybridlab.study.turns import Ratio
 
 
 def compared(name: str = "bold, unguarded", **changes: Any) -> Comparison:

@@ -16,9 +16,9 @@ import pynvml
 import pytest
 import torch
 
-from hybridlab.errors import UserError
-from hybridlab.runs import Run, RunRecorder
+from hybridlab.base.errors import UserError
 from hybridlab.study.memory_log import card_busy_percent, export_csv, growth_bytes
+from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, meter, sampler
 from hybridlab.vram.peaks import PhasePeaks

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
 
-from hybridlab import HybridTrainer, HybridTrainerConfig, low_weights, motion
-from hybridlab.checkpoint import load_checkpoint, save_checkpoint
-from hybridlab.errors import UserError
-from hybridlab.host_memory import ALIGNMENT_BYTES
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.base.checkpoint import load_checkpoint, save_checkpoint
+from hybridlab.base.errors import UserError
+from hybridlab.base.pinned_memory import ALIGNMENT_BYTES
+from hybridlab.engine.phases import Phase
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
-from hybridlab.memory.low_bit import low_bit_adamw
-from hybridlab.motion import PIECE, runs
-from hybridlab.phases import Phase
-from hybridlab.weights import Snapshot, Weights, plain_tensors
+from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.weights import bf16_resident as low_weights
+from hybridlab.weights import motion
+from hybridlab.weights.motion import PIECE, runs
+from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas, Problem
 
 

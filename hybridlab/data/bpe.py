@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.cache import append_tokens
-from hybridlab.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0  # special tokens come before the bytes and the merges

@@ -16,8 +16,8 @@ import numpy as np
 import platformdirs
 from filelock import FileLock
 
+from hybridlab.base.files import writing_to
 from hybridlab.data.text_data import Tokens
-from hybridlab.files import writing_to
 
 FORMAT = 1
 ELSEWHERE = "name another cache folder in the environment variable HYBRIDLAB_CACHE"

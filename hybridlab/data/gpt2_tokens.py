@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 
 
 @dataclass(frozen=True)

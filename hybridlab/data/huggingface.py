@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.cache import append_tokens, cache_folder, cache_key, cached_tokens
 from hybridlab.data.gpt2_tokens import Encoder, gpt2_encoder
 from hybridlab.data.text_data import TextData
-from hybridlab.errors import UserError
 
 VALIDATION_SPLITS = ("validation", "valid", "dev", "test")
 VALIDATION_EVERY = 20

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.image_data import Images
-from hybridlab.errors import UserError
 
 UNSIGNED_BYTE = 0x08
 

@@ -8,8 +8,8 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.image_data import ImageData, Images, Labels
-from hybridlab.errors import UserError
 
 ImageBatch = tuple[Float[Tensor, "batch 1 28 28"], Int64[Tensor, " batch"]]
 

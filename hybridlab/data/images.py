@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import interpolate
 
+from hybridlab.base.errors import UserError, nearest
 from hybridlab.data.image_data import ImageData
 from hybridlab.data.mnist import download_mnist, load_mnist_folder
-from hybridlab.errors import UserError, nearest
 
 SOURCES = ("digits", "mnist", "mnist:PATH")
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import writing_to
 from hybridlab.data.cache import ELSEWHERE, cache_folder
 from hybridlab.data.idx import decompressed, read_idx
 from hybridlab.data.image_data import ImageData, Images, Labels
-from hybridlab.errors import UserError
-from hybridlab.files import writing_to
 
 # Of the decompressed content: mirrors compress the same content to different files.
 SHA256 = {

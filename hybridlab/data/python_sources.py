@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.bpe import train_tokenizer, write_encoded
 from hybridlab.data.cache import cache_folder, cache_key, cached_tokens
 from hybridlab.data.corpus import Corpus, read_corpus
 from hybridlab.data.text_data import TextData
-from hybridlab.errors import UserError
 
 DESCRIPTION = "Python sources of this machine (standard library and torch)"
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.text_data import Tokens
-from hybridlab.errors import UserError
 
 TokenBatch = tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hybridlab.base.errors import UserError
 from hybridlab.data.cache import cache_folder, cache_key, cached_tokens, tokens_sha256
 from hybridlab.data.text_data import TextData, Tokens
-from hybridlab.errors import UserError
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4

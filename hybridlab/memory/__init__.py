@@ -8,20 +8,13 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.memory.nearest_fit import Situation, nearest_fit
-from hybridlab.memory.planner import CardShare, Plan, plan
 
 __all__ = [
-    "CardShare",
     "CheckpointingConfig",
     "GradientAccumulationConfig",
     "MemoryConfig",
     "MixedPrecisionConfig",
-    "Plan",
     "PredictAwareMemoryConfig",
-    "Situation",
-    "nearest_fit",
     "optimizer_for",
-    "plan",
     "prepare_model_",
 ]

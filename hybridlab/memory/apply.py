@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hybridlab.errors import UserError
-from hybridlab.memory.blocks import buckets_of, checkpoint_blocks_, is_checkpointed
+from hybridlab.base.errors import UserError
+from hybridlab.memory.checkpointing import buckets_of, checkpoint_blocks_, is_checkpointed
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.memory.host_optimizer import HostAdamW
-from hybridlab.memory.in_backward import StepInBackward
-from hybridlab.memory.low_bit import InFewCalls, low_bit_adamw
-from hybridlab.optimizers import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.optim.host_adamw import HostAdamW
+from hybridlab.optim.in_backward import StepInBackward
+from hybridlab.optim.low_bit import InFewCalls, low_bit_adamw
 
 
 def prepare_model_(model: nn.Module, memory: MemoryConfig) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from hybridlab.host_memory import host_room
-from hybridlab.memory.side_stream import SMALL_BYTES, SideStream
+from hybridlab.base.copy_stream import SMALL_BYTES, SideStream
+from hybridlab.base.pinned_memory import host_room
 
 
 @dataclass(eq=False)

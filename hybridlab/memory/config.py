@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from hybridlab.settings import check_bounds, check_choice, check_types
+from hybridlab.base.settings import check_bounds, check_choice, check_types
 
 TRAINING_NUMBERS = ("fp32", "bf16")
 PREDICT_NUMBERS = ("fp32", "bf16", "bf16_weights")
@@ -132,7 +132,7 @@ class MemoryConfig:
     optimizer_state: format of AdamW's moments: "fp32", or torchao's "int8", "fp8" or "int4"
     step_in_backward: step each block's weights as soon as its gradients are there, and free these
     clip_in_backward: with `step_in_backward`, gradient norm above which gradients are scaled down, estimated while
-        they arrive (`hybridlab.memory.in_backward`); None leaves them alone
+        they arrive (`hybridlab.optim.in_backward`); None leaves them alone
     state_on_host: gradients and optimizer state live in host memory, where AdamW steps
     weights: "fp32"; "bf16" with stochastic rounding, or, with `state_on_host`, with float32 masters on the host
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from hybridlab.errors import UserError
-from hybridlab.settings import check_choice
+from hybridlab.base.errors import UserError
+from hybridlab.base.settings import check_choice
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 

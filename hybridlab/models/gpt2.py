@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hybridlab.base.settings import check_bounds, check_choice, check_types
 from hybridlab.models.pretrained import load_pretrained_, read_settings
-from hybridlab.settings import check_bounds, check_choice, check_types
 
 Hidden = Float[Tensor, "batch time dim"]
 IGNORED_TARGET = -100

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 
 # Stored transposed: transformers' Conv1D keeps [in out], nn.Linear keeps [out in].
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -1,10 +1,7 @@
 """What a notebook calls: run a study, look at it, say what was found."""
 
-from hybridlab.notebook.frame import Frame, final_frame
-from hybridlab.notebook.parameters import parameters_from
-from hybridlab.notebook.results import claims_table, publish
 from hybridlab.notebook.session import Session, run_configs, run_study
-from hybridlab.notebook.views import (
+from hybridlab.notebook.views.study import (
     baseline_claims,
     by_seed,
     cost_claims,
@@ -23,6 +20,9 @@ from hybridlab.notebook.views import (
     verdict_chart,
     verdict_table,
 )
+from hybridlab.panel.frame import Frame, final_frame
+from hybridlab.results.parameters import parameters_from
+from hybridlab.results.publish import claims_table, publish
 
 __all__ = [
     "Frame",

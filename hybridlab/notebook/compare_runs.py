@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab.errors import UserError, nearest
-from hybridlab.notebook.charts import Against, loss_curves
-from hybridlab.notebook.figures import Chart
+from hybridlab.base.errors import UserError, nearest
+from hybridlab.charts.builders import Against, loss_curves
+from hybridlab.charts.model import Chart
+from hybridlab.charts.tables import table
 from hybridlab.notebook.live_table import LiveTable
-from hybridlab.notebook.results import project_root
-from hybridlab.notebook.tables import table
-from hybridlab.runs import Run, runs_under
-from hybridlab.study.arms import is_plain, label
+from hybridlab.results.publish import project_root
+from hybridlab.study.record import Run, runs_under
+from hybridlab.study.study import is_plain, label
 
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hybridlab.notebook.results import Claim, verdict
-from hybridlab.study.arms import StudyResult
-from hybridlab.study.footprint import validation_loss
+from hybridlab.benchmarks.footprint import validation_loss
+from hybridlab.results.publish import Claim, verdict
+from hybridlab.study.study import StudyResult
 
 
 def format_agreement(result: StudyResult, strict: str, tf32: str, at_step: int) -> dict[str, float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from hybridlab.notebook.progress import PROGRESS_FILE
-from hybridlab.notebook.tables import Table
+from hybridlab.charts.tables import Table
+from hybridlab.panel.progress import PROGRESS_FILE
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from itertools import islice
 from pathlib import Path
 from weakref import finalize
 
-from hybridlab.checkpoint import has_checkpoint, remove_checkpoint
-from hybridlab.errors import UserError
-from hybridlab.notebook.controls import Controls
-from hybridlab.notebook.frame import Frame
-from hybridlab.notebook.instruments import Instruments
-from hybridlab.notebook.live import Live, LiveBar, interrupts
-from hybridlab.notebook.progress import Progress, gauges_wanted
-from hybridlab.notebook.results import project_root
-from hybridlab.runs import Run
-from hybridlab.step_result import StepResult
-from hybridlab.study.arms import OnStep, Study, StudyResult, folder_name, label, run_arms
+from hybridlab.base.checkpoint import has_checkpoint, remove_checkpoint
+from hybridlab.base.errors import UserError
+from hybridlab.engine.result import StepResult
+from hybridlab.panel.controls import Controls
+from hybridlab.panel.frame import Frame
+from hybridlab.panel.instruments import Instruments
+from hybridlab.panel.live import Live, LiveBar, interrupts
+from hybridlab.panel.progress import Progress, gauges_wanted
+from hybridlab.results.publish import project_root
 from hybridlab.study.code_version import code_version
-from hybridlab.study.run_config import RunConfig
-from hybridlab.study.training_run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run, foreign_code
+from hybridlab.study.config import RunConfig
+from hybridlab.study.record import Run
+from hybridlab.study.run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run, foreign_code
+from hybridlab.study.study import OnStep, Study, StudyResult, folder_name, label, run_arms
 
 RESUME = "HYBRIDLAB_RESUME"
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from hybridlab.gram import Coefficients, Gram, PathNeeds
+from hybridlab.weights.gram import Coefficients, Gram, PathNeeds
 
 MOMENTUM_MEMORY_STEPS = 10
 """Steps after which a momentum of 0.9 has forgotten two thirds: nearer stretches resemble each other by it alone."""

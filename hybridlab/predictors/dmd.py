@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Complex128, Float64
 
-from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, path_confidence
 from hybridlab.predictors.trend import TrendFollower
+from hybridlab.weights.gram import Gram, PathNeeds
 
 NOISE_LEVELS = 2**0.5
 """Singular values are kept above this many times their median: the optimal cut for a matrix far taller than wide."""

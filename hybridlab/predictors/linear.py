@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, path_confidence
 from hybridlab.predictors.trend import TrendFollower
+from hybridlab.weights.gram import Gram, PathNeeds
 
 
 class Linear(TrendFollower):

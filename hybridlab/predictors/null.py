@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, Signals
+from hybridlab.weights.gram import Gram, PathNeeds
 
 
 class Null:

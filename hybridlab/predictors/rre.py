@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float64
 
-from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, path_confidence
 from hybridlab.predictors.trend import TrendFollower
+from hybridlab.weights.gram import Gram, PathNeeds
 
 LAMBDA = 1e-6
 

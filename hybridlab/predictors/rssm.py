@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, Signals, path_confidence
-from hybridlab.predictors.dynamics import WINDOW_STEPS, Dynamics
+from hybridlab.predictors.rssm_model import WINDOW_STEPS, Dynamics
+from hybridlab.weights.gram import Gram, PathNeeds
 
 SMOOTHING = 0.1
 REMEMBERED_STEPS = 256

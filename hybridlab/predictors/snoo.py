@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridlab.gram import Gram, PathNeeds
 from hybridlab.predictors.base import Proposal, path_confidence
 from hybridlab.predictors.trend import TrendFollower
+from hybridlab.weights.gram import Gram, PathNeeds
 
 STRIDE_STEPS, ETA, MU = 30, 0.7, 0.4
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from hybridlab.config import HybridTrainerConfig
-from hybridlab.memory import forecast
-from hybridlab.memory.step_time import CARDS
-from hybridlab.notebook.bounds import CARD_BYTES
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.planner import text_report as forecast
+from hybridlab.planner.gpu_specs import CARDS
 from hybridlab.report.evidence import MAIN, Evidence, Found
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import NOT_RUN, predicted_share
 from hybridlab.report.words import gigabytes, interval, known_columns, markdown_table, verdict_word
+from hybridlab.results.bounds import CARD_BYTES
 
 HEAD = """\
 # Training on an RTX 5080 (16 GB)

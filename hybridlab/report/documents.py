@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hybridlab.errors import UserError
-from hybridlab.files import replaced
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
 from hybridlab.report.card_guide import card_guide
 from hybridlab.report.evidence import PROFILES, Evidence
 from hybridlab.report.headlines import headlines

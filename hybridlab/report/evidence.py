@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
-from hybridlab.notebook.results import Verdict, load_results
+from hybridlab.results.publish import Verdict, load_results
 
 PROFILES = {
     "rtx5080": "the plan's scale, on a GPU",

@@ -13,9 +13,9 @@ import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hybridlab.notebook.charts import interval_chart
-from hybridlab.notebook.figures import Chart, Line
-from hybridlab.notebook.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
+from hybridlab.charts.builders import interval_chart
+from hybridlab.charts.model import Chart, Line
+from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
 
 CURVES = "03_gpt2_small_hybrid"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybridlab.notebook.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.validation import NOT_RUN, notebook_link
 from hybridlab.report.words import gigabytes, interval, known_columns, markdown_table, percent
+from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 
 Row = dict[str, Any]
 

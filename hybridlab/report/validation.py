@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from hybridlab.memory.planner import PARTS
+from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, Criterion, Finding, Outcome
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
 from hybridlab.report.words import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridlab.notebook.figures import Chart
+from hybridlab.charts.model import Chart
+from hybridlab.charts.tables import Table, table
 from hybridlab.notebook.live_table import LiveTable
-from hybridlab.notebook.tables import Table, table
 from hybridlab.report.criteria import CRITERIA
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.pictures import drawn

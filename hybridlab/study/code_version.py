@@ -9,7 +9,7 @@ import torch
 
 import hybridlab
 
-NOT_TRAINING = ("notebook", "report", "cli.py", "tensorboard.py")
+NOT_TRAINING = ("batch", "charts", "cli.py", "notebook", "panel", "report", "results")
 """Parts of the library that show runs and do not train them."""
 
 

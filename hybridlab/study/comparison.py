@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hybridlab.study.arms import BASELINE, StudyResult
 from hybridlab.study.statistics import ControlCurve, Interval, step_value
+from hybridlab.study.study import BASELINE, StudyResult
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hybridlab.compiler import require_compiler
+from hybridlab.base.compiler import require_compiler
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.study.tasks import Task
 

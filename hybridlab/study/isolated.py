@@ -12,10 +12,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
-from hybridlab.errors import UserError
-from hybridlab.runs import Run
-from hybridlab.study.run_config import RunConfig
-from hybridlab.study.training_run import train
+from hybridlab.base.errors import UserError
+from hybridlab.study.config import RunConfig
+from hybridlab.study.record import Run
+from hybridlab.study.run import train
 
 GRACE_SECONDS = 30.0
 """For a run that is told to stop, to bring its record to the disk."""

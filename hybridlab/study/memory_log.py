@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from hybridlab.errors import UserError
-from hybridlab.files import replaced
-from hybridlab.phases import Phase
-from hybridlab.runs import Run
-from hybridlab.study.training_run import UNSETTLED_STEPS
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
+from hybridlab.engine.phases import Phase
+from hybridlab.study.record import Run
+from hybridlab.study.run import UNSETTLED_STEPS
 
 MIB = 2**20
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from hybridlab.device import find_device
-from hybridlab.errors import UserError
-from hybridlab.files import remove, replaced
+from hybridlab.base.device import find_device
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import remove, replaced
+from hybridlab.study.config import RunConfig
 from hybridlab.study.planning import card_bytes_of, nearest_fit_of
-from hybridlab.study.run_config import RunConfig
 from hybridlab.vram import MemoryMeter
 
 SNAPSHOT = "memory_snapshot.pickle"

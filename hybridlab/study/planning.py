@@ -9,13 +9,13 @@ from functools import lru_cache
 import psutil
 import torch
 
-from hybridlab.device import find_device
-from hybridlab.errors import UserError
-from hybridlab.host_memory import host_holds
+from hybridlab.base.device import find_device
+from hybridlab.base.errors import UserError
+from hybridlab.base.pinned_memory import host_holds
 from hybridlab.memory.config import MixedPrecisionConfig
-from hybridlab.memory.nearest_fit import Situation, nearest_fit
-from hybridlab.memory.planner import Plan
-from hybridlab.study.run_config import RunConfig
+from hybridlab.planner.plan import Plan
+from hybridlab.planner.suggest import Situation, nearest_fit
+from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import TextTaskConfig
 
 

@@ -9,9 +9,9 @@ from typing import Self
 
 import torch
 
-from hybridlab.device import find_device
+from hybridlab.base.device import find_device
 from hybridlab.memory.precision import matmul_precision
-from hybridlab.study.run_config import RunConfig
+from hybridlab.study.config import RunConfig
 from hybridlab.vram import MemoryMeter
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from hybridlab.device import wait_for
+from hybridlab.base.device import wait_for
 
 
 class Stopwatch:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.data import (
     ImageBatches,
     ImageData,
@@ -22,7 +23,6 @@ from hybridlab.data import (
 )
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
-from hybridlab.settings import check_bounds, check_types
 
 load_text_once = lru_cache(load_text)
 load_images_once = lru_cache(load_images)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from hybridlab.errors import UserError
+from hybridlab.base.errors import UserError
 from hybridlab.vram.allocator import Allocator
 from hybridlab.vram.nvml import NvmlCard
 from hybridlab.vram.peaks import PhasePeaks

@@ -1,0 +1,1 @@
+"""What every part builds on: errors, checked settings, files, devices, compilers, checkpoints, page-locked memory."""

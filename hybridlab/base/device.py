@@ -1,0 +1,72 @@
+"""The device that a run computes on: which one it is, what it is called, and waiting until it is done."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybridlab.base.errors import UserError
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device that a parameter file names: "auto" (CUDA where there is one), "cuda" or "cpu".
+
+    Raises UserError for another name, and for CUDA where there is none.
+    """
+    if name not in ("auto", "cuda", "cpu"):
+        raise UserError(f"device {name!r} is unknown: choose auto, cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device is 'cuda', but torch sees no CUDA device: set device to auto or cpu, or mend the driver"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's as the system gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def cards(device: torch.device) -> list[torch.device]:
+    """The device, if it is a card: whose random stream counts beside the processor's, and no other card's."""
+    return [device] if device.type == "cuda" else []
+
+
+def take_at_once(device: torch.device, tensors: Iterable[Tensor]) -> None:
+    """Let torch take from a card in one request what as many tensors as these are about to take one by one.
+
+    They then lie in one stretch, which can go back to the card whole: so what the cache holds goes back first, or some
+    of them would be taken from there. Nothing happens where the cache holds enough for all; without so much in one
+    piece, they are taken one by one.
+
+    tensors: only their sizes count, and they may be on "meta" or empty of memory
+    """
+    if device.type != "cuda":
+        return
+    total_bytes = sum(tensor.nbytes for tensor in tensors)
+    if total_bytes > torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device):
+        torch.cuda.empty_cache()
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(total_bytes, dtype=torch.uint8, device=device)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Return when the current stream is done, whatever runs beside it; host memory that it writes may then be read."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that it was given; a processor always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

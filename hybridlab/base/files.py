@@ -1,0 +1,91 @@
+"""Files written as a whole: a reader, or a process that starts again, never meets half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hybridlab.base.errors import UserError
+
+ON_WINDOWS = os.name == "nt"
+"""There no folder can be opened, and the system itself brings names to the disk."""
+
+
+@contextmanager
+def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -> Iterator[Path]:
+    """Yield a name beside `path`; what the block writes there takes the place of `path` when the block ends.
+
+    path: its folder is made where it is missing
+    keep_as: where the file that is replaced goes; None lets it go
+    lasting: the content is on the disk before the name is given to it, and the name when the block has ended; False
+        waits for no disk, for what counts only as long as the machine runs
+
+    If the block fails, `path` is as it was and nothing lies beside it; a process killed at the worst moment leaves the
+    old file under `keep_as`.
+
+    Raises UserError where the disk is full or cannot be written.
+    """
+    beside = _beside(path)
+    try:
+        with writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            if lasting:
+                _content_to_disk(beside)
+            if keep_as and path.exists():
+                os.replace(path, keep_as)
+            os.replace(beside, path)
+            if lasting:
+                _names_to_disk(path.parent)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def remove(*paths: Path) -> None:
+    """Delete those of the files that are there, and what a killed process left beside them.
+
+    Raises UserError where that cannot be done.
+    """
+    for path in paths:
+        with writing_to(path.parent):
+            path.unlink(missing_ok=True)
+            _beside(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(folder: Path, *, otherwise: str = "choose another folder") -> Iterator[None]:
+    """Turn a full or unwritable disk into one line that says what to do.
+
+    otherwise: what helps where there is no room to make
+
+    Raises UserError for any OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"cannot write in the folder {folder}: {reason}; make room there or {otherwise}") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _content_to_disk(path: Path) -> None:
+    """Wait until a file's content has reached the disk; Windows wants the file open for writing."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _names_to_disk(folder: Path) -> None:
+    """Wait until a folder's list of names has reached the disk."""
+    if ON_WINDOWS:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""Host memory that the card copies from and to at full speed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from hybridlab.base.errors import UserError
+
+ALIGNMENT_BYTES = 256
+"""Every view begins at a multiple of this, as tensors on the card do."""
+
+LEFT_TO_OTHERS_BYTES = 500_000_000
+"""Of the host's available memory: an arena that would take more is refused, before the machine starts to swap."""
+
+
+class HostArena:
+    """One stretch of host memory, handed out as aligned views that look like the tensors they stand in for.
+
+    total_bytes: its size; `arena_bytes` says what some tensors need
+    pinned: page-locked, so that copies run beside the computation; without CUDA it is ordinary memory
+
+    It takes `total_bytes` and no more: torch's own pinned tensors are each rounded up to a power of two. The memory
+    lives as long as the arena or any view of it. Each view is a storage of its own, so that a checkpoint holds views
+    of any types, and no byte beside them.
+
+    Raises UserError where the host has less to give, or the driver refuses to pin it.
+    """
+
+    def __init__(self, total_bytes: int, *, pinned: bool) -> None:
+        _refuse_more_than_the_host_has(total_bytes)
+        self._memory = _empty(total_bytes)
+        if pinned and total_bytes and torch.cuda.is_available():
+            _pin_(self._memory)
+        self.total_bytes, self.pinned = total_bytes, pinned
+        self._pieces: list[weakref.ref[np.ndarray]] = []
+        self._taken = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """The next view, uninitialized, contiguous, of the shape and type of `like`.
+
+        Raises ValueError when the arena is used up.
+        """
+        start, self._taken = self._taken, self._taken + arena_bytes([like])
+        if self._taken > self.total_bytes:
+            raise ValueError(f"the arena of {self.total_bytes} bytes is used up: make it arena_bytes(tensors) long")
+        piece = self._memory[start : start + like.nbytes]
+        self._pieces.append(weakref.ref(piece))  # the view's storage keeps the piece alive
+        return torch.from_numpy(piece).view(like.dtype).view(like.shape)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody still has one of the views, or a tensor that shares its memory."""
+        return any(piece() is not None for piece in self._pieces)
+
+    def rewind_(self) -> None:
+        """Hand out the same memory again, from its start. It must not be held."""
+        self._pieces, self._taken = [], 0
+
+
+class HostPool:
+    """Host memory that is taken once, and used again as soon as nobody holds a tensor that lies in it.
+
+    Pinning takes far longer than filling: what is kept again and again, such as a way back from each jump, has one
+    place.
+    """
+
+    def __init__(self) -> None:
+        self._arenas: list[HostArena] = []
+
+    def room(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Room for each of these, as `host_room` makes it; pinned where any of them lies on a card.
+
+        Raises UserError as `HostArena` does; what others hold stays as it is.
+        """
+        if not tensors:
+            return []
+        total_bytes, pinned = arena_bytes(tensors), any(tensor.is_cuda for tensor in tensors)
+        free = (arena for arena in self._arenas if not arena.is_held)
+        arena = next((arena for arena in free if (arena.total_bytes, arena.pinned) == (total_bytes, pinned)), None)
+        if arena is None:
+            self._arenas = [arena for arena in self._arenas if arena.is_held]  # first let go of what fits no more
+            self._arenas.append(arena := HostArena(total_bytes, pinned=pinned))
+        arena.rewind_()
+        return [arena.take(tensor) for tensor in tensors]
+
+
+def host_room(tensors: Sequence[Tensor], *, pinned: bool) -> list[Tensor]:
+    """Uninitialized host memory for each of these, all of it in one arena.
+
+    tensors: only their shapes and types count, and they may be on "meta"
+
+    Raises UserError as `HostArena` does.
+    """
+    arena = HostArena(arena_bytes(tensors), pinned=pinned)
+    return [arena.take(tensor) for tensor in tensors]
+
+
+def brought(source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The values on a device, in another type: they cross the bus in their own, and are converted where they arrive."""
+    return source.to(device, non_blocking=True).to(dtype)
+
+
+def arena_bytes(tensors: Iterable[Tensor]) -> int:
+    """How long an arena must be to hold views of all of these."""
+    return sum(-(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for tensor in tensors)
+
+
+def host_holds(total_bytes: int, available_bytes: int) -> bool:
+    """Whether the host, with so much available, can give that much and leave others something."""
+    return total_bytes <= available_bytes - LEFT_TO_OTHERS_BYTES
+
+
+def _refuse_more_than_the_host_has(total_bytes: int) -> None:
+    available = psutil.virtual_memory().available
+    if not host_holds(total_bytes, available):
+        raise UserError(
+            f"{total_bytes / 1e9:.1f} GB of host memory are wanted and {available / 1e9:.1f} GB are available: "
+            "close other programs, or keep less of the training on the host"
+        )
+
+
+def _empty(total_bytes: int) -> np.ndarray:
+    """Ordinary memory whose first byte is aligned."""
+    memory = np.empty(total_bytes + ALIGNMENT_BYTES, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memory[start : start + total_bytes]
+
+
+def _pin_(memory: np.ndarray) -> None:
+    """Lock the pages until the last tensor over them is gone."""
+    address, cudart = memory.ctypes.data, torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    try:
+        torch.cuda.check_error(cudart.cudaHostRegister(address, memory.nbytes, 0))
+    except RuntimeError as error:
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # or the refusal is reported once more, by whichever kernel comes next
+        raise UserError(
+            f"the driver refuses to pin {memory.nbytes / 1e9:.1f} GB of host memory ({error}): "
+            "keep less of the training on the host, or keep it in unpinned memory"
+        ) from error
+    weakref.finalize(memory.base, _unpin, cudart, address).atexit = False  # each view keeps the base
+
+
+def _unpin(cudart: Any, address: int) -> None:
+    """Unlock the pages, when no copy is on its way from or to them any more."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    cudart.cudaHostUnregister(address)

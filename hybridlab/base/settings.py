@@ -1,0 +1,76 @@
+"""Refuses settings that cannot be meant; each message names the setting, its value and what would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from hybridlab.base.errors import nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def check_types(settings: DataclassInstance) -> None:
+    """Hold every field against its annotation; a bool is no int, an int is a float. Raises TypeError."""
+    kinds = _kinds(type(settings))
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if not _fits(value, kinds[field.name]):
+            is_text = isinstance(value, str) and "float" in str(field.type)
+            hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if is_text else ""
+            raise TypeError(f"{field.name} is {value!r}: {field.type} is wanted{hint}")
+
+
+def check_bounds(
+    settings: DataclassInstance,
+    *names: str,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Hold fields of numbers, or of tuples of them, between bounds; None passes. Raises ValueError.
+
+    Whatever the bounds, NaN and the infinities are refused: no setting means anything by them.
+    """
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not (least <= number <= most and above < number < below):
+                said = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
+                said = said if math.isfinite(number) else ["finite", *said]
+                off = ", or None" if "None" in str(settings.__dataclass_fields__[name].type) else ""
+                raise ValueError(f"{name} is {number}: it must be {' and '.join(said)}{off}")
+
+
+def check_choice(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError for a name that is not among the known ones; `what` says of what it is a name."""
+    if name not in known:
+        raise ValueError(f"{what} {name!r} is unknown: {nearest(name, known)}")
+
+
+_kinds = cache(get_type_hints)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a kind; the items of a tuple are all of one kind."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, inner[1]) for item in value.values())
+    if origin is tuple:
+        return (
+            isinstance(value, tuple)
+            and (inner[-1] is ... or len(value) == len(inner))
+            and all(_fits(item, inner[0]) for item in value)
+        )
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)

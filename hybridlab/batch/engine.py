@@ -1,0 +1,114 @@
+"""The papermill engine of `hybridlab run`: encrypted kernel channels, and a quiet end when interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import papermill
+import zmq
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.manager import KernelManager
+from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import DeadKernelError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from hybridlab.base.errors import UserError
+from hybridlab.panel.progress import PROGRESS_FILE
+
+ENGINE = "hybridlab"
+
+
+def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: Path) -> str | None:
+    """Run `notebook` into `output`, with `progress` as the file its kernel reports to.
+
+    Returns why it stopped, where papermill knows; None says nothing about the notebook being whole.
+
+    Raises UserError where there is no Python kernel.
+    """
+    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
+    options = {"engine_name": ENGINE, "kernel_name": "python3", "progress_bar": False}
+    try:
+        with _quiet(), _reporting_to(progress):
+            papermill.execute_notebook(source, target, overrides, **options)
+    except PapermillExecutionError as error:
+        return None if error.ename == "SystemExit" else f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        return "the kernel died: killed, or out of memory"
+    except NoSuchKernel:
+        raise UserError("no Jupyter kernel named python3: install ipykernel in this environment") from None
+    except RuntimeError as error:
+        return f"the kernel failed: {error}"
+    except OSError as error:
+        return f"cannot write {output}: {error.strerror}; make room there, or name another folder in TMPDIR"
+    return None
+
+
+class _Client(PapermillNotebookClient):  # type: ignore[misc]
+    """Runs the cells; when interrupted it kills the kernel at once and leaves no task to complain."""
+
+    def papermill_execute_cells(self) -> None:
+        try:
+            super().papermill_execute_cells()
+        except KeyboardInterrupt:
+            self.shutdown_kernel = "immediate"
+            for task in asyncio.all_tasks(ensure_event_loop()):
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
+            raise
+
+
+class _Engine(Engine):  # type: ignore[misc]
+    """papermill's own engine with our client."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, start_timeout: int = 60, **_: Any
+    ) -> None:
+        """Execute the notebook that `nb_man` holds; called by papermill."""
+        _Client(
+            nb_man,
+            kernel_name=kernel_name,
+            startup_timeout=start_timeout,
+            coalesce_streams=True,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a kernel that is shut down may complain on stderr
+            config=_kernel_config(),
+            log=logging.getLogger("papermill"),
+        ).execute()
+
+
+papermill_engines.register(ENGINE, _Engine)
+
+
+def _kernel_config() -> Config:
+    """Encrypt the channels to the kernel, where the installed jupyter_client and zmq can."""
+    known = "transport_encryption" in KernelManager.class_trait_names() and zmq.has("curve")
+    return Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
+
+
+@contextmanager
+def _reporting_to(path: Path) -> Iterator[None]:
+    """Name the progress file to the kernel, which inherits the environment."""
+    os.environ[PROGRESS_FILE] = str(path)
+    try:
+        yield
+    finally:
+        del os.environ[PROGRESS_FILE]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep papermill's own log lines out of the way: what went wrong is said once, at the end."""
+    logger = logging.getLogger("papermill")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

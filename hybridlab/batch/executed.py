@@ -1,0 +1,121 @@
+"""Executed notebooks: whether one is whole, where it stopped, and what is taken out of a kept copy."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
+
+INJECTED = "injected-parameters"
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """Read a notebook file. Raises UserError where it is missing, unreadable, or no notebook."""
+    try:
+        return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such notebook") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception:
+        raise UserError(f"{path}: not a Jupyter notebook (format 4, JSON)") from None
+
+
+def write_notebook(notebook: NotebookNode, path: Path) -> None:
+    """Write a notebook file, whole or not at all."""
+    with replaced(path) as beside:
+        nbformat.write(notebook, beside)  # type: ignore[no-untyped-call]
+
+
+def write_or_rescue(notebook: NotebookNode, path: Path, working_copy: Path) -> None:
+    """Write a notebook file; where that cannot be, keep it in a folder of its own among the temporary files.
+
+    working_copy: the notebook as it ran, if it is there: moved, it takes no more room
+
+    Raises UserError that says where the notebook is kept.
+    """
+    try:
+        write_notebook(notebook, path)
+    except UserError as error:
+        raise UserError(f"{error}; {_rescued(notebook, path.name, working_copy)}") from error
+
+
+def _rescued(notebook: NotebookNode, name: str, working_copy: Path) -> str:
+    kept = working_copy.parent.with_name(f"{working_copy.parent.name}-kept") / name
+    with suppress(OSError, UserError):
+        kept.parent.mkdir(mode=0o700)
+        read_notebook(working_copy)  # half of one is none
+        working_copy.rename(kept)
+    with suppress(UserError):
+        write_notebook(notebook, kept)  # clean, where there is room
+    with suppress(OSError):
+        kept.parent.rmdir()  # if it is empty
+    return f"the copy is kept as {kept}" if kept.exists() else "no copy could be kept"
+
+
+def unfinished(notebook: NotebookNode) -> str | None:
+    """Say why an executed notebook is not whole; None when every code cell ran, in order, without error."""
+    cells = code_cells(notebook)
+    for error in (output for cell in cells for output in cell.outputs if output.output_type == "error"):
+        if error.ename == "SystemExit":
+            return "the notebook ended early with SystemExit"
+        return f"{error.ename}: {error.evalue}"
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        return "its code cells did not all run, in order"
+    return None
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """List the cells that hold code."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def stopping_place(notebook: NotebookNode) -> str:
+    """Name the code cell where a run stopped: that of the first error, else the last that was started."""
+    cells = code_cells(notebook)
+    failed = [i for i, cell in enumerate(cells) if any(o.output_type == "error" for o in cell.outputs)]
+    started = [i for i, cell in enumerate(cells) if cell.metadata.get("papermill", {}).get("start_time")]
+    if not (stops := failed[:1] or started[-1:]):
+        return "before the first cell"
+    first_line = cells[stops[0]].source.strip().splitlines()[0]
+    return f"code cell {stops[0] + 1}, `{first_line}`"
+
+
+def clean_(notebook: NotebookNode, root: Path) -> None:
+    """Take out of an executed notebook what differs between equal runs: timings, widgets, paths."""
+    for name in ("papermill", "widgets"):
+        notebook.metadata.pop(name, None)
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k not in ("papermill", "execution") and v != []}
+        if INJECTED in cell.metadata.get("tags", []):
+            cell.id = INJECTED
+    for cell in code_cells(notebook):
+        cell.outputs = [clean for output in cell.outputs if (clean := _clean_output(output, root))]
+
+
+def _clean_output(output: NotebookNode, root: Path) -> NotebookNode | None:
+    if "data" in output:
+        output.data.pop(WIDGET_VIEW, None)
+        if not output.data:
+            return None
+    return _without_paths(output, root)
+
+
+def _without_paths(value: Any, root: Path) -> Any:
+    if isinstance(value, dict):
+        cleaned = {k: v if k.startswith("image/") else _without_paths(v, root) for k, v in value.items()}
+        return NotebookNode(cleaned)  # type: ignore[no-untyped-call]
+    if isinstance(value, list):
+        return [_without_paths(item, root) for item in value]
+    if isinstance(value, str):
+        for folder, name in ((root, "."), (Path.home(), "~")):
+            value = re.sub(rf"(?<!\w){re.escape(str(folder))}(?![\w.-])", name, value)
+    return value

@@ -1,0 +1,174 @@
+"""Values given for a notebook's parameters, in YAML files or one by one, held against their types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybridlab.base.errors import UserError, nearest
+from hybridlab.batch.declared import Parameter, accepts, wanted
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value given for a parameter: as read, as written (`raw`), and where."""
+
+    name: str
+    value: Any
+    raw: str
+    place: str
+
+
+def values_in_file(path: Path) -> list[Given]:
+    """Read a YAML mapping of parameters, keeping each value as it was written.
+
+    Raises UserError where the file is missing, unreadable, not a mapping, or names a parameter twice.
+    """
+    text = _text_of(path)
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        given = [] if node is None else [_given(loader, text, pair, path) for pair in _pairs(node, path)]
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
+    names = [item.name for item in given]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: '{twice[0]}' is given twice: keep one line")
+    return given
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
+        hint = f": {nearest(path.name, beside)}" if beside else ""
+        raise UserError(f"{path}: no such parameter file{hint}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8: a YAML file is wanted") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    return f"{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}"
+
+
+def _pairs(node: yaml.Node, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: not a mapping: write one 'name: value' a line")
+    return node.value
+
+
+def _given(loader: yaml.SafeLoader, text: str, pair: tuple[yaml.Node, yaml.Node], path: Path) -> Given:
+    key, node = pair
+    name = loader.construct_object(key, deep=True)
+    if not isinstance(name, str):
+        raw = text[key.start_mark.index : key.end_mark.index]
+        raise UserError(f"{path}: YAML reads the key {raw} as {name!r}: write '{raw}' in quotes")
+    raw = text[node.start_mark.index : node.end_mark.index].strip()
+    return Given(name, loader.construct_object(node, deep=True), raw, f"in {path}")
+
+
+def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]) -> Given:
+    """Read a `-p NAME VALUE`, where the declared type decides what the text means."""
+    if name in declared:
+        for reading in _readings(raw):
+            if accepts(declared[name].kind, reading):
+                return Given(name, reading, raw, "after -p")
+    return Given(name, raw, raw, "after -p")
+
+
+def results_beside(output: Path, declared: Mapping[str, Parameter], root: Path) -> list[Given]:
+    """Set the parameter `results`, where a notebook has it, to the folder of its executed copy.
+
+    output: the executed copy; root: the project's folder, from which a folder inside it is named
+    """
+    folder = output.parent.resolve()
+    name = (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
+    wanted_here = "results" in declared and accepts(declared["results"].kind, name)
+    return [Given("results", name, name, "from -o")] if wanted_here else []
+
+
+def _readings(raw: str) -> Iterable[Any]:
+    """Offer what a text may mean: what YAML makes of it, a number, the text itself."""
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(raw)
+        if not isinstance(value, str) and not _is_sexagesimal(raw, value):
+            yield value
+    if (number := _as_number(raw)) is not None:
+        yield number
+    yield raw
+
+
+def checked_values(given: Iterable[Given], declared: Mapping[str, Parameter], name: str) -> dict[str, Any]:
+    """Hold given values against the declared parameters; the last one given for a name counts.
+
+    Raises UserError for a parameter that is unknown (the message names the nearest) or of the wrong type.
+    """
+    values = {}
+    for item in given:
+        if item.name not in declared:
+            hint = nearest(item.name, declared) if declared else "it has none"
+            raise UserError(f"'{item.name}' {item.place} is no parameter of {name}: {hint}")
+        parameter = declared[item.name]
+        if not accepts(parameter.kind, item.value) or _is_sexagesimal(item.raw, item.value):
+            raise UserError(_wrong_type(item, parameter))
+        values[item.name] = item.value
+    return values
+
+
+def _wrong_type(item: Given, parameter: Parameter) -> str:
+    scalar = not isinstance(item.value, str | list | dict | None)
+    if scalar and item.raw not in (str(item.value), str(item.value).lower()):
+        said = f"YAML reads {item.raw} as {item.value!r}"
+    else:
+        said = f"{item.value!r} is {_described(item.value)}"
+    return f"{item.name}: {said}, {wanted(parameter.kind)} is wanted: {_fix(item, parameter)} {item.place}"
+
+
+def _described(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number with a fraction", str: "text"}
+    kinds |= {list: "a list", dict: "a mapping", type(None): "empty"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _fix(item: Given, parameter: Parameter) -> str:
+    number = _as_number(item.value) if isinstance(item.value, str) else item.value
+    if _is_sexagesimal(item.raw, item.value) and accepts(parameter.kind, item.value):
+        return f"write {item.value}, or '{item.raw}' in quotes,"
+    if accepts(parameter.kind, item.raw) and item.raw and not isinstance(item.value, list | dict):
+        return f"write '{item.raw}' in quotes"
+    if isinstance(number, float) and number.is_integer() and accepts(parameter.kind, int(number)):
+        return f"write {int(number)}"
+    if isinstance(item.value, str) and number is not None and accepts(parameter.kind, number):
+        return f"write {_yaml_number(item.value)}"
+    return f"write for example {json.dumps(parameter.default)}"
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _yaml_number(text: str) -> str:
+    """Write a number so that YAML 1.1 reads a number: 1e-4 becomes 1.0e-4, 1e4 becomes 1.0e+4."""
+    mantissa, mark, exponent = text.strip().lower().partition("e")
+    mantissa += "" if "." in mantissa else ".0"
+    sign = "" if not mark or exponent.startswith(("+", "-")) else "+"
+    return f"{mantissa}{mark}{sign}{exponent}"
+
+
+def _is_sexagesimal(raw: str, value: Any) -> bool:
+    """Tell a number that YAML 1.1 made of a text like 12:30."""
+    return ":" in raw and type(value) in (int, float)

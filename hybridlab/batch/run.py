@@ -1,0 +1,178 @@
+"""Run a notebook as a batch job: check first, run whole, keep a clean copy or say where it stopped."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbformat import NotebookNode
+from rich.console import Console
+
+from hybridlab.base.errors import UserError
+from hybridlab.batch.declared import declared_parameters, defaults
+from hybridlab.batch.engine import execute
+from hybridlab.batch.executed import clean_, read_notebook, stopping_place, unfinished, write_or_rescue
+from hybridlab.batch.given import checked_values, results_beside, value_on_command_line, values_in_file
+from hybridlab.panel.progress import watched
+from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.publish import environment, git_commit, load_results, project_root
+
+WORK, PROGRESS = "work.ipynb", "progress.json"
+GO_ON = "the same command with --resume goes on with its training runs"
+
+
+class RunFailed(Exception):
+    """The notebook stopped before its end, or its copy found no place; the message says where it is and why."""
+
+
+class RunInterrupted(RunFailed):
+    """Somebody stopped the run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: nothing about it can be refused any more."""
+
+    notebook: Path
+    output: Path
+    overrides: dict[str, Any]
+    parameters: dict[str, Any]
+    root: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the copy of a run that stopped goes."""
+        return self.output.with_suffix(".failed.ipynb")
+
+
+def run_notebook(
+    notebook: Path,
+    output: Path,
+    files: Sequence[Path] = (),
+    settings: Sequence[tuple[str, str]] = (),
+    console: Console | None = None,
+) -> NotebookNode:
+    """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
+
+    notebook: the source; it is only read
+    output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`.
+        The notebook's parameter `results`, if it has one, becomes the folder of `output`
+    files: YAML mappings of parameters; a later file wins
+    settings: (name, text) pairs, which win over the files, and over `output` for `results`
+    console: where progress is shown; standard output by default
+
+    Returns the executed notebook, as written.
+
+    Raises UserError where something is refused, before anything is run or written; RunFailed where the notebook
+    stopped before its end, and where its copy had to be kept elsewhere; RunInterrupted where somebody stopped it.
+    """
+    job = prepared(notebook, output, files, settings)
+    commit = git_commit()
+    with _working_folder() as folder:
+        executed = _run(job, folder, console or Console())
+        facts = environment() | {"git_commit": commit, "parameters": job.parameters}
+        facts["parameters_sha256"] = parameters_sha256(job.parameters)
+        clean_(executed, job.root)
+        executed.metadata["hybridlab"] = facts
+        try:
+            write_or_rescue(executed, job.output, folder / WORK)
+        except UserError as error:
+            raise RunFailed(f"every cell has run, but {error}") from None
+    job.partial.unlink(missing_ok=True)
+    return executed
+
+
+def prepared(notebook: Path, output: Path, files: Sequence[Path] = (), settings: Sequence[tuple[str, str]] = ()) -> Job:
+    """Check everything that can be checked before a run; arguments as for `run_notebook`.
+
+    Raises UserError with what to mend.
+    """
+    declared = declared_parameters(read_notebook(notebook), notebook.name)
+    root = project_root()
+    given = [item for file in files for item in values_in_file(file)]
+    given += results_beside(output, declared, root)
+    given += [value_on_command_line(name, text, declared) for name, text in settings]
+    overrides = checked_values(given, declared, notebook.name)
+    parameters = defaults(declared) | overrides
+    _check_name(notebook, output)
+    results = parameters.get("results")
+    _make_folders(output, *([root / results / "results.json"] if isinstance(results, str) else []))
+    return Job(notebook, output, overrides, parameters, root)
+
+
+def _check_name(notebook: Path, output: Path) -> None:
+    if output.suffix != ".ipynb" or output.is_dir():
+        raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
+    if output.resolve() == notebook.resolve():
+        raise UserError(f"{output}: the output would replace the source notebook: give it another name")
+
+
+def _make_folders(*files: Path) -> None:
+    """Make the folders of what is written when the run is over; none is made where one of them is refused."""
+    for file in files:
+        there = next(place for place in file.absolute().parents if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{file}: cannot write into {there}: choose another folder")
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{file}: cannot make its folder: {error.strerror}") from None
+
+
+@contextmanager
+def _working_folder() -> Iterator[Path]:
+    """A folder of the run's own, so that the output is only touched by a whole run."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="hybridlab-")
+    except OSError as error:
+        raise UserError(f"no temporary folder: {error.strerror}; name another one in TMPDIR") from None
+    with folder as name:
+        yield Path(name)
+
+
+def _run(job: Job, folder: Path, console: Console) -> NotebookNode:
+    """Run every cell. Raises RunFailed where one of them did not."""
+    try:
+        with watched(folder / PROGRESS, console):
+            reason = execute(job.notebook, folder / WORK, job.overrides, folder / PROGRESS)
+    except KeyboardInterrupt:
+        raise RunInterrupted(_keep_partial(job, folder / WORK, "stopped (Ctrl-C or a signal)")) from None
+    executed = _as_it_ran(job, folder / WORK)
+    if reason := reason or unfinished(executed):
+        raise RunFailed(_keep_partial(job, folder / WORK, reason))
+    return executed
+
+
+def _keep_partial(job: Job, work: Path, reason: str) -> str:
+    """Keep the copy of a run that stopped; return the line that says so, and how to go on."""
+    executed = _as_it_ran(job, work)
+    try:
+        write_or_rescue(executed, job.partial, work)
+        copy = f"partial copy: {job.partial}"
+    except UserError as error:
+        copy = str(error)
+    return f"{stopping_place(executed)}: {' '.join(reason.split())} ({copy}); {GO_ON}"
+
+
+def _as_it_ran(job: Job, work: Path) -> NotebookNode:
+    """The working copy, or the source where there is none that is whole."""
+    try:
+        return read_notebook(work)
+    except UserError:
+        return read_notebook(job.notebook)
+
+
+def summary_of(job_parameters: dict[str, Any], notebook: Path) -> list[str]:
+    """Fetch the closing sentences that a finished run published; empty when it published none."""
+    folder = job_parameters.get("results")
+    if not isinstance(folder, str):
+        return []
+    entry = load_results(project_root() / folder / "results.json").get(notebook.stem, {})
+    fresh = entry.get("parameters_sha256") == parameters_sha256(job_parameters)
+    return entry["summary"] if fresh else []

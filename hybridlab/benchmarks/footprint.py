@@ -1,0 +1,146 @@
+"""What training arms take of a card: predicted, measured, and paid for in time and in loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from hybridlab.base.errors import UserError
+from hybridlab.benchmarks.jump_times import JumpTimes, gradient_step_ms, jump_times
+from hybridlab.planner.gpu_specs import CARDS, step_time_ms
+from hybridlab.planner.plan import Plan
+from hybridlab.study.config import RunConfig
+from hybridlab.study.memory_log import card_busy_percent
+from hybridlab.study.planning import plan_of
+from hybridlab.study.record import Run
+from hybridlab.study.statistics import Interval
+from hybridlab.study.study import StudyResult
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One arm.
+
+    predicted: its plan, made without a card
+    measured_allocated_bytes: peak of live tensors in the measured run; None without a GPU
+    peak_memory_bytes: the run's peak as the card counts it, or the process's without a GPU
+    step_ms: median gradient step of the measured run; None where it was too short to have settled
+    validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
+    card_busy_percent: of the time of gradient steps; the rest the card waits for the host. None where nobody says it
+    """
+
+    arm: str
+    predicted: Plan
+    measured_allocated_bytes: int | None
+    peak_memory_bytes: int
+    step_ms: float | None
+    validation_loss: float
+    change: Interval | None
+    card_busy_percent: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured peak, less one."""
+        measured = self.measured_allocated_bytes
+        return self.predicted.peak_allocated_bytes / measured - 1 if measured else None
+
+    def row(self, model: str) -> dict[str, Any]:
+        """As the table "memory" of a results file has it; of one seed there is no interval."""
+        change = self.change
+        several = change is not None and change.seeds > 1
+        return {
+            "arm": self.arm,
+            "model": model,
+            "predicted_allocated_bytes": self.predicted.peak_allocated_bytes,
+            "measured_allocated_bytes": self.measured_allocated_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "step_ms": self.step_ms,
+            "card_busy_percent": self.card_busy_percent,
+            "estimated_5080_ms": step_time_ms(self.predicted, CARDS["rtx5080"]),
+            "validation_loss": self.validation_loss,
+            "loss_change": change.mean if change else None,
+            "loss_change_low": change.low if change and several else None,
+            "loss_change_high": change.high if change and several else None,
+            "parts": dict(self.predicted.parts),
+        }
+
+
+def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: int | None = None) -> Footprint:
+    """The footprint of the arm that `config` is of, beside the control arm's loss; memory and time are of its seed 0.
+
+    at_step: the nominal step whose validation losses are compared; None compares those at the end
+    """
+    run = result.runs[config.name, 0]
+    summary = run.closing_figures
+    seeds = sorted(seed for name, seed in result.runs if name == config.name)
+    losses = [validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
+    shared = [(seed, loss) for seed, loss in zip(seeds, losses, strict=True) if (control, seed) in result.runs]
+    change = [loss - validation_loss(result.runs[control, seed], at_step) for seed, loss in shared]
+    return Footprint(
+        arm=config.name,
+        predicted=plan_of(config),
+        measured_allocated_bytes=summary.get("peak_allocated_bytes"),
+        peak_memory_bytes=summary["peak_memory_bytes"],
+        step_ms=summary["gradient_step_ms"],
+        validation_loss=sum(losses) / len(losses),
+        change=Interval.of(change) if config.name != control and change else None,
+        card_busy_percent=card_busy_percent(run),
+    )
+
+
+def validation_loss(run: Run, at_step: int | None) -> float:
+    """Of a run, in nats: at its end, or after `at_step` nominal steps. Raises UserError if none was measured there."""
+    evaluated = run.steps.dropna(subset="validation_loss")
+    chosen = evaluated if at_step is None else evaluated[evaluated["nominal_step"] == at_step]
+    if chosen.empty:
+        raise UserError(f"{run.folder} was not evaluated at step {at_step}: set evaluate_every to a divisor of it")
+    return float(chosen["validation_loss"].iloc[-1])
+
+
+@dataclass(frozen=True)
+class PredictPhase:
+    """What the Predict phases of a run left on the card, and how long they took.
+
+    allocated_bytes: live tensors between what leaves and what returns; None without a GPU
+    reserved_bytes: what torch then holds of the card, forward passes included; None without a GPU
+    occupied_bytes: what the card counts then: reserved, and CUDA's context; None without a GPU
+    jumps: the times of each; the first takes memory from the host that later ones find taken
+    gradient_step_ms: median step of Full
+    """
+
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    occupied_bytes: int | None
+    jumps: tuple[JumpTimes, ...]
+    gradient_step_ms: float
+
+    def typical_ms(self, part: str = "whole") -> float:
+        """Median over the jumps but the first; of one alone, its own. `part`: a field of `JumpTimes`."""
+        return median(getattr(jump, part) for jump in self.jumps[1:] or self.jumps)
+
+    def beyond_ms(self, other: PredictPhase) -> list[float]:
+        """How much longer each jump took than the one of the same number in another run; of the first, nothing."""
+        return [mine.whole - theirs.whole for mine, theirs in zip(self.jumps[1:], other.jumps[1:], strict=False)]
+
+
+def predict_phase(run: Run) -> PredictPhase:
+    """Look at a run's whole jumps. Raises UserError where there is none."""
+    jumps = tuple(jump_times(run.steps))
+    if not jumps:
+        raise UserError(
+            f"{run.folder} has no whole jump: set confidence_threshold to 0 and gate to False, correct_steps to 1 or "
+            "more, and steps to well beyond the first proposal"
+        )
+    summary, step_ms = run.closing_figures, gradient_step_ms(run.steps)
+    if summary["memory_source"] != "cuda":
+        return PredictPhase(None, None, None, jumps, step_ms)
+    allocated, reserved = summary.get("predict_allocated_bytes"), summary.get("predict_reserved_bytes")
+    on_card = None if reserved is None else reserved + (summary["context_bytes"] or 0)
+    return PredictPhase(allocated, reserved, on_card, jumps, step_ms)
+
+
+def footprints(result: StudyResult, configs: Sequence[RunConfig], control: str) -> list[Footprint]:
+    """One footprint a configuration; runs of its further seeds are taken in."""
+    return [footprint(result, config, control) for config in configs]

@@ -1,0 +1,107 @@
+"""What the trainer itself costs: its step over the bare loop's, measured in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from hybridlab.base.device import find_device
+from hybridlab.base.errors import UserError
+from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.passes import Closure
+from hybridlab.engine.trainer import HybridTrainer
+from hybridlab.memory.config import MemoryConfig
+from hybridlab.memory.precision import autocast
+from hybridlab.optim import build_optimizer
+from hybridlab.study.compilation import compile_
+from hybridlab.study.config import RunConfig
+from hybridlab.study.process_settings import ProcessSettings
+
+Step = Callable[[Closure], object]
+
+
+@dataclass(frozen=True)
+class StepOverhead:
+    """What a step of the trainer takes over the bare loop's.
+
+    plain_over_bare: the trainer with max_predict_steps=0
+    null_over_bare: with the null predictor: recording and asking included
+    recording_over_bare: the share of a bare step that recording the path adds
+    bare_step_ms: the bare loop's median
+    """
+
+    plain_over_bare: Ratio
+    null_over_bare: Ratio
+    recording_over_bare: Ratio
+    bare_step_ms: float
+
+
+def step_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 10) -> StepOverhead:
+    """Measure it, on one model and one optimizer.
+
+    rounds: that count, beside the first two, which are thrown away
+    turns: of each loop in a round, best a multiple of six: then each has each place equally often
+    steps: nominal steps a turn
+
+    Raises UserError for a config with memory features, which the bare loop has not.
+    """
+    if config.memory != MemoryConfig():
+        raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
+    with ProcessSettings.of(config).held():
+        loops, closure = _loops(config)
+        taken = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
+        seconds = seconds_in_turns(taken, find_device(config.device), rounds, turns)
+    bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
+    recording = [with_path - without for with_path, without in zip(null, plain, strict=True)]
+    return StepOverhead(
+        plain_over_bare=Ratio.of(plain, bare),
+        null_over_bare=Ratio.of(null, bare),
+        recording_over_bare=Ratio.of(recording, bare),
+        bare_step_ms=1e3 * median(bare) / (turns * steps),
+    )
+
+
+def _loops(config: RunConfig) -> tuple[dict[str, Step], Closure]:
+    """A step of each loop, and the loss of a new batch whenever it is called."""
+    device = find_device(config.device)
+    task = config.task.build(config.seed, device)
+    model = compile_(task, config.memory) if config.compiled else task.model
+    optimizer = build_optimizer(task.model, config.optimizer)
+    hybrid = replace(config.hybrid, warmup_steps=0)
+    numbers = count()
+
+    def closure() -> Tensor:
+        with autocast(config.precision, device):
+            return task.loss(model, task.batch(next(numbers)))
+
+    loops: dict[str, Step] = {
+        "bare": _bare(task.model, optimizer, hybrid),
+        "plain": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=0)).step,
+        "null": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=50, predictor="null")).step,
+    }
+    return loops, closure
+
+
+def _bare(model: nn.Module, optimizer: torch.optim.Optimizer, config: HybridTrainerConfig) -> Step:
+    """The loop that anybody would write."""
+
+    def step(closure: Closure) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        closure().backward()  # type: ignore[no-untyped-call]
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+
+    return step
+
+
+def _take(step: Step, closure: Closure, steps: int) -> None:
+    for _ in range(steps):
+        step(closure)

@@ -1,0 +1,217 @@
+"""The charts that notebooks ask for, from plain frames and numbers.
+
+Every function returns a description (`Chart`) that a cell shows by naming it last; `Panels` sets
+several side by side. `table` shows records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from hybridlab.charts.model import Band, Chart, Line, Panels, Series
+from hybridlab.charts.tables import Table, table
+from hybridlab.study.statistics import Interval
+
+__all__ = [
+    "Band",
+    "Chart",
+    "Line",
+    "Panels",
+    "Series",
+    "Table",
+    "bars",
+    "interval_chart",
+    "loss_curves",
+    "phase_bands",
+    "phase_chart",
+    "seed_panels",
+    "table",
+]
+
+Against = Literal["nominal_step", "gradient_step", "seconds"]
+Frames = pd.DataFrame | Sequence[pd.DataFrame]
+AXES: dict[Against, str] = {
+    "nominal_step": "nominal steps",
+    "gradient_step": "gradient steps",
+    "seconds": "wall time (s)",
+}
+
+
+def loss_curves(
+    runs: Mapping[str, Frames],
+    *,
+    against: Against,
+    smooth: int = 0,
+    control: Collection[str] = (),
+    value: str = "validation_loss",
+    title: str | None = None,
+    y_label: str | None = None,
+) -> Chart:
+    """Draw one loss curve per arm.
+
+    runs: arm -> a frame with the columns `against` and `value`, or a list of such frames, one per seed:
+        then the line is their mean and the ribbon runs from their least to their greatest value, rows
+        paired by order up to the end of the shortest. Rows whose value is nan or infinite are left out
+    smooth: rows of a centered running mean, 0 or 1 for none; the axis says so
+    control: the arms drawn as the control
+
+    Raises ValueError for an arm without a finite value, a missing column, or a control that is no arm.
+    """
+    if unknown := set(control) - set(runs):
+        raise ValueError(f"control names {sorted(unknown)}, the arms are {list(runs)}")
+    name = value.replace("_", " ")
+    series = tuple(_arm(arm, frames, against, value, smooth, arm in control) for arm, frames in runs.items())
+    smoothed = f", mean of {smooth} rows" if smooth > 1 else ""
+    label = (y_label or f"{name} (nats)") + smoothed
+    return Chart(title or f"{name.capitalize()} against {AXES[against]}", AXES[against], label, series)
+
+
+def seed_panels(
+    runs: Mapping[str, Sequence[pd.DataFrame]],
+    controls: Mapping[str, str],
+    *,
+    against: Against,
+    value: str = "validation_loss",
+    title: str | None = None,
+) -> Panels:
+    """Draw one small chart an arm: each seed as points, their mean with its 95 % interval, and the arm's control.
+
+    runs: arm -> one frame a seed, the controls included
+    controls: arm -> the control it is held against; only these arms get a chart
+
+    Raises ValueError for a control that is no arm, and as `loss_curves`.
+    """
+    if unknown := {*controls, *controls.values()} - set(runs):
+        raise ValueError(f"there are no runs of {sorted(unknown)}, the arms are {list(runs)}")
+    name = value.replace("_", " ")
+    charts = [
+        Chart(arm, AXES[against], f"{name} (nats)", _seeds(runs[arm], runs[control], against, value))
+        for arm, control in controls.items()
+    ]
+    return Panels(title or f"{name.capitalize()} by seed, each arm beside its control", tuple(charts))
+
+
+def _seeds(
+    mine: Sequence[pd.DataFrame], control: Sequence[pd.DataFrame], against: str, value: str
+) -> tuple[Series, ...]:
+    seeds = [_arm(f"seed {i}", frame, against, value, 0, False) for i, frame in enumerate(mine)]
+    rows = min(len(s.x) for s in seeds)
+    over = [Interval.of([s.y[i] for s in seeds]) for i in range(rows)]
+    low, high = ([i.low for i in over], [i.high for i in over]) if len(seeds) > 1 else (None, None)
+    x = np.stack([s.x[:rows] for s in seeds]).mean(axis=0)
+    mean = Series("mean of the seeds, 95 % interval", x, [i.mean for i in over], low, high)
+    held_against = replace(_arm("its control", control, against, value, 0, True), low=None, high=None)
+    return (mean, held_against, *(replace(s, kind="points", dash=True) for s in seeds))
+
+
+def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, ...]:
+    """Merge consecutive rows of one phase into bands over the nominal steps, or over another rising column.
+
+    steps: columns `over` (such as the count of steps, or the seconds, after the row's step) and `phase`. A row
+    covers what lies between the row before it and its own, so that bands touch without gaps.
+    """
+    if steps.empty:
+        raise ValueError("no steps to draw phases from: record at least one")
+    phase = steps["phase"].map(lambda p: str(getattr(p, "value", p)).capitalize()).to_numpy()
+    ends = steps[over].to_numpy()
+    starts = np.concatenate([[ends[0] - 1 if over == "nominal_step" else 0], ends[:-1]])
+    first = np.flatnonzero(np.concatenate([[True], phase[1:] != phase[:-1]]))
+    last = np.concatenate([first[1:], [len(phase)]]) - 1
+    stretches = [(float(starts[i]), float(ends[j]), phase[i]) for i, j in zip(first, last, strict=True)]
+    return tuple(Band(*stretch) for stretch in stretches if stretch[0] < stretch[1])
+
+
+def phase_chart(steps: pd.DataFrame, title: str) -> Chart:
+    """Draw measured loss as a line, predicted loss as points, the phases behind them.
+
+    steps: columns `nominal_step`, `phase`, `measured_loss`, `predicted_loss`; losses are nan where
+    nothing was measured or predicted.
+    """
+    measured = _finite_rows(steps, "nominal_step", "measured_loss", "the steps")
+    series = [Series("measured", measured["nominal_step"].tolist(), measured["measured_loss"].tolist())]
+    predicted = steps.loc[np.isfinite(steps["predicted_loss"].to_numpy(float))]
+    if len(predicted):
+        x, y = predicted["nominal_step"].tolist(), predicted["predicted_loss"].tolist()
+        series.append(Series("predicted", x, y, kind="points", dash=True))
+    return Chart(title, AXES["nominal_step"], "loss (nats)", tuple(series), phase_bands(steps))
+
+
+def interval_chart(
+    title: str,
+    x_label: str,
+    rows: Sequence[tuple[str, float, float, float]],
+    *,
+    lines: tuple[Line, ...] = (Line(0.0, "zero"),),
+) -> Chart:
+    """Draw a value with its interval per row.
+
+    rows: (name, value, low, high), drawn from top to bottom
+    lines: the reference values the intervals are judged by
+    """
+    if not rows:
+        raise ValueError(f"chart {title!r} has no rows: give at least one (name, value, low, high)")
+    names, values, low, high = zip(*rows, strict=True)
+    series = Series("value and interval", values, range(len(rows)), low, high, kind="points")
+    return Chart(title, x_label, "", (series,), names=names, lines=lines)
+
+
+def bars(
+    title: str,
+    x_label: str,
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    control: Collection[str] = (),
+    predicted: Collection[str] = (),
+    lines: tuple[Line, ...] = (),
+) -> Chart:
+    """Draw a bar per row and group, such as the time of a step or peak memory, with its value at its end.
+
+    groups: group -> row -> value, such as `{"measured": {"fp32": 6.05, "bf16": 5.28}}`; rows run from top
+        to bottom in order of appearance, and a group may lack some
+    control, predicted: the groups drawn as the control, and as predicted (hatched)
+    """
+    names = tuple(dict.fromkeys(row for values in groups.values() for row in values))
+    series = tuple(
+        Series(
+            group,
+            list(values.values()),
+            [names.index(row) for row in values],
+            kind="bar",
+            dash=group in predicted,
+            control=group in control,
+        )
+        for group, values in groups.items()
+    )
+    return Chart(title, x_label, "", series, names=names, lines=lines)
+
+
+def _arm(arm: str, frames: Frames, against: str, value: str, smooth: int, control: bool) -> Series:
+    seeds = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
+    clean = [_finite_rows(frame, against, value, f"arm {arm!r}") for frame in seeds]
+    if not clean:
+        raise ValueError(f"arm {arm!r} has no runs: give a frame, or a list of at least one")
+    rows = min(len(frame) for frame in clean)
+    x = np.stack([frame[against].to_numpy(float)[:rows] for frame in clean])
+    y = np.stack([_smoothed(frame[value], smooth)[:rows] for frame in clean])
+    low, high = (y.min(axis=0), y.max(axis=0)) if len(clean) > 1 else (None, None)
+    return Series(arm, x.mean(axis=0), y.mean(axis=0), low, high, control=control)
+
+
+def _smoothed(values: pd.Series, rows: int) -> np.ndarray:
+    if rows > 1:
+        values = values.rolling(rows, center=True, min_periods=1).mean()
+    return values.to_numpy(float)
+
+
+def _finite_rows(frame: pd.DataFrame, x: str, value: str, what: str) -> pd.DataFrame:
+    if missing := {x, value} - set(frame.columns):
+        raise ValueError(f"no column {sorted(missing)[0]!r} in {what}; there are {list(frame.columns)}")
+    finite = frame.loc[np.isfinite(frame[[x, value]].to_numpy(float)).all(axis=1)]
+    if finite.empty:
+        raise ValueError(f"no finite {value} in {what}: nothing to draw, leave it out or look at its log")
+    return finite

@@ -1,0 +1,263 @@
+"""The vocabulary of charts: series over bands, one chart, several panels.
+
+A chart is a description. `Chart.plotly` and `Chart.png` draw it, `Chart.text` says it in words; none
+of them needs a browser, a display or JavaScript.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import plotly.graph_objects as go
+
+from hybridlab.charts import plotly as draw_plotly
+from hybridlab.charts import png as draw_png
+from hybridlab.charts import style as look
+from hybridlab.charts.bundle import Bundle
+from hybridlab.charts.points import finite, kept, rounded, shown
+
+Kind = Literal["line", "points", "bar"]
+Limits = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Named points: `y` over `x`, all of one length.
+
+    low, high: bounds of each value, drawn as a ribbon along a line and as intervals at points
+    kind: `line`, `points`, or `bar` (in a chart with names)
+    dash: dashed line or hollow points: predicted, not measured
+    control: the control: always dark grey and dashed
+    color: index into the palette; None takes the next free one
+    stack: bars that begin where the stacked series before it ended: parts of one whole
+
+    Raises ValueError for empty series, unequal lengths, nan and inf.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    kind: Kind = "line"
+    dash: bool = False
+    control: bool = False
+    color: int | None = None
+    stack: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"series {self.name!r}: kind must be one of {get_args(Kind)}, not {self.kind!r}")
+        if self.stack and (self.kind != "bar" or min(self.x, default=0) < 0):
+            raise ValueError(f"series {self.name!r}: only bars of values from 0 upward can be stacked")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"series {self.name!r}: give both low and high, or neither")
+        for column in ("x", "y", "low", "high"):
+            self._check(column)
+
+    def _check(self, column: str) -> None:
+        values = getattr(self, column)
+        if values is None:
+            return
+        checked = finite(values, f"{column} of series {self.name!r}")
+        if len(checked) != len(self.x):
+            raise ValueError(f"series {self.name!r}: {column} has {len(checked)} values, x has {len(self.x)}")
+        object.__setattr__(self, column, checked)
+
+    def bounds(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """The lower and the upper bounds, if the series has them."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def drawn(self, *, logarithmic: bool = False) -> Series:
+        """The series as drawn: thinned to at most 300 points, then rounded."""
+        keep = kept(self.y)
+
+        def of(column: Sequence[float] | None, log: bool = logarithmic) -> list[float] | None:
+            return None if column is None else rounded([column[i] for i in keep], logarithmic=log)
+
+        x, y = of(self.x, log=False) or (), of(self.y) or ()
+        return replace(self, x=x, y=y, low=of(self.low), high=of(self.high))
+
+
+@dataclass(frozen=True)
+class Band:
+    """A labeled stretch of the horizontal axis, drawn behind the series; bands of one label look alike."""
+
+    start: float
+    end: float
+    label: str
+
+    def __post_init__(self) -> None:
+        if not self.start < self.end:
+            raise ValueError(f"band {self.label!r} must end after it starts: {self.start} to {self.end}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A reference value drawn across the chart with its label, such as a limit or zero."""
+
+    value: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart(Bundle):
+    """One pair of axes, labeled with their units.
+
+    lines: reference values on the value axis; x_lines: on the other one
+    names: makes the chart a list, from top to bottom: `y` of a point is the row (0, 1, ...) of its name,
+        `x` its value; bounds and reference lines then lie along x
+    y_zoom: the values to show, where early points would flatten all others
+
+    Raises ValueError for a chart without series, a series name used twice, and what cannot be drawn.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    bands: tuple[Band, ...] = ()
+    log_y: bool = False
+    lines: tuple[Line, ...] = ()
+    names: tuple[str, ...] = ()
+    y_zoom: Limits | None = None
+    x_lines: tuple[Line, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("series", "bands", "lines", "names", "x_lines"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.series:
+            raise ValueError(f"chart {self.title!r} has no series: give at least one")
+        if doubled := [name for name, n in Counter(s.name for s in self.series).items() if n > 1]:
+            raise ValueError(f"chart {self.title!r}: series name {doubled[0]!r} is used twice; rename one")
+        self._check_names() if self.names else self._check_axes()
+
+    def _check_names(self) -> None:
+        if self.log_y or self.bands or self.y_zoom or self.x_lines:
+            raise ValueError(f"chart {self.title!r}: names go without log_y, bands, y_zoom and x_lines")
+        if any(row not in range(len(self.names)) for s in self.series for row in s.y):
+            raise ValueError(f"chart {self.title!r}: y must be row numbers 0 to {len(self.names) - 1}")
+        if any(s.kind == "line" for s in self.series):
+            raise ValueError(f"chart {self.title!r}: a list of names takes bars or points, not lines")
+
+    def _check_axes(self) -> None:
+        if any(s.kind == "bar" for s in self.series):
+            raise ValueError(f"chart {self.title!r}: bars need names, one per row")
+        if self.log_y and min(self._values()) <= 0:
+            raise ValueError(f"chart {self.title!r}: a logarithmic axis needs values above 0; set log_y=False")
+        if self.y_zoom and not (0 if self.log_y else -math.inf) < self.y_zoom[0] < self.y_zoom[1] < math.inf:
+            raise ValueError(f"chart {self.title!r}: y_zoom must be (low, high), not {self.y_zoom}")
+
+    def _values(self) -> list[float]:
+        """Everything that must be visible on the value axis."""
+        values = [line.value for line in self.lines]
+        for place in look.placed(self):
+            s = place.series
+            values += [start + x for start, x in zip(place.base, s.x, strict=True)] if self.names else s.y
+            values += [v for side in s.bounds() or () for v in side]
+        return values
+
+    def x_limits(self) -> Limits:
+        """What the horizontal axis shows."""
+        if self.names:
+            bars = any(s.kind == "bar" for s in self.series)
+            return _padded(self._values() + [0.0] * bars, below=0.06, above=0.14 if bars else 0.06, stick=bars)
+        xs = [x for s in self.series for x in s.x] + [x for b in self.bands for x in (b.start, b.end)]
+        xs += [line.value for line in self.x_lines]
+        return _padded(xs, below=0.02 * (not self.bands), above=0.02 * (not self.bands))
+
+    def y_limits(self) -> Limits:
+        """What the vertical axis shows; a list of names runs downward."""
+        if self.names:
+            return len(self.names) - 0.5, -0.5
+        if self.y_zoom:
+            return self.y_zoom
+        above = 0.12 if self.bands else 0.05  # room for the bands' labels
+        if not self.log_y:
+            return _padded(self._values(), below=0.05, above=above)
+        low, high = _padded([math.log10(v) for v in self._values()], below=0.05, above=above)
+        return float(f"{10**low:.4g}"), float(f"{10**high:.4g}")
+
+    def plotly(self) -> go.Figure:
+        """The interactive figure, as wide as its cell and 420 pixels high."""
+        return draw_plotly.draw(None, (self,), columns=1)
+
+    def png(self) -> bytes:
+        """The picture, 900 x 420 pixels."""
+        return draw_png.draw(None, (self,), columns=1)
+
+    def text(self) -> str:
+        """Title, axes, and a line for each series, band label and reference line."""
+        head = [self.title, f"  x: {self.x_label}" + (f"; y: {self.y_label}" if self.y_label else "")]
+        body = [self._row_text(s) if self.names else [_line_text(s, self.log_y)] for s in self.series]
+        tail = [
+            f"  line at {axis}{shown(rounded([line.value])[0])}: {line.label}"
+            for axis, lines in (("", self.lines), ("x ", self.x_lines))
+            for line in lines
+        ]
+        return "\n".join(head + [line for lines in body for line in lines] + _bands_text(self.bands) + tail)
+
+    def _row_text(self, series: Series) -> list[str]:
+        values = [shown(v) for v in rounded(series.x)]
+        if bounds := series.bounds():
+            sides = zip(*(rounded(side) for side in bounds), strict=True)
+            pairs = [f" [{shown(low)}, {shown(high)}]" for low, high in sides]
+            values = [value + pair for value, pair in zip(values, pairs, strict=True)]
+        prefix = f"{series.name}, " if len(self.series) > 1 else ""
+        return [f"  {prefix}{self.names[int(y)]}: {v}" for y, v in zip(series.y, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class Panels(Bundle):
+    """Several charts side by side under one title and one legend; a series name looks alike in all."""
+
+    title: str
+    charts: tuple[Chart, ...]
+    columns: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "charts", tuple(self.charts))
+        if not self.charts:
+            raise ValueError(f"panels {self.title!r} hold no chart: give at least one")
+        if self.columns < 1:
+            raise ValueError(f"panels {self.title!r}: columns must be 1 or more, not {self.columns}")
+
+    def plotly(self) -> go.Figure:
+        """The interactive figure, as wide as its cell."""
+        return draw_plotly.draw(self.title, self.charts, min(self.columns, len(self.charts)))
+
+    def png(self) -> bytes:
+        """The picture, 900 pixels wide."""
+        return draw_png.draw(self.title, self.charts, min(self.columns, len(self.charts)))
+
+    def text(self) -> str:
+        """The title, then each chart's text."""
+        return "\n".join([self.title, *(chart.text() for chart in self.charts)])
+
+
+def _padded(values: list[float], *, below: float, above: float, stick: bool = False) -> Limits:
+    """The values' range with room around it; `stick` leaves no room beyond zero."""
+    low, high = min(values), max(values)
+    span = high - low or abs(high) * 0.1 or 1.0
+    if high == low and not (below or above):
+        below = above = 0.5
+    start, end = low - below * span, high + above * span
+    if stick:
+        start, end = (0.0 if low == 0 else start), (0.0 if high == 0 and low < 0 else end)
+    return float(f"{start:.6g}"), float(f"{end:.6g}")
+
+
+def _line_text(series: Series, logarithmic: bool) -> str:
+    y = rounded(series.y, logarithmic=logarithmic)
+    count = f"{len(y)} point" + "s" * (len(y) > 1)
+    return f"  {series.name}: {count}, first {shown(y[0])}, min {shown(min(y))}, last {shown(y[-1])}"
+
+
+def _bands_text(bands: tuple[Band, ...]) -> list[str]:
+    count = Counter(band.label for band in bands)
+    width = {label: sum(b.end - b.start for b in bands if b.label == label) for label in count}
+    return [f"  band {label}: {n}, together {width[label]:g} wide" for label, n in count.items()]

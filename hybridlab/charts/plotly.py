@@ -1,0 +1,235 @@
+"""Draw charts as one plotly figure: plain lists, no template, a white page in light and dark themes."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from hybridlab.charts import style as look
+from hybridlab.charts.points import rounded
+from hybridlab.charts.style import Look, Place
+
+if TYPE_CHECKING:
+    from hybridlab.charts.model import Chart, Series
+
+HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
+MARKERS = {"triangle": "triangle-up", "cross": "x"}
+AXIS = {
+    "gridcolor": look.GRID,
+    "linecolor": look.FAINT,
+    "tickcolor": look.FAINT,
+    "showline": True,
+    "ticks": "outside",
+    "zeroline": False,
+    "automargin": True,
+}
+
+
+def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> go.Figure:
+    """One figure of all charts, row by row, with one legend; `title` None takes the only chart's."""
+    rows = math.ceil(len(charts) / columns)
+    height = look.HEIGHT_PX if title is None else 130 + look.PANEL_HEIGHT_PX * rows
+    gaps = {"horizontal_spacing": _gap(charts, columns), "vertical_spacing": 0.3 / rows}
+    figure = make_subplots(rows=rows, cols=columns, **gaps)
+    styles = look.looks(s for chart in charts for s in chart.series)
+    for i, chart in enumerate(charts):
+        cell = {"row": i // columns + 1, "col": i % columns + 1}
+        figure.add_traces(_traces(chart, styles), rows=cell["row"], cols=cell["col"])
+        _axes(figure, chart, cell)
+        _notes(figure, chart, cell, columns, titled=title is not None)
+    _one_legend(figure)
+    figure.update_layout(_layout(charts[0].title if title is None else title, height, title is not None))
+    return figure
+
+
+def _gap(charts: tuple[Chart, ...], columns: int) -> float:
+    """Room between panels, as a share of the width, for tick labels, axis titles and names of rows."""
+    longest = max((len(name) for chart in charts for name in chart.names), default=8)
+    return min(0.03 + 0.0075 * longest, 0.5 / columns)
+
+
+def _layout(title: str, height: int, panels: bool) -> dict[str, Any]:
+    below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"}
+    return {
+        "template": "none",
+        "title": {"text": _lines(title), "x": 0, "xref": "paper", "font": {"size": 16}, "y": 0.97} | {"yanchor": "top"},
+        "font": {"color": look.INK, "size": 12, "family": "Helvetica, Arial, sans-serif"},
+        "height": height,
+        "margin": {"l": 60, "r": 20, "t": 72 if panels else 50, "b": 90 if panels else 56},
+        "paper_bgcolor": look.PAPER,
+        "plot_bgcolor": look.PAPER,
+        "hovermode": "closest",
+        "barmode": "overlay",
+        "legend": {"tracegroupgap": 0} | (below if panels else {"x": 1.02, "y": 1}),
+    }
+
+
+def _traces(chart: Chart, styles: dict[str, Look]) -> list[Any]:
+    traces = _bands(chart)
+    for place in look.placed(chart):
+        drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
+        if chart.names:
+            traces += _row_traces(chart, drawn, style, place)
+        else:
+            traces += _curve_traces(drawn, style)
+    return traces
+
+
+def _curve_traces(s: Series, style: Look) -> list[Any]:
+    common = _common(s.name, style, len(s.x))
+    traces: list[Any] = []
+    if (bounds := s.bounds()) and s.kind == "line":
+        traces.append(_ribbon(s.x, bounds[0], bounds[1], style, s.name))
+    if bounds and s.kind == "points":
+        traces.append(_segments(s.x, s.x, bounds[0], bounds[1], style, s.name))
+    mode = "markers" if s.kind == "points" else "lines" if len(s.x) > 30 else "lines+markers"
+    return [*traces, go.Scatter(x=list(s.x), y=list(s.y), mode=mode, **common)]
+
+
+def _row_traces(chart: Chart, s: Series, style: Look, place: Place) -> list[Any]:
+    rows = [round(y + place.offset, 4) for y in s.y]
+    common = _common(s.name, style, len(s.x)) | {"text": [_plain(chart.names[int(y)]) for y in s.y]}
+    common["hovertemplate"] = "%{text}: %{x}<extra></extra>"
+    if s.kind == "bar":
+        hatch = look.hatch(s, style)
+        marker: dict[str, Any] = {"color": style.color, "pattern": HATCHED | {"shape": hatch} if hatch else {}}
+        if s.stack:
+            marker |= {"line": {"color": look.PAPER, "width": 0.6}}
+            common["base"] = rounded(place.base)
+            common["customdata"], common["hovertemplate"] = list(s.x), f"%{{text}}, {_plain(s.name)}: %{{customdata}}"
+        common = {k: v for k, v in common.items() if k != "line"} | {"marker": marker, "textposition": "none"}
+        return [go.Bar(x=list(s.x), y=rows, width=place.thickness * 0.92, orientation="h", **common)]
+    bounds = s.bounds()
+    segments = [_segments(bounds[0], bounds[1], rows, rows, style, s.name)] if bounds else []
+    return [*segments, go.Scatter(x=list(s.x), y=rows, mode="markers", **common)]
+
+
+def _common(name: str, style: Look, count: int) -> dict[str, Any]:
+    symbol = MARKERS.get(style.marker, style.marker) + ("-open" if style.hollow else "")
+    marker = {"symbol": symbol, "size": look.marker_size(count) * 1.4, "color": style.color}
+    return {
+        "name": _plain(name),
+        "legendgroup": f"series {name}",
+        "line": {"color": style.color, "dash": style.dash, "width": 2},
+        "marker": marker | {"line": {"color": style.color, "width": 1.5}},
+        "hovertemplate": f"{_plain(name)}<br>%{{x}}: %{{y}}<extra></extra>",
+    }
+
+
+def _ribbon(x: Any, low: Any, high: Any, style: Look, name: str) -> go.Scatter:
+    outline = {"x": [*x, *reversed(x)], "y": [*low, *reversed(high)]}
+    r, g, b = (int(style.color[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        **outline, mode="none", fill="toself", fillcolor=f"rgba({r},{g},{b},0.18)", **_silent(f"series {name}")
+    )
+
+
+def _segments(x0: Any, x1: Any, y0: Any, y1: Any, style: Look, name: str) -> go.Scatter:
+    x = [v for pair in zip(x0, x1, strict=True) for v in (*pair, None)]
+    y = [v for pair in zip(y0, y1, strict=True) for v in (*pair, None)]
+    line = {"color": style.color, "width": 2}
+    return go.Scatter(x=x, y=y, mode="lines", line=line, **_silent(f"series {name}"))
+
+
+def _silent(group: str) -> dict[str, Any]:
+    return {"legendgroup": group, "showlegend": False, "hoverinfo": "skip"}
+
+
+def _bands(chart: Chart) -> list[Any]:
+    """One filled trace per label, so that the legend shows it once and can hide it."""
+    low, high = chart.y_limits()
+    labels = dict.fromkeys(band.label for band in chart.bands)
+    traces = []
+    for label in labels:
+        edges = [(b.start, b.end) for b in chart.bands if b.label == label]
+        x = [v for a, b in edges for v in (a, a, b, b, a, None)]
+        y = [v for _ in edges for v in (low, high, high, low, low, None)]
+        tint = look.tint(label)
+        pattern = {"shape": tint.hatch, "fgcolor": tint.mark, "bgcolor": tint.color, "size": 7, "solidity": 0.15}
+        fill = {"fill": "toself", "fillcolor": tint.color, "fillpattern": pattern, "hoverinfo": "skip"}
+        name = {"name": _plain(label), "legendgroup": f"band {label}", "legendrank": 2000}
+        traces.append(go.Scatter(x=x, y=y, mode="lines", line={"width": 0, "color": tint.color}, **fill, **name))
+    return traces
+
+
+def _axes(figure: go.Figure, chart: Chart, cell: dict[str, int]) -> None:
+    def axis(label: str) -> dict[str, Any]:
+        return AXIS | {"title": {"text": _plain(label), "standoff": 8}}
+
+    y: dict[str, Any] = {"range": list(chart.y_limits())}
+    if chart.log_y:
+        y = {"type": "log", "range": [round(math.log10(v), 4) for v in chart.y_limits()]}
+    if chart.names:
+        ticks = {"tickvals": list(range(len(chart.names))), "ticktext": [_plain(n) for n in chart.names]}
+        y |= ticks | {"showgrid": False, "ticks": ""}
+    figure.update_xaxes(axis(chart.x_label) | {"range": list(chart.x_limits())}, **cell)
+    figure.update_yaxes(axis(chart.y_label) | y, **cell)
+
+
+def _notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int, titled: bool) -> None:
+    """Everything written onto the chart: the panel's title, the bands' labels, reference lines, bar ends."""
+    if titled:
+        text = f"<b>{_lines(chart.title, columns)}</b>"
+        _note(figure, cell, text, x=0, y=1, xref="x domain", yref="y domain", xanchor="left", yanchor="bottom")
+    _band_notes(figure, chart, cell, columns)
+    for line in chart.lines:
+        _reference(figure, chart, cell, line.value, _plain(line.label))
+    for line in chart.x_lines:
+        _x_reference(figure, cell, line.value, _plain(line.label))
+    for place in look.placed(chart):
+        if place.series.kind == "bar" and place.topmost:
+            for start, length, y in zip(place.base, place.series.x, place.series.y, strict=True):
+                x = start + length
+                where = {"x": x, "y": y + place.offset, "xanchor": "left" if x >= 0 else "right", "yanchor": "middle"}
+                _note(figure, cell, f"{x:.4g}", bgcolor=look.PAPER, borderpad=0, xshift=3 if x >= 0 else -3, **where)
+
+
+def _band_notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int) -> None:
+    low, high = chart.x_limits()
+    for band in chart.bands:
+        if text := look.band_text(band, high - low, columns):
+            middle = round((band.start + band.end) / 2, 4)
+            _note(figure, cell, _plain(text), x=middle, y=1, yref="y domain", xanchor="center", yanchor="top")
+
+
+def _reference(figure: go.Figure, chart: Chart, cell: dict[str, int], value: float, label: str) -> None:
+    line = {"color": look.INK, "width": 1, "dash": "dot"}
+    if chart.names:
+        figure.add_vline(value, line=line, **cell)
+        _note(figure, cell, label, x=value, y=1, yref="y domain", xanchor="center", yanchor="bottom")
+    else:
+        figure.add_hline(value, line=line, **cell)
+        height = math.log10(value) if chart.log_y else value
+        _note(figure, cell, label, x=1, y=height, xref="x domain", xanchor="right", yanchor="bottom")
+
+
+def _x_reference(figure: go.Figure, cell: dict[str, int], value: float, label: str) -> None:
+    figure.add_vline(value, line={"color": look.INK, "width": 1, "dash": "dot"}, **cell)
+    where = {"x": value, "y": 0, "yref": "y domain", "xanchor": "right", "yanchor": "bottom", "textangle": -90}
+    _note(figure, cell, label, **where)
+
+
+def _note(figure: go.Figure, cell: dict[str, int], text: str, **where: Any) -> None:
+    figure.add_annotation(text=text, showarrow=False, font={"size": 11, "color": look.INK}, **where, **cell)
+
+
+def _one_legend(figure: go.Figure) -> None:
+    """Name each group once; a lone series needs no legend, its chart's title names it."""
+    seen: set[str] = set()
+    for trace in figure.data:
+        if trace.showlegend is not False:
+            trace.showlegend = trace.legendgroup not in seen
+            seen.add(trace.legendgroup)
+    figure.update_layout(showlegend=len(seen) > 1)
+
+
+def _plain(text: str) -> str:
+    return html.escape(text, quote=False)
+
+
+def _lines(title: str, columns: int = 1) -> str:
+    return "<br>".join(_plain(line) for line in look.lines_of(title, columns))

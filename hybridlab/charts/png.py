@@ -1,0 +1,211 @@
+"""Draw charts as one PNG with matplotlib: no display, no global state, the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from PIL import Image
+
+from hybridlab.charts import style as look
+from hybridlab.charts.style import Look, Place
+
+if TYPE_CHECKING:
+    from hybridlab.charts.model import Chart, Series
+
+DPI = 100
+DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "X"}
+HATCHES = {"": "", ".": "..", "/": "///", "x": "xxx", "\\": "\\\\\\"}
+STYLE: list[Any] = [
+    "default",
+    {
+        "font.family": "DejaVu Sans",
+        "font.size": 9.5,
+        "text.parse_math": False,
+        "text.color": look.INK,
+        "axes.labelcolor": look.INK,
+        "axes.edgecolor": look.FAINT,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.axisbelow": True,
+        "axes.formatter.useoffset": False,
+        "grid.color": look.GRID,
+        "xtick.color": look.FAINT,
+        "ytick.color": look.FAINT,
+        "xtick.labelcolor": look.INK,
+        "ytick.labelcolor": look.INK,
+        "hatch.linewidth": 0.6,
+        "legend.frameon": False,
+        "figure.facecolor": look.PAPER,
+    },
+]
+LABEL_BOX = {"facecolor": look.PAPER, "edgecolor": "none", "pad": 0.6}
+Handles = dict[tuple[str, str], Any]
+
+
+def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> bytes:
+    """One picture of all charts, row by row, with one legend; `title` None takes the only chart's."""
+    rows = math.ceil(len(charts) / columns)
+    height = look.HEIGHT_PX if title is None else 80 + look.PANEL_HEIGHT_PX * rows
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(look.WIDTH_PX / DPI, height / DPI), dpi=DPI, layout="constrained")
+        styles = look.looks(s for chart in charts for s in chart.series)
+        handles: Handles = {}
+        for i, chart in enumerate(charts):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            handles |= _chart(axes, chart, styles, columns)
+        _title(figure, title)
+        _legend(figure, handles, below=title is not None)
+        return png_of(figure)
+
+
+def _chart(axes: Axes, chart: Chart, styles: dict[str, Look], columns: int) -> Handles:
+    _axes(axes, chart, columns)
+    handles = _bands(axes, chart, columns)
+    for line in chart.lines:
+        _reference(axes, line.value, line.label, rows=bool(chart.names))
+    for line in chart.x_lines:
+        _x_reference(axes, line.value, line.label)
+    for place in look.placed(chart):
+        drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
+        handles["series", drawn.name] = _rows(axes, drawn, style, place) if chart.names else _curve(axes, drawn, style)
+    return handles
+
+
+def _axes(axes: Axes, chart: Chart, columns: int) -> None:
+    named_lines = bool(chart.names and chart.lines)  # whose labels stand between title and axes
+    axes.set_title(
+        "\n".join(look.lines_of(chart.title, columns)), pad=20 if named_lines else 8, fontsize=_size(columns)
+    )
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    if chart.log_y:
+        _log_scale(axes, *chart.y_limits())
+    axes.set_xlim(*chart.x_limits())
+    axes.set_ylim(*chart.y_limits())
+    axes.grid(axis="x" if chart.names else "both")
+    if chart.names:
+        axes.set_yticks(range(len(chart.names)), chart.names)
+        axes.tick_params(axis="y", length=0)
+
+
+def _size(columns: int) -> float:
+    return 12 if columns == 1 else 10.5
+
+
+def _log_scale(axes: Axes, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis, also where it spans less than a decade."""
+    axes.set_yscale("log")
+    wide = high / low >= 10
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _bands(axes: Axes, chart: Chart, columns: int) -> Handles:
+    low, high = chart.x_limits()
+    handles: Handles = {}
+    for band in chart.bands:
+        tint = look.tint(band.label)
+        fill: dict[str, Any] = {
+            "facecolor": tint.color,
+            "edgecolor": tint.mark,
+            "hatch": HATCHES[tint.hatch],
+            "linewidth": 0,
+        }
+        axes.axvspan(band.start, band.end, zorder=0.5, **fill)
+        handles["band", band.label] = Patch(**fill)
+        middle, text = (band.start + band.end) / 2, look.band_text(band, high - low, columns)
+        axes.text(middle, 0.985, text, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=8.5)
+    return handles
+
+
+def _reference(axes: Axes, value: float, label: str, *, rows: bool) -> None:
+    line: dict[str, Any] = {"color": look.INK, "linewidth": 1, "linestyle": ":"}
+    text: dict[str, Any] = {"va": "bottom", "fontsize": 8.5}
+    if rows:
+        axes.axvline(value, zorder=2.5, **line)
+        axes.text(value, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", **text)
+    else:
+        axes.axhline(value, **line)
+        axes.text(1, value, label, transform=axes.get_yaxis_transform(), ha="right", clip_on=True, **text)
+
+
+def _x_reference(axes: Axes, value: float, label: str) -> None:
+    axes.axvline(value, color=look.INK, linewidth=1, linestyle=":")
+    where: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "bottom", "clip_on": True}
+    axes.text(value, 0.02, label, rotation=90, fontsize=8.5, **where)
+
+
+def _curve(axes: Axes, s: Series, style: Look) -> Any:
+    bounds = s.bounds()
+    if bounds and s.kind == "line":
+        axes.fill_between(s.x, *bounds, color=style.color, alpha=0.18, linewidth=0)
+    if bounds and s.kind == "points":
+        axes.vlines(s.x, *bounds, color=style.color)
+    if s.kind == "points":
+        return axes.plot(s.x, s.y, **_points(style, len(s.x)))[0]
+    marks = {} if len(s.x) > 30 else _points(style, len(s.x))
+    return axes.plot(s.x, s.y, **marks | _stroke(style))[0]
+
+
+def _rows(axes: Axes, s: Series, style: Look, place: Place) -> Any:
+    rows = [y + place.offset for y in s.y]
+    if s.kind == "bar":
+        return _bars(axes, s, rows, style, place)
+    if bounds := s.bounds():
+        axes.hlines(rows, *bounds, color=style.color, linewidth=2)
+    return axes.plot(s.x, rows, **_points(style, len(s.x)))[0]
+
+
+def _bars(axes: Axes, s: Series, rows: list[float], style: Look, place: Place) -> Any:
+    hatch = HATCHES[look.hatch(s, style)]
+    fill: dict[str, Any] = {"color": style.color, "hatch": hatch, "edgecolor": look.PAPER, "linewidth": 0.6 * s.stack}
+    bars = axes.barh(rows, s.x, left=place.base, height=place.thickness * 0.92, zorder=2, **fill)
+    if place.topmost:
+        ends = [f"{start + x:.4g}" for start, x in zip(place.base, s.x, strict=True)]
+        axes.bar_label(bars, labels=ends, padding=3, fontsize=8.5, zorder=3, bbox=LABEL_BOX)
+    return bars
+
+
+def _stroke(style: Look) -> dict[str, Any]:
+    return {"color": style.color, "linestyle": DASHES[style.dash], "linewidth": 1.8}
+
+
+def _points(style: Look, count: int) -> dict[str, Any]:
+    face = "none" if style.hollow else style.color
+    shape = {"marker": MARKERS[style.marker], "markersize": look.marker_size(count), "markerfacecolor": face}
+    return shape | {"markeredgecolor": style.color, "color": style.color, "linestyle": "none"}
+
+
+def _title(figure: Figure, title: str | None) -> None:
+    if title is not None:
+        text = "\n".join(look.lines_of(title))
+        figure.suptitle(text, x=0.01, ha="left", fontsize=13)
+
+
+def _legend(figure: Figure, handles: Handles, *, below: bool) -> None:
+    """Series first, bands after them; a lone series needs no legend, its chart's title names it."""
+    ordered = sorted(handles, key=lambda key: key[0] == "band")
+    if len(ordered) < 2:
+        return
+    where = {"loc": "outside lower left", "ncols": 5} if below else {"loc": "outside right upper"}
+    figure.legend([handles[key] for key in ordered], [name for _, name in ordered], handlelength=2.6, **where)
+
+
+def png_of(figure: Figure) -> bytes:
+    """The picture of a figure, with a palette of its own, a third of the size of full color."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

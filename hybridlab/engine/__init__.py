@@ -1,0 +1,1 @@
+"""The trainer: its settings, its phases, and what decides about a jump."""

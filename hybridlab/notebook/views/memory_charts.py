@@ -1,0 +1,110 @@
+"""Charts of memory: over time, part by part beside what was measured, and against quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from hybridlab.charts.builders import phase_bands
+from hybridlab.charts.model import Chart, Line, Series
+from hybridlab.charts.points import kept
+from hybridlab.planner.plan import PARTS
+from hybridlab.results.bounds import SAFE_PEAK_BYTES
+
+LINES = {"device_used_bytes": "whole card", "used_bytes": "reserved by torch", "allocated_bytes": "in live tensors"}
+SAFE_PEAK = Line(SAFE_PEAK_BYTES / 1e9, f"{SAFE_PEAK_BYTES / 1e9:.0f} GB")
+"""The plan's bound on the peak, in decimal gigabytes."""
+
+Row = Mapping[str, Any]
+"""A row of the table "memory", as `Footprint.row` makes it."""
+
+
+def memory_timeline(vram: pd.DataFrame, title: str, *, limit: Line | None = None) -> Chart:
+    """Draw memory over wall time, with the phases behind it.
+
+    vram: columns `seconds`, `phase` and at least one of `used_bytes`, `allocated_bytes`, `device_used_bytes`, as in
+        a run's vram.parquet; `source` "process" says that there is no GPU
+    limit: a bound to draw, in decimal gigabytes
+
+    Raises ValueError where the frame is empty or nothing of it was read.
+    """
+    names = LINES | ({"used_bytes": "resident memory of the process"} if _without_gpu(vram) else {})
+    series = []
+    for column, name in names.items():
+        if column in vram and len(read := vram[["seconds", column]].dropna()):
+            series.append(Series(name, read["seconds"].tolist(), (read[column] / 1e9).tolist()))
+    lines = (limit,) if limit else ()
+    top = max([*(value for s in series for value in s.y), *(line.value for line in lines)], default=1.0)
+    bands = phase_bands(vram, over="seconds")
+    return Chart(title, "wall time (s)", "memory (GB)", tuple(series), bands, lines=lines, y_zoom=(0.0, 1.15 * top))
+
+
+def vram_rows(runs: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """The table "vram" that a notebook publishes: each run's used memory over time, thinned, no phase lost.
+
+    runs: name -> a run's `vram` frame
+    """
+    rows = []
+    for name, vram in runs.items():
+        changes = vram["phase"].ne(vram["phase"].shift(-1)).to_numpy().nonzero()[0]
+        few = vram.iloc[sorted({*kept(vram["used_bytes"].tolist()), *changes.tolist()})]
+        columns = {"seconds": few["seconds"].round(3).tolist(), "used_gb": (few["used_bytes"] / 1e9).round(3).tolist()}
+        rows.append({"run": name, **columns, "phase": few["phase"].map(str).tolist()})
+    return rows
+
+
+def memory_breakdown(rows: Sequence[Row], title: str) -> Chart:
+    """Draw the predicted parts of each arm's peak stacked into one bar, and what was measured below it.
+
+    rows: with `arm`, `parts` (name -> bytes) and `measured_allocated_bytes`
+
+    Raises ValueError without rows.
+    """
+    if not rows:
+        raise ValueError(f"chart {title!r} has no rows: publish the table 'memory' first")
+    numbers = range(len(rows))
+    shown = [part for part in PARTS if any(row["parts"].get(part) for row in rows)]
+    stacked = [
+        Series(part, [row["parts"].get(part, 0) / 1e9 for row in rows], numbers, kind="bar", stack=True)
+        for part in shown
+    ]
+    known = [(number, row["measured_allocated_bytes"] / 1e9) for number, row in enumerate(rows) if _measured(row)]
+    if known:
+        at, measured = zip(*known, strict=True)
+        stacked.append(Series("measured", measured, at, kind="bar", control=True))
+    names = tuple(row["arm"] for row in rows)
+    return Chart(
+        title, "peak of allocated memory (GB), predicted by part above measured", "", tuple(stacked), names=names
+    )
+
+
+def quality_against_memory(rows: Sequence[Row], title: str) -> Chart:
+    """Draw each arm's change of the loss over its peak memory; down and to the left is better.
+
+    rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`; a change of None
+        marks the arm that the others are held against, which is drawn as the control; 0 is an arm that is exact
+
+    Raises ValueError without rows.
+    """
+    series = []
+    for row in rows:
+        change = row.get("loss_change") or 0.0
+        bounds = [row.get("loss_change_low"), row.get("loss_change_high")]
+        low, high = (change if bound is None else bound for bound in bounds)
+        where = ([row["peak_memory_bytes"] / 1e9], [change], [low], [high])
+        series.append(Series(row["arm"], *where, kind="points", control=row["loss_change"] is None))
+    label = "change of the final loss (nats)"
+    zero = (Line(0.0, "as good as the control"),)
+    near = max(row["peak_memory_bytes"] for row in rows) / 1e9 > SAFE_PEAK.value / 2
+    bound = (SAFE_PEAK,) if near else ()
+    return Chart(title, "peak memory (GB)", label, tuple(series), lines=zero, x_lines=bound)
+
+
+def _without_gpu(vram: pd.DataFrame) -> bool:
+    return "source" in vram and set(vram["source"]) == {"process"}
+
+
+def _measured(row: Row) -> bool:
+    return row.get("measured_allocated_bytes") is not None

@@ -1,0 +1,283 @@
+"""What a notebook shows of a study: its curves, its phases, its tables and its claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+from hybridlab.benchmarks.step_overhead import StepOverhead
+from hybridlab.charts.builders import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
+from hybridlab.charts.model import Chart, Line, Panels
+from hybridlab.charts.tables import Table, table
+from hybridlab.engine.gate import RELIABILITY_BINS
+from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
+from hybridlab.results.publish import Claim, Numbers, Verdict, bounded, interval_numbers, slug, verdict, verdict_below
+from hybridlab.study.comparison import Comparison
+from hybridlab.study.study import BASELINE, StudyResult, is_plain
+
+PROMISED_SAVING = 0.4
+"""Share of the time that the plan promises to save at least."""
+
+VRAM_BOUND_BYTES = 5e9
+"""The plan's bound for GPT-2 Small."""
+
+MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
+"""What the trainer may cost: its step over the bare loop's, and the share that recording the path adds."""
+
+
+def record_table(record: dict[str, Any], caption: str) -> Table:
+    """A flat record, one line a fact."""
+    return table([{"fact": key.replace("_", " "), "value": str(value)} for key, value in record.items()], caption)
+
+
+def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
+    """Validation loss of the arms, the plain runs drawn as controls."""
+    plain = [name for name in arms if is_plain(name)]
+    runs = {name: result.steps(name) for name in arms}
+    return loss_curves(runs, against=against, control=plain, title=f"Validation loss over {AXES[against]}")
+
+
+def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | str:
+    """Each hybrid that predicted anything, seed by seed, beside its truncated control."""
+    names = [c.name for c in comparisons if c.predicted_steps]
+    controls = {name: control for name in names for control in result.controls([name])}
+    if not controls:
+        return "no arm predicted anything"
+    runs = {name: result.steps(name) for name in {*controls, *controls.values()}}
+    return seed_panels(runs, controls, against="gradient_step", title="Validation loss by seed, beside the control")
+
+
+def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:
+    """One run's losses over its phases, measured and predicted told apart."""
+    return phase_chart(result.runs[arm, seed].steps, f"{arm}: what each nominal step did (seed {seed})")
+
+
+def gradient_chart(result: StudyResult, arm: str) -> Chart:
+    """The gradient's norm before clipping, step by step, in an arm's first run."""
+    steps = result.runs[arm, 0].steps
+    return loss_curves(
+        {arm: steps}, against="nominal_step", smooth=10, value="gradient_norm", title="Gradient norm", y_label="norm"
+    )
+
+
+def final_table(result: StudyResult) -> Table:
+    """The figures that every run ended with, as means over seeds."""
+    figures = ["validation_loss", *{"perplexity", "accuracy"}.intersection(result.summaries.columns)]
+    means = result.summaries.groupby("name", sort=False)[["gradient_steps", *figures]].mean()
+    rows = [
+        {"arm": name, "gradient steps": row["gradient_steps"]} | {_words(figure): row[figure] for figure in figures}
+        for name, row in means.iterrows()
+    ]
+    return table(rows, "At the end of training, on data that was held out; means over seeds", {"gradient steps": ".1f"})
+
+
+def counts_table(comparisons: Iterable[Comparison]) -> Table:
+    """Every count kept apart: means over seeds, events as totals."""
+    rows = [
+        {
+            "arm": c.name,
+            "nominal": c.gradient_steps + c.predicted_steps,
+            "gradient": c.gradient_steps,
+            "predicted": c.predicted_steps,
+            "forward-only": c.forward_only_passes,
+            "accepted": c.accepted,
+            "rejected": c.rejected,
+            "rolled back": c.rollbacks,
+            "diverged": c.divergences,
+        }
+        for c in comparisons
+    ]
+    means = dict.fromkeys(("nominal", "gradient", "predicted", "forward-only"), ".1f")
+    return table(rows, "Steps by kind (mean over seeds) and decisions (total over seeds)", means)
+
+
+def reliability_table(result: StudyResult) -> Table:
+    """Predicted confidence against how often proposals were accepted, over all runs, in the gate's own bins."""
+    outcomes = [row for run in result.runs.values() for row in run.closing_figures["reliability"]]
+    rows = []
+    for low in (i / RELIABILITY_BINS for i in range(RELIABILITY_BINS)):
+        inside = [row for row in outcomes if low <= min(row["confidence"], 1 - 1e-9) < low + 1 / RELIABILITY_BINS]
+        proposals = sum(row["proposals"] for row in inside)
+        if proposals:
+            confidence = sum(row["confidence"] * row["proposals"] for row in inside) / proposals
+            accepted = sum(row["accepted_share"] * row["proposals"] for row in inside) / proposals
+            rows.append({"confidence": confidence, "accepted share": accepted, "proposals": int(proposals)})
+    if not rows:
+        rows = [{"confidence": None, "accepted share": None, "proposals": 0}]
+    return table(rows, "Trials of the gate by confidence; calibrated means that the two columns agree")
+
+
+def verdict_table(comparisons: Iterable[Comparison]) -> Table:
+    """The answer: each hybrid against the control that took as many gradient steps, with 95 % intervals."""
+    rows = [
+        {
+            "arm": c.name,
+            "final loss (nats)": c.validation_loss.mean,
+            "against equal gradient steps (nats)": str(c.to_control) if c.predicted_steps else None,
+            "against the full baseline (nats)": str(c.to_baseline),
+            "worth of a predicted step": str(c.step_value) if c.step_value else None,
+            "verdict": c.verdict,
+        }
+        for c in comparisons
+    ]
+    return table(rows, "Below 0 is better. A predicted step is worth 1 when it replaces a real one, 0 when nothing")
+
+
+def verdict_chart(comparisons: Iterable[Comparison]) -> Chart:
+    """The differences to the controls, with intervals; right of zero is worse than stopping earlier."""
+    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in comparisons]
+    zero = (Line(0.0, "as good as stopping earlier"),)
+    title = "Hybrid minus control, equal gradient steps: right of the line is worse"
+    return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
+
+
+def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
+    """Wall time, everything that the training did included; it differs from run to run."""
+    summaries = result.summaries.groupby("name", sort=False)[
+        ["seconds", "gradient_step_ms", "peak_memory_bytes"]
+    ].mean()
+    ratio = {BASELINE: 1.0} | {c.name: c.time_ratio for c in comparisons}
+    rows = [
+        {
+            "arm": name,
+            "training (s)": row["seconds"],
+            "median gradient step (ms)": row["gradient_step_ms"],
+            "time over baseline's": ratio.get(str(name)),
+            "peak memory (GB)": row["peak_memory_bytes"] / 1e9,
+        }
+        for name, row in summaries.iterrows()
+    ]
+    source = result.summaries["memory_source"].iloc[0]
+    memory = "as the card counts it" if source == "cuda" else "of the whole process: there is no GPU"
+    formats = {"training (s)": ".1f", "median gradient step (ms)": ".1f"}
+    formats |= {"time over baseline's": ".2f", "peak memory (GB)": ".2f"}
+    return table(rows, f"Mean over seeds on this machine; memory is {memory}", formats)
+
+
+def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Claim]:
+    """The plan's promises for one arm, each with the numbers that decide it.
+
+    perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
+    """
+    promised = [_quality(comparison), _speed(comparison), *_vram(comparison)] if perplexity else []
+    return [pays_claim(comparison), *promised, stable_claim([comparison], slug(comparison.name), comparison.name)]
+
+
+def baseline_claims(result: StudyResult) -> list[Claim]:
+    """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
+    final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
+    first = result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0]
+    neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
+    losses: Numbers = {name.replace(" ", "_") + "_loss": loss for name, loss in final.items()}
+    falls = verdict(final[BASELINE] < first)
+    claims = [Claim("converges", "the validation loss falls", falls, {"first_loss": first} | losses)]
+    if neighbours:
+        best = verdict(final[BASELINE] <= min(neighbours))
+        claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, losses))
+    if "vanilla" in final:
+        better = verdict(final[BASELINE] < final["vanilla"])
+        claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, losses))
+    return claims
+
+
+def overhead_table(overhead: StepOverhead) -> Table:
+    """Step times over the bare loop's, and that one's own."""
+    rows = [
+        {"a step": "the bare loop's", "ms": overhead.bare_step_ms},
+        {"a step": "the trainer's, which never predicts"} | asdict(overhead.plain_over_bare),
+        {"a step": "the same, with the null predictor"} | asdict(overhead.null_over_bare),
+        {"a step": "of that, recording the path"} | asdict(overhead.recording_over_bare),
+    ]
+    caption = "Over a step of the bare loop: medians over paired rounds, with the ends of their 95 % intervals"
+    return table(rows, caption, {"ms": ".3f"})
+
+
+def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
+    """That the trainer costs little beside the bare loop, and, on a card, that the baseline fits the plan's bound."""
+    null, recording = overhead.null_over_bare, overhead.recording_over_bare
+    claims = [
+        Claim(
+            "trainer-is-thin",
+            f"a step of the trainer, asking included, takes at most {MAX_NULL_OVER_BARE} of the bare loop's",
+            verdict_below(null.low, null.high, MAX_NULL_OVER_BARE),
+            bounded("null_over_bare_ratio_time", *astuple(null)),
+        ),
+        Claim(
+            "recording-is-cheap",
+            f"recording the path takes at most {MAX_RECORDING:.0%} of a step",
+            verdict_below(recording.low, recording.high, MAX_RECORDING),
+            bounded("recording_over_bare_ratio_time", *astuple(recording)),
+        ),
+    ]
+    summary = result.runs[BASELINE, 0].closing_figures
+    if summary["memory_source"] == "cuda":
+        peak = summary["peak_memory_bytes"]
+        fits = verdict(peak < VRAM_BOUND_BYTES)
+        claims.append(Claim("vram", "the baseline's peak VRAM is below 5 GB", fits, {"peak_memory_bytes": peak}))
+    return claims
+
+
+def pays_claim(comparison: Comparison) -> Claim:
+    """That predicting beats a plain run with as many gradient steps."""
+    change = comparison.to_control
+    numbers = interval_numbers("loss_to_control", change)
+    if comparison.step_value:
+        numbers |= interval_numbers("step_value", comparison.step_value)
+    return Claim(
+        f"{slug(comparison.name)}-pays",
+        f"{comparison.name}: predicting beats a plain run with as many gradient steps",
+        verdict_below(change.low, change.high, 0.0) if comparison.predicted_steps else "fails",
+        numbers | {"gradient_steps": comparison.gradient_steps, "predicted_steps": comparison.predicted_steps},
+    )
+
+
+def _quality(comparison: Comparison) -> Claim:
+    change: Numbers = {"perplexity_change": math.expm1(comparison.to_baseline.mean)}
+    return Claim(
+        f"{slug(comparison.name)}-quality",
+        f"{comparison.name}: final perplexity stays within 2 % of the full baseline's",
+        _keeps_quality(comparison),
+        interval_numbers("loss_to_baseline", comparison.to_baseline) | change,
+    )
+
+
+def _speed(comparison: Comparison) -> Claim:
+    """The plan's 40 to 60 % less time, at its own tolerance for quality."""
+    fast = comparison.time_ratio <= 1 - PROMISED_SAVING
+    return Claim(
+        f"{slug(comparison.name)}-speed",
+        f"{comparison.name}: the baseline's perplexity within 2 % in 40 % less time",
+        _keeps_quality(comparison) if fast else "fails",
+        {
+            "perplexity_change": math.expm1(comparison.to_baseline.mean),
+            "baseline_ratio_time": comparison.time_ratio,
+        },
+    )
+
+
+def _keeps_quality(comparison: Comparison) -> Verdict:
+    return verdict_below(comparison.to_baseline.low, comparison.to_baseline.high, QUALITY_TOLERANCE_NATS)
+
+
+def _vram(comparison: Comparison) -> list[Claim]:
+    """On a card, that prediction keeps the plan's bound."""
+    peak = comparison.peak_vram_bytes
+    if peak is None:
+        return []
+    text = f"{comparison.name}: peak VRAM stays below 5 GB"
+    fits = verdict(peak < VRAM_BOUND_BYTES)
+    return [Claim(f"{slug(comparison.name)}-vram", text, fits, {"peak_memory_bytes": peak})]
+
+
+def stable_claim(comparisons: Sequence[Comparison], stem: str, name: str) -> Claim:
+    """That no run of these arms diverges; rollbacks are counted apart."""
+    divergences = sum(comparison.divergences for comparison in comparisons)
+    rollbacks = sum(comparison.rollbacks for comparison in comparisons)
+    numbers: Numbers = {"divergences": divergences, "rollbacks": rollbacks}
+    return Claim(f"{stem}-stable", f"{name}: no run diverges", verdict(not divergences), numbers)
+
+
+def _words(column: str) -> str:
+    return column.replace("_", " ").capitalize()

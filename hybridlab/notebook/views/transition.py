@@ -1,0 +1,78 @@
+"""What a notebook shows of the way to Predict and back: what it takes, beside jumps with nothing put away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+
+from hybridlab.benchmarks.footprint import PredictPhase
+from hybridlab.charts.tables import Table, table
+from hybridlab.results.publish import Claim, Numbers, bounded, slug, verdict_below
+from hybridlab.study.statistics import median_ends
+
+
+def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
+    """The time of a jump and of its parts, arm by arm; `control` puts nothing away."""
+    rows = [
+        {
+            "arm": name,
+            "proposing (ms)": phase.typical_ms("proposing"),
+            "leaving (ms)": phase.typical_ms("leaving"),
+            "moving again (ms)": phase.typical_ms("moving"),
+            "returning (ms)": phase.typical_ms("returning"),
+            "a jump (ms)": phase.typical_ms(),
+            "the first (ms)": phase.jumps[0].whole,
+            f"beyond {control} (ms)": _beyond_ms(phase, phases[control]),
+            "in gradient steps": _beyond_ms(phase, phases[control]) / phases[control].gradient_step_ms,
+            "jumps": len(phase.jumps),
+        }
+        for name, phase in phases.items()
+    ]
+    if not rows:
+        return table([{"arm": "no run jumped"}])
+    caption = (
+        "Medians over all jumps but the first, which takes memory from the host. Parts are beyond ordinary steps; with "
+        f"{control}, leaving is the first motion of the weights, and returning the last forward pass and a new path's "
+        f"beginning. Proposing comes before the jump; beyond {control}, jumps of the same number are compared"
+    )
+    formats = dict.fromkeys([name for name in rows[0] if name.endswith("(ms)")], ".1f")
+    return table(rows, caption, formats | {"in gradient steps": ".2f"})
+
+
+def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
+    """That clearing the card for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
+    limit_ms = phases[control].gradient_step_ms if control in phases else 0.0
+    text = "{}: leaving the card and returning adds less than a gradient step to a jump of "
+    return [
+        _claim(f"{slug(name)}-transition", f"{text.format(name)}{phase.typical_ms('steps'):.0f}", beyond, limit_ms)
+        for name, phase in phases.items()
+        if name != control and (beyond := _measured(phase, phases[control]))
+    ]
+
+
+def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) -> list[Claim]:
+    """That fetching beside the last predicted steps is quicker than after them; nothing without a GPU, or two jumps."""
+    if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
+        return []
+    text = f"{ahead}: a jump takes less time when the state returns beside its last predicted steps than after them"
+    return [_claim("lookahead", text, beyond, 0.0)]
+
+
+def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
+    return [] if phase.reserved_bytes is None else phase.beyond_ms(control)
+
+
+def _claim(name: str, text: str, beyond: list[float], limit_ms: float) -> Claim:
+    """Jumps of the same number are compared; the median decides, with its 95 % interval."""
+    low, high = median_ends(beyond)
+    told: Numbers = {"beyond_ms": median(beyond)}
+    if math.isfinite(low):
+        told = bounded("beyond_ms", median(beyond), low, high)
+    numbers = told | {"jumps": len(beyond), "limit_ms": limit_ms}
+    return Claim(name, text, verdict_below(low, high, limit_ms), numbers)
+
+
+def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:
+    """How much longer a jump takes than where nothing is put away."""
+    return median(phase.beyond_ms(control) or [phase.typical_ms() - control.typical_ms()])

@@ -1,0 +1,197 @@
+"""AdamW whose gradients, moments and float32 weights live in host memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from hybridlab.base.copy_stream import SideStream
+from hybridlab.base.pinned_memory import host_room
+from hybridlab.base.weak_hook import weak_hook
+from hybridlab.weights.path import MOMENTS
+
+LEAVING_BYTES = 128_000_000
+"""Gradients that may be on their way at a time: beyond it the backward pass waits for the bus."""
+
+
+class HostAdamW(Optimizer):
+    """torch's fused AdamW, stepping on the host; on the card there are the weights alone.
+
+        backward   each gradient leaves for the host as soon as it is complete, and is freed; further ones are added
+        step       AdamW moves the float32 master weights; each goes back to the card while the next is moved
+
+    Weights on the card are float32, or of a narrower type: then the masters, rounded. Step by step it equals
+    `torch.optim.AdamW(fused=True)` on the same device. Host memory: 16 bytes a parameter, half of it page-locked.
+
+    groups: parameters or groups of them, as for AdamW; move the model to its device first
+    lr, betas, eps, weight_decay: as of AdamW; those given in a group count first
+
+    Gradients are not at `param.grad`: `clip_` limits their norm. `state[param]` holds AdamW's moments, on the host, and
+    the master weight where the card's is narrower.
+
+    Raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        self._adamw = AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(self._adamw.param_groups, self._adamw.defaults)
+        params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
+        alike = [torch.empty(param.shape, device="meta") for param in params]
+        masters, gradients = (host_room(alike, pinned=True) for _ in range(2))
+        moments = iter(host_room([like for like in alike for _ in MOMENTS], pinned=False))
+        self._masters = {p: master.copy_(p.detach()) for p, master in zip(params, masters, strict=True)}
+        self._gradients = dict(zip(params, gradients, strict=True))
+        self._places = {p: {name: next(moments) for name in MOMENTS} for p in params}
+        for param, places in self._places.items():
+            places["step"] = torch.zeros(())
+            if param.dtype != torch.float32:
+                places["master"] = self._masters[param]
+        self._stream = SideStream(params[0].device)
+        self._leaving: deque[tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]] = deque()
+        self._is_held = self._have_weights_moved = False
+        for param in params:
+            param.register_post_accumulate_grad_hook(weak_hook(self._send_gradient))  # type: ignore[no-untyped-call]
+
+    # --- backward ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _send_gradient(self, param: Tensor) -> None:
+        """Copy a complete gradient to the host beside the backward pass, or add it to the one that is there.
+
+        A gradient stays alive until the computation has been told to wait for its copy. `record_stream` would not do:
+        the host runs far ahead of the card, and none of the memory would be free again by the time it is wanted.
+        """
+        gradient, param.grad = param.grad, None
+        if self._is_held or gradient is None:
+            return
+        host, master = self._gradients[param], self._masters[param]
+        gradient = gradient.to(host.dtype)
+        total = gradient if master.grad is None else torch.empty_like(gradient)
+        with self._stream.copying():
+            if total is not gradient:
+                total.copy_(host, non_blocking=True).add_(gradient)
+            host.copy_(total, non_blocking=True)
+        master.grad = host
+        self._leaving.append(((gradient, total), self._stream.mark()))
+        self._let_go(LEAVING_BYTES)
+
+    def _let_go(self, limit_bytes: int) -> None:
+        """Free the oldest gradients, while more than this are on their way."""
+        while sum(total.nbytes for (_, total), _ in self._leaving) > limit_bytes:
+            self._stream.hold_until(self._leaving[0][1])
+            self._leaving.popleft()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, gradients are thrown away: for backward passes that are only there to compile or to measure."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+    # --- gradients on the host ---------------------------------------------------------------------------
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients together."""
+        self._wait()
+        return nn.utils.get_total_norm([m.grad for m in self._masters.values() if m.grad is not None])
+
+    def clip_(self, max_norm: float | None) -> Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`, where one is given; return what it was."""
+        norm = self.gradient_norm()
+        if max_norm is not None and not max_norm / (norm + 1e-6) >= 1.0:  # as torch does, but not times one
+            nn.utils.clip_grads_with_norm_(list(self._masters.values()), max_norm, norm)
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        super().zero_grad(set_to_none=True)
+        self._let_go(0)
+        for master in self._masters.values():
+            master.grad = None
+
+    def _wait(self) -> None:
+        """Until host memory holds what was sent there, and the card has taken what it was sent."""
+        self._stream.synchronize()
+        self._leaving.clear()
+
+    # --- weights -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move the weights of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._wait()
+        self._follow_weights_()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if self._masters[param].grad is not None:
+                    self._step_(param, group)
+        return loss
+
+    def _step_(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Lend one parameter's group and state to AdamW, and send what comes of it to the card."""
+        master = self._masters[param]
+        self._adamw.param_groups = [group | {"params": [master], "fused": True, "foreach": False}]
+        self._adamw.state = {master: self._settled(param)}  # type: ignore[assignment]
+        self._adamw.step()
+        param.copy_(master, non_blocking=True)
+
+    def weights_moved(self) -> None:
+        """Somebody moved the weights on the card: the masters follow before the next step."""
+        self._have_weights_moved = True
+
+    def _follow_weights_(self) -> None:
+        """Float32 masters take the weights; others move as far as the card's weights moved, and keep what is finer."""
+        if not self._have_weights_moved:
+            return
+        for param, master in self._masters.items():
+            if param.dtype == master.dtype:
+                master.copy_(param.detach(), non_blocking=True)
+            else:
+                master.add_(param.detach().cpu().to(master.dtype) - master.to(param.dtype).to(master.dtype))
+        self._wait()
+        self._have_weights_moved = False
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def _settled(self, param: Tensor) -> dict[str, Any]:
+        """The parameter's state, in the memory set aside for it: begun, or brought there from where it was put."""
+        state, places = self.state[param], self._places[param]
+        if not state:
+            for name in ("step", *MOMENTS):
+                places[name].zero_()
+        for name, place in places.items():
+            if state.setdefault(name, place) is not place:
+                state[name] = place.copy_(state[name])
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a saved state, also one of AdamW itself; load the model's weights before the next step."""
+        self._wait()
+        twin = AdamW([group | {"params": [self._masters[p] for p in group["params"]]} for group in self.param_groups])
+        twin.load_state_dict(state_dict)  # the masters are float32 on the host, and so is what it loads
+        for group, loaded in zip(self.param_groups, twin.param_groups, strict=True):
+            group.update(loaded | {"params": group["params"]})
+        for param, master in self._masters.items():
+            self.state[param] = dict(twin.state[master])
+            self._settled(param)
+        self.weights_moved()

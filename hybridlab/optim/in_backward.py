@@ -1,0 +1,161 @@
+"""The optimizer's step, taken inside the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.weak_hook import weak_hook
+
+LEAST_SHARE = 1e-12
+"""Where the shares that are known begin: what has none and brings nothing would make the norm NaN."""
+
+
+class StepInBackward(Optimizer):
+    """Steps a bucket of matrices as soon as its gradients are there, and frees these: they never all exist at once.
+
+    Biases and norms, most of the parameters and a thousandth of the numbers, step all together at the end: what the
+    host has to do beside each block is little.
+
+    One ordinary optimizer to whoever looks at it: groups and state are this object's, and are lent to `method` for each
+    bucket. The norm of all gradients is known only when the backward pass has ended, so clipping goes by an estimate:
+    what has arrived so far, and the share of the whole that it had in the steps before.
+
+        norm_b  = sqrt(sum of |g_a|^2 / sum of share_a)      over the buckets a up to and with b
+        g_b     = g_b min(1, clip_norm / norm_b)
+        share_a = (share_a + |g_a|^2 / |g|^2) / 2            after each step
+
+    It is exact for the last bucket, and for all where the shares stay as they were, however much the norm changes. The
+    first step takes its shares from a pass under `held`, or else from the buckets' sizes.
+
+    method: an optimizer that treats its parameters one by one, such as AdamW, SGD or Muon
+    buckets: parameters whose gradients arrive together, such as a block's (`hybridlab.memory.checkpointing.buckets_of`)
+    clip_norm: None leaves gradients alone
+
+    Source: https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html; the estimate is
+    ours: the norm of the step before, the usual stand-in, misses the very jumps that clipping is for.
+    """
+
+    def __init__(
+        self, method: Optimizer, buckets: Sequence[Sequence[nn.Parameter]], clip_norm: float | None = None
+    ) -> None:
+        super().__init__(method.param_groups, defaults={})
+        self.method, self._clip = method, clip_norm
+        self._buckets = [list(bucket) for bucket in buckets]
+        self._matrices = [self._by_group({p for p in bucket if p.ndim > 1}) for bucket in self._buckets]
+        self._vectors = self._by_group({p for bucket in self._buckets for p in bucket if p.ndim < 2})
+        self._arrived = [0] * len(self._buckets)
+        self._is_held = False
+        sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
+        self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
+        self._known_square, self._known_share = self._squares.new_zeros(()), self._squares.new_full((), LEAST_SHARE)
+        self.param_groups[0].setdefault("clip_shares", (sizes / sizes.sum()).to(self._squares.device))
+        for i, bucket in enumerate(self._buckets):
+            for param in bucket:
+                param.register_post_accumulate_grad_hook(weak_hook(self._arrive, i))  # type: ignore[no-untyped-call]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Close the step: what has waited steps now, and the next step's clipping is known."""
+        self.clip_(None)
+        self._step_(self._vectors)
+        self._learn_shares_(weight=0.5)
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call `hook` before anything steps: before each bucket's step, as all of them together are this one's."""
+        return self.method.register_step_pre_hook(hook)
+
+    def clip_(self, limit: float | None) -> Tensor:
+        """Norm of all gradients since `zero_grad`, before clipping; no other limit than the constructor's is possible.
+
+        Raises UserError for a limit.
+        """
+        if limit is not None:
+            raise UserError("a step in the backward pass clips while gradients arrive: use clip_in_backward")
+        for i, arrived in enumerate(self._arrived):
+            if arrived:
+                self._step_bucket_(i)
+        return self._squares.sum().sqrt()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin a new step."""
+        self._arrived = [0] * len(self._buckets)
+        self._squares.zero_()
+        self._known_square.zero_()
+        self._known_share.fill_(LEAST_SHARE)
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a saved state."""
+        super().load_state_dict(state_dict)
+        settings = self.param_groups[0]
+        settings["clip_shares"] = settings["clip_shares"].to(self._squares.device)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this lasts, gradients are thrown away and nothing steps; of them, the shares are kept for clipping."""
+        self._is_held = True
+        self._squares.zero_()
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self._learn_shares_(weight=1.0)
+            self._squares.zero_()
+
+    def _arrive(self, i: int, param: Tensor) -> None:
+        """A gradient is there; the last of its bucket sets off the step."""
+        if self._is_held:
+            self._squares[i] += param.grad.square().sum()  # type: ignore[union-attr]
+            param.grad = None
+            return
+        self._arrived[i] += 1
+        if self._arrived[i] == len(self._buckets[i]):
+            self._step_bucket_(i)
+
+    @torch.no_grad()
+    def _step_bucket_(self, i: int) -> None:
+        self._arrived[i] = 0
+        gradients = [p.grad for p in self._buckets[i] if p.grad is not None]
+        self._note_(i, gradients)
+        if self._clip is not None:
+            torch._foreach_mul_(gradients, (self._clip / self._estimated_norm()).clamp(max=1.0))
+        self._step_(self._matrices[i])
+
+    def _note_(self, i: int, gradients: list[Tensor]) -> None:
+        """Take a bucket's squared norm into account, in few operations, as the host pays for each of them."""
+        norms = torch.stack(torch._foreach_norm(gradients)).float()
+        torch.dot(norms, norms, out=self._squares[i])
+        known = [self._known_square, self._known_share]
+        torch._foreach_add_(known, [self._squares[i], self.param_groups[0]["clip_shares"][i]])
+
+    def _estimated_norm(self) -> Tensor:
+        """Norm of all gradients, from those that have arrived."""
+        return (self._known_square / self._known_share).sqrt()
+
+    def _learn_shares_(self, weight: float) -> None:
+        """Take in how the squared norm was shared out among the buckets; all zero, NaN and infinite teach nothing."""
+        whole, before = self._squares.sum(), self.param_groups[0]["clip_shares"]
+        shares = torch.lerp(before, self._squares / whole, weight)
+        self.param_groups[0]["clip_shares"] = torch.where((whole > 0) & whole.isfinite(), shares, before)
+
+    def _by_group(self, chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The chosen parameters, a list a group."""
+        return [[p for p in group["params"] if p in chosen] for group in self.param_groups]
+
+    def _step_(self, chosen: list[list[nn.Parameter]]) -> None:
+        """Let the method see these alone, with this object's settings and state, and step them."""
+        if not any(chosen):
+            return
+        groups = zip(self.param_groups, chosen, strict=True)
+        self.method.param_groups = [group | {"params": members} for group, members in groups if members]
+        self.method.state = self.state
+        self.method.step()
+        for p in (p for members in chosen for p in members):
+            p.grad = None

@@ -1,0 +1,1 @@
+"""The live panel: controls, gauges, timeline and the final frame."""

@@ -1,0 +1,187 @@
+"""The live panel: gauges that follow a run, and controls that act between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+import ipywidgets as widgets
+from IPython.display import display
+
+from hybridlab.base.errors import UserError
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.phases import Phase
+from hybridlab.panel.controls import Controls, control_row
+from hybridlab.panel.html import draw_bar, draw_panel, style
+from hybridlab.panel.instruments import Instruments
+from hybridlab.panel.progress import seconds_left
+from hybridlab.study.run import StepRecord, TrainingRun
+
+LEAST_SECONDS = 0.25
+"""Between two drawings: at most four a second."""
+
+DRAWING_SHARE = 0.0025
+"""Drawing may take this share of the time."""
+
+
+class Live:
+    """Gauges and controls of one cell.
+
+    controls: what the buttons act on
+    total: nominal steps of everything that the cell trains
+    instruments: of a run that was followed before; by default each run gets its own
+    settings: that sliders may change; None offers none
+    clock: seconds that count for how often the gauges are drawn, and for the time left
+    """
+
+    def __init__(
+        self,
+        controls: Controls,
+        total: int,
+        instruments: Instruments | None = None,
+        settings: HybridTrainerConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.controls = controls
+        self._total, self._done = total, 0
+        self._instruments = instruments
+        self._style, self._gauges = _style(), widgets.HTML()
+        self._panel = widgets.VBox([self._style, self._gauges, control_row(self.controls, settings)])
+        self._clock = clock
+        self._started = self._drawn = clock()
+        self._rest = 0.0  # seconds from one drawing to the next
+
+    def __enter__(self) -> Self:
+        """Show the panel below the cell."""
+        display(self._panel)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Show the last state, and take the controls away."""
+        failed = kind is not None and not issubclass(kind, GeneratorExit | UserError)
+        if self._instruments is not None and not failed:
+            self._instruments.settle()
+            self.draw("finished" if self._is_over and not kind else "stopped")
+        self._panel.children = [self._style, self._gauges]
+
+    def step(self, label: str, total: int) -> None:
+        """Count a nominal step of a total that may have grown."""
+        self._done, self._total = self._done + 1, total
+
+    def watch(self, run: TrainingRun, record: StepRecord) -> None:
+        """Note a step, and do what is asked between it and the next."""
+        if self._instruments is None or self._instruments.run is not run:
+            self._instruments = Instruments(run)
+        self._instruments.note(record)
+        self.between_steps(run)
+
+    def between_steps(self, run: TrainingRun) -> None:
+        """Do what is asked, draw when it is time, wait while paused."""
+        if self.controls.have_wishes:
+            self._obey(run)
+        if self._clock() - self._drawn >= self._rest:
+            self.draw("running")
+        if self.controls.paused and not self.controls.may_go_on():
+            self._hold(run)
+
+    def draw(self, status: str) -> None:
+        """Bring the gauges up to date."""
+        if self._instruments is None or self._instruments.latest is None:
+            return
+        started = self._clock()
+        left = seconds_left(self._done, self._total, started - self._started)
+        state = self._instruments.state(status, done=self._done, total=self._total, seconds_left=left)
+        self._gauges.value = draw_panel(state)
+        self._drawn = self._clock()
+        self._rest = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the run that is followed has taken its last step."""
+        followed = self._instruments
+        if followed is None or followed.latest is None:
+            return False
+        return followed.latest.result.nominal_step == followed.run.config.steps
+
+    def _obey(self, run: TrainingRun) -> None:
+        if self.controls.take_save():
+            run.save()
+            if self._instruments:
+                self._instruments.remark("checkpoint written")
+                self._rest = 0.0
+        if run.phase is not Phase.PREDICT and (settings := self.controls.take_settings()):
+            run.change(**settings)
+
+    def _hold(self, run: TrainingRun) -> None:
+        """Wait while paused, with the clocks standing."""
+        paused = self._clock()
+        run.pause()
+        self.draw("paused")
+        while not self.controls.may_go_on():
+            self.controls.wait(LEAST_SECONDS)
+            self._obey(run)
+            if not self._rest:
+                self.draw("paused")
+        self._started += self._clock() - paused
+
+
+class LiveBar:
+    """A bar alone, for runs that train in processes of their own: their gauges cannot be read from here.
+
+    total: nominal steps of everything that the cell trains
+    """
+
+    def __init__(self, total: int) -> None:
+        self._label, self._done, self._total = "starting", 0, total
+        self._bar = widgets.HTML()
+        self._started, self._drawn = time.monotonic(), 0.0
+
+    def __enter__(self) -> Self:
+        """Show the bar below the cell."""
+        self._draw("running")
+        display(widgets.VBox([_style(), self._bar]))  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Show how far it came."""
+        self._draw("finished" if self._done == self._total else "stopped")
+
+    def step(self, label: str, total: int) -> None:
+        """Count a nominal step of a total that may have grown."""
+        self._label, self._done, self._total = label, self._done + 1, total
+        if time.monotonic() - self._drawn >= LEAST_SECONDS:
+            self._draw("running")
+
+    def _draw(self, status: str) -> None:
+        left = seconds_left(self._done, self._total, time.monotonic() - self._started)
+        self._bar.value = draw_bar(self._label, self._done, self._total, status, left)
+        self._drawn = time.monotonic()
+
+
+def _style() -> widgets.Widget:
+    """The gauges' style in a widget of its own: it is sent once, and not at each drawing."""
+    return widgets.HTML(style(), layout=widgets.Layout(display="none"))
+
+
+@contextmanager
+def interrupts(controls: Controls) -> Iterator[None]:
+    """Ctrl-C, or the notebook's stop button, ends the loop after the step under way; pressed again, at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if controls.stopping:
+            raise KeyboardInterrupt
+        controls.stop()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,152 @@
+"""Progress from a notebook's kernel to the terminal that launched it, through one small file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from tqdm.std import tqdm
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
+
+PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
+WRITE_EVERY_SECONDS = 0.25
+LOG_EVERY_SECONDS = 15.0
+SETTLED_SHARE = 0.01
+
+
+class Progress:
+    """Counts towards a total where somebody watches: a file, a terminal, JupyterLab; else silent.
+
+    total: how many steps there are, at least 1
+    label: what is being done, in a few words
+
+    Raises ValueError for a `total` below 1.
+    """
+
+    def __init__(self, total: int, label: str) -> None:
+        if total < 1:
+            raise ValueError(f"total is {total}: progress needs at least 1 step to count")
+        self.total, self.label, self.done = total, label, 0
+        self._file = os.environ.get(PROGRESS_FILE)
+        self._line = tqdm(total=total, desc=label, file=sys.stderr, disable=not (_watched() and not self._file))
+        self._started = time.monotonic()
+        self._written = float("-inf")
+
+    def __enter__(self) -> Self:
+        self._write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+        self._line.close()
+
+    def advance(self, n: int = 1, label: str | None = None) -> None:
+        """Count `n` more steps; `label` replaces the words shown."""
+        self.done += n
+        self.label = label or self.label
+        self._line.set_description(self.label, refresh=False)
+        self._line.update(n)
+        if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
+            self._write()
+
+    def step(self, label: str, total: int) -> None:
+        """Count one step of a total that may have grown."""
+        self.total = self._line.total = total
+        self.advance(label=label)
+
+    def _write(self) -> None:
+        """Tell whoever watches the file; one that cannot be written ends no training."""
+        if not self._file:
+            return
+        self._written = time.monotonic()
+        seconds = self._written - self._started
+        left = seconds_left(self.done, self.total, seconds)
+        state = {"done": self.done, "total": self.total, "label": self.label}
+        state |= {"seconds": seconds, "seconds_left": left}
+        with suppress(UserError), replaced(Path(self._file), lasting=False) as beside:
+            beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+
+def seconds_left(done: int, total: int, seconds: float) -> float | None:
+    """What remains at the pace so far; None while the first steps carry what happens once: data, compilation."""
+    settled = done and done >= SETTLED_SHARE * total
+    return seconds / done * max(total - done, 0) if settled else None
+
+
+def gauges_wanted() -> bool:
+    """Say whether a person looks at this kernel through JupyterLab: no batch run, no test runner."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    batch = PROGRESS_FILE in os.environ or "PYTEST_VERSION" in os.environ
+    return hasattr(shell, "kernel") and "JPY_SESSION_NAME" in os.environ and not batch
+
+
+def _watched() -> bool:
+    """Say whether standard error reaches a person: a terminal or JupyterLab, no test runner."""
+    if "PYTEST_VERSION" in os.environ:
+        return False
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+
+
+@contextmanager
+def watched(path: Path, console: Console) -> Iterator[None]:
+    """Show the state that `path` holds while the block runs: a bar, or a line every 15 seconds."""
+    show = _show_bar if console.is_terminal else _show_lines
+    finished = threading.Event()
+    thread = threading.Thread(target=show, args=(path, console, finished), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _show_bar(path: Path, console: Console, finished: threading.Event) -> None:
+    left = TextColumn("{task.fields[left]}")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting the kernel", total=None, left="")
+        while not finished.wait(WRITE_EVERY_SECONDS):
+            _update(bar, task, _state(path))
+
+
+def _update(bar: Bar, task: TaskID, state: dict[str, Any] | None) -> None:
+    if state:
+        done, total, label = state["done"], state["total"], state["label"]
+        bar.update(task, completed=done, total=total, description=label, left=_left(state))
+
+
+def _show_lines(path: Path, console: Console, finished: threading.Event) -> None:
+    while not finished.wait(LOG_EVERY_SECONDS):
+        if state := _state(path):
+            line = f"{state['label']}: {state['done']} of {state['total']}, {_left(state)}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _left(state: dict[str, Any]) -> str:
+    seconds = state["seconds_left"]
+    return "time left unknown" if seconds is None else f"{clock(seconds)} left"
+
+
+def clock(seconds: float) -> str:
+    """A stretch of time in words that fit a line."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError, json.JSONDecodeError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None

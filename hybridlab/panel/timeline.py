@@ -1,0 +1,98 @@
+"""The time line of a run: loss, phases and memory over its nominal steps, in a fixed number of columns."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from hybridlab.study.record import Run
+
+COLUMNS = 240
+"""However long the run, it is drawn in no more."""
+
+
+@dataclass
+class Column:
+    """What happened in a stretch of nominal steps.
+
+    phase: of most of its steps; memory_bytes: the most that was seen; steps_in: phase -> steps taken in it
+    losses: their mean, in nats; None where there was none
+    """
+
+    phase: str
+    memory_bytes: int
+    steps_in: Counter[str] = field(default_factory=Counter)
+    measured_loss: float | None = None
+    predicted_loss: float | None = None
+    measured: int = 0
+    predicted: int = 0
+
+    def add(self, phase: str, memory_bytes: int, measured: float | None, predicted: float | None) -> None:
+        """Take a step in, its losses into the means."""
+        self.steps_in[phase] += 1
+        if self.steps_in[phase] > self.steps_in[self.phase]:
+            self.phase = phase
+        self.memory_bytes = max(self.memory_bytes, memory_bytes)
+        self.measured, self.measured_loss = _mean(self.measured, self.measured_loss, measured)
+        self.predicted, self.predicted_loss = _mean(self.predicted, self.predicted_loss, predicted)
+
+
+@dataclass
+class Timeline:
+    """Grows by one step at a time.
+
+    steps: of the whole run, which the time line is as long as
+    """
+
+    steps: int
+    columns: dict[int, Column] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Columns in all."""
+        return min(COLUMNS, self.steps)
+
+    def add(
+        self, nominal_step: int, phase: str, memory_bytes: int, measured: float | None, predicted: float | None
+    ) -> None:
+        """Note a nominal step, counted from 1."""
+        at = (nominal_step - 1) * self.width // self.steps
+        if (column := self.columns.get(at)) is None:
+            column = self.columns[at] = Column(phase, memory_bytes)
+        column.add(phase, memory_bytes, measured, predicted)
+
+    def bands(self) -> Iterator[tuple[str, float, float]]:
+        """Phase, start and end of each stretch of one phase, as shares of the whole."""
+        for phase, stretch in groupby(sorted(self.columns.items()), key=lambda item: item[1].phase):
+            places = [at for at, _ in stretch]
+            yield phase, places[0] / self.width, (places[-1] + 1) / self.width
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(place as a share of the whole, value) of each column that has one."""
+        width, columns = self.width, sorted(self.columns.items())
+        return [((at + 0.5) / width, value) for at, column in columns if (value := getattr(column, name)) is not None]
+
+
+def timeline_of(run: Run, steps: int) -> Timeline:
+    """What a run's record says of it so far, of so many steps in all.
+
+    Memory is the most that was seen in or before a step, since a step may have passed between two samples.
+    """
+    timeline = Timeline(steps)
+    if run.steps.empty or run.vram.empty:
+        return timeline
+    used = run.vram["used_bytes"] + (run.vram["other_bytes"].fillna(0) if "other_bytes" in run.vram else 0)
+    memory = used.groupby(run.vram["nominal_step"]).max().reindex(run.steps["nominal_step"]).ffill().bfill()
+    columns = [run.steps[name] for name in ("nominal_step", "phase", "measured_loss", "predicted_loss")]
+    for (step, phase, measured, predicted), size in zip(zip(*columns, strict=True), memory, strict=True):
+        timeline.add(int(step), phase, int(size), measured, predicted)
+    return timeline
+
+
+def _mean(count: int, mean: float | None, value: float | None) -> tuple[int, float | None]:
+    if value is None or not math.isfinite(value):
+        return count, mean
+    return count + 1, value if mean is None else mean + (value - mean) / (count + 1)

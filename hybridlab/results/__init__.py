@@ -1,0 +1,1 @@
+"""results.json: what a notebook found, its claims and their bounds."""

@@ -1,0 +1,243 @@
+"""What a notebook found: its claims and the numbers they rest on, kept in `results.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from filelock import FileLock
+
+from hybridlab import __version__
+from hybridlab.base.device import device_name, find_device
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
+from hybridlab.results.parameters import parameters_sha256
+from hybridlab.study.statistics import Interval
+
+Verdict = Literal["holds", "fails", "open"]
+Numbers = dict[str, float | int | str]
+VOLATILE_ENDINGS = ("_seconds", "_ms", "_ratio_time", "_bytes", "_percent")
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence that can be wrong, its verdict, and the numbers that decide it.
+
+    id: a short name, the same in every run
+    text: the sentence
+    verdict: "holds", "fails", or "open" (these numbers cannot tell)
+    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time`, `_bytes` or `_percent`, and the bounds
+        of such, with `_low` or `_high` behind it, may differ from run to run; all others repeat to four decimals
+    """
+
+    id: str
+    text: str
+    verdict: Verdict
+    numbers: Numbers = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(f"claim '{self.id}': verdict is {self.verdict!r}: say holds, fails or open")
+        if not self.id or not self.id.isprintable() or " " in self.id:
+            raise ValueError(f"claim id is {self.id!r}: give a short name without spaces")
+
+
+def slug(name: str) -> str:
+    """A name as part of a claim's id."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def verdict(holds: bool) -> Verdict:
+    """A decided claim's verdict."""
+    return "holds" if holds else "fails"
+
+
+def verdict_below(low: float, high: float, bound: float) -> Verdict:
+    """Whether an interval lies wholly below a bound, above it, or on both sides."""
+    if high < bound:
+        return "holds"
+    return "fails" if low > bound else "open"
+
+
+def bounded(name: str, value: float, low: float, high: float) -> Numbers:
+    """A value with the ends of its interval, as a claim tells them."""
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def interval_numbers(name: str, interval: Interval) -> Numbers:
+    """An interval over seeds as a claim tells it."""
+    return bounded(name, interval.mean, *interval.ends) | {"seeds": interval.seeds}
+
+
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]
+"""name -> rows: what documents draw and tabulate beside the claims, such as "memory" and "vram"."""
+
+
+def publish(
+    notebook: str,
+    *,
+    claims: Sequence[Claim | dict[str, Any]],
+    summary: list[str],
+    record: dict[str, Any],
+    folder: str,
+    tables: Tables | None = None,
+) -> Path:
+    """Merge a notebook's entry into `<project root>/<folder>/results.json`, atomically.
+
+    notebook: the notebook's slug, as "03_gpt2_small_hybrid"
+    claims: what was tested; ids are unique
+    summary: the closing sentences, shown when a batch run ends
+    record: further facts (data, device, times); it must hold `parameters`, and its keys win over the environment's
+    folder: where the file lies, relative to the project root
+    tables: what documents draw: "memory" as `Footprint.row` makes its rows, and "vram" as `vram_rows` does
+
+    Numbers keep six significant digits. NaN and infinities become null and are listed under `not_finite`.
+
+    Raises ValueError where two claims share an id or the parameters are missing, and UserError where the file that is
+    there cannot be read or the new one not written.
+    """
+    path = project_root() / folder / "results.json"
+    entry = _entry(claims, summary, record | ({"tables": dict(tables)} if tables else {}))
+    (project_root() / "runs").mkdir(exist_ok=True)
+    with FileLock(project_root() / "runs" / ".results.lock"):
+        everything = load_results(path) | {notebook: entry}
+        with replaced(path) as beside:
+            beside.write_text(_as_json(everything), encoding="utf-8")
+    return path
+
+
+def _entry(claims: Sequence[Claim | dict[str, Any]], summary: list[str], record: dict[str, Any]) -> dict[str, Any]:
+    if "parameters" not in record:
+        raise ValueError("record has no 'parameters': add parameters_from(globals()) of the parameters cell")
+    listed = [asdict(claim if isinstance(claim, Claim) else Claim(**claim)) for claim in claims]
+    ids = [claim["id"] for claim in listed]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"claim ids repeat in {ids}: give each claim its own")
+    whole = environment() | record | {"claims": listed, "summary": list(summary)}
+    whole["parameters_sha256"] = parameters_sha256(record["parameters"])
+    not_finite: list[str] = []
+    entry = plain(whole, not_finite=not_finite)
+    return entry | {"parameters": record["parameters"]} | ({"not_finite": not_finite} if not_finite else {})
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Read a `results.json`: notebook slug -> entry; empty when there is no file.
+
+    Raises UserError for a file that is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON: delete it, or restore it with git checkout") from None
+
+
+def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
+    """Turn a value into JSON's types, floats at six significant digits.
+
+    A NaN or an infinity becomes None, and its place is added to `not_finite`.
+
+    Raises TypeError where something inside is neither a number, text, list nor mapping.
+    """
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{where}.{k}".lstrip("."), not_finite=not_finite) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, f"{where}[{i}]", not_finite=not_finite) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        not_finite.append(f"{where} was {value}")
+        return None
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}: results hold numbers, texts, lists and mappings")
+
+
+def is_volatile(name: str) -> bool:
+    """Say whether a number of this name may differ between two equal runs (times, bytes)."""
+    return name.removesuffix("_low").removesuffix("_high").endswith(VOLATILE_ENDINGS)
+
+
+def shown(value: Any) -> str:
+    """Write a claim's number as a notebook shows it: floats to four decimals, null as "not finite"."""
+    value = plain(value, not_finite=[])
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def claims_table(claims: Iterable[Claim]) -> str:
+    """Lay claims out as text: verdict, id and sentence, then a line for each number that repeats.
+
+    Times and bytes are left out, so that the text is the same in every run.
+    """
+    return "\n".join(_claim_lines(claim) for claim in claims)
+
+
+def _claim_lines(claim: Claim) -> str:
+    numbers = {name: shown(value) for name, value in claim.numbers.items() if not is_volatile(name)}
+    width = max(map(len, numbers), default=0)
+    lines = [f"    {name:<{width}}  {value}" for name, value in numbers.items()]
+    return "\n".join([f"{claim.verdict.upper():<5}  {claim.id}: {claim.text}", *lines])
+
+
+def project_root() -> Path:
+    """Find the folder with `pyproject.toml`, from the working folder upward. Raises UserError where there is none."""
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file():
+            return folder
+    raise UserError(f"no pyproject.toml in {here} or above it: start inside the project's folder")
+
+
+def environment() -> dict[str, Any]:
+    """Record what a result depends on beside its parameters: device, versions, commit.
+
+    `environment_fingerprint` is one line; where it is equal, seeded CPU runs repeat to four decimals.
+    """
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "hybridlab": __version__}
+    capability = torch.backends.cpu.get_cpu_capability()
+    fingerprint = f"python {versions['python']}, torch {versions['torch']}, {capability}, {platform.machine()}"
+    return {
+        "device": device_name(find_device()),
+        "versions": versions,
+        "git_commit": git_commit(),
+        "environment_fingerprint": fingerprint,
+    }
+
+
+def git_commit() -> str:
+    """Give the short commit of the project, "+dirty" where its sources differ from it, or "unknown".
+
+    What runs write themselves (`executed/`, `docs/`) does not count as a difference. The environment variable
+    HYBRIDLAB_COMMIT names the commit where the sources travel without their history.
+    """
+    if named := os.environ.get("HYBRIDLAB_COMMIT"):
+        return named
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
+    return f"{commit}+dirty" if commit and changed else commit or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(project_root()), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,124 @@
+"""Everything that one run depends on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from hybridlab.base.device import device_name, find_device
+from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.trainer import CLOCKS
+from hybridlab.memory.config import MemoryConfig
+from hybridlab.memory.precision import PRECISIONS
+from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.study.tasks import TaskConfig
+from hybridlab.vram import MemoryMeter
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on.
+
+    name: of the arm; two runs of one study differ in name or seed
+    steps: nominal steps; evaluate_every: nominal steps between two evaluations
+    precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
+    schedule: of the learning rate; None is `Schedule()` fitted to `steps`
+    device: "auto" (CUDA where there is one), "cuda" or "cpu"
+    clock: which steps drive the schedule: "nominal", "gradient" or "worth" (`HybridTrainer.steps_by`)
+    card_gb: take no more memory than a card of so many decimal gigabytes would give; 0 takes what there is
+    cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
+    checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
+
+    Raises TypeError and ValueError that name the setting and its remedy; a learning rate that would have decayed to its
+    end before the run ends is one.
+    """
+
+    name: str
+    task: TaskConfig
+    steps: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig.tuned)
+    schedule: Schedule | None = None
+    hybrid: HybridTrainerConfig = field(default_factory=HybridTrainerConfig.plain)
+    precision: str = "fp32"
+    compiled: bool = False
+    evaluate_every: int = 50
+    seed: int = 0
+    device: str = "auto"
+    clock: str = "nominal"
+    card_gb: int = 0
+    cpu_threads: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        check_types(self)
+        check_bounds(self, "steps", "evaluate_every", least=1)
+        check_bounds(self, "seed", "card_gb", "cpu_threads", "checkpoint_every", least=0)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("clock", self.clock, CLOCKS)
+        if self.lr_schedule.name != "constant" and self.lr_schedule.total_steps < self.steps:
+            ends = f"the schedule ends at step {self.lr_schedule.total_steps} of {self.steps}"
+            raise ValueError(f"{ends}: use schedule.fitted_to({self.steps})")
+        if self.memory.mixed_precision and self.precision != "fp32":
+            raise ValueError(
+                f"precision={self.precision!r} and mixed_precision both name a format: leave one of them off"
+            )
+        if self.task.batch_size % self.memory.micro_batches:
+            parts = self.memory.micro_batches
+            raise ValueError(f"a batch of {self.task.batch_size} does not split into {parts} equal micro_batches")
+
+    @cached_property
+    def memory(self) -> MemoryConfig:
+        """The memory features of the run."""
+        return self.hybrid.memory or MemoryConfig()
+
+    @cached_property
+    def lr_schedule(self) -> Schedule:
+        """The learning rate's; made for `steps` where none is given."""
+        return self.schedule or Schedule().fitted_to(self.steps)
+
+    @property
+    def training_precision(self) -> str:
+        """The number format in which the run trains and is judged."""
+        return self.memory.mixed_precision.training if self.memory.mixed_precision else self.precision
+
+    def as_vanilla(self) -> RunConfig:
+        """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""
+        return replace(
+            self,
+            name="vanilla",
+            optimizer=OptimizerConfig.vanilla(),
+            schedule=Schedule("constant", warmup_steps=0, total_steps=self.steps),
+            hybrid=replace(self.hybrid, clip_norm=None, memory=None),
+            precision="fp32",
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: the settings that figures depend on, and where the data come from. Equal records, equal runs."""
+        settings = asdict(self) | {"data": self.task.data_record(), "device": self.device_name}
+        settings |= {"schedule": asdict(self.lr_schedule), "emulates_card": self.emulates_card}
+        settings["optimizer"]["weight_decay"] = self.optimizer.decay
+        del settings["checkpoint_every"]
+        return json.loads(json.dumps(settings, default=str))
+
+    def describe_device(self) -> str:
+        """The name of the card, with what it emulates, or of the processor."""
+        return self.device_name + (f" as an emulated {self.card_gb} GB card" if self.emulates_card else "")
+
+    @property
+    def device_name(self) -> str:
+        """The name of the card or of the processor."""
+        return device_name(find_device(self.device))
+
+    @property
+    def emulates_card(self) -> bool:
+        """Whether a larger card stands for the one of `card_gb`."""
+        return self.card_gb > 0 and MemoryMeter(find_device(self.device)).exceeds(self.card_bytes)
+
+    @property
+    def card_bytes(self) -> int:
+        """The size of the card that is emulated, in bytes."""
+        return self.card_gb * 10**9

@@ -1,0 +1,137 @@
+"""A run's record on disk, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import remove, replaced
+
+FLUSH_SHARE = 0.02
+"""Writing the record may take this share of a run's time."""
+
+
+class RunRecorder:
+    """Writes one run's folder: config.json, steps.parquet, vram.parquet (samples, in their own time) and summary.json.
+
+    folder: made where it is missing; a record that lies there is replaced
+    config: what the run was asked to do, JSON-ready
+    keep_steps: go on with the record that lies there, up to this nominal step; later rows are dropped
+
+    Every file is replaced as a whole (written beside, then renamed), so that a reader never sees half of one,
+    and a run that is killed leaves what it had measured. A run without summary.json did not finish.
+
+    Raises UserError where the disk is full or cannot be written, and where the steps to keep are not there; what was
+    written before stays readable.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep_steps: int = 0) -> None:
+        self.folder = folder
+        self._tables = {name: _rows_up_to(folder / f"{name}.parquet", keep_steps) for name in ("steps", "vram")}
+        if keep_steps and (not self._tables["steps"] or self._tables["steps"][-1]["nominal_step"] < keep_steps):
+            raise UserError(
+                f"{folder / 'steps.parquet'} does not reach step {keep_steps}, where its checkpoint is: "
+                "start afresh without resume"
+            )
+        remove(
+            folder / "summary.json", *[folder / f"{name}.parquet" for name, rows in self._tables.items() if not rows]
+        )
+        write_json(folder / "config.json", config)
+        self.flush()
+
+    def add(self, table: str, row: Mapping[str, Any]) -> None:
+        """Append a row to "steps" or "vram"; what was added reaches the disk a few seconds later."""
+        self._tables[table].append(dict(row))
+        if time.monotonic() - self._flushed_at > max(2.0, self._flush_seconds / FLUSH_SHARE):
+            self.flush()
+
+    def extend(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows; they reach the disk with the next one that is added, or the next flush."""
+        self._tables[table].extend(map(dict, rows))
+
+    def flush(self) -> None:
+        """Write all rows to disk."""
+        started = time.monotonic()
+        for name, rows in self._tables.items():
+            if rows:
+                with replaced(self.folder / f"{name}.parquet") as beside:
+                    pd.DataFrame(rows).to_parquet(beside, index=False)
+        self._flushed_at = time.monotonic()
+        self._flush_seconds = self._flushed_at - started
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the closing figures: from here on the run counts as finished."""
+        self.flush()
+        write_json(self.folder / "summary.json", summary)
+
+    def __enter__(self) -> Self:
+        """Record for the length of a with-block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Keep what was measured, however the block ended; its own error goes before a full disk's."""
+        with suppress(*[UserError] if error else []):
+            self.flush()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from its folder. `summary` is None while it has not finished."""
+
+    folder: Path
+    config: dict[str, Any]
+    steps: pd.DataFrame
+    vram: pd.DataFrame
+    summary: dict[str, Any] | None
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a run's folder, finished or not.
+
+        Raises FileNotFoundError where there is no config.json.
+        """
+        return cls(
+            folder=folder,
+            config=json.loads((folder / "config.json").read_text()),
+            steps=_read_table(folder / "steps.parquet"),
+            vram=_read_table(folder / "vram.parquet"),
+            summary=json.loads(path.read_text()) if (path := folder / "summary.json").exists() else None,
+        )
+
+    @property
+    def closing_figures(self) -> dict[str, Any]:
+        """`summary`, of a run that has finished. Raises UserError for one that has not."""
+        if self.summary is None:
+            raise UserError(f"the run in {self.folder} has not finished: go on with it, or train it afresh")
+        return self.summary
+
+
+def runs_under(folder: Path) -> list[Run]:
+    """Every run that lies in a folder or below it, by path."""
+    return [Run.load(config.parent) for config in sorted(folder.rglob("config.json"))]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file as a whole; keys in their own order, NaN refused."""
+    with replaced(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(path) if path.exists() else pd.DataFrame()
+
+
+def _rows_up_to(path: Path, nominal_step: int) -> list[dict[str, Any]]:
+    """The rows of a table up to a nominal step, those that are there."""
+    rows = pq.read_table(path).to_pylist() if nominal_step and path.exists() else []
+    return [row for row in rows if row["nominal_step"] <= nominal_step]

@@ -1,0 +1,203 @@
+"""A study: the baseline, the hybrids and their controls, over several seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from hybridlab.base.settings import check_bounds, check_types
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.study.config import RunConfig
+from hybridlab.study.isolated import train_isolated
+from hybridlab.study.record import Run
+from hybridlab.study.run import Watch, train
+
+BASELINE = "baseline"
+CONTROL = "control"
+OnStep = Callable[[str, int], None]
+"""Called after a nominal step with the run's label and the steps of all runs known so far."""
+
+
+def ignore(label: str, total_steps: int) -> None:
+    """Watch nothing."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared with what.
+
+    base: the baseline's run; every other arm is this run with one thing changed
+    hybrids: name -> settings of each hybrid arm
+    control_fractions: lengths, as fractions of the baseline's, of further plain runs for the control curve
+    seeds: each arm runs once with each of the seeds 0 ... seeds - 1: same data, same first weights
+    """
+
+    base: RunConfig
+    hybrids: Mapping[str, HybridTrainerConfig]
+    seeds: int = 3
+    control_fractions: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        check_types(self)
+        check_bounds(self, "seeds", least=1)
+        check_bounds(self, "control_fractions", above=0, below=1)
+
+    def run(
+        self,
+        folder: Path,
+        on_step: OnStep = ignore,
+        *,
+        resume: bool = False,
+        watch: Watch | None = None,
+        isolated: bool = False,
+    ) -> StudyResult:
+        """Train every arm, then the controls that the hybrids turned out to need; one folder a run under `folder`.
+
+        on_step: called after every nominal step
+        resume: keep the runs that have finished, and go on with the one that was interrupted from its last
+            checkpoint, or from its start where there is none; what other code has trained is trained afresh, as is
+            everything by default
+        watch: called after every step that is taken, with the run and what the step did
+        isolated: train each run in a process of its own; `watch` is then refused
+
+        A run under other settings lies in another folder, which is left alone.
+        """
+        trained = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
+        planned = list(self._planned())
+        result = trained(planned)
+        controls = list(self._controls(result))
+        return result | trained(controls, steps_before=_steps(planned))
+
+    def _planned(self) -> Iterator[RunConfig]:
+        for seed in range(self.seeds):
+            yield replace(self.base, name=BASELINE, seed=seed)
+            for fraction in self.control_fractions:
+                yield self._shortened(
+                    f"{CONTROL}, {fraction:.0%} of the steps", round(fraction * self.base.steps), seed
+                )
+            for name, hybrid in self.hybrids.items():
+                yield replace(self.base, name=name, seed=seed, hybrid=hybrid)
+
+    def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
+        """For each hybrid that predicted something, a plain run of as many gradient steps."""
+        for name in self.hybrids:
+            for seed in range(self.seeds):
+                if result.value("predicted_steps", name, seed):
+                    yield self._shortened(control_name(name), result.gradient_steps(name, seed), seed)
+
+    def _shortened(self, name: str, steps: int, seed: int) -> RunConfig:
+        """The truncated control: fewer steps, the schedule fitted to them."""
+        return replace(self.base, name=name, seed=seed, steps=steps, schedule=self.base.lr_schedule.fitted_to(steps))
+
+
+@dataclass
+class StudyResult:
+    """Every run of a study, by arm and seed."""
+
+    runs: dict[tuple[str, int], Run] = field(default_factory=dict)
+
+    def __or__(self, other: StudyResult) -> StudyResult:
+        """The runs of both."""
+        return StudyResult(self.runs | other.runs)
+
+    @property
+    def summaries(self) -> pd.DataFrame:
+        """One row a run: name, seed, counts, final figures, time, memory."""
+        return pd.DataFrame([run.closing_figures for run in self.runs.values()])
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that the baseline ran with."""
+        return [seed for name, seed in self.runs if name == BASELINE]
+
+    def steps(self, name: str) -> list[pd.DataFrame]:
+        """The step tables of one arm, one a seed."""
+        return [self.runs[name, seed].steps for seed in self.seeds]
+
+    def value(self, column: str, name: str, seed: int) -> float:
+        """One closing figure of one run."""
+        return self.runs[name, seed].closing_figures[column]
+
+    def gradient_steps(self, name: str, seed: int) -> int:
+        """How many backward passes a run took."""
+        return int(self.value("gradient_steps", name, seed))
+
+    def control_losses(self, seed: int) -> dict[int, float]:
+        """Final validation loss of every plain run of a seed, by its gradient steps."""
+        plain = [name for name, its_seed in self.runs if its_seed == seed and is_plain(name)]
+        return {self.gradient_steps(name, seed): self.value("validation_loss", name, seed) for name in plain}
+
+    def control_of(self, name: str, seed: int) -> str:
+        """The plain run with as many gradient steps as this hybrid took: the baseline, if it took them all."""
+        return control_name(name) if (control_name(name), seed) in self.runs else BASELINE
+
+    def controls(self, names: Iterable[str]) -> list[str]:
+        """The truncated controls of some hybrids, those that every seed has."""
+        known = [control_name(name) for name in names]
+        return [name for name in known if all((name, seed) in self.runs for seed in self.seeds)]
+
+
+def run_arms(
+    configs: Sequence[RunConfig],
+    folder: Path,
+    on_step: OnStep = ignore,
+    *,
+    steps_before: int = 0,
+    resume: bool = False,
+    watch: Watch | None = None,
+    isolated: bool = False,
+) -> StudyResult:
+    """Train each configuration, one folder a run under `folder`.
+
+    steps_before: were done before and count in the total; resume, watch: as in `Study.run`
+    isolated: each run in a process of its own, so that its memory is too
+
+    Raises ValueError for `watch` with `isolated`: a run cannot be watched from another process.
+    """
+    if isolated and watch:
+        raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
+    how = train_isolated if isolated else partial(train, watch=watch)
+    total = steps_before + _steps(configs)
+    result = StudyResult()
+    for config in configs:
+        step = partial(on_step, label(config.name, config.seed), total)
+        result.runs[config.name, config.seed] = how(config, folder / folder_name(config), step, resume=resume)
+    return result
+
+
+def label(name: str, seed: int) -> str:
+    """A run's name among others: its arm and its seed."""
+    return f"{name}, seed {seed}"
+
+
+def folder_name(config: RunConfig) -> str:
+    """Where a run's record lies among others, as `baseline_3fa9c1_seed_0`.
+
+    Its middle is a hash of the record, the seed aside: a run finds its own record again, and leaves alone those of the
+    same arm under other settings.
+    """
+    settings = config.record() | {"seed": None}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    return re.sub(r"\W+", "_", f"{config.name} {key} seed {config.seed}")
+
+
+def is_plain(name: str) -> bool:
+    """Whether an arm of that name predicts nothing: the baseline, or one of its controls."""
+    return name.startswith((BASELINE, CONTROL))
+
+
+def control_name(hybrid: str) -> str:
+    """The name of a hybrid's truncated control."""
+    return f"{CONTROL} of {hybrid}"
+
+
+def _steps(configs: Sequence[RunConfig]) -> int:
+    return sum(config.steps for config in configs)

@@ -1,0 +1,279 @@
+"""The weights of a model as a prediction sees them; every jump passes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hybridlab.base.device import wait_for_stream
+from hybridlab.base.errors import UserError
+from hybridlab.base.pinned_memory import HostPool, brought
+from hybridlab.weights.bf16_resident import LowWeights
+from hybridlab.weights.motion import Flat, Motion, flats_of, move_along_, views
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own.
+
+    beside: by parameter, the names of the state that lay where the parameter does; state that is gone returns there
+    """
+
+    tensors: tuple[Tensor, ...]
+    optimizer: dict[int, dict[str, Any]] | None
+    beside: dict[int, list[str]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields, by name."""
+        return {"tensors": self.tensors, "optimizer": self.optimizer, "beside": self.beside}
+
+
+class Weights:
+    """The trainable weights in the optimizer's groups, and the model's buffers.
+
+    While they are *lowered*, the device holds them in bf16, and the float32 ones can be had from elsewhere; motions are
+    added to the exact ones, so that roundings never pile up.
+
+    on_host: keep snapshots in (pinned) host memory instead of beside the weights; it is used again when nobody holds
+        the snapshot, or a tensor of it, any more
+
+    `lower_` and `snapshot` raise UserError where host memory is short or cannot be pinned; nothing has been changed
+    then.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, on_host: bool = False) -> None:
+        self._optimizer, self._host = optimizer, HostPool() if on_host else None
+        groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        self.groups = [group for group in groups if group]
+        self.params = [p for group in self.groups for p in group]
+        self.device = self.params[0].device
+        self._buffers = list(model.buffers())
+        self._low = LowWeights(self.groups)
+        self._way_back: Snapshot | None = None
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """The optimizer's settings of each group, as they are now."""
+        return [s for s in self._optimizer.param_groups if any(p.requires_grad for p in s["params"])]
+
+    @property
+    def flats(self) -> list[Flat]:
+        """What each group takes in one piece of memory: its size and type, on "meta"."""
+        return flats_of(self.groups)
+
+    @torch.no_grad()
+    def gather_(self, flat: Flat, g: int) -> Flat:
+        """Copy one group's weights into a flat piece of memory, and return it."""
+        torch._foreach_copy_(views(flat, self.groups[g]), self.groups[g])
+        return flat
+
+    @torch.no_grad()
+    def advance_(self, last: Flat, row: Flat, g: int) -> None:
+        """Of one group, set row to weights - last, then last to the weights; computed where the weights are."""
+        group = self.groups[g]
+        if (row.device, row.dtype) == (self.device, last.dtype):
+            torch.sub(self.gather_(row, g), last, out=row)
+            self.gather_(last, g)
+            return
+        for param, then, way in zip(group, views(last, group), views(row, group), strict=True):
+            moved = param - brought(then, self.device, then.dtype)
+            way.copy_(moved.to(way.dtype), non_blocking=True)
+            then.copy_(param, non_blocking=True)
+        wait_for_stream(self.device)
+
+    # --- moving ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def move_(self, motions: Iterable[Motion]) -> None:
+        """Add to each group its motions times their lengths, in place. Every jump passes here.
+
+        While weights are lowered, the exact ones move alone: `lower_` lets the bf16 ones follow, `raise_` brings them.
+        """
+        motions = list(motions)
+        self._low.note(motions)
+        if not self._low.is_low:
+            for g, row, length in motions:
+                move_along_(self.groups[g], row, length)
+        tell_of_jump(self._optimizer)
+
+    # --- putting away ------------------------------------------------------------------------------------
+
+    def depart_from(self, way_back: Snapshot) -> None:
+        """A jump begins where this was taken: until `raise_`, whatever it holds need not be copied to be put away."""
+        self._low.depart_from(way_back.tensors[: len(self.params)])
+        self._way_back = way_back
+
+    @torch.no_grad()
+    def lower_(self) -> None:
+        """Leave bf16 weights on the device; the float32 ones can be had from the way back, or from a copy on the host.
+
+        Those that are lowered follow the motions since. Broken off at any point, no bit is lost: `raise_` brings all.
+        """
+        self._low.lower_()
+
+    def make_room_(self) -> None:
+        """Take the float32 weights' memory on the device, if they are lowered: `raise_` comes next."""
+        self._low.make_room_()
+
+    @torch.no_grad()
+    def raise_(self, *, for_now: bool = False) -> None:
+        """Bring the float32 weights back to the device. Does nothing where they are there.
+
+        for_now: they are looked at, and the jump goes on; else they may be trained, and nothing stands for them
+        """
+        self._low.raise_()
+        if not for_now:
+            self._low.forget()
+            self._way_back = None
+
+    def copies_of_state(self) -> dict[int, Tensor]:
+        """What the way back of the jump under way has of the optimizer's state, by the original's address.
+
+        Only what lies in memory in the same order as the original.
+        """
+        states, saved = self._states, (self._way_back.optimizer if self._way_back else None) or {}
+        return {
+            plain.data_ptr(): copy
+            for i, state in saved.items()
+            for key, kept in _tensors_of(state).items()
+            for plain, copy in zip(plain_tensors(states[i][key]), plain_tensors(kept), strict=True)
+            if plain.is_contiguous() and copy.is_contiguous()
+        }
+
+    # --- keeping a way back ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def snapshot(self, *, optimizer: bool = True) -> Snapshot:
+        """A copy of weights and buffers, and of the optimizer's state unless told otherwise."""
+        states = self._states if optimizer else {}
+        tensors = tuple(self._copies(self._tensors))
+        copies = iter(self._copies([value for state in states.values() for value in _tensors_of(state).values()]))
+        saved = {i: {**state, **{key: next(copies) for key in _tensors_of(state)}} for i, state in states.items()}
+        beside = {i: _on_device(state, self.params[i].device) for i, state in states.items()}
+        wait_for_stream(self.device)
+        return Snapshot(tensors, saved if optimizer else None, beside)
+
+    def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of each of these: beside it, or all of them in one piece of host memory."""
+        if self._host is None:
+            return [inside(tensor, Tensor.clone) for tensor in tensors]
+        room = iter(self._host.room([plain for tensor in tensors for plain in plain_tensors(tensor)]))
+        return [inside(tensor, lambda plain: next(room).copy_(plain, non_blocking=True)) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore_(self, snapshot: Snapshot) -> None:
+        """Put everything that a snapshot holds back exactly as it was. The weights must not be lowered."""
+        if self._tensors:
+            torch._foreach_copy_(self._tensors, list(snapshot.tensors))
+        if snapshot.optimizer is not None:
+            for i, param in enumerate(self.params):
+                _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i), snapshot.beside.get(i, []))
+        tell_of_jump(self._optimizer)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self.params, *self._buffers]
+
+    @property
+    def _states(self) -> dict[int, dict[str, Any]]:
+        """The optimizer's state of each parameter that has one."""
+        return {i: self._optimizer.state[p] for i, p in enumerate(self.params) if p in self._optimizer.state}
+
+
+# --- optimizers that hold weights ------------------------------------------------------------------------
+
+
+HOLD_THE_WEIGHTS = ("CPUOffloadOptimizer",)
+"""Optimizers whose own copy of the weights, kept outside their state, is the one that counts."""
+
+
+def refuse_hidden_weights(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Refuse an optimizer whose state holds a copy of the weights: its next step would undo or misread a jump.
+
+    An optimizer that offers `weights_moved()` is told of every jump and looks after its copies itself. A state tensor
+    counts as a copy when it has the parameter's shape and lies nearer to the parameter than half its length.
+
+    Raises UserError that names the optimizer and the state.
+    """
+    if hasattr(optimizer, "weights_moved") or type(optimizer).__module__.startswith(("torch.optim", "hybridlab.")):
+        return
+    if type(optimizer).__name__ in HOLD_THE_WEIGHTS:
+        raise UserError(
+            f"{type(optimizer).__name__} holds the weights itself and would overwrite a prediction: use another"
+        )
+    for param in params:
+        for name, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, Tensor) and value.shape == param.shape and _lies_near(value, param):
+                raise UserError(
+                    f"{type(optimizer).__name__} keeps a copy of the weights in its state {name!r}, which a prediction "
+                    "would not reach: use an optimizer without one, or give it a method weights_moved()"
+                )
+
+
+def tell_of_jump(optimizer: Optimizer) -> None:
+    """Let an optimizer that keeps its own copy of the weights know that they were moved."""
+    if hasattr(optimizer, "weights_moved"):
+        optimizer.weights_moved()
+
+
+def _lies_near(value: Tensor, param: Tensor) -> bool:
+    weights = param.detach().float()
+    length = weights.norm()
+    return bool(length > 0) and bool((value.to(weights) - weights).norm() < 0.5 * length)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------
+
+
+def plain_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors that a value is made of: itself, or those inside a quantized one."""
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
+
+
+def inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `change` to a tensor, or to the plain tensors that a wrapper such as a quantized state is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return change(tensor.detach())
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: inside(getattr(tensor, name), change) for name in names}
+    wrapper: Any = type(tensor)
+    return wrapper.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+
+
+def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _on_device(state: dict[str, Any], device: torch.device) -> list[str]:
+    return [key for key, value in _tensors_of(state).items() if value.device == device]
+
+
+def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, beside: Sequence[str]) -> None:
+    """Copy into the tensors that are there, so that graphs and fused kernels keep their addresses."""
+    if saved is None:
+        states.pop(param, None)
+        return
+    state = states[param]
+    for key in state.keys() - saved.keys():
+        del state[key]
+    for key, value in saved.items():
+        if not isinstance(value, Tensor):
+            state[key] = value
+        elif isinstance(state.get(key), Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = _copy(value, param.device if key in beside else value.device)
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return inside(tensor, lambda plain: plain.to(device, copy=True))
