@@ -35,7 +35,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
-from hybridlab.study.code_version import code_version
+from hybridlab.study.code_version import code_version, read_sources, version_of
 from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
 from hybridlab.study.stopwatch import Stopwatch
@@ -311,32 +311,88 @@ def test_the_code_s_version_is_that_of_the_sources_that_were_imported(tmp_path: 
     command = f"""
 import pathlib, sys
 sys.path.insert(0, {str(tmp_path)!r})
-from hybridlab.study.code_version import _read_version, code_version
-pathlib.Path({str(edited)!r}).write_text("# edited while a run goes on")
-print(code_version() == _read_version())
+from hybridlab.study.code_version import code_version, read_sources, version_of
+pathlib.Path({str(edited)!r}).write_text("a_constant = 1  # edited while a run goes on")
+print(code_version() == version_of(read_sources()))
 """
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout == "False\n"
 
 
-def test_the_code_s_version_counts_what_trains_and_not_what_shows(tmp_path: Path) -> None:
-    def version() -> str:
-        command = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        command += "from hybridlab.study.code_version import code_version; print(code_version())"
-        done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=tmp_path)
-        return done.stdout
+SOURCES = read_sources()
+TRAINER = "hybridlab.engine.trainer"
 
-    def add_to(name: str) -> None:
-        path = tmp_path / "hybridlab" / name
-        path.write_text(path.read_text() + "# more\n")
 
-    shutil.copytree(Path(hybridlab.__file__).parent, tmp_path / "hybridlab")
-    before = version()
-    add_to("panel/html.py")
-    add_to("cli.py")
-    assert version() == before
-    add_to("engine/trainer.py")
-    assert version() != before
+def edited(module: str, **changes: str) -> str:
+    """The code's version after an edit of a module: `old`, which must be there, becomes `new`."""
+    assert changes["old"] in SOURCES[module]
+    return version_of(SOURCES | {module: SOURCES[module].replace(changes["old"], changes["new"])})
+
+
+def test_the_code_s_version_counts_what_trains_and_not_what_shows() -> None:
+    for module in ("hybridlab.panel.html", "hybridlab.cli", "hybridlab.charts.png", "hybridlab.study.comparison"):
+        assert version_of(SOURCES | {module: SOURCES[module] + "MORE = 1\n"}) == code_version()
+    for module in (TRAINER, "hybridlab.data.markov", "hybridlab.optim.low_bit", "hybridlab.predictors.rssm_model"):
+        assert version_of(SOURCES | {module: SOURCES[module] + "MORE = 1\n"}) != code_version()
+
+
+def test_the_code_s_version_counts_neither_words_nor_layout() -> None:
+    reworded = SOURCES[TRAINER].replace('"""', '"""Reworded. ', 1).replace("\n\n\n", "\n\n\n\n# A comment.\n")
+    assert reworded.count("A comment") > 1
+    assert version_of(SOURCES | {TRAINER: reworded}) == code_version()
+    old = "UNSETTLED_STEPS = 10"
+    assert edited("hybridlab.study.run", old=old, new=f"{old}  # ten") == code_version()
+    assert edited("hybridlab.study.run", old=old, new="UNSETTLED_STEPS = 11") != code_version()
+
+
+def test_a_moved_file_leaves_the_code_s_version_alone_and_another_one_in_its_place_does_not() -> None:
+    moved = {name: text.replace("hybridlab.data.markov", "hybridlab.weights.chain") for name, text in SOURCES.items()}
+    moved["hybridlab.weights.chain"] = moved.pop("hybridlab.data.markov")
+    assert moved != SOURCES
+    assert version_of(moved) == code_version()
+    moved["hybridlab.weights.chain"] += "MORE = 1\n"
+    assert version_of(moved) != code_version()
+
+
+RESUMED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from hybridlab.study import RunConfig, TextTaskConfig, train
+task = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=2)
+config = RunConfig(name="baseline", task=task, steps=8, evaluate_every=8, device="cpu", checkpoint_every=2)
+taken = []
+def on_step():
+    taken.append(1)
+    if len(taken) == int(sys.argv[3]):
+        raise SystemExit
+def watch(run, record):
+    print(record.result.nominal_step, end=" ")
+train(config, Path(sys.argv[2]), on_step, resume=True, watch=watch)
+"""
+
+
+def test_a_run_goes_on_after_a_docstring_was_edited_and_not_after_a_constant_was(tmp_path: Path) -> None:
+    """In a process for each state of the sources, as a person edits them."""
+    library = tmp_path / "sources" / "hybridlab"
+    shutil.copytree(Path(hybridlab.__file__).parent, library)
+
+    def steps_taken(run: str, stop_at: int = 99) -> list[int]:
+        command = [sys.executable, "-c", RESUMED, str(library.parent), str(tmp_path / run), str(stop_at)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        return [int(step) for step in done.stdout.split()]
+
+    def edit(old: str, new: str) -> None:
+        trainer = library / "study" / "run.py"
+        assert old in trainer.read_text()
+        trainer.write_text(trainer.read_text().replace(old, new, 1))
+
+    steps_taken("reworded", stop_at=6)
+    edit('"""', '"""Reworded. ')
+    assert steps_taken("reworded") == [7, 8]
+    steps_taken("changed", stop_at=6)
+    edit("UNSETTLED_STEPS = 10", "UNSETTLED_STEPS = 11")
+    assert steps_taken("changed") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_without_resume_the_run_starts_afresh_and_its_old_checkpoint_is_gone(
