@@ -7,61 +7,61 @@ import math
 import numpy as np
 import pytest
 
-from hybridlab.engine.corrector import LONGEST, Case, ResidualStore, wanted_length
-from hybridlab.engine.divergence import PERSISTENCE, Answer, DivergenceMonitor, Thresholds
-from hybridlab.engine.gate import Gate, judge
+from hybridlab.engine.corrector import MAX_LENGTH, JumpOutcome, ResidualStore, wanted_length
+from hybridlab.engine.divergence import PATIENCE, Action, DivergenceMonitor, Thresholds
+from hybridlab.engine.gate import Gate, best_length
 
 # --- gate ----------------------------------------------------------------------------------------
 
 
 def test_the_gate_takes_the_length_with_the_lowest_significant_loss() -> None:
     losses = {0.0: [3.0, 3.5, 3.2], 0.5: [2.99, 3.49, 3.19], 1.0: [2.95, 3.46, 3.15], 2.0: [3.1, 3.6, 3.3]}
-    decision = judge(losses)
+    decision = best_length(losses)
     assert decision.length == 1.0
-    assert decision.change == pytest.approx(-0.0466666, abs=1e-6)
+    assert decision.loss_change == pytest.approx(-0.0466666, abs=1e-6)
 
 
 def test_the_gate_refuses_what_lies_within_two_standard_errors() -> None:
-    decision = judge({0.0: [3.0, 3.0, 3.0, 3.0], 1.0: [2.9, 3.1, 2.95, 3.04]})
+    decision = best_length({0.0: [3.0, 3.0, 3.0, 3.0], 1.0: [2.9, 3.1, 2.95, 3.04]})
     assert not decision.accepted
-    assert decision.change < 0
+    assert decision.loss_change < 0
 
 
 def test_the_comparison_is_paired() -> None:
     """Batches that differ by more than the jump changes them do not hide a steady gain."""
-    assert judge({0.0: [1.0, 5.0, 9.0], 1.0: [0.99, 4.99, 8.99]}).accepted
+    assert best_length({0.0: [1.0, 5.0, 9.0], 1.0: [0.99, 4.99, 8.99]}).accepted
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_length_with_a_loss_that_is_not_finite_is_no_candidate(bad: float) -> None:
-    assert judge({0.0: [3.0, 3.0], 1.0: [bad, 2.0], 2.0: [2.9, 2.91]}).length == 2.0
-    assert not judge({0.0: [3.0, 3.0], 1.0: [bad, 2.0]}).accepted
+    assert best_length({0.0: [3.0, 3.0], 1.0: [bad, 2.0], 2.0: [2.9, 2.91]}).length == 2.0
+    assert not best_length({0.0: [3.0, 3.0], 1.0: [bad, 2.0]}).accepted
 
 
 def test_refused_questions_stay_within_the_budget_and_one() -> None:
-    gate, asked = Gate(budget=0.02, longest=50, horizon=50.0), 0
+    gate, asked = Gate(budget=0.02, max_horizon=50, horizon=50.0), 0
     for step in range(1, 2001):
-        if step % 20 == 0 and gate.may_ask(step):
-            gate.learn(judge({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]}), confidence=0.9, forwards=16)
+        if step % 20 == 0 and gate.within_budget(step):
+            gate.record(best_length({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]}), confidence=0.9, forward_passes=16)
             asked += 1
     assert asked >= 5
-    assert gate.wasted_forwards / 3 <= 0.02 * 2000 + 16 / 3
+    assert gate.rejected_passes / 3 <= 0.02 * 2000 + 16 / 3
     assert gate.horizon == 1.0
 
 
 def test_the_horizon_grows_with_acceptance_up_to_the_longest() -> None:
-    gate = Gate(budget=0.02, longest=50, horizon=20.0)
+    gate = Gate(budget=0.02, max_horizon=50, horizon=20.0)
     for _ in range(3):
-        gate.learn(judge({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), confidence=0.9, forwards=16)
+        gate.record(best_length({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), confidence=0.9, forward_passes=16)
     assert gate.horizon == 50.0
-    assert gate.wasted_forwards == 0
+    assert gate.rejected_passes == 0
 
 
 def test_the_reliability_table_counts_every_proposal_in_its_bin() -> None:
-    gate = Gate(budget=0.02, longest=50, horizon=20.0)
-    yes, no = judge({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), judge({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]})
+    gate = Gate(budget=0.02, max_horizon=50, horizon=20.0)
+    yes, no = best_length({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), best_length({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]})
     for confidence, decision in [(0.65, yes), (0.7, no), (1.0, yes)]:
-        gate.learn(decision, confidence, forwards=8)
+        gate.record(decision, confidence, forward_passes=8)
     assert gate.reliability() == [
         {"confidence": pytest.approx(0.675), "accepted_share": 0.5, "proposals": 2},
         {"confidence": 1.0, "accepted_share": 1.0, "proposals": 1},
@@ -79,7 +79,7 @@ def test_the_wanted_length_of_a_parabola_is_its_minimum() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "length"),
-    [(0.1, 0.5, 0.0), (-1.0, -1.0, LONGEST), (-1.0, -2.0, LONGEST), (math.nan, 1.0, 1.0), (-1.0, math.inf, 1.0)],
+    [(0.1, 0.5, 0.0), (-1.0, -1.0, MAX_LENGTH), (-1.0, -2.0, MAX_LENGTH), (math.nan, 1.0, 1.0), (-1.0, math.inf, 1.0)],
 )
 def test_wanted_length_at_the_edges(before: float, after: float, length: float) -> None:
     assert wanted_length(np.array([before]), np.array([after])) == length
@@ -90,9 +90,9 @@ def test_similar_cases_weigh_the_next_correction() -> None:
     assert store.expected_length(0.7) == 1.0
     np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7), 0.4)
     for _ in range(8):
-        store.add(Case(confidence=0.7, loss_error=0.0, wanted=0.2))
-        store.add(Case(confidence=0.1, loss_error=0.0, wanted=1.4))
-    store.add(Case(confidence=0.7, loss_error=math.nan, wanted=0.2))
+        store.add(JumpOutcome(confidence=0.7, loss_error=0.0, wanted=0.2))
+        store.add(JumpOutcome(confidence=0.1, loss_error=0.0, wanted=1.4))
+    store.add(JumpOutcome(confidence=0.7, loss_error=math.nan, wanted=0.2))
     assert store.expected_length(0.7) == pytest.approx(0.2)
     np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7), 0.3)
 
@@ -104,66 +104,66 @@ def settled(threshold: float = 6.0) -> DivergenceMonitor:
     monitor = DivergenceMonitor(Thresholds(band=threshold))
     rng = np.random.default_rng(0)
     for _ in range(200):
-        assert monitor.judge(3.0 + 0.1 * float(rng.standard_normal()), gradient_norm=1.0) is None
+        assert monitor.check(3.0 + 0.1 * float(rng.standard_normal()), gradient_norm=1.0) is None
     return monitor
 
 
 @pytest.mark.parametrize(
-    ("measured", "kind", "answer"),
+    ("measured", "kind", "action"),
     [
-        ({"loss": math.nan}, "not finite", Answer.ROLL_BACK),
-        ({"loss": 3.0, "gradient_norm": math.inf}, "not finite", Answer.ROLL_BACK),
-        ({"loss": 4.0, "gradient_norm": 1.0}, "loss band", Answer.ROLL_BACK),
-        ({"loss": 3.0, "gradient_norm": 25.0}, "gradient explosion", Answer.ROLL_BACK),
-        ({"loss": 3.0, "gradient_norm": 1e-4}, "gradient vanishing", Answer.LEAVE_PREDICT),
-        ({"loss": 3.15, "predicted_loss": 3.0}, "prediction error", Answer.SHORTEN),
-        ({"loss": 3.3, "predicted_loss": 3.0}, "prediction error", Answer.LEAVE_PREDICT),
+        ({"loss": math.nan}, "not finite", Action.ROLL_BACK),
+        ({"loss": 3.0, "gradient_norm": math.inf}, "not finite", Action.ROLL_BACK),
+        ({"loss": 4.0, "gradient_norm": 1.0}, "loss band", Action.ROLL_BACK),
+        ({"loss": 3.0, "gradient_norm": 25.0}, "gradient explosion", Action.ROLL_BACK),
+        ({"loss": 3.0, "gradient_norm": 1e-4}, "gradient vanishing", Action.END),
+        ({"loss": 3.15, "predicted_loss": 3.0}, "prediction error", Action.SHORTEN),
+        ({"loss": 3.3, "predicted_loss": 3.0}, "prediction error", Action.END),
     ],
 )
-def test_each_kind_of_divergence_is_named_and_answered(measured: dict[str, float], kind: str, answer: Answer) -> None:
+def test_each_kind_of_divergence_is_named_and_answered(measured: dict[str, float], kind: str, action: Action) -> None:
     monitor = settled()
-    verdicts = [monitor.judge(**measured) for _ in range(PERSISTENCE)]
-    verdict = verdicts[-1]
-    assert verdict is not None
+    found = [monitor.check(**measured) for _ in range(PATIENCE)]
+    divergence = found[-1]
+    assert divergence is not None
     at_once = kind == "not finite" or "predicted_loss" in measured
-    assert (verdicts[0] is not None) == at_once
-    assert (verdict.kind, verdict.answer) == (kind, answer)
+    assert (found[0] is not None) == at_once
+    assert (divergence.kind, divergence.action) == (kind, action)
 
 
 def test_an_oscillation_is_named() -> None:
     monitor = DivergenceMonitor(Thresholds())
-    verdicts = [monitor.judge(3.0 + 0.5 * (-1) ** step) for step in range(60)]
-    assert {verdict.kind for verdict in verdicts if verdict} == {"oscillation"}
+    found = [monitor.check(3.0 + 0.5 * (-1) ** step) for step in range(60)]
+    assert {divergence.kind for divergence in found if divergence} == {"oscillation"}
 
 
 def test_what_diverged_does_not_teach_the_band() -> None:
     monitor = settled()
     before = monitor.state_dict()
-    for _ in range(PERSISTENCE):
-        monitor.judge(50.0, gradient_norm=1.0)
-    assert monitor.state_dict() == before | {"grave_in_a_row": PERSISTENCE}
+    for _ in range(PATIENCE):
+        monitor.check(50.0, gradient_norm=1.0)
+    assert monitor.state_dict() == before | {"alarms": PATIENCE}
 
 
 def test_a_level_that_stays_is_called_divergence_once_and_is_then_the_usual_one() -> None:
     monitor = settled()
-    verdicts = []
+    found = []
     for _ in range(100):
-        verdicts.append(monitor.judge(50.0, gradient_norm=1.0))
-        if verdicts[-1]:
-            monitor.settle_anew()
-    assert sum(verdict is not None for verdict in verdicts) == 1
+        found.append(monitor.check(50.0, gradient_norm=1.0))
+        if found[-1]:
+            monitor.restart_warmup()
+    assert sum(divergence is not None for divergence in found) == 1
     assert monitor.mean == pytest.approx(50.0)
 
 
 def test_a_single_odd_batch_is_no_divergence() -> None:
     monitor = settled()
-    assert [monitor.judge(loss, gradient_norm=1.0) for loss in (4.0, 3.0, 4.0, 4.0, 3.0)] == [None] * 5
+    assert [monitor.check(loss, gradient_norm=1.0) for loss in (4.0, 3.0, 4.0, 4.0, 3.0)] == [None] * 5
 
 
 def test_the_pace_of_the_loss_prices_a_change() -> None:
     monitor = DivergenceMonitor(Thresholds())
     for step in range(400):
-        monitor.judge(3.0 - 0.001 * step)
-    assert monitor.worth_steps(-0.01, most=50) == pytest.approx(10, rel=0.05)
-    assert monitor.worth_steps(-1.0, most=50) == 50
-    assert monitor.worth_steps(0.01, most=50) == 0
+        monitor.check(3.0 - 0.001 * step)
+    assert monitor.equivalent_gradient_steps(-0.01, most=50) == pytest.approx(10, rel=0.05)
+    assert monitor.equivalent_gradient_steps(-1.0, most=50) == 50
+    assert monitor.equivalent_gradient_steps(0.01, most=50) == 0

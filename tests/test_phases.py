@@ -5,29 +5,29 @@ from __future__ import annotations
 import pytest
 
 from hybridlab import HybridTrainerConfig, Phase
-from hybridlab.engine.phases import Moment, first_phase, may_propose, next_phase
+from hybridlab.engine.phases import PhaseInput, first_phase, may_propose, next_phase
 
 CONFIG = HybridTrainerConfig(warmup_steps=10, full_steps=5, max_predict_steps=8, correct_steps=2)
 
 
 @pytest.mark.parametrize(
-    ("moment", "following"),
+    ("after", "following"),
     [
-        (Moment(Phase.WARMUP, 9), Phase.WARMUP),
-        (Moment(Phase.WARMUP, 10), Phase.FULL),
-        (Moment(Phase.WARMUP, 3, diverged=True), Phase.WARMUP),
-        (Moment(Phase.FULL, 4), Phase.FULL),
-        (Moment(Phase.FULL, 5, jump_accepted=True), Phase.PREDICT),
-        (Moment(Phase.FULL, 5, jump_accepted=True, diverged=True), Phase.FULL),
-        (Moment(Phase.PREDICT, 3), Phase.PREDICT),
-        (Moment(Phase.PREDICT, 8, jump_ended=True), Phase.CORRECT),
-        (Moment(Phase.PREDICT, 3, diverged=True), Phase.FULL),
-        (Moment(Phase.CORRECT, 1), Phase.CORRECT),
-        (Moment(Phase.CORRECT, 2), Phase.FULL),
+        (PhaseInput(Phase.WARMUP, 9), Phase.WARMUP),
+        (PhaseInput(Phase.WARMUP, 10), Phase.FULL),
+        (PhaseInput(Phase.WARMUP, 3, diverged=True), Phase.WARMUP),
+        (PhaseInput(Phase.FULL, 4), Phase.FULL),
+        (PhaseInput(Phase.FULL, 5, jump_accepted=True), Phase.PREDICT),
+        (PhaseInput(Phase.FULL, 5, jump_accepted=True, diverged=True), Phase.FULL),
+        (PhaseInput(Phase.PREDICT, 3), Phase.PREDICT),
+        (PhaseInput(Phase.PREDICT, 8, jump_ended=True), Phase.CORRECT),
+        (PhaseInput(Phase.PREDICT, 3, diverged=True), Phase.FULL),
+        (PhaseInput(Phase.CORRECT, 1), Phase.CORRECT),
+        (PhaseInput(Phase.CORRECT, 2), Phase.FULL),
     ],
 )
-def test_next_phase(moment: Moment, following: Phase) -> None:
-    assert next_phase(moment, CONFIG) is following
+def test_next_phase(after: PhaseInput, following: Phase) -> None:
+    assert next_phase(after, CONFIG) is following
 
 
 def test_without_warmup_the_first_phase_is_full() -> None:
@@ -37,7 +37,7 @@ def test_without_warmup_the_first_phase_is_full() -> None:
 
 def test_without_correction_steps_predict_leads_to_full() -> None:
     config = HybridTrainerConfig(correct_steps=0)
-    assert next_phase(Moment(Phase.PREDICT, 8, jump_ended=True), config) is Phase.FULL
+    assert next_phase(PhaseInput(Phase.PREDICT, 8, jump_ended=True), config) is Phase.FULL
 
 
 def test_a_proposal_needs_confidence_and_steps_to_predict() -> None:

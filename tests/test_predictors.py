@@ -150,7 +150,7 @@ def test_one_coefficient_a_group_and_row(name: str, groups: int) -> None:
 def test_no_horizon_is_no_jump(name: str) -> None:
     path = record(walk(0, drift=1.0, noise=0.1, dim=50), needs_of(name))
     none = primed(name).propose(path.gram, 0.0)
-    assert none.stays_put
+    assert none.is_empty
     assert none.loss_change == pytest.approx(0.0, abs=1e-9)
     hardly_any = primed(name).propose(path.gram, 1e-9)
     np.testing.assert_allclose(hardly_any.coefficients, 0.0, atol=1e-6)
@@ -258,7 +258,7 @@ def test_a_steady_path_is_gone_on_with(name: str) -> None:
     proposal = primed(name).propose(path.gram, HORIZON)
     along = path.jump(proposal.coefficients)[0]
     if name == "null":
-        assert proposal.stays_put
+        assert proposal.is_empty
     elif name == "rre":
         assert along < 0, "no limit ahead: towards the mean"
     else:
@@ -381,7 +381,7 @@ def test_dmd_lets_nothing_grow_and_follows_no_noise() -> None:
     jump = growing.jump(fresh("dmd").propose(growing.gram, 20.0).coefficients)
     assert np.linalg.norm(jump) <= 4 * np.linalg.norm(growing.vectors[-1]) * (1 + 1e-9)
     noise = record(walk(0, noise=1.0), needs)
-    assert fresh("dmd").propose(noise.gram, HORIZON).stays_put
+    assert fresh("dmd").propose(noise.gram, HORIZON).is_empty
 
 
 def test_rre_arrives_where_a_shrinking_path_comes_to_rest() -> None:

@@ -199,7 +199,7 @@ def test_the_direction_is_the_newest_displacement_and_never_lengthened(
 
 def test_no_horizon_no_motion(straight: Gram) -> None:
     proposal = told(wave(64)).propose(straight, 0)
-    assert proposal.stays_put
+    assert proposal.is_empty
     assert proposal.loss_change == 0
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from hybridlab.engine.phases import Phase
-from hybridlab.engine.result import Reading, StepResult
+from hybridlab.engine.result import AsyncScalar, StepResult
 
 
 def test_a_gradient_step_says_its_loss() -> None:
-    result = StepResult(12, Phase.FULL, loss_reading=Reading(torch.tensor(2.5)), norm_reading=Reading(torch.ones(())))
+    result = StepResult(
+        12, Phase.FULL, async_loss=AsyncScalar(torch.tensor(2.5)), async_norm=AsyncScalar(torch.ones(()))
+    )
     assert str(result) == repr(result) == "StepResult(step 12, full, measured loss 2.5000)"
 
 
@@ -20,7 +22,7 @@ def test_a_predicted_step_says_what_was_predicted_and_decided() -> None:
 
 
 def test_a_loss_under_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reading, "is_there", False)
-    monkeypatch.setattr(Reading, "__float__", lambda _: pytest.fail("waits for the device"))
-    result = StepResult(1, Phase.WARMUP, loss_reading=Reading(torch.tensor(2.5)))
+    monkeypatch.setattr(AsyncScalar, "is_ready", False)
+    monkeypatch.setattr(AsyncScalar, "__float__", lambda _: pytest.fail("waits for the device"))
+    result = StepResult(1, Phase.WARMUP, async_loss=AsyncScalar(torch.tensor(2.5)))
     assert repr(result) == "StepResult(step 1, warmup, measured loss under way)"

@@ -375,8 +375,8 @@ def test_a_jump_without_room_for_its_way_back_is_not_begun(arenas: CountedArenas
     with pytest.raises(UserError, match="host memory is short"):
         advance(0, 60)
     arenas.may_take = None
-    state = trainer.state_dict()["prediction"]
-    assert (state["jump"], state["way_back"]) == (None, None)
+    state = trainer.state_dict()["jumps"]
+    assert (state["jump"], state["snapshot"]) == (None, None)
     advance(60, 60)
     assert trainer.statistics().proposals_accepted > 0
 

@@ -11,11 +11,11 @@ from jaxtyping import Float64
 
 GroupValues = Float64[np.ndarray, " group"]
 
-LONGEST = 1.5
-"""Upper bound of a wanted length, in units of the jump: beyond it the straight line is not to be trusted."""
+MAX_LENGTH = 1.5
+"""Upper bound of a wanted length, in units of the jump: further out the straight line is no good model."""
 
 NEIGHBOURS = 8
-STORED_CASES = 64
+STORED_OUTCOMES = 64
 
 
 def wanted_length(slope_before: GroupValues, slope_after: GroupValues) -> GroupValues:
@@ -23,21 +23,22 @@ def wanted_length(slope_before: GroupValues, slope_after: GroupValues) -> GroupV
 
         length = s0 / (s0 - s1)
 
-    slope_before (s0), slope_after (s1): derivative of the loss along the jump at its two ends, in nats a jump. A group
-    whose slope was not falling at the start wants length 0; one that falls at least as steeply at the end, `LONGEST`.
-    Slopes that are not finite leave the jump as it is (1). Source: the secant method on the derivative (Nocedal &
-    Wright, Numerical Optimization, section 3.5).
+    slope_before (s0), slope_after (s1): [group], derivative of the loss along the jump at its two ends, in nats per
+        jump. A group whose slope was not falling at the start wants length 0; one that falls at least as steeply at the
+        end, `MAX_LENGTH`. Slopes that are not finite leave the jump as it is (1)
+
+    Source: the secant method on the derivative (Nocedal & Wright, Numerical Optimization, section 3.5).
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         length = slope_before / (slope_before - slope_after)
-    length = np.where(slope_after <= slope_before, LONGEST, length)
+    length = np.where(slope_after <= slope_before, MAX_LENGTH, length)
     length = np.where(slope_before >= 0, 0.0, length)
     known = np.isfinite(slope_before) & np.isfinite(slope_after)
-    return np.where(known, np.clip(length, 0.0, LONGEST), 1.0)
+    return np.where(known, np.clip(length, 0.0, MAX_LENGTH), 1.0)
 
 
 @dataclass(frozen=True)
-class Case:
+class JumpOutcome:
     """One jump that was corrected.
 
     confidence: of its proposal; loss_error: measured minus predicted loss at its end, in nats
@@ -50,32 +51,32 @@ class Case:
 
 
 class ResidualStore:
-    """Remembers how earlier jumps turned out, and lets the similar ones weigh what is done next."""
+    """Remembers how earlier jumps turned out, and draws the next ones toward what similar jumps wanted."""
 
     def __init__(self) -> None:
-        self._cases: deque[Case] = deque(maxlen=STORED_CASES)
+        self._outcomes: deque[JumpOutcome] = deque(maxlen=STORED_OUTCOMES)
 
-    def add(self, case: Case) -> None:
-        """Remember a case; one that is not finite teaches nothing."""
-        if np.isfinite([case.confidence, case.loss_error, case.wanted]).all():
-            self._cases.append(case)
+    def add(self, outcome: JumpOutcome) -> None:
+        """Remember an outcome, unless it is not finite."""
+        if np.isfinite([outcome.confidence, outcome.loss_error, outcome.wanted]).all():
+            self._outcomes.append(outcome)
 
     def blend(self, length: GroupValues, confidence: float) -> GroupValues:
-        """A wanted length, drawn toward what similar jumps wanted: half of it comes from them."""
-        return length if not self._cases else 0.5 * length + 0.5 * self.expected_length(confidence)
+        """The mean of a wanted length [group] and of what similar jumps wanted."""
+        return length if not self._outcomes else 0.5 * length + 0.5 * self.expected_length(confidence)
 
     def expected_length(self, confidence: float) -> float:
-        """Mean wanted length of the `NEIGHBOURS` cases nearest in confidence; 1 where there are none.
+        """Mean wanted length of the `NEIGHBOURS` outcomes nearest in confidence; 1 where there are none.
 
         Scales the next proposal.
         """
-        nearest = sorted(self._cases, key=lambda case: abs(case.confidence - confidence))[:NEIGHBOURS]
-        return float(np.mean([case.wanted for case in nearest])) if nearest else 1.0
+        nearest = sorted(self._outcomes, key=lambda outcome: abs(outcome.confidence - confidence))[:NEIGHBOURS]
+        return float(np.mean([outcome.wanted for outcome in nearest])) if nearest else 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All cases."""
-        return {"cases": [asdict(case) for case in self._cases]}
+        """All outcomes."""
+        return {"outcomes": [asdict(outcome) for outcome in self._outcomes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with remembered cases."""
-        self._cases = deque((Case(**case) for case in state["cases"]), maxlen=STORED_CASES)
+        """Continue with remembered outcomes."""
+        self._outcomes = deque((JumpOutcome(**outcome) for outcome in state["outcomes"]), maxlen=STORED_OUTCOMES)

@@ -1,4 +1,4 @@
-"""Notices when training goes wrong, says how, and how strongly to answer."""
+"""Detects when training goes wrong, and says how and which action that calls for."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from typing import Any
 from hybridlab.base.settings import check_bounds, check_types
 
 
-class Answer(IntEnum):
-    """What a verdict asks for, from mild to grave."""
+class Action(IntEnum):
+    """What is done about a divergence, by severity; STOP: not finite, and no jump to roll back."""
 
+    CONTINUE = 0
     SHORTEN = 1
-    LEAVE_PREDICT = 2
+    END = 2
     ROLL_BACK = 3
+    STOP = 4
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Divergence:
     """What is wrong.
 
     kind: "not finite", "loss band", "gradient explosion", "gradient vanishing", "oscillation" or "prediction error"
     reason: in words, with the number and its threshold
+    action: SHORTEN, END or ROLL_BACK: what it calls for while a jump is under way
     """
 
     kind: str
     reason: str
-    answer: Answer
+    action: Action
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.reason}"
@@ -42,9 +45,9 @@ class Thresholds:
 
     band: standard deviations of the loss above its running mean
     explosion, vanishing: gradient norm over its running (geometric) mean
-    alternation: share of the latest losses that change sides of their mean; swing: mean size of those departures,
-        over the mean loss, from which on that is an oscillation
-    prediction_mild, prediction_grave: standard deviations of the loss above its prediction
+    alternation: share of the latest losses that change sides of their mean; swing: mean distance from it, over the mean
+        loss, from which on that is an oscillation
+    prediction_shorten, prediction_end: standard deviations of the loss above its prediction that shorten or end a jump
     """
 
     band: float = 6.0
@@ -52,18 +55,18 @@ class Thresholds:
     vanishing: float = 1e-3
     alternation: float = 0.9
     swing: float = 0.1
-    prediction_mild: float = 1.0
-    prediction_grave: float = 2.0
+    prediction_shorten: float = 1.0
+    prediction_end: float = 2.0
 
     def __post_init__(self) -> None:
         check_types(self)
         check_bounds(self, "band", "explosion", above=0)
-        check_bounds(self, "vanishing", "swing", "prediction_mild", "prediction_grave", least=0)
+        check_bounds(self, "vanishing", "swing", "prediction_shorten", "prediction_end", least=0)
         check_bounds(self, "alternation", least=0, most=1)
 
 
-PERSISTENCE = 3
-"""Real steps in a row that must be out of order before it is called divergence."""
+PATIENCE = 3
+"""Gradient steps in a row that must be out of order before that counts as divergence."""
 
 WINDOW = 16
 """Losses in which an oscillation is looked for."""
@@ -71,106 +74,111 @@ WINDOW = 16
 
 @dataclass
 class DivergenceMonitor:
-    """Holds each measurement against what the latest ones were.
+    """Compares each measurement with running averages of the earlier ones.
 
         mean[t]     = (1 - a) mean[t-1] + a loss[t]
         variance[t] = (1 - a) (variance[t-1] + a (loss[t] - mean[t-1])^2)
 
-    and likewise the mean of the gradient norm's logarithm and of the loss's change a step (`slope`). The first `settle`
-    measurements only teach; one that is out of order does not. A single batch may be odd, so a loss or a norm of a real
-    step counts as divergence when it stays out of order for `PERSISTENCE` steps; inside a jump one is enough. Source:
-    West 1979 for the running variance.
+    and likewise the mean of the gradient norm's logarithm (`log_norm`) and of the loss's change per step (`slope`). A
+    single batch may be odd, so a loss or a norm of a gradient step counts as divergence when it stays out of order for
+    `PATIENCE` steps; inside a jump one is enough. What is out of order enters no average.
+
+    smoothing: a; warmup: first measurements, which only enter the averages; count: measurements so far
+    alarms: measurements in a row that called for more than SHORTEN
+    offsets: the latest WINDOW losses less their mean then, in nats
+
+    Source: West 1979 for the running variance.
     """
 
     thresholds: Thresholds
     smoothing: float = 0.05
-    settle: int = 20
+    warmup: int = 20
     mean: float = 0.0
     variance: float = 0.0
     slope: float = 0.0
     log_norm: float = 0.0
     count: int = 0
-    grave_in_a_row: int = 0
-    departures: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    alarms: int = 0
+    offsets: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     @property
     def deviation(self) -> float:
         """Standard deviation of the latest losses around their mean, in nats."""
         return math.sqrt(self.variance)
 
-    def worth_steps(self, loss_change: float, most: float) -> float:
-        """Gradient steps in which the loss would have changed as much at its present pace, in [0, most]."""
+    def equivalent_gradient_steps(self, loss_change: float, most: float) -> float:
+        """Gradient steps in which the loss, at its present slope, would have changed as much (nats); in [0, most]."""
         if loss_change >= 0:
             return 0.0
         return most if self.slope >= 0 else min(most, loss_change / self.slope)
 
-    def judge(
+    def check(
         self, loss: float, gradient_norm: float | None = None, predicted_loss: float | None = None
-    ) -> Verdict | None:
-        """The gravest verdict on one measurement; None where all is in order. Learns from what is not grave.
+    ) -> Divergence | None:
+        """The most severe divergence in one measurement; None where all is in order.
 
         loss: measured, in nats; gradient_norm: of a gradient step; predicted_loss: of a predicted step
         """
-        if verdict := _not_finite(loss, gradient_norm):
-            return verdict
-        if self.count >= self.settle:
-            verdict = self._judge_settled(loss, gradient_norm, predicted_loss)
-        if verdict is None or verdict.answer is Answer.SHORTEN:
-            self.grave_in_a_row = 0
-            self._learn(loss, gradient_norm)
-            return verdict
-        self.grave_in_a_row += 1
-        return verdict if predicted_loss is not None or self.grave_in_a_row >= PERSISTENCE else None
+        if found := _not_finite(loss, gradient_norm):
+            return found
+        if self.count >= self.warmup:
+            found = self._most_severe(loss, gradient_norm, predicted_loss)
+        if found is None or found.action is Action.SHORTEN:
+            self.alarms = 0
+            self._average(loss, gradient_norm)
+            return found
+        self.alarms += 1
+        return found if predicted_loss is not None or self.alarms >= PATIENCE else None
 
-    def _judge_settled(self, loss: float, norm: float | None, predicted: float | None) -> Verdict | None:
+    def _most_severe(self, loss: float, norm: float | None, predicted: float | None) -> Divergence | None:
         found = [self._loss_band(loss), self._norm(norm), self._prediction(loss, predicted), self._oscillation(loss)]
-        return max((v for v in found if v), key=lambda v: v.answer, default=None)
+        return max(filter(None, found), key=lambda d: d.action, default=None)
 
-    def _loss_band(self, loss: float) -> Verdict | None:
+    def _loss_band(self, loss: float) -> Divergence | None:
         upper = self.mean + self.thresholds.band * self.deviation
         reason = f"the loss {loss:.4g} lies above its band, {upper:.4g}"
-        return Verdict("loss band", reason, Answer.ROLL_BACK) if loss > upper else None
+        return Divergence("loss band", reason, Action.ROLL_BACK) if loss > upper else None
 
-    def _norm(self, norm: float | None) -> Verdict | None:
+    def _norm(self, norm: float | None) -> Divergence | None:
         if norm is None:
             return None
         usual, limits = math.exp(self.log_norm), self.thresholds
         if norm > limits.explosion * usual:
             reason = f"the gradient norm {norm:.4g} is over {limits.explosion:g} times its mean, {usual:.4g}"
-            return Verdict("gradient explosion", reason, Answer.ROLL_BACK)
+            return Divergence("gradient explosion", reason, Action.ROLL_BACK)
         if norm < limits.vanishing * usual:
             reason = f"the gradient norm {norm:.4g} is under {limits.vanishing:g} times its mean, {usual:.4g}"
-            return Verdict("gradient vanishing", reason, Answer.LEAVE_PREDICT)
+            return Divergence("gradient vanishing", reason, Action.END)
         return None
 
-    def _prediction(self, loss: float, predicted: float | None) -> Verdict | None:
+    def _prediction(self, loss: float, predicted: float | None) -> Divergence | None:
         if predicted is None:
             return None
         deviations = (loss - predicted) / max(self.deviation, 1e-12)
-        if deviations <= self.thresholds.prediction_mild:
+        if deviations <= self.thresholds.prediction_shorten:
             return None
         reason = f"the loss {loss:.4g} lies {deviations:.1f} deviations above its prediction, {predicted:.4g}"
-        grave = deviations > self.thresholds.prediction_grave
-        return Verdict("prediction error", reason, Answer.LEAVE_PREDICT if grave else Answer.SHORTEN)
+        ends = deviations > self.thresholds.prediction_end
+        return Divergence("prediction error", reason, Action.END if ends else Action.SHORTEN)
 
-    def _oscillation(self, loss: float) -> Verdict | None:
-        """Losses that jump from one side of their mean to the other, far, time after time."""
-        departures = [*self.departures, loss - self.mean][-WINDOW:]
-        if len(departures) < WINDOW:
+    def _oscillation(self, loss: float) -> Divergence | None:
+        """Losses that change sides of their mean at almost every step, by a large distance."""
+        offsets = [*self.offsets, loss - self.mean][-WINDOW:]
+        if len(offsets) < WINDOW:
             return None
-        turns = sum(a * b < 0 for a, b in pairwise(departures)) / (WINDOW - 1)
-        size = sum(map(abs, departures)) / WINDOW
+        turns = sum(a * b < 0 for a, b in pairwise(offsets)) / (WINDOW - 1)
+        size = sum(map(abs, offsets)) / WINDOW
         if turns < self.thresholds.alternation or size < self.thresholds.swing * abs(self.mean):
             return None
         reason = f"{turns:.0%} of the latest losses change sides of their mean, by {size:.3g} nats"
-        return Verdict("oscillation", reason, Answer.SHORTEN)
+        return Divergence("oscillation", reason, Action.SHORTEN)
 
-    def _learn(self, loss: float, norm: float | None) -> None:
+    def _average(self, loss: float, norm: float | None) -> None:
         if self.count == 0:
             self.mean = loss
             self.log_norm = math.log(max(norm or 1.0, 1e-30))
         error = loss - self.mean
-        self.departures.append(error)
+        self.offsets.append(error)
         self.mean += self.smoothing * error
         self.slope += self.smoothing * (self.smoothing * error - self.slope)
         self.variance = (1 - self.smoothing) * (self.variance + self.smoothing * error * error)
@@ -178,24 +186,24 @@ class DivergenceMonitor:
             self.log_norm += self.smoothing * (math.log(max(norm, 1e-30)) - self.log_norm)
         self.count += 1
 
-    def settle_anew(self) -> None:
-        """What was usual is so no more: the next measurements only teach, as the first ones did."""
-        self.count = self.grave_in_a_row = 0
-        self.departures.clear()
+    def restart_warmup(self) -> None:
+        """The next measurements only enter the averages, as the first ones did: the level has changed for good."""
+        self.count = self.alarms = 0
+        self.offsets.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned."""
-        learned = ("mean", "variance", "slope", "log_norm", "count", "grave_in_a_row")
-        return {name: getattr(self, name) for name in learned} | {"departures": list(self.departures)}
+        """The averages."""
+        averages = ("mean", "variance", "slope", "log_norm", "count", "alarms")
+        return {name: getattr(self, name) for name in averages} | {"offsets": list(self.offsets)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what was learned."""
-        vars(self).update(state | {"departures": deque(state["departures"], maxlen=WINDOW)})
+        """Continue with the averages."""
+        vars(self).update(state | {"offsets": deque(state["offsets"], maxlen=WINDOW)})
 
 
-def _not_finite(loss: float, norm: float | None) -> Verdict | None:
+def _not_finite(loss: float, norm: float | None) -> Divergence | None:
     if not math.isfinite(loss):
-        return Verdict("not finite", f"the loss is {loss}", Answer.ROLL_BACK)
+        return Divergence("not finite", f"the loss is {loss}", Action.ROLL_BACK)
     if norm is not None and not math.isfinite(norm):
-        return Verdict("not finite", f"the gradient norm is {norm}", Answer.ROLL_BACK)
+        return Divergence("not finite", f"the gradient norm is {norm}", Action.ROLL_BACK)
     return None

@@ -1,4 +1,4 @@
-"""Decides from measured losses whether a jump is taken and how far, and learns when asking is worth its cost."""
+"""Decides from measured losses whether a jump is taken and how far, and keeps the cost of trials within a budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 LENGTHS = (0.0, 0.5, 1.0, 2.0)
-"""Lengths that are tried, in units of the proposed jump; 0 is where the others are measured from."""
+"""Lengths that are tried, in units of the proposed jump; the others are compared with 0."""
 
 FORWARD_COST = 1 / 3
 """Of a forward pass, in gradient steps."""
@@ -18,15 +18,15 @@ RELIABILITY_BINS = 5
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What the gate found.
+class GateResult:
+    """What a trial found.
 
-    length: to take, in units of the proposal; 0 refuses it
-    change: mean change of the loss at the best length tried, paired by batch, in nats
+    length: to take, in units of the proposal; 0 rejects it
+    loss_change: mean change of the loss at the best length tried, paired by batch, in nats
     """
 
     length: float
-    change: float
+    loss_change: float
 
     @property
     def accepted(self) -> bool:
@@ -34,22 +34,22 @@ class Decision:
         return self.length > 0
 
 
-def judge(losses: Mapping[float, Sequence[float]]) -> Decision:
+def best_length(losses: Mapping[float, Sequence[float]]) -> GateResult:
     """The length with the lowest mean loss, if its paired change is below zero by two standard errors.
 
         change[l] = mean_b (loss[l][b] - loss[0][b])        error[l] = std_b(...) / sqrt(batches)
 
     losses: from length to losses on the same fresh batches, in nats; length 0 among them. A length with a loss that is
-    not finite is no candidate. With one batch there is no error to speak of, and any decrease will do.
+    not finite is no candidate. With one batch there is no error estimate, and any decrease is accepted.
     """
     changes = {length: _paired(losses[length], losses[0.0]) for length in losses if length > 0}
     changes = {length: change for length, change in changes.items() if math.isfinite(change[0])}
     if not changes:
-        return Decision(0.0, math.nan)
+        return GateResult(0.0, math.nan)
     best = min(changes, key=lambda length: changes[length][0])
     mean, error = changes[best]
     significant = mean < -2 * error if math.isfinite(error) else mean < 0
-    return Decision(best if significant else 0.0, mean)
+    return GateResult(best if significant else 0.0, mean)
 
 
 def _paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
@@ -64,62 +64,62 @@ def _paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, flo
 
 @dataclass
 class Gate:
-    """When to ask, and over what horizon.
+    """Whether a trial is within the budget, and over what horizon.
 
-        may ask while forwards wasted / 3 <= budget * gradient steps
+        within budget while rejected_passes / 3 <= budget * gradient steps
 
-    budget: share of the training that refused questions may cost, the latest aside; so a run whose predictor is
-        useless asks ever more rarely, and costs this share and one question more than a plain run
-    horizon: nominal steps of the next proposal; grows by half when the whole of it or more was accepted, halves when
-        it was refused, within [1, longest]
-    wasted_forwards: spent on questions that were refused; an accepted one has earned its own
+    budget: share of the training that rejected trials may cost, the latest one excepted: a run whose predictor is
+        useless tries ever more rarely, and costs this share and one trial more than a plain run
+    max_horizon, horizon: nominal steps, longest and of the next proposal. It grows by half when the whole of it or more
+        was accepted, and halves when it was rejected, within [1, max_horizon]
+    rejected_passes: forward passes of rejected trials
     outcomes: (confidence, accepted) of every proposal, for the reliability table
     """
 
     budget: float
-    longest: int
+    max_horizon: int
     horizon: float
-    wasted_forwards: int = 0
+    rejected_passes: int = 0
     outcomes: list[tuple[float, bool]] = field(default_factory=list)
 
-    def may_ask(self, gradient_steps: int) -> bool:
-        """Whether refused questions have cost no more than the budget so far."""
-        return self.wasted_forwards * FORWARD_COST <= self.budget * gradient_steps
+    def within_budget(self, gradient_steps: int) -> bool:
+        """Whether rejected trials have cost no more than the budget so far."""
+        return self.rejected_passes * FORWARD_COST <= self.budget * gradient_steps
 
-    def learn(self, decision: Decision, confidence: float, forwards: int) -> None:
-        """Note how a question ended."""
-        self.outcomes.append((confidence, decision.accepted))
-        if not decision.accepted:
-            self.wasted_forwards += forwards
-            self.shorten()
-        elif decision.length >= 1:
-            self.horizon = min(float(self.longest), 1.5 * self.horizon)
+    def record(self, result: GateResult, confidence: float, forward_passes: int) -> None:
+        """Take note of how a trial ended, and adapt the horizon."""
+        self.outcomes.append((confidence, result.accepted))
+        if not result.accepted:
+            self.rejected_passes += forward_passes
+            self.halve_horizon()
+        elif result.length >= 1:
+            self.horizon = min(float(self.max_horizon), 1.5 * self.horizon)
 
-    def shorten(self) -> None:
-        """Halve the horizon."""
+    def halve_horizon(self) -> None:
+        """Propose half as far next time."""
         self.horizon = max(1.0, 0.5 * self.horizon)
 
-    def reach(self, longest: int) -> None:
-        """Change the longest horizon; the next one stays within it, and follows it where it was as long as allowed."""
-        at_its_end = self.horizon >= self.longest
-        self.longest, self.horizon = longest, float(longest) if at_its_end else min(self.horizon, float(longest))
+    def set_max_horizon(self, steps: int) -> None:
+        """Change the longest horizon. The next one stays within it; one that was the longest stays the longest."""
+        was_longest = self.horizon >= self.max_horizon
+        self.max_horizon, self.horizon = steps, float(steps) if was_longest else min(self.horizon, float(steps))
 
     def reliability(self) -> list[dict[str, float]]:
-        """Predicted confidence against how often the proposal was accepted, a row a bin that holds any."""
-        rows, bins = [], RELIABILITY_BINS
-        for i in range(bins):
-            low, high = i / bins, (i + 1) / bins
-            inside = [o for o in self.outcomes if low <= o[0] < high or (i == bins - 1 and o[0] >= high)]
-            if inside:
-                confidence = sum(c for c, _ in inside) / len(inside)
-                accepted = sum(a for _, a in inside) / len(inside)
-                rows.append({"confidence": confidence, "accepted_share": accepted, "proposals": len(inside)})
-        return rows
+        """Predicted confidence beside the share of proposals accepted, one row per bin that holds any."""
+        bins: dict[int, list[tuple[float, bool]]] = {}
+        for outcome in self.outcomes:
+            bins.setdefault(min(int(outcome[0] * RELIABILITY_BINS), RELIABILITY_BINS - 1), []).append(outcome)
+        return [_reliability(outcomes) for _, outcomes in sorted(bins.items())]
 
     def state_dict(self) -> dict[str, Any]:
         """The horizon, the costs, the outcomes."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         vars(self).update(state | {"outcomes": [tuple(outcome) for outcome in state["outcomes"]]})
+
+
+def _reliability(outcomes: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    count, (confidences, accepted) = len(outcomes), zip(*outcomes, strict=True)
+    return {"confidence": sum(confidences) / count, "accepted_share": sum(accepted) / count, "proposals": count}

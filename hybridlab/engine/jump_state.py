@@ -1,35 +1,40 @@
-"""A prediction under trial, and an accepted one on its way."""
+"""A jump under trial, and an accepted one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
-from hybridlab.engine.gate import LENGTHS, Decision, judge
+from hybridlab.engine.gate import LENGTHS, GateResult, best_length
 from hybridlab.predictors import Proposal
 from hybridlab.weights.gram import Coefficients
+
+Slopes = Float64[Tensor, " group"]
+"""Slope of the loss along a jump, per parameter group, in nats per horizon."""
 
 
 @dataclass
 class Trial:
-    """A proposal that the gate is trying, one fresh batch a step, while training goes on.
+    """A proposal that the gate is trying, one fresh batch per step, while training goes on.
 
+    proposal: the jump, scaled by what earlier jumps have taught
     horizon: nominal steps that the whole proposal stands for
-    to_mean: motion from the current weights to the mean of the path, where the trial takes place: judged between
-        averaged points, mere averaging is not taken for progress
-    losses: from length to the losses measured so far, left on the device
-    slopes: of the loss along the jump, a tensor [group] a gradient step
+    to_mean: [group, row], motion from the current weights to the mean of the path. The lengths are compared around
+        that mean: averaging lowers a noisy loss by itself, and that is no progress
+    losses: for each length the losses measured so far, scalars on the device, in nats
+    slopes: one per gradient step so far
     """
 
     proposal: Proposal
     horizon: float
     to_mean: Coefficients
     losses: dict[float, list[Tensor]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
-    slopes: list[Tensor] = field(default_factory=list)
+    slopes: list[Slopes] = field(default_factory=list)
 
     @property
     def batches(self) -> int:
@@ -37,17 +42,17 @@ class Trial:
         return len(self.losses[0.0])
 
     @property
-    def forwards(self) -> int:
+    def forward_passes(self) -> int:
         """Forward passes spent so far."""
         return self.batches * len(self.losses)
 
-    def at(self, length: float) -> Coefficients:
-        """The motion from the current weights to where a length is tried."""
+    def motion_to(self, length: float) -> Coefficients:
+        """The motion [group, row] from the current weights to where a length is tried."""
         return self.to_mean + length * self.proposal.coefficients
 
-    def decide(self) -> Decision:
+    def result(self) -> GateResult:
         """What the losses say; waits for the device."""
-        return judge({length: torch.stack(losses).tolist() for length, losses in self.losses.items()})
+        return best_length({length: torch.stack(losses).tolist() for length, losses in self.losses.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
@@ -56,22 +61,23 @@ class Trial:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
         """The trial that `state_dict` described, its measurements on `device`."""
-        trial = cls(**_restored(state))
-        trial.losses = {length: _moved(losses, device) for length, losses in trial.losses.items()}
-        trial.slopes = _moved(trial.slopes, device)
-        return trial
+        losses = {length: [loss.to(device) for loss in losses] for length, losses in state["losses"].items()}
+        slopes = [slope.to(device) for slope in state["slopes"]]
+        mean, proposal = state["to_mean"].cpu().numpy(), _proposal_of(state["proposal"])
+        return cls(**state | {"proposal": proposal, "to_mean": mean, "losses": losses, "slopes": slopes})
 
 
 @dataclass
 class Jump:
     """An accepted proposal.
 
-    horizon: nominal steps that its coefficients stand for; length: how many of them it replaces
+    horizon: nominal steps that its coefficients stand for; length: nominal steps that it replaces
     loss_before: expected at its start; loss_change: over its whole length, measured by the gate or forecast; in nats
-    worth_per_step: gradient steps that each nominal step of it is worth, by its measured change of the loss
-    slopes_before: mean slope of the loss along it before it began, [group], in nats a horizon
-    taken: nominal steps that have passed; share: of the coming chunks that is really taken, cut by micro-corrections
-    moved: horizons moved so far; slopes_after: a tensor [group] a step of Correct
+    equivalent_steps_per_step: gradient steps that each of its nominal steps is worth
+    slopes_before: mean slope before it began
+    taken: nominal steps that have passed; share: of each coming chunk that is taken, halved by each shortening
+    moved: horizons moved so far; loss_error: measured minus predicted loss at the latest measurement, in nats
+    slopes_after: one per step of Correct
     """
 
     proposal: Proposal
@@ -79,17 +85,17 @@ class Jump:
     length: int
     loss_before: float
     loss_change: float
-    worth_per_step: float
-    slopes_before: Tensor
+    equivalent_steps_per_step: float
+    slopes_before: Slopes
     taken: int = 0
     share: float = 1.0
     moved: float = 0.0
     loss_error: float = 0.0
-    slopes_after: list[Tensor] = field(default_factory=list)
+    slopes_after: list[Slopes] = field(default_factory=list)
 
     @property
     def predicted_loss(self) -> float:
-        """Straight line over its length, at the steps taken so far."""
+        """In nats, at the steps taken so far, on a straight line over its length."""
         return self.loss_before + self.loss_change * self.taken / self.length
 
     @property
@@ -97,8 +103,8 @@ class Jump:
         """Whether all its steps have passed."""
         return self.taken >= self.length
 
-    def is_settled(self, interval: int) -> bool:
-        """Whether the last of several motions is made, or being made; a jump of one chunk ends where it is made."""
+    def last_of_several_made(self, interval: int) -> bool:
+        """Whether it moves the weights several times, once per `interval` steps, and has made the last motion."""
         return interval < self.length <= -(-self.taken // interval) * interval
 
     def next_chunk(self, interval: int) -> float:
@@ -108,7 +114,7 @@ class Jump:
         return chunk
 
     def slopes_per_move(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean slopes before and after, [group] each, in nats per the way that was really moved."""
+        """Mean slopes before and after, float64 [group] each, in nats per distance that was really moved."""
         after = torch.stack(self.slopes_after).mean(dim=0)
         return self.slopes_before.cpu().numpy() * self.moved, after.cpu().numpy() * self.moved
 
@@ -119,27 +125,18 @@ class Jump:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
         """The jump that `state_dict` described, its measurements on `device`."""
-        jump = cls(**_restored(state))
-        jump.slopes_after = _moved(jump.slopes_after, device)
-        return jump
+        slopes = [slope.to(device) for slope in state["slopes_after"]]
+        return cls(**state | {"proposal": _proposal_of(state["proposal"]), "slopes_after": slopes})
 
 
-def _plain(record: Trial | Jump | Proposal) -> dict[str, Any]:
-    """A record's fields with arrays as tensors and nested records as dictionaries."""
-    return {field.name: _plain_value(getattr(record, field.name)) for field in fields(record)}
+def _plain(record: Trial | Jump) -> dict[str, Any]:
+    """The fields, with arrays as tensors and the proposal as a dictionary."""
+
+    def with_tensors(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in items}
+
+    return asdict(record, dict_factory=with_tensors)
 
 
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Proposal):
-        return _plain(value)
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def _restored(state: dict[str, Any]) -> dict[str, Any]:
-    proposal = state["proposal"]
-    restored = state | {"proposal": Proposal(**proposal | {"coefficients": proposal["coefficients"].cpu().numpy()})}
-    return restored | ({"to_mean": state["to_mean"].cpu().numpy()} if "to_mean" in state else {})
-
-
-def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    return [tensor.to(device) for tensor in tensors]
+def _proposal_of(state: dict[str, Any]) -> Proposal:
+    return Proposal(**state | {"coefficients": state["coefficients"].cpu().numpy()})

@@ -1,113 +1,155 @@
-"""The life of a jump: proposed, tried, taken, corrected, and taken back if it must be."""
+"""Decides about jumps: proposed, tried, accepted, corrected, shortened, ended, rolled back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.corrector import Case, ResidualStore, wanted_length
-from hybridlab.engine.divergence import DivergenceMonitor
+from hybridlab.engine.corrector import JumpOutcome, ResidualStore, wanted_length
+from hybridlab.engine.divergence import Action, Divergence, DivergenceMonitor, Thresholds
 from hybridlab.engine.gate import Gate
-from hybridlab.engine.jump_state import Jump, Trial
-from hybridlab.engine.phases import may_propose
-from hybridlab.engine.result import Statistics, StepResult
+from hybridlab.engine.jump_state import Jump, Slopes, Trial
+from hybridlab.engine.phases import Phase, may_propose
+from hybridlab.engine.result import StepResult
 from hybridlab.predictors import PREDICTORS, Forecaster, Proposal, Signals
 from hybridlab.weights.path import Trajectory
 from hybridlab.weights.snapshot import Snapshot, Weights
 
+SAID = {Action.SHORTEN: "shortened", Action.END: "left Predict", Action.ROLL_BACK: "rolled back"}
 
-class Prediction:
-    """What happens between a path of real steps and a jump that has stood.
 
-        Full       the path is recorded; at the end of a block the predictor may propose, and the gate tries its
-                   proposal on the batches that follow, while training goes on
-        Predict    the accepted jump is taken in chunks
-        Correct    slopes after the jump say how long it should have been
-        Full       until it has stood a whole block, it can be taken back
+@dataclass(frozen=True)
+class Decision:
+    """What the trainer has to do after a measurement.
 
-    config: may be replaced between steps, where nothing is under way
-    monitor: says at which pace the loss falls; statistics: where proposals are counted
-
-    jump: the accepted one, from its acceptance to the Full block after it
+    action: CONTINUE; SHORTEN or END, which the controller has done to the jump already; ROLL_BACK: restore `snapshot`;
+        STOP: the numbers are not finite, and there is nothing to restore
+    divergence: what is wrong; None where nothing is
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        optimizer: Optimizer,
-        config: HybridTrainerConfig,
-        monitor: DivergenceMonitor,
-        statistics: Statistics,
-    ) -> None:
-        self.config, self._weights, self._monitor, self._statistics = config, weights, monitor, statistics
+    action: Action = Action.CONTINUE
+    divergence: Divergence | None = None
+    snapshot: Snapshot | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training has gone wrong, with or without a jump to roll back."""
+        return self.divergence is not None and self.divergence.action is Action.ROLL_BACK
+
+    @property
+    def event(self) -> str | None:
+        """What was done and why, for the step's result."""
+        said = SAID.get(self.action, "diverged" if self.diverged else "noted")
+        return f"{said}: {self.divergence}" if self.divergence else None
+
+
+@dataclass(frozen=True)
+class JumpStep:
+    """One nominal step of a jump.
+
+    steps_left: nominal steps of the jump before this one
+    ends_chunk: whether the loss is measured at this step
+    last_motion_made: whether the weights move several times in this jump, and have moved for the last time
+    predicted_loss: at its end, in nats
+    """
+
+    steps_left: int
+    ends_chunk: bool
+    last_motion_made: bool
+    predicted_loss: float
+
+
+class JumpController:
+    """Owns the jump, its trial and the rollback snapshot, and decides what becomes of them.
+
+        Full       the path is recorded; at the end of a block the predictor may propose a jump, and the gate tries it
+                   on the batches that follow, while training goes on
+        Predict    the accepted jump is taken in chunks
+        Correct    slopes after the jump say how long it should have been
+        Full       until a whole block has passed, the jump can be rolled back
+
+    The trainer runs the steps, shows their results here, and carries out the `Decision`. Only `probe_`, `advance_` and
+    `correct_` move weights.
+
+    config: the trainer's settings, held here alone; `change` replaces them
+    """
+
+    def __init__(self, weights: Weights, optimizer: Optimizer, config: HybridTrainerConfig) -> None:
+        self.config, self._weights, self._optimizer = config, weights, optimizer
         self._predictor = PREDICTORS[config.predictor]()
         self._needs = self._predictor.needs(config.full_steps)
         self._trajectory = Trajectory(weights, optimizer, self._needs, config.path_storage)
+        self._monitor = DivergenceMonitor(Thresholds(band=config.divergence_threshold))
         self._gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
         self._residuals = ResidualStore()
-        self.jump: Jump | None = None
+        self._jump: Jump | None = None
         self._trial: Trial | None = None
-        self._way_back: Snapshot | None = None
-        self._worth_steps = self._worth_at_risk = 0.0
+        self._snapshot: Snapshot | None = None
+        self._equivalent_steps = self._unconfirmed_equivalent_steps = 0.0
+        self._highest_lr = 0.0
 
     # --- Full: proposing and trying ----------------------------------------------------------------------
 
     def begin_block(self) -> None:
         """A Full block begins: the path goes on from here."""
-        self.jump = None
+        self._jump = None
         if self.config.max_predict_steps:
             self._trajectory.anchor()
 
-    def probe(self, forward: Callable[[], Tensor]) -> None:
-        """Try every length of the trial on this step's batch, before it is trained on; put the weights back."""
+    def probe_(self, forward: Callable[[], Tensor]) -> int:
+        """Try every length of the trial on this step's batch, before it is trained on; put the weights back.
+
+        Returns the number of forward passes: 0 where no trial is under way.
+        """
         if self._trial is None:
-            return
+            return 0
         saved = self._weights.snapshot(optimizer=False)
         for length, losses in self._trial.losses.items():
             try:
-                self._trajectory.move_(self._trial.at(length))
+                self._trajectory.move_(self._trial.motion_to(length))
                 losses.append(forward())
             finally:
                 self._weights.restore_(saved)
+        return len(self._trial.losses)
 
-    def look_ahead(self, result: StepResult, steps_in_block: int) -> StepResult:
-        """After a Full step: carry on with the trial under way, or see whether to open one."""
+    def after_full_step(self, result: StepResult, steps_in_block: int, gradient_steps: int) -> StepResult:
+        """The step's result with what was decided: continue the trial under way, or see whether to open one.
+
+        gradient_steps: of the whole training so far, which the gate's budget is a share of
+        """
         if self._trial is not None:
-            return self._pursue(self._trial, result)
-        if not self.config.max_predict_steps or not self._trajectory.observe() or not self._ended(steps_in_block):
+            return self._continue_trial(self._trial, result)
+        if not self.config.max_predict_steps or not self._trajectory.observe() or not self._block_ended(steps_in_block):
             return result
-        self._settle()
-        if self.config.gate and not self._gate.may_ask(self._statistics.gradient_steps):
+        self._confirm_jump()
+        if self.config.gate and not self._gate.within_budget(gradient_steps):
             return result
         return self._propose(result)
 
-    def _ended(self, steps: int) -> bool:
+    def _block_ended(self, steps: int) -> bool:
         """Whether this record is the first since a Full block was completed, on a path that is full."""
         block = self.config.full_steps
         return self._trajectory.is_full and steps >= block and steps % block < self._needs.every
 
-    def _settle(self) -> None:
-        """The last jump has stood a whole block of real steps: it is final."""
-        self._worth_steps += self._worth_at_risk
-        self._way_back, self._worth_at_risk = None, 0.0
+    def _confirm_jump(self) -> None:
+        """A whole block of gradient steps has followed the last jump: it can no longer be rolled back."""
+        self._equivalent_steps += self._unconfirmed_equivalent_steps
+        self._snapshot, self._unconfirmed_equivalent_steps = None, 0.0
 
     def _propose(self, result: StepResult) -> StepResult:
-        gram = self._trajectory.gram()
-        horizon = self._gate.horizon
+        gram, horizon = self._trajectory.gram(), self._gate.horizon
         proposal = self._predictor.propose(gram, horizon)
         result = replace(result, confidence=proposal.confidence)
         if not may_propose(proposal.confidence, self.config):
             return result
-        if proposal.stays_put:
-            self._statistics.proposals_rejected += 1
-            return replace(result, event="rejected: the proposal is empty or not finite")
+        if proposal.is_empty:
+            return replace(result, event="rejected: the proposal is empty or not finite", jump_accepted=False)
         scale = self._residuals.expected_length(proposal.confidence)
         proposal = replace(proposal, coefficients=scale * proposal.coefficients)
         trial = Trial(proposal, max(1.0, scale * horizon), gram.to_mean())
@@ -117,98 +159,137 @@ class Prediction:
         trial.slopes.append(self._slopes(proposal, result))
         return self._accept(trial, 1.0, proposal.loss_change, result)
 
-    def _pursue(self, trial: Trial, result: StepResult) -> StepResult:
-        """Note the slopes along the jump; decide when enough batches were tried."""
+    def _continue_trial(self, trial: Trial, result: StepResult) -> StepResult:
+        """Record the slopes along the jump; decide when enough batches were tried."""
         trial.slopes.append(self._slopes(trial.proposal, result))
         if trial.batches < self.config.gate_batches:
             return result
-        self._trial = None
-        decision = trial.decide()
-        self._gate.learn(decision, trial.proposal.confidence, trial.forwards)
-        if decision.accepted:
-            return self._accept(trial, decision.length, decision.change, result)
-        self._statistics.proposals_rejected += 1
+        self._trial, found = None, trial.result()
+        self._gate.record(found, trial.proposal.confidence, trial.forward_passes)
+        if found.accepted:
+            return self._accept(trial, found.length, found.loss_change, result)
         self._trajectory.anchor()
-        return replace(result, event="rejected")
+        return replace(result, event="rejected", jump_accepted=False)
 
     def _accept(self, trial: Trial, length: float, loss_change: float, result: StepResult) -> StepResult:
-        """Turn a trial into a jump, and keep a way back."""
+        """Turn a trial into a jump, with a rollback snapshot."""
         asked = length * trial.horizon
         steps = max(1, min(self.config.max_predict_steps, round(asked)))
         slopes = torch.stack(trial.slopes).mean(dim=0)
         change = loss_change * min(1.0, steps / asked)
-        worth = self._monitor.worth_steps(change, steps) / steps
-        self._way_back = self._weights.snapshot()  # may be refused: no jump without a way back
-        self._weights.depart_from(self._way_back)
-        self.jump = Jump(trial.proposal, trial.horizon, steps, self._monitor.mean, change, worth, slopes)
-        self._statistics.proposals_accepted += 1
-        return replace(result, event="accepted")
+        equivalent = self._monitor.equivalent_gradient_steps(change, steps) / steps
+        self._snapshot = self._weights.snapshot()  # raises where memory is short: there is no jump without a snapshot
+        self._weights.depart_from(self._snapshot)
+        self._jump = Jump(trial.proposal, trial.horizon, steps, self._monitor.mean, change, equivalent, slopes)
+        return replace(result, event="accepted", jump_accepted=True)
 
     # --- Predict and Correct -----------------------------------------------------------------------------
 
-    def advance_(self, jump: Jump) -> bool:
-        """One nominal step of the jump: the weights move at the start of a chunk. Whether this step ends one."""
-        interval = self.config.correction_interval
+    def advance_(self) -> JumpStep:
+        """One nominal step of the jump; the weights move at the start of each chunk."""
+        jump, interval = self._current_jump(), self.config.correction_interval
+        steps_left = jump.length - jump.taken
         chunk = jump.next_chunk(interval) if jump.taken % interval == 0 else None
         jump.taken += 1
         if chunk is not None:
             self._trajectory.move_(jump.proposal.coefficients, chunk)
-        self._statistics.predicted_steps += 1
-        self._worth_at_risk += jump.worth_per_step
-        return jump.taken % interval == 0 or jump.is_over
+        self._unconfirmed_equivalent_steps += jump.equivalent_steps_per_step
+        ends_chunk = jump.taken % interval == 0 or jump.is_over
+        return JumpStep(steps_left, ends_chunk, jump.last_of_several_made(interval), jump.predicted_loss)
 
     def correct_(self, result: StepResult) -> None:
-        """Note the slopes after the jump; at the end of Correct pull each group to where its slope vanishes."""
-        jump = self.jump
-        assert jump is not None
+        """Record the slopes after the jump; at the end of Correct move each group to where its slope vanishes."""
+        jump = self._current_jump()
         jump.slopes_after.append(self._slopes(jump.proposal, result))
         if len(jump.slopes_after) < self.config.correct_steps:
             return
         confidence = jump.proposal.confidence
         wanted = wanted_length(*jump.slopes_per_move())
         blended = self._residuals.blend(wanted, confidence)
-        self._residuals.add(Case(confidence, jump.loss_error, float(wanted.mean())))
+        self._residuals.add(JumpOutcome(confidence, jump.loss_error, float(wanted.mean())))
         self._trajectory.move_(jump.proposal.coefficients * (jump.moved * (blended - 1.0))[:, None])
 
-    def _slopes(self, proposal: Proposal, result: StepResult) -> Float64[Tensor, " group"]:
+    def _current_jump(self) -> Jump:
+        assert self._jump is not None, "in Predict and Correct there is a jump"
+        return self._jump
+
+    def _slopes(self, proposal: Proposal, result: StepResult) -> Slopes:
         """Slope of the loss along a proposal from the last gradients, as they were before clipping."""
         slopes = self._trajectory.slopes(proposal.coefficients)
-        if self.config.clip_norm is None or result.norm_reading is None:
+        if self.config.clip_norm is None or result.async_norm is None:
             return slopes
-        return slopes * (result.norm_reading.tensor.double() / self.config.clip_norm).clamp(min=1.0).to(slopes.device)
+        return slopes * (result.async_norm.tensor.double() / self.config.clip_norm).clamp(min=1.0).to(slopes.device)
 
-    # --- the way back ------------------------------------------------------------------------------------
+    # --- deciding after a measurement --------------------------------------------------------------------
+
+    def judge(self, measured: StepResult) -> Decision:
+        """What follows from the measured loss of a step; the predictor observes the gradient steps."""
+        loss, norm, predicted = measured.measured_loss, measured.gradient_norm, measured.predicted_loss
+        if loss is None:
+            return Decision()
+        if norm is not None:
+            self._predictor.observe(Signals(loss, norm, self._lr_share()))
+        elif self._jump is not None and predicted is not None:
+            self._jump.loss_error = loss - predicted
+        divergence = self._monitor.check(loss, norm, predicted)
+        if divergence is None:
+            return Decision()
+        if divergence.action is Action.ROLL_BACK:
+            return self._roll_back(divergence)
+        return self._shorten(divergence) if measured.phase is Phase.PREDICT else Decision(divergence=divergence)
+
+    def _lr_share(self) -> float:
+        """The learning rate over the highest one so far, in [0, 1]."""
+        lr = float(self._optimizer.param_groups[0].get("lr", 1.0))
+        self._highest_lr = max(self._highest_lr, lr)
+        return lr / self._highest_lr if self._highest_lr else 1.0
+
+    def _shorten(self, divergence: Divergence) -> Decision:
+        """Take half of what is left of the jump, or end it here."""
+        jump = self._current_jump()
+        if divergence.action is Action.END:
+            jump.length = jump.taken
+        else:
+            jump.share *= 0.5
+        return Decision(divergence.action, divergence)
+
+    def _roll_back(self, divergence: Divergence) -> Decision:
+        """Give up the last jump, if it may be the cause, and hand out its snapshot; propose less far next time."""
+        if self._snapshot is None:
+            if divergence.kind == "not finite":
+                return Decision(Action.STOP, divergence)
+            self._monitor.restart_warmup()
+            return Decision(divergence=divergence)
+        decision = Decision(Action.ROLL_BACK, divergence, self._snapshot)
+        self._snapshot = self._trial = None
+        self._unconfirmed_equivalent_steps = 0.0
+        self._gate.halve_horizon()
+        return decision
+
+    # --- from outside ------------------------------------------------------------------------------------
+
+    def change(self, config: HybridTrainerConfig) -> None:
+        """Go on with other settings; no jump may be under way."""
+        self.config = config
+        self._gate.set_max_horizon(config.max_predict_steps)
 
     @property
-    def can_be_taken_back(self) -> bool:
-        """Whether there is a jump that has not stood a whole block yet."""
-        return self._way_back is not None
-
-    def take_back_(self) -> None:
-        """Restore weights, buffers and optimizer state as they were before the jump; ask for less next time."""
-        assert self._way_back is not None
-        self._weights.restore_(self._way_back)
-        self._way_back = self._trial = None
-        self._worth_at_risk = 0.0
-        self._gate.shorten()
-
-    # --- looking -----------------------------------------------------------------------------------------
-
-    def observe(self, signals: Signals) -> None:
-        """Show the predictor a gradient step."""
-        self._predictor.observe(signals)
-
-    def reach(self, longest: int) -> None:
-        """Change how many steps a jump may replace."""
-        self._gate.reach(longest)
+    def jump_accepted(self) -> bool:
+        """Whether there is a jump: from its acceptance to the Full block after it."""
+        return self._jump is not None
 
     @property
-    def worth_steps(self) -> float:
+    def jump_ended(self) -> bool:
+        """Whether there is a jump, and all its steps have passed."""
+        return self._jump is not None and self._jump.is_over
+
+    @property
+    def equivalent_gradient_steps(self) -> float:
         """Gradient steps that all jumps so far were worth, by their change of the loss."""
-        return self._worth_steps + self._worth_at_risk
+        return self._equivalent_steps + self._unconfirmed_equivalent_steps
 
     def reliability(self) -> list[dict[str, float]]:
-        """Predicted confidence against how often proposals were accepted, a row a bin of confidence."""
+        """Predicted confidence beside the share of proposals accepted, one row per bin of confidence."""
         return self._gate.reliability()
 
     def forecast_skill(self) -> float | None:
@@ -218,23 +299,25 @@ class Prediction:
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is remembered of the path, of earlier jumps and of the one under way."""
-        underway = {"trial": self._trial, "jump": self.jump, "way_back": self._way_back}
+        """Everything that is remembered of the path, of earlier jumps and of the current one."""
+        current = {"trial": self._trial, "jump": self._jump, "snapshot": self._snapshot}
         return {
             **{name: component.state_dict() for name, component in self._components.items()},
-            **{name: record and record.state_dict() for name, record in underway.items()},
-            "worth": [self._worth_steps, self._worth_at_risk],
+            **{name: record and record.state_dict() for name, record in current.items()},
+            "equivalent_steps": [self._equivalent_steps, self._unconfirmed_equivalent_steps],
+            "highest_lr": self._highest_lr,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         for name, component in self._components.items():
             component.load_state_dict(state[name])
         device = self._weights.device
         self._trial = Trial.from_state(state["trial"], device) if state["trial"] else None
-        self.jump = Jump.from_state(state["jump"], device) if state["jump"] else None
-        self._way_back = Snapshot(**state["way_back"]) if state["way_back"] else None
-        self._worth_steps, self._worth_at_risk = state["worth"]
+        self._jump = Jump.from_state(state["jump"], device) if state["jump"] else None
+        self._snapshot = Snapshot(**state["snapshot"]) if state["snapshot"] else None
+        self._equivalent_steps, self._unconfirmed_equivalent_steps = state["equivalent_steps"]
+        self._highest_lr = state["highest_lr"]
 
     @property
     def _components(self) -> dict[str, Any]:
@@ -242,6 +325,7 @@ class Prediction:
         return {
             "trajectory": self._trajectory,
             "predictor": self._predictor,
+            "monitor": self._monitor,
             "gate": self._gate,
             "residuals": self._residuals,
         }

@@ -1,4 +1,4 @@
-"""Forward and backward passes over a batch, whole or in parts."""
+"""Forward and backward passes over a batch, whole or in micro-batches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 
 from hybridlab.base.device import cards
 from hybridlab.base.errors import UserError
-from hybridlab.engine.result import Statistics
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
 
 Closure = Callable[[], Tensor]
 """Forward only: returns the scalar loss of one batch, or of one part of it; backward is the trainer's."""
 
-Batch = Sequence[Closure]
+MicroBatches = Sequence[Closure]
 """One closure for each of the equal parts that a batch comes in."""
 
 
@@ -29,19 +28,18 @@ class _ClipsItself(Protocol):
 
 
 class Passes:
-    """Runs the closures of a batch, in the number format that the memory settings name for what is done.
+    """Runs the closures of a batch in the number format that the memory settings name.
 
-    params: that gradients are looked for at; statistics: where forward-only passes are counted
+    params: the trainable weights; all gradients are looked for there
+    optimizer: clips by itself where it steps inside backward
     """
 
-    def __init__(
-        self, params: Sequence[nn.Parameter], optimizer: Optimizer, memory: MemoryConfig, statistics: Statistics
-    ) -> None:
-        self._params, self._optimizer, self._statistics = params, optimizer, statistics
-        self._numbers, self._accumulation = memory.mixed_precision, memory.gradient_accumulation
+    def __init__(self, params: Sequence[nn.Parameter], optimizer: Optimizer, memory: MemoryConfig) -> None:
+        self._params, self._optimizer = params, optimizer
+        self._precision, self._accumulation = memory.mixed_precision, memory.gradient_accumulation
         self._device = params[0].device
 
-    def parts_of(self, closure: Closure | Batch) -> Batch:
+    def micro_batches_of(self, closure: Closure | MicroBatches) -> MicroBatches:
         """The closures of a batch. Raises UserError where they are none, or not as many as the settings say."""
         batch = [closure] if callable(closure) else closure
         if isinstance(batch, Tensor) or not all(callable(part) for part in batch):
@@ -54,13 +52,12 @@ class Passes:
             )
         return batch
 
-    def backward_(self, batch: Batch) -> Tensor:
-        """The batch's mean loss, and its gradients where the optimizer looks for them."""
+    def backward_(self, batch: MicroBatches) -> Tensor:
+        """The batch's mean loss, a scalar in nats; gradients of all parts are added up where the optimizer looks."""
         return _mean([self._backward_(closure, i, len(batch)) for i, closure in enumerate(batch)])
 
     def _backward_(self, closure: Closure, part: int, parts: int) -> Tensor:
-        """Gradients of one part add to those of the parts before."""
-        with self._precision(predicting=False):
+        with self._format(predicting=False):
             loss = _loss_of(closure)
         if not loss.requires_grad:
             raise UserError("the loss does not depend on the weights: leave out .detach(), .item() and no_grad()")
@@ -69,30 +66,32 @@ class Passes:
         (loss / parts if parts > 1 else loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def forward(self, batch: Batch, *, predicting: bool = False, same_noise: bool = False) -> Tensor:
-        """The batch's mean loss, without backward; `same_noise` leaves the random streams as they were."""
-        self._statistics.forward_only_passes += 1
+    def forward(self, batch: MicroBatches, *, predicting: bool = False, same_noise: bool = False) -> Tensor:
+        """The batch's mean loss, a scalar in nats, without backward.
+
+        predicting: in the number format of Predict; same_noise: leave the random streams as they were
+        """
         gradients = [p.grad for p in self._params]
         streams = torch.random.fork_rng(cards(self._device), enabled=same_noise)
-        with torch.no_grad(), streams, self._precision(predicting):
+        with torch.no_grad(), streams, self._format(predicting):
             losses = [_loss_of(closure) for closure in batch]
         if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):
             self._refuse_gradients()
         return _mean(losses)
 
     def clip_(self, limit: float | None) -> Tensor:
-        """Norm of all gradients, and gradients scaled down to `limit` where it is exceeded."""
+        """The norm of all gradients, a scalar; gradients are scaled down where it exceeds `limit`."""
         if isinstance(self._optimizer, _ClipsItself):  # it has taken the gradients away
             return self._optimizer.clip_(limit)
         if limit is None:
             return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
         return nn.utils.clip_grad_norm_(self._params, limit)
 
-    def _precision(self, predicting: bool) -> AbstractContextManager[object]:
+    def _format(self, predicting: bool) -> AbstractContextManager[object]:
         """The number format that the settings name; else the closure's own."""
-        if self._numbers is None:
+        if self._precision is None:
             return nullcontext()
-        name = self._numbers.predict if predicting else self._numbers.training
+        name = self._precision.predict if predicting else self._precision.training
         return autocast("fp32" if name == "fp32" else "bf16", self._device)
 
     def _refuse_gradients(self) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridlab.engine.config import HybridTrainerConfig
 
 
 class Phase(StrEnum):
@@ -20,39 +23,15 @@ class Phase(StrEnum):
     CORRECT = "correct"
 
 
-class PhaseSettings(Protocol):
-    """The part of the settings that `next_phase` reads; `HybridTrainerConfig` is one."""
-
-    @property
-    def warmup_steps(self) -> int:
-        """Gradient steps before the first Full block."""
-
-    @property
-    def full_steps(self) -> int:
-        """Gradient steps of a Full block."""
-
-    @property
-    def max_predict_steps(self) -> int:
-        """Nominal steps that a jump may replace; 0 for none."""
-
-    @property
-    def correct_steps(self) -> int:
-        """Gradient steps after a jump."""
-
-    @property
-    def confidence_threshold(self) -> float:
-        """Confidence from which on Predict may begin."""
-
-
 @dataclass(frozen=True)
-class Moment:
-    """Where the training stands after a step.
+class PhaseInput:
+    """What the next phase depends on, after a step.
 
     phase: the phase of the step just taken
     steps_in_phase: nominal steps taken in it so far
-    jump_accepted: a proposal passed the gate at this step
-    jump_ended: the accepted jump is used up, or was cut short
-    diverged: the divergence monitor spoke
+    jump_accepted: there is an accepted jump
+    jump_ended: all its steps have passed, or it was cut short
+    diverged: training had gone wrong at this step
     """
 
     phase: Phase
@@ -62,33 +41,31 @@ class Moment:
     diverged: bool = False
 
 
-def first_phase(settings: PhaseSettings) -> Phase:
+def first_phase(config: HybridTrainerConfig) -> Phase:
     """The phase of the first step: Full where there is no warmup."""
-    return Phase.WARMUP if settings.warmup_steps else Phase.FULL
+    return Phase.WARMUP if config.warmup_steps else Phase.FULL
 
 
-def next_phase(moment: Moment, settings: PhaseSettings) -> Phase:
+def next_phase(after: PhaseInput, config: HybridTrainerConfig) -> Phase:
     """The phase of the next step: Warmup -> Full -> Predict -> Correct -> Full -> ...
 
     Full goes on until a jump is accepted, and a divergence leads back to Full from everywhere but Warmup.
     """
-    match moment.phase:
+    match after.phase:
         case Phase.WARMUP:
-            return Phase.FULL if moment.steps_in_phase >= settings.warmup_steps else Phase.WARMUP
-        case _ if moment.diverged:
+            return Phase.FULL if after.steps_in_phase >= config.warmup_steps else Phase.WARMUP
+        case _ if after.diverged:
             return Phase.FULL
         case Phase.FULL:
-            return Phase.PREDICT if moment.jump_accepted else Phase.FULL
+            return Phase.PREDICT if after.jump_accepted else Phase.FULL
+        case Phase.PREDICT if not after.jump_ended:
+            return Phase.PREDICT
         case Phase.PREDICT:
-            return _after_jump(settings) if moment.jump_ended else Phase.PREDICT
+            return Phase.CORRECT if config.correct_steps else Phase.FULL
         case Phase.CORRECT:
-            return Phase.FULL if moment.steps_in_phase >= settings.correct_steps else Phase.CORRECT
+            return Phase.FULL if after.steps_in_phase >= config.correct_steps else Phase.CORRECT
 
 
-def may_propose(confidence: float, settings: PhaseSettings) -> bool:
-    """Whether the path is steady enough to propose a jump."""
-    return settings.max_predict_steps > 0 and confidence >= settings.confidence_threshold
-
-
-def _after_jump(settings: PhaseSettings) -> Phase:
-    return Phase.CORRECT if settings.correct_steps else Phase.FULL
+def may_propose(confidence: float, config: HybridTrainerConfig) -> bool:
+    """Whether the path is steady enough to propose a jump; confidence in [0, 1]."""
+    return config.max_predict_steps > 0 and confidence >= config.confidence_threshold

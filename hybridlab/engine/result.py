@@ -1,4 +1,4 @@
-"""What a nominal step reports, and the counts that are kept over all of them."""
+"""What a nominal step reports, and the counts over all of them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 from hybridlab.engine.phases import Phase
 
 
-class Reading:
-    """A number on its way from the device: who reads it waits for that number alone, not for what was asked for since.
+class AsyncScalar:
+    """A number that is copied from the device without a wait; reading it waits for that number alone.
 
-    tensor: the same, on the device
+    tensor: the same number, a scalar on the device
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
         self._number = self.tensor.to("cpu", non_blocking=True)
-        self._is_there = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
     @property
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether the number can be read without waiting."""
-        return self._is_there is None or self._is_there.query()
+        return self._copied is None or self._copied.query()
 
     def __float__(self) -> float:
-        if self._is_there is not None:
-            self._is_there.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return float(self._number)
 
 
@@ -40,12 +40,16 @@ class StepResult:
     nominal_step: its number, from 1
     phase: the phase that it took place in
     predicted_loss: in nats, where the step was predicted; None for gradient steps
-    confidence: of the predictor, where it was asked
+    confidence: of the predictor, in [0, 1], where it was asked
     event: what was decided at this step; None mostly. Of a jump: "proposed", then "accepted" or "rejected". Of the
-        monitor, each with its verdict behind a colon: "shortened", "left Predict", "rolled back", "diverged" (nothing
-        to take back), or "noted" (outside of a jump)
+        divergence monitor, each with its finding behind a colon: "shortened", "left Predict", "rolled back",
+        "diverged" (nothing to roll back), or "noted" (outside of a jump)
+    async_loss, async_norm: the measured loss and the gradient norm, perhaps still on the device
+    forward_only_passes: forward passes without backward, those of the gate included
+    jump_accepted: whether the proposal that was decided at this step was accepted; None where none was
+    diverged: whether training had gone wrong; rolled_back: whether a jump was taken back for it
 
-    Who reads the loss or the norm of a step after the next one has begun does not stall the device.
+    Reading the loss or the norm of a step after the next one has begun does not stall the device.
     """
 
     nominal_step: int
@@ -53,22 +57,26 @@ class StepResult:
     predicted_loss: float | None = None
     confidence: float | None = None
     event: str | None = None
-    loss_reading: Reading | None = None
-    norm_reading: Reading | None = None
+    async_loss: AsyncScalar | None = None
+    async_norm: AsyncScalar | None = None
+    forward_only_passes: int = 0
+    jump_accepted: bool | None = None
+    diverged: bool = False
+    rolled_back: bool = False
 
     @cached_property
     def measured_loss(self) -> float | None:
         """The loss of a forward on this step's batch, in nats; None where none was run."""
-        return None if self.loss_reading is None else float(self.loss_reading)
+        return None if self.async_loss is None else float(self.async_loss)
 
     @cached_property
     def gradient_norm(self) -> float | None:
         """Norm of the gradient before clipping; None where no backward was run."""
-        return None if self.norm_reading is None else float(self.norm_reading)
+        return None if self.async_norm is None else float(self.async_norm)
 
     @property
     def loss(self) -> float:
-        """The measured loss where there is one, else the predicted one."""
+        """The measured loss where there is one, else the predicted one; in nats."""
         loss = self.predicted_loss if self.measured_loss is None else self.measured_loss
         return float("nan") if loss is None else loss
 
@@ -84,15 +92,15 @@ class StepResult:
         return f"StepResult({', '.join(part for part in parts if part)})"
 
     def _measured_in_words(self) -> str:
-        """The measured loss, where it can be said without waiting for the device."""
-        if self.loss_reading is None:
+        """The measured loss, unless the device would have to be waited for."""
+        if self.async_loss is None:
             return ""
-        return f"measured loss {self.measured_loss:.4f}" if self.loss_reading.is_there else "measured loss under way"
+        return f"measured loss {self.measured_loss:.4f}" if self.async_loss.is_ready else "measured loss under way"
 
 
 @dataclass
 class Statistics:
-    """Every count kept apart, and seconds by phase.
+    """Counts over finished steps; nothing else writes them.
 
     nominal_steps = gradient_steps + predicted_steps; forward_only_passes counts forwards without backward,
     those of the gate included; seconds_by_phase is wall time, in seconds.
@@ -107,3 +115,15 @@ class Statistics:
     rollbacks: int = 0
     divergences: int = 0
     seconds_by_phase: dict[str, float] = field(default_factory=lambda: {str(phase): 0.0 for phase in Phase})
+
+    def count(self, result: StepResult, seconds: float) -> None:
+        """Add one finished step, and the wall time that it took."""
+        self.nominal_steps += 1
+        self.gradient_steps += result.phase is not Phase.PREDICT
+        self.predicted_steps += result.phase is Phase.PREDICT
+        self.forward_only_passes += result.forward_only_passes
+        self.proposals_accepted += result.jump_accepted is True
+        self.proposals_rejected += result.jump_accepted is False
+        self.divergences += result.diverged
+        self.rollbacks += result.rolled_back
+        self.seconds_by_phase[str(result.phase)] += seconds

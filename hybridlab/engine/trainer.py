@@ -14,15 +14,14 @@ from hybridlab.base.checkpoint import differences
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.divergence import Answer, DivergenceMonitor, Thresholds, Verdict
-from hybridlab.engine.jumps import Prediction
-from hybridlab.engine.passes import Batch, Closure, Passes
-from hybridlab.engine.phases import Moment, Phase, first_phase, next_phase
-from hybridlab.engine.result import Reading, Statistics, StepResult
+from hybridlab.engine.divergence import Action
+from hybridlab.engine.jumps import Decision, JumpController
+from hybridlab.engine.passes import Closure, MicroBatches, Passes
+from hybridlab.engine.phases import Phase, PhaseInput, first_phase, next_phase
+from hybridlab.engine.result import AsyncScalar, Statistics, StepResult
 from hybridlab.memory.apply import refuse_unprepared
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.predict_offload import PredictResidence
-from hybridlab.predictors import Signals
 from hybridlab.weights.snapshot import Weights
 
 CLOCKS = ("nominal", "gradient", "worth")
@@ -32,165 +31,131 @@ CHANGEABLE = ("confidence_threshold", "max_predict_steps", "correction_interval"
 
 
 class DivergenceError(UserError):
-    """Training diverged, and there is no jump to take back."""
+    """Training diverged, and there is no jump to roll back."""
 
 
 class HybridTrainer:
     """Runs any model and torch optimizer through Warmup -> Full -> Predict -> Correct.
 
-    Call `step(closure)` once for each batch. The closure runs the forward pass on that batch and returns the loss;
-    whether a backward pass follows is the trainer's decision. A batch may also come in equal parts, one closure each:
-    their gradients are averaged, as if it had come whole. At the end of a Full block the predictor may propose a jump;
-    the gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
+    Call `step(closure)` once per batch. The closure runs the forward pass on that batch and returns the loss; the
+    trainer decides whether a backward pass follows. A batch may also come in equal parts, one closure each: their
+    gradients are averaged, as if it had come whole. At the end of a Full block the predictor may propose a jump; the
+    gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
 
-    model: any `torch.nn.Module`; optimizer: a torch optimizer over its parameters whose step needs no closure
-    config: `HybridTrainerConfig`; with `max_predict_steps=0` training equals the plain loop bit for bit. Of its memory
-        settings, formats, parts of a batch and what leaves the card in Predict are seen to here, the rest by
-        `hybridlab.memory.prepare_model_` and `optimizer_for`
+    model: any `torch.nn.Module`
+    optimizer: a torch optimizer over the model's parameters whose step needs no closure
+    config: with `max_predict_steps=0` training equals the plain loop bit for bit. Of its memory settings the trainer
+        applies number formats, parts of a batch and what leaves the GPU in Predict;
+        `hybridlab.memory.prepare_model_` and `optimizer_for` apply the rest
 
     Raises UserError for an optimizer that wants a closure or holds other weights than the model's, and for memory
     settings that the model or the optimizer was not prepared for. `step` raises DivergenceError when the loss is NaN or
-    infinite and there is no jump to take back; UserError when the closure runs backward by itself, when the batch does
+    infinite and there is no jump to roll back; UserError when the closure runs backward by itself, when the batch does
     not come in the parts that the settings ask for, and, at the first proposal, when the optimizer keeps a copy of the
     weights.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None = None) -> None:
         config = config or HybridTrainerConfig()
-        memory = config.memory or MemoryConfig()
         _refuse_misfits(model, optimizer, config)
+        memory = config.memory or MemoryConfig()
         refuse_unprepared(model, optimizer, memory)
         self.model, self.optimizer = model, optimizer
-        self.config = self._first_config = config
+        self._initial_config = asdict(config)
         self._statistics = Statistics()
         self._weights = Weights(model, optimizer, on_host=config.path_device == "host")
-        self._passes = Passes(self._weights.params, optimizer, memory, self._statistics)
+        self._passes = Passes(self._weights.params, optimizer, memory)
         self._residence = PredictResidence(model, self._weights, optimizer, memory)
-        self._monitor = DivergenceMonitor(Thresholds(band=config.divergence_threshold))
-        self._prediction = Prediction(self._weights, optimizer, config, self._monitor, self._statistics)
-        self._last: StepResult | None = None
-        self._highest_lr = 0.0
+        self._jumps = JumpController(self._weights, optimizer, config)
+        self._delayed_result: StepResult | None = None
         self._enter(first_phase(config))
 
     # --- the step ----------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | Batch) -> StepResult:
+    def step(self, closure: Closure | MicroBatches) -> StepResult:
         """Take one nominal step on the closure's batch, or on the batch whose equal parts the closures have."""
         started = time.perf_counter()
-        batch = self._passes.parts_of(closure)
+        batch = self._passes.micro_batches_of(closure)
         match self._phase:
             case Phase.WARMUP:
                 result = self._gradient_step(batch)
             case Phase.FULL:
-                self._prediction.probe(lambda: self._passes.forward(batch, same_noise=True))
-                result = self._gradient_step(batch)
-                result = self._prediction.look_ahead(result, self._steps_in_phase + 1)
+                probes = self._jumps.probe_(lambda: self._passes.forward(batch, same_noise=True))
+                result = replace(self._gradient_step(batch), forward_only_passes=probes)
+                gradient_steps = self._statistics.gradient_steps + 1
+                result = self._jumps.after_full_step(result, self._steps_in_phase + 1, gradient_steps)
             case Phase.PREDICT:
                 result = self._predicted_step(batch)
             case Phase.CORRECT:
                 result = self._gradient_step(batch)
-                self._prediction.correct_(result)
-        verdict = self._watch(result)
-        if verdict:
-            result = replace(result, event=self._answer(verdict))
-        self._advance(result, started, diverged=verdict is not None and verdict.answer is Answer.ROLL_BACK)
+                self._jumps.correct_(result)
+        result = self._carry_out_(self._judge(result), result)
+        self._advance(result)
+        self._statistics.count(result, time.perf_counter() - started)
         return result
 
-    def _gradient_step(self, batch: Batch) -> StepResult:
+    def _gradient_step(self, batch: MicroBatches) -> StepResult:
         """Forward, backward, clip, optimizer."""
         self._residence.get_ready_()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._passes.backward_(batch)
         norm = self._passes.clip_(self.config.clip_norm)
         self.optimizer.step()
-        self._statistics.gradient_steps += 1
-        return self._result(loss, norm_reading=Reading(norm))
+        return self._result(loss, async_norm=AsyncScalar(norm))
 
-    def _predicted_step(self, batch: Batch) -> StepResult:
+    def _predicted_step(self, batch: MicroBatches) -> StepResult:
         """The weights move at the start of a chunk; its last step measures the loss on the user's own batch."""
-        jump = self._prediction.jump
-        assert jump is not None
-        steps_left = jump.length - jump.taken
-        chunk_ends = self._prediction.advance_(jump)
-        self._residence.clear_(steps_left, settled=jump.is_settled(self.config.correction_interval))
-        wait_for_stream(self._weights.device)  # here, so that the card is cleared beside the motion
-        loss = self._passes.forward(batch, predicting=True) if chunk_ends else None
-        return self._result(loss, predicted_loss=jump.predicted_loss)
+        jump = self._jumps.advance_()
+        self._residence.clear_(jump.steps_left, settled=jump.last_motion_made)
+        wait_for_stream(self._weights.device)  # here, so that the GPU is cleared beside the motion
+        loss = self._passes.forward(batch, predicting=True) if jump.ends_chunk else None
+        return self._result(loss, predicted_loss=jump.predicted_loss, forward_only_passes=int(jump.ends_chunk))
 
     def _result(self, loss: Tensor | None, **more: Any) -> StepResult:
-        reading = None if loss is None else Reading(loss)
-        return StepResult(self._statistics.nominal_steps + 1, self._phase, loss_reading=reading, **more)
+        async_loss = None if loss is None else AsyncScalar(loss)
+        return StepResult(self._statistics.nominal_steps + 1, self._phase, async_loss=async_loss, **more)
 
-    # --- watching and deciding ---------------------------------------------------------------------------
+    # --- deciding ----------------------------------------------------------------------------------------
 
-    def _watch(self, result: StepResult) -> Verdict | None:
-        """Judge what was measured; read gradient steps one step late, so that it never stalls the device.
+    def _judge(self, result: StepResult) -> Decision:
+        """Judge what was measured; gradient steps are read one step late, so that it never stalls the device.
 
         Inside a jump the decision cannot wait: there the measurement is read at once.
         """
-        ripe: StepResult | None = result
+        measured: StepResult | None = result
         if result.phase is not Phase.PREDICT:
-            ripe, self._last = self._last, result
-        if ripe is None or ripe.measured_loss is None:
-            return None
-        jump = self._prediction.jump
-        if ripe.gradient_norm is not None:
-            self._prediction.observe(Signals(ripe.measured_loss, ripe.gradient_norm, self._lr_share()))
-        elif jump is not None and ripe.predicted_loss is not None:
-            jump.loss_error = ripe.measured_loss - ripe.predicted_loss
-        return self._monitor.judge(ripe.measured_loss, ripe.gradient_norm, ripe.predicted_loss)
+            measured, self._delayed_result = self._delayed_result, result
+        return self._jumps.judge(measured) if measured else Decision()
 
-    def _lr_share(self) -> float:
-        """The learning rate over the highest one so far."""
-        lr = float(self.optimizer.param_groups[0].get("lr", 1.0))
-        self._highest_lr = max(self._highest_lr, lr)
-        return lr / self._highest_lr if self._highest_lr else 1.0
-
-    def _answer(self, verdict: Verdict) -> str:
-        """Shorten the jump, end it, or take it back; say what was done, and why."""
-        jump = self._prediction.jump if self._phase is Phase.PREDICT else None
-        if verdict.answer is Answer.ROLL_BACK:
-            return self._roll_back_(verdict)
-        if jump is not None and verdict.answer is Answer.LEAVE_PREDICT:
-            jump.length = jump.taken
-            return f"left Predict: {verdict}"
-        if jump is not None:
-            jump.share *= 0.5
-            return f"shortened: {verdict}"
-        return f"noted: {verdict}"
-
-    def _roll_back_(self, verdict: Verdict) -> str:
-        """Restore what was before the last jump, if it may be the cause; stop where a number is not finite."""
-        self._statistics.divergences += 1
-        if self._prediction.can_be_taken_back:
-            self._residence.fill_()
-            self._prediction.take_back_()
-            self._last = None
-            self._statistics.rollbacks += 1
-            return f"rolled back: {verdict}"
-        if verdict.kind == "not finite":
+    def _carry_out_(self, decision: Decision, result: StepResult) -> StepResult:
+        """Roll back, or stop, as the jump controller says; the result with what was done."""
+        if decision.divergence is None:
+            return result
+        if decision.action is Action.STOP:
             raise DivergenceError(
-                f"{verdict.reason} by step {self._statistics.nominal_steps + 1} ({self._phase}), and there is no jump "
+                f"{decision.divergence.reason} by step {result.nominal_step} ({result.phase}), and there is no jump "
                 "to take back: lower the learning rate, warm up for longer, or look for empty batches and NaN in the "
                 "data; the weights may be spoilt, go back to a checkpoint"
             )
-        self._monitor.settle_anew()
-        return f"diverged: {verdict}"
+        rolled_back = decision.snapshot is not None
+        if decision.snapshot is not None:
+            self._residence.fill_()
+            self._weights.restore_(decision.snapshot)
+            self._delayed_result = None
+        return replace(result, event=decision.event, diverged=decision.diverged, rolled_back=rolled_back)
 
-    def _advance(self, result: StepResult, started: float, *, diverged: bool) -> None:
-        """Count the step, and let `next_phase` decide what comes after it."""
-        self._statistics.nominal_steps += 1
+    def _advance(self, result: StepResult) -> None:
+        """Let `next_phase` decide what comes after the step."""
         self._steps_in_phase += 1
-        jump = self._prediction.jump
-        accepted, ended = jump is not None, jump is not None and jump.is_over
-        moment = Moment(self._phase, self._steps_in_phase, accepted, jump_ended=ended, diverged=diverged)
-        following = next_phase(moment, self.config)
-        if following is not self._phase or (diverged and following is Phase.FULL):
+        accepted, ended = self._jumps.jump_accepted, self._jumps.jump_ended
+        following = next_phase(
+            PhaseInput(self._phase, self._steps_in_phase, accepted, ended, result.diverged), self.config
+        )
+        if following is not self._phase or (result.diverged and following is Phase.FULL):
             self._enter(following)
-        self._statistics.seconds_by_phase[str(result.phase)] += time.perf_counter() - started
 
     def _enter(self, phase: Phase) -> None:
-        """Begin a phase; wait for the computation first, so that it is counted where it belongs."""
+        """Begin a phase; wait for the computation first, so that its time is counted in the phase before."""
         wait_for_stream(self._weights.device)
         self._phase, self._steps_in_phase = phase, 0
         if phase is Phase.PREDICT:
@@ -198,9 +163,14 @@ class HybridTrainer:
         else:
             self._residence.settle_()
         if phase is Phase.FULL:
-            self._prediction.begin_block()
+            self._jumps.begin_block()
 
     # --- steering from outside ---------------------------------------------------------------------------
+
+    @property
+    def config(self) -> HybridTrainerConfig:
+        """The settings as they are now."""
+        return self._jumps.config
 
     def change(self, **settings: Any) -> None:
         """Change settings between two steps: `confidence_threshold`, `max_predict_steps`, `correction_interval`.
@@ -216,8 +186,7 @@ class HybridTrainer:
         changed = replace(self.config, **settings)
         if bool(changed.max_predict_steps) != bool(self.config.max_predict_steps):
             raise UserError("max_predict_steps=0 is plain training from start to end: begin another run for it")
-        self.config = self._prediction.config = changed
-        self._prediction.reach(changed.max_predict_steps)
+        self._jumps.change(changed)
 
     # --- looking from outside ----------------------------------------------------------------------------
 
@@ -231,28 +200,28 @@ class HybridTrainer:
         return replace(self._statistics, seconds_by_phase=dict(self._statistics.seconds_by_phase))
 
     def reliability(self) -> list[dict[str, float]]:
-        """Predicted confidence against how often proposals were accepted, a row a bin of confidence."""
-        return self._prediction.reliability()
+        """Predicted confidence beside the share of proposals accepted, one row per bin of confidence."""
+        return self._jumps.reliability()
 
     def forecast_skill(self) -> float | None:
         """How much better than persistence the predictor's forecasts of the loss were; None where it makes none.
 
         1 - MSE(forecast) / MSE(persistence): 1 is perfect, 0 worth nothing.
         """
-        return self._prediction.forecast_skill()
+        return self._jumps.forecast_skill()
 
     def steps_by(self, clock: str) -> float:
         """Steps so far by the clock that a schedule may follow.
 
         "nominal" counts every step, so that a schedule planned for N steps ends with the run: the default, and what
-        the truncated control is fitted against. "gradient" counts real steps alone. "worth" counts real steps, and
-        for each jump the steps that its change of the loss, measured by the gate or else forecast, would have taken at
-        the loss's own pace.
+        the truncated control is fitted against. "gradient" counts gradient steps alone. "worth" counts gradient steps,
+        and for each jump the gradient steps that its change of the loss, measured by the gate or else forecast, would
+        have taken at the loss's present slope.
         """
         by_clock = {
             "nominal": self._statistics.nominal_steps,
             "gradient": self._statistics.gradient_steps,
-            "worth": self._statistics.gradient_steps + self._prediction.worth_steps,
+            "worth": self._statistics.gradient_steps + self._jumps.equivalent_gradient_steps,
         }
         return by_clock[clock]
 
@@ -272,33 +241,29 @@ class HybridTrainer:
 
         Plain containers, numbers and tensors only, so that `torch.load(..., weights_only=True)` reads it.
         """
-        last = self._last
+        delayed = self._delayed_result
         return {
-            "config": asdict(self._first_config),
+            "config": self._initial_config,
             "changed": {name: getattr(self.config, name) for name in CHANGEABLE},
             "phase": str(self._phase),
             "steps_in_phase": self._steps_in_phase,
             "statistics": asdict(self._statistics),
-            "prediction": self._prediction.state_dict(),
-            "monitor": self._monitor.state_dict(),
-            "last": last and {"phase": str(last.phase), "loss": last.measured_loss, "norm": last.gradient_norm},
-            "highest_lr": self._highest_lr,
+            "jumps": self._jumps.state_dict(),
+            "delayed": delayed and [str(delayed.phase), delayed.measured_loss, delayed.gradient_norm],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; load the model and the optimizer first.
+        """Continue from where `state_dict` was taken; load the model and the optimizer first.
 
         Raises UserError when the state was taken under other settings.
         """
-        if changed := ", ".join(differences(state["config"], asdict(self._first_config))):
+        if changed := ", ".join(differences(state["config"], self._initial_config)):
             raise UserError(f"this state was saved under other settings: {changed}")
-        self.config = self._prediction.config = replace(self._first_config, **state["changed"])
+        self._jumps.change(replace(self.config, **state["changed"]))
+        self._jumps.load_state_dict(state["jumps"])
         self._phase, self._steps_in_phase = Phase(state["phase"]), state["steps_in_phase"]
         vars(self._statistics).update(state["statistics"])
-        self._prediction.load_state_dict(state["prediction"])
-        self._monitor.load_state_dict(state["monitor"])
-        self._last = _restored_result(state["last"]) if state["last"] else None
-        self._highest_lr = state["highest_lr"]
+        self._delayed_result = state["delayed"] and _restored_result(*state["delayed"])
 
 
 def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig) -> None:
@@ -318,6 +283,6 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
         )
 
 
-def _restored_result(last: dict[str, Any]) -> StepResult:
-    loss, norm = (Reading(torch.tensor(last[name])) for name in ("loss", "norm"))
-    return StepResult(0, Phase(last["phase"]), loss_reading=loss, norm_reading=norm)
+def _restored_result(phase: str, loss: float, norm: float) -> StepResult:
+    loss_scalar, norm_scalar = (AsyncScalar(torch.tensor(number)) for number in (loss, norm))
+    return StepResult(0, Phase(phase), async_loss=loss_scalar, async_norm=norm_scalar)

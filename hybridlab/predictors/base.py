@@ -39,8 +39,8 @@ class Proposal:
     loss_change: float
 
     @property
-    def stays_put(self) -> bool:
-        """Whether the jump moves nothing, or is not even finite: nothing to try."""
+    def is_empty(self) -> bool:
+        """Whether the jump moves nothing, or is not finite."""
         return not np.isfinite(self.coefficients).all() or not self.coefficients.any()
 
 
