@@ -14,21 +14,12 @@ import plotly.graph_objects as go
 import pytest
 from matplotlib import pyplot
 
-from hybridlab.charts.builders import (
-    Band,
-    Chart,
-    Line,
-    Panels,
-    Series,
-    bars,
-    interval_chart,
-    loss_curves,
-    phase_bands,
-    phase_chart,
-    table,
-)
+from hybridlab.charts.builders import bars, interval_chart, loss_curves, phase_bands, phase_chart
+from hybridlab.charts.display import Chart, Panels
+from hybridlab.charts.model import Band, Line, Series
 from hybridlab.charts.points import kept, rounded
 from hybridlab.charts.style import CONTROL
+from hybridlab.charts.tables import table
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -149,7 +140,7 @@ def test_short_series_are_not_thinned() -> None:
 def test_long_run_stays_small_and_its_text_counts_every_point() -> None:
     chart = loss_curves({"long": frame(20_000)}, against="nominal_step")
     assert len(chart.plotly().data[0].x) <= 300
-    assert "long: 20000 points" in chart.text()
+    assert "long: 20000 points" in str(chart)
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")], [float("inf")]])
@@ -280,12 +271,12 @@ def test_bars_start_at_zero_and_groups_may_lack_rows() -> None:
     chart = CHARTS["bars"]
     assert isinstance(chart, Chart)
     assert chart.x_limits()[0] == 0
-    assert "predicted, fp32: 80.0000" in chart.text()
-    assert "predicted, bf16" not in chart.text()
+    assert "predicted, fp32: 80.0000" in str(chart)
+    assert "predicted, bf16" not in str(chart)
 
 
 def test_text_says_first_min_and_last() -> None:
-    assert CHARTS["line"].text().splitlines() == [
+    assert str(CHARTS["line"]).splitlines() == [
         "Loss",
         "  x: nominal steps; y: loss (nats)",
         "  a: 5 points, first 5.0000, min 3.1000, last 3.1000",

@@ -10,7 +10,7 @@ import pytest
 
 from hybridlab.charts.builders import seed_panels
 from hybridlab.charts.model import Series
-from hybridlab.charts.style import CONTROL, placed
+from hybridlab.charts.style import CONTROL
 from hybridlab.notebook.views.memory_charts import (
     SAFE_PEAK,
     memory_breakdown,
@@ -58,7 +58,7 @@ def vram(rows: int = 2000) -> pd.DataFrame:
 
 def test_stacked_parts_begin_where_the_last_one_ended_and_share_a_row() -> None:
     chart = memory_breakdown(MEMORY_ROWS, "Memory")
-    places = {place.series.name: place for place in placed(chart)}
+    places = {place.series.name: place for place in chart.places()}
     assert places["gradients"].base == places["weights"].series.x
     assert places["optimizer"].base == (1.0, 1.0, 0.55)
     assert places["weights"].offset == places["workspace"].offset < places["measured"].offset
@@ -80,12 +80,12 @@ def test_a_breakdown_is_drawn_with_totals_at_the_ends_and_without_the_context() 
 
 
 def test_parts_that_nothing_needs_are_left_out() -> None:
-    assert "path" not in memory_breakdown(MEMORY_ROWS[:2], "Memory").text()
+    assert "path" not in str(memory_breakdown(MEMORY_ROWS[:2], "Memory"))
 
 
 def test_an_arm_that_was_only_predicted_has_no_measured_bar() -> None:
     rows = [row | {"measured_allocated_bytes": None} for row in MEMORY_ROWS[:1]]
-    assert "measured," not in memory_breakdown(rows, "Memory").text()
+    assert "measured," not in str(memory_breakdown(rows, "Memory"))
 
 
 def test_the_control_is_told_apart_and_the_bound_is_drawn_where_it_matters() -> None:
@@ -95,7 +95,7 @@ def test_the_control_is_told_apart_and_the_bound_is_drawn_where_it_matters() -> 
     large = quality_against_memory([MEMORY_ROWS[0] | {"peak_memory_bytes": 13e9}], "Quality")
     assert large.x_lines == (SAFE_PEAK,)
     assert large.x_limits()[1] >= SAFE_PEAK.value
-    assert "line at x 14.0000: 14 GB" in large.text()
+    assert "line at x 14.0000: 14 GB" in str(large)
     assert large.png().startswith(b"\x89PNG")
 
 

@@ -1,8 +1,4 @@
-"""The charts that notebooks ask for, from plain frames and numbers.
-
-Every function returns a description (`Chart`) that a cell shows by naming it last; `Panels` sets
-several side by side. `table` shows records.
-"""
+"""The charts that notebooks ask for, from plain frames and numbers."""
 
 from __future__ import annotations
 
@@ -13,25 +9,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from hybridlab.charts.model import Band, Chart, Line, Panels, Series
-from hybridlab.charts.tables import Table, table
+from hybridlab.charts.display import Chart, Panels
+from hybridlab.charts.model import Band, Line, Series
 from hybridlab.study.statistics import Interval
-
-__all__ = [
-    "Band",
-    "Chart",
-    "Line",
-    "Panels",
-    "Series",
-    "Table",
-    "bars",
-    "interval_chart",
-    "loss_curves",
-    "phase_bands",
-    "phase_chart",
-    "seed_panels",
-    "table",
-]
 
 Against = Literal["nominal_step", "gradient_step", "seconds"]
 Frames = pd.DataFrame | Sequence[pd.DataFrame]

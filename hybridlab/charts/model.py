@@ -1,8 +1,4 @@
-"""The vocabulary of charts: series over bands, one chart, several panels.
-
-A chart is a description. `Chart.plotly` and `Chart.png` draw it, `Chart.text` says it in words; none
-of them needs a browser, a display or JavaScript.
-"""
+"""A chart as plain data: series over bands, with reference lines. `display` shows it."""
 
 from __future__ import annotations
 
@@ -12,12 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import plotly.graph_objects as go
-
-from hybridlab.charts import plotly as draw_plotly
-from hybridlab.charts import png as draw_png
-from hybridlab.charts import style as look
-from hybridlab.charts.bundle import Bundle
 from hybridlab.charts.points import finite, kept, rounded, shown
 
 Kind = Literal["line", "points", "bar"]
@@ -105,7 +95,23 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Chart(Bundle):
+class Place:
+    """Where a series lies in a chart with names, and where each of its bars begins.
+
+    offset, thickness: its shift and its size, in rows
+    base: where each bar begins, 0 where nothing is stacked
+    topmost: nothing is stacked on it, so that the total is written at its end
+    """
+
+    series: Series
+    offset: float
+    thickness: float
+    base: tuple[float, ...]
+    topmost: bool
+
+
+@dataclass(frozen=True)
+class ChartData:
     """One pair of axes, labeled with their units.
 
     lines: reference values on the value axis; x_lines: on the other one
@@ -152,10 +158,26 @@ class Chart(Bundle):
         if self.y_zoom and not (0 if self.log_y else -math.inf) < self.y_zoom[0] < self.y_zoom[1] < math.inf:
             raise ValueError(f"chart {self.title!r}: y_zoom must be (low, high), not {self.y_zoom}")
 
+    def places(self) -> list[Place]:
+        """Each series with its own part of a row; stacked ones share a part, each begins where the last one ended."""
+        stacked = [s for s in self.series if s.stack]
+        alone = [s for s in self.series if not s.stack]
+        lanes = len(alone) + bool(stacked)
+        thickness = 0.7 / lanes if self.names else 0.0
+        lane = {s.name: i + bool(stacked) for i, s in enumerate(alone)}
+        ends: dict[float, float] = {}
+        places = []
+        for s in self.series:
+            base = tuple(ends.get(row, 0.0) if s.stack else 0.0 for row in s.y)
+            ends |= {row: start + x for row, start, x in zip(s.y, base, s.x, strict=True) if s.stack}
+            offset = round((lane.get(s.name, 0) - (lanes - 1) / 2) * thickness, 4)
+            places.append(Place(s, offset, round(thickness, 4), base, not s.stack or s is stacked[-1]))
+        return places
+
     def _values(self) -> list[float]:
         """Everything that must be visible on the value axis."""
         values = [line.value for line in self.lines]
-        for place in look.placed(self):
+        for place in self.places():
             s = place.series
             values += [start + x for start, x in zip(place.base, s.x, strict=True)] if self.names else s.y
             values += [v for side in s.bounds() or () for v in side]
@@ -182,15 +204,7 @@ class Chart(Bundle):
         low, high = _padded([math.log10(v) for v in self._values()], below=0.05, above=above)
         return float(f"{10**low:.4g}"), float(f"{10**high:.4g}")
 
-    def plotly(self) -> go.Figure:
-        """The interactive figure, as wide as its cell and 420 pixels high."""
-        return draw_plotly.draw(None, (self,), columns=1)
-
-    def png(self) -> bytes:
-        """The picture, 900 x 420 pixels."""
-        return draw_png.draw(None, (self,), columns=1)
-
-    def text(self) -> str:
+    def __str__(self) -> str:
         """Title, axes, and a line for each series, band label and reference line."""
         head = [self.title, f"  x: {self.x_label}" + (f"; y: {self.y_label}" if self.y_label else "")]
         body = [self._row_text(s) if self.names else [_line_text(s, self.log_y)] for s in self.series]
@@ -209,34 +223,6 @@ class Chart(Bundle):
             values = [value + pair for value, pair in zip(values, pairs, strict=True)]
         prefix = f"{series.name}, " if len(self.series) > 1 else ""
         return [f"  {prefix}{self.names[int(y)]}: {v}" for y, v in zip(series.y, values, strict=True)]
-
-
-@dataclass(frozen=True)
-class Panels(Bundle):
-    """Several charts side by side under one title and one legend; a series name looks alike in all."""
-
-    title: str
-    charts: tuple[Chart, ...]
-    columns: int = 2
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "charts", tuple(self.charts))
-        if not self.charts:
-            raise ValueError(f"panels {self.title!r} hold no chart: give at least one")
-        if self.columns < 1:
-            raise ValueError(f"panels {self.title!r}: columns must be 1 or more, not {self.columns}")
-
-    def plotly(self) -> go.Figure:
-        """The interactive figure, as wide as its cell."""
-        return draw_plotly.draw(self.title, self.charts, min(self.columns, len(self.charts)))
-
-    def png(self) -> bytes:
-        """The picture, 900 pixels wide."""
-        return draw_png.draw(self.title, self.charts, min(self.columns, len(self.charts)))
-
-    def text(self) -> str:
-        """The title, then each chart's text."""
-        return "\n".join([self.title, *(chart.text() for chart in self.charts)])
 
 
 def _padded(values: list[float], *, below: float, above: float, stick: bool = False) -> Limits:

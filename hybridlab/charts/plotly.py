@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hybridlab.charts import style as look
+from hybridlab.charts.model import ChartData, Place, Series
 from hybridlab.charts.points import rounded
-from hybridlab.charts.style import Look, Place
-
-if TYPE_CHECKING:
-    from hybridlab.charts.model import Chart, Series
+from hybridlab.charts.style import Look
 
 HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
 MARKERS = {"triangle": "triangle-up", "cross": "x"}
@@ -29,7 +27,7 @@ AXIS = {
 }
 
 
-def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> go.Figure:
+def draw(title: str | None, charts: tuple[ChartData, ...], columns: int) -> go.Figure:
     """One figure of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 130 + look.PANEL_HEIGHT_PX * rows
@@ -46,7 +44,7 @@ def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> go.Figur
     return figure
 
 
-def _gap(charts: tuple[Chart, ...], columns: int) -> float:
+def _gap(charts: tuple[ChartData, ...], columns: int) -> float:
     """Room between panels, as a share of the width, for tick labels, axis titles and names of rows."""
     longest = max((len(name) for chart in charts for name in chart.names), default=8)
     return min(0.03 + 0.0075 * longest, 0.5 / columns)
@@ -68,9 +66,9 @@ def _layout(title: str, height: int, panels: bool) -> dict[str, Any]:
     }
 
 
-def _traces(chart: Chart, styles: dict[str, Look]) -> list[Any]:
+def _traces(chart: ChartData, styles: dict[str, Look]) -> list[Any]:
     traces = _bands(chart)
-    for place in look.placed(chart):
+    for place in chart.places():
         drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
         if chart.names:
             traces += _row_traces(chart, drawn, style, place)
@@ -90,7 +88,7 @@ def _curve_traces(s: Series, style: Look) -> list[Any]:
     return [*traces, go.Scatter(x=list(s.x), y=list(s.y), mode=mode, **common)]
 
 
-def _row_traces(chart: Chart, s: Series, style: Look, place: Place) -> list[Any]:
+def _row_traces(chart: ChartData, s: Series, style: Look, place: Place) -> list[Any]:
     rows = [round(y + place.offset, 4) for y in s.y]
     common = _common(s.name, style, len(s.x)) | {"text": [_plain(chart.names[int(y)]) for y in s.y]}
     common["hovertemplate"] = "%{text}: %{x}<extra></extra>"
@@ -139,7 +137,7 @@ def _silent(group: str) -> dict[str, Any]:
     return {"legendgroup": group, "showlegend": False, "hoverinfo": "skip"}
 
 
-def _bands(chart: Chart) -> list[Any]:
+def _bands(chart: ChartData) -> list[Any]:
     """One filled trace per label, so that the legend shows it once and can hide it."""
     low, high = chart.y_limits()
     labels = dict.fromkeys(band.label for band in chart.bands)
@@ -156,7 +154,7 @@ def _bands(chart: Chart) -> list[Any]:
     return traces
 
 
-def _axes(figure: go.Figure, chart: Chart, cell: dict[str, int]) -> None:
+def _axes(figure: go.Figure, chart: ChartData, cell: dict[str, int]) -> None:
     def axis(label: str) -> dict[str, Any]:
         return AXIS | {"title": {"text": _plain(label), "standoff": 8}}
 
@@ -170,7 +168,7 @@ def _axes(figure: go.Figure, chart: Chart, cell: dict[str, int]) -> None:
     figure.update_yaxes(axis(chart.y_label) | y, **cell)
 
 
-def _notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int, titled: bool) -> None:
+def _notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], columns: int, titled: bool) -> None:
     """Everything written onto the chart: the panel's title, the bands' labels, reference lines, bar ends."""
     if titled:
         text = f"<b>{_lines(chart.title, columns)}</b>"
@@ -180,7 +178,7 @@ def _notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int, 
         _reference(figure, chart, cell, line.value, _plain(line.label))
     for line in chart.x_lines:
         _x_reference(figure, cell, line.value, _plain(line.label))
-    for place in look.placed(chart):
+    for place in chart.places():
         if place.series.kind == "bar" and place.topmost:
             for start, length, y in zip(place.base, place.series.x, place.series.y, strict=True):
                 x = start + length
@@ -188,7 +186,7 @@ def _notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int, 
                 _note(figure, cell, f"{x:.4g}", bgcolor=look.PAPER, borderpad=0, xshift=3 if x >= 0 else -3, **where)
 
 
-def _band_notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: int) -> None:
+def _band_notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], columns: int) -> None:
     low, high = chart.x_limits()
     for band in chart.bands:
         if text := look.band_text(band, high - low, columns):
@@ -196,7 +194,7 @@ def _band_notes(figure: go.Figure, chart: Chart, cell: dict[str, int], columns: 
             _note(figure, cell, _plain(text), x=middle, y=1, yref="y domain", xanchor="center", yanchor="top")
 
 
-def _reference(figure: go.Figure, chart: Chart, cell: dict[str, int], value: float, label: str) -> None:
+def _reference(figure: go.Figure, chart: ChartData, cell: dict[str, int], value: float, label: str) -> None:
     line = {"color": look.INK, "width": 1, "dash": "dot"}
     if chart.names:
         figure.add_vline(value, line=line, **cell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -14,10 +14,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from PIL import Image
 
 from hybridlab.charts import style as look
-from hybridlab.charts.style import Look, Place
-
-if TYPE_CHECKING:
-    from hybridlab.charts.model import Chart, Series
+from hybridlab.charts.model import ChartData, Place, Series
+from hybridlab.charts.style import Look
 
 DPI = 100
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
@@ -51,7 +49,7 @@ LABEL_BOX = {"facecolor": look.PAPER, "edgecolor": "none", "pad": 0.6}
 Handles = dict[tuple[str, str], Any]
 
 
-def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> bytes:
+def draw(title: str | None, charts: tuple[ChartData, ...], columns: int) -> bytes:
     """One picture of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 80 + look.PANEL_HEIGHT_PX * rows
@@ -67,20 +65,20 @@ def draw(title: str | None, charts: tuple[Chart, ...], columns: int) -> bytes:
         return png_of(figure)
 
 
-def _chart(axes: Axes, chart: Chart, styles: dict[str, Look], columns: int) -> Handles:
+def _chart(axes: Axes, chart: ChartData, styles: dict[str, Look], columns: int) -> Handles:
     _axes(axes, chart, columns)
     handles = _bands(axes, chart, columns)
     for line in chart.lines:
         _reference(axes, line.value, line.label, rows=bool(chart.names))
     for line in chart.x_lines:
         _x_reference(axes, line.value, line.label)
-    for place in look.placed(chart):
+    for place in chart.places():
         drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
         handles["series", drawn.name] = _rows(axes, drawn, style, place) if chart.names else _curve(axes, drawn, style)
     return handles
 
 
-def _axes(axes: Axes, chart: Chart, columns: int) -> None:
+def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
     named_lines = bool(chart.names and chart.lines)  # whose labels stand between title and axes
     axes.set_title(
         "\n".join(look.lines_of(chart.title, columns)), pad=20 if named_lines else 8, fontsize=_size(columns)
@@ -110,7 +108,7 @@ def _log_scale(axes: Axes, low: float, high: float) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _bands(axes: Axes, chart: Chart, columns: int) -> Handles:
+def _bands(axes: Axes, chart: ChartData, columns: int) -> Handles:
     low, high = chart.x_limits()
     handles: Handles = {}
     for band in chart.bands:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hybridlab.charts.model import Band, Chart, Series
+from hybridlab.charts.model import Band, Series
 
 # Okabe and Ito's palette, told apart by color-blind eyes, without black (too close to the control's grey)
 # and yellow (too faint on white). https://jfly.uni-koeln.de/color/
@@ -85,38 +83,6 @@ def marker_size(count: int) -> float:
 def tint(label: str) -> Tint:
     """The fill of a band: fixed for the four phases, grey for anything else."""
     return TINTS.get(label, OTHER_TINT)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a series lies on the rows of a chart with names, and where each of its bars begins.
-
-    offset, thickness: its shift and its size, in rows; base: one beginning a point, 0 where nothing is stacked
-    topmost: nothing is stacked upon it, so that the row's total is written at its end
-    """
-
-    series: Series
-    offset: float
-    thickness: float
-    base: tuple[float, ...]
-    topmost: bool
-
-
-def placed(chart: Chart) -> list[Place]:
-    """Give each series its own part of a row; those that are stacked share one, each beginning where the last ended."""
-    stacked = [s for s in chart.series if s.stack]
-    alone = [s for s in chart.series if not s.stack]
-    lanes = len(alone) + bool(stacked)
-    thickness = 0.7 / lanes if chart.names else 0.0
-    shift = {s.name: i + bool(stacked) for i, s in enumerate(alone)}
-    reached: dict[float, float] = {}
-    places = []
-    for s in chart.series:
-        base = tuple(reached.get(row, 0.0) if s.stack else 0.0 for row in s.y)
-        reached |= {row: start + x for row, start, x in zip(s.y, base, s.x, strict=True) if s.stack}
-        offset = round((shift.get(s.name, 0) - (lanes - 1) / 2) * thickness, 4)
-        places.append(Place(s, offset, round(thickness, 4), base, not s.stack or s is stacked[-1]))
-    return places
 
 
 def hatch(series: Series, style: Look) -> str:

@@ -59,21 +59,17 @@ class Table:
         body = "\n".join(f"<tr>{_row(cells, sides)}</tr>" for cells in self.cells())
         return f"<table>\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
-    def text(self) -> str:
-        """The table with aligned columns."""
+    def __str__(self) -> str:
         grid = [self.columns, *self.cells()]
         widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
         grid.insert(1, ["-" * width for width in widths])
         lines = ["  ".join(_aligned(row, widths, self._sides())).rstrip() for row in grid]
         return "\n".join([self.caption, *lines] if self.caption else lines)
 
-    def __str__(self) -> str:
-        return self.text()
-
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
-        return {"text/html": self.html(), "text/plain": self.text()}
+        return {"text/html": self.html(), "text/plain": str(self)}
 
     def _sides(self) -> list[str]:
         columns = ([row.get(c) for row in self.rows] for c in self.columns)

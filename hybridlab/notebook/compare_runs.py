@@ -11,7 +11,7 @@ import pandas as pd
 
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.charts.builders import Against, loss_curves
-from hybridlab.charts.model import Chart
+from hybridlab.charts.display import Chart
 from hybridlab.charts.tables import table
 from hybridlab.notebook.live_table import LiveTable
 from hybridlab.results.publish import project_root

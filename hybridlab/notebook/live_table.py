@@ -23,7 +23,7 @@ class LiveTable:
     empty: str
 
     def __str__(self) -> str:
-        return self.table.text() if self.table else self.empty
+        return str(self.table) if self.table else self.empty
 
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None

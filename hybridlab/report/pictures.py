@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hybridlab.charts.builders import interval_chart
-from hybridlab.charts.model import Chart, Line
+from hybridlab.charts.display import Chart
+from hybridlab.charts.model import Line
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
 

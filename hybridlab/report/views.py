@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridlab.charts.model import Chart
+from hybridlab.charts.display import Chart
 from hybridlab.charts.tables import Table, table
 from hybridlab.notebook.live_table import LiveTable
 from hybridlab.report.criteria import CRITERIA

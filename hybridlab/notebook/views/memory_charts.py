@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from hybridlab.charts.builders import phase_bands
-from hybridlab.charts.model import Chart, Line, Series
+from hybridlab.charts.display import Chart
+from hybridlab.charts.model import Line, Series
 from hybridlab.charts.points import kept
 from hybridlab.planner.plan import PARTS
 from hybridlab.results.bounds import SAFE_PEAK_BYTES

@@ -9,7 +9,8 @@ from typing import Any
 
 from hybridlab.benchmarks.step_overhead import StepOverhead
 from hybridlab.charts.builders import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
-from hybridlab.charts.model import Chart, Line, Panels
+from hybridlab.charts.display import Chart, Panels
+from hybridlab.charts.model import Line
 from hybridlab.charts.tables import Table, table
 from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
