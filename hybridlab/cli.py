@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from dataclasses import replace
@@ -64,18 +63,15 @@ def run(
     Parameters are checked before anything runs. A copy is written only when every cell has run;
     what is left of a run that stopped goes to OUT with the ending .failed.ipynb.
 
-    The results, results.json, go where the copy goes, whatever a parameter file says of them;
-    -p results FOLDER puts them elsewhere.
+    The results, results.json, go where the copy goes; -p results FOLDER puts them elsewhere.
 
     Exit codes: 0 done, 1 a cell failed or OUT could not be written, 2 refused before the start, 130 stopped.
     """
-    from hybridlab.batch.run import run_notebook, summary_of
+    from hybridlab.batch.run import run_notebook
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ["HYBRIDLAB_RESUME"] = str(int(resume))
-    console = Console()
-    executed = run_notebook(notebook, output, file or [], [_pair(text) for text in parameter or []], console)
-    for sentence in summary_of(executed.metadata["hybridlab"]["parameters"], notebook):
+    settings, console = [_pair(text) for text in parameter or []], Console()
+    for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
     console.print("Open it:  make lab", highlight=False)

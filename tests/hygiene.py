@@ -15,7 +15,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
 from hybridlab.batch.given import checked_values, values_in_file
-from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.parameters import HOW_IT_RUNS, asked, parameters_sha256
 from hybridlab.results.publish import is_volatile, shown
 
 MAX_NOTEBOOK_BYTES = 1_000_000
@@ -93,14 +93,15 @@ def _parameter_differences(executed: NotebookNode, source: NotebookNode, paramet
         wanted = {given.name: given.value for given in values_in_file(parameters)}
     except UserError as error:
         return [str(error)]
-    whole = defaults(declared_parameters(source, "the source")) | wanted
+    whole = asked(defaults(declared_parameters(source, "the source")) | wanted)
     record = executed.metadata.get("hybridlab", {})
+    how = {name: value for name, value in record.get("parameters", {}).items() if name in HOW_IT_RUNS}
     problems = []
-    if injected_parameters(executed) != wanted:
+    if asked(injected_parameters(executed)) != asked(wanted):
         problems.append(f"its injected parameters are not those of {parameters.name}: run it again")
-    if record.get("parameters") != whole:
+    if asked(record.get("parameters", {})) != whole:
         problems.append("its recorded parameters are not the defaults and the file's: run it again")
-    if record.get("parameters_sha256") != parameters_sha256(whole):
+    if record.get("parameters_sha256") != parameters_sha256(whole | how):
         problems.append("its recorded parameter hash is another: run it again")
     return problems
 

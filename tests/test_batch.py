@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -101,7 +102,7 @@ def test_settings_on_the_command_line_are_read_by_the_declared_type(notebook):
     job = prepared(notebook, Path("runs/out.ipynb"), [], settings)
     read = {"lr": 1e-4, "start": "12:30", "fast": True, "widths": [4], "limit": 7}
     assert job.overrides == read | {"results": "runs"}
-    assert job.parameters == {"steps": 3} | job.overrides
+    assert job.parameters == {"steps": 3} | read
     assert "steps: 'many' is text" in refusal(notebook, None, ("steps", "many"))
     assert "did you mean 'steps'?" in refusal(notebook, None, ("stepps", "1"))
 
@@ -118,18 +119,27 @@ def test_results_go_where_the_copy_goes_unless_they_are_sent_elsewhere(notebook,
     Path("params.yaml").write_text("lr: 1.0\nresults: executed/cpu\nsteps: 2", encoding="utf-8")
     files, elsewhere = [Path("params.yaml")], tmp_path_factory.mktemp("elsewhere")
     for output, results in (("runs/a.ipynb", "runs"), ("a.ipynb", "."), (elsewhere / "a.ipynb", str(elsewhere))):
-        assert prepared(notebook, Path(output), files).parameters["results"] == results
+        assert prepared(notebook, Path(output), files).results == root / results / "results.json"
     sent = prepared(notebook, Path("runs/a.ipynb"), files, [("results", "kept")])
-    assert sent.parameters["results"] == "kept"
+    assert sent.results == root / "kept" / "results.json"
     assert not Path("executed").exists()
     assert list(sent.overrides) == ["lr", "results", "steps"], "in the file's order, as an executed copy shows them"
     monkeypatch.chdir(root / "notebooks")
-    assert prepared(notebook, Path("../runs/a.ipynb")).parameters["results"] == "runs"
+    assert prepared(notebook, Path("../runs/a.ipynb")).overrides["results"] == "runs"
 
 
 def test_a_notebook_without_results_is_given_none(root):
     plain = save(tiny_notebook(declared="lr: float = 1.0"), root / "plain.ipynb")
-    assert prepared(plain, Path("out.ipynb")).overrides == {}
+    assert prepared(plain, Path("out.ipynb"), resume=True).overrides == {}
+
+
+def test_resume_reaches_a_notebook_as_a_parameter_and_is_no_part_of_what_it_asks(root):
+    """So that plain papermill can give it too, and a copy says the same however often it was started."""
+    trains = save(tiny_notebook(declared=f"{DECLARED}resume: bool = False"), root / "trains.ipynb")
+    first, again = (prepared(trains, Path("out.ipynb"), resume=resume) for resume in (False, True))
+    assert (first.overrides, again.overrides) == ({"results": "."}, {"results": ".", "resume": True})
+    assert first.parameters == again.parameters
+    assert prepared(trains, Path("out.ipynb"), [], [("resume", "true")]).overrides == again.overrides
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_start(notebook):
@@ -222,9 +232,11 @@ def test_the_copy_says_what_it_rests_on_as_its_results_do(good_run, monkeypatch)
     assert facts["parameters_sha256"] == entry["parameters_sha256"] == parameters_sha256(facts["parameters"])
     for name, value in environment().items():
         assert facts[name] == entry[name] == value
-    assert summary_of(dict(facts["parameters"]), Path("good.ipynb")) == ["It adds up."]
-    assert summary_of(facts["parameters"] | {"lr": 5.0}, Path("good.ipynb")) == []
-    assert summary_of(dict(facts["parameters"]), Path("other.ipynb")) == []
+    job = prepared(Path("notebooks/good.ipynb"), Path("out/good.ipynb"), [], GOOD_SETTINGS)
+    assert facts["parameters"] == job.parameters
+    assert summary_of(job) == ["It adds up."]
+    assert summary_of(replace(job, parameters=job.parameters | {"lr": 5.0})) == []
+    assert summary_of(replace(job, notebook=Path("other.ipynb"))) == []
 
 
 def test_two_equal_runs_leave_the_same_bytes(good_run, monkeypatch):
@@ -279,7 +291,7 @@ def test_a_finished_copy_without_a_place_is_kept_elsewhere_whole_and_clean(root,
     assert "\n" not in str(failed.value)
     copy = nbformat.read(kept, as_version=4)
     assert unfinished(copy) is None
-    assert copy.metadata["hybridlab"]["parameters"]["results"] == "out"
+    assert copy.metadata["hybridlab"]["parameters"]["steps"] == 3
     assert [path.name for path in temporary.rglob("*")] == [kept.parent.name, "tiny.ipynb"]
 
 
@@ -442,6 +454,9 @@ def test_the_commit_is_dirty_when_sources_changed_but_not_when_results_did(root)
 
     git("init")
     assert git_commit() == "unknown"
+    (root / "COMMIT").write_text("abc1234\n")
+    assert git_commit() == "abc1234", "sources without their history"
+    (root / "COMMIT").unlink()
     git("add", ".")
     git("commit", "-m", "first")
     clean = git_commit()

@@ -91,7 +91,7 @@ def test_a_mistake_in_a_cell_ends_with_1_and_is_one_line_in_the_copy_too(root, c
 
 
 def test_a_bug_keeps_its_traceback(root, monkeypatch):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("bug")
 
     monkeypatch.setattr("hybridlab.batch.run.run_notebook", broken)

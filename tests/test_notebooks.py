@@ -14,7 +14,7 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
-from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.parameters import HOW_IT_RUNS, parameters_sha256
 from hybridlab.results.publish import Claim, claims_table, load_results
 from tests.hygiene import (
     claim_differences,
@@ -59,10 +59,9 @@ def test_a_source_notebook_is_stripped_and_declares_its_parameters(source):
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=name)
-def test_a_parameter_file_is_accepted_and_keeps_its_results_in_its_profile(parameters):
-    profile = parameters.parent.name
+def test_a_parameter_file_is_accepted_and_leaves_it_to_the_command_line_how_it_runs(parameters):
     assert parameter_file_problems(ROOT / "notebooks" / f"{parameters.stem}.ipynb", parameters) == []
-    assert yaml.safe_load(parameters.read_text(encoding="utf-8"))["results"] == f"executed/{profile}"
+    assert not {*HOW_IT_RUNS} & {*yaml.safe_load(parameters.read_text(encoding="utf-8"))}
 
 
 @pytest.mark.parametrize("executed", EXECUTED, ids=name)
@@ -125,7 +124,7 @@ class Tiny:
 
     @property
     def final(self) -> dict[str, object]:
-        defaults = {"steps": 3, "start": "now", "fast": False, "widths": [1, 2], "limit": None, "results": "runs"}
+        defaults = {"steps": 3, "start": "now", "fast": False, "widths": [1, 2], "limit": None}
         return {"lr": 0.5} | defaults
 
     def _run(self) -> NotebookNode:

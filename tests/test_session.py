@@ -441,6 +441,11 @@ def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytes
     session.run_configs([CONFIG], "isolated", isolated=True)
     session.run_configs([CONFIG], "isolated", isolated=True)
     assert resumed == [False, True, True, False], "only what was interrupted is gone on with"
+    session.run_configs([CONFIG], "isolated", isolated=True, resume=True)
+    monkeypatch.setattr(session, "gauges_wanted", lambda: False)
+    session.run_configs([CONFIG], "isolated", resume=True)
+    session.run_configs([CONFIG], "isolated")
+    assert resumed[4:] == [True, True, False], "and what an earlier start left, when asked"
 
 
 def test_in_batch_nothing_but_progress_is_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,15 +87,15 @@ def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]
     return Given(name, raw, raw, "after -p")
 
 
-def results_beside(output: Path, declared: Mapping[str, Parameter], root: Path) -> list[Given]:
-    """Set the parameter `results`, where a notebook has it, to the folder of its executed copy.
+def from_options(output: Path, resume: bool, declared: Mapping[str, Parameter], root: Path) -> list[Given]:
+    """Set the parameters `results` and `resume`, where a notebook has them, to what -o and --resume ask for.
 
     output: the executed copy; root: the project's folder, from which a folder inside it is named
     """
     folder = output.parent.resolve()
     name = (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
-    wanted_here = "results" in declared and accepts(declared["results"].kind, name)
-    return [Given("results", name, name, "from -o")] if wanted_here else []
+    asked = [Given("results", name, name, "from -o"), *([Given("resume", True, "true", "from --resume")] * resume)]
+    return [item for item in asked if item.name in declared and accepts(declared[item.name].kind, item.value)]
 
 
 def _readings(raw: str) -> Iterable[Any]:

@@ -17,9 +17,9 @@ from hybridlab.base.errors import UserError
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.engine import execute
 from hybridlab.batch.executed import clean_, read_notebook, stopping_place, unfinished, write_or_rescue
-from hybridlab.batch.given import checked_values, results_beside, value_on_command_line, values_in_file
+from hybridlab.batch.given import checked_values, from_options, value_on_command_line, values_in_file
 from hybridlab.panel.progress import watched
-from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.parameters import asked, parameters_sha256
 from hybridlab.results.publish import environment, git_commit, load_results, project_root
 
 WORK, PROGRESS = "work.ipynb", "progress.json"
@@ -36,12 +36,17 @@ class RunInterrupted(RunFailed):
 
 @dataclass(frozen=True)
 class Job:
-    """A checked run: nothing about it can be refused any more."""
+    """A checked run: nothing about it can be refused any more.
+
+    overrides: parameters that are given to the notebook; parameters: all that it asks with, its defaults included
+    results: the file that it publishes to; None where it has no parameter `results`
+    """
 
     notebook: Path
     output: Path
     overrides: dict[str, Any]
     parameters: dict[str, Any]
+    results: Path | None
     root: Path
 
     @property
@@ -56,7 +61,9 @@ def run_notebook(
     files: Sequence[Path] = (),
     settings: Sequence[tuple[str, str]] = (),
     console: Console | None = None,
-) -> NotebookNode:
+    *,
+    resume: bool = False,
+) -> list[str]:
     """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
 
     notebook: the source; it is only read
@@ -65,13 +72,14 @@ def run_notebook(
     files: YAML mappings of parameters; a later file wins
     settings: (name, text) pairs, which win over the files, and over `output` for `results`
     console: where progress is shown; standard output by default
+    resume: go on with the training runs that an interrupted start left: the notebook's parameter `resume`
 
-    Returns the executed notebook, as written.
+    Returns the closing sentences that the notebook published.
 
     Raises UserError where something is refused, before anything is run or written; RunFailed where the notebook
     stopped before its end, and where its copy had to be kept elsewhere; RunInterrupted where somebody stopped it.
     """
-    job = prepared(notebook, output, files, settings)
+    job = prepared(notebook, output, files, settings, resume=resume)
     commit = git_commit()
     with _working_folder() as folder:
         executed = _run(job, folder, console or Console())
@@ -84,10 +92,17 @@ def run_notebook(
         except UserError as error:
             raise RunFailed(f"every cell has run, but {error}") from None
     job.partial.unlink(missing_ok=True)
-    return executed
+    return summary_of(job)
 
 
-def prepared(notebook: Path, output: Path, files: Sequence[Path] = (), settings: Sequence[tuple[str, str]] = ()) -> Job:
+def prepared(
+    notebook: Path,
+    output: Path,
+    files: Sequence[Path] = (),
+    settings: Sequence[tuple[str, str]] = (),
+    *,
+    resume: bool = False,
+) -> Job:
     """Check everything that can be checked before a run; arguments as for `run_notebook`.
 
     Raises UserError with what to mend.
@@ -95,14 +110,15 @@ def prepared(notebook: Path, output: Path, files: Sequence[Path] = (), settings:
     declared = declared_parameters(read_notebook(notebook), notebook.name)
     root = project_root()
     given = [item for file in files for item in values_in_file(file)]
-    given += results_beside(output, declared, root)
+    given += from_options(output, resume, declared, root)
     given += [value_on_command_line(name, text, declared) for name, text in settings]
     overrides = checked_values(given, declared, notebook.name)
     parameters = defaults(declared) | overrides
     _check_name(notebook, output)
-    results = parameters.get("results")
-    _make_folders(output, *([root / results / "results.json"] if isinstance(results, str) else []))
-    return Job(notebook, output, overrides, parameters, root)
+    folder = parameters.get("results")
+    results = root / folder / "results.json" if isinstance(folder, str) else None
+    _make_folders(output, *([results] if results else []))
+    return Job(notebook, output, overrides, asked(parameters), results, root)
 
 
 def _check_name(notebook: Path, output: Path) -> None:
@@ -168,11 +184,8 @@ def _as_it_ran(job: Job, work: Path) -> NotebookNode:
         return read_notebook(job.notebook)
 
 
-def summary_of(job_parameters: dict[str, Any], notebook: Path) -> list[str]:
-    """Fetch the closing sentences that a finished run published; empty when it published none."""
-    folder = job_parameters.get("results")
-    if not isinstance(folder, str):
-        return []
-    entry = load_results(project_root() / folder / "results.json").get(notebook.stem, {})
-    fresh = entry.get("parameters_sha256") == parameters_sha256(job_parameters)
+def summary_of(job: Job) -> list[str]:
+    """The closing sentences that a finished run published; empty when it published none."""
+    entry = load_results(job.results).get(job.notebook.stem, {}) if job.results else {}
+    fresh = entry.get("parameters_sha256") == parameters_sha256(job.parameters)
     return entry["summary"] if fresh else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
@@ -24,8 +23,6 @@ from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
 from hybridlab.study.run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run, foreign_code
 from hybridlab.study.study import OnStep, Study, StudyResult, folder_name, label, run_arms
-
-RESUME = "HYBRIDLAB_RESUME"
 
 
 class Stopped(UserError):
@@ -192,27 +189,33 @@ _STOPPED: dict[str, object] = {}
 """What a person stopped, by notebook: running the same again goes on with it."""
 
 
-def run_study(study: Study, notebook: str) -> StudyResult:
-    """Train every arm of a study and its controls; records go to `runs/<notebook>`."""
-    with _watching(study.base.steps, study, notebook) as (on_step, watch, resume):
-        return study.run(runs_folder(notebook), on_step, resume=resume, watch=watch)
+def run_study(study: Study, notebook: str, *, resume: bool = False) -> StudyResult:
+    """Train every arm of a study and its controls; records go to `runs/<notebook>`.
+
+    resume: as in `Study.run`: go on with the runs that an earlier start left
+    """
+    with _watching(study.base.steps, study, notebook) as (on_step, watch, stopped):
+        return study.run(runs_folder(notebook), on_step, resume=resume or stopped, watch=watch)
 
 
-def run_configs(configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False) -> StudyResult:
+def run_configs(
+    configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False, resume: bool = False
+) -> StudyResult:
     """Train some runs, one after the other; records go to `runs/<notebook>`.
 
     isolated: each in a process of its own, so that its memory is measured by itself; a bar alone
         shows its progress, without gauges or buttons: interrupt the kernel to stop. Running the same again then keeps
         the runs that have finished, and goes on with the one under way from its last checkpoint, if it writes any
+    resume: as in `Study.run`: go on with the runs that an earlier start left
     """
     total = sum(config.steps for config in configs)
     if not configs:
         return StudyResult()
     if isolated:
-        with _remembering(tuple(configs), notebook) as resume, _bar(total) as bar:
-            return run_arms(configs, runs_folder(notebook), bar.step, resume=resume, isolated=True)
-    with _watching(total, tuple(configs), notebook) as (on_step, watch, resume):
-        return run_arms(configs, runs_folder(notebook), on_step, resume=resume, watch=watch)
+        with _remembering(tuple(configs), notebook) as stopped, _bar(total) as bar:
+            return run_arms(configs, runs_folder(notebook), bar.step, resume=resume or stopped, isolated=True)
+    with _watching(total, tuple(configs), notebook) as (on_step, watch, stopped):
+        return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch)
 
 
 def runs_folder(notebook: str) -> Path:
@@ -226,9 +229,9 @@ def _bar(total: int) -> LiveBar | Progress:
 
 @contextmanager
 def _remembering(what: object, notebook: str) -> Generator[bool]:
-    """Whether to go on with what lies there; an interrupt of the block is remembered, so that the next time does."""
+    """Whether this was stopped before; an interrupt of the block is remembered for the next time."""
     try:
-        yield _goes_on(what, notebook)
+        yield _was_stopped(what, notebook)
     except KeyboardInterrupt:
         _STOPPED[notebook] = what
         if gauges_wanted():
@@ -238,12 +241,12 @@ def _remembering(what: object, notebook: str) -> Generator[bool]:
 
 @contextmanager
 def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep, Watch | None, bool]]:
-    """What is to be called after each step, and whether to go on with what lies there."""
+    """What is to be called after each step, and whether this was stopped before, and is to be gone on with."""
     if not gauges_wanted():
         with Progress(total, "training") as progress:
-            yield progress.step, None, _resumes()
+            yield progress.step, None, False
         return
-    resume = _goes_on(what, notebook)
+    stopped = _was_stopped(what, notebook)
     live = Live(Controls(), total)
 
     def watch(run: TrainingRun, record: StepRecord) -> None:
@@ -256,14 +259,9 @@ def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep
             raise Stopped(f"stopped at step {step} of {which}: run this cell again to go on from here")
 
     with interrupts(live.controls), live:
-        yield live.step, watch, resume
+        yield live.step, watch, stopped
 
 
-def _goes_on(what: object, notebook: str) -> bool:
-    """Whether to go on with what lies there, because it was stopped here or in an interrupted start."""
-    return _STOPPED.pop(notebook, None) == what or _resumes()
-
-
-def _resumes() -> bool:
-    """Whether to go on with the runs that an interrupted start left: `hybridlab run --resume`."""
-    return os.environ.get(RESUME) == "1"
+def _was_stopped(what: object, notebook: str) -> bool:
+    """Whether a person stopped the same in this kernel; told once."""
+    return _STOPPED.pop(notebook, None) == what

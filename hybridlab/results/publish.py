@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -224,14 +223,14 @@ def environment() -> dict[str, Any]:
 def git_commit() -> str:
     """Give the short commit of the project, "+dirty" where its sources differ from it, or "unknown".
 
-    What runs write themselves (`executed/`, `docs/`) does not count as a difference. The environment variable
-    HYBRIDLAB_COMMIT names the commit where the sources travel without their history.
+    What runs write themselves (`executed/`, `docs/`) does not count as a difference. Where the sources travel without
+    their history, a file `COMMIT` beside them names it: `git describe --always --dirty=+dirty > COMMIT`.
     """
-    if named := os.environ.get("HYBRIDLAB_COMMIT"):
-        return named
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
-    return f"{commit}+dirty" if commit and changed else commit or "unknown"
+    if commit := _git("rev-parse", "--short", "HEAD"):
+        changed = _git("status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
+        return f"{commit}+dirty" if changed else commit
+    named = project_root() / "COMMIT"
+    return named.read_text(encoding="utf-8").strip() if named.is_file() else "unknown"
 
 
 def _git(*arguments: str) -> str:
