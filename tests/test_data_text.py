@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,13 +18,20 @@ from tokenizers import Tokenizer
 
 from hybridlab.base.errors import UserError
 from hybridlab.data import TokenBatches, evenly_spaced, load_text
-from hybridlab.data.bpe import END_OF_TEXT, END_OF_TEXT_ID, train_tokenizer, write_encoded
 from hybridlab.data.cache import append_tokens, cached_tokens
-from hybridlab.data.corpus import read_corpus
-from hybridlab.data.gpt2_tokens import Encoder
 from hybridlab.data.huggingface import load_huggingface
-from hybridlab.data.markov import MarkovChain
-from hybridlab.data.python_sources import load_python
+from hybridlab.data.python_sources import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    load_python,
+    read_corpus,
+    train_tokenizer,
+    write_encoded,
+)
+from hybridlab.data.synthetic import MarkovChain
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
 
 
 def source_files(root: Path, count: int = 60) -> Path:
@@ -307,9 +315,11 @@ def test_missing_token_files_are_named(tmp_path):
 # --- hf -----------------------------------------------------------------------------------------------------
 
 
-def words() -> Encoder:
-    """One token a byte: a stand-in for GPT-2's tokens, which need a download."""
-    return Encoder("bytes", lambda texts: [list(text.encode()) for text in texts], 256, 257)
+def words() -> Encoding:
+    """One token per byte: a stand-in for GPT-2's tokens, which need a download."""
+    tiktoken = pytest.importorskip("tiktoken")
+    single = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks=single, special_tokens={"<|endoftext|>": 256})
 
 
 def jsonl(path: Path, texts: list[str], column: str = "text") -> None:

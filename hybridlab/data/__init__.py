@@ -1,11 +1,9 @@
 """Data, each source named by one string: text as streams of tokens, images as arrays, and their batches."""
 
-from hybridlab.data.image_batches import ImageBatches, images_in_order
-from hybridlab.data.image_data import ImageData
+from hybridlab.data.image_batches import ImageBatches, ImageData, images_in_order
 from hybridlab.data.images import load_images
 from hybridlab.data.text import load_text
-from hybridlab.data.text_data import TextData
-from hybridlab.data.token_batches import TokenBatches, evenly_spaced
+from hybridlab.data.token_batches import TextData, TokenBatches, evenly_spaced
 
 __all__ = [
     "ImageBatches",

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import platformdirs
 from filelock import FileLock
 
 from hybridlab.base.files import writing_to
-from hybridlab.data.text_data import Tokens
+from hybridlab.data.token_batches import TextData, Tokens
 
 FORMAT = 1
 ELSEWHERE = "name another cache folder in the environment variable HYBRIDLAB_CACHE"
@@ -35,6 +36,13 @@ class CachedTokens:
     validation: Tokens
     sha256: str
     facts: dict[str, Any]
+
+    def text_data(self, source: str, description: str, vocab_size: int) -> TextData:
+        """The streams of a text whose builder has measured `bytes_per_token`."""
+        bytes_per_token = self.facts["bytes_per_token"]
+        return TextData(
+            source, description, self.train, self.validation, vocab_size, self.sha256, bytes_per_token=bytes_per_token
+        )
 
 
 def cache_folder(cache: Path | None) -> Path:
@@ -57,14 +65,17 @@ def cached_tokens(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Cach
 
     Raises UserError when the folder cannot be written; nothing half-written stays.
     """
-    try:
+    with suppress(BrokenCacheError):
         return _read(folder)
-    except BrokenCacheError:
-        pass
     with writing_to(folder.parent, otherwise=ELSEWHERE):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             return _read_or_build(folder, build)
+
+
+def largest_validation_bytes(max_bytes: int) -> int:
+    """The cap on validation text beside `max_bytes` of training text: a nineteenth, but not below 200 kB."""
+    return max(max_bytes // 19, 200_000)
 
 
 def append_tokens(file: BinaryIO, tokens: Sequence[int]) -> None:
@@ -76,8 +87,7 @@ def tokens_sha256(train: Tokens, validation: Tokens) -> str:
     """The SHA-256 of the tokens, those for training first."""
     digest = hashlib.sha256()
     for tokens in (train, validation):
-        for start in range(0, len(tokens), 2**24):
-            digest.update(np.ascontiguousarray(tokens[start : start + 2**24]).data)
+        digest.update(np.ascontiguousarray(tokens).data)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Any text data set through Hugging Face `datasets`, streamed, in GPT-2's tokens."""
+"""Any text data set through Hugging Face `datasets`, streamed, in GPT-2's tokens by tiktoken."""
 
 from __future__ import annotations
 
@@ -6,18 +6,35 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hybridlab.base.errors import UserError
-from hybridlab.data.cache import append_tokens, cache_folder, cache_key, cached_tokens
-from hybridlab.data.gpt2_tokens import Encoder, gpt2_encoder
-from hybridlab.data.text_data import TextData
+from hybridlab.data.cache import append_tokens, cache_folder, cache_key, cached_tokens, largest_validation_bytes
+from hybridlab.data.token_batches import TextData
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
 
 VALIDATION_SPLITS = ("validation", "valid", "dev", "test")
 VALIDATION_EVERY = 20
-VALIDATION_LEAST_BYTES = 200_000
 
-Documents = Iterable[Mapping[str, Any]]
+
+def gpt2_encoder() -> Encoding:
+    """GPT-2's 50,257 tokens; tiktoken downloads the vocabulary once.
+
+    Raises UserError where tiktoken, or the network, is missing.
+    """
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError("GPT-2's tokens need tiktoken: .venv/bin/pip install -e '.[hf]'") from error
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the network stack raises
+        raise UserError(
+            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): connect once, let "
+            "TIKTOKEN_CACHE_DIR name a folder that has it, or use the source 'python'."
+        ) from error
 
 
 def load_huggingface(
@@ -26,7 +43,7 @@ def load_huggingface(
     vocab_size: int,
     max_bytes: int | None,
     cache: Path | None,
-    make_encoder: Callable[[], Encoder] = gpt2_encoder,
+    make_encoder: Callable[[], Encoding] = gpt2_encoder,
 ) -> TextData:
     """Stream the data set `NAME`, `NAME:CONFIG`, or a local folder or file, and keep its tokens in the cache.
 
@@ -42,34 +59,29 @@ def load_huggingface(
 
     def build(folder: Path) -> dict[str, Any]:
         encoder = make_encoder()
-        _check_vocab_size(vocab_size, encoder.vocab_size)  # before anything is streamed
+        _check_vocab_size(vocab_size, encoder.n_vocab)  # before anything is streamed
         return _build(name, config, encoder, max_bytes, folder)
 
     tokens = cached_tokens(cache_folder(cache) / "text" / key, build)
     _check_vocab_size(vocab_size, tokens.facts["vocab_size"])
-    return TextData(
-        source=f"hf:{argument}",
-        description=f"the data set {argument} in {tokens.facts['encoder']} tokens",
-        train=tokens.train,
-        validation=tokens.validation,
-        vocab_size=vocab_size,
-        sha256=tokens.sha256,
-        bytes_per_token=tokens.facts["bytes_per_token"],
-        entropy_floor_nats=None,
-    )
+    description = f"the data set {argument} in {tokens.facts['encoder']} tokens"
+    return tokens.text_data(f"hf:{argument}", description, vocab_size)
+
+
+# --- writing tokens ----------------------------------------------------------------------------------
 
 
 class _CappedWriter:
     """Writes whole documents, each with the end of a text, until the next one would exceed the cap."""
 
-    def __init__(self, file: BinaryIO, encoder: Encoder, cap_bytes: float) -> None:
+    def __init__(self, file: BinaryIO, encoder: Encoding, cap_bytes: float) -> None:
         self._file, self._encoder, self._cap_bytes = file, encoder, cap_bytes
         self.written_bytes, self.written_tokens, self.full = 0, 0, False
 
     def add(self, texts: list[str]) -> None:
         """Write as many of the texts as fit."""
-        for tokens in self._encoder.encode_batch(list(self._fitting(texts))):
-            append_tokens(self._file, [*tokens, self._encoder.end_of_text])
+        for tokens in self._encoder.encode_ordinary_batch(list(self._fitting(texts))):
+            append_tokens(self._file, [*tokens, self._encoder.eot_token])
             self.written_tokens += len(tokens) + 1
 
     def _fitting(self, texts: list[str]) -> Iterator[str]:
@@ -81,22 +93,18 @@ class _CappedWriter:
                 yield text
 
 
-def _build(name: str, config: str | None, encoder: Encoder, max_bytes: int | None, folder: Path) -> dict[str, Any]:
-    train_cap_bytes, validation_cap_bytes = _caps(max_bytes)
+def _build(name: str, config: str | None, encoder: Encoding, max_bytes: int | None, folder: Path) -> dict[str, Any]:
+    train_cap, validation_cap = (max_bytes, largest_validation_bytes(max_bytes)) if max_bytes else (math.inf, math.inf)
     with (folder / "train.bin").open("wb") as one, (folder / "validation.bin").open("wb") as other:
-        train = _CappedWriter(one, encoder, train_cap_bytes)
-        validation = _CappedWriter(other, encoder, validation_cap_bytes)
+        train, validation = _CappedWriter(one, encoder, train_cap), _CappedWriter(other, encoder, validation_cap)
         _write(_splits(name, config), train, validation)
     if not train.written_tokens or not validation.written_tokens:
         raise UserError(
             f"the data set {name} gave {train.written_bytes} bytes to train on and {validation.written_bytes} "
             f"to validate with at max_bytes={max_bytes}: raise max_bytes, or take a larger data set."
         )
-    return {
-        "encoder": encoder.name,
-        "vocab_size": encoder.vocab_size,
-        "bytes_per_token": validation.written_bytes / validation.written_tokens,
-    }
+    bytes_per_token = validation.written_bytes / validation.written_tokens
+    return {"encoder": encoder.name, "vocab_size": encoder.n_vocab, "bytes_per_token": bytes_per_token}
 
 
 def _check_vocab_size(vocab_size: int, needed: int) -> None:
@@ -104,34 +112,21 @@ def _check_vocab_size(vocab_size: int, needed: int) -> None:
         raise UserError(f"vocab_size={vocab_size}: hf:NAME comes in {needed} tokens: set vocab_size={needed}.")
 
 
-def _caps(max_bytes: int | None) -> tuple[float, float]:
-    if max_bytes is None:
-        return math.inf, math.inf
-    return max_bytes, max(max_bytes / (VALIDATION_EVERY - 1), VALIDATION_LEAST_BYTES)
-
-
-def _write(splits: Mapping[str, Iterable[str]], train: _CappedWriter, validation: _CappedWriter) -> None:
+def _write(splits: Mapping[str, Iterator[str]], train: _CappedWriter, validation: _CappedWriter) -> None:
     """Fill both halves: from two splits, or with every 20th document of one."""
     held_out = next((splits[name] for name in VALIDATION_SPLITS if name in splits), None)
     learned = splits["train"] if "train" in splits else next(iter(splits.values()))
     if held_out is not None and held_out is not learned:
         for texts, writer in ((learned, train), (held_out, validation)):
-            for batch in _batches(texts):
+            while not writer.full and (batch := list(islice(texts, VALIDATION_EVERY))):
                 writer.add(batch)
-                if writer.full:
-                    break
         return
-    for batch in _batches(learned):
+    while not (train.full and validation.full) and (batch := list(islice(learned, VALIDATION_EVERY))):
         train.add(batch[: VALIDATION_EVERY - 1])
         validation.add(batch[VALIDATION_EVERY - 1 :])
-        if train.full and validation.full:
-            break
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, VALIDATION_EVERY)):
-        yield batch
+# --- reading documents -------------------------------------------------------------------------------
 
 
 def _name_and_config(argument: str) -> tuple[str, str | None]:
@@ -150,8 +145,8 @@ def _stamps(name: str) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
-def _splits(name: str, config: str | None) -> dict[str, Iterable[str]]:
-    """The data set's splits, each an iterable of its texts."""
+def _splits(name: str, config: str | None) -> dict[str, Iterator[str]]:
+    """The texts of each of the data set's splits."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -162,26 +157,21 @@ def _splits(name: str, config: str | None) -> dict[str, Iterable[str]]:
         splits = load_dataset(**where, streaming=True)
     except Exception as error:  # the hub, the network and the parsers each raise their own
         raise _unavailable(name, error) from error
-    return {split: _Texts(name, documents) for split, documents in splits.items()}
+    return {split: _texts(name, documents) for split, documents in splits.items()}
 
 
-class _Texts:
-    """The texts of one split; iterating again starts again."""
-
-    def __init__(self, name: str, documents: Documents) -> None:
-        self._name, self._documents = name, documents
-
-    def __iter__(self) -> Iterator[str]:
-        column = None
-        try:
-            for document in self._documents:
-                column = column or _text_column(self._name, document)
-                if document[column]:
-                    yield document[column]
-        except UserError:
-            raise
-        except Exception as error:  # a stream may break off in as many ways as it may fail to start
-            raise _unavailable(self._name, error) from error
+def _texts(name: str, documents: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The texts of one split that are not empty."""
+    column = None
+    try:
+        for document in documents:
+            column = column or _text_column(name, document)
+            if document[column]:
+                yield document[column]
+    except UserError:
+        raise
+    except Exception as error:  # a stream may break off in as many ways as it may fail to start
+        raise _unavailable(name, error) from error
 
 
 def _text_column(name: str, document: Mapping[str, Any]) -> str:

@@ -1,17 +1,70 @@
-"""Batches of images, normalized, shuffled by epoch or in order."""
+"""Labeled gray images, and their batches: normalized, shuffled by epoch or in order."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from hybridlab.base.errors import UserError
-from hybridlab.data.image_data import ImageData, Images, Labels
 
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
 ImageBatch = tuple[Float[Tensor, "batch 1 28 28"], Int64[Tensor, " batch"]]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Gray images of 28 x 28 pixels and their labels, with their provenance.
+
+    source: the string that named the data, such as `digits`
+    description: what the data is, in words, for tables
+    train_images, test_images: uint8 [n, 28, 28]
+    train_labels, test_labels: int64 [n], 0 to 9
+    """
+
+    source: str
+    description: str
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the arrays in the order of their fields."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @cached_property
+    def pixel_mean(self) -> float:
+        """The mean of the training pixels, on the scale 0 to 1."""
+        return float(self.train_images.mean(dtype=np.float64) / 255)
+
+    @cached_property
+    def pixel_std(self) -> float:
+        """The standard deviation of the training pixels, on the scale 0 to 1."""
+        return float(self.train_images.std(dtype=np.float64) / 255)
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the pixels, ready for JSON."""
+        return {
+            "source": self.source,
+            "description": self.description,
+            "sha256": self.sha256,
+            "train_images": len(self.train_images),
+            "test_images": len(self.test_images),
+        }
 
 
 class ImageBatches:
@@ -31,7 +84,8 @@ class ImageBatches:
         if not 1 <= batch_size <= count:
             raise UserError(f"batch_size={batch_size}: choose 1 to {count}, the number of images.")
         self._data, self._seed, self._order_epoch = data, seed, -1
-        self._images, self._labels = _on_device(data.train_images, data.train_labels, device)
+        self._images = torch.tensor(data.train_images, device=device)
+        self._labels = torch.tensor(data.train_labels, device=device)
         self.batch_size, self.batches_per_epoch = batch_size, count // batch_size
 
     def __call__(self, step: int) -> ImageBatch:
@@ -49,15 +103,9 @@ class ImageBatches:
 
 def images_in_order(data: ImageData, *, batch_size: int, device: torch.device | str = "cpu") -> list[ImageBatch]:
     """Every test image once, in order, normalized as the training images are; the last batch may be smaller."""
-    pixels, classes = _on_device(data.test_images, data.test_labels, device)
-    normalized = _normalized(pixels, data)
-    return list(zip(torch.split(normalized, batch_size), torch.split(classes, batch_size), strict=True))
-
-
-def _on_device(
-    images: Images, labels: Labels, device: torch.device | str
-) -> tuple[UInt8[Tensor, "images 28 28"], Int64[Tensor, " images"]]:
-    return torch.tensor(images, device=device), torch.tensor(labels, device=device)
+    images = _normalized(torch.tensor(data.test_images, device=device), data)
+    labels = torch.tensor(data.test_labels, device=device)
+    return list(zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True))
 
 
 def _normalized(

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn.functional import interpolate
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.data.image_data import ImageData
+from hybridlab.data.image_batches import ImageData
 from hybridlab.data.mnist import download_mnist, load_mnist_folder
 
 SOURCES = ("digits", "mnist", "mnist:PATH")

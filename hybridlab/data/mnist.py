@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
+import struct
 import urllib.request
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,7 @@ from filelock import FileLock
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import writing_to
 from hybridlab.data.cache import ELSEWHERE, cache_folder
-from hybridlab.data.idx import decompressed, read_idx
-from hybridlab.data.image_data import ImageData, Images, Labels
+from hybridlab.data.image_batches import ImageData, Images, Labels
 
 # Of the decompressed content: mirrors compress the same content to different files.
 SHA256 = {
@@ -30,6 +32,7 @@ MIRRORS = (
 )
 LARGEST_FILE_BYTES = 20_000_000
 TIMEOUT_S = 20
+IDX_OF_BYTES = bytes([0, 0, 8])  # how a file of unsigned bytes begins
 
 
 def load_mnist_folder(folder: Path, source: str) -> ImageData:
@@ -60,6 +63,36 @@ def download_mnist(cache: Path | None) -> Path:
     return folder
 
 
+def read_idx(path: Path) -> Images:
+    """Read an IDX file of unsigned bytes, compressed or not.
+
+    The file holds two zero bytes, the type of its numbers (0x08), how many dimensions, each dimension as a
+    big-endian 32-bit integer, and the numbers. Raises UserError when it does not.
+    """
+    content = _decompressed(path.read_bytes(), str(path))
+    if len(content) < 4 or not content.startswith(IDX_OF_BYTES):
+        raise UserError(f"{path}: not an IDX file of unsigned bytes (it starts with {content[:4].hex()}).")
+    dimensions = content[3]
+    header_bytes = 4 + 4 * dimensions
+    if len(content) < header_bytes:
+        raise UserError(f"{path}: the file ends inside its header: fetch it again.")
+    shape = struct.unpack(f">{dimensions}I", content[4:header_bytes])
+    numbers = np.frombuffer(content, np.uint8, offset=header_bytes)
+    if numbers.size != np.prod(shape, dtype=np.int64):
+        raise UserError(f"{path}: {numbers.size:,} bytes do not make the shape {shape}: fetch it again.")
+    return numbers.reshape(shape)
+
+
+def _decompressed(content: bytes, name: str) -> bytes:
+    """The content of a file, unpacked where it is gzip; `name` is for the error message."""
+    if not content.startswith(b"\x1f\x8b"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: the gzip file is damaged: fetch it again.") from error
+
+
 def _ensure(path: Path, sha256: str) -> None:
     if path.exists():
         if _is_right(path.read_bytes(), sha256):
@@ -86,7 +119,7 @@ def _fetched(url: str) -> bytes:
 
 def _is_right(content: bytes, sha256: str) -> bool:
     try:
-        return hashlib.sha256(decompressed(content, "")).hexdigest() == sha256
+        return hashlib.sha256(_decompressed(content, "")).hexdigest() == sha256
     except UserError:
         return False
 

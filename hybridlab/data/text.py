@@ -8,7 +8,7 @@ from hybridlab.base.errors import UserError, nearest
 from hybridlab.data.huggingface import load_huggingface
 from hybridlab.data.python_sources import load_python
 from hybridlab.data.synthetic import load_markov, load_uniform
-from hybridlab.data.text_data import TextData
+from hybridlab.data.token_batches import TextData
 from hybridlab.data.token_files import load_token_files
 
 OWN_VOCAB_SIZE = 4096

@@ -1,6 +1,9 @@
-"""Windows of a token stream, as pairs of tokens and targets."""
+"""Token streams, and their windows as pairs of tokens and targets."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +12,46 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from hybridlab.base.errors import UserError
-from hybridlab.data.text_data import Tokens
 
+Tokens = npt.NDArray[np.uint16]
 TokenBatch = tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]
+
+
+@dataclass(frozen=True, eq=False)
+class TextData:
+    """Token streams for training and validation, with their provenance.
+
+    source: the string that named the data, such as `python` or `bin:PATH`
+    description: what the data is, in words, for tables
+    train, validation: uint16 tokens, one-dimensional, memory-mapped where they live in a file
+    vocab_size: every token is below it
+    sha256: of the tokens, those for training first
+    bytes_per_token: UTF-8 bytes of validation text per validation token, so that losses at other
+        vocabularies can be compared; None where the text is not known
+    entropy_floor_nats: the lowest mean loss per token that any model can expect; None where unknown
+    """
+
+    source: str
+    description: str
+    train: Tokens
+    validation: Tokens
+    vocab_size: int
+    sha256: str
+    bytes_per_token: float | None = None
+    entropy_floor_nats: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the tokens, ready for JSON."""
+        return {
+            "source": self.source,
+            "description": self.description,
+            "sha256": self.sha256,
+            "train_tokens": len(self.train),
+            "validation_tokens": len(self.validation),
+            "vocab_size": self.vocab_size,
+            "bytes_per_token": self.bytes_per_token,
+            "entropy_floor_nats": self.entropy_floor_nats,
+        }
 
 
 class TokenBatches:
@@ -20,19 +60,13 @@ class TokenBatches:
     So a run can go on at any step, and every arm of a comparison sees the same batches.
 
     tokens: the stream, uint16, one-dimensional; may be memory-mapped
-    batch_size, block_size: windows a batch, tokens a window
+    batch_size, block_size: windows per batch, tokens per window
 
     Raises UserError when the stream is shorter than one window and its last target.
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        *,
-        batch_size: int,
-        block_size: int,
-        seed: int,
-        device: torch.device | str = "cpu",
+        self, tokens: Tokens, *, batch_size: int, block_size: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         _check(tokens, 1, batch_size, block_size)
         self._tokens, self._seed, self._device = tokens, seed, torch.device(device)
@@ -46,12 +80,7 @@ class TokenBatches:
 
 
 def evenly_spaced(
-    tokens: Tokens,
-    *,
-    batches: int,
-    batch_size: int,
-    block_size: int,
-    device: torch.device | str = "cpu",
+    tokens: Tokens, *, batches: int, batch_size: int, block_size: int, device: torch.device | str = "cpu"
 ) -> list[TokenBatch]:
     """Cut validation windows that do not overlap, spread from the first token of the stream to the last.
 
@@ -61,10 +90,7 @@ def evenly_spaced(
     _check(tokens, count, batch_size, block_size)
     room = len(tokens) - block_size - 1
     starts = np.arange(count) * room // max(1, count - 1)
-    return [
-        _windows(tokens, starts[at : at + batch_size], block_size, torch.device(device))
-        for at in range(0, count, batch_size)
-    ]
+    return [_windows(tokens, some, block_size, torch.device(device)) for some in starts.reshape(-1, batch_size)]
 
 
 def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int, device: torch.device) -> TokenBatch:

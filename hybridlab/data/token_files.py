@@ -11,11 +11,10 @@ import numpy as np
 
 from hybridlab.base.errors import UserError
 from hybridlab.data.cache import cache_folder, cache_key, cached_tokens, tokens_sha256
-from hybridlab.data.text_data import TextData, Tokens
+from hybridlab.data.token_batches import TextData, Tokens
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
-CHUNK_TOKENS = 2**24
 
 
 def load_token_files(argument: str, *, vocab_size: int, max_bytes: int | None, cache: Path | None) -> TextData:
@@ -25,7 +24,7 @@ def load_token_files(argument: str, *, vocab_size: int, max_bytes: int | None, c
     - modded-nanogpt: `*_train_*.bin` and `*_val_*.bin`: 256 int32 (magic 20240520, version 1, count), then
       uint16 tokens. Several shards are joined in the cache.
 
-    `max_bytes` caps the training tokens at two bytes a token.
+    `max_bytes` caps the training tokens at two bytes per token.
 
     Raises UserError for missing files, a file that contradicts its header, and tokens >= `vocab_size`.
     """
@@ -43,8 +42,6 @@ def load_token_files(argument: str, *, vocab_size: int, max_bytes: int | None, c
         validation=validation,
         vocab_size=vocab_size,
         sha256=tokens_sha256(train, validation),
-        bytes_per_token=None,
-        entropy_floor_nats=None,
     )
 
 
@@ -103,6 +100,5 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 def _check_range(tokens: Tokens, vocab_size: int, path: Path) -> None:
-    largest = max(int(tokens[at : at + CHUNK_TOKENS].max()) for at in range(0, len(tokens), CHUNK_TOKENS))
-    if largest >= vocab_size:
+    if (largest := tokens.max()) >= vocab_size:
         raise UserError(f"{path}: token {largest} is not below vocab_size={vocab_size}: raise vocab_size.")
