@@ -1,24 +1,26 @@
-"""Looking ahead along an average of the latest steps."""
+"""Lookahead along an average of the latest steps."""
 
 from __future__ import annotations
 
-from hybridlab.predictors.base import Proposal, path_confidence
-from hybridlab.predictors.trend import TrendFollower
+from hybridlab.predictors.base import Proposal, TrendFollower, path_confidence
 from hybridlab.weights.gram import Coefficients, Gram, PathNeeds
 
 BETA, GAMMA = 0.6, 0.99
 
 
 class EmaNesterov(TrendFollower):
-    """Looks ahead along the velocity average, which is taken to fade as it does when nothing new comes in.
+    """Steps along the average velocity, which decays as if no further gradients came in.
 
         theta[t + H] = theta[t] + beta s (1 - gamma^H) / (1 - gamma) v[t]
         v[t] = gamma v[t - 1] + (1 - gamma) (theta[t] - theta[t - 1])
 
-    v is the average of the single gradient steps, gamma = 0.99 its decay, beta = 0.6 the length of the look ahead, s
-    the learning rate as a share of the highest so far, and H the horizon in nominal steps. H = 1 is the published look
-    ahead, beta s v, and on a steady path a jump is worth at most beta of the steps that it replaces. All groups take
-    one factor: the recurrence has no place for another. Source: Yau et al. 2026, EMA-Nesterov (arXiv 2605.25395).
+    v: the average of the single gradient steps; gamma: its decay, 0.99; beta: the length of the lookahead, 0.6
+    s: the learning rate over the highest so far; H: the horizon in nominal steps
+
+    H = 1 is the published lookahead, beta s v, and on a steady path a jump is worth at most beta of the steps that it
+    replaces. All groups take one factor: the recurrence has no place for another.
+
+    Source: Yau et al. 2026, EMA-Nesterov (arXiv 2605.25395).
     """
 
     def needs(self, full_steps: int) -> PathNeeds:
@@ -26,14 +28,14 @@ class EmaNesterov(TrendFollower):
         return PathNeeds(rows=4, every=25, velocity=GAMMA)
 
     def propose(self, gram: Gram, horizon: float) -> Proposal:
-        """The fading velocity, summed over the horizon."""
+        """The decaying velocity, summed over the horizon."""
         coefficients = gram.zeros()
         coefficients[:, gram.indices("velocity")] = BETA * self.lr_share * (1 - GAMMA**horizon) / (1 - GAMMA)
         return Proposal(coefficients, path_confidence(gram, _velocity_of_path(gram)), self.slope * horizon)
 
 
 def _velocity_of_path(gram: Gram) -> Coefficients:
-    """The velocity as the displacements tell it: the average itself still holds the stretch that must confirm it."""
+    """The velocity from the displacements: the average itself contains the stretch that must confirm it."""
     coefficients, age_steps = gram.zeros(), 0
     for i in reversed(gram.indices("displacement")):
         coefficients[:, i] = GAMMA**age_steps

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridlab.predictors.base import Proposal, path_confidence
-from hybridlab.predictors.trend import TrendFollower
+from hybridlab.predictors.base import Proposal, TrendFollower
 from hybridlab.weights.gram import Gram, PathNeeds
 
 WINDOW_STEPS, RECORDS = 200, 8
 
 
 class River(TrendFollower):
-    """Goes on along the drift between the means of an older and a newer window of the path.
+    """Continues the drift between the means of an older and a newer window of the path.
 
         theta[t + H] = theta[t] + H / (W / 2) (mean of theta over the window's newer half - mean over its older half)
 
-    W = 200 is the window in gradient steps, each half of it four of the eight records that follow its start, and H
-    the horizon in nominal steps, of which at most W / 4 are taken. Oscillation across the valley averages out of both
-    means, and what is left is the way along the river. As rows, with h records a half and row 1 the oldest:
+        mean difference = sum_i (1 - |i - h - 1| / h) row_i        i = 2 ... 2 h, row 1 the oldest
 
-        mean difference = sum_i (1 - |i - h - 1| / h) row_i        i = 2 ... 2 h
+    W: the window, 200 gradient steps; h: records per half of it, 4; H: the horizon in nominal steps, of which at most
+        W / 4 are taken
 
-    All groups take one set of factors: a mean has nothing to fit. Source: the river valley picture of Wen et al. 2024
+    Oscillation across the valley averages out of both means; the drift along the valley is left. All groups take one
+    set of factors: a mean has nothing to fit.
+
+    Source: the river valley picture of Wen et al. 2024
     (arXiv 2410.05192), turned into an extrapolation here.
     """
 
@@ -37,4 +38,4 @@ class River(TrendFollower):
         mean_difference = np.convolve(np.ones(half), np.ones(half)) / half
         half_steps = half * gram.rows[path[-1]].steps
         coefficients[:, path[-len(mean_difference) :]] = min(horizon / half_steps, 0.5) * mean_difference
-        return Proposal(coefficients, path_confidence(gram, coefficients), self.slope * horizon)
+        return self.proposal(gram, coefficients, horizon)

@@ -1,4 +1,4 @@
-"""The plan's dynamics model: forecasts the loss from the latest signals, and scales the path's direction by it."""
+"""The plan's dynamics model: forecasts the loss from the latest signals, and scales the path's newest stretch by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hybridlab.predictors.base import Proposal, Signals, path_confidence
+from hybridlab.predictors.base import Proposal, Signals, along_newest, path_confidence
 from hybridlab.predictors.rssm_model import WINDOW_STEPS, Dynamics
 from hybridlab.weights.gram import Gram, PathNeeds
 
@@ -21,13 +21,13 @@ EARLY_FIT_EVERY_STEPS, FIT_EVERY_STEPS = 8, 16
 """Observations from one fit to the next: while the memory fills, and once it is full."""
 FIRST_FIT_STEPS = 2 * WINDOW_STEPS
 SAMPLES = 16
-LONGEST_ROLL_STEPS = 128
+MAX_ROLLOUT_STEPS = 128
 """A forecast further ahead stays where this one ends."""
-LARGEST_DEVIATION = 4.0
+MAX_DEVIATIONS = 4.0
 """In standard deviations: signals are clipped to it on their way into the model, and out of it."""
-LARGEST_CHANGE = 10.0
+MAX_CHANGE = 10.0
 """Of the log loss, over a forecast: enough for anything but an overflow."""
-LEAST_NOISE = 1e-3
+MIN_NOISE = 1e-3
 """Of the log loss: below a thousandth of the loss, members that differ do not disagree."""
 SCORED_AHEAD_STEPS = 16
 SCORES = 64
@@ -74,8 +74,8 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class OpenForecast:
-    """A forecast whose time has not come. due: count of observations at which it is held against the loss."""
+class PendingForecast:
+    """A forecast that is not due yet. due: count of observations at which it is compared; the others: log losses."""
 
     due: int
     log_loss: float
@@ -88,7 +88,7 @@ class OpenForecast:
 
 
 class Rssm:
-    """Goes on along the path's newest stretch, as far as a learnt model of the training signals expects it to pay.
+    """Continues the path's newest stretch, as far as a learned model of the training signals expects the loss to fall.
 
         theta[t + H] = theta[t] + P (H / k) (theta[t] - theta[t - k])
         confidence   = A path_confidence
@@ -96,71 +96,70 @@ class Rssm:
         log loss[t + H] ~ level[t] + a (d[t+1] + ... + d[t+H-1]) + d[t+H]
 
     k: gradient steps that the newest displacement spans; H: the horizon in nominal steps; a: SMOOTHING
-    d: together with the log of the gradient norm and the learning rate's share, what `dynamics.StateSpace` learns and
+    d: together with the log of the gradient norm and the learning rate's share, what `rssm_model.StateSpace` learns and
         forecasts, each in standard deviations of the latest REMEMBERED_STEPS
     P, A: in [0, 1], the forecast's `fall_probability` and its members' `agreement`
 
     One Adam step every FIT_EVERY_STEPS observations; before the first, the confidence is 0 and P = 1/2. A signal that
-    is not finite, or a loss or gradient norm not above 0, is skipped. `skill` says what the forecasts were worth.
+    is not finite, or a loss or gradient norm not above 0, is skipped. `skill` measures the forecasts.
+
     Source: the dynamics model that the plan starts from, with the state space of Hafner et al. 2019 (arXiv 1811.04551).
     """
 
     def __init__(self, seed: int = 0) -> None:
         self._dynamics = Dynamics(signals=3, seed=seed)
-        self._ring: deque[list[float]] = deque(maxlen=REMEMBERED_STEPS)
+        self._signals: deque[list[float]] = deque(maxlen=REMEMBERED_STEPS)
         self._level: float | None = None
         self._count = 0
         self._fits = 0
-        self._open: OpenForecast | None = None
+        self._pending: PendingForecast | None = None
         self._squared_errors: deque[list[float]] = deque(maxlen=SCORES)
 
     def needs(self, full_steps: int) -> PathNeeds:
         """Four displacements a Full block, as `linear`."""
-        return PathNeeds(rows=4, every=-(-full_steps // 4))
+        return PathNeeds(rows=4, every=math.ceil(full_steps / 4))
 
     def observe(self, signals: Signals) -> None:
-        """Remember one step's signals, settle the forecast that was due, and every so often learn."""
+        """Remember one step's signals, score the forecast that is due, and fit the model every so many steps."""
         if not _usable(signals):
             return
         log_loss = math.log(signals.loss)
         self._remember(log_loss, math.log(signals.gradient_norm), float(signals.lr_share))
-        if self._open is not None and self._open.due == self._count:
-            self._squared_errors.append(self._open.squared_errors(log_loss))
-            self._open = None
-        every = FIT_EVERY_STEPS if len(self._ring) == REMEMBERED_STEPS else EARLY_FIT_EVERY_STEPS
+        if self._pending is not None and self._pending.due == self._count:
+            self._squared_errors.append(self._pending.squared_errors(log_loss))
+            self._pending = None
+        every = FIT_EVERY_STEPS if len(self._signals) == REMEMBERED_STEPS else EARLY_FIT_EVERY_STEPS
         if self._count >= FIRST_FIT_STEPS and self._count % every == 0:
-            self._learn(log_loss)
+            self._fit(log_loss)
 
     def _remember(self, log_loss: float, log_gradient_norm: float, lr_share: float) -> None:
         level = log_loss if self._level is None else self._level
-        self._ring.append([log_loss - level, log_gradient_norm, lr_share])
+        self._signals.append([log_loss - level, log_gradient_norm, lr_share])
         self._level = level + SMOOTHING * (log_loss - level)
         self._count += 1
 
-    def _learn(self, log_loss: float) -> None:
+    def _fit(self, log_loss: float) -> None:
         self._dynamics.fit(self._standardised())
         self._fits += 1
-        forecast = self.forecast(SCORED_AHEAD_STEPS) if self._open is None else None
+        forecast = self.forecast(SCORED_AHEAD_STEPS) if self._pending is None else None
         if forecast is not None:
             due = self._count + SCORED_AHEAD_STEPS
-            self._open = OpenForecast(due, forecast.log_loss, log_loss, forecast.level)
+            self._pending = PendingForecast(due, forecast.log_loss, log_loss, forecast.level)
 
     def forecast(self, steps: float) -> Forecast | None:
-        """The loss so many steps ahead, rounded up; None before the model has learnt anything."""
+        """The loss so many steps ahead, rounded up; None before the model was fitted."""
         if not self._fits or self._level is None or steps <= 0:
             return None
         mean, deviation = self._moments()
-        rolled = self._dynamics.forecast(self._standardised(), min(math.ceil(steps), LONGEST_ROLL_STEPS), SAMPLES)
-        d = mean[0] + deviation[0] * np.clip(rolled[..., 0], -LARGEST_DEVIATION, LARGEST_DEVIATION)
-        change = np.clip(SMOOTHING * d[:-1].sum(0) + d[-1], -LARGEST_CHANGE, LARGEST_CHANGE).mean(-1)
+        rolled = self._dynamics.forecast(self._standardised(), min(math.ceil(steps), MAX_ROLLOUT_STEPS), SAMPLES)
+        d = mean[0] + deviation[0] * np.clip(rolled[..., 0], -MAX_DEVIATIONS, MAX_DEVIATIONS)
+        change = np.clip(SMOOTHING * d[:-1].sum(0) + d[-1], -MAX_CHANGE, MAX_CHANGE).mean(-1)
         return Forecast(self._level + float(change.mean()), float(change.std(ddof=1)), self._level, self._noise())
 
     def propose(self, gram: Gram, horizon: float) -> Proposal:
         """P H / k on the newest displacement, nothing on the others."""
         forecast = self.forecast(horizon)
-        newest = gram.indices("displacement")[-1]
-        coefficients = gram.zeros()
-        coefficients[:, newest] = horizon / gram.rows[newest].steps
+        coefficients = along_newest(gram, horizon)
         if forecast is None:
             return Proposal(coefficients / 2, confidence=0.0, loss_change=0.0)
         confidence = path_confidence(gram, coefficients) * forecast.agreement
@@ -181,36 +180,36 @@ class Rssm:
 
     def _moments(self) -> tuple[Float[np.ndarray, " signal"], Float[np.ndarray, " signal"]]:
         """Mean and standard deviation of the remembered signals."""
-        ring = np.array(self._ring)
-        return ring.mean(0), np.maximum(ring.std(0), 1e-6)
+        signals = np.array(self._signals)
+        return signals.mean(0), np.maximum(signals.std(0), 1e-6)
 
     def _standardised(self) -> Float[np.ndarray, "time signal"]:
         mean, deviation = self._moments()
-        return np.clip((np.array(self._ring) - mean) / deviation, -LARGEST_DEVIATION, LARGEST_DEVIATION)
+        return np.clip((np.array(self._signals) - mean) / deviation, -MAX_DEVIATIONS, MAX_DEVIATIONS)
 
     def _noise(self) -> float:
         """Standard deviation of d if it is normal, by its median absolute deviation: a sudden change counts little."""
-        d = np.array(self._ring)[:, 0]
-        return max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(d - np.median(d)))))
+        d = np.array(self._signals)[:, 0]
+        return max(MIN_NOISE, 1.4826 * float(np.median(np.abs(d - np.median(d)))))
 
     def state_dict(self) -> dict[str, Any]:
-        """The model with its optimizer, the remembered signals, and the forecasts that are open or settled."""
+        """The model with its optimizer, the remembered signals, and the forecasts that are pending or scored."""
         return {
             "dynamics": self._dynamics.state_dict(),
-            "ring": [list(signals) for signals in self._ring],
+            "signals": [list(signals) for signals in self._signals],
             "level": self._level,
             "count": self._count,
             "fits": self._fits,
-            "open": None if self._open is None else asdict(self._open),
+            "pending": None if self._pending is None else asdict(self._pending),
             "squared_errors": [list(errors) for errors in self._squared_errors],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self._dynamics.load_state_dict(state["dynamics"])
-        self._ring = deque(map(list, state["ring"]), maxlen=REMEMBERED_STEPS)
+        self._signals = deque(map(list, state["signals"]), maxlen=REMEMBERED_STEPS)
         self._level, self._count, self._fits = state["level"], state["count"], state["fits"]
-        self._open = None if state["open"] is None else OpenForecast(**state["open"])
+        self._pending = None if state["pending"] is None else PendingForecast(**state["pending"])
         self._squared_errors = deque(map(list, state["squared_errors"]), maxlen=SCORES)
 
 

@@ -1,4 +1,4 @@
-"""A recurrent state-space model of a few signals, trained while they come in: what `rssm` forecasts with."""
+"""A recurrent state-space model of a few signals, trained while they come in: which `rssm` forecasts with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 MEMBERS, HIDDEN, LATENT = 3, 16, 4
 WINDOW_STEPS = 16
 """Steps through which a gradient runs back, and over which the state is filtered before a forecast."""
-WINDOWS_A_FIT = 16
+WINDOWS_PER_FIT = 16
 LEARNING_RATE = 2e-2
-LARGEST_GRADIENT_NORM = 1.0
-LEAST_DEVIATION = 0.1
+MAX_GRADIENT_NORM = 1.0
+MIN_DEVIATION = 0.1
 """Of a decoded signal, in its own standard deviations: a signal that never moves must not be worth endless nats."""
 
 Gaussian = tuple[Tensor, Tensor]
@@ -28,7 +28,7 @@ Gaussian = tuple[Tensor, Tensor]
 
 
 class _Linear(nn.Module):
-    """One affine map a member, all in one product: y[m] = x[m] W[m] + b[m]."""
+    """One affine map per member, all in one product: y[m] = x[m] W[m] + b[m]."""
 
     def __init__(self, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -48,9 +48,12 @@ class StateSpace(nn.Module):
         posterior  z[t] ~ q(z | h[t], x[t]) = N(mu_q, sigma_q^2)
         decoder    x[t] ~ p(x | h[t], z[t]) = N(mu_x, s^2)
 
-    x: the signals, of about unit variance; h: the recurrent state, HIDDEN numbers; z: the stochastic latent, LATENT
-    numbers, sampled as mu + sigma times noise; s: learnt, by member and signal. All means and sigmas are affine in what
-    they depend on, sigma under a sigmoid. A signal reaches h through z alone, so that the prior can go on without any.
+    x: the signals, of about unit variance; h: the recurrent state, HIDDEN numbers
+    z: the stochastic latent, LATENT numbers, sampled as mu + sigma times noise; s: learned, by member and signal
+
+    All means and sigmas are affine in what they depend on, sigma under a sigmoid. A signal reaches h through z alone,
+    so that the prior can continue without any.
+
     Source: Hafner et al. 2019 (arXiv 1811.04551).
     """
 
@@ -70,7 +73,7 @@ class StateSpace(nn.Module):
         mean_p, sigma_p = _gaussian(_at_all_times(self._prior, h))
         ratio, distance = sigma_q / sigma_p, (mean_q - mean_p) / sigma_p
         divergence = 0.5 * (ratio.square() + distance.square() - 1) - ratio.log()
-        s = F.softplus(self._raw_s) + LEAST_DEVIATION
+        s = F.softplus(self._raw_s) + MIN_DEVIATION
         error = (x - _at_all_times(self._decoder, torch.cat((h, z), dim=-1))) / s
         surprise = 0.5 * error.square() + s.log()
         return divergence.sum(-1).mean() + surprise.sum(-1).mean()
@@ -81,22 +84,22 @@ class StateSpace(nn.Module):
         """States h, latents z and the posteriors of z along observed signals, each [time, member, row, size]."""
         h, z = x.new_zeros(*x.shape[1:3], HIDDEN), x.new_zeros(*x.shape[1:3], LATENT)
         steps = []
-        for observed, draw in zip(x.unbind(), noise.unbind(), strict=True):
+        for observed, sampled in zip(x.unbind(), noise.unbind(), strict=True):
             h = self._recur(h, z)
             mean, sigma = _gaussian(self._posterior(torch.cat((h, observed), dim=-1)))
-            z = torch.addcmul(mean, sigma, draw)
+            z = torch.addcmul(mean, sigma, sampled)
             steps.append((h, z, mean, sigma))
         states, latents, means, sigmas = (torch.stack(column) for column in zip(*steps, strict=True))
         return states, latents, (means, sigmas)
 
-    def roll(
+    def rollout(
         self, h: Float[Tensor, "member row hidden"], z: Float[Tensor, "member row latent"], noise: Tensor
     ) -> Float[Tensor, "time member row signal"]:
         """Mean signals along sampled futures of the prior; noise: [time, member, row, latent]."""
         signals = []
-        for draw in noise.unbind():
+        for sampled in noise.unbind():
             h = self._recur(h, z)
-            z = torch.addcmul(*_gaussian(self._prior(h)), draw)
+            z = torch.addcmul(*_gaussian(self._prior(h)), sampled)
             signals.append(self._decoder(torch.cat((h, z), dim=-1)))
         return torch.stack(signals)
 
@@ -123,7 +126,7 @@ class Dynamics:
 
         weights <- Adam(weights, gradient of the mean loss over windows x[t], ..., x[t + WINDOW_STEPS - 1])
 
-    This is backpropagation through time, truncated to a window: each starts from h = 0. Every member draws windows of
+    This is backpropagation through time, truncated to a window: each starts from h = 0. Every member samples windows of
     its own. Nothing here reads or changes torch's global random state, gradient mode or default device.
 
     signals: how many there are; seed: of the first weights, the windows and the noise
@@ -143,7 +146,7 @@ class Dynamics:
             loss = self._model.loss(windows, _noise(windows.shape[:3], self._generator))
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
-            nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             self._optimizer.step()
             self._optimizer.zero_grad()
         return loss.item()
@@ -151,17 +154,17 @@ class Dynamics:
     def forecast(
         self, signals: Float[np.ndarray, "time signal"], steps: int, samples: int
     ) -> Float[np.ndarray, "step member sample signal"]:
-        """Sampled futures after the recorded signals; the same question always draws the same noise."""
+        """Sampled futures after the recorded signals; the same arguments always give the same noise."""
         generator = torch.Generator("cpu").manual_seed(self._seed)
         with _own_modes(gradients=False):
             latest = _tensor(signals[-WINDOW_STEPS:])
             x = latest[:, None, None].expand(-1, MEMBERS, samples, -1)
             h, z, _ = self._model.filter(x, _noise(x.shape[:3], generator))
-            futures = self._model.roll(h[-1], z[-1], _noise((steps, MEMBERS, samples), generator))
+            futures = self._model.rollout(h[-1], z[-1], _noise((steps, MEMBERS, samples), generator))
         return futures.numpy()
 
     def _windows(self, signals: Float32[Tensor, "time signal"]) -> Float32[Tensor, "step member window signal"]:
-        places, shape = len(signals) - WINDOW_STEPS + 1, (MEMBERS, WINDOWS_A_FIT)
+        places, shape = len(signals) - WINDOW_STEPS + 1, (MEMBERS, WINDOWS_PER_FIT)
         starts = torch.randint(places, shape, generator=self._generator, device="cpu")
         return signals[starts + torch.arange(WINDOW_STEPS, device="cpu")[:, None, None]]
 
@@ -171,7 +174,7 @@ class Dynamics:
         return deepcopy(state) | {"generator": self._generator.get_state(), "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(deepcopy(state["optimizer"]))
         self._generator.set_state(state["generator"])
@@ -180,7 +183,7 @@ class Dynamics:
 
 @contextmanager
 def _own_modes(gradients: bool) -> Iterator[None]:
-    """Whatever mode the caller is in: gradients or none, full precision."""
+    """Gradients or none, in full precision, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=False):
         yield
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridlab.predictors.base import Proposal, path_confidence
-from hybridlab.predictors.trend import TrendFollower
+from hybridlab.predictors.base import Proposal, TrendFollower
 from hybridlab.weights.gram import Gram, PathNeeds
 
 STRIDE_STEPS, ETA, MU = 30, 0.7, 0.4
@@ -18,10 +17,13 @@ class Snoo(TrendFollower):
         theta[t + H] = theta[t - K] + eta (D[k] + mu b[k])
                      = theta[t] + (eta - 1) D[k] + eta mu b[k]        for H >= K; H / K of the way for less
 
-    D[k] = theta[t] - theta[t - K] is the newest stride of K = 30 steps, b the outer momentum, here over the four
-    remembered strides, eta = 0.7 the outer learning rate, mu = 0.4 the outer momentum's decay, and H the horizon in
-    nominal steps. Part of the newest stride is taken back, so that on a steady path a whole jump is worth about 0.15 K
-    steps. All groups take one set of factors: the recurrence has no place for another.
+    D[k]: the newest stride, theta[t] - theta[t - K], of K = 30 steps; b: the outer momentum, here over the four
+        remembered strides; H: the horizon in nominal steps
+    eta: the outer learning rate, 0.7; mu: the outer momentum's decay, 0.4
+
+    Part of the newest stride is undone, so that on a steady path a whole jump is worth about 0.15 K steps. All groups
+    take one set of factors: the recurrence has no place for another.
+
     Source: Kallusky et al. 2025, SNOO (arXiv 2510.15830).
     """
 
@@ -36,4 +38,4 @@ class Snoo(TrendFollower):
         jump = ETA * MU * outer_momentum
         jump[-1] += ETA - 1
         coefficients[:, path] = min(1.0, horizon / gram.rows[path[-1]].steps) * jump
-        return Proposal(coefficients, path_confidence(gram, coefficients), self.slope * horizon)
+        return self.proposal(gram, coefficients, horizon)
