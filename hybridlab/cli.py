@@ -170,25 +170,25 @@ def plan(
     path_device: Annotated[str, typer.Option(help="Where the path is kept: same or host.")] = "same",
     path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
 ) -> None:
-    """Say what a training takes of a card, without one, and if it does not fit the least to switch on."""
+    """Say what a training takes of a GPU, without one, and if it does not fit the least to switch on."""
     from hybridlab.engine.config import HybridTrainerConfig
     from hybridlab.optim import OptimizerConfig
-    from hybridlab.planner.gpu_specs import find_card
-    from hybridlab.planner.suggest import Situation
-    from hybridlab.planner.text_report import default_batch, forecast, memory_named, read_batch
+    from hybridlab.planner.gpu_specs import find_gpu
+    from hybridlab.planner.spec import TrainingSpec
+    from hybridlab.planner.text_report import default_batch, memory_named, read_batch, report_lines
 
-    card_bytes, rates = find_card(card)
+    card_bytes, rates = find_gpu(card)
     if taken * 1e9 >= card_bytes:
-        raise UserError(f"other programs hold {taken:g} GB, all of a card of {card_bytes / 1e9:g} GB: close some")
+        raise UserError(f"other programs hold {taken:g} GB, all of a GPU of {card_bytes / 1e9:g} GB: close some")
     card_bytes -= round(taken * 1e9)
     settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(model)
-    situation = Situation(model, size, settings, OptimizerConfig(optimizer))
+    spec = TrainingSpec(model, size, settings, OptimizerConfig(optimizer))
     if predictor != "none":
         hybrid = HybridTrainerConfig(
             predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings
         )
-        situation = replace(situation, path=hybrid.path_needs, path_storage=hybrid.path_storage)
-    for line in forecast(situation, card_bytes, rates):
+        spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
+    for line in report_lines(spec, card_bytes, rates):
         print(line)
 
 

@@ -282,7 +282,7 @@ def test_what_the_card_could_not_hold_is_not_claimed_about() -> None:
 def test_a_card_runs_what_it_can_hold_and_the_rest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = BASE, replace(BASE, name="large", task=replace(TASK, batch_size=64))
     assert room_for([small, large]) == ([small, large], {}), "without a card"
-    between = (plan_of(small).peak_on_card_bytes + plan_of(large).peak_on_card_bytes) // 2
+    between = (plan_of(small).peak_on_gpu_bytes + plan_of(large).peak_on_gpu_bytes) // 2
     monkeypatch.setattr(planning, "card_bytes_of", lambda _: between)
     held, left_out = room_for([small, large])
     assert held == [small]

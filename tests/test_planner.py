@@ -1,4 +1,4 @@
-"""The plan of a training's memory, against numbers that matched a card."""
+"""The plan of a training's memory, against numbers that matched a GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ from hybridlab.memory.config import (
 )
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
 from hybridlab.optim import OptimizerConfig
-from hybridlab.planner import plan
-from hybridlab.planner import suggest as nearest_fit
-from hybridlab.planner.fake_gpu import emulated_card
-from hybridlab.planner.gpu_specs import CARDS, find_card, step_time_ms
+from hybridlab.planner import GpuOverhead, TrainingSpec, nearest_fit, plan
+from hybridlab.planner.fake_gpu import fake_gpu
+from hybridlab.planner.gpu_specs import GPUS, find_gpu, step_time_ms
 from hybridlab.planner.live_bytes import LiveBytes
-from hybridlab.planner.plan import CardShare
-from hybridlab.planner.suggest import Situation, climb, ladder
+from hybridlab.planner.suggest import options, smallest_fit
 from hybridlab.planner.text_report import code_of, default_batch
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
@@ -68,12 +66,12 @@ GOLDEN_GB = {
     "large": {"B": 23.89, "C": 20.14, "D": 18.45, "E": 12.90, "F": 8.28, "G": 6.50},
     "xl": {"B": 41.37, "C": 35.66, "D": 34.01, "E": 25.57, "F": 16.27, "G": 11.84, "L": 4.56},
 }
-GRAPH_ALONE = CardShare(workspace_bytes=0)
+GRAPH_ALONE = GpuOverhead(workspace_bytes=0)
 
 
 @pytest.mark.parametrize(("size", "arm"), [(size, arm) for size, arms in GOLDEN_GB.items() for arm in arms])
-def test_the_peak_is_the_one_that_matched_the_card(size, arm):
-    planned = plan(size, (8, 512), ARMS[arm], weight_cache=arm in WITH_AUTOCAST_CACHE, share=GRAPH_ALONE)
+def test_the_peak_is_the_one_that_matched_the_gpu(size, arm):
+    planned = plan(size, (8, 512), ARMS[arm], weight_cache=arm in WITH_AUTOCAST_CACHE, overhead=GRAPH_ALONE)
     assert planned.peak_allocated_bytes / 1e9 == pytest.approx(GOLDEN_GB[size][arm], rel=0.01)
 
 
@@ -81,7 +79,7 @@ def test_the_peak_is_the_one_that_matched_the_card(size, arm):
 
 
 def test_a_storage_counts_once_from_birth_to_death_in_whole_grains():
-    with emulated_card(), LiveBytes() as live:
+    with fake_gpu(), LiveBytes() as live:
         a = torch.empty(1000)
         view = a[10:].view(-1, 10)
         b = a * 2
@@ -104,15 +102,15 @@ def test_autocast_keeps_in_float32_what_cuda_keeps():
             return [half.dtype, F.layer_norm(half, (8,)).dtype, half.softmax(-1).dtype, half.exp().dtype]
 
     before = types()
-    with emulated_card():
+    with fake_gpu():
         assert types() == [torch.bfloat16] + 3 * [torch.float32]
     assert types() == before, "the processor's own kernels are back"
     assert torch.equal(norm(x), F.layer_norm(x, (8,)))
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(4, 4, dtype=torch.bool)])
-def test_attention_has_the_same_shape_on_the_emulated_card(mask):
-    with emulated_card():
+def test_attention_has_the_same_shape_on_the_fake_gpu(mask):
+    with fake_gpu():
         q = torch.empty(2, 6, 4, 8, requires_grad=True)
         k = torch.empty(2, 2, 4, 8, requires_grad=True)
         fake_mask = None if mask is None else torch.empty(4, 4)
@@ -174,7 +172,7 @@ def test_more_blocks_that_keep_their_activations_take_more():
     assert peaks == sorted(set(peaks))
 
 
-def test_inputs_on_the_host_leave_two_of_them_on_the_card_and_cross_the_bus_twice():
+def test_inputs_on_the_host_leave_two_of_them_on_the_gpu_and_cross_the_bus_twice():
     deep = replace(WIDE_LOGITS, n_layer=16)
     kept, sent = (plan(deep, (8, 64), MemoryConfig(checkpointing=CheckpointingConfig(inputs=i))) for i in INPUTS)
     one = 8 * 64 * deep.n_embd * 4
@@ -228,15 +226,15 @@ def test_predict_with_bf16_weights_holds_half_of_them():
     assert phases["Predict"]["weights"] == pytest.approx(phases["Full"]["weights"] / 2, rel=0.01)
 
 
-def test_the_path_counts_its_rows_and_the_way_back_unless_it_is_on_the_host(plain):
+def test_the_path_counts_its_rows_and_the_rollback_snapshot_unless_it_is_on_the_host(plain):
     needs = PathNeeds(rows=4, every=5, velocity=0.9)
     storages = (PathStorage(), PathStorage(dtype=torch.bfloat16), PathStorage(on_host=True))
     same, narrow, host = (plan(*LITTLE, path=needs, path_storage=storage) for storage in storages)
     weights = plain.parts["weights"]
-    rows, last, way_back = 5, 1, 3
+    rows, last, snapshot = 5, 1, 3
     assert plain.phases["Predict"]["path"] == host.phases["Predict"]["path"] == 0
-    assert same.phases["Predict"]["path"] == pytest.approx((rows + last + way_back) * weights, rel=0.02)
-    assert narrow.phases["Predict"]["path"] == pytest.approx((rows / 2 + last + way_back) * weights, rel=0.02)
+    assert same.phases["Predict"]["path"] == pytest.approx((rows + last + snapshot) * weights, rel=0.02)
+    assert narrow.phases["Predict"]["path"] == pytest.approx((rows / 2 + last + snapshot) * weights, rel=0.02)
     assert plain.peak_allocated_bytes < host.peak_allocated_bytes < same.peak_allocated_bytes
 
 
@@ -253,14 +251,14 @@ def test_any_module_with_a_loss_of_its_own_can_be_planned():
 
 
 def test_parts_add_up_and_the_record_is_json():
-    planned = plan("nano", (2, 32), share=CardShare(workspace_bytes=512, context_bytes=1000, slack=0.5))
+    planned = plan("nano", (2, 32), overhead=GpuOverhead(workspace_bytes=512, context_bytes=1000, slack=0.5))
     assert sum(planned.parts.values()) == planned.peak_allocated_bytes
-    assert planned.peak_on_card_bytes == round(planned.peak_allocated_bytes * 1.5) + 1000
-    assert planned.fits(planned.peak_on_card_bytes)
-    assert not planned.fits(planned.peak_on_card_bytes - 1)
+    assert planned.peak_on_gpu_bytes == round(planned.peak_allocated_bytes * 1.5) + 1000
+    assert planned.fits(planned.peak_on_gpu_bytes)
+    assert not planned.fits(planned.peak_on_gpu_bytes - 1)
     record = json.loads(json.dumps(planned.record()))
     assert record["phases"]["Full"]["weights"] == planned.parts["weights"]
-    assert record["peak_on_card_bytes"] == planned.peak_on_card_bytes
+    assert record["peak_on_gpu_bytes"] == planned.peak_on_gpu_bytes
 
 
 @pytest.mark.parametrize(
@@ -280,18 +278,18 @@ def test_what_makes_no_training_is_refused(batch, memory, optimizer, message):
 
 # --- what to switch on -----------------------------------------------------------------------------------
 
-SITUATION = Situation(replace(WIDE_LOGITS, n_layer=2), (8, 64), MemoryConfig(), OptimizerConfig(), share=GRAPH_ALONE)
+SPEC = TrainingSpec(replace(WIDE_LOGITS, n_layer=2), (8, 64), MemoryConfig(), OptimizerConfig(), overhead=GRAPH_ALONE)
 
 
 @pytest.fixture(scope="module")
-def rungs():
-    return list(ladder(SITUATION))
+def all_options():
+    return list(options(SPEC))
 
 
-def test_the_ladder_goes_from_harmless_to_costly_and_never_up(rungs):
-    peaks = [rung.plan.peak_allocated_bytes for rung in rungs]
+def test_options_go_from_harmless_to_costly_and_never_up(all_options):
+    peaks = [option.plan.peak_allocated_bytes for option in all_options]
     assert peaks[-1] < 0.5 * peaks[0]
-    assert [rung.name.split()[0] for rung in rungs[:8]] == [
+    assert [option.name.split()[0] for option in all_options[:8]] == [
         "as",
         "bf16",
         "loss",
@@ -303,35 +301,35 @@ def test_the_ladder_goes_from_harmless_to_costly_and_never_up(rungs):
     ]
 
 
-def test_climbing_stops_at_the_first_rung_that_fits(rungs):
-    card_bytes = rungs[4].plan.peak_on_card_bytes
-    climbed = climb(SITUATION, card_bytes)
-    assert climbed[-1].plan.fits(card_bytes)
-    assert not any(rung.plan.fits(card_bytes) for rung in climbed[:-1])
-    said = nearest_fit(SITUATION, card_bytes)
+def test_the_smallest_fit_is_the_first_option_that_fits(all_options):
+    gpu_bytes = all_options[4].plan.peak_on_gpu_bytes
+    tried = smallest_fit(SPEC, gpu_bytes)
+    assert tried[-1].plan.fits(gpu_bytes)
+    assert not any(option.plan.fits(gpu_bytes) for option in tried[:-1])
+    said = nearest_fit(SPEC, gpu_bytes)
     assert said.startswith("nearest fitting setting: bf16 autocast, ")
-    assert climbed[-1].name in said
-    assert "no setting makes it fit" in nearest_fit(SITUATION, 1000)
+    assert tried[-1].name in said
+    assert "no setting makes it fit" in nearest_fit(SPEC, 1000)
 
 
-def test_what_is_on_already_or_cannot_be_has_no_rung():
-    whole = replace(SITUATION, memory=MemoryConfig.fit_16gb(), path=PathNeeds(4, 5))
-    assert [rung.name.split()[0] for rung in ladder(whole)][:3] == ["as", "path", "gradients"]
-    muon = replace(SITUATION, optimizer=OptimizerConfig("muon"))
-    assert not any("state" in rung.name for rung in ladder(muon))
+def test_what_is_on_already_or_cannot_be_is_no_option():
+    whole = replace(SPEC, memory=MemoryConfig.fit_16gb(), path=PathNeeds(4, 5))
+    assert [option.name.split()[0] for option in options(whole)][:3] == ["as", "path", "gradients"]
+    muon = replace(SPEC, optimizer=OptimizerConfig("muon"))
+    assert not any("state" in option.name for option in options(muon))
 
 
-def test_a_card_is_a_size_or_a_name():
-    assert find_card("16 GB") == (16_000_000_000, CARDS["rtx5080"])
-    assert find_card("h100") == (CARDS["h100"].memory_bytes, CARDS["h100"])
+def test_a_gpu_is_a_size_or_a_name():
+    assert find_gpu("16 GB") == (16_000_000_000, GPUS["rtx5080"])
+    assert find_gpu("h100") == (GPUS["h100"].memory_bytes, GPUS["h100"])
     for nonsense in ("16", "0GB", "GB", "rtx", "1.2.3GB"):
         with pytest.raises(UserError, match="16GB"):
-            find_card(nonsense)
+            find_gpu(nonsense)
 
 
-def test_step_time_follows_the_work_and_the_card():
+def test_step_time_follows_the_work_and_the_gpu():
     plain, twice = plan(*MUCH), plan(*MUCH, MemoryConfig(checkpointing=CheckpointingConfig()))
-    h100, rtx3090 = CARDS["h100"], CARDS["rtx3090"]
+    h100, rtx3090 = GPUS["h100"], GPUS["rtx3090"]
     assert 0 < step_time_ms(plain, h100) < step_time_ms(twice, h100) < step_time_ms(twice, rtx3090)
     parts = plan(*MUCH, MemoryConfig(gradient_accumulation=GradientAccumulationConfig(8)))
     assert parts.costs.flops == plain.costs.flops
@@ -350,28 +348,28 @@ def ended(arguments: str, size: str = "--model nano --batch 8x64") -> int | str 
 
 def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
     assert ended("--card 16GB --predictor linear") == 0
-    assert "It fits a card of 16 GB" in capsys.readouterr().out
+    assert "It fits a GPU of 16 GB" in capsys.readouterr().out
     assert ended("--card 0.65GB") == 0
     out = capsys.readouterr().out
-    assert "It does not fit a card of 0.65 GB" in out
+    assert "It does not fit a GPU of 0.65 GB" in out
     assert "+ bf16 autocast" in out
     assert "memory = " not in out, "nothing makes it fit"
 
 
-def test_what_other_programs_hold_is_taken_off_the_card(capsys):
+def test_what_other_programs_hold_is_taken_off_the_gpu(capsys):
     assert ended("--card 16GB --taken 15.5", size="--model nano") == 0
-    assert "It does not fit a card of 0.5 GB" in capsys.readouterr().out
+    assert "It does not fit a GPU of 0.5 GB" in capsys.readouterr().out
     assert ended("--card 16GB --taken 16", size="--model nano") == 2
-    assert "other programs hold 16 GB, all of a card of 16 GB" in capsys.readouterr().err
+    assert "other programs hold 16 GB, all of a GPU of 16 GB" in capsys.readouterr().err
 
 
 def test_host_memory_is_told_by_where_and_how_the_path_is_kept(capsys):
     told = []
     for arguments in ("", "--path-device host", "--path-device host --path-dtype bf16"):
         assert ended(f"--predictor ema_nesterov {arguments}") == 0
-        told += [*re.findall(r"Host memory.*\(path ([\d.]+) MB, way back", capsys.readouterr().out), ""][:1]
-    on_card, fp32, bf16 = told
-    assert on_card == ""
+        told += [*re.findall(r"Host memory.*\(path ([\d.]+) MB, rollback snapshot", capsys.readouterr().out), ""][:1]
+    on_gpu, fp32, bf16 = told
+    assert on_gpu == ""
     assert float(fp32) / float(bf16) == pytest.approx((4 + 1 + 1) / ((4 + 1) / 2 + 1), rel=0.01)
 
 
@@ -410,7 +408,7 @@ def test_the_default_batch_is_one_that_the_model_takes(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--card 16", "card '16' is unknown: give its memory, such as 16GB"),
+        ("--card 16", "GPU '16' is unknown: give its memory, such as 16GB"),
         ("--batch 8*512", "batch '8*512' is none: give windows and tokens, such as 8x512"),
         ("--batch 0x512", "such as 8x512"),
         ("--model nan", "did you mean 'nano'?"),
@@ -450,13 +448,13 @@ def test_host_memory_is_counted_by_what_it_keeps() -> None:
     config = GPT2Config.nano()
     weights = sum(p.nbytes for p in GPT2(config).parameters())
     needs, storage = PathNeeds(rows=4, every=1, velocity=0.9), PathStorage(on_host=True, dtype=torch.bfloat16)
-    held = plan("nano", (2, 32), memory, path=needs, path_storage=storage).held_on_host
+    held = plan("nano", (2, 32), memory, path=needs, path_storage=storage).host_memory
     assert held == {
         "inputs of blocks": config.n_layer * 2 * 32 * config.n_embd * 4,
         "path": 5 * weights // 2 + weights,
-        "way back": pytest.approx(3 * weights, rel=1e-3),
-    }, "what leaves in Predict is in the way back"
-    assert plan("nano", (2, 32), memory).held_on_host.keys() == {"inputs of blocks"}, "nothing is predicted"
+        "rollback snapshot": pytest.approx(3 * weights, rel=1e-3),
+    }, "what leaves in Predict is in the rollback snapshot"
+    assert plan("nano", (2, 32), memory).host_memory.keys() == {"inputs of blocks"}, "nothing is predicted"
     on_host = plan("nano", (2, 32), MemoryConfig(state_on_host=True))
-    assert on_host.held_on_host_bytes == 4 * weights
-    assert plan("nano", (2, 32)).held_on_host == {}
+    assert on_host.host_memory_bytes == 4 * weights
+    assert plan("nano", (2, 32)).host_memory == {}

@@ -13,7 +13,7 @@ import pytest
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
 from hybridlab.notebook.views.memory_charts import vram_rows
-from hybridlab.planner.gpu_specs import CARDS
+from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.card_guide import NO_FIT, card_guide
@@ -334,12 +334,12 @@ def test_only_an_emulated_card_is_excused(device: str) -> None:
 
 def test_ratios_of_speeds_come_from_the_data_sheets() -> None:
     guide = card_guide(evidence(n03=entry(device="an emulated card")), {})
-    for card in (CARDS["h100"], CARDS["rtx5080"]):
+    for card in (GPUS["h100"], GPUS["rtx5080"]):
         assert f"{card.bfloat16_flops / card.float32_flops:.1f} times ({card.name})" in guide
 
 
 def test_the_text_climbs_the_planner_s_ladder() -> None:
-    """Each rung of `nearest_fit.FEATURES` by a word of its name, and what the text calls it."""
+    """Each option of `suggest.FEATURES` by a word of its name, and what the text calls it."""
     words = {
         "autocast": "`mixed_precision`",
         "chunks": "`loss_chunk_tokens`",
@@ -352,8 +352,8 @@ def test_the_text_climbs_the_planner_s_ladder() -> None:
         "bf16 weights": "`weights=",
         "micro batches": "(`gradient_accumulation`)",
     }
-    rungs = [next(key for key in reversed(words) if key in name) for name, _ in FEATURES]
-    assert list(dict.fromkeys(rungs)) == list(words)
+    options = [next(key for key in reversed(words) if key in name) for name, _ in FEATURES]
+    assert list(dict.fromkeys(options)) == list(words)
     places = [NO_FIT.index(text) for text in words.values()]
     assert places == sorted(places)
 

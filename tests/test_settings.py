@@ -23,14 +23,14 @@ from hybridlab.memory import (
 )
 from hybridlab.models import GPT2Config
 from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.planner import CardShare
+from hybridlab.planner import GpuOverhead
 from hybridlab.study import ImageTaskConfig, RunConfig, Study, TextTaskConfig
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 
 RUN = RunConfig("run", TextTaskConfig("nano"), steps=10)
 SETTINGS: list[Any] = [
-    CardShare(),
+    GpuOverhead(),
     CheckpointingConfig(),
     GPT2Config.nano(),
     GradientAccumulationConfig(),

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.jump_times import JumpTimes, gradient_step_ms, jump_times
-from hybridlab.planner.gpu_specs import CARDS, step_time_ms
+from hybridlab.planner.gpu_specs import GPUS, step_time_ms
 from hybridlab.planner.plan import Plan
 from hybridlab.study.config import RunConfig
 from hybridlab.study.memory_log import card_busy_percent
@@ -58,7 +58,7 @@ class Footprint:
             "peak_memory_bytes": self.peak_memory_bytes,
             "step_ms": self.step_ms,
             "card_busy_percent": self.card_busy_percent,
-            "estimated_5080_ms": step_time_ms(self.predicted, CARDS["rtx5080"]),
+            "estimated_5080_ms": step_time_ms(self.predicted, GPUS["rtx5080"]),
             "validation_loss": self.validation_loss,
             "loss_change": change.mean if change else None,
             "loss_change_low": change.low if change and several else None,

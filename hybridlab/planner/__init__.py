@@ -1,6 +1,7 @@
 """Predicts peak memory and step time without a GPU, and what to switch on to fit one."""
 
-from hybridlab.planner.plan import CardShare, Plan, plan
-from hybridlab.planner.suggest import Situation, nearest_fit
+from hybridlab.planner.plan import Plan, plan, plan_training
+from hybridlab.planner.spec import GpuOverhead, TrainingSpec
+from hybridlab.planner.suggest import nearest_fit
 
-__all__ = ["CardShare", "Plan", "Situation", "nearest_fit", "plan"]
+__all__ = ["GpuOverhead", "Plan", "TrainingSpec", "nearest_fit", "plan", "plan_training"]

@@ -1,4 +1,4 @@
-"""A CUDA card without a card: tensors of which only shape and type exist, and CUDA's own choice of kernels."""
+"""A CUDA GPU without a GPU: tensors of which only shape and type exist, and CUDA's own choice of kernels."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ FLOAT32_ON_CUDA = (
 
 
 @contextmanager
-def emulated_card() -> Iterator[None]:
-    """Inside, tensors on the CPU take no memory, and autograd keeps what it would keep on a CUDA card.
+def fake_gpu() -> Iterator[None]:
+    """Inside, tensors on the CPU take no memory, and autograd keeps what it would keep on a CUDA GPU.
 
     CUDA's fake tensors need a torch that was built for CUDA, so those of the CPU stand in, with what differs put right:
     which operations autocast keeps in float32, the attention kernels and what they save, dropout's mask. Not put right:
@@ -93,5 +93,5 @@ def _attention(
 
 
 def _dropout(x: Tensor, share: float, train: bool) -> Tensor:
-    """CUDA's: a mask of one byte an element, none where nothing is dropped."""
+    """CUDA's: a mask of one byte per element, none where nothing is dropped."""
     return torch.ops.aten.native_dropout(x, share, train)[0] if train and share else x

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -35,13 +35,5 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if count is not None:
             self.flops[args[0].dtype] += count(*args, **kwargs, out_val=out)
         elif not func.is_view and func._overloadpacket not in NO_KERNEL:
-            self.moved_bytes += sum(tensor.nbytes for tensor in _tensors((args, out)))
+            self.moved_bytes += sum(leaf.nbytes for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor))
         return out
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)

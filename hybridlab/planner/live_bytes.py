@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     now: bytes alive at this moment, by part; peak: the same when their sum was greatest since `reset_peak`
     logit_widths: lengths of a last dimension that make a new tensor of two dimensions or more "logits"
-    born_as: the part that other new tensors belong to until `tag` says better; None: they are not on the card
+    new_part: the part that other new tensors belong to until `tag` says better; None: they are not on the GPU
 
     Sizes are rounded up as the CUDA caching allocator does. Views count once, with what they look at.
     """
@@ -33,7 +34,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
         self.logit_widths: frozenset[int] = frozenset()
-        self.born_as: str | None = "activations"
+        self.new_part: str | None = "activations"
         self._total = self._peak_total = 0
         self._storages: dict[int, tuple[int, str]] = {}
 
@@ -50,6 +51,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Begin a new peak at what is alive now."""
         self._peak_total, self.peak = self._total, dict(self.now)
 
+    @contextmanager
+    def counting_as(self, part: str | None) -> Iterator[None]:
+        """Set `new_part` inside the context."""
+        self.new_part, before = part, self.new_part
+        try:
+            yield
+        finally:
+            self.new_part = before
+
     def tag(self, tensors: Iterable[Tensor], part: str) -> None:
         """Say what these tensors are."""
         for tensor in tensors:
@@ -64,7 +74,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._storages:
             return
-        size, part = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES, self.born_as
+        size, part = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES, self.new_part
         if part is None:
             size, part = 0, "elsewhere"
         elif tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths:

@@ -9,11 +9,12 @@ from dataclasses import fields, is_dataclass
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2Config
-from hybridlab.planner.gpu_specs import Card, step_time_ms
-from hybridlab.planner.plan import PARTS, Batch, Plan
-from hybridlab.planner.suggest import Rung, Situation, climb
+from hybridlab.planner.gpu_specs import GpuSpec, step_time_ms
+from hybridlab.planner.plan import PARTS, Plan
+from hybridlab.planner.spec import BatchShape, TrainingSpec
+from hybridlab.planner.suggest import Option, smallest_fit
 
-PRESETS: dict[str, Callable[[], MemoryConfig]] = {
+MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
     "none": MemoryConfig,
     "conservative": MemoryConfig.conservative,
     "aggressive": MemoryConfig.aggressive,
@@ -27,23 +28,24 @@ WINDOWS, TOKENS = 8, 512
 """The batch, unless one is given."""
 
 
-def forecast(situation: Situation, card_bytes: int, card: Card) -> Iterator[str]:
-    """Memory by part and phase, whether the card holds it, the least to switch on if not, and times a step.
+def report_lines(spec: TrainingSpec, gpu_bytes: int, gpu: GpuSpec) -> Iterator[str]:
+    """Memory by part and phase, whether the GPU holds it, the least to switch on if not, and times per step.
 
     Where something must be switched on, and that is enough, the last lines are the Python that does it.
     """
-    rungs = climb(situation, card_bytes)
-    yield from _by_part(rungs[0].plan)
+    options = smallest_fit(spec, gpu_bytes)
+    asked, last = options[0], options[-1]
+    yield from _by_part(asked.plan)
     yield ""
-    yield _verdict(rungs, card_bytes)
+    yield _verdict(asked.plan, last.plan, gpu_bytes)
     yield ""
-    yield from _rungs(rungs, card_bytes, card)
-    if rungs[-1].plan.held_on_host != rungs[0].plan.held_on_host:
-        yield from _on_host(rungs[-1].plan, "With all of these, ")
-    yield f"Times a step are estimated, apart from the memory, from the data sheet of a {card.name}; measure to know."
-    if len(rungs) > 1 and rungs[-1].plan.fits(card_bytes):
+    yield from _by_option(options, gpu_bytes, gpu)
+    if last.plan.host_memory != asked.plan.host_memory:
+        yield from _host_memory(last.plan, "With all of these, ")
+    yield f"Times per step are estimated, apart from the memory, from the data sheet of a {gpu.name}; measure to know."
+    if last is not asked and last.plan.fits(gpu_bytes):
         yield ""
-        yield from _in_python(situation, rungs[-1].situation)
+        yield from _in_python(spec, last.spec)
 
 
 def _by_part(plan: Plan) -> Iterator[str]:
@@ -51,41 +53,40 @@ def _by_part(plan: Plan) -> Iterator[str]:
     for part in PARTS:
         yield _line(part, *(_size(parts[part]) for parts in plan.phases.values()))
     yield _line("allocated", *(_size(sum(parts.values())) for parts in plan.phases.values()))
-    share = plan.share
     yield (
-        f"On the card: {_size(plan.peak_on_card_bytes)}, with {share.slack:.0%} of slack in torch's allocator and "
-        f"{_size(share.context_bytes)} of CUDA context (assumed)."
+        f"On the GPU: {_size(plan.peak_on_gpu_bytes)}, with {plan.overhead.slack:.0%} of slack in torch's allocator "
+        f"and {_size(plan.overhead.context_bytes)} of CUDA context (assumed)."
     )
-    yield from _on_host(plan)
+    yield from _host_memory(plan)
 
 
-def _on_host(plan: Plan, begin: str = "") -> Iterator[str]:
+def _host_memory(plan: Plan, begin: str = "") -> Iterator[str]:
     """What the training keeps in host memory, if it keeps anything there."""
-    if plan.held_on_host:
-        held = ", ".join(f"{name} {_size(size)}" for name, size in plan.held_on_host.items())
-        line = f"{begin}host memory, most of it page-locked: {_size(plan.held_on_host_bytes)} ({held})."
+    if plan.host_memory:
+        uses = ", ".join(f"{use} {_size(size)}" for use, size in plan.host_memory.items())
+        line = f"{begin}host memory, most of it page-locked: {_size(plan.host_memory_bytes)} ({uses})."
         yield line[0].upper() + line[1:]
 
 
-def _verdict(rungs: list[Rung], card_bytes: int) -> str:
-    size, asked, last = f"{card_bytes / 1e9:g} GB", rungs[0].plan, rungs[-1].plan
-    if asked.fits(card_bytes):
-        return f"It fits a card of {size}: {_size(card_bytes - asked.peak_on_card_bytes)} are left."
-    excess = f"It does not fit a card of {size}: {_size(asked.peak_on_card_bytes - card_bytes)} too much."
-    if last.fits(card_bytes):
+def _verdict(asked: Plan, last: Plan, gpu_bytes: int) -> str:
+    size = f"{gpu_bytes / 1e9:g} GB"
+    if asked.fits(gpu_bytes):
+        return f"It fits a GPU of {size}: {_size(gpu_bytes - asked.peak_on_gpu_bytes)} are left."
+    excess = f"It does not fit a GPU of {size}: {_size(asked.peak_on_gpu_bytes - gpu_bytes)} too much."
+    if last.fits(gpu_bytes):
         return f"{excess} The least to switch on, from harmless to costly:"
     return f"{excess} Nor does it with everything switched on; take a shorter batch or a smaller model:"
 
 
-def _rungs(rungs: list[Rung], card_bytes: int, card: Card) -> Iterator[str]:
-    yield _line("each with those above it", "allocated", "on card", "est. step")
-    for i, rung in enumerate(rungs):
-        mark = "  fits" if rung.plan.fits(card_bytes) else ""
-        peaks = (_size(rung.plan.peak_allocated_bytes), _size(rung.plan.peak_on_card_bytes))
-        yield _line(f"{'+ ' if i else ''}{rung.name}", *peaks, _ms(step_time_ms(rung.plan, card))) + mark
+def _by_option(options: list[Option], gpu_bytes: int, gpu: GpuSpec) -> Iterator[str]:
+    yield _line("each with those above it", "allocated", "on GPU", "est. step")
+    for i, option in enumerate(options):
+        mark = "  fits" if option.plan.fits(gpu_bytes) else ""
+        peaks = (_size(option.plan.peak_allocated_bytes), _size(option.plan.peak_on_gpu_bytes))
+        yield _line(f"{'+ ' if i else ''}{option.name}", *peaks, _ms(step_time_ms(option.plan, gpu))) + mark
 
 
-def _in_python(asked: Situation, fits: Situation) -> Iterator[str]:
+def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
     """What to paste, and where the path goes if it went to the host."""
     memory = code_of(fits.memory)
     yield "# prepare_model_ and optimizer_for put it to work: README.md, In less memory"
@@ -119,12 +120,12 @@ def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2g} ms"
 
 
-def default_batch(model: str) -> Batch:
+def default_batch(model: str) -> BatchShape:
     """Windows of 512 tokens, or of as many as the model takes. Raises ValueError for an unknown size."""
     return WINDOWS, min(TOKENS, GPT2Config.named(model).block_size)
 
 
-def read_batch(text: str) -> Batch:
+def read_batch(text: str) -> BatchShape:
     """(8, 512) of "8x512". Raises UserError for anything else."""
     windows, sign, tokens = text.lower().partition("x")
     if not (sign and windows.isdecimal() and tokens.isdecimal() and int(windows) and int(tokens)):
@@ -134,6 +135,6 @@ def read_batch(text: str) -> Batch:
 
 def memory_named(name: str) -> MemoryConfig:
     """The preset of that name; "none" is plain training. Raises UserError for an unknown one."""
-    if name not in PRESETS:
-        raise UserError(f"memory {name!r} is unknown: {nearest(name, PRESETS)}")
-    return PRESETS[name]()
+    if name not in MEMORY_PRESETS:
+        raise UserError(f"memory {name!r} is unknown: {nearest(name, MEMORY_PRESETS)}")
+    return MEMORY_PRESETS[name]()

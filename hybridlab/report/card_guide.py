@@ -7,8 +7,8 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.planner import text_report as forecast
-from hybridlab.planner.gpu_specs import CARDS
+from hybridlab.planner.gpu_specs import GPUS
+from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Found
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import NOT_RUN, predicted_share
@@ -167,7 +167,7 @@ def _emulated(evidence: Evidence) -> list[str]:
         return []
     ratios = [
         f"{card.bfloat16_flops / card.float32_flops:.1f} times ({card.name})"
-        for card in (CARDS["h100"], CARDS["rtx5080"])
+        for card in (GPUS["h100"], GPUS["rtx5080"])
     ]
     rows = [row for rows in evidence.tables("memory").values() for row in rows]
     waiting = WAITING if any(row.get("card_busy_percent") is not None for row in rows) else ""
@@ -175,7 +175,7 @@ def _emulated(evidence: Evidence) -> list[str]:
 
 
 def _memory_presets() -> str:
-    return _settings({name: preset() for name, preset in forecast.PRESETS.items() if name != "none"})
+    return _settings({name: preset() for name, preset in MEMORY_PRESETS.items() if name != "none"})
 
 
 def _hybrid_presets() -> str:

@@ -13,8 +13,7 @@ from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_holds
 from hybridlab.memory.config import MixedPrecisionConfig
-from hybridlab.planner.plan import Plan
-from hybridlab.planner.suggest import Situation, nearest_fit
+from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
 from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import TextTaskConfig
 
@@ -25,7 +24,7 @@ def plan_of(config: RunConfig) -> Plan:
 
     Raises UserError for a task that is not a GPT-2's.
     """
-    return situation_of(config).plan()
+    return plan_training(training_spec_of(config))
 
 
 def card_bytes_of(config: RunConfig) -> int:
@@ -60,8 +59,8 @@ def _lack(config: RunConfig) -> str:
         return ""
     plan = plan_of(config)
     if not plan.fits(card_bytes):
-        return f"needs {plan.peak_on_card_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
-    wanted_bytes, available_bytes = plan.held_on_host_bytes, psutil.virtual_memory().available
+        return f"needs {plan.peak_on_gpu_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
+    wanted_bytes, available_bytes = plan.host_memory_bytes, psutil.virtual_memory().available
     if not host_holds(wanted_bytes, available_bytes):
         return f"needs {wanted_bytes / 1e9:.1f} GB of host memory, {available_bytes / 1e9:.1f} are available"
     return ""
@@ -74,17 +73,17 @@ def nearest_fit_of(config: RunConfig, card_bytes: int) -> str:
     """
     if not card_bytes or not isinstance(config.task, TextTaskConfig):
         return "take a smaller batch"
-    return nearest_fit(situation_of(config), card_bytes)
+    return nearest_fit(training_spec_of(config), card_bytes)
 
 
-def situation_of(config: RunConfig) -> Situation:
+def training_spec_of(config: RunConfig) -> TrainingSpec:
     """A run as the planner sees it. Raises UserError for a task that is not a GPT-2's."""
     if not isinstance(config.task, TextTaskConfig):
         raise UserError("only runs of a GPT-2 can be planned: give a TextTaskConfig")
     hybrid, memory = config.hybrid, config.memory
     if config.precision == "bf16":
         memory = replace(memory, mixed_precision=MixedPrecisionConfig.conservative())
-    return Situation(
+    return TrainingSpec(
         model=config.task.model_config,
         batch=(config.task.batch_size, config.task.block_size),
         memory=memory,

@@ -1,0 +1,110 @@
+"""What the planner is told: a training, and what a GPU takes beside its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlab.base.settings import check_bounds, check_types
+from hybridlab.memory.config import MemoryConfig
+from hybridlab.models import GPT2, GPT2Config
+from hybridlab.optim import OptimizerConfig
+from hybridlab.weights.gram import PathNeeds
+from hybridlab.weights.path import PathStorage
+
+BatchShape = tuple[int, int]
+"""Windows, and tokens in each."""
+
+Model = str | GPT2Config | Callable[[], nn.Module]
+"""The name of a GPT-2 size, its settings, or what builds any module."""
+
+Loss = Callable[[nn.Module, BatchShape], Tensor]
+
+
+@dataclass(frozen=True)
+class GpuOverhead:
+    """What a GPU takes beside the tensors; the defaults are rounded up from what XL took of an H200.
+
+    workspace_bytes: that cuBLAS takes from torch's allocator
+    context_bytes: CUDA's context, outside torch's allocator
+    slack: reserved by torch's allocator beyond what is allocated, as a share of that
+    """
+
+    workspace_bytes: int = 2 * 32 * 2**20
+    context_bytes: int = 900_000_000
+    slack: float = 0.06
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_bounds(self, "workspace_bytes", "context_bytes", "slack", least=0)
+
+
+def next_token_loss(module: nn.Module, batch: BatchShape) -> Tensor:
+    """The loss of a language model that takes tokens and targets."""
+    tokens = torch.empty(batch, dtype=torch.long)
+    return module(tokens, torch.empty_like(tokens))
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """A training whose memory is to be planned.
+
+    model: the name of a GPT-2 size, its settings, or a function that builds any module
+    batch: (windows, tokens); with gradient accumulation, one part of it is computed at a time
+    memory, optimizer: their settings
+    path, path_storage: what a predictor remembers and where (`predictor.needs(full_steps)`); None never predicts
+    loss: makes the inputs and the loss of a module and a batch
+    weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
+    overhead: what the GPU takes beside tensors
+    """
+
+    model: Model
+    batch: BatchShape
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    path: PathNeeds | None = None
+    path_storage: PathStorage = field(default_factory=PathStorage)
+    loss: Loss = next_token_loss
+    weight_cache: bool = False
+    overhead: GpuOverhead = field(default_factory=GpuOverhead)
+
+    def changed(self, **settings: Any) -> TrainingSpec:
+        """The same with other memory settings."""
+        return replace(self, memory=replace(self.memory, **settings))
+
+    def check(self) -> None:
+        """Raise ValueError for settings that make no training; the message says what would."""
+        memory, (windows, tokens) = self.memory, self.batch
+        if min(self.batch) < 1:
+            raise ValueError(f"batch={self.batch} is empty: give windows and tokens, such as (8, 512)")
+        if isinstance(self._model, GPT2Config) and tokens > self._model.block_size:
+            longest = self._model.block_size
+            raise ValueError(
+                f"a window of {tokens} tokens is longer than block_size={longest}: cut it to {longest}, as in "
+                f"batch=({windows}, {longest}), on the command line --batch {windows}x{longest}"
+            )
+        if windows % memory.micro_batches:
+            raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches")
+        if self.optimizer.name != "adamw" and (memory.state_on_host or memory.optimizer_state != "fp32"):
+            asked = "state_on_host" if memory.state_on_host else f"optimizer_state={memory.optimizer_state!r}"
+            name = self.optimizer.name
+            raise ValueError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {name!r}")
+
+    def build(self) -> nn.Module:
+        """The module, a GPT-2 with what `memory` asks of it."""
+        if not isinstance(model := self._model, GPT2Config):
+            return model()
+        return GPT2(replace(model, **{name: value for name, value in self.memory.model_settings.items() if value}))
+
+    def part_loss(self, module: nn.Module) -> Tensor:
+        """The loss of one micro batch."""
+        windows, tokens = self.batch
+        return self.loss(module, (windows // self.memory.micro_batches, tokens))
+
+    @property
+    def _model(self) -> GPT2Config | Callable[[], nn.Module]:
+        return GPT2Config.named(self.model) if isinstance(self.model, str) else self.model
