@@ -17,6 +17,11 @@ class UserError(Exception):
         return [str(self)]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """A hint for a name that is not among the known ones: the likeliest of them, and all of them."""
     names = list(known)

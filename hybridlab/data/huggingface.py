@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, first_line
 from hybridlab.data.cache import append_tokens, cache_folder, cache_key, cached_tokens, largest_validation_bytes
 from hybridlab.data.token_batches import TextData
 
@@ -140,8 +140,7 @@ def _name_and_config(argument: str) -> tuple[str, str | None]:
 
 def _stamps(name: str) -> list[tuple[str, int, int]]:
     """What tells whether local files have changed; nothing for a name of the hub."""
-    path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    files = [Path(name), *sorted(Path(name).rglob("*"))]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
@@ -184,5 +183,5 @@ def _text_column(name: str, document: Mapping[str, Any]) -> str:
 
 
 def _unavailable(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"the data set {name} cannot be read: {reason} (text without a network: the source 'python')")
+    said = first_line(error)
+    return UserError(f"the data set {name} cannot be read: {said} (text without a network: the source 'python')")

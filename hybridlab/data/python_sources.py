@@ -139,7 +139,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
             f"vocab_size={vocab_size}: choose {SMALLEST_VOCAB_SIZE} (256 bytes and the end of a text) "
             f"to {LARGEST_VOCAB_SIZE}."
         )
-    # Said outright, so that a later fork (a shell command in a notebook) draws no warning about threads.
+    # Set, so that a later fork (a shell command in a notebook) gives no warning about threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

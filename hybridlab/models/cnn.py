@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 
 class MnistCNN(nn.Module):
-    """Two convolutions and two dense layers for 28 x 28 grey images: 1,199,882 parameters.
+    """Two convolutions and two dense layers for 28 x 28 gray images: 1,199,882 parameters.
 
     image 1x28x28 -> conv 32x26x26 -> conv 64x24x24 -> max-pool 64x12x12 -> dense 128 -> logits 10
 
-    Args:
-        conv_dropout: probability of dropping a feature between the pool and the dense layer.
-        dense_dropout: probability of dropping a feature before the logits.
-
+    conv_dropout: probability of dropping a feature between the pool and the dense layer
+    dense_dropout: probability of dropping a feature before the logits
     """
 
     def __init__(self, conv_dropout: float = 0.0, dense_dropout: float = 0.0) -> None:

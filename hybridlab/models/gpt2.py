@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,23 @@ from hybridlab.models.pretrained import load_pretrained_, read_settings
 
 Hidden = Float[Tensor, "batch time dim"]
 IGNORED_TARGET = -100
+SIZES = ("nano", "tiny", "small", "medium", "large", "xl")
 
 
 @dataclass(frozen=True)
 class GPT2Config:
     """The size of a GPT-2 and how it computes its loss; the defaults are GPT-2 Small.
 
-    Args:
-        vocab_size: number of tokens; logits have this width.
-        block_size: longest sequence, in tokens; one learned position each.
-        n_layer: number of blocks.
-        n_head: attention heads; must divide n_embd.
-        n_embd: width of the residual stream.
-        dropout: probability, on the embedding, the attention weights and both residual branches.
-        loss_chunk_tokens: compute the loss in pieces of so many tokens and recompute each piece's
-            logits in the backward pass: slower, but the logits of a whole batch are never in memory.
-            0 computes it in one piece.
-        pad_vocab_to: round the embedding's rows up to a multiple of this, as kernels and quantizers like
-            it; logits keep vocab_size columns, so that no loss changes. 0 adds no row.
+    vocab_size: number of tokens; logits have this width
+    block_size: longest sequence, in tokens; one learned position each
+    n_layer: number of blocks; n_head: attention heads, must divide n_embd; n_embd: width of the residual stream
+    dropout: probability, on the embedding, the attention weights and both residual branches
+    loss_chunk_tokens: compute the loss in pieces of so many tokens and recompute each piece's logits in the backward
+        pass: slower, but the logits of a whole batch are never in memory; 0 computes it in one piece
+    pad_vocab_to: round the embedding's rows up to a multiple of this, as kernels and quantizers like it; logits keep
+        vocab_size columns, so that no loss changes; 0 adds no row
 
-    Raises:
-        TypeError, ValueError: a setting that makes no model; the message says what would.
-
+    Raises TypeError or ValueError for a setting that makes no model; the message says what would.
     """
 
     vocab_size: int = 50257
@@ -95,16 +89,10 @@ class GPT2Config:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> GPT2Config:
-        """The size called nano, tiny, small, medium, large or xl, as a parameter file names it.
-
-        Raises:
-            ValueError: no size has this name; the message gives the nearest.
-
-        """
-        made = (cls.nano, cls.tiny, cls.small, cls.medium, cls.large, cls.xl)
-        sizes: dict[str, Callable[..., GPT2Config]] = {make.__name__: make for make in made}
-        check_choice("GPT-2 size", name, sizes)
-        return sizes[name](**changes)
+        """The size of this name, one of `SIZES`. Raises ValueError for another; the message gives the nearest."""
+        check_choice("GPT-2 size", name, SIZES)
+        made: GPT2Config = getattr(cls, name)(**changes)
+        return made
 
     @property
     def parameter_count(self) -> int:
@@ -216,13 +204,10 @@ class GPT2(nn.Module):
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> GPT2:
         """Read a GPT-2 that Hugging Face transformers saved, in fp32.
 
-        Args:
-            folder: holds config.json and model.safetensors or pytorch_model.bin.
-            changes: settings to change that keep the weights' shapes, such as dropout.
+        folder: holds config.json and model.safetensors or pytorch_model.bin
+        changes: settings to change that keep the weights' shapes, such as dropout
 
-        Raises:
-            UserError: a file is missing, it is not a GPT-2, or the weights do not fit its config.json.
-
+        Raises UserError where a file is missing, it is not a GPT-2, or the weights do not fit its config.json.
         """
         config = GPT2Config(**(read_settings(Path(folder)) | changes))
         with torch.device("meta"):
@@ -237,11 +222,7 @@ class GPT2(nn.Module):
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, ""]:
         """Logits of every next token; with targets, their mean cross-entropy in nats instead.
 
-        Targets of -100 do not count.
-
-        Raises:
-            ValueError: the sequence is longer than config.block_size.
-
+        Targets of -100 do not count. Raises ValueError for a sequence longer than config.block_size.
         """
         x = self._hidden(tokens)
         if targets is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, first_line
 
 # Stored transposed: transformers' Conv1D keeps [in out], nn.Linear keeps [out in].
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -29,9 +29,7 @@ ARCHITECTURE: dict[str, tuple[Any, ...]] = {
 def read_settings(folder: Path) -> dict[str, int]:
     """The settings of a GPT2Config that folder/config.json gives.
 
-    Raises:
-        UserError: there is no config.json, or it describes something other than GPT-2.
-
+    Raises UserError where there is no config.json, or it describes something other than GPT-2.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -53,9 +51,7 @@ def read_settings(folder: Path) -> dict[str, int]:
 def load_pretrained_(model: nn.Module, folder: Path) -> None:
     """Put the weights of a checkpoint folder, as fp32, in the place of the model's own (of any device).
 
-    Raises:
-        UserError: the file is missing or broken, or its names or shapes are not the model's.
-
+    Raises UserError where the file is missing or broken, or its names or shapes are not the model's.
     """
     path, stored = _read_weights(folder)
     weights = {}
@@ -88,16 +84,13 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
                     return path, load_file(path)
                 return path, torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # each format raises its own, none of them documented
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"{path} is broken ({reason}): copy or download it again") from error
+                raise UserError(f"{path} is broken ({first_line(error)}): copy or download it again") from error
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: add one of them")
 
 
 def _refuse_misfits(given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    for what, names in (
-        ("lacks", wanted.keys() - given.keys()),
-        ("has the unknown", given.keys() - wanted.keys()),
-    ):
+    missing, unknown = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    for what, names in (("lacks", missing), ("has the unknown", unknown)):
         if names:
             raise UserError(f"{path} {what} {min(names)} ({len(names)} such tensors): it does not fit its config.json")
     for name, tensor in given.items():

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 
-from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.errors import UserError
+from hybridlab.base.settings import check_choice
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2Config
 from hybridlab.planner.gpu_specs import GpuSpec, step_time_ms
@@ -134,7 +135,6 @@ def read_batch(text: str) -> BatchShape:
 
 
 def memory_named(name: str) -> MemoryConfig:
-    """The preset of that name; "none" is plain training. Raises UserError for an unknown one."""
-    if name not in MEMORY_PRESETS:
-        raise UserError(f"memory {name!r} is unknown: {nearest(name, MEMORY_PRESETS)}")
+    """The preset of that name; "none" is plain training. Raises ValueError for an unknown one."""
+    check_choice("memory", name, MEMORY_PRESETS)
     return MEMORY_PRESETS[name]()
