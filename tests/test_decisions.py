@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridlab.engine.corrector import MAX_LENGTH, JumpOutcome, ResidualStore, wanted_length
-from hybridlab.engine.divergence import PATIENCE, Action, DivergenceMonitor, Thresholds
+from hybridlab.engine.divergence import PATIENCE, Action, DivergenceMonitor
 from hybridlab.engine.gate import Gate, best_length
 
 # --- gate ----------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_similar_cases_weigh_the_next_correction() -> None:
 
 
 def settled(threshold: float = 6.0) -> DivergenceMonitor:
-    monitor = DivergenceMonitor(Thresholds(band=threshold))
+    monitor = DivergenceMonitor(band=threshold)
     rng = np.random.default_rng(0)
     for _ in range(200):
         assert monitor.check(3.0 + 0.1 * float(rng.standard_normal()), gradient_norm=1.0) is None
@@ -131,7 +131,7 @@ def test_each_kind_of_divergence_is_named_and_answered(measured: dict[str, float
 
 
 def test_an_oscillation_is_named() -> None:
-    monitor = DivergenceMonitor(Thresholds())
+    monitor = DivergenceMonitor(band=6.0)
     found = [monitor.check(3.0 + 0.5 * (-1) ** step) for step in range(60)]
     assert {divergence.kind for divergence in found if divergence} == {"oscillation"}
 
@@ -161,7 +161,7 @@ def test_a_single_odd_batch_is_no_divergence() -> None:
 
 
 def test_the_pace_of_the_loss_prices_a_change() -> None:
-    monitor = DivergenceMonitor(Thresholds())
+    monitor = DivergenceMonitor(band=6.0)
     for step in range(400):
         monitor.check(3.0 - 0.001 * step)
     assert monitor.equivalent_gradient_steps(-0.01, most=50) == pytest.approx(10, rel=0.05)

@@ -13,7 +13,6 @@ import pytest
 
 import hybridlab
 from hybridlab import HybridTrainerConfig
-from hybridlab.engine.divergence import Thresholds
 from hybridlab.memory import (
     CheckpointingConfig,
     GradientAccumulationConfig,
@@ -46,7 +45,6 @@ SETTINGS: list[Any] = [
     Schedule(),
     Study(RUN, {"hybrid": HybridTrainerConfig()}),
     TextTaskConfig(),
-    Thresholds(),
 ]
 FIELDS = [(settings, field.name, str(field.type)) for settings in SETTINGS for field in fields(settings)]
 IDS = [f"{type(settings).__name__}.{name}" for settings, name, _ in FIELDS]
@@ -54,12 +52,12 @@ NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2])]
 
 ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ABOVE_ZERO = (
-    "adamw_lr band batch_size block_size clip_in_backward clip_norm control_fractions correction_interval "
-    "decay_fraction divergence_threshold eps evaluate_every every explosion full_steps gate_batches lr micro_batches "
+    "adamw_lr batch_size block_size clip_in_backward clip_norm control_fractions correction_interval "
+    "decay_fraction divergence_threshold eps evaluate_every every full_steps gate_batches lr micro_batches "
     "n_embd n_head n_layer rows seeds steps total_steps validation_batches vocab_size"
 )
 BELOW_ONE = {"betas", "control_fractions", "dropout", "momentum", "velocity"}
-UP_TO_ONE = {"alternation", "confidence_threshold", "decay_fraction", "final_fraction", "gate_budget"}
+UP_TO_ONE = {"confidence_threshold", "decay_fraction", "final_fraction", "gate_budget"}
 
 
 def refusal(build: Callable[[], object], error: type[Exception]) -> str:

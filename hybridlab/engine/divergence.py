@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
 from typing import Any
-
-from hybridlab.base.settings import check_bounds, check_types
 
 
 class Action(IntEnum):
@@ -39,31 +38,15 @@ class Divergence:
         return f"{self.kind}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """When a measurement is out of order.
+EXPLOSION, VANISHING = 20.0, 1e-3
+"""Gradient norm over its running (geometric) mean, above and below which it is out of order."""
 
-    band: standard deviations of the loss above its running mean
-    explosion, vanishing: gradient norm over its running (geometric) mean
-    alternation: share of the latest losses that change sides of their mean; swing: mean distance from it, over the mean
-        loss, from which on that is an oscillation
-    prediction_shorten, prediction_end: standard deviations of the loss above its prediction that shorten or end a jump
-    """
+ALTERNATION, SWING = 0.9, 0.1
+"""Share of the latest losses that change sides of their mean, and their mean distance from it over the mean loss, from
+which on that is an oscillation."""
 
-    band: float = 6.0
-    explosion: float = 20.0
-    vanishing: float = 1e-3
-    alternation: float = 0.9
-    swing: float = 0.1
-    prediction_shorten: float = 1.0
-    prediction_end: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_bounds(self, "band", "explosion", above=0)
-        check_bounds(self, "vanishing", "swing", "prediction_shorten", "prediction_end", least=0)
-        check_bounds(self, "alternation", least=0, most=1)
-
+SHORTEN_ABOVE, END_ABOVE = 1.0, 2.0
+"""Standard deviations of the loss above its prediction that shorten a jump, or end it."""
 
 PATIENCE = 3
 """Gradient steps in a row that must be out of order before that counts as divergence."""
@@ -83,6 +66,7 @@ class DivergenceMonitor:
     single batch may be odd, so a loss or a norm of a gradient step counts as divergence when it stays out of order for
     `PATIENCE` steps; inside a jump one is enough. What is out of order enters no average.
 
+    band: standard deviations of the loss above its running mean from which on it is out of order
     smoothing: a; warmup: first measurements, which only enter the averages; count: measurements so far
     alarms: measurements in a row that called for more than SHORTEN
     offsets: the latest WINDOW losses less their mean then, in nats
@@ -90,7 +74,7 @@ class DivergenceMonitor:
     Source: West 1979 for the running variance.
     """
 
-    thresholds: Thresholds
+    band: float
     smoothing: float = 0.05
     warmup: int = 20
     mean: float = 0.0
@@ -122,7 +106,7 @@ class DivergenceMonitor:
         if found := _not_finite(loss, gradient_norm):
             return found
         if self.count >= self.warmup:
-            found = self._most_severe(loss, gradient_norm, predicted_loss)
+            found = max(self._divergences(loss, gradient_norm, predicted_loss), key=lambda d: d.action, default=None)
         if found is None or found.action is Action.SHORTEN:
             self.alarms = 0
             self._average(loss, gradient_norm)
@@ -130,48 +114,39 @@ class DivergenceMonitor:
         self.alarms += 1
         return found if predicted_loss is not None or self.alarms >= PATIENCE else None
 
-    def _most_severe(self, loss: float, norm: float | None, predicted: float | None) -> Divergence | None:
-        found = [self._loss_band(loss), self._norm(norm), self._prediction(loss, predicted), self._oscillation(loss)]
-        return max(filter(None, found), key=lambda d: d.action, default=None)
+    def _divergences(self, loss: float, norm: float | None, predicted: float | None) -> Iterator[Divergence]:
+        upper = self.mean + self.band * self.deviation
+        if loss > upper:
+            yield Divergence("loss band", f"the loss {loss:.4g} lies above its band, {upper:.4g}", Action.ROLL_BACK)
+        if norm is not None:
+            yield from self._of_norm(norm)
+        if predicted is not None:
+            yield from self._of_prediction(loss, predicted)
+        yield from self._oscillation(loss)
 
-    def _loss_band(self, loss: float) -> Divergence | None:
-        upper = self.mean + self.thresholds.band * self.deviation
-        reason = f"the loss {loss:.4g} lies above its band, {upper:.4g}"
-        return Divergence("loss band", reason, Action.ROLL_BACK) if loss > upper else None
+    def _of_norm(self, norm: float) -> Iterator[Divergence]:
+        usual = math.exp(self.log_norm)
+        if norm > EXPLOSION * usual:
+            reason = f"the gradient norm {norm:.4g} is over {EXPLOSION:g} times its mean, {usual:.4g}"
+            yield Divergence("gradient explosion", reason, Action.ROLL_BACK)
+        if norm < VANISHING * usual:
+            reason = f"the gradient norm {norm:.4g} is under {VANISHING:g} times its mean, {usual:.4g}"
+            yield Divergence("gradient vanishing", reason, Action.END)
 
-    def _norm(self, norm: float | None) -> Divergence | None:
-        if norm is None:
-            return None
-        usual, limits = math.exp(self.log_norm), self.thresholds
-        if norm > limits.explosion * usual:
-            reason = f"the gradient norm {norm:.4g} is over {limits.explosion:g} times its mean, {usual:.4g}"
-            return Divergence("gradient explosion", reason, Action.ROLL_BACK)
-        if norm < limits.vanishing * usual:
-            reason = f"the gradient norm {norm:.4g} is under {limits.vanishing:g} times its mean, {usual:.4g}"
-            return Divergence("gradient vanishing", reason, Action.END)
-        return None
-
-    def _prediction(self, loss: float, predicted: float | None) -> Divergence | None:
-        if predicted is None:
-            return None
+    def _of_prediction(self, loss: float, predicted: float) -> Iterator[Divergence]:
         deviations = (loss - predicted) / max(self.deviation, 1e-12)
-        if deviations <= self.thresholds.prediction_shorten:
-            return None
-        reason = f"the loss {loss:.4g} lies {deviations:.1f} deviations above its prediction, {predicted:.4g}"
-        ends = deviations > self.thresholds.prediction_end
-        return Divergence("prediction error", reason, Action.END if ends else Action.SHORTEN)
+        if deviations > SHORTEN_ABOVE:
+            reason = f"the loss {loss:.4g} lies {deviations:.1f} deviations above its prediction, {predicted:.4g}"
+            yield Divergence("prediction error", reason, Action.END if deviations > END_ABOVE else Action.SHORTEN)
 
-    def _oscillation(self, loss: float) -> Divergence | None:
+    def _oscillation(self, loss: float) -> Iterator[Divergence]:
         """Losses that change sides of their mean at almost every step, by a large distance."""
         offsets = [*self.offsets, loss - self.mean][-WINDOW:]
-        if len(offsets) < WINDOW:
-            return None
         turns = sum(a * b < 0 for a, b in pairwise(offsets)) / (WINDOW - 1)
         size = sum(map(abs, offsets)) / WINDOW
-        if turns < self.thresholds.alternation or size < self.thresholds.swing * abs(self.mean):
-            return None
-        reason = f"{turns:.0%} of the latest losses change sides of their mean, by {size:.3g} nats"
-        return Divergence("oscillation", reason, Action.SHORTEN)
+        if len(offsets) == WINDOW and turns >= ALTERNATION and size >= SWING * abs(self.mean):
+            reason = f"{turns:.0%} of the latest losses change sides of their mean, by {size:.3g} nats"
+            yield Divergence("oscillation", reason, Action.SHORTEN)
 
     def _average(self, loss: float, norm: float | None) -> None:
         if self.count == 0:
@@ -192,12 +167,11 @@ class DivergenceMonitor:
         self.offsets.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages."""
-        averages = ("mean", "variance", "slope", "log_norm", "count", "alarms")
-        return {name: getattr(self, name) for name in averages} | {"offsets": list(self.offsets)}
+        """All fields."""
+        return vars(self) | {"offsets": list(self.offsets)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the averages."""
+        """Continue with these averages."""
         vars(self).update(state | {"offsets": deque(state["offsets"], maxlen=WINDOW)})
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hybridlab.engine.gate import LENGTHS, GateResult, best_length
@@ -19,59 +19,53 @@ Slopes = Float64[Tensor, " group"]
 
 
 @dataclass
-class Trial:
-    """A proposal that the gate is trying, one fresh batch per step, while training goes on.
+class _Record:
+    """A proposal and what was measured along it.
 
-    proposal: the jump, scaled by what earlier jumps have taught
-    horizon: nominal steps that the whole proposal stands for
-    to_mean: [group, row], motion from the current weights to the mean of the path. The lengths are compared around
-        that mean: averaging lowers a noisy loss by itself, and that is no progress
-    losses: for each length the losses measured so far, scalars on the device, in nats
-    slopes: one per gradient step so far
+    proposal: the jump, scaled by what earlier jumps have taught; horizon: nominal steps that the whole of it stands for
     """
 
     proposal: Proposal
     horizon: float
-    to_mean: Coefficients
-    losses: dict[float, list[Tensor]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
-    slopes: list[Slopes] = field(default_factory=list)
-
-    @property
-    def batches(self) -> int:
-        """Fresh batches tried so far."""
-        return len(self.losses[0.0])
-
-    @property
-    def forward_passes(self) -> int:
-        """Forward passes spent so far."""
-        return self.batches * len(self.losses)
-
-    def motion_to(self, length: float) -> Coefficients:
-        """The motion [group, row] from the current weights to where a length is tried."""
-        return self.to_mean + length * self.proposal.coefficients
-
-    def result(self) -> GateResult:
-        """What the losses say; waits for the device."""
-        return best_length({length: torch.stack(losses).tolist() for length, losses in self.losses.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
-        return _plain(self)
+        return asdict(self, dict_factory=_plain)
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
-        """The trial that `state_dict` described, its measurements on `device`."""
-        losses = {length: [loss.to(device) for loss in losses] for length, losses in state["losses"].items()}
-        slopes = [slope.to(device) for slope in state["slopes"]]
-        mean, proposal = state["to_mean"].cpu().numpy(), _proposal_of(state["proposal"])
-        return cls(**state | {"proposal": proposal, "to_mean": mean, "losses": losses, "slopes": slopes})
+        """The record that `state_dict` described, its measurements on `device`."""
+        return cls(**{name: _restored(name, value, device) for name, value in state.items()})
 
 
 @dataclass
-class Jump:
+class Trial(_Record):
+    """A proposal that the gate is trying, one fresh batch per step, while training goes on.
+
+    to_mean: [group, row], motion from the current weights to the mean of the path. The lengths are compared around
+        that mean: averaging lowers a noisy loss by itself, and that is no progress
+    losses: one tensor [length] per batch, in nats, on the device; slopes: one per gradient step
+    """
+
+    to_mean: Coefficients
+    losses: list[Float[Tensor, " length"]] = field(default_factory=list)
+    slopes: list[Slopes] = field(default_factory=list)
+
+    @property
+    def motions(self) -> list[Coefficients]:
+        """From the current weights to where each length is tried, [group, row] each."""
+        return [self.to_mean + length * self.proposal.coefficients for length in LENGTHS]
+
+    def result(self) -> GateResult:
+        """What the losses say; waits for the device."""
+        return best_length(dict(zip(LENGTHS, torch.stack(self.losses, dim=1).tolist(), strict=True)))
+
+
+@dataclass
+class Jump(_Record):
     """An accepted proposal.
 
-    horizon: nominal steps that its coefficients stand for; length: nominal steps that it replaces
+    length: nominal steps that it replaces
     loss_before: expected at its start; loss_change: over its whole length, measured by the gate or forecast; in nats
     equivalent_steps_per_step: gradient steps that each of its nominal steps is worth
     slopes_before: mean slope before it began
@@ -80,8 +74,6 @@ class Jump:
     slopes_after: one per step of Correct
     """
 
-    proposal: Proposal
-    horizon: float
     length: int
     loss_before: float
     loss_change: float
@@ -118,25 +110,14 @@ class Jump:
         after = torch.stack(self.slopes_after).mean(dim=0)
         return self.slopes_before.cpu().numpy() * self.moved, after.cpu().numpy() * self.moved
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        return _plain(self)
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
-        """The jump that `state_dict` described, its measurements on `device`."""
-        slopes = [slope.to(device) for slope in state["slopes_after"]]
-        return cls(**state | {"proposal": _proposal_of(state["proposal"]), "slopes_after": slopes})
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in items}
 
 
-def _plain(record: Trial | Jump) -> dict[str, Any]:
-    """The fields, with arrays as tensors and the proposal as a dictionary."""
-
-    def with_tensors(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in items}
-
-    return asdict(record, dict_factory=with_tensors)
-
-
-def _proposal_of(state: dict[str, Any]) -> Proposal:
-    return Proposal(**state | {"coefficients": state["coefficients"].cpu().numpy()})
+def _restored(name: str, value: Any, device: torch.device) -> Any:
+    if name == "proposal":
+        return Proposal(**{field: _restored(field, part, device) for field, part in value.items()})
+    if name in ("coefficients", "to_mean"):
+        return value.cpu().numpy()
+    return [tensor.to(device) for tensor in value] if isinstance(value, list) else value

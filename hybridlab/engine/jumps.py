@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.corrector import JumpOutcome, ResidualStore, wanted_length
-from hybridlab.engine.divergence import Action, Divergence, DivergenceMonitor, Thresholds
-from hybridlab.engine.gate import Gate
+from hybridlab.engine.divergence import Action, Divergence, DivergenceMonitor
+from hybridlab.engine.gate import LENGTHS, Gate
 from hybridlab.engine.jump_state import Jump, Slopes, Trial
 from hybridlab.engine.phases import Phase, may_propose
 from hybridlab.engine.result import StepResult
-from hybridlab.predictors import PREDICTORS, Forecaster, Proposal, Signals
+from hybridlab.predictors import PREDICTORS, Proposal, Signals
 from hybridlab.weights.path import Trajectory
 from hybridlab.weights.snapshot import Snapshot, Weights
 
@@ -78,15 +78,16 @@ class JumpController:
     `correct_` move weights.
 
     config: the trainer's settings, held here alone; `change` replaces them
+    gate, predictor: read by those who report on them
     """
 
     def __init__(self, weights: Weights, optimizer: Optimizer, config: HybridTrainerConfig) -> None:
         self.config, self._weights, self._optimizer = config, weights, optimizer
-        self._predictor = PREDICTORS[config.predictor]()
-        self._needs = self._predictor.needs(config.full_steps)
+        self.predictor = PREDICTORS[config.predictor]()
+        self._needs = self.predictor.needs(config.full_steps)
         self._trajectory = Trajectory(weights, optimizer, self._needs, config.path_storage)
-        self._monitor = DivergenceMonitor(Thresholds(band=config.divergence_threshold))
-        self._gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
+        self._monitor = DivergenceMonitor(config.divergence_threshold)
+        self.gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
         self._residuals = ResidualStore()
         self._jump: Jump | None = None
         self._trial: Trial | None = None
@@ -109,14 +110,15 @@ class JumpController:
         """
         if self._trial is None:
             return 0
-        saved = self._weights.snapshot(optimizer=False)
-        for length, losses in self._trial.losses.items():
+        saved, losses = self._weights.snapshot(optimizer=False), []
+        for motion in self._trial.motions:
             try:
-                self._trajectory.move_(self._trial.motion_to(length))
+                self._trajectory.move_(motion)
                 losses.append(forward())
             finally:
                 self._weights.restore_(saved)
-        return len(self._trial.losses)
+        self._trial.losses.append(torch.stack(losses).flatten())
+        return len(losses)
 
     def after_full_step(self, result: StepResult, steps_in_block: int, gradient_steps: int) -> StepResult:
         """The step's result with what was decided: continue the trial under way, or see whether to open one.
@@ -128,7 +130,7 @@ class JumpController:
         if not self.config.max_predict_steps or not self._trajectory.observe() or not self._block_ended(steps_in_block):
             return result
         self._confirm_jump()
-        if self.config.gate and not self._gate.within_budget(gradient_steps):
+        if self.config.gate and not self.gate.within_budget(gradient_steps):
             return result
         return self._propose(result)
 
@@ -143,8 +145,8 @@ class JumpController:
         self._snapshot, self._unconfirmed_equivalent_steps = None, 0.0
 
     def _propose(self, result: StepResult) -> StepResult:
-        gram, horizon = self._trajectory.gram(), self._gate.horizon
-        proposal = self._predictor.propose(gram, horizon)
+        gram, horizon = self._trajectory.gram(), self.gate.horizon
+        proposal = self.predictor.propose(gram, horizon)
         result = replace(result, confidence=proposal.confidence)
         if not may_propose(proposal.confidence, self.config):
             return result
@@ -162,10 +164,10 @@ class JumpController:
     def _continue_trial(self, trial: Trial, result: StepResult) -> StepResult:
         """Record the slopes along the jump; decide when enough batches were tried."""
         trial.slopes.append(self._slopes(trial.proposal, result))
-        if trial.batches < self.config.gate_batches:
+        if len(trial.losses) < self.config.gate_batches:
             return result
         self._trial, found = None, trial.result()
-        self._gate.record(found, trial.proposal.confidence, trial.forward_passes)
+        self.gate.record(found, trial.proposal.confidence, forward_passes=len(LENGTHS) * len(trial.losses))
         if found.accepted:
             return self._accept(trial, found.length, found.loss_change, result)
         self._trajectory.anchor()
@@ -228,7 +230,7 @@ class JumpController:
         if loss is None:
             return Decision()
         if norm is not None:
-            self._predictor.observe(Signals(loss, norm, self._lr_share()))
+            self.predictor.observe(Signals(loss, norm, self._lr_share()))
         elif self._jump is not None and predicted is not None:
             self._jump.loss_error = loss - predicted
         divergence = self._monitor.check(loss, norm, predicted)
@@ -263,7 +265,7 @@ class JumpController:
         decision = Decision(Action.ROLL_BACK, divergence, self._snapshot)
         self._snapshot = self._trial = None
         self._unconfirmed_equivalent_steps = 0.0
-        self._gate.halve_horizon()
+        self.gate.halve_horizon()
         return decision
 
     # --- from outside ------------------------------------------------------------------------------------
@@ -271,12 +273,7 @@ class JumpController:
     def change(self, config: HybridTrainerConfig) -> None:
         """Go on with other settings; no jump may be under way."""
         self.config = config
-        self._gate.set_max_horizon(config.max_predict_steps)
-
-    @property
-    def jump_accepted(self) -> bool:
-        """Whether there is a jump: from its acceptance to the Full block after it."""
-        return self._jump is not None
+        self.gate.set_max_horizon(config.max_predict_steps)
 
     @property
     def jump_ended(self) -> bool:
@@ -284,17 +281,14 @@ class JumpController:
         return self._jump is not None and self._jump.is_over
 
     @property
+    def rollback_snapshot(self) -> Snapshot | None:
+        """Weights, buffers and optimizer state before the last jump, until a Full block has followed it."""
+        return self._snapshot
+
+    @property
     def equivalent_gradient_steps(self) -> float:
         """Gradient steps that all jumps so far were worth, by their change of the loss."""
         return self._equivalent_steps + self._unconfirmed_equivalent_steps
-
-    def reliability(self) -> list[dict[str, float]]:
-        """Predicted confidence beside the share of proposals accepted, one row per bin of confidence."""
-        return self._gate.reliability()
-
-    def forecast_skill(self) -> float | None:
-        """How much better than persistence the predictor's forecasts of the loss were; None where it makes none."""
-        return self._predictor.skill() if isinstance(self._predictor, Forecaster) else None
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -324,8 +318,8 @@ class JumpController:
         """What keeps a state of its own."""
         return {
             "trajectory": self._trajectory,
-            "predictor": self._predictor,
+            "predictor": self.predictor,
             "monitor": self._monitor,
-            "gate": self._gate,
+            "gate": self.gate,
             "residuals": self._residuals,
         }

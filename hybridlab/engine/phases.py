@@ -29,7 +29,7 @@ class PhaseInput:
 
     phase: the phase of the step just taken
     steps_in_phase: nominal steps taken in it so far
-    jump_accepted: there is an accepted jump
+    jump_accepted: a proposal was accepted at this step
     jump_ended: all its steps have passed, or it was cut short
     diverged: training had gone wrong at this step
     """

@@ -147,10 +147,9 @@ class HybridTrainer:
     def _advance(self, result: StepResult) -> None:
         """Let `next_phase` decide what comes after the step."""
         self._steps_in_phase += 1
-        accepted, ended = self._jumps.jump_accepted, self._jumps.jump_ended
-        following = next_phase(
-            PhaseInput(self._phase, self._steps_in_phase, accepted, ended, result.diverged), self.config
-        )
+        accepted, ended = result.jump_accepted is True, self._jumps.jump_ended
+        after = PhaseInput(self._phase, self._steps_in_phase, accepted, ended, result.diverged)
+        following = next_phase(after, self.config)
         if following is not self._phase or (result.diverged and following is Phase.FULL):
             self._enter(following)
 
@@ -201,14 +200,14 @@ class HybridTrainer:
 
     def reliability(self) -> list[dict[str, float]]:
         """Predicted confidence beside the share of proposals accepted, one row per bin of confidence."""
-        return self._jumps.reliability()
+        return self._jumps.gate.reliability()
 
     def forecast_skill(self) -> float | None:
         """How much better than persistence the predictor's forecasts of the loss were; None where it makes none.
 
         1 - MSE(forecast) / MSE(persistence): 1 is perfect, 0 worth nothing.
         """
-        return self._jumps.forecast_skill()
+        return self._jumps.predictor.skill()
 
     def steps_by(self, clock: str) -> float:
         """Steps so far by the clock that a schedule may follow.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridlab.predictors.adam_coast import AdamCoast
-from hybridlab.predictors.base import Forecaster, Predictor, Proposal, Signals
+from hybridlab.predictors.base import Predictor, Proposal, Signals
 from hybridlab.predictors.dmd import Dmd
 from hybridlab.predictors.ema_nesterov import EmaNesterov
 from hybridlab.predictors.linear import Linear
@@ -26,4 +26,4 @@ PREDICTORS: dict[str, type[Predictor]] = {
 }
 
 
-__all__ = ["PREDICTORS", "Forecaster", "Predictor", "Proposal", "Signals"]
+__all__ = ["PREDICTORS", "Predictor", "Proposal", "Signals"]

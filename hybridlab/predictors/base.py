@@ -62,19 +62,17 @@ class Predictor(Protocol):
     def propose(self, gram: Gram, horizon: float) -> Proposal:
         """Propose a jump over `horizon` nominal steps, a number above 0 that need not be whole."""
 
+    def skill(self) -> float | None:
+        """How good its forecasts of the loss were; None where it makes none, and before the first came due.
+
+        1 - squared error over persistence's: 1 is perfect, 0 no better
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `propose` depends on besides its arguments: plain containers, numbers and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where `state_dict` was taken."""
-
-
-@runtime_checkable
-class Forecaster(Protocol):
-    """A predictor that forecasts the loss, and measures its own forecasts."""
-
-    def skill(self) -> float | None:
-        """1 - squared error over persistence's: 1 is perfect, 0 no better; None before the first forecast came due."""
 
 
 def path_confidence(gram: Gram, coefficients: Coefficients) -> float:
@@ -138,6 +136,10 @@ class TrendFollower:
     def proposal(self, gram: Gram, coefficients: Coefficients, horizon: float) -> Proposal:
         """A jump by these coefficients, with the path's confidence in it and the loss change by the trend."""
         return Proposal(coefficients, path_confidence(gram, coefficients), self.slope * horizon)
+
+    def skill(self) -> float | None:
+        """None: a trend is no forecast to be scored."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """The remembered losses and learning rate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -73,18 +73,9 @@ class Forecast:
         return NormalDist().cdf((self.level - self.log_loss) / math.sqrt(variance))
 
 
-@dataclass(frozen=True)
-class PendingForecast:
-    """A forecast that is not due yet. due: count of observations at which it is compared; the others: log losses."""
-
-    due: int
-    log_loss: float
-    last: float
-    level: float
-
-    def squared_errors(self, log_loss: float) -> list[float]:
-        """Of the forecast, and of the two persistences: the last log loss and the smoothed one."""
-        return [(guess - log_loss) ** 2 for guess in (self.log_loss, self.last, self.level)]
+Pending = tuple[int, list[float]]
+"""A forecast that is not due yet: the count of observations at which it is, and three guesses of the log loss then: the
+forecast's, and the two persistences, the last log loss and the smoothed one."""
 
 
 class Rssm:
@@ -112,7 +103,7 @@ class Rssm:
         self._level: float | None = None
         self._count = 0
         self._fits = 0
-        self._pending: PendingForecast | None = None
+        self._pending: Pending | None = None
         self._squared_errors: deque[list[float]] = deque(maxlen=SCORES)
 
     def needs(self, full_steps: int) -> PathNeeds:
@@ -125,8 +116,8 @@ class Rssm:
             return
         log_loss = math.log(signals.loss)
         self._remember(log_loss, math.log(signals.gradient_norm), float(signals.lr_share))
-        if self._pending is not None and self._pending.due == self._count:
-            self._squared_errors.append(self._pending.squared_errors(log_loss))
+        if self._pending is not None and self._pending[0] == self._count:
+            self._squared_errors.append([(guess - log_loss) ** 2 for guess in self._pending[1]])
             self._pending = None
         every = FIT_EVERY_STEPS if len(self._signals) == REMEMBERED_STEPS else EARLY_FIT_EVERY_STEPS
         if self._count >= FIRST_FIT_STEPS and self._count % every == 0:
@@ -143,8 +134,7 @@ class Rssm:
         self._fits += 1
         forecast = self.forecast(SCORED_AHEAD_STEPS) if self._pending is None else None
         if forecast is not None:
-            due = self._count + SCORED_AHEAD_STEPS
-            self._pending = PendingForecast(due, forecast.log_loss, log_loss, forecast.level)
+            self._pending = (self._count + SCORED_AHEAD_STEPS, [forecast.log_loss, log_loss, forecast.level])
 
     def forecast(self, steps: float) -> Forecast | None:
         """The loss so many steps ahead, rounded up; None before the model was fitted."""
@@ -200,7 +190,7 @@ class Rssm:
             "level": self._level,
             "count": self._count,
             "fits": self._fits,
-            "pending": None if self._pending is None else asdict(self._pending),
+            "pending": self._pending,
             "squared_errors": [list(errors) for errors in self._squared_errors],
         }
 
@@ -209,7 +199,7 @@ class Rssm:
         self._dynamics.load_state_dict(state["dynamics"])
         self._signals = deque(map(list, state["signals"]), maxlen=REMEMBERED_STEPS)
         self._level, self._count, self._fits = state["level"], state["count"], state["fits"]
-        self._pending = None if state["pending"] is None else PendingForecast(**state["pending"])
+        self._pending = state["pending"]
         self._squared_errors = deque(map(list, state["squared_errors"]), maxlen=SCORES)
 
 
