@@ -58,7 +58,7 @@ def test_a_small_model_reaches_the_entropy_floor_of_markov_within_3_percent(tmp_
         evaluate_every=450,
     )
     run = train(config, tmp_path / "run")
-    floor = MARKOV.text.entropy_floor_nats
+    floor = MARKOV.load_text().entropy_floor_nats
     assert run.summary is not None
     assert floor is not None
     assert floor * 0.99 <= run.summary["validation_loss"] <= 1.03 * floor
@@ -103,7 +103,7 @@ def test_a_run_s_record_tells_everything(result: StudyResult) -> None:
     run = result.runs["jumpy", 0]
     assert Run.load(run.folder).summary == run.summary
     assert run.config["hybrid"]["predictor"] == "linear"
-    assert run.config["data"]["sha256"] == MARKOV.text.sha256
+    assert run.config["data"]["sha256"] == MARKOV.load_text().sha256
     assert list(run.steps["nominal_step"]) == list(range(1, 61))
     predicted = run.steps[run.steps["phase"] == "predict"]
     assert len(predicted) == run.summary["predicted_steps"]

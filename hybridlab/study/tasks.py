@@ -89,9 +89,8 @@ class TextTaskConfig:
         check_bounds(self, "max_bytes", least=0)
         _ = self.model_config  # refuses its own part
 
-    @property
-    def text(self) -> TextData:
-        """The tokens, read once a process."""
+    def load_text(self) -> TextData:
+        """The tokens, read once per process."""
         return load_text_once(self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes or None)
 
     @property
@@ -111,7 +110,7 @@ class TextTaskConfig:
 
     def data_record(self) -> dict[str, Any]:
         """Source, hash, token counts."""
-        return self.text.record()
+        return self.load_text().record()
 
 
 class TextTask:
@@ -122,7 +121,7 @@ class TextTask:
 
     def __init__(self, model: GPT2, config: TextTaskConfig, seed: int, device: torch.device, parts: int = 1) -> None:
         self.model, self._parts = model, parts
-        text, windows, tokens = config.text, config.batch_size, config.block_size
+        text, windows, tokens = config.load_text(), config.batch_size, config.block_size
         self._batches = TokenBatches(text.train, batch_size=windows, block_size=tokens, seed=seed, device=device)
         self._held_out = evenly_spaced(
             text.validation,
@@ -163,9 +162,8 @@ class ImageTaskConfig:
         check_types(self)
         check_bounds(self, "batch_size", least=1)
 
-    @property
-    def images(self) -> ImageData:
-        """The images, read once a process."""
+    def load_images(self) -> ImageData:
+        """The images, read once per process."""
         return load_images_once(self.data)
 
     def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> ImageTask:
@@ -177,7 +175,7 @@ class ImageTaskConfig:
 
     def data_record(self) -> dict[str, Any]:
         """Source, hash, image counts."""
-        return self.images.record()
+        return self.load_images().record()
 
 
 class ImageTask:
@@ -185,8 +183,9 @@ class ImageTask:
 
     def __init__(self, model: MnistCNN, config: ImageTaskConfig, seed: int, device: torch.device) -> None:
         self.model = model
-        self._batches = ImageBatches(config.images, batch_size=config.batch_size, seed=seed, device=device)
-        self._held_out = images_in_order(config.images, batch_size=1024, device=device)
+        images = config.load_images()
+        self._batches = ImageBatches(images, batch_size=config.batch_size, seed=seed, device=device)
+        self._held_out = images_in_order(images, batch_size=1024, device=device)
 
     def batch(self, step: int) -> Batch:
         """The step's images and their classes."""
