@@ -27,13 +27,13 @@ class HybridTrainerConfig:
     divergence_threshold: how many standard deviations above its running mean a loss counts as divergence
     predictor: a name in `hybridlab.predictors.PREDICTORS`
     gate: try every jump forward-only before it is taken, and refuse it unless the loss falls
-    gate_batches: fresh batches that a jump is tried on, one a step
+    gate_batches: fresh batches that a jump is tried on, one per step
     gate_budget: share of the training, between 0 and 1, that refused trials may cost
     path_device: "same" keeps the remembered path beside the weights, "host" in (pinned) host memory
     path_dtype: "fp32" or "bf16", of the path's rows; each row is as large as the trainable weights
     clip_norm: gradient norm above which gradients are scaled down; None leaves them alone
     memory: what lets the model train in less memory; None is plain training. The trainer itself takes from it the
-        number formats of each phase and what leaves the card in Predict; `hybridlab.memory.apply` does the rest
+        number formats of each phase and what leaves the GPU in Predict; `hybridlab.memory.apply` does the rest
 
     Raises TypeError and ValueError that name the setting and its remedy.
     """
@@ -56,7 +56,7 @@ class HybridTrainerConfig:
 
     @property
     def path_needs(self) -> PathNeeds | None:
-        """What is remembered of the path; None where nothing is predicted."""
+        """What the predictor wants recorded of the path; None where nothing is predicted."""
         return PREDICTORS[self.predictor]().needs(self.full_steps) if self.max_predict_steps else None
 
     @property
@@ -67,12 +67,12 @@ class HybridTrainerConfig:
 
     @classmethod
     def conservative(cls, **changes: Any) -> Self:
-        """The plan's careful preset: confidence 0.60, 50 steps a jump, a correction every 15."""
+        """The plan's careful preset: confidence 0.60, 50 steps per jump, a correction every 15."""
         return cls(**{"confidence_threshold": 0.60, "max_predict_steps": 50, "correction_interval": 15} | changes)
 
     @classmethod
     def aggressive(cls, **changes: Any) -> Self:
-        """The plan's bold preset: confidence 0.55, 75 steps a jump, a correction every 10."""
+        """The plan's bold preset: confidence 0.55, 75 steps per jump, a correction every 10."""
         return cls(**{"confidence_threshold": 0.55, "max_predict_steps": 75, "correction_interval": 10} | changes)
 
     @classmethod
@@ -81,7 +81,7 @@ class HybridTrainerConfig:
         return cls(**{"max_predict_steps": 0} | changes)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Refuse nonsense."""
         check_types(self)
         check_bounds(self, "warmup_steps", "max_predict_steps", "correct_steps", least=0)
         check_bounds(self, "full_steps", "correction_interval", "gate_batches", least=1)
@@ -109,7 +109,7 @@ class HybridTrainerConfig:
             ),
             (
                 jumps and leaves and self.path_device == "same",
-                ("leaving the card in Predict", "path_device='same'"),
-                "the path and the way back, larger than what leaves, would stay on it; set path_device='host'",
+                ("leaving the GPU in Predict", "path_device='same'"),
+                "the path and the rollback snapshot, larger than what leaves, would stay on it; set path_device='host'",
             ),
         ]

@@ -47,7 +47,7 @@ class StepResult:
     async_loss, async_norm: the measured loss and the gradient norm, perhaps still on the device
     forward_only_passes: forward passes without backward, those of the gate included
     jump_accepted: whether the proposal that was decided at this step was accepted; None where none was
-    diverged: whether training had gone wrong; rolled_back: whether a jump was taken back for it
+    diverged: whether training had gone wrong; rolled_back: whether a jump was rolled back for it
 
     Reading the loss or the norm of a step after the next one has begun does not stall the device.
     """

@@ -134,7 +134,7 @@ class HybridTrainer:
         if decision.action is Action.STOP:
             raise DivergenceError(
                 f"{decision.divergence.reason} by step {result.nominal_step} ({result.phase}), and there is no jump "
-                "to take back: lower the learning rate, warm up for longer, or look for empty batches and NaN in the "
+                "to roll back: lower the learning rate, warm up for longer, or look for empty batches and NaN in the "
                 "data; the weights may be spoilt, go back to a checkpoint"
             )
         rolled_back = decision.snapshot is not None

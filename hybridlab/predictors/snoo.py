@@ -15,7 +15,7 @@ class Snoo(TrendFollower):
 
         b[k] = mu b[k - 1] + D[k]
         theta[t + H] = theta[t - K] + eta (D[k] + mu b[k])
-                     = theta[t] + (eta - 1) D[k] + eta mu b[k]        for H >= K; H / K of the way for less
+                     = theta[t] + (eta - 1) D[k] + eta mu b[k]        for H >= K; H / K of it for less
 
     D[k]: the newest stride, theta[t] - theta[t - K], of K = 30 steps; b: the outer momentum, here over the four
         remembered strides; H: the horizon in nominal steps
