@@ -15,8 +15,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
 from hybridlab.batch.given import checked_values, values_in_file
+from hybridlab.results.claims import Claim, shown
 from hybridlab.results.parameters import HOW_IT_RUNS, asked, parameters_sha256
-from hybridlab.results.publish import is_volatile, shown
 
 MAX_NOTEBOOK_BYTES = 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w+/.~])(?:/(?:home|root|work|tmp|Users)/|[A-Z]:\\Users\\)[^\s\"'<>]*")
@@ -144,17 +144,23 @@ def results_problems(executed: Path, results: dict[str, Any]) -> list[str]:
     problems = [] if recorded == entry["parameters_sha256"] else ["its parameter hash is not that of results.json"]
     if parameters_sha256(entry["parameters"]) != entry["parameters_sha256"]:
         problems.append("the parameters in results.json do not have the hash beside them")
-    return problems + [line for claim in entry["claims"] for line in _claim_problems(claim, text)]
+    return problems + [line for claim in entry["claims"] for line in _claim_problems(Claim.from_record(claim), text)]
 
 
-def _claim_problems(claim: dict[str, Any], text: str) -> list[str]:
-    if not _appears(claim["id"], text):
-        return [f"claim {claim['id']} is not shown in the notebook"]
+def _claim_problems(claim: Claim, text: str) -> list[str]:
+    if not _appears(claim.id, text):
+        return [f"claim {claim.id} is not shown in the notebook"]
     return [
-        f"claim {claim['id']}: {name} is {shown(value)} in results.json, which the notebook does not show"
-        for name, value in claim["numbers"].items()
-        if not is_volatile(name) and not _appears(shown(value), text)
+        f"claim {claim.id}: {name} is {value} in results.json, which the notebook does not show"
+        for name, value in _lasting_values(claim).items()
+        if not _appears(value, text)
     ]
+
+
+def _lasting_values(claim: Claim) -> dict[str, str]:
+    """What repeats in every run, as notebooks show it, by name."""
+    lasting = [quantity for quantity in claim.quantities if not quantity.is_volatile]
+    return {name: shown(value) for quantity in lasting for name, value in quantity.values().items()}
 
 
 def _appears(word: str, text: str) -> bool:
@@ -173,9 +179,7 @@ def claim_differences(committed: dict[str, Any], again: dict[str, Any]) -> list[
 
 def _repeatable(entry: dict[str, Any]) -> dict[str, str]:
     """Lay an entry's claims out as name -> text, for comparison; claims about times and bytes alone are left out."""
-    lasting = [claim for claim in entry["claims"] if not all(map(is_volatile, claim["numbers"]))]
-    values = {f"{claim['id']}.verdict": claim["verdict"] for claim in lasting}
-    for claim in entry["claims"]:
-        numbers = {name: value for name, value in claim["numbers"].items() if not is_volatile(name)}
-        values |= {f"{claim['id']}.{name}": shown(value) for name, value in numbers.items()}
-    return values
+    claims = [Claim.from_record(claim) for claim in entry["claims"]]
+    verdicts = {c.id: c.verdict for c in claims if not all(quantity.is_volatile for quantity in c.quantities)}
+    values = {f"{c.id}.{name}": value for c in claims for name, value in _lasting_values(c).items()}
+    return {f"{id}.verdict": verdict for id, verdict in verdicts.items()} | values

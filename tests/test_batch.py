@@ -23,8 +23,9 @@ from hybridlab.batch.executed import clean_, unfinished, write_or_rescue
 from hybridlab.batch.run import GO_ON, RunFailed, prepared, run_notebook, summary_of
 from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched
+from hybridlab.results.claims import Claim, Quantity, claims_table
 from hybridlab.results.parameters import parameters_from, parameters_sha256
-from hybridlab.results.publish import Claim, claims_table, environment, git_commit, load_results, publish
+from hybridlab.results.publish import environment, git_commit, load_results, publish
 from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
@@ -190,8 +191,8 @@ GOOD_CELLS = (
     "from hybridlab.panel.progress import Progress\n"
     "with Progress(steps, 'counting') as progress:\n    for _ in range(steps):\n        progress.advance()",
     "import pathlib\nprint('in', pathlib.Path.cwd())\nparameters['lr']",
-    "from hybridlab.results.publish import Claim, publish\n"
-    "publish('good', claims=[Claim('sum', 'it adds up', 'holds', {'lr': lr})], summary=['It adds up.'],\n"
+    "from hybridlab.notebook import Claim, Quantity, publish\n"
+    "publish('good', claims=[Claim('sum', 'it adds up', 'holds', (Quantity('lr', lr),))], summary=['It adds up.'],\n"
     "        record={'parameters': parameters}, folder=results).name",
 )
 
@@ -384,14 +385,21 @@ def published(root: Path) -> dict:
 def test_results_are_merged_rounded_and_sorted(root):
     record = {"parameters": {"lr": 0.1234567890123}, "table": [{"loss": 1 / 3}]}
     publish("b", claims=[], summary=[], record=record, folder="runs")
-    claim = {"id": "gain", "text": "it gains", "verdict": "open", "numbers": {"gain": 2 / 3, "steps": 1234567}}
+    gain = Quantity("gain", 2 / 3, 0.5, 0.8, "nats", (0.6, 11 / 15))
+    claim = Claim("gain", "hybrid: it gains", "open", (gain, Quantity("steps", 1234567)), "hybrid")
     publish("a", claims=[claim], summary=["So."], record={"parameters": {}, "device": "a card"}, folder="runs")
     results = published(root)
     assert list(results) == ["a", "b"]
     assert results["b"]["table"] == [{"loss": 0.333333}]
     assert results["b"]["parameters"] == {"lr": 0.1234567890123}
     assert results["b"]["parameters_sha256"] == parameters_sha256({"lr": 0.1234567890123})
-    assert results["a"]["claims"][0]["numbers"] == {"gain": 0.666667, "steps": 1234567}
+    (kept,) = results["a"]["claims"]
+    assert kept["quantities"] == [
+        {"name": "gain", "value": 0.666667, "low": 0.5, "high": 0.8, "unit": "nats", "per_seed": [0.6, 0.733333]},
+        {"name": "steps", "value": 1234567, "unit": "count"},
+    ]
+    assert (kept["id"], kept["kind"], kept["arm"], kept["verdict"]) == ("hybrid-gain", "gain", "hybrid", "open")
+    assert Claim.from_record(claim.record()) == claim
     assert results["a"]["device"] == "a card"
 
 
@@ -408,12 +416,12 @@ def test_results_of_notebooks_that_publish_at_once_are_all_kept(root):
 
 
 def test_a_number_that_is_not_finite_becomes_null_with_a_note(root):
-    claims = [Claim("loss", "it ends", "fails", {"loss": math.nan})]
+    claims = [Claim("loss", "it ends", "fails", (Quantity("loss", math.nan),))]
     publish("a", claims=claims, summary=[], record={"parameters": {}, "gap": [math.inf]}, folder="runs")
     entry = published(root)["a"]
-    assert entry["claims"][0]["numbers"] == {"loss": None}
+    assert entry["claims"][0]["quantities"] == [{"name": "loss", "value": None, "unit": "count"}]
     assert entry["gap"] == [None]
-    assert sorted(entry["not_finite"]) == ["claims[0].numbers.loss was nan", "gap[0] was inf"]
+    assert sorted(entry["not_finite"]) == ["claims[0].quantities[0].value was nan", "gap[0] was inf"]
     assert "loss  not finite" in claims_table(claims)
 
 
@@ -429,6 +437,8 @@ def test_results_refuse_nonsense(root):
         Claim("a", "A.", "maybe")
     with pytest.raises(ValueError, match="without spaces"):
         Claim("a b", "A.", "open")
+    with pytest.raises(ValueError, match="unit is 'GB': take one of count"):
+        Quantity("peak", 1.0, unit="GB")
     assert not (root / "runs" / "results.json").exists()
     (root / "runs").mkdir(exist_ok=True)
     (root / "runs" / "results.json").write_text("{", encoding="utf-8")
@@ -437,13 +447,15 @@ def test_results_refuse_nonsense(root):
 
 
 def test_the_claims_table_leaves_out_what_changes_from_run_to_run():
-    numbers = {"loss": 2.0, "steps": 7, "predictor": "linear", "wall_seconds": 3.0, "peak_vram_bytes": 9}
-    text = claims_table([Claim("hybrid_wins", "The hybrid ends lower.", "fails", numbers)])
+    loss, steps = Quantity("loss", 2.0, 1.0, 3.0, "nats"), Quantity("steps", 7)
+    volatile = Quantity("wall", 3.0, 2.0, 4.0, "s"), Quantity("peak_vram", 9, unit="bytes")
+    text = claims_table([Claim("hybrid_wins", "The hybrid ends lower.", "fails", (loss, steps, *volatile))])
     assert text.splitlines() == [
         "FAILS  hybrid_wins: The hybrid ends lower.",
         "    loss       2.0000",
+        "    loss_low   1.0000",
+        "    loss_high  3.0000",
         "    steps      7",
-        "    predictor  linear",
     ]
 
 

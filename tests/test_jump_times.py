@@ -14,6 +14,7 @@ from hybridlab.benchmarks.jump_times import JumpTimes, jump_times
 from hybridlab.memory import MemoryConfig
 from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
 from hybridlab.optim import Schedule
+from hybridlab.results.claims import Quantity
 from hybridlab.study import RunConfig, TextTaskConfig, train
 
 GRADIENT_MS, PREDICTED_MS = 100, 2
@@ -83,21 +84,25 @@ def further(*beyond_ms: float) -> PredictPhase:
 @pytest.mark.parametrize(
     ("beyond_ms", "verdict", "ends"),
     [
-        ((50, 60, 70, 80, 90, 40, 30), "holds", {"beyond_ms_low": 30, "beyond_ms_high": 90}),
-        ((250, 160, 170, 180, 190, 140, 130), "fails", {"beyond_ms_low": 130, "beyond_ms_high": 250}),
-        ((50, 60, 170, 180, 90, 40, 30), "open", {"beyond_ms_low": 30, "beyond_ms_high": 180}),
-        ((50, 60, 70, 80, 90), "open", {}),
+        ((50, 60, 70, 80, 90, 40, 30), "holds", (30, 90)),
+        ((250, 160, 170, 180, 190, 140, 130), "fails", (130, 250)),
+        ((50, 60, 170, 180, 90, 40, 30), "open", (30, 180)),
+        ((50, 60, 70, 80, 90), "open", (None, None)),
     ],
 )
 def test_the_way_there_and_back_is_held_against_a_gradient_step(
-    beyond_ms: tuple[float, ...], verdict: str, ends: dict[str, float]
+    beyond_ms: tuple[float, ...], verdict: str, ends: tuple[float | None, float | None]
 ) -> None:
     """Jump by jump; too few of them leave it open."""
     phases = {"all away": further(*beyond_ms), "nothing away": phase(400, *LATER)}
     (claim,) = transition_claims(phases, "nothing away")
     assert (claim.id, claim.verdict) == ("all-away-transition", verdict)
-    told = {"beyond_ms": sorted(beyond_ms)[len(beyond_ms) // 2], "jumps": len(beyond_ms), "limit_ms": GRADIENT_MS}
-    assert claim.numbers == told | ends
+    median = sorted(beyond_ms)[len(beyond_ms) // 2]
+    assert claim.quantities == (
+        Quantity("beyond", median, *ends, unit="ms"),
+        Quantity("jumps", len(beyond_ms)),
+        Quantity("limit", GRADIENT_MS, unit="ms"),
+    )
     assert "a jump of 20" in claim.text
 
 
@@ -105,7 +110,7 @@ def test_the_way_there_and_back_is_held_against_a_gradient_step(
 def test_a_return_beside_predicted_steps_is_held_against_one_after_them(sign: int, verdict: str) -> None:
     ahead, late = further(*(sign * ms for ms in (5, 6, 7, 8, 9, 4, 3))), phase(100, *LATER)
     (claim,) = lookahead_claims({"ahead": ahead, "late": late}, "ahead", "late")
-    assert (claim.verdict, claim.numbers["beyond_ms"], claim.numbers["limit_ms"]) == (verdict, sign * 6, 0.0)
+    assert (claim.verdict, claim.value("beyond"), claim.value("limit")) == (verdict, sign * 6, 0.0)
     (claim,) = lookahead_claims({"ahead": further(-5, 6, -7, 8, -9, 4, 3), "late": late}, "ahead", "late")
     assert claim.verdict == "open"
 

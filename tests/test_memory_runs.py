@@ -25,10 +25,11 @@ from hybridlab.memory import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.notebook.format_agreement import agreement_claims, format_agreement
 from hybridlab.notebook.views.memory import (
+    agreement_claims,
     cost_table,
     fit_claims,
+    format_agreement,
     memory_table,
     predict_claim,
     predict_table,
@@ -193,7 +194,8 @@ def test_a_prediction_is_right_within_ten_percent_either_way(error: float, verdi
 def test_quality_is_judged_by_the_whole_interval_or_by_the_one_seed(change: Interval, verdict: str) -> None:
     (claim,) = quality_claims([measured(change=change)], control=5.0)
     assert claim.verdict == verdict
-    assert all(math.isfinite(value) for value in claim.numbers.values() if isinstance(value, float))
+    assert all(math.isfinite(value) for q in claim.quantities for value in q.values().values() if value is not None)
+    assert claim.quantities[0].per_seed == change.values
 
 
 def card_run(**summary: Any) -> Run:
@@ -240,7 +242,7 @@ def test_what_was_not_measured_makes_no_claim() -> None:
 def test_predict_is_judged_by_what_torch_holds() -> None:
     (claim,) = predict_claim(phase(1.0, 3_600_000_000))
     assert claim.verdict == "holds"
-    assert claim.numbers["with_context_bytes"] == 4_500_000_000
+    assert claim.value("with_context") == 4_500_000_000
     assert predict_table({"none": phase(10.0), "cpu": phase(15.0)}, "none").cells()[1][5] == "1.50"
     assert predict_table({}, "none").cells() == [["no run jumped"]]
 
@@ -250,7 +252,7 @@ def test_step_times_of_two_runs_are_held_against_each_other() -> None:
     assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.6), measured())] == ["fails"]
     waiting, busy = replace(measured(step_ms=1.6), card_busy_percent=50.0), replace(measured(), card_busy_percent=80.0)
     (claim,) = step_time_claims(waiting, busy)
-    assert (claim.verdict, claim.numbers["busy_ratio_time"]) == ("fails", pytest.approx(1.0))
+    assert (claim.verdict, claim.value("busy_ratio")) == ("fails", pytest.approx(1.0))
     assert "50%" in str(cost_table([waiting, busy], "arm"))
     assert "busy" not in str(cost_table([measured()], "arm"))
     without_a_card, too_short = replace(measured(), measured_allocated_bytes=None), replace(measured(), step_ms=None)
@@ -274,7 +276,7 @@ def test_what_the_card_could_not_hold_is_not_claimed_about() -> None:
     fits = replace(measured(change=Interval.of([0.01])), arm="fit_16gb")
     free, control = (replace(measured(), arm=arm) for arm in ("no limits", "fp32"))
     words = {"control": "fp32", "fast": "no limits"}
-    assert [claim.id for claim in reference_claims(fits, [free, control], **words)] == ["step-time", "quality"]
+    assert [claim.id for claim in reference_claims(fits, [free, control], **words)] == ["step-time", "fit_16gb-quality"]
     assert reference_claims(fits, [], **words) == []
     assert cost_table([fits], "fp32", fast="no limits").cells()[0][-1] == "–"
 
@@ -336,7 +338,9 @@ def test_number_formats_may_differ_as_much_as_seeds_do(strict_loss: float, verdi
     assert agreement["difference_in_loss"] == pytest.approx(abs(strict_loss - 3.0))
     [claim] = agreement_claims(agreement)
     assert (claim.id, claim.verdict) == ("tf32-stands-for-fp32", verdict)
-    assert {"strict_seed_0_loss", "tf32_seed_0_loss", "tf32_seed_1_loss", "tf32_seed_2_loss"} < set(claim.numbers)
+    assert {"strict_seed_0_loss", "tf32_seed_0_loss", "tf32_seed_1_loss", "tf32_seed_2_loss"} < {
+        q.name for q in claim.quantities
+    }
     with pytest.raises(UserError, match="was not evaluated at step 15"):
         format_agreement(result, "strict", "tf32", at_step=15)
 

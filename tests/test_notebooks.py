@@ -14,8 +14,9 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
+from hybridlab.results.claims import Claim, Quantity, claims_table
 from hybridlab.results.parameters import HOW_IT_RUNS, parameters_sha256
-from hybridlab.results.publish import Claim, claims_table, load_results
+from hybridlab.results.publish import load_results
 from tests.hygiene import (
     claim_differences,
     executed_problems,
@@ -105,7 +106,8 @@ def test_a_batch_runs_each_notebook_of_a_profile_once_and_the_report_last(profil
 
 # The checks themselves, on a tiny project.
 
-CLAIM = Claim("hybrid_wins", "The hybrid ends lower.", "fails", {"loss": 2.25, "steps": 40, "wall_seconds": 3.5})
+QUANTITIES = Quantity("loss", 2.25, unit="nats"), Quantity("steps", 40), Quantity("wall", 3.5, unit="s")
+CLAIM = Claim("hybrid_wins", "The hybrid ends lower.", "fails", QUANTITIES)
 
 
 class Tiny:
@@ -117,7 +119,7 @@ class Tiny:
         self.parameters.write_text("lr: 0.5\n", encoding="utf-8")
         self.executed = save(self._run(), folder / "executed" / "tiny.ipynb")
         self.entry = {
-            "claims": [{"id": CLAIM.id, "text": CLAIM.text, "verdict": CLAIM.verdict, "numbers": CLAIM.numbers}],
+            "claims": [CLAIM.record()],
             "parameters": self.final,
             "parameters_sha256": parameters_sha256(self.final),
         }
@@ -235,7 +237,8 @@ def test_what_is_wrong_with_a_source_notebook_is_seen(tiny, change, problem):
 
 
 def test_a_claim_that_the_notebook_does_not_show_is_seen(tiny):
-    tiny.entry["claims"][0]["numbers"] = {"loss": 2.2501, "steps": 4, "wall_seconds": 9.0}
+    for quantity, value in zip(tiny.entry["claims"][0]["quantities"], (2.2501, 4, 9.0), strict=True):
+        quantity["value"] = value
     assert tiny.results_problems() == [
         "claim hybrid_wins: loss is 2.2501 in results.json, which the notebook does not show",
         "claim hybrid_wins: steps is 4 in results.json, which the notebook does not show",
@@ -252,9 +255,11 @@ def test_results_of_other_parameters_are_seen(tiny):
 
 def test_claims_of_two_runs_are_compared_at_four_decimals_without_times(tiny):
     again = json.loads(json.dumps(tiny.entry))
-    again["claims"][0]["numbers"] |= {"loss": 2.25004, "wall_seconds": 100.0}
+    loss, _, wall = again["claims"][0]["quantities"]
+    loss["value"], wall["value"] = 2.25004, 100.0
     assert claim_differences(tiny.entry, again) == []
-    again["claims"][0]["numbers"] |= {"loss": 2.26, "more": 1}
+    loss["value"] = 2.26
+    again["claims"][0]["quantities"].append({"name": "more", "value": 1})
     again["claims"][0]["verdict"] = "holds"
     assert claim_differences(tiny.entry, again) == [
         "hybrid_wins.loss was 2.2500, is now 2.2600",

@@ -9,7 +9,7 @@ import pytest
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.notebook.views.panel import panel_claims, panel_table
 from hybridlab.panel.cost import PanelCost
-from hybridlab.results.publish import Verdict, is_volatile
+from hybridlab.results.claims import Verdict
 
 WIDE = (0.9, 1.1)
 NONE = (-math.inf, math.inf)
@@ -36,18 +36,20 @@ def test_the_panels_interval_decides_unless_the_control_is_told_apart_from_one(
     panel: tuple[float, float], control: tuple[float, float], verdict: Verdict
 ) -> None:
     (claim,) = panel_claims({"bf16": cost(panel, control)})
-    assert (claim.id, claim.verdict) == ("panel-is-cheap-bf16", verdict)
+    assert (claim.id, claim.verdict) == ("bf16-panel-is-cheap", verdict)
 
 
 def test_the_claim_rests_on_times_alone() -> None:
     costs = {"bf16": cost((1.5, 1.6), WIDE), "bf16, compiled": cost((0.999, 1.005), WIDE)}
     _, claim = panel_claims(costs)
-    assert claim.id == "panel-is-cheap-bf16-compiled"
-    numbers = claim.numbers
-    assert all(map(is_volatile, numbers))
-    assert numbers["panel_over_none_ratio_time_high"] == 1.005
-    assert numbers["none_over_none_ratio_time_low"] == 0.9
-    assert numbers["panel_itself_over_none_ratio_time"] == pytest.approx(0.005)
+    assert claim.id == "bf16-compiled-panel-is-cheap"
+    assert all(quantity.is_volatile for quantity in claim.quantities)
+    panel, control = (claim.quantity(f"{name}_over_none") for name in ("panel", "none"))
+    assert panel is not None
+    assert control is not None
+    assert panel.high == 1.005
+    assert control.low == 0.9
+    assert claim.value("panel_itself_over_none") == pytest.approx(0.005)
 
 
 def test_the_control_stands_beside_the_panel() -> None:

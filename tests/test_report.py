@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from hybridlab.notebook.views.memory_charts import vram_rows
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
-from hybridlab.report.card_guide import NO_FIT, card_guide
-from hybridlab.report.criteria import CRITERIA, Below, Claims, Criterion, Ran
-from hybridlab.report.documents import BEGIN, END
+from hybridlab.report.criteria import CRITERIA, Claims, Criterion, Ran
+from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, PROFILES, REPORT, Evidence
-from hybridlab.report.headlines import Headline, headlines
-from hybridlab.report.pictures import drawn, same_picture, signed, vram_frame
+from hybridlab.report.gpu_guide import gpu_guide
+from hybridlab.report.pictures import charts_of, same_picture, signed, vram_frame
 from hybridlab.report.recommendation import by_model, recommended
 from hybridlab.report.validation import validation_document
-from hybridlab.report.words import interval, markdown_table, numbers_in_words
+from hybridlab.report.words import interval, markdown_table, quantities_in_words
+from hybridlab.results.claims import Claim, Quantity, Verdict
 from hybridlab.results.publish import load_results, publish
 from tests.notebook_maker import project
 from tests.test_memory_charts import MEMORY_ROWS, vram
@@ -33,13 +34,24 @@ ROOT = Path(__file__).parents[1]
 HYBRID, MEMORY = "03_gpt2_small_hybrid", "04_gpt2_small_memory"
 
 
-def claim(id: str, verdict: str, **numbers: float) -> dict[str, Any]:
-    return {"id": id, "text": f"{id}: a sentence", "verdict": verdict, "numbers": numbers}
+def claim(kind: str, verdict: Verdict, *quantities: Quantity, arm: str = "") -> Claim:
+    return Claim(kind, f"{arm or kind}: a sentence", verdict, quantities, arm)
 
 
-def entry(*claims: dict[str, Any], **more: Any) -> dict[str, Any]:
-    parameters = {"steps": 1000}
-    return {"device": "a card", "claims": list(claims), "summary": [], "parameters": parameters} | more
+def pays(arm: str, verdict: Verdict, predicted: float, gradient: float, *more: Quantity) -> Claim:
+    counts = Quantity("predicted_steps", predicted, unit="steps"), Quantity("gradient_steps", gradient, unit="steps")
+    return claim("pays", verdict, *counts, *more, arm=arm)
+
+
+def quality(
+    arm: str, verdict: Verdict, value: float = 0.0, low: float | None = None, high: float | None = None
+) -> Claim:
+    return claim("quality", verdict, Quantity("loss_to_baseline", value, low, high, "nats"), arm=arm)
+
+
+def entry(*claims: Claim, **more: Any) -> dict[str, Any]:
+    parameters, records = {"steps": 1000}, [claim.record() for claim in claims]
+    return {"device": "a GPU", "claims": records, "summary": [], "parameters": parameters} | more
 
 
 def evidence(**entries: dict[str, Any]) -> Evidence:
@@ -58,8 +70,6 @@ def copy(tmp_path: Path) -> Path:
         place = tmp_path / results.relative_to(ROOT)
         place.parent.mkdir(parents=True)
         shutil.copy(results, place)
-    for notebook in ROOT.glob(f"executed/*/{HYBRID}.ipynb"):
-        shutil.copy(notebook, tmp_path / notebook.relative_to(ROOT))
     return tmp_path
 
 
@@ -80,8 +90,8 @@ def test_a_changed_number_is_seen(copy: Path, profile: str, capsys: pytest.Captu
     assert stale_files(copy) == []
     path = copy / "executed" / profile / "results.json"
     results = json.loads(path.read_text())
-    numbers = results["07_step_value"]["claims"][-2]["numbers"]
-    numbers["loss_to_control"] += 0.01
+    (loss,) = [q for q in results["07_step_value"]["claims"][-2]["quantities"] if q["name"] == "loss_to_control"]
+    loss["value"] += 0.01
     path.write_text(json.dumps(results))
     assert copy / "docs" / "VALIDATION_RESULTS.md" in stale_files(copy)
     write_report(copy)
@@ -92,7 +102,7 @@ def test_a_changed_verdict_reaches_the_readme(copy: Path, monkeypatch: pytest.Mo
     write_report(copy)
     path = copy / "executed" / MAIN / "results.json"
     results = json.loads(path.read_text())
-    (tuned,) = [claim for claim in results["02_gpt2_small_baseline"]["claims"] if claim["id"] == "lr-is-tuned"]
+    (tuned,) = [claim for claim in results["02_gpt2_small_baseline"]["claims"] if claim["kind"] == "lr-is-tuned"]
     tuned["verdict"] = "open"
     path.write_text(json.dumps(results))
     assert copy / "README.md" in stale_files(copy)
@@ -109,7 +119,7 @@ def test_a_changed_verdict_reaches_the_readme(copy: Path, monkeypatch: pytest.Mo
 def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nwhat stood here\n{END}\nafter\n")
     (tmp_path / "executed" / MAIN).mkdir(parents=True)
-    results = {"02_gpt2_small_baseline": entry(claim("lr-is-tuned", "holds", loss=3.0))}
+    results = {"02_gpt2_small_baseline": entry(claim("lr-is-tuned", "holds", Quantity("loss", 3.0)))}
     (tmp_path / "executed" / MAIN / "results.json").write_text(json.dumps(results))
     assert tmp_path / "README.md" in write_report(tmp_path)
     text = (tmp_path / "README.md").read_text()
@@ -141,17 +151,14 @@ def test_links_lead_to_what_is_there() -> None:
 # Criteria.
 
 
-def test_every_pattern_of_a_notebook_that_ran_finds_a_claim_or_is_said_to_be_missing() -> None:
+def test_every_kind_of_a_notebook_that_ran_finds_a_claim() -> None:
+    """On every arm that a criterion names."""
     committed = Evidence.read(ROOT)
     rules = [rule for group in CRITERIA.values() for criterion in group for rule in criterion.rules]
-    patterns = {
-        (rule.notebook, pattern)
-        for rule in rules
-        if isinstance(rule, Claims | Below) and committed.entry(rule.notebook)
-        for pattern in (rule.patterns if isinstance(rule, Claims) else [rule.pattern])
-    }
-    missing = {pattern for notebook, pattern in patterns if not committed.claims(notebook, pattern)}
-    assert missing <= {"conservative-vram", "aggressive-vram"}
+    ran = [rule for rule in rules if isinstance(rule, Claims) and committed.entry(rule.notebook)]
+    wanted = {(rule.notebook, rule.kind, arm) for rule in ran for arm in rule.arms or (None,)}
+    missing = [(kind, arm) for notebook, kind, arm in wanted if not committed.claims(notebook, kind=kind, arm=arm)]
+    assert missing == []
 
 
 def test_what_was_not_run_is_not_judged() -> None:
@@ -171,16 +178,16 @@ def test_what_was_not_run_is_not_judged() -> None:
         (["fails", "fails"], "any", "fails"),
     ],
 )
-def test_a_criterion_is_as_good_as_its_claims(verdicts: list[str], need: Any, outcome: str) -> None:
-    found = evidence(n03=entry(*(claim(f"arm{i}-quality", verdict) for i, verdict in enumerate(verdicts))))
-    assert Criterion("q", (Claims(HYBRID, ("*-quality",)),), need).outcome(found) == outcome
+def test_a_criterion_is_as_good_as_its_claims(verdicts: list[Verdict], need: Any, outcome: str) -> None:
+    found = evidence(n03=entry(*(quality(f"arm{i}", verdict) for i, verdict in enumerate(verdicts))))
+    assert Criterion("q", (Claims(HYBRID, "quality"),), need).outcome(found) == outcome
 
 
 def test_a_claim_that_is_missing_leaves_the_criterion_open_in_its_own_words() -> None:
-    found = evidence(n03=entry(claim("conservative-quality", "holds")))
-    rules = (Claims(HYBRID, ("conservative-quality", "aggressive-quality")),)
+    found = evidence(n03=entry(quality("conservative", "holds")))
+    rules = (Claims(HYBRID, "quality", ("conservative", "aggressive")),)
     assert Criterion("q", rules).outcome(found) == "not measured"
-    assert Criterion("q", (*rules, Claims(MEMORY, ("*-quality",)))).outcome(found) == "not run yet"
+    assert Criterion("q", (*rules, Claims(MEMORY, "quality"))).outcome(found) == "not run yet"
 
 
 @pytest.mark.parametrize(
@@ -193,11 +200,10 @@ def test_a_claim_that_is_missing_leaves_the_criterion_open_in_its_own_words() ->
     ],
 )
 def test_a_tighter_bound_is_held_against_the_whole_interval(
-    verdict: str, value: float, low: float, high: float, outcome: str
+    verdict: Verdict, value: float, low: float, high: float, outcome: str
 ) -> None:
-    numbers = {"loss_to_baseline": value, "loss_to_baseline_low": low, "loss_to_baseline_high": high}
-    found = evidence(n03=entry(claim("arm-quality", verdict, **numbers)))
-    assert [f.outcome for f in Below(HYBRID, "*-quality", "loss_", 0.01).findings(found)] == [outcome]
+    found = evidence(n03=entry(quality("arm", verdict, value, low, high)))
+    assert [f.outcome for f in Claims(HYBRID, "quality", below=0.01).findings(found)] == [outcome]
 
 
 def test_a_run_that_was_shorter_than_the_plan_s_does_not_count() -> None:
@@ -207,13 +213,12 @@ def test_a_run_that_was_shorter_than_the_plan_s_does_not_count() -> None:
 
 
 def test_an_arm_that_predicted_nothing_is_said_to_be_the_baseline() -> None:
-    pays = claim("arm-pays", "fails", predicted_steps=0.0, gradient_steps=1000.0)
-    found = evidence(n03=entry(pays, claim("arm-quality", "holds", loss_to_baseline=0.0)))
-    (finding,) = Claims(HYBRID, ("arm-quality",)).findings(found)
+    found = evidence(n03=entry(pays("arm", "fails", 0.0, 1000.0), quality("arm", "holds")))
+    (finding,) = Claims(HYBRID, "quality", ("arm",)).findings(found)
     assert finding.words.endswith("(predicted nothing)")
     page = validation_document(found, {})
     assert "| predicted nothing | predicted steps 0; gradient steps 1000 |" in page
-    assert "| arm-quality | **holds** |" in page
+    assert "| arm | **holds** |" in page
 
 
 # Memory, from the tables that notebooks publish.
@@ -225,7 +230,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project(tmp_path))
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
     tables = {"memory": MEMORY_ROWS, "vram": vram_rows({"everything": vram()})}
-    claims = [claim("everything-predicted-within-10-percent", "holds", predicted_over_measured=0.98)]
+    claims = [claim("predicted-within-10-percent", "holds", arm="everything")]
     where = {"record": {"parameters": {}}, "folder": f"executed/{MAIN}"}
     publish(MEMORY, claims=claims, summary=[], tables=tables, **where)
     return tmp_path
@@ -289,7 +294,7 @@ CONTROL = XL | {"arm": "fp32", "peak_memory_bytes": 42e9, "loss_change": None}
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([XL | {"loss_change": None}], "**xl** fits with fit_16gb; its loss could not be judged on this card"),
+        ([XL | {"loss_change": None}], "**xl** fits with fit_16gb; its loss could not be judged on this GPU"),
         ([XL | {"loss_change": None}, LARGE | {"loss_change": None}], "**xl** fits with fit_16gb; its loss could not"),
         (
             [XL | {"loss_change": 0.6}, LARGE | {"loss_change": 0.0}, CONTROL],
@@ -315,25 +320,25 @@ def test_the_estimated_time_is_shown_where_rows_have_it() -> None:
     row = XL | {"loss_change": 0.001}
     assert "est. on a 5080" not in by_model(rows_of(row, CONTROL))
     text = by_model(rows_of(row | {"estimated_5080_ms": 412.3}, CONTROL))
-    assert "| a step | est. on a 5080 | loss" in text
+    assert "| step time | est. on a 5080 | loss" in text
     assert "| 200.0 ms | 412 ms |" in text
     assert "| 200.0 ms | – |" in text
 
 
 def test_where_no_control_ran_no_loss_is_drawn() -> None:
-    assert f"quality_against_memory_{MEMORY}.png" not in drawn(rows_of(XL | {"loss_change": None}))
+    assert f"quality_against_memory_{MEMORY}.png" not in charts_of(rows_of(XL | {"loss_change": None}))
 
 
 @pytest.mark.parametrize("device", ["GeForce RTX 5080", "H200 as an emulated 16 GB card"])
 def test_only_an_emulated_card_is_excused(device: str) -> None:
-    guide = card_guide(evidence(n02=entry(), n03=entry(device=device)), {})
+    guide = gpu_guide(evidence(n02=entry(), n03=entry(device=device)), {})
     assert ("## What we could only emulate" in guide) == ("emulated" in device)
     assert device in guide
     assert "A GB is decimal" in guide
 
 
 def test_ratios_of_speeds_come_from_the_data_sheets() -> None:
-    guide = card_guide(evidence(n03=entry(device="an emulated card")), {})
+    guide = gpu_guide(evidence(n03=entry(device="an emulated GPU")), {})
     for card in (GPUS["h100"], GPUS["rtx5080"]):
         assert f"{card.bfloat16_flops / card.float32_flops:.1f} times ({card.name})" in guide
 
@@ -354,53 +359,49 @@ def test_the_text_climbs_the_planner_s_ladder() -> None:
     }
     options = [next(key for key in reversed(words) if key in name) for name, _ in FEATURES]
     assert list(dict.fromkeys(options)) == list(words)
-    places = [NO_FIT.index(text) for text in words.values()]
+    guide = gpu_guide(evidence(n03=entry()), {})
+    order = guide[guide.index("## When it does not fit") :]
+    places = [order.index(text) for text in words.values()]
     assert places == sorted(places)
 
 
 def test_prediction_is_advised_only_where_it_was_shown_to_pay() -> None:
-    idle = claim("conservative-pays", "holds", predicted_steps=0.0, gradient_steps=1000.0)
-    lost = claim("aggressive-pays", "fails", predicted_steps=100.0, gradient_steps=900.0)
-    guide = card_guide(evidence(n03=entry(idle, lost)), {})
+    idle, lost = pays("conservative", "holds", 0.0, 1000.0), pays("aggressive", "fails", 100.0, 900.0)
+    guide = gpu_guide(evidence(n03=entry(idle, lost)), {})
     assert "Leave prediction off" in guide
-    won = lost | {"verdict": "holds"}
-    guide = card_guide(evidence(n03=entry(idle, won)), {})
+    guide = gpu_guide(evidence(n03=entry(idle, replace(lost, verdict="holds"))), {})
     assert "Leave prediction off" not in guide
-    assert "Switch prediction on only as here: aggressive-pays." in guide
+    assert "Switch prediction on only as here: aggressive." in guide
 
 
-def test_what_prediction_takes_of_the_card_is_shown_where_it_was_claimed() -> None:
-    pays = claim("aggressive-pays", "fails", predicted_steps=100.0, gradient_steps=900.0, step_value=-0.5)
-    assert "peak VRAM | pays" not in card_guide(evidence(n03=entry(pays)), {})
-    vram = claim("aggressive-vram", "holds", peak_memory_bytes=4.9e9)
-    guide = card_guide(evidence(n03=entry(pays, vram)), {})
+def test_what_prediction_takes_of_the_gpu_is_shown_where_it_was_claimed() -> None:
+    predicted = pays("aggressive", "fails", 100.0, 900.0, Quantity("step_value", -0.5, unit="steps"))
+    assert "peak VRAM | pays" not in gpu_guide(evidence(n03=entry(predicted)), {})
+    vram = claim("vram", "holds", Quantity("peak_memory", 4.9e9, unit="bytes"), arm="aggressive")
+    guide = gpu_guide(evidence(n03=entry(predicted, vram)), {})
     assert "| peak VRAM | pays |" in guide
     assert "| -0.50 | 4.90 GB | **fails** |" in guide
 
 
 def test_a_headline_on_arms_that_predicted_nothing_says_so() -> None:
-    pays = [
-        claim(f"{preset}-pays", "fails", predicted_steps=0.0, gradient_steps=1000.0)
-        for preset in ("conservative", "aggressive")
-    ]
-    assert headlines(evidence(n03=entry(*pays))).count("**predicted nothing**") == 1
-    pays[0]["numbers"]["predicted_steps"] = 10.0
-    rule = Claims(HYBRID, ("conservative-pays", "aggressive-pays"))
-    assert Headline("q", rule).row(evidence(n03=entry(*pays)))["verdict"] == "**fails**"
-    assert "predicted nothing" not in headlines(evidence(n03=entry()))
+    conservative, aggressive = (pays(arm, "fails", 0.0, 1000.0) for arm in ("conservative", "aggressive"))
+    assert readme_section(evidence(n03=entry(conservative, aggressive))).count("**predicted nothing**") == 1
+    predicted = evidence(n03=entry(pays("conservative", "fails", 10.0, 1000.0), aggressive))
+    assert headline("q", Claims(HYBRID, "pays", ("conservative", "aggressive")), predicted)["verdict"] == "**fails**"
+    assert "predicted nothing" not in readme_section(evidence(n03=entry()))
 
 
 def test_arms_of_one_name_are_told_apart_where_a_criterion_mixes_notebooks() -> None:
-    quality = claim("conservative-quality", "holds", loss_to_baseline=0.0)
-    text = validation_document(evidence(n03=entry(quality), n04=entry(quality)), {})
+    same = quality("conservative", "holds")
+    text = validation_document(evidence(n03=entry(same), n04=entry(same)), {})
     mixed = text[text.index("### Overall: must have") :]
-    assert "| small, hybrid: conservative-quality |" in mixed
-    assert "| small, memory: conservative-quality |" in mixed
+    assert "| small, hybrid: conservative |" in mixed
+    assert "| small, memory: conservative |" in mixed
     assert "| small, " not in text[: text.index("### Overall: must have")]
 
 
 def test_a_picture_is_known_by_its_numbers(memory: Path) -> None:
-    chart = drawn(Evidence.read(memory))[f"vram_{MEMORY}_0.png"]
+    chart = charts_of(Evidence.read(memory))[f"vram_{MEMORY}_0.png"]
     picture = signed(chart)
     assert same_picture(picture, signed(chart))
     assert not same_picture(picture, chart.png())
@@ -414,26 +415,32 @@ def test_a_picture_is_known_by_its_numbers(memory: Path) -> None:
 
 
 def test_numbers_are_written_with_their_units() -> None:
-    numbers = {"loss_to_control": 0.1149, "loss_to_control_low": -0.12, "loss_to_control_high": 0.349, "seeds": 3}
-    numbers |= {"peak_memory_bytes": 4.68e9, "perplexity_change": 0.293, "baseline_ratio_time": 0.96, "rollbacks": 0}
-    assert numbers_in_words(numbers) == (
-        "loss against a plain run with as many gradient steps +0.115 [-0.120, +0.349] nats; peak memory 4.68 GB; "
-        "perplexity +29.3 %; time over the baseline's 0.960; rollbacks 0; seeds 3"
+    quantities = [
+        Quantity("loss_to_control", 0.1149, -0.12, 0.349, "nats"),
+        Quantity("seeds", 3),
+        Quantity("peak_memory", 4.68e9, unit="bytes"),
+        Quantity("perplexity_change", 0.293, unit="share"),
+        Quantity("time_over_baseline", 0.96, unit="time ratio"),
+        Quantity("gradient_steps", 176.5, unit="steps"),
+        Quantity("rollbacks", 0),
+    ]
+    assert quantities_in_words(quantities) == (
+        "loss against a plain run with as many gradient steps +0.115 [-0.120, +0.349] nats; seeds 3; peak memory "
+        "4.68 GB; perplexity +29.3 %; time over the baseline's 0.960; gradient steps 176.5; rollbacks 0"
     )
 
 
 def test_a_ratio_has_no_sign_before_it_or_its_bounds() -> None:
-    name = "panel_over_none_ratio_time"
-    ratio = {name: 1.0, f"{name}_low": 0.998, f"{name}_high": 1.0031}
-    assert numbers_in_words(ratio) == "panel over none 1.000 [0.998, 1.003]"
-    assert numbers_in_words(ratio | {f"{name}_low": None, f"{name}_high": None}) == "panel over none 1.000"
-    busy = {"card_busy_percent": 58.6, "busy_ratio_time": 1.21}
-    assert numbers_in_words(busy) == "card busy 59 %; of the time in which the card was busy 1.210"
+    ratio = Quantity("panel_over_none", 1.0, 0.998, 1.0031, "time ratio")
+    assert quantities_in_words([ratio]) == "panel over none 1.000 [0.998, 1.003]"
+    assert quantities_in_words([replace(ratio, low=None, high=None)]) == "panel over none 1.000"
+    busy = Quantity("gpu_busy", 58.6, unit="percent"), Quantity("busy_ratio", 1.21, unit="time ratio")
+    assert quantities_in_words(busy) == "GPU busy 59 %; step ratio, of the time in which the GPU was busy 1.210"
 
 
 def test_an_interval_of_one_seed_has_no_bounds() -> None:
-    assert interval({"q": 0.5, "q_low": 0.5, "q_high": 0.5}, "q", digits=2) == "+0.50"
-    assert interval({"q": None}, "q") is None
+    assert interval(0.5, 0.5, 0.5, "+.2f") == "+0.50"
+    assert interval(None, None, None) is None
 
 
 def test_a_table_keeps_its_shape_whatever_the_cells_hold() -> None:

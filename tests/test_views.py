@@ -77,8 +77,8 @@ def test_vram_is_claimed_on_a_card_alone_and_a_divergence_is_no_stable_run() -> 
 def test_one_seed_is_drawn_and_told_as_the_point_that_it_is() -> None:
     (series,) = verdict_chart([compared(to_control=ONE_SEED)]).series
     assert series.bounds() == ((-0.1,), (-0.1,))
-    numbers = hybrid_claims(compared(to_control=ONE_SEED))[0].numbers
-    assert (numbers["loss_to_control_low"], numbers["loss_to_control_high"], numbers["seeds"]) == (-0.1, -0.1, 1)
+    loss, seeds, *_ = hybrid_claims(compared(to_control=ONE_SEED))[0].quantities
+    assert (loss.low, loss.high, loss.per_seed, seeds.value) == (-0.1, -0.1, (-0.1,), 1)
 
 
 def run(name: str, loss: float, seed: int = 0, **summary: Any) -> Run:

@@ -1,6 +1,33 @@
 """What a notebook calls: run a study, look at it, say what was found."""
 
+from hybridlab.benchmarks.footprint import footprint, footprints, predict_phase
+from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
+from hybridlab.benchmarks.step_overhead import step_overhead
+from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
 from hybridlab.notebook.session import Session, run_configs, run_study
+from hybridlab.notebook.views.memory import (
+    agreement_claims,
+    below_claim,
+    cost_table,
+    fit_claims,
+    format_agreement,
+    memory_table,
+    parts_table,
+    predict_claim,
+    predict_table,
+    predicted_claims,
+    quality_claims,
+    reference_claims,
+    stable_run_claim,
+)
+from hybridlab.notebook.views.memory_charts import (
+    SAFE_PEAK,
+    memory_breakdown,
+    memory_timeline,
+    quality_against_memory,
+    vram_rows,
+)
+from hybridlab.notebook.views.panel import panel_claims, panel_table
 from hybridlab.notebook.views.study import (
     baseline_claims,
     by_seed,
@@ -10,6 +37,7 @@ from hybridlab.notebook.views.study import (
     final_table,
     gradient_chart,
     hybrid_claims,
+    loss_rows,
     overhead_table,
     pays_claim,
     phases,
@@ -20,34 +48,80 @@ from hybridlab.notebook.views.study import (
     verdict_chart,
     verdict_table,
 )
+from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
+from hybridlab.panel.cost import panel_overhead
 from hybridlab.panel.frame import Frame, final_frame
+from hybridlab.results.bounds import CARD_BYTES
+from hybridlab.results.claims import Claim, Quantity, claims_table, holds_if
 from hybridlab.results.parameters import parameters_from
-from hybridlab.results.publish import claims_table, publish
+from hybridlab.results.publish import project_root, publish
+from hybridlab.study.planning import room_for
 
 __all__ = [
+    "CARD_BYTES",
+    "SAFE_PEAK",
+    "Claim",
     "Frame",
+    "Quantity",
     "Session",
+    "agreement_claims",
     "baseline_claims",
+    "below_claim",
     "by_seed",
     "claims_table",
     "cost_claims",
+    "cost_table",
     "counts_table",
     "curves",
     "final_frame",
     "final_table",
+    "find_runs",
+    "fit_claims",
+    "footprint",
+    "footprints",
+    "format_agreement",
     "gradient_chart",
+    "holds_if",
     "hybrid_claims",
+    "jumping_with",
+    "lookahead_claims",
+    "loss_rows",
+    "memory_breakdown",
+    "memory_table",
+    "memory_timeline",
     "overhead_table",
+    "overlay",
+    "panel_claims",
+    "panel_overhead",
+    "panel_table",
     "parameters_from",
+    "parts_table",
     "pays_claim",
     "phases",
+    "plain_with",
+    "predict_claim",
+    "predict_phase",
+    "predict_table",
+    "predicted_claims",
+    "project_root",
     "publish",
+    "quality_against_memory",
+    "quality_claims",
     "record_table",
+    "reference_claims",
     "reliability_table",
+    "room_for",
     "run_configs",
     "run_study",
+    "runs_table",
     "stable_claim",
+    "stable_run_claim",
+    "step_overhead",
     "time_table",
+    "transition_claims",
+    "transition_table",
     "verdict_chart",
     "verdict_table",
+    "vram_rows",
+    "ways_to_predict",
 ]

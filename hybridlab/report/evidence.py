@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
-from hybridlab.results.publish import Verdict, load_results
+from hybridlab.results.claims import Claim
+from hybridlab.results.publish import load_results
 
 PROFILES = {
     "rtx5080": "the plan's scale, on a GPU",
@@ -24,30 +24,29 @@ REPORT = "09_report"
 """The notebook that only reads results: its own entry is no evidence."""
 
 Entry = Mapping[str, Any]
-Numbers = Mapping[str, float | int | str | None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A claim as it was published: profile and notebook say where, the rest is the claim's own."""
+class Published(Claim):
+    """A claim, and the profile and notebook that published it."""
 
-    profile: str
-    notebook: str
-    id: str
-    text: str
-    verdict: Verdict
-    numbers: Numbers
+    profile: str = MAIN
+    notebook: str = ""
 
     @property
-    def arm(self) -> str:
-        """What the claim is about: its sentence up to the colon, or its id."""
-        name, sign, _ = self.text.partition(":")
-        return name if sign else self.id
+    def about(self) -> str:
+        """Its arm, or where it has none, its id."""
+        return self.arm or self.id
+
+    @property
+    def predicted_steps(self) -> float:
+        """Of a claim on predicting; 0 of any other."""
+        return self.value("predicted_steps") or 0.0
 
     @property
     def is_idle(self) -> bool:
         """Whether it is about predicting, and its hybrid took gradient steps only."""
-        return self.id.endswith("-pays") and self.numbers.get("predicted_steps") == 0
+        return self.kind == "pays" and not self.predicted_steps
 
     @property
     def outcome(self) -> str:
@@ -76,16 +75,25 @@ class Evidence:
         """What a notebook published, or None where it has not run."""
         return self.entries.get(profile, {}).get(notebook)
 
-    def claims(self, notebook: str, *patterns: str, profile: str = MAIN) -> list[Found]:
-        """The claims whose ids match one of the patterns ("*-quality"), in the notebook's order."""
-        entry = self.entry(notebook, profile) or {}
-        found = [Found(profile, notebook, **claim) for claim in entry.get("claims", [])]
-        return [claim for claim in found if any(fnmatchcase(claim.id, pattern) for pattern in patterns)]
+    def claims(
+        self, notebook: str | None = None, *, kind: str | None = None, arm: str | None = None, profile: str = MAIN
+    ) -> list[Published]:
+        """A profile's claims in the order of its notebooks, of one notebook, kind or arm where these are given."""
+        claims = [
+            Published.from_record(claim, profile=profile, notebook=name)
+            for name, entry in self.entries.get(profile, {}).items()
+            if notebook in (None, name)
+            for claim in entry.get("claims", [])
+        ]
+        return [claim for claim in claims if kind in (None, claim.kind) and arm in (None, claim.arm)]
 
-    def tables(self, name: str) -> dict[str, list[dict[str, Any]]]:
-        """Rows by notebook, for every notebook of the main profile that published a table of this name."""
-        entries = self.entries.get(MAIN, {})
-        found = {notebook: entry.get("tables", {}).get(name) for notebook, entry in entries.items()}
+    def beside(self, claim: Published, kind: str) -> Published | None:
+        """The claim of another kind that the same notebook makes on the same arm."""
+        return next(iter(self.claims(claim.notebook, kind=kind, arm=claim.arm, profile=claim.profile)), None)
+
+    def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
+        """Rows by notebook, for every notebook of a profile that published a table of this name."""
+        found = {n: entry.get("tables", {}).get(name) for n, entry in self.entries.get(profile, {}).items()}
         return {notebook: rows for notebook, rows in found.items() if rows}
 
     def devices(self, profile: str) -> list[str]:

@@ -1,13 +1,11 @@
-"""The pictures of the documents: drawn from published numbers, or taken from an executed notebook."""
+"""The pictures of the documents, drawn from published numbers."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pandas as pd
 from PIL import Image
@@ -17,23 +15,25 @@ from hybridlab.charts.builders import interval_chart
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Line
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
-from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
+from hybridlab.notebook.views.study import losses_chart
+from hybridlab.report.evidence import PROFILES, Evidence, Published
 
-CURVES = "03_gpt2_small_hybrid"
-CURVES_CELL = 'curves(result, [*shown, *controls], "gradient_step")'
 DIGEST = "chart-sha256"
 """Which numbers a picture was drawn from; its pixels depend on the fonts and libraries of a machine, too."""
 
 
-def drawn(evidence: Evidence) -> dict[str, Chart]:
+def charts_of(evidence: Evidence) -> dict[str, Chart]:
     """Every chart that the results have numbers for, by the name of its file."""
     return dict(_charts(evidence))
 
 
 def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
     for profile in evidence.entries:
-        if paying := arms_that_predicted(evidence, profile):
-            yield f"against_control_{profile}.png", against_control(paying, PROFILES[profile])
+        claims = [claim for claim in evidence.claims(kind="pays", profile=profile) if not claim.is_idle]
+        if claims:
+            yield f"against_control_{profile}.png", against_control(claims, PROFILES[profile])
+        for notebook, rows in evidence.tables("losses", profile).items():
+            yield f"{notebook}_{profile}.png", losses_chart(rows)
     for notebook, rows in evidence.tables("memory").items():
         yield f"memory_breakdown_{notebook}.png", memory_breakdown(rows, f"{notebook}: where the memory goes")
         if any(row.get("loss_change") is not None for row in rows):  # else the control did not run
@@ -46,16 +46,10 @@ def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
             yield f"vram_{notebook}_{number}.png", memory_timeline(vram_frame(row), title, limit=limit)
 
 
-def arms_that_predicted(evidence: Evidence, profile: str = MAIN) -> list[Found]:
-    """The claims on arms that took predicted steps."""
-    entries = evidence.entries.get(profile, {})
-    claims = [claim for notebook in entries for claim in evidence.claims(notebook, "*-pays", profile=profile)]
-    return [claim for claim in claims if claim.numbers.get("predicted_steps")]
-
-
-def against_control(claims: list[Found], where: str) -> Chart:
+def against_control(claims: list[Published], where: str) -> Chart:
     """Each arm's final loss against its truncated control, with the interval over seeds."""
-    rows = [(f"{claim.arm} ({claim.notebook[:2]})", *_interval(claim)) for claim in claims]
+    found = [(f"{claim.about} ({claim.notebook[:2]})", claim.quantity("loss_to_control")) for claim in claims]
+    rows = [(name, q.value or 0.0, q.low or 0.0, q.high or 0.0) for name, q in found if q]
     rows.sort(key=lambda row: row[1])
     title = f"Hybrid minus control, {where}: right is worse"
     zero = (Line(0.0, "as good as stopping earlier"),)
@@ -81,19 +75,3 @@ def same_picture(one: bytes, other: bytes) -> bool:
     """Whether two pictures show the same numbers: by their hashes where both have one, else byte by byte."""
     hashes = [Image.open(io.BytesIO(picture)).info.get(DIGEST) for picture in (one, other)]
     return hashes[0] == hashes[1] if all(hashes) else one == other
-
-
-def curves_of(notebook: Path) -> bytes | None:
-    """The chart of losses against gradient steps, as the executed notebook shows it."""
-    if not notebook.exists():
-        return None
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if "".join(cell["source"]).endswith(CURVES_CELL):
-            images = [o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})]
-            return base64.b64decode("".join(images[0])) if images else None
-    return None
-
-
-def _interval(claim: Found) -> tuple[float, float, float]:
-    value, low, high = (float(claim.numbers[f"loss_to_control{end}"] or 0.0) for end in ("", "_low", "_high"))
-    return value, low, high

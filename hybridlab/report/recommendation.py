@@ -5,61 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.report.evidence import Evidence
-from hybridlab.report.validation import NOT_RUN, notebook_link
-from hybridlab.report.words import gigabytes, interval, known_columns, markdown_table, percent
+from hybridlab.report.validation import Cells, loss_change, notebook_link, step_time
+from hybridlab.report.words import gigabytes, known_columns, render
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 
-Row = dict[str, Any]
-
 TAKE, WATCH = "**take this**", "**take this, watch its loss**"
-
-LOSES_QUALITY = """\
-For **{model}** there is nothing to recommend yet: no arm stayed below 14 GB *and* within 2 % of the control. If you
-must train it on this card, watch its loss."""
-
-NOT_JUDGED = """\
-**{model}** fits with {arms}; its loss could not be judged on this card, which cannot hold the control."""
-
-TOO_LARGE = """\
-For **{model}** there is nothing to recommend yet: no arm that was measured stayed below 14 GB."""
-
-ESTIMATED = """\
-The time on a 5080 is an estimate from its data sheet, as `hybridlab plan --card rtx5080` makes it: it ranks arms, and
-is no measurement."""
 
 
 def by_model(evidence: Evidence) -> str:
     """Every row of the tables "memory", the recommended ones marked, and a sentence on each model that has none."""
-    tables = evidence.tables("memory")
-    rows = [row | {"notebook": notebook} for notebook, rows in tables.items() for row in rows]
-    if not rows:
-        return NOT_RUN
+    rows = [row | {"notebook": notebook} for notebook, rows in evidence.tables("memory").items() for row in rows]
     of = {model: [row for row in rows if row["model"] == model] for model in dict.fromkeys(r["model"] for r in rows)}
     best = {model: recommended(mine) for model, mine in of.items()}
     shown = [_shown(row, row is best[row["model"]], _judged_over(evidence, row, rows)) for row in rows]
-    estimated = [ESTIMATED] if any(row.get("estimated_5080_ms") for row in rows) else []
-    lacking = [why_none(mine) for model, mine in of.items() if best[model] is None]
-    return "\n\n".join([markdown_table(known_columns(shown)), *estimated, *lacking])
+    return render(
+        "recommendation.md",
+        rows=known_columns(shown),
+        estimated=any(row.get("estimated_5080_ms") for row in rows),
+        lacking=[(model, *why_none(mine)) for model, mine in of.items() if best[model] is None],
+    )
 
 
-def recommended(rows: Sequence[Row]) -> Row | None:
+def recommended(rows: Sequence[MemoryRow]) -> MemoryRow | None:
     """The fastest arm of one model that stays below 14 GB and within 2 % of the control; None where none does."""
     good = [row for row in rows if _is_safe(row) and _within(row.get("loss_change"))]
     return min((row for row in good if row.get("step_ms")), key=lambda row: row["step_ms"], default=None)
 
 
-def why_none(rows: Sequence[Row]) -> str:
-    """Why none of one model's arms is recommended: too large, not judged, or worse than the control."""
-    model, safe = rows[0]["model"], [row for row in rows if _is_safe(row)]
+def why_none(rows: Sequence[MemoryRow]) -> tuple[str, list[str]]:
+    """Why none of one model's arms is recommended ("too large", "not judged" or "worse"), and those that are safe."""
+    safe = [row for row in rows if _is_safe(row)]
+    arms = [row["arm"] for row in safe]
     if not safe:
-        return TOO_LARGE.format(model=model)
-    if all(row.get("loss_change") is None and control_of(row, rows) is None for row in safe):
-        return NOT_JUDGED.format(model=model, arms=" and with ".join(row["arm"] for row in safe))
-    return LOSES_QUALITY.format(model=model)
+        return "too large", arms
+    unjudged = all(row.get("loss_change") is None and control_of(row, rows) is None for row in safe)
+    return "not judged" if unjudged else "worse", arms
 
 
-def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
+def control_of(row: MemoryRow, rows: Sequence[MemoryRow]) -> MemoryRow | None:
     """The arm that a row is held against, the one of its notebook and model without a change of its own.
 
     None where it did not run: then no arm has a change.
@@ -69,11 +54,11 @@ def control_of(row: Row, rows: Sequence[Row]) -> Row | None:
     return without[0] if len(without) == 1 < len(beside) else None
 
 
-def _group(row: Row) -> tuple[Any, Any]:
+def _group(row: MemoryRow) -> tuple[Any, Any]:
     return row.get("notebook"), row["model"]
 
 
-def _is_safe(row: Row) -> bool:
+def _is_safe(row: MemoryRow) -> bool:
     return row["peak_memory_bytes"] < SAFE_PEAK_BYTES
 
 
@@ -82,7 +67,7 @@ def _within(change: float | None) -> bool:
     return change is not None and change < QUALITY_TOLERANCE_NATS
 
 
-def _judged_over(evidence: Evidence, row: Row, rows: Sequence[Row]) -> str | None:
+def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> str | None:
     """What the loss of a row rests on: how long a training, how many seeds, and how far the control came."""
     control = control_of(row, rows)
     if control is None:
@@ -93,17 +78,16 @@ def _judged_over(evidence: Evidence, row: Row, rows: Sequence[Row]) -> str | Non
     return ", ".join([*length, f"to a loss of {control['validation_loss']:.2f}"])
 
 
-def _shown(row: Row, best: bool, judged_over: str | None) -> Row:
+def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:
     estimated = row.get("estimated_5080_ms")
     return {
         "model": row["model"],
         "arm": row["arm"],
         "peak VRAM": gigabytes(row["peak_memory_bytes"]),
         "below 14 GB": "yes" if _is_safe(row) else "no",
-        "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
-        "card busy": percent(row.get("card_busy_percent")),
+        **step_time(row),
         "est. on a 5080": f"{estimated:.0f} ms" if estimated else None,
-        "loss against the control": interval(row, "loss_change"),
+        "loss against the control": loss_change(row),
         "judged over": judged_over,
         "advice": "" if not best else TAKE if _within(row.get("loss_change_high")) else WATCH,
         "notebook": notebook_link(row["notebook"], short=True),

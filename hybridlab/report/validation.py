@@ -3,73 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, Criterion, Finding, Outcome
-from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Found
+from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published
 from hybridlab.report.words import (
     gigabytes,
     interval,
     known_columns,
-    markdown_table,
-    numbers_in_words,
     percent,
+    quantities_in_words,
+    quantity_interval,
+    render,
     verdict_word,
 )
 
-Row = dict[str, Any]
-
-HEAD = """\
-# Validation results
-
-Written by `hybridlab report` from `executed/*/results.json`; no number here is typed by hand, and a test fails when
-this page and the results disagree. The plan's numbers are targets to test, not results to believe.
-
-**holds**, **fails**: the numbers decide it, with their whole interval where there is one. **open**: they cannot tell.
-**not run yet**: nothing was measured. **not measured**: the notebook ran, but makes no such claim. **predicted
-nothing**: every step was a gradient step, so that nothing is shown about predicting. Intervals are 95 % confidence
-intervals over seeds, paired: the same seed means the same first weights and the same batches. With one seed there is no
-interval, and the verdict is about that run alone. Losses are in nats, on text that was held out.
-"""
-
-SPEEDUP = """\
-## Speedup, with the control beside it
-
-Fewer gradient steps are always faster and always a little worse, so speed alone says nothing. Beside each hybrid
-stands its **truncated control**: a plain run with as many gradient steps, its schedule fitted to that length. A
-hybrid whose loss lies above its control's is worth less than stopping earlier. The **worth of a predicted step** is 1
-when it replaces a real one, 0 when it might as well be left out, below 0 when it harms.
-"""
-
-QUALITY = """\
-## Quality
-
-The change of the final perplexity against the full baseline, or against the FP32 control for memory settings. A
-tolerance for quality is no speedup: a plain run that stops a little earlier stays within 2 % as well.
-"""
-
-MEMORY = """\
-## Memory: predicted beside measured
-
-Predicted by `hybridlab.memory.plan` without a GPU; measured as the peak of what torch allocated. The peak VRAM is
-what the card counts: what torch reserved, and the context beyond it.
-"""
-
-VRAM = """\
-## VRAM over time
-
-Used memory over wall time, the phases behind it.
-"""
-
-EVERY_CLAIM = """\
-## Every claim
-
-As the notebooks published them, all profiles, the small ones included.
-"""
-
-NOT_RUN = "Not run yet.\n"
+Cells = dict[str, Any]
+"""A row of a document's table: heading -> what stands below it."""
 
 
 def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
@@ -77,23 +30,31 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
 
     pictures: file name below docs/images -> its title; each is shown in the section that its name begins with
     """
-    sections: tuple[str, ...] = (HEAD, measured_on(evidence), at_a_glance(evidence), *_criteria(evidence))
-    sections += (SPEEDUP, _speedup(evidence), _shown(pictures, "against_control"))
-    sections += (QUALITY, _quality(evidence), _shown(pictures, "quality_against_memory"))
-    sections += (MEMORY, _memory(evidence), _shown(pictures, "memory_breakdown"))
-    sections += (VRAM, _shown(pictures, "vram") or NOT_RUN, EVERY_CLAIM, *_claims(evidence))
-    return "\n".join(section.rstrip("\n") + "\n" for section in sections if section)
+    pays = evidence.claims(kind="pays")
+    memory = [(notebook, row) for notebook, rows in evidence.tables("memory").items() for row in rows]
+    return render(
+        "VALIDATION_RESULTS.md",
+        pictures=pictures,
+        devices=devices(evidence),
+        glance=at_a_glance(evidence),
+        criteria=[(title, list(_criteria(group, evidence))) for title, group in CRITERIA.items()],
+        speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
+        idle=[f"{claim.about} ({claim.notebook[:2]})" for claim in pays if claim.is_idle],
+        quality=[_claim(claim, "arm", claim.about, claim.verdict) for claim in evidence.claims(kind="quality")],
+        memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
+        parts=[_parts(row) for _, row in memory],
+        claims=[(profile, PROFILES[profile], list(_notebooks(evidence, profile))) for profile in evidence.entries],
+    )
 
 
-def predicted_share(claim: Found) -> str:
+def predicted_share(claim: Published) -> str:
     """How many of an arm's nominal steps were predicted, from its claim that it pays."""
-    predicted, gradient = (float(claim.numbers[name] or 0) for name in ("predicted_steps", "gradient_steps"))
-    return f"{predicted:.0f} of {predicted + gradient:.0f}"
+    return f"{claim.predicted_steps:.0f} of {claim.predicted_steps + _gradient_steps(claim):.0f}"
 
 
-def measured_on(evidence: Evidence) -> str:
+def devices(evidence: Evidence) -> str:
     """The devices of the profile that decides."""
-    return f"Measured on: {'; '.join(evidence.devices(MAIN)) or 'nothing yet'}."
+    return "; ".join(evidence.devices(MAIN)) or "nothing yet"
 
 
 def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", short: bool = False) -> str:
@@ -108,17 +69,15 @@ def at_a_glance(evidence: Evidence) -> str:
     return f"The plan's {counts.total()} criteria: {', '.join(words)}."
 
 
-def _criteria(evidence: Evidence) -> Iterator[str]:
-    yield "## The plan's criteria\n"
-    for title, group in CRITERIA.items():
-        rows = [row for criterion in group for row in _rows(criterion, evidence)]
-        yield f"### {title}\n\n{markdown_table(rows)}\n"
+def _criteria(group: Iterable[Criterion], evidence: Evidence) -> Iterator[Cells]:
+    """Each criterion with its verdict, then, where there are several findings, a row per finding."""
+    for criterion in group:
+        yield from _criterion(criterion, evidence)
 
 
-def _rows(criterion: Criterion, evidence: Evidence) -> Iterator[Row]:
-    """The criterion with its verdict, then a row for each finding."""
+def _criterion(criterion: Criterion, evidence: Evidence) -> Iterator[Cells]:
     findings = criterion.findings(evidence)
-    whole: Row = {"criterion": f"**{criterion.text}**", "verdict": verdict_word(criterion.outcome(evidence))}
+    whole = {"criterion": f"**{criterion.text}**", "verdict": verdict_word(criterion.outcome(evidence))}
     if len(findings) == 1:
         yield whole | _numbers(findings[0])
         return
@@ -134,68 +93,33 @@ def _model_and_topic(notebook: str) -> str:
     return notebook.partition("_")[2].removeprefix("gpt2_").replace("_", ", ")
 
 
-def _numbers(finding: Finding) -> Row:
+def _numbers(finding: Finding) -> Cells:
     where = finding.notebook or ""
     ran = finding.outcome != "not run yet"
     return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran else where[:2]}
 
 
-def _speedup(evidence: Evidence) -> str:
-    claims = [c for notebook in evidence.entries.get(MAIN, {}) for c in evidence.claims(notebook, "*-pays")]
-    if not claims:
-        return NOT_RUN
-    idle = [f"{claim.arm} ({claim.notebook[:2]})" for claim in claims if not claim.numbers.get("predicted_steps")]
-    rows = [_speedup_row(claim, evidence) for claim in claims if claim.numbers.get("predicted_steps")]
-    nothing = f"Predicted nothing, and are the baseline with the cost of asking: {'; '.join(idle)}." if idle else ""
-    return "\n\n".join([*([markdown_table(rows)] if rows else []), nothing])
+def _gradient_steps(claim: Published) -> float:
+    return claim.value("gradient_steps") or 0.0
 
 
-def _speedup_row(claim: Found, evidence: Evidence) -> Row:
-    predicted, gradient = (float(claim.numbers[name] or 0) for name in ("predicted_steps", "gradient_steps"))
-    time = [c.numbers.get("baseline_ratio_time") for c in _siblings(claim, "speed", evidence)]
-    seconds = f"{float(time[0]):.2f}" if time and time[0] is not None else None
+def _speedup(claim: Published, evidence: Evidence) -> Cells:
+    speed = evidence.beside(claim, "speed")
+    time = speed.value("time_over_baseline") if speed else None
+    gradient = _gradient_steps(claim)
     return {
-        "arm": claim.arm,
+        "arm": claim.about,
         "steps predicted": predicted_share(claim),
-        "time over the baseline's": seconds,
-        "control: share of the steps": f"{gradient / (predicted + gradient):.2f}",
-        "loss against the control": interval(claim.numbers, "loss_to_control"),
-        "worth of a predicted step": interval(claim.numbers, "step_value", digits=2),
+        "time over the baseline's": None if time is None else f"{time:.2f}",
+        "control: share of the steps": f"{gradient / (claim.predicted_steps + gradient):.2f}",
+        "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
+        "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
         "pays": verdict_word(claim.outcome),
         "notebook": notebook_link(claim.notebook, short=True),
     }
 
 
-def _siblings(claim: Found, ending: str, evidence: Evidence) -> list[Found]:
-    """The claim of another ending on the same arm."""
-    return evidence.claims(claim.notebook, f"{claim.id.rpartition('-')[0]}-{ending}", profile=claim.profile)
-
-
-def _quality(evidence: Evidence) -> str:
-    claims = [c for notebook in evidence.entries.get(MAIN, {}) for c in evidence.claims(notebook, "*quality")]
-    rows: list[Row] = [
-        {
-            "arm": claim.arm,
-            "verdict": verdict_word(claim.verdict),
-            "numbers": numbers_in_words(claim.numbers),
-            "notebook": notebook_link(claim.notebook, short=True),
-        }
-        for claim in claims
-    ]
-    return markdown_table(rows) if rows else NOT_RUN
-
-
-def _memory(evidence: Evidence) -> str:
-    tables = evidence.tables("memory")
-    if not tables:
-        return NOT_RUN
-    rows = [(notebook, row) for notebook, rows in tables.items() for row in rows]
-    peaks = markdown_table(known_columns([_memory_row(notebook, row) for notebook, row in rows]))
-    parts = markdown_table([_parts_row(row) for _, row in rows])
-    return f"{peaks}\n\nThe predicted parts, at the moment of the peak:\n\n{parts}\n"
-
-
-def _memory_row(notebook: str, row: Row) -> Row:
+def _memory(notebook: str, row: MemoryRow) -> Cells:
     predicted, measured = row.get("predicted_allocated_bytes"), row.get("measured_allocated_bytes")
     return {
         "model": row["model"],
@@ -203,34 +127,39 @@ def _memory_row(notebook: str, row: Row) -> Row:
         "predicted": gigabytes(predicted),
         "measured": gigabytes(measured),
         "predicted over measured": f"{predicted / measured:.3f}" if predicted and measured else None,
-        "peak VRAM": gigabytes(row.get("peak_memory_bytes")),
-        "a step": f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None,
-        "card busy": percent(row.get("card_busy_percent")),
-        "loss against the control": interval(row, "loss_change"),
+        "peak VRAM": gigabytes(row["peak_memory_bytes"]),
+        **step_time(row),
+        "loss against the control": loss_change(row),
         "notebook": notebook_link(notebook, short=True),
     }
 
 
-def _parts_row(row: Row) -> Row:
+def step_time(row: MemoryRow) -> Cells:
+    """What a row of the table "memory" says of a step's time."""
+    step = f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None
+    return {"step time": step, "GPU busy": percent(row.get("card_busy_percent"))}
+
+
+def loss_change(row: MemoryRow) -> str | None:
+    """What a row of the table "memory" lost against the control."""
+    return interval(row.get("loss_change"), row.get("loss_change_low"), row.get("loss_change_high"))
+
+
+def _parts(row: MemoryRow) -> Cells:
     parts = row.get("parts", {})
     return {"model": row["model"], "arm": row["arm"]} | {part: gigabytes(parts.get(part)) for part in PARTS}
 
 
-def _shown(pictures: Mapping[str, str], section: str) -> str:
-    return "\n\n".join(f"![{title}](images/{name})" for name, title in pictures.items() if name.startswith(section))
+def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cells]]]:
+    """Every notebook of a profile: where it ran, and a row per claim."""
+    for notebook, entry in evidence.entries[profile].items():
+        versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", {}).items())
+        where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
+        claims = evidence.claims(notebook, profile=profile)
+        rows = [_claim(claim, "claim", claim.text, claim.outcome, link=False) for claim in claims]
+        yield f"{notebook_link(notebook, profile)}: {where}", rows
 
 
-def _claims(evidence: Evidence) -> Iterator[str]:
-    for profile in evidence.entries:
-        title = PROFILES[profile]
-        yield f"### {title[0].upper()}{title[1:]} (`params/{profile}`)\n"
-        for notebook, entry in evidence.entries[profile].items():
-            versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", {}).items())
-            where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
-            yield f"{notebook_link(notebook, profile)}: {where}.\n"
-            rows = [_claim_row(claim) for claim in evidence.claims(notebook, "*", profile=profile)]
-            yield f"{markdown_table(rows)}\n" if rows else "It makes no claim.\n"
-
-
-def _claim_row(claim: Found) -> Row:
-    return {"claim": claim.text, "verdict": verdict_word(claim.outcome), "numbers": numbers_in_words(claim.numbers)}
+def _claim(claim: Published, heading: str, about: str, outcome: str, *, link: bool = True) -> Cells:
+    cells = {heading: about, "verdict": verdict_word(outcome), "numbers": quantities_in_words(claim.quantities)}
+    return cells | ({"notebook": notebook_link(claim.notebook, short=True)} if link else {})

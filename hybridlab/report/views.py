@@ -9,8 +9,8 @@ from hybridlab.charts.tables import Table, table
 from hybridlab.notebook.live_table import LiveTable
 from hybridlab.report.criteria import CRITERIA
 from hybridlab.report.evidence import Evidence
-from hybridlab.report.pictures import drawn
-from hybridlab.report.words import numbers_in_words
+from hybridlab.report.pictures import charts_of
+from hybridlab.report.words import quantities_in_words
 
 
 def criteria_table(evidence: Evidence) -> Table:
@@ -29,17 +29,17 @@ def claims_browser(evidence: Evidence) -> LiveTable:
     rows = [
         {
             "profile": profile,
-            "notebook": notebook,
+            "notebook": claim.notebook,
             "claim": claim.text,
             "verdict": claim.outcome,
-            "numbers": numbers_in_words(claim.numbers),
+            "numbers": quantities_in_words(claim.quantities),
         }
-        for profile, notebook, _ in evidence
-        for claim in evidence.claims(notebook, "*", profile=profile)
+        for profile in evidence.entries
+        for claim in evidence.claims(profile=profile)
     ]
     return LiveTable(table(rows, f"{len(rows)} claims") if rows else None, "no notebook has published a claim yet")
 
 
-def charts_of(evidence: Evidence, *beginnings: str) -> list[Chart]:
+def charts_beginning(evidence: Evidence, *names: str) -> list[Chart]:
     """The documents' charts whose files' names begin so: against_control, memory_breakdown, quality or vram."""
-    return [chart for name, chart in drawn(evidence).items() if name.startswith(beginnings)]
+    return [chart for name, chart in charts_of(evidence).items() if name.startswith(names)]

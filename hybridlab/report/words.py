@@ -1,11 +1,15 @@
-"""Numbers and tables as documents write them."""
+"""Numbers, tables and templates as documents write them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from hybridlab.report.evidence import Numbers
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hybridlab.results.claims import Quantity, Unit
 
 NAMES = {
     "loss_to_control": "loss against a plain run with as many gradient steps",
@@ -14,36 +18,63 @@ NAMES = {
     "perplexity_change": "perplexity",
     "perplexity_gap": "perplexity",
     "error_share": "error",
-    "baseline": "time over the baseline's",
-    "busy": "of the time in which the card was busy",
+    "time_over_baseline": "time over the baseline's",
+    "busy_ratio": "step ratio, of the time in which the GPU was busy",
     "step_value": "worth of a predicted step",
+    "gpu_busy": "GPU busy",
+    "control_gpu_busy": "control's GPU busy",
 }
-"""Names of numbers, without their units' endings, that read better in other words."""
+"""Names of quantities that read better in other words."""
+
+FORMATS: dict[Unit, tuple[float, str, str]] = {
+    "count": (1, ".0f", ""),
+    "steps": (1, ".1f", ""),
+    "nats": (1, ".3f", " nats"),
+    "share": (100, "+.1f", " %"),
+    "bytes": (1e-9, ".2f", " GB"),
+    "ms": (1, ".3f", " ms"),
+    "s": (1, ".3f", " s"),
+    "percent": (1, ".0f", " %"),
+    "time ratio": (1, ".3f", ""),
+}
+"""By unit: what a value is multiplied with, its format, and what stands behind it."""
 
 VERDICTS = {"holds": "**holds**", "fails": "**fails**", "open": "open"}
 
 
-def numbers_in_words(numbers: Numbers) -> str:
-    """A claim's numbers with units, the bounds of an interval behind its value, the seeds last."""
-    shown = [name for name in numbers if not _is_bound(name, numbers) and name != "seeds"]
-    phrases = [f"{_name(name)} {_value(name, numbers)}" for name in shown]
-    return "; ".join([*phrases, *([f"seeds {numbers['seeds']}"] if "seeds" in numbers else [])])
+def render(template: str, **context: Any) -> str:
+    """Fill in a file of `templates/`.
+
+    There, `rows | table` is a Markdown table, or "Not run yet."; `pictures | beginning("vram")` shows the pictures
+    whose names begin so, or nothing. Of several empty lines one stays.
+
+    Raises jinja2's UndefinedError for a name that `context` lacks.
+    """
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"table": _table_or_not_run, "beginning": _pictures_beginning}
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context))
 
 
-def interval(
-    numbers: Mapping[str, Any], name: str, *, scale: float = 1.0, digits: int = 3, sign: str = "+"
-) -> str | None:
-    """A signed value with its bounds, "+0.115 [-0.120, +0.349]"; None where it was not measured.
+def quantities_in_words(quantities: Iterable[Quantity]) -> str:
+    """A claim's quantities with units, the bounds of an interval behind its value."""
+    return "; ".join(f"{NAMES.get(q.name, q.name.replace('_', ' '))} {_value(q)}" for q in quantities)
 
-    sign: of positive ones; "" for none
+
+def quantity_interval(quantity: Quantity | None, *, digits: int = 3) -> str | None:
+    """A signed value with its bounds, as `interval` writes it, without a unit; None where there is no quantity."""
+    return interval(quantity.value, quantity.low, quantity.high, f"+.{digits}f") if quantity else None
+
+
+def interval(value: float | None, low: float | None, high: float | None, spec: str = "+.3f") -> str | None:
+    """A value with its bounds, "+0.115 [-0.120, +0.349]"; None where it was not measured.
 
     Bounds that were not measured, or are the value itself (one seed), are left out.
     """
-    value, *bounds = (numbers.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return None
-    texts = [f"{scale * bound:{sign}.{digits}f}" for bound in bounds if bound is not None and bound != value]
-    return f"{scale * value:{sign}.{digits}f}" + (f" [{', '.join(texts)}]" if len(texts) == 2 else "")
+    bounds = [format(bound, spec) for bound in (low, high) if bound is not None and bound != value]
+    return format(value, spec) + (f" [{', '.join(bounds)}]" if len(bounds) == 2 else "")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -80,43 +111,25 @@ def verdict_word(verdict: str) -> str:
     return VERDICTS.get(verdict, verdict)
 
 
-def _is_bound(name: str, numbers: Numbers) -> bool:
-    stem, _, end = name.rpartition("_")
-    return end in ("low", "high") and stem in numbers
+def _table_or_not_run(rows: Sequence[Mapping[str, Any]]) -> str:
+    return markdown_table(rows) if rows else "Not run yet."
 
 
-def _name(name: str) -> str:
-    stem = name
-    for ending in ("_bytes", "_ms", "_seconds", "_ratio_time", "_percent"):
-        stem = stem.removesuffix(ending)
-    return NAMES.get(stem, stem.replace("_", " "))
+def _pictures_beginning(pictures: Mapping[str, str], name: str) -> str:
+    """pictures: file name below docs/images -> its title"""
+    shown = [f"![{title}](images/{file})" for file, title in pictures.items() if file.startswith(name)]
+    return "\n\n".join(shown)
 
 
-def _value(name: str, numbers: Numbers) -> str:
-    value = numbers[name]
-    if value is None:
+def _value(q: Quantity) -> str:
+    if q.value is None:
         return "not finite"
-    if isinstance(value, str):
-        return value
-    is_share = name.startswith("perplexity_") or name.endswith("_share")
-    if f"{name}_low" in numbers or is_share:
-        sign = "" if name.endswith("_ratio_time") else "+"
-        scaled = interval(numbers, name, scale=100, digits=1) if is_share else interval(numbers, name, sign=sign)
-        return f"{scaled}{' %' if is_share else ' nats' if 'loss' in name else ' ms' if name.endswith('_ms') else ''}"
-    return _with_unit(name, value)
-
-
-def _with_unit(name: str, value: float) -> str:
-    if name.endswith("_bytes"):
-        return f"{value / 1e9:.2f} GB"
-    if name.endswith("_percent"):
-        return f"{value:.0f} %"
-    for ending, unit in (("_ms", "ms"), ("_seconds", "s"), ("_loss", "nats")):
-        if name.endswith(ending):
-            return f"{value:.3f} {unit}"
-    if name.endswith("_steps"):
-        return f"{value:.1f}".removesuffix(".0")  # means over seeds
-    return f"{value:.0f}" if value == int(value) and not name.endswith("_ratio_time") else f"{value:.3f}"
+    scale, spec, unit = FORMATS[q.unit]
+    if q.low is None and q.high is None:
+        return f"{scale * q.value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
+    value, low, high = (None if number is None else scale * number for number in (q.value, q.low, q.high))
+    signed = spec if q.unit in ("time ratio", "share") else "+.3f"
+    return f"{interval(value, low, high, signed)}{unit}"
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a notebook found: its claims and the numbers they rest on, kept in `results.json`."""
+"""results.json: what notebooks found, their claims and what these depend on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -18,64 +17,8 @@ from hybridlab import __version__
 from hybridlab.base.device import device_name, find_device
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
+from hybridlab.results.claims import Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
-from hybridlab.study.statistics import Interval
-
-Verdict = Literal["holds", "fails", "open"]
-Numbers = dict[str, float | int | str]
-VOLATILE_ENDINGS = ("_seconds", "_ms", "_ratio_time", "_bytes", "_percent")
-DIGITS = 6
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence that can be wrong, its verdict, and the numbers that decide it.
-
-    id: a short name, the same in every run
-    text: the sentence
-    verdict: "holds", "fails", or "open" (these numbers cannot tell)
-    numbers: name -> value; names that end in `_seconds`, `_ms`, `_ratio_time`, `_bytes` or `_percent`, and the bounds
-        of such, with `_low` or `_high` behind it, may differ from run to run; all others repeat to four decimals
-    """
-
-    id: str
-    text: str
-    verdict: Verdict
-    numbers: Numbers = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.verdict not in get_args(Verdict):
-            raise ValueError(f"claim '{self.id}': verdict is {self.verdict!r}: say holds, fails or open")
-        if not self.id or not self.id.isprintable() or " " in self.id:
-            raise ValueError(f"claim id is {self.id!r}: give a short name without spaces")
-
-
-def slug(name: str) -> str:
-    """A name as part of a claim's id."""
-    return name.replace(",", "").replace(" ", "-")
-
-
-def verdict(holds: bool) -> Verdict:
-    """A decided claim's verdict."""
-    return "holds" if holds else "fails"
-
-
-def verdict_below(low: float, high: float, bound: float) -> Verdict:
-    """Whether an interval lies wholly below a bound, above it, or on both sides."""
-    if high < bound:
-        return "holds"
-    return "fails" if low > bound else "open"
-
-
-def bounded(name: str, value: float, low: float, high: float) -> Numbers:
-    """A value with the ends of its interval, as a claim tells them."""
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
-
-
-def interval_numbers(name: str, interval: Interval) -> Numbers:
-    """An interval over seeds as a claim tells it."""
-    return bounded(name, interval.mean, *interval.ends) | {"seeds": interval.seeds}
-
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """name -> rows: what documents draw and tabulate beside the claims, such as "memory" and "vram"."""
@@ -84,7 +27,7 @@ Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 def publish(
     notebook: str,
     *,
-    claims: Sequence[Claim | dict[str, Any]],
+    claims: Sequence[Claim],
     summary: list[str],
     record: dict[str, Any],
     folder: str,
@@ -114,14 +57,13 @@ def publish(
     return path
 
 
-def _entry(claims: Sequence[Claim | dict[str, Any]], summary: list[str], record: dict[str, Any]) -> dict[str, Any]:
+def _entry(claims: Sequence[Claim], summary: list[str], record: dict[str, Any]) -> dict[str, Any]:
     if "parameters" not in record:
         raise ValueError("record has no 'parameters': add parameters_from(globals()) of the parameters cell")
-    listed = [asdict(claim if isinstance(claim, Claim) else Claim(**claim)) for claim in claims]
-    ids = [claim["id"] for claim in listed]
+    ids = [claim.id for claim in claims]
     if len(set(ids)) < len(ids):
         raise ValueError(f"claim ids repeat in {ids}: give each claim its own")
-    whole = environment() | record | {"claims": listed, "summary": list(summary)}
+    whole = environment() | record | {"claims": [claim.record() for claim in claims], "summary": list(summary)}
     whole["parameters_sha256"] = parameters_sha256(record["parameters"])
     not_finite: list[str] = []
     entry = plain(whole, not_finite=not_finite)
@@ -161,38 +103,10 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
         not_finite.append(f"{where} was {value}")
         return None
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
+        return rounded(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     raise TypeError(f"{where} is a {type(value).__name__}: results hold numbers, texts, lists and mappings")
-
-
-def is_volatile(name: str) -> bool:
-    """Say whether a number of this name may differ between two equal runs (times, bytes)."""
-    return name.removesuffix("_low").removesuffix("_high").endswith(VOLATILE_ENDINGS)
-
-
-def shown(value: Any) -> str:
-    """Write a claim's number as a notebook shows it: floats to four decimals, null as "not finite"."""
-    value = plain(value, not_finite=[])
-    if value is None:
-        return "not finite"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def claims_table(claims: Iterable[Claim]) -> str:
-    """Lay claims out as text: verdict, id and sentence, then a line for each number that repeats.
-
-    Times and bytes are left out, so that the text is the same in every run.
-    """
-    return "\n".join(_claim_lines(claim) for claim in claims)
-
-
-def _claim_lines(claim: Claim) -> str:
-    numbers = {name: shown(value) for name, value in claim.numbers.items() if not is_volatile(name)}
-    width = max(map(len, numbers), default=0)
-    lines = [f"    {name:<{width}}  {value}" for name, value in numbers.items()]
-    return "\n".join([f"{claim.verdict.upper():<5}  {claim.id}: {claim.text}", *lines])
 
 
 def project_root() -> Path:

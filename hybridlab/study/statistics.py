@@ -18,21 +18,29 @@ MOST_STEPS = 1e15
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % confidence interval (Student's t); infinitely wide for one seed."""
+    """A mean over seeds with its 95 % confidence interval (Student's t); infinitely wide for one seed.
+
+    values: what it was computed from, in the order of the seeds
+    """
 
     mean: float
     low: float
     high: float
-    seeds: int
+    values: tuple[float, ...]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         """From one value a seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
-            return cls(mean, -math.inf, math.inf, count)
+            return cls(mean, -math.inf, math.inf, tuple(values))
         half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-        return cls(mean, mean - half, mean + half, count)
+        return cls(mean, mean - half, mean + half, tuple(values))
+
+    @property
+    def seeds(self) -> int:
+        """How many values it was computed from."""
+        return len(self.values)
 
     @property
     def ends(self) -> tuple[float, float]:

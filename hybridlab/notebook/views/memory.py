@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hybridlab.base.errors import UserError
-from hybridlab.benchmarks.footprint import Footprint, PredictPhase
+from hybridlab.benchmarks.footprint import Footprint, PredictPhase, validation_loss
 from hybridlab.charts.tables import Table, table
 from hybridlab.results.bounds import CARD_BYTES, SAFE_PEAK_BYTES
-from hybridlab.results.publish import Claim, Numbers, interval_numbers, slug, verdict, verdict_below
+from hybridlab.results.claims import Claim, Quantity, Unit, holds_below, holds_if
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
+from hybridlab.study.statistics import Interval
+from hybridlab.study.study import StudyResult
 
 PREDICTED_WITHIN = 0.10
 """The plan's bound on the error of a prediction."""
@@ -40,12 +42,12 @@ def memory_table(footprints: Sequence[Footprint]) -> Table:
             "predicted (GB)": f.predicted.peak_allocated_bytes / 1e9,
             "measured (GB)": _gigabytes(f.measured_allocated_bytes),
             "error": None if f.error is None else f"{f.error:+.1%}",
-            "on the card (GB)": None if f.measured_allocated_bytes is None else f.peak_memory_bytes / 1e9,
+            "on the GPU (GB)": None if f.measured_allocated_bytes is None else f.peak_memory_bytes / 1e9,
         }
         for f in footprints
     ]
-    caption = "Peak of live tensors on a CUDA card, predicted without one, and what the card counted with its context"
-    formats = {"predicted (GB)": ".3f", "measured (GB)": ".3f", "on the card (GB)": ".2f"}
+    caption = "Peak of live tensors on a CUDA GPU, predicted without one, and what the GPU counted with its context"
+    formats = {"predicted (GB)": ".3f", "measured (GB)": ".3f", "on the GPU (GB)": ".2f"}
     return table(rows, caption, formats)
 
 
@@ -59,7 +61,7 @@ def parts_table(footprints: Sequence[Footprint]) -> Table:
 def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | None = None) -> Table:
     """What each arm pays: its loss beside the control's, and its step over that of `fast`, by default the control.
 
-    Where the card could hold neither of these, nothing is said of them.
+    Where the GPU could hold neither of these, nothing is said of them.
     """
     fast = fast or control
     base = next((f.step_ms for f in footprints if f.arm == fast), None)
@@ -72,22 +74,22 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             "step (ms)": f.step_ms,
             f"step over {fast}'s": f.step_ms / base if base and f.step_ms else None,
         }
-        | ({} if f.card_busy_percent is None else {"card busy": f"{f.card_busy_percent:.0f}%"})
+        | ({} if f.card_busy_percent is None else {"GPU busy": f"{f.card_busy_percent:.0f}%"})
         for f in footprints
     ]
     formats = {"step (ms)": ".1f", f"step over {fast}'s": ".2f"}
-    waits = "; a card that is not busy waits for the host" if any("card busy" in row for row in rows) else ""
+    waits = "; a GPU that is not busy waits for the host" if any("GPU busy" in row for row in rows) else ""
     return table(rows, f"Quality and time; intervals are over seeds, paired{waits}", formats)
 
 
 def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
-    """What Predict leaves on the card, strategy by strategy; `plain` is the one that puts nothing away."""
+    """What Predict leaves on the GPU, strategy by strategy; `plain` is the one that puts nothing away."""
     rows = [
         {
             "strategy": name,
             "live tensors (GB)": _gigabytes(phase.allocated_bytes),
             "held by torch (GB)": _gigabytes(phase.reserved_bytes),
-            "on the card (GB)": _gigabytes(phase.occupied_bytes),
+            "on the GPU (GB)": _gigabytes(phase.occupied_bytes),
             "a jump and Correct (ms)": phase.typical_ms(),
             f"over {plain}'s": phase.typical_ms() / phases[plain].typical_ms(),
             "jumps": len(phase.jumps),
@@ -97,7 +99,7 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
     formats = {
         "live tensors (GB)": ".3f",
         "held by torch (GB)": ".3f",
-        "on the card (GB)": ".2f",
+        "on the GPU (GB)": ".2f",
         "a jump and Correct (ms)": ".0f",
         f"over {plain}'s": ".2f",
     }
@@ -109,76 +111,81 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
 # --- claims ----------------------------------------------------------------------------------------------
 
 
-def predicted_claims(footprints: Sequence[Footprint], *, each: bool = True) -> list[Claim]:
-    """That what was predicted is what was measured; nothing without a GPU. `each` names a claim after its arm."""
+def predicted_claims(footprints: Sequence[Footprint]) -> list[Claim]:
+    """That what was predicted is what was measured; nothing without a GPU."""
     return [
         Claim(
-            f"{slug(f.arm)}-predicted-within-10-percent" if each else "predicted-within-10-percent",
+            "predicted-within-10-percent",
             f"{f.arm}: the peak is predicted within 10 %",
-            verdict(abs(f.error) <= PREDICTED_WITHIN),
-            {
-                "predicted_bytes": f.predicted.peak_allocated_bytes,
-                "measured_bytes": f.measured_allocated_bytes or 0,
-                "error_share": f.error,
-            },
+            holds_if(abs(f.error) <= PREDICTED_WITHIN),
+            (
+                Quantity("predicted", f.predicted.peak_allocated_bytes, unit="bytes"),
+                Quantity("measured", f.measured_allocated_bytes, unit="bytes"),
+                Quantity("error_share", f.error, unit="share"),
+            ),
+            f.arm,
         )
         for f in footprints
         if f.error is not None
     ]
 
 
-def quality_claims(footprints: Sequence[Footprint], control: float, *, each: bool = True) -> list[Claim]:
+def quality_claims(footprints: Sequence[Footprint], control: float) -> list[Claim]:
     """That no arm's validation loss lies more than 1 % above the control's, whose mean loss is `control` in nats.
 
     Over several seeds the whole interval must lie below the bound; one seed decides by its own difference.
     """
-    claims = []
-    for f in footprints:
-        if f.change is None:
-            continue
-        low, high = f.change.ends
-        gap: Numbers = {
-            "perplexity_gap": math.expm1(f.change.mean),
-            "perplexity_gap_low": math.expm1(low),
-            "perplexity_gap_high": math.expm1(high),
-        }
-        numbers = interval_numbers("loss_change", f.change) | gap
-        outcome = verdict_below(low, high, QUALITY_WITHIN * control)
-        seeds = f"{f.change.seeds} seeds" if f.change.seeds > 1 else "one seed"
-        text = f"{f.arm}: validation loss at most 1 % above the control's ({seeds})"
-        claims.append(Claim(f"{slug(f.arm)}-quality" if each else "quality", text, outcome, numbers))
-    return claims
+    return [_quality(f.arm, f.change, QUALITY_WITHIN * control) for f in footprints if f.change]
 
 
-def below_claim(id: str, text: str, value: float | None, bound: float, **more: float | int) -> list[Claim]:
-    """That a measured number of bytes lies below a bound; nothing where it could not be measured."""
+def _quality(arm: str, change: Interval, bound: float) -> Claim:
+    """bound: in nats"""
+    gap, low, high = (math.expm1(loss) for loss in (change.mean, *change.ends))
+    quantities = (
+        Quantity.over_seeds("loss_change", change, "nats"),
+        Quantity("seeds", change.seeds),
+        Quantity("perplexity_gap", gap, low, high, "share", tuple(map(math.expm1, change.values))),
+    )
+    seeds = f"{change.seeds} seeds" if change.seeds > 1 else "one seed"
+    text = f"{arm}: validation loss at most 1 % above the control's ({seeds})"
+    return Claim("quality", text, holds_below(*change.ends, bound), quantities, arm)
+
+
+def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | int) -> list[Claim]:
+    """That a measured number of bytes lies below a bound; nothing where it could not be measured.
+
+    more: further numbers of bytes, by name
+    """
     if value is None:
         return []
-    return [Claim(id, text, verdict(value < bound), {"measured_bytes": int(value), "bound_bytes": int(bound), **more})]
+    numbers = {"measured": int(value), "bound": int(bound)} | more
+    quantities = tuple(Quantity(name, size, unit="bytes") for name, size in numbers.items())
+    return [Claim(kind, text, holds_if(value < bound), quantities)]
 
 
 def predict_claim(phase: PredictPhase) -> list[Claim]:
-    """That XL's Predict leaves most of the card to others; CUDA's context, which no setting changes, is told apart."""
+    """That XL's Predict leaves most of the GPU to others; CUDA's context, which no setting changes, is told apart."""
     text = "between what leaves and what returns, Predict holds less than 3.7 GB, forward passes included"
-    more = {"live_bytes": phase.allocated_bytes or 0, "with_context_bytes": phase.occupied_bytes or 0}
+    more = {"live": phase.allocated_bytes or 0, "with_context": phase.occupied_bytes or 0}
     return below_claim("predict-phase", text, phase.reserved_bytes, PREDICT_BYTES, **more)
 
 
 def fit_claims(run: Run) -> list[Claim]:
-    """That a run fits a 16 GB card, keeps the plan's margin, and neither retries allocations nor grows."""
+    """That a run fits a 16 GB GPU, keeps the plan's margin, and neither retries allocations nor grows."""
     summary = run.closing_figures
     if summary["memory_source"] != "cuda":
         return []
     peak, retries, steps = summary["peak_memory_bytes"], summary["allocator_retries"], summary["nominal_steps"]
-    counts: Numbers = {"peak_memory_bytes": peak, "allocator_retries": retries, "nominal_steps": steps}
+    counts = (
+        Quantity("peak_memory", peak, unit="bytes"),
+        Quantity("allocator_retries", retries),
+        Quantity("nominal_steps", steps, unit="steps"),
+    )
+    safe = holds_if(peak < SAFE_PEAK_BYTES and not retries)
+    text = "peak VRAM below 14 GB, context included, without an allocator retry"
     return [
-        Claim("fits-16gb", "trains on a 16 GB card", verdict(peak < CARD_BYTES), counts),
-        Claim(
-            "peak-below-14gb",
-            "peak VRAM below 14 GB, context included, without an allocator retry",
-            verdict(peak < SAFE_PEAK_BYTES and not retries),
-            counts,
-        ),
+        Claim("fits-16gb", "trains on a 16 GB GPU", holds_if(peak < CARD_BYTES), counts),
+        Claim("peak-below-14gb", text, safe, counts),
         *_growth_claims(run, steps),
     ]
 
@@ -190,60 +197,101 @@ def _growth_claims(run: Run, steps: int) -> list[Claim]:
     except UserError:
         return []
     text = "takes as much memory at the end as after 50 steps"
-    return [Claim("does-not-grow", text, verdict(grown < MAY_GROW_BYTES), {"growth_bytes": grown})]
+    growth = Quantity("growth", grown, unit="bytes")
+    return [Claim("does-not-grow", text, holds_if(grown < MAY_GROW_BYTES), (growth,))]
 
 
 def stable_run_claim(run: Run) -> Claim:
     """That a run took as many steps as the plan wants, learned, and never diverged; open where it was shorter."""
-    summary = run.closing_figures
+    steps, divergences = (run.closing_figures[name] for name in ("nominal_steps", "divergences"))
     losses = run.steps["measured_loss"].dropna()
-    falls = bool(losses.tail(20).mean() < losses.head(20).mean())
-    numbers: Numbers = {
-        "nominal_steps": summary["nominal_steps"],
-        "divergences": summary["divergences"],
-        "first_loss": float(losses.head(20).mean()),
-        "last_loss": float(losses.tail(20).mean()),
-    }
-    stable = not summary["divergences"] and falls
-    outcome = "open" if stable and summary["nominal_steps"] < STABLE_STEPS else verdict(stable)
-    text = f"trains for {STABLE_STEPS} steps without divergence"
-    return Claim(f"stable-{STABLE_STEPS}-steps", text, outcome, numbers)
+    first, last = float(losses.head(20).mean()), float(losses.tail(20).mean())
+    stable = not divergences and last < first
+    return Claim(
+        f"stable-{STABLE_STEPS}-steps",
+        f"trains for {STABLE_STEPS} steps without divergence",
+        "open" if stable and steps < STABLE_STEPS else holds_if(stable),
+        (
+            Quantity("nominal_steps", steps, unit="steps"),
+            Quantity("divergences", divergences),
+            Quantity("first_loss", first, unit="nats"),
+            Quantity("last_loss", last, unit="nats"),
+        ),
+    )
 
 
 def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
-    """That fitting costs little time beside a run to which memory is no object, on the same card; nothing without one.
+    """That fitting costs little time beside a run to which memory is no object, on the same GPU; nothing without one.
 
     Nor is anything said of runs too short for a settled step. Beside the ratio stands that of the time in which the
-    card was busy: of two steps that wait for the host, it is what a slower card would tell apart.
+    GPU was busy: of two steps that wait for the host, it is what a slower GPU would tell apart.
     """
     if fits.measured_allocated_bytes is None or not fits.step_ms or not free.step_ms:
         return []
     ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
-    numbers = {"step_ratio_time": ratio, **_busy(ratio, fits.card_busy_percent, free.card_busy_percent)}
-    return [Claim("step-time", text, verdict(ratio <= STEP_TIME_WITHIN), numbers)]
+    quantities = (Quantity("step_ratio", ratio, unit="time ratio"), *_busy(ratio, fits, free))
+    return [Claim("step-time", text, holds_if(ratio <= STEP_TIME_WITHIN), quantities)]
 
 
-def _busy(ratio: float, percent: float | None, control: float | None) -> Numbers:
-    """How busy the card was with each, and what of two steps' ratio is the card's; nothing where nobody says it."""
-    if not (percent and control):
+def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...]:
+    """How busy the GPU was with each, and what of two steps' ratio is the GPU's; nothing where nobody says it."""
+    mine, other = fits.card_busy_percent, free.card_busy_percent
+    if not (mine and other):
+        return ()
+    return (
+        Quantity("gpu_busy", mine, unit="percent"),
+        Quantity("control_gpu_busy", other, unit="percent"),
+        Quantity("busy_ratio", ratio * mine / other, unit="time ratio"),
+    )
+
+
+def format_agreement(result: StudyResult, strict: str, tf32: str, at_step: int) -> dict[str, float]:
+    """Validation losses of strict FP32 and of TF32 on the same held-out batches, after as many steps, in nats.
+
+        difference = |strict - tf32 of the same seed|        spread = max - min over the seeds of TF32
+
+    strict, tf32: the arms; of the first, seed 0 is looked at, of the second all seeds; at_step: nominal
+
+    Returns nothing where one of them has not run. Raises UserError for a run that was not evaluated there.
+    """
+    if not {(strict, 0), (tf32, 0)} <= result.runs.keys():
         return {}
+    exact = validation_loss(result.runs[strict, 0], at_step)
+    losses = {seed: validation_loss(run, at_step) for (arm, seed), run in result.runs.items() if arm == tf32}
     return {
-        "card_busy_percent": percent,
-        "control_card_busy_percent": control,
-        "busy_ratio_time": ratio * percent / control,
+        "after_steps": at_step,
+        "strict_seed_0_loss": round(exact, 6),
+        **{f"tf32_seed_{seed}_loss": round(loss, 6) for seed, loss in losses.items()},
+        "difference_in_loss": round(abs(exact - losses[0]), 6),
+        "spread_of_seeds_in_loss": round(max(losses.values()) - min(losses.values()), 6),
     }
 
 
+def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
+    """That TF32 gives FP32's loss as nearly as another seed does; open with one seed, nothing where none has run."""
+    if not agreement:
+        return []
+    text = (
+        f"TF32 stands for FP32: after {agreement['after_steps']:.0f} steps their validation losses differ by no more "
+        "than those of TF32's own seeds"
+    )
+    spread = agreement["spread_of_seeds_in_loss"]
+    outcome = holds_if(agreement["difference_in_loss"] <= spread) if spread else "open"
+    units: dict[str, Unit] = {"after_steps": "steps"}
+    quantities = [Quantity(name, number, unit=units.get(name, "nats")) for name, number in agreement.items()]
+    return [Claim("tf32-stands-for-fp32", text, outcome, tuple(quantities))]
+
+
 def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
-    """That fitting costs neither quality nor time, as far as the card could hold what it is held against.
+    """That fitting costs neither quality nor time, as far as the GPU could hold what it is held against.
 
     control: the arm whose loss counts; fast: the one whose step does
     """
     claims = []
     for other in others:
         if other.arm == control:
-            claims += quality_claims([fits], other.validation_loss, each=False)
+            claims += quality_claims([fits], other.validation_loss)
         if other.arm == fast:
             claims += step_time_claims(fits, other)
     return claims

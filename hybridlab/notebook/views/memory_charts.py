@@ -14,11 +14,11 @@ from hybridlab.charts.points import kept
 from hybridlab.planner.plan import PARTS
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
 
-LINES = {"device_used_bytes": "whole card", "used_bytes": "reserved by torch", "allocated_bytes": "in live tensors"}
+LINES = {"device_used_bytes": "whole GPU", "used_bytes": "reserved by torch", "allocated_bytes": "in live tensors"}
 SAFE_PEAK = Line(SAFE_PEAK_BYTES / 1e9, f"{SAFE_PEAK_BYTES / 1e9:.0f} GB")
 """The plan's bound on the peak, in decimal gigabytes."""
 
-Row = Mapping[str, Any]
+MemoryRow = Mapping[str, Any]
 """A row of the table "memory", as `Footprint.row` makes it."""
 
 
@@ -56,7 +56,7 @@ def vram_rows(runs: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_breakdown(rows: Sequence[Row], title: str) -> Chart:
+def memory_breakdown(rows: Sequence[MemoryRow], title: str) -> Chart:
     """Draw the predicted parts of each arm's peak stacked into one bar, and what was measured below it.
 
     rows: with `arm`, `parts` (name -> bytes) and `measured_allocated_bytes`
@@ -81,7 +81,7 @@ def memory_breakdown(rows: Sequence[Row], title: str) -> Chart:
     )
 
 
-def quality_against_memory(rows: Sequence[Row], title: str) -> Chart:
+def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
     """Draw each arm's change of the loss over its peak memory; down and to the left is better.
 
     rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`; a change of None
@@ -107,5 +107,5 @@ def _without_gpu(vram: pd.DataFrame) -> bool:
     return "source" in vram and set(vram["source"]) == {"process"}
 
 
-def _measured(row: Row) -> bool:
+def _measured(row: MemoryRow) -> bool:
     return row.get("measured_allocated_bytes") is not None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 from hybridlab.charts.tables import Table, table
 from hybridlab.panel.cost import PanelCost
-from hybridlab.results.publish import Claim, Verdict, bounded, slug, verdict_below
+from hybridlab.results.claims import Claim, Quantity, holds_below
 
 BOUND = 1.01
 """A step with the panel on may take so many steps without it."""
@@ -35,26 +35,22 @@ def _rows(name: str, cost: PanelCost) -> list[dict[str, str | float | None]]:
 
 def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
     """That watching is cheap; open where the control is told apart from 1, since then so may anything be."""
-    return [
-        Claim(
-            f"panel-is-cheap-{slug(name)}",
-            f"{name}: a step with the panel on takes at most {BOUND} of one without",
-            _verdict(cost),
-            {
-                **bounded("panel_over_none_ratio_time", *astuple(cost.panel_over_none)),
-                **bounded("none_over_none_ratio_time", *astuple(cost.none_over_none)),
-                "panel_itself_over_none_ratio_time": _itself_over_none(cost),
-                "panel_itself_ms": cost.panel_itself_ms,
-                "step_ms": cost.step_ms,
-            },
-        )
-        for name, cost in costs.items()
-    ]
+    return [_claim(name, cost) for name, cost in costs.items()]
 
 
-def _verdict(cost: PanelCost) -> Verdict:
+def _claim(name: str, cost: PanelCost) -> Claim:
     panel, control = cost.panel_over_none, cost.none_over_none
-    return verdict_below(panel.low, panel.high, BOUND) if control.low <= 1 <= control.high else "open"
+    quantities = (
+        Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio"),
+        Quantity("none_over_none", control.median, control.low, control.high, "time ratio"),
+        Quantity("panel_itself_over_none", _itself_over_none(cost), unit="time ratio"),
+        Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
+        Quantity("step", cost.step_ms, unit="ms"),
+    )
+    told_apart = not control.low <= 1 <= control.high
+    verdict = "open" if told_apart else holds_below(panel.low, panel.high, BOUND)
+    text = f"{name}: a step with the panel on takes at most {BOUND} of one without"
+    return Claim("panel-is-cheap", text, verdict, quantities, name)
 
 
 def _itself_over_none(cost: PanelCost) -> float:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.benchmarks.step_overhead import StepOverhead
 from hybridlab.charts.builders import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
 from hybridlab.charts.display import Chart, Panels
-from hybridlab.charts.model import Line
+from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
-from hybridlab.results.publish import Claim, Numbers, Verdict, bounded, interval_numbers, slug, verdict, verdict_below
+from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, holds_if
 from hybridlab.study.comparison import Comparison
 from hybridlab.study.study import BASELINE, StudyResult, is_plain
 
@@ -38,6 +39,24 @@ def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
     plain = [name for name in arms if is_plain(name)]
     runs = {name: result.steps(name) for name in arms}
     return loss_curves(runs, against=against, control=plain, title=f"Validation loss over {AXES[against]}")
+
+
+def loss_rows(result: StudyResult, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """The table "losses" that a notebook publishes: what `curves` draws over gradient steps, a row per arm."""
+    return [
+        {"arm": s.name, "control": s.control, "gradient_steps": s.x, "loss": s.y, "low": s.low, "high": s.high}
+        for s in (series.drawn() for series in curves(result, arms, "gradient_step").series)
+    ]
+
+
+def losses_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """Draw the table "losses"."""
+    series = [
+        Series(row["arm"], row["gradient_steps"], row["loss"], row["low"], row["high"], control=row["control"])
+        for row in rows
+    ]
+    axis = AXES["gradient_step"]
+    return Chart(f"Validation loss over {axis}", axis, "validation loss (nats)", tuple(series))
 
 
 def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | str:
@@ -151,7 +170,7 @@ def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
         for name, row in summaries.iterrows()
     ]
     source = result.summaries["memory_source"].iloc[0]
-    memory = "as the card counts it" if source == "cuda" else "of the whole process: there is no GPU"
+    memory = "as the GPU counts it" if source == "cuda" else "of the whole process: there is no GPU"
     formats = {"training (s)": ".1f", "median gradient step (ms)": ".1f"}
     formats |= {"time over baseline's": ".2f", "peak memory (GB)": ".2f"}
     return table(rows, f"Mean over seeds on this machine; memory is {memory}", formats)
@@ -163,7 +182,7 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential
     """
     promised = [_quality(comparison), _speed(comparison), *_vram(comparison)] if perplexity else []
-    return [pays_claim(comparison), *promised, stable_claim([comparison], slug(comparison.name), comparison.name)]
+    return [pays_claim(comparison), *promised, stable_claim([comparison], comparison.name)]
 
 
 def baseline_claims(result: StudyResult) -> list[Claim]:
@@ -171,14 +190,15 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
     first = result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0]
     neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
-    losses: Numbers = {name.replace(" ", "_") + "_loss": loss for name, loss in final.items()}
-    falls = verdict(final[BASELINE] < first)
-    claims = [Claim("converges", "the validation loss falls", falls, {"first_loss": first} | losses)]
+    losses = tuple(Quantity(f"{name.replace(' ', '_')}_loss", loss, unit="nats") for name, loss in final.items())
+    falls = holds_if(final[BASELINE] < first)
+    first_loss = Quantity("first_loss", first, unit="nats")
+    claims = [Claim("converges", "the validation loss falls", falls, (first_loss, *losses))]
     if neighbours:
-        best = verdict(final[BASELINE] <= min(neighbours))
+        best = holds_if(final[BASELINE] <= min(neighbours))
         claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, losses))
     if "vanilla" in final:
-        better = verdict(final[BASELINE] < final["vanilla"])
+        better = holds_if(final[BASELINE] < final["vanilla"])
         claims.append(Claim("beats-vanilla", "the tuned baseline beats the plan's vanilla setting", better, losses))
     return claims
 
@@ -196,51 +216,49 @@ def overhead_table(overhead: StepOverhead) -> Table:
 
 
 def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
-    """That the trainer costs little beside the bare loop, and, on a card, that the baseline fits the plan's bound."""
+    """That the trainer costs little beside the bare loop, and, on a GPU, that the baseline fits the plan's bound."""
+    thin = f"a step of the trainer, asking included, takes at most {MAX_NULL_OVER_BARE} of the bare loop's"
+    cheap = f"recording the path takes at most {MAX_RECORDING:.0%} of a step"
     null, recording = overhead.null_over_bare, overhead.recording_over_bare
     claims = [
-        Claim(
-            "trainer-is-thin",
-            f"a step of the trainer, asking included, takes at most {MAX_NULL_OVER_BARE} of the bare loop's",
-            verdict_below(null.low, null.high, MAX_NULL_OVER_BARE),
-            bounded("null_over_bare_ratio_time", *astuple(null)),
-        ),
-        Claim(
-            "recording-is-cheap",
-            f"recording the path takes at most {MAX_RECORDING:.0%} of a step",
-            verdict_below(recording.low, recording.high, MAX_RECORDING),
-            bounded("recording_over_bare_ratio_time", *astuple(recording)),
-        ),
+        _ratio_claim("trainer-is-thin", thin, "null_over_bare", null, MAX_NULL_OVER_BARE),
+        _ratio_claim("recording-is-cheap", cheap, "recording_over_bare", recording, MAX_RECORDING),
     ]
     summary = result.runs[BASELINE, 0].closing_figures
     if summary["memory_source"] == "cuda":
-        peak = summary["peak_memory_bytes"]
-        fits = verdict(peak < VRAM_BOUND_BYTES)
-        claims.append(Claim("vram", "the baseline's peak VRAM is below 5 GB", fits, {"peak_memory_bytes": peak}))
+        claims.append(_vram_claim("", "the baseline's peak VRAM is below 5 GB", summary["peak_memory_bytes"]))
     return claims
 
 
 def pays_claim(comparison: Comparison) -> Claim:
     """That predicting beats a plain run with as many gradient steps."""
-    change = comparison.to_control
-    numbers = interval_numbers("loss_to_control", change)
-    if comparison.step_value:
-        numbers |= interval_numbers("step_value", comparison.step_value)
+    change, worth = comparison.to_control, comparison.step_value
+    quantities = [Quantity.over_seeds("loss_to_control", change, "nats"), Quantity("seeds", change.seeds)]
+    if worth:
+        quantities.append(Quantity.over_seeds("step_value", worth, "steps"))
+    quantities.append(Quantity("gradient_steps", comparison.gradient_steps, unit="steps"))
+    quantities.append(Quantity("predicted_steps", comparison.predicted_steps, unit="steps"))
     return Claim(
-        f"{slug(comparison.name)}-pays",
+        "pays",
         f"{comparison.name}: predicting beats a plain run with as many gradient steps",
-        verdict_below(change.low, change.high, 0.0) if comparison.predicted_steps else "fails",
-        numbers | {"gradient_steps": comparison.gradient_steps, "predicted_steps": comparison.predicted_steps},
+        holds_below(change.low, change.high, 0.0) if comparison.predicted_steps else "fails",
+        tuple(quantities),
+        comparison.name,
     )
 
 
 def _quality(comparison: Comparison) -> Claim:
-    change: Numbers = {"perplexity_change": math.expm1(comparison.to_baseline.mean)}
+    change = comparison.to_baseline
     return Claim(
-        f"{slug(comparison.name)}-quality",
+        "quality",
         f"{comparison.name}: final perplexity stays within 2 % of the full baseline's",
         _keeps_quality(comparison),
-        interval_numbers("loss_to_baseline", comparison.to_baseline) | change,
+        (
+            Quantity.over_seeds("loss_to_baseline", change, "nats"),
+            Quantity("seeds", change.seeds),
+            Quantity("perplexity_change", math.expm1(change.mean), unit="share"),
+        ),
+        comparison.name,
     )
 
 
@@ -248,36 +266,43 @@ def _speed(comparison: Comparison) -> Claim:
     """The plan's 40 to 60 % less time, at its own tolerance for quality."""
     fast = comparison.time_ratio <= 1 - PROMISED_SAVING
     return Claim(
-        f"{slug(comparison.name)}-speed",
+        "speed",
         f"{comparison.name}: the baseline's perplexity within 2 % in 40 % less time",
         _keeps_quality(comparison) if fast else "fails",
-        {
-            "perplexity_change": math.expm1(comparison.to_baseline.mean),
-            "baseline_ratio_time": comparison.time_ratio,
-        },
+        (
+            Quantity("perplexity_change", math.expm1(comparison.to_baseline.mean), unit="share"),
+            Quantity("time_over_baseline", comparison.time_ratio, unit="time ratio"),
+        ),
+        comparison.name,
     )
 
 
 def _keeps_quality(comparison: Comparison) -> Verdict:
-    return verdict_below(comparison.to_baseline.low, comparison.to_baseline.high, QUALITY_TOLERANCE_NATS)
+    return holds_below(comparison.to_baseline.low, comparison.to_baseline.high, QUALITY_TOLERANCE_NATS)
 
 
 def _vram(comparison: Comparison) -> list[Claim]:
-    """On a card, that prediction keeps the plan's bound."""
-    peak = comparison.peak_vram_bytes
-    if peak is None:
-        return []
-    text = f"{comparison.name}: peak VRAM stays below 5 GB"
-    fits = verdict(peak < VRAM_BOUND_BYTES)
-    return [Claim(f"{slug(comparison.name)}-vram", text, fits, {"peak_memory_bytes": peak})]
+    """On a GPU, that prediction keeps the plan's bound."""
+    peak, text = comparison.peak_vram_bytes, f"{comparison.name}: peak VRAM stays below 5 GB"
+    return [] if peak is None else [_vram_claim(comparison.name, text, peak)]
 
 
-def stable_claim(comparisons: Sequence[Comparison], stem: str, name: str) -> Claim:
-    """That no run of these arms diverges; rollbacks are counted apart."""
+def _vram_claim(arm: str, text: str, peak_bytes: int) -> Claim:
+    fits = holds_if(peak_bytes < VRAM_BOUND_BYTES)
+    return Claim("vram", text, fits, (Quantity("peak_memory", peak_bytes, unit="bytes"),), arm)
+
+
+def _ratio_claim(kind: str, text: str, name: str, ratio: Ratio, bound: float) -> Claim:
+    quantity = Quantity(name, ratio.median, ratio.low, ratio.high, "time ratio")
+    return Claim(kind, text, holds_below(ratio.low, ratio.high, bound), (quantity,))
+
+
+def stable_claim(comparisons: Sequence[Comparison], arm: str) -> Claim:
+    """That no run of these comparisons diverges; rollbacks are counted apart. arm: what the claim calls them."""
     divergences = sum(comparison.divergences for comparison in comparisons)
-    rollbacks = sum(comparison.rollbacks for comparison in comparisons)
-    numbers: Numbers = {"divergences": divergences, "rollbacks": rollbacks}
-    return Claim(f"{stem}-stable", f"{name}: no run diverges", verdict(not divergences), numbers)
+    rollbacks = Quantity("rollbacks", sum(comparison.rollbacks for comparison in comparisons))
+    counts = (Quantity("divergences", divergences), rollbacks)
+    return Claim("stable", f"{arm}: no run diverges", holds_if(not divergences), counts, arm)
 
 
 def _words(column: str) -> str:

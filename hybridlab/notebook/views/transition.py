@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import median
 
 from hybridlab.benchmarks.footprint import PredictPhase
 from hybridlab.charts.tables import Table, table
-from hybridlab.results.publish import Claim, Numbers, bounded, slug, verdict_below
+from hybridlab.results.claims import Claim, Quantity, holds_below
 from hybridlab.study.statistics import median_ends
 
 
@@ -41,11 +42,11 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
 
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
-    """That clearing the card for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
+    """That clearing the GPU for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
     limit_ms = phases[control].gradient_step_ms if control in phases else 0.0
-    text = "{}: leaving the card and returning adds less than a gradient step to a jump of "
+    text = "leaving the GPU and returning adds less than a gradient step to a jump of"
     return [
-        _claim(f"{slug(name)}-transition", f"{text.format(name)}{phase.typical_ms('steps'):.0f}", beyond, limit_ms)
+        _claim("transition", name, f"{text} {phase.typical_ms('steps'):.0f}", beyond, limit_ms)
         for name, phase in phases.items()
         if name != control and (beyond := _measured(phase, phases[control]))
     ]
@@ -55,22 +56,26 @@ def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) 
     """That fetching beside the last predicted steps is quicker than after them; nothing without a GPU, or two jumps."""
     if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
         return []
-    text = f"{ahead}: a jump takes less time when the state returns beside its last predicted steps than after them"
-    return [_claim("lookahead", text, beyond, 0.0)]
+    text = "a jump takes less time when the state returns beside its last predicted steps than after them"
+    return [_claim("lookahead", ahead, text, beyond, 0.0)]
 
 
 def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
     return [] if phase.reserved_bytes is None else phase.beyond_ms(control)
 
 
-def _claim(name: str, text: str, beyond: list[float], limit_ms: float) -> Claim:
+def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float) -> Claim:
     """Jumps of the same number are compared; the median decides, with its 95 % interval."""
     low, high = median_ends(beyond)
-    told: Numbers = {"beyond_ms": median(beyond)}
+    beyond_ms = Quantity("beyond", median(beyond), unit="ms")
     if math.isfinite(low):
-        told = bounded("beyond_ms", median(beyond), low, high)
-    numbers = told | {"jumps": len(beyond), "limit_ms": limit_ms}
-    return Claim(name, text, verdict_below(low, high, limit_ms), numbers)
+        beyond_ms = replace(beyond_ms, low=low, high=high)
+    quantities = (
+        beyond_ms,
+        Quantity("jumps", len(beyond)),
+        Quantity("limit", limit_ms, unit="ms"),
+    )
+    return Claim(kind, f"{arm}: {text}", holds_below(low, high, limit_ms), quantities, arm)
 
 
 def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:

@@ -1,0 +1,77 @@
+"""docs/RTX_5080_GUIDE.md: which settings for which model on a 16 GB GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.memory import MemoryConfig
+from hybridlab.planner.gpu_specs import GPUS
+from hybridlab.planner.text_report import MEMORY_PRESETS
+from hybridlab.report.evidence import MAIN, Evidence, Published
+from hybridlab.report.recommendation import by_model
+from hybridlab.report.validation import devices, predicted_share
+from hybridlab.report.words import gigabytes, known_columns, quantity_interval, render, verdict_word
+from hybridlab.results.bounds import CARD_BYTES
+
+SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
+"""Settings in which the presets of prediction differ."""
+
+
+def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
+    """The whole guide; pictures as for `validation_document`."""
+    hybrids = evidence.claims("03_gpt2_small_hybrid", kind="pays")
+    preset = HybridTrainerConfig.conservative()
+    needs = preset.path_needs
+    memory = {name: build() for name, build in MEMORY_PRESETS.items() if name != "none"}
+    return render(
+        "RTX_5080_GUIDE.md",
+        pictures=pictures,
+        devices=devices(evidence),
+        paying=[claim.about for claim in hybrids if claim.verdict == "holds" and not claim.is_idle],
+        emulated=any("emulated" in device for device in evidence.devices(MAIN)),
+        mebibytes=f"{CARD_BYTES / 2**20:.0f}",
+        ratios=[_bf16_over_float32(name) for name in ("h100", "rtx5080")],
+        waiting=any(row.get("card_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
+        by_model=by_model(evidence),
+        memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
+        hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),
+        hybrids=known_columns([_hybrid(claim, evidence) for claim in hybrids]),
+        path_rows=needs.rows if needs else 0,
+        predictor=preset.predictor,
+    )
+
+
+def _bf16_over_float32(gpu: str) -> str:
+    """How much faster a GPU multiplies in bf16, by its data sheet."""
+    specs = GPUS[gpu]
+    return f"{specs.bfloat16_flops / specs.float32_flops:.1f} times ({specs.name})"
+
+
+def _settings(presets: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:
+    """One row per setting, one column per preset."""
+    return [
+        {"setting": f"`{name}`"} | {preset: _setting(getattr(config, name)) for preset, config in presets.items()}
+        for name in names
+    ]
+
+
+def _setting(value: Any) -> str:
+    if value is None or (value is False) or value == 0:
+        return "off"
+    if is_dataclass(value) and not isinstance(value, type):
+        return ", ".join(f"{name} {setting}" for name, setting in asdict(value).items())
+    return "on" if value is True else str(value)
+
+
+def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
+    vram = evidence.beside(claim, "vram")
+    return {
+        "arm": claim.about,
+        "steps predicted": predicted_share(claim),
+        "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
+        "peak VRAM": gigabytes(vram.value("peak_memory")) if vram else None,
+        "pays": verdict_word(claim.outcome),
+    }

@@ -1,0 +1,151 @@
+"""A claim is one sentence that can be wrong, with its verdict and the quantities that decide it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, get_args
+
+from hybridlab.study.statistics import Interval
+
+Verdict = Literal["holds", "fails", "open"]
+Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio"]
+VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
+"""Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
+
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a claim.
+
+    name: as "loss_to_control"
+    value: a mean where there are several seeds; None where it was not finite
+    low, high: ends of its 95 % interval; None where there is none
+    unit: "share" is a part of 1, "percent" of 100; a "time ratio" is one time over another
+    per_seed: the values that value and interval are computed from, in the order of the seeds
+
+    Raises ValueError for an unknown unit.
+    """
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    unit: Unit = "count"
+    per_seed: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"quantity '{self.name}': unit is {self.unit!r}: take one of {', '.join(get_args(Unit))}")
+
+    @classmethod
+    def over_seeds(cls, name: str, interval: Interval, unit: Unit) -> Self:
+        """A mean over seeds; low and high of one seed are its value."""
+        return cls(name, interval.mean, *interval.ends, unit, interval.values)
+
+    @property
+    def is_volatile(self) -> bool:
+        """Whether it may differ between two equal runs."""
+        return self.unit in VOLATILE_UNITS
+
+    def values(self) -> dict[str, float | None]:
+        """Value and ends by name: "loss", "loss_low", "loss_high"; without ends where there are none."""
+        ends = {f"{self.name}_low": self.low, f"{self.name}_high": self.high}
+        return {self.name: self.value} | {name: end for name, end in ends.items() if end is not None}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence that can be wrong.
+
+    kind: what is claimed, as "pays" or "quality"; documents select claims by it
+    text: the sentence, which begins with "<arm>: " where there is an arm
+    verdict: "holds", "fails", or "open" (these numbers cannot tell)
+    quantities: what decides it
+    arm: what the claim is about, where a notebook claims the same of several
+    id: a short name, unique in a notebook; by default "<arm>-<kind>"
+
+    Raises ValueError for another verdict, and for an id with spaces.
+    """
+
+    kind: str
+    text: str
+    verdict: Verdict
+    quantities: tuple[Quantity, ...] = ()
+    arm: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            arm = self.arm.replace(",", "").replace(" ", "-")
+            object.__setattr__(self, "id", f"{arm}-{self.kind}" if arm else self.kind)
+        if self.verdict not in get_args(Verdict):
+            raise ValueError(f"claim '{self.id}': verdict is {self.verdict!r}: say holds, fails or open")
+        if not self.id.isprintable() or " " in self.id:
+            raise ValueError(f"claim id is {self.id!r}: give a short kind without spaces")
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], **more: Any) -> Self:
+        """A claim as `record` wrote it. more: further fields of a subclass."""
+        quantities = [Quantity(**q | {"per_seed": tuple(q.get("per_seed", ()))}) for q in record["quantities"]]
+        return cls(**{**record, "quantities": tuple(quantities)}, **more)
+
+    def record(self) -> dict[str, Any]:
+        """As results.json has it: `from_record` gives it back. Ends and seeds that are not there are left out."""
+        quantities = [
+            {key: part for key, part in asdict(q).items() if key in ("name", "value", "unit") or part not in (None, ())}
+            for q in self.quantities
+        ]
+        return asdict(self) | {"quantities": quantities}
+
+    def quantity(self, name: str) -> Quantity | None:
+        """The quantity of this name, if it has one."""
+        return next((q for q in self.quantities if q.name == name), None)
+
+    def value(self, name: str) -> float | None:
+        """The value of the quantity of this name; None where there is none, or it was not finite."""
+        found = self.quantity(name)
+        return found.value if found else None
+
+
+def holds_if(condition: bool) -> Verdict:
+    """A decided claim's verdict."""
+    return "holds" if condition else "fails"
+
+
+def holds_below(low: float, high: float, bound: float) -> Verdict:
+    """Whether an interval lies wholly below a bound, above it, or on both sides."""
+    if high < bound:
+        return "holds"
+    return "fails" if low > bound else "open"
+
+
+def rounded(value: float) -> float:
+    """A number at six significant digits, as results.json keeps it."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def shown(value: float | None) -> str:
+    """A value as a notebook prints it: floats to four decimals, what is not finite in words."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{rounded(value):.4f}" if isinstance(value, float) else str(value)
+
+
+def claims_table(claims: Iterable[Claim]) -> str:
+    """Lay claims out as text: verdict, id and sentence, then a line per number that repeats.
+
+    Times and memory are left out, so that the text is the same in every run.
+    """
+    return "\n".join(_claim_lines(claim) for claim in claims)
+
+
+def _claim_lines(claim: Claim) -> str:
+    repeating = [q for q in claim.quantities if not q.is_volatile]
+    numbers = {name: shown(value) for q in repeating for name, value in q.values().items()}
+    width = max(map(len, numbers), default=0)
+    lines = [f"    {name:<{width}}  {value}" for name, value in numbers.items()]
+    return "\n".join([f"{claim.verdict.upper():<5}  {claim.id}: {claim.text}", *lines])
