@@ -13,12 +13,12 @@ from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.benchmarks.step_overhead import StepOverhead
 from hybridlab.notebook import (
     baseline_claims,
+    comparison_chart,
     cost_claims,
     hybrid_claims,
     overhead_table,
     phases,
     reliability_table,
-    verdict_chart,
 )
 from hybridlab.study import Comparison, StudyResult
 from hybridlab.study.record import Run
@@ -75,10 +75,19 @@ def test_vram_is_claimed_on_a_card_alone_and_a_divergence_is_no_stable_run() -> 
 
 
 def test_one_seed_is_drawn_and_told_as_the_point_that_it_is() -> None:
-    (series,) = verdict_chart([compared(to_control=ONE_SEED)]).series
+    (series,) = comparison_chart([compared(to_control=ONE_SEED)]).series
     assert series.bounds() == ((-0.1,), (-0.1,))
     loss, seeds, *_ = hybrid_claims(compared(to_control=ONE_SEED))[0].quantities
     assert (loss.low, loss.high, loss.per_seed, seeds.value) == (-0.1, -0.1, (-0.1,), 1)
+
+
+def test_every_interval_over_seeds_can_be_computed_again_from_its_seeds() -> None:
+    claims = hybrid_claims(compared(to_control=UNCLEAR, to_baseline=WORSE, step_value=BETTER))
+    intervals = [quantity for claim in claims for quantity in claim.quantities if quantity.low is not None]
+    assert [quantity.name for quantity in intervals] == ["loss_to_control", "step_value", "loss_to_baseline"]
+    for quantity in intervals:
+        again = Interval.of(quantity.per_seed)
+        assert (again.mean, *again.ends) == (quantity.value, quantity.low, quantity.high)
 
 
 def run(name: str, loss: float, seed: int = 0, **summary: Any) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from hybridlab.report.evidence import Evidence, Published
 from hybridlab.report.words import quantities_in_words
@@ -28,17 +28,9 @@ class Finding:
     notebook: str | None
 
 
-class Rule(Protocol):
-    """Says what the results have to say on a criterion; never nothing."""
-
-    def findings(self, evidence: Evidence) -> list[Finding]:
-        """One finding for each claim that counts."""
-        ...
-
-
 @dataclass(frozen=True)
 class Claims:
-    """The claims of one kind in one notebook, each with its own verdict, or held to a tighter bound.
+    """The claims of one kind in one notebook, each with its own verdict, or compared with a tighter bound.
 
     arms: each needs a claim; without any, every claim of the kind counts, and one is needed
     below: the bound on the quantity of unit `of`, with its whole interval if it has one
@@ -100,30 +92,20 @@ class Ran:
 
 
 @dataclass(frozen=True)
-class Nowhere:
-    """Nothing here has tried it."""
-
-    why: str
-
-    def findings(self, evidence: Evidence) -> list[Finding]:
-        """Always the same."""
-        return [Finding("", "not run yet", self.why, None)]
-
-
-@dataclass(frozen=True)
 class Criterion:
-    """A sentence of the plan, and the rules that decide it.
+    """A sentence of the plan, and the rules that decide it; none where no notebook tries it.
 
     need: "all" findings must hold, or "any" one of them is enough
     """
 
     text: str
-    rules: tuple[Rule, ...]
+    rules: tuple[Claims | Ran, ...]
     need: Literal["all", "any"] = "all"
 
     def findings(self, evidence: Evidence) -> list[Finding]:
         """What every rule found."""
-        return [finding for rule in self.rules for finding in rule.findings(evidence)]
+        found = [finding for rule in self.rules for finding in rule.findings(evidence)]
+        return found or [Finding("", "not run yet", "no notebook tries it", None)]
 
     def outcome(self, evidence: Evidence) -> Outcome:
         """The worst of the findings where all must hold, the best where one is enough."""
@@ -209,7 +191,7 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
                 *(Claims(notebook, "quality", below=ONE_PERCENT) for notebook in (MEMORY, MEDIUM, XL)),
             ),
         ),
-        Criterion("7B model exploration", (Nowhere("no notebook tries it"),)),
+        Criterion("7B model exploration", ()),
     ),
 }
 """The plan's groups of criteria, in its order; each names the claims that decide it."""

@@ -49,7 +49,7 @@ class Published(Claim):
         return self.kind == "pays" and not self.predicted_steps
 
     @property
-    def outcome(self) -> str:
+    def verdict_or_idle(self) -> str:
         """The verdict; about predicting, a hybrid that never did has shown nothing."""
         return "predicted nothing" if self.is_idle else self.verdict
 

@@ -14,7 +14,7 @@ from hybridlab.report.evidence import MAIN, Evidence, Published
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import devices, predicted_share
 from hybridlab.report.words import gigabytes, known_columns, quantity_interval, render, verdict_word
-from hybridlab.results.bounds import CARD_BYTES
+from hybridlab.results.bounds import GPU_BYTES
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -32,7 +32,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         devices=devices(evidence),
         paying=[claim.about for claim in hybrids if claim.verdict == "holds" and not claim.is_idle],
         emulated=any("emulated" in device for device in evidence.devices(MAIN)),
-        mebibytes=f"{CARD_BYTES / 2**20:.0f}",
+        mebibytes=f"{GPU_BYTES / 2**20:.0f}",
         ratios=[_bf16_over_float32(name) for name in ("h100", "rtx5080")],
         waiting=any(row.get("card_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
@@ -73,5 +73,5 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
         "steps predicted": predicted_share(claim),
         "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
         "peak VRAM": gigabytes(vram.value("peak_memory")) if vram else None,
-        "pays": verdict_word(claim.outcome),
+        "pays": verdict_word(claim.verdict_or_idle),
     }

@@ -45,7 +45,7 @@ def why_none(rows: Sequence[MemoryRow]) -> tuple[str, list[str]]:
 
 
 def control_of(row: MemoryRow, rows: Sequence[MemoryRow]) -> MemoryRow | None:
-    """The arm that a row is held against, the one of its notebook and model without a change of its own.
+    """A row's control: the arm of its notebook and model without a change of its own.
 
     None where it did not run: then no arm has a change.
     """

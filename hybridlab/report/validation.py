@@ -114,7 +114,7 @@ def _speedup(claim: Published, evidence: Evidence) -> Cells:
         "control: share of the steps": f"{gradient / (claim.predicted_steps + gradient):.2f}",
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
         "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
-        "pays": verdict_word(claim.outcome),
+        "pays": verdict_word(claim.verdict_or_idle),
         "notebook": notebook_link(claim.notebook, short=True),
     }
 
@@ -156,7 +156,7 @@ def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cel
         versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", {}).items())
         where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
         claims = evidence.claims(notebook, profile=profile)
-        rows = [_claim(claim, "claim", claim.text, claim.outcome, link=False) for claim in claims]
+        rows = [_claim(claim, "claim", claim.text, claim.verdict_or_idle, link=False) for claim in claims]
         yield f"{notebook_link(notebook, profile)}: {where}", rows
 
 

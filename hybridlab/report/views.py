@@ -31,7 +31,7 @@ def claims_browser(evidence: Evidence) -> LiveTable:
             "profile": profile,
             "notebook": claim.notebook,
             "claim": claim.text,
-            "verdict": claim.outcome,
+            "verdict": claim.verdict_or_idle,
             "numbers": quantities_in_words(claim.quantities),
         }
         for profile in evidence.entries

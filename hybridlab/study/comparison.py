@@ -44,7 +44,7 @@ class Comparison:
         return (
             f"{self.name}: {self.predicted_steps:.0f} of {self.predicted_steps + self.gradient_steps:.0f} steps were "
             f"predicted; final loss {self.to_control} nats against a plain run with as many gradient steps: "
-            f"{self.verdict}."
+            f"{self.answer}."
         )
 
     @property
@@ -60,7 +60,7 @@ class Comparison:
         return f"proposals tried and rejected: {self.rejected}"
 
     @property
-    def verdict(self) -> str:
+    def answer(self) -> str:
         """The answer to: did predicting pay, against simply training for fewer steps?"""
         if not self.predicted_steps:
             return "nothing predicted"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.footprint import Footprint, PredictPhase, validation_loss
 from hybridlab.charts.tables import Table, table
-from hybridlab.results.bounds import CARD_BYTES, SAFE_PEAK_BYTES
+from hybridlab.results.bounds import GPU_BYTES, SAFE_PEAK_BYTES
 from hybridlab.results.claims import Claim, Quantity, Unit, holds_below, holds_if
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
@@ -22,7 +22,7 @@ QUALITY_WITHIN = 0.01
 """The plan's bound on the validation loss that a memory feature may cost, as a share of the control's."""
 
 STEP_TIME_WITHIN = 1.5
-"""How much longer XL's step may take than where memory is no object."""
+"""How much longer XL's step may take than without memory limits."""
 
 PREDICT_BYTES = 3.7e9
 """What XL may occupy in Predict."""
@@ -35,7 +35,7 @@ STABLE_STEPS = 1000
 
 
 def memory_table(footprints: Sequence[Footprint]) -> Table:
-    """Predicted beside measured peaks, one line an arm."""
+    """Predicted beside measured peaks, one row per arm."""
     rows = [
         {
             "arm": f.arm,
@@ -83,12 +83,12 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
 
 
 def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
-    """What Predict leaves on the GPU, strategy by strategy; `plain` is the one that puts nothing away."""
+    """What Predict leaves on the GPU, strategy by strategy; `plain` is the one that offloads nothing."""
     rows = [
         {
             "strategy": name,
             "live tensors (GB)": _gigabytes(phase.allocated_bytes),
-            "held by torch (GB)": _gigabytes(phase.reserved_bytes),
+            "reserved by torch (GB)": _gigabytes(phase.reserved_bytes),
             "on the GPU (GB)": _gigabytes(phase.occupied_bytes),
             "a jump and Correct (ms)": phase.typical_ms(),
             f"over {plain}'s": phase.typical_ms() / phases[plain].typical_ms(),
@@ -98,7 +98,7 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
     ]
     formats = {
         "live tensors (GB)": ".3f",
-        "held by torch (GB)": ".3f",
+        "reserved by torch (GB)": ".3f",
         "on the GPU (GB)": ".2f",
         "a jump and Correct (ms)": ".0f",
         f"over {plain}'s": ".2f",
@@ -164,7 +164,7 @@ def below_claim(kind: str, text: str, value: float | None, bound: float, **more:
 
 
 def predict_claim(phase: PredictPhase) -> list[Claim]:
-    """That XL's Predict leaves most of the GPU to others; CUDA's context, which no setting changes, is told apart."""
+    """That XL's Predict leaves most of the GPU to others; CUDA's context, which no setting changes, is apart."""
     text = "between what leaves and what returns, Predict holds less than 3.7 GB, forward passes included"
     more = {"live": phase.allocated_bytes or 0, "with_context": phase.occupied_bytes or 0}
     return below_claim("predict-phase", text, phase.reserved_bytes, PREDICT_BYTES, **more)
@@ -184,7 +184,7 @@ def fit_claims(run: Run) -> list[Claim]:
     safe = holds_if(peak < SAFE_PEAK_BYTES and not retries)
     text = "peak VRAM below 14 GB, context included, without an allocator retry"
     return [
-        Claim("fits-16gb", "trains on a 16 GB GPU", holds_if(peak < CARD_BYTES), counts),
+        Claim("fits-16gb", "trains on a 16 GB GPU", holds_if(peak < GPU_BYTES), counts),
         Claim("peak-below-14gb", text, safe, counts),
         *_growth_claims(run, steps),
     ]
@@ -221,10 +221,10 @@ def stable_run_claim(run: Run) -> Claim:
 
 
 def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
-    """That fitting costs little time beside a run to which memory is no object, on the same GPU; nothing without one.
+    """That fitting costs little time against a run without memory limits, on the same GPU; nothing without a GPU.
 
-    Nor is anything said of runs too short for a settled step. Beside the ratio stands that of the time in which the
-    GPU was busy: of two steps that wait for the host, it is what a slower GPU would tell apart.
+    Nothing either for runs too short for a stable step time. A second ratio counts only the time in which the GPU was
+    busy: where both steps wait for the host, it is the ratio on a slower GPU.
     """
     if fits.measured_allocated_bytes is None or not fits.step_ms or not free.step_ms:
         return []
@@ -235,7 +235,7 @@ def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
 
 
 def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...]:
-    """How busy the GPU was with each, and what of two steps' ratio is the GPU's; nothing where nobody says it."""
+    """How busy the GPU was with each, and the ratio of its busy times; nothing where this was not measured."""
     mine, other = fits.card_busy_percent, free.card_busy_percent
     if not (mine and other):
         return ()
@@ -284,7 +284,7 @@ def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
 
 
 def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
-    """That fitting costs neither quality nor time, as far as the GPU could hold what it is held against.
+    """That fitting costs neither quality nor time, as far as the GPU could hold the references.
 
     control: the arm whose loss counts; fast: the one whose step does
     """

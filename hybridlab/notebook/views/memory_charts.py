@@ -85,7 +85,7 @@ def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
     """Draw each arm's change of the loss over its peak memory; down and to the left is better.
 
     rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`; a change of None
-        marks the arm that the others are held against, which is drawn as the control; 0 is an arm that is exact
+        marks the control; 0 is an arm that is exact
 
     Raises ValueError without rows.
     """

@@ -34,7 +34,7 @@ def _rows(name: str, cost: PanelCost) -> list[dict[str, str | float | None]]:
 
 
 def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
-    """That watching is cheap; open where the control is told apart from 1, since then so may anything be."""
+    """That watching is cheap; open where the control differs from 1: then the measurement is off."""
     return [_claim(name, cost) for name, cost in costs.items()]
 
 
@@ -47,8 +47,8 @@ def _claim(name: str, cost: PanelCost) -> Claim:
         Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
         Quantity("step", cost.step_ms, unit="ms"),
     )
-    told_apart = not control.low <= 1 <= control.high
-    verdict = "open" if told_apart else holds_below(panel.low, panel.high, BOUND)
+    control_is_off = not control.low <= 1 <= control.high
+    verdict = "open" if control_is_off else holds_below(panel.low, panel.high, BOUND)
     text = f"{name}: a step with the panel on takes at most {BOUND} of one without"
     return Claim("panel-is-cheap", text, verdict, quantities, name)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
+
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.benchmarks.step_overhead import StepOverhead
 from hybridlab.charts.builders import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
@@ -30,7 +32,7 @@ MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
 
 
 def record_table(record: dict[str, Any], caption: str) -> Table:
-    """A flat record, one line a fact."""
+    """A flat record, one row per fact."""
     return table([{"fact": key.replace("_", " "), "value": str(value)} for key, value in record.items()], caption)
 
 
@@ -70,7 +72,7 @@ def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | 
 
 
 def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:
-    """One run's losses over its phases, measured and predicted told apart."""
+    """One run's losses over its phases, measured and predicted ones apart."""
     return phase_chart(result.runs[arm, seed].steps, f"{arm}: what each nominal step did (seed {seed})")
 
 
@@ -90,7 +92,7 @@ def final_table(result: StudyResult) -> Table:
         {"arm": name, "gradient steps": row["gradient_steps"]} | {_words(figure): row[figure] for figure in figures}
         for name, row in means.iterrows()
     ]
-    return table(rows, "At the end of training, on data that was held out; means over seeds", {"gradient steps": ".1f"})
+    return table(rows, "At the end of training, on held-out data; means over seeds", {"gradient steps": ".1f"})
 
 
 def counts_table(comparisons: Iterable[Comparison]) -> Table:
@@ -115,21 +117,20 @@ def counts_table(comparisons: Iterable[Comparison]) -> Table:
 
 def reliability_table(result: StudyResult) -> Table:
     """Predicted confidence against how often proposals were accepted, over all runs, in the gate's own bins."""
-    outcomes = [row for run in result.runs.values() for row in run.closing_figures["reliability"]]
-    rows = []
-    for low in (i / RELIABILITY_BINS for i in range(RELIABILITY_BINS)):
-        inside = [row for row in outcomes if low <= min(row["confidence"], 1 - 1e-9) < low + 1 / RELIABILITY_BINS]
-        proposals = sum(row["proposals"] for row in inside)
-        if proposals:
-            confidence = sum(row["confidence"] * row["proposals"] for row in inside) / proposals
-            accepted = sum(row["accepted_share"] * row["proposals"] for row in inside) / proposals
-            rows.append({"confidence": confidence, "accepted share": accepted, "proposals": int(proposals)})
-    if not rows:
-        rows = [{"confidence": None, "accepted share": None, "proposals": 0}]
+    outcomes = pd.DataFrame([row for run in result.runs.values() for row in run.closing_figures["reliability"]])
+    rows: list[dict[str, Any]] = [{"confidence": None, "accepted share": None, "proposals": 0}]
+    if len(outcomes):
+        bins = (outcomes["confidence"] * RELIABILITY_BINS).astype(int).clip(upper=RELIABILITY_BINS - 1)
+        totals = outcomes[["confidence", "accepted_share"]].mul(outcomes["proposals"], axis=0).groupby(bins).sum()
+        proposals = outcomes["proposals"].groupby(bins).sum()
+        rows = [
+            {"confidence": mean["confidence"], "accepted share": mean["accepted_share"], "proposals": int(count)}
+            for (_, mean), count in zip(totals.div(proposals, axis=0).iterrows(), proposals, strict=True)
+        ]
     return table(rows, "Trials of the gate by confidence; calibrated means that the two columns agree")
 
 
-def verdict_table(comparisons: Iterable[Comparison]) -> Table:
+def comparison_table(comparisons: Iterable[Comparison]) -> Table:
     """The answer: each hybrid against the control that took as many gradient steps, with 95 % intervals."""
     rows = [
         {
@@ -138,14 +139,14 @@ def verdict_table(comparisons: Iterable[Comparison]) -> Table:
             "against equal gradient steps (nats)": str(c.to_control) if c.predicted_steps else None,
             "against the full baseline (nats)": str(c.to_baseline),
             "worth of a predicted step": str(c.step_value) if c.step_value else None,
-            "verdict": c.verdict,
+            "answer": c.answer,
         }
         for c in comparisons
     ]
     return table(rows, "Below 0 is better. A predicted step is worth 1 when it replaces a real one, 0 when nothing")
 
 
-def verdict_chart(comparisons: Iterable[Comparison]) -> Chart:
+def comparison_chart(comparisons: Iterable[Comparison]) -> Chart:
     """The differences to the controls, with intervals; right of zero is worse than stopping earlier."""
     rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in comparisons]
     zero = (Line(0.0, "as good as stopping earlier"),)

@@ -1,4 +1,4 @@
-"""What a notebook shows of the way to Predict and back: what it takes, beside jumps with nothing put away."""
+"""What a notebook shows of offloading for Predict and restoring: its time, against jumps that offload nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybridlab.study.statistics import median_ends
 
 
 def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
-    """The time of a jump and of its parts, arm by arm; `control` puts nothing away."""
+    """The time of a jump and of its parts, arm by arm; `control` offloads nothing."""
     rows = [
         {
             "arm": name,
@@ -42,7 +42,7 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
 
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
-    """That clearing the GPU for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
+    """That offloading for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
     limit_ms = phases[control].gradient_step_ms if control in phases else 0.0
     text = "leaving the GPU and returning adds less than a gradient step to a jump of"
     return [
@@ -79,5 +79,5 @@ def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float)
 
 
 def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:
-    """How much longer a jump takes than where nothing is put away."""
+    """How much longer a jump takes than where nothing is offloaded."""
     return median(phase.beyond_ms(control) or [phase.typical_ms() - control.typical_ms()])
