@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hybridlab.engine.corrector import MAX_LENGTH, JumpOutcome, ResidualStore, wanted_length
+from hybridlab.engine.corrector import MAX_LENGTH, MIN_LENGTH, JumpOutcome, ResidualStore, wanted_length
 from hybridlab.engine.divergence import PATIENCE, Action, DivergenceMonitor
 from hybridlab.engine.gate import Gate, best_length
 
@@ -88,13 +88,24 @@ def test_wanted_length_at_the_edges(before: float, after: float, length: float) 
 def test_similar_cases_weigh_the_next_correction() -> None:
     store = ResidualStore()
     assert store.expected_length(0.7) == 1.0
-    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7), 0.4)
+    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7, taken=1.0), 0.4)
     for _ in range(8):
         store.add(JumpOutcome(confidence=0.7, loss_error=0.0, wanted=0.2))
         store.add(JumpOutcome(confidence=0.1, loss_error=0.0, wanted=1.4))
     store.add(JumpOutcome(confidence=0.7, loss_error=math.nan, wanted=0.2))
     assert store.expected_length(0.7) == pytest.approx(0.2)
-    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7), 0.3)
+    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7, taken=1.0), 0.3)
+    np.testing.assert_allclose(store.blend(np.array([0.4]), 0.7, taken=0.5), 0.4)
+    for _ in range(8):
+        store.add(JumpOutcome(confidence=0.7, loss_error=0.0, wanted=1.0))
+    assert store.expected_length(0.7) == 1.0, "of equally near ones the latest count"
+
+
+def test_jumps_that_went_uphill_leave_a_length_that_can_grow_again() -> None:
+    store = ResidualStore()
+    for _ in range(8):
+        store.add(JumpOutcome(confidence=0.0, loss_error=0.0, wanted=0.0))
+    assert store.expected_length(0.0) == MIN_LENGTH > 0
 
 
 # --- divergence ----------------------------------------------------------------------------------

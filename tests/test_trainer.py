@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
@@ -152,6 +153,61 @@ def test_a_refused_jump_leaves_the_random_stream_alone(scripted: dict[str, float
     plain, _ = trained(HybridTrainerConfig.plain(), 40, dropout=0.3)
     assert trainer.statistics().proposals_rejected == 1
     assert torch.equal(gated.weights(), plain.weights())
+
+
+class Quadratic:
+    """The mean of |w - target|^2 / 2 over two groups, of which the second stays where it is; targets move by block."""
+
+    def __init__(self) -> None:
+        self.moving = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+        self.still = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.model = nn.ParameterList([self.moving, self.still])
+        self.optimizer = SGD([{"params": [self.moving]}, {"params": [self.still], "lr": 0.0}], lr=1e-3)
+        self.generator = torch.Generator().manual_seed(0)
+        self.move_target()
+
+    def move_target(self) -> None:
+        self.target = self.moving.detach() + torch.randn(8, generator=self.generator, dtype=torch.float64)
+
+    def loss(self) -> Tensor:
+        return 0.5 * (self.moving - self.target).square().sum() + 0.5 * (self.still - 1e-3).square().sum()
+
+    def jumps(self, trainer: HybridTrainer, count: int) -> list[float]:
+        """How far each jump went, as a share of the way to the minimum, before it was corrected."""
+        shares: list[float] = []
+        last = Phase.FULL
+        while len(shares) < count:
+            start = self.moving.detach().clone()
+            phase = trainer.step(self.loss).phase
+            if phase is Phase.PREDICT and last is not phase:
+                way = self.target - start
+                shares.append(float((self.moving.detach() - start) @ way / (way @ way)))
+            elif phase is Phase.CORRECT:
+                self.move_target()
+            last = phase
+        return shares
+
+
+ONE_MOTION = replace(EAGER, warmup_steps=1, max_predict_steps=40, correction_interval=40, correct_steps=1)
+
+
+@pytest.mark.parametrize("times_too_long", [2.0, 4.0, 10.0])
+def test_the_learned_length_of_a_jump_is_the_right_one(scripted: dict[str, float], times_too_long: float) -> None:
+    """On a quadratic the right length is known. A group of weights that does not move has no say."""
+    scripted["scale"] = times_too_long / 1e-3  # the newest displacement is a thousandth of the way to the minimum
+    problem = Quadratic()
+    shares = problem.jumps(HybridTrainer(problem.model, problem.optimizer, ONE_MOTION), 12)
+    assert shares[0] > 0.9 * times_too_long
+    assert shares[-1] == pytest.approx(1.0, rel=0.05)
+
+
+def test_jumps_recover_from_a_time_in_which_they_went_uphill(scripted: dict[str, float]) -> None:
+    scripted["scale"] = -1.0 / 1e-3
+    problem = Quadratic()
+    trainer = HybridTrainer(problem.model, problem.optimizer, replace(ONE_MOTION, divergence_threshold=1e9))
+    problem.jumps(trainer, 8)
+    scripted["scale"] = 1.0 / 1e-3
+    assert problem.jumps(trainer, 60)[-1] == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])

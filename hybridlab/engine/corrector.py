@@ -14,6 +14,9 @@ GroupValues = Float64[np.ndarray, " group"]
 MAX_LENGTH = 1.5
 """Upper bound of a wanted length, in units of the jump: further out the straight line is no good model."""
 
+MIN_LENGTH = 0.05
+"""Lower bound of an expected length: a jump that moves nothing would never teach that jumps pay again."""
+
 NEIGHBOURS = 8
 STORED_OUTCOMES = 64
 
@@ -42,7 +45,8 @@ class JumpOutcome:
     """One jump that was corrected.
 
     confidence: of its proposal; loss_error: measured minus predicted loss at its end, in nats
-    wanted: length that the correction asked for, mean over groups, in units of the length taken
+    wanted: length at which the slope of the loss along the jump vanishes, all groups together, in units of the
+        predictor's own proposal: those in which `expected_length` scales the next one
     """
 
     confidence: float
@@ -61,17 +65,24 @@ class ResidualStore:
         if np.isfinite([outcome.confidence, outcome.loss_error, outcome.wanted]).all():
             self._outcomes.append(outcome)
 
-    def blend(self, length: GroupValues, confidence: float) -> GroupValues:
-        """The mean of a wanted length [group] and of what similar jumps wanted."""
-        return length if not self._outcomes else 0.5 * length + 0.5 * self.expected_length(confidence)
+    def blend(self, length: GroupValues, confidence: float, taken: float) -> GroupValues:
+        """The mean of a wanted length [group] and of what similar jumps wanted, in units of the jump.
+
+        taken: length of the jump, in units of the predictor's proposal
+        """
+        if not self._outcomes:
+            return length
+        return 0.5 * length + 0.5 * min(MAX_LENGTH, self.expected_length(confidence) / taken)
 
     def expected_length(self, confidence: float) -> float:
-        """Mean wanted length of the `NEIGHBOURS` outcomes nearest in confidence; 1 where there are none.
+        """Mean wanted length of the `NEIGHBOURS` outcomes nearest in confidence, of these the latest; 1 at first.
 
-        Scales the next proposal.
+        Scales the next proposal; within [`MIN_LENGTH`, `MAX_LENGTH`].
         """
-        nearest = sorted(self._outcomes, key=lambda outcome: abs(outcome.confidence - confidence))[:NEIGHBOURS]
-        return float(np.mean([outcome.wanted for outcome in nearest])) if nearest else 1.0
+        latest_first = reversed(self._outcomes)
+        nearest = sorted(latest_first, key=lambda outcome: abs(outcome.confidence - confidence))[:NEIGHBOURS]
+        mean = float(np.mean([outcome.wanted for outcome in nearest])) if nearest else 1.0
+        return min(MAX_LENGTH, max(MIN_LENGTH, mean))
 
     def state_dict(self) -> dict[str, Any]:
         """All outcomes."""

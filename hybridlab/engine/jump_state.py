@@ -23,10 +23,12 @@ class _Record:
     """A proposal and what was measured along it.
 
     proposal: the jump, scaled by what earlier jumps have taught; horizon: nominal steps that the whole of it stands for
+    scale: of the proposal, in units of the predictor's own
     """
 
     proposal: Proposal
     horizon: float
+    scale: float
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""

@@ -150,11 +150,11 @@ class JumpController:
         result = replace(result, confidence=proposal.confidence)
         if not may_propose(proposal.confidence, self.config):
             return result
-        if proposal.is_empty:
-            return replace(result, event="rejected: the proposal is empty or not finite", jump_accepted=False)
         scale = self._residuals.expected_length(proposal.confidence)
         proposal = replace(proposal, coefficients=scale * proposal.coefficients)
-        trial = Trial(proposal, max(1.0, scale * horizon), gram.to_mean())
+        if proposal.is_empty:
+            return replace(result, event="rejected: the proposal is empty or not finite", jump_accepted=False)
+        trial = Trial(proposal, max(1.0, scale * horizon), scale, gram.to_mean())
         if self.config.gate:
             self._trial = trial
             return replace(result, event="proposed")
@@ -182,7 +182,9 @@ class JumpController:
         equivalent = self._monitor.equivalent_gradient_steps(change, steps) / steps
         self._snapshot = self._weights.snapshot()  # raises where memory is short: there is no jump without a snapshot
         self._weights.depart_from(self._snapshot)
-        self._jump = Jump(trial.proposal, trial.horizon, steps, self._monitor.mean, change, equivalent, slopes)
+        self._jump = Jump(
+            trial.proposal, trial.horizon, trial.scale, steps, self._monitor.mean, change, equivalent, slopes
+        )
         return replace(result, event="accepted", jump_accepted=True)
 
     # --- Predict and Correct -----------------------------------------------------------------------------
@@ -205,10 +207,11 @@ class JumpController:
         jump.slopes_after.append(self._slopes(jump.proposal, result))
         if len(jump.slopes_after) < self.config.correct_steps:
             return
-        confidence = jump.proposal.confidence
-        wanted = wanted_length(*jump.slopes_per_move())
-        blended = self._residuals.blend(wanted, confidence)
-        self._residuals.add(JumpOutcome(confidence, jump.loss_error, float(wanted.mean())))
+        confidence, taken = jump.proposal.confidence, jump.scale * jump.moved
+        before, after = jump.slopes_per_move()
+        blended = self._residuals.blend(wanted_length(before, after), confidence, taken)
+        together = float(wanted_length(before.sum(), after.sum()))
+        self._residuals.add(JumpOutcome(confidence, jump.loss_error, together * taken))
         self._trajectory.move_(jump.proposal.coefficients * (jump.moved * (blended - 1.0))[:, None])
 
     def _current_jump(self) -> Jump:

@@ -1,21 +1,19 @@
 """Hybrid predictive training of a small GPT-2, in one file. Read it from top to bottom.
 
-While a model trains, its weights follow a path. Over a few dozen steps that path may be nearly straight. Then the
-weights can be moved along it without computing a gradient. Such a move is called a jump. It replaces several steps.
+While a model trains, its weights follow a path. Where that path is nearly straight, the weights can be moved along it
+without computing a gradient. Such a move is called a jump. It replaces several steps.
 
     Warmup    gradient steps
     Full      gradient steps; the path of the weights is recorded
     Predict   the weights move along the path: no backward pass, but now and then a forward pass checks the loss
     Correct   a few gradient steps; they show how long the jump should have been; the weights move there; Full again
 
-A jump costs little, so the question is what it is worth. A low loss at the end does not answer that. The loss must be
-compared with the truncated control: a plain run of as many gradient steps as the run with jumps took.
+What is a jump worth? Compare its loss with the truncated control: a plain run of as many gradient steps as it took.
 
     python tests/reference/train_gpt2.py    # a plain run, a run with jumps and its truncated control, on a CPU
 
-Nothing here comes from hybridlab. tests/test_reference.py shows that the library computes the same, bit for bit. The
-library has more: other predictors; what protects a run (a confidence threshold, a gate that tries a jump before it is
-taken, rollback); less memory; lower precision. Here every proposed jump is taken: the run is unguarded.
+tests/test_reference.py shows that hybridlab computes the same, bit for bit. It has more: other predictors, guards (a
+confidence threshold, a gate that tries a jump first, rollback), less memory. Here every proposed jump is taken.
 """
 
 import math
@@ -152,6 +150,7 @@ class Jump:
 
     row: list  # one flat tensor per parameter group
     pace: float  # pace * row is the jump of `horizon` steps
+    scale: float  # of what the predictor proposed
     horizon: float
     steps: int  # nominal steps that it replaces
     confidence: float
@@ -201,13 +200,13 @@ def propose(groups, path, norm, recent, trend, past, s):
     pace_of_loss = float(time @ recent / (time @ time))  # slope of the least-squares line, in nats per step
     change = pace_of_loss * longest * min(1.0, steps / horizon)
     slope = slope_along(groups, newest, pace, norm, s)
-    return Jump(newest, pace, horizon, steps, confidence, trend.mean, change, slope)
+    return Jump(newest, pace, scale, horizon, steps, confidence, trend.mean, change, slope)
 
 
 def expected_length(past, confidence):
-    """Mean wanted length of the 8 past jumps that are nearest in confidence; 1 if there are none."""
-    nearest = sorted(past, key=lambda case: abs(case[0] - confidence))[:8]
-    return float(np.mean([wanted for _, wanted in nearest])) if nearest else 1.0
+    """Mean wanted length of the 8 past jumps that are nearest in confidence, in units of what the predictor proposed."""
+    nearest = sorted(reversed(past), key=lambda case: abs(case[0] - confidence))[:8]
+    return min(1.5, max(0.05, float(np.mean([wanted for _, wanted in nearest])) if nearest else 1.0))
 
 
 def wanted_length(before, after):
@@ -220,8 +219,9 @@ def correct_(groups, jump, slopes_after, past):
     """Move each parameter group to its wanted length; half of that comes from what similar jumps wanted."""
     before, after = jump.slope_before * jump.moved, torch.stack(slopes_after).mean(dim=0) * jump.moved
     wanted = [wanted_length(*slopes) for slopes in zip(before.tolist(), after.tolist(), strict=True)]
-    lengths = [0.5 * w + 0.5 * expected_length(past, jump.confidence) if past else w for w in wanted]
-    past.append((jump.confidence, sum(wanted) / len(wanted)))
+    usual = min(1.5, expected_length(past, jump.confidence) / (jump.scale * jump.moved)) if past else None
+    lengths = wanted if usual is None else [0.5 * w + 0.5 * usual for w in wanted]
+    past.append((jump.confidence, wanted_length(before.sum().item(), after.sum().item()) * (jump.scale * jump.moved)))
     move_(groups, jump.row, [jump.pace * (jump.moved * (length - 1.0)) for length in lengths])
 
 
