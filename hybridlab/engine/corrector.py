@@ -63,7 +63,7 @@ class ResidualStore:
     def add(self, outcome: JumpOutcome) -> None:
         """Remember an outcome, unless it is not finite."""
         if np.isfinite([outcome.confidence, outcome.loss_error, outcome.wanted]).all():
-            self._outcomes.append(outcome)
+            self._outcomes.appendleft(outcome)  # the latest first
 
     def blend(self, length: GroupValues, confidence: float, taken: float) -> GroupValues:
         """The mean of a wanted length [group] and of what similar jumps wanted, in units of the jump.
@@ -79,8 +79,7 @@ class ResidualStore:
 
         Scales the next proposal; within [`MIN_LENGTH`, `MAX_LENGTH`].
         """
-        latest_first = reversed(self._outcomes)
-        nearest = sorted(latest_first, key=lambda outcome: abs(outcome.confidence - confidence))[:NEIGHBOURS]
+        nearest = sorted(self._outcomes, key=lambda outcome: abs(outcome.confidence - confidence))[:NEIGHBOURS]
         mean = float(np.mean([outcome.wanted for outcome in nearest])) if nearest else 1.0
         return min(MAX_LENGTH, max(MIN_LENGTH, mean))
 

@@ -204,8 +204,8 @@ def propose(groups, path, norm, recent, trend, past, s):
 
 
 def expected_length(past, confidence):
-    """Mean wanted length of the 8 past jumps that are nearest in confidence, in units of what the predictor proposed."""
-    nearest = sorted(reversed(past), key=lambda case: abs(case[0] - confidence))[:8]
+    """Mean wanted length of the 8 past jumps that are nearest in confidence, in units of the proposal."""
+    nearest = sorted(past, key=lambda case: abs(case[0] - confidence))[:8]
     return min(1.5, max(0.05, float(np.mean([wanted for _, wanted in nearest])) if nearest else 1.0))
 
 
@@ -221,7 +221,9 @@ def correct_(groups, jump, slopes_after, past):
     wanted = [wanted_length(*slopes) for slopes in zip(before.tolist(), after.tolist(), strict=True)]
     usual = min(1.5, expected_length(past, jump.confidence) / (jump.scale * jump.moved)) if past else None
     lengths = wanted if usual is None else [0.5 * w + 0.5 * usual for w in wanted]
-    past.append((jump.confidence, wanted_length(before.sum().item(), after.sum().item()) * (jump.scale * jump.moved)))
+    past.appendleft(
+        (jump.confidence, wanted_length(before.sum().item(), after.sum().item()) * (jump.scale * jump.moved))
+    )
     move_(groups, jump.row, [jump.pace * (jump.moved * (length - 1.0)) for length in lengths])
 
 
