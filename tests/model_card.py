@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybridlab.memory import predict_offload as residence
-from hybridlab.memory import state_offload as offload
+from hybridlab.memory import predict_offload, state_offload
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
-from hybridlab.memory.predict_offload import PredictResidence
+from hybridlab.memory.predict_offload import PredictOffload
 from hybridlab.weights import bf16_resident as low_weights
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
 
 GRAIN, SMALL, LARGE, STEP = 512, 1 << 20, 10 << 20, 2 << 20
@@ -57,12 +57,12 @@ class ModelCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._segments: list[Segment] = []
         self._held: dict[int, Block] = {}
-        free_, allocate_ = offload._Content.free_, offload._Content.allocate_
-        for module in (low_weights, offload):
-            patch.setattr(module, "take_at_once", lambda _, tensors: self.take_at_once(tensors))
-        patch.setattr(offload._Content, "free_", lambda content: (self._forget(_key(content.flat)), free_(content)))
-        patch.setattr(offload._Content, "allocate_", lambda content: (allocate_(content), self._count(content.flat)))
-        patch.setattr(residence.PredictResidence, "_hand_back", lambda _: self.empty_cache())
+        free_, allocate_ = state_offload._Storage.free_, state_offload._Storage.allocate_
+        for module in (low_weights, state_offload):
+            patch.setattr(module, "reserve_contiguous", lambda _, tensors: self.reserve_contiguous(tensors))
+        patch.setattr(state_offload._Storage, "free_", lambda it: (self._forget(_key(it.flat)), free_(it)))
+        patch.setattr(state_offload._Storage, "allocate_", lambda it: (allocate_(it), self._count(it.flat)))
+        patch.setattr(predict_offload.PredictOffload, "_release_cache", lambda _: self.empty_cache())
 
     @property
     def reserved_bytes(self) -> int:
@@ -73,8 +73,8 @@ class ModelCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give back the segments that are free."""
         self._segments = [segment for segment in self._segments if not all(block.is_free for block in segment.blocks)]
 
-    def take_at_once(self, tensors: Iterable[Tensor]) -> None:
-        """As `hybridlab.base.device.take_at_once`."""
+    def reserve_contiguous(self, tensors: Iterable[Tensor]) -> None:
+        """As `hybridlab.base.device.reserve_contiguous`."""
         total = sum(tensor.nbytes for tensor in tensors)
         if total > self.reserved_bytes - sum(block.size for block in self._held.values()):
             self.empty_cache()
@@ -149,20 +149,22 @@ def held_in_jumps(device: str, reserved_bytes: Callable[[], int]) -> tuple[list[
     model = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes)
     *most, last = model
     optimizer = torch.optim.AdamW([{"params": most}, {"params": [last]}])
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     memory = MemoryConfig(
         mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig("pinned")
     )
-    clearing = PredictResidence(model, weights, optimizer, memory)
+    offload = PredictOffload(model, weights, optimizer, memory)
     held = []
     for _ in range(6):
-        clearing.get_ready_()
+        offload.prefetch_()
         torch.stack([p.sum() for p in model]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        weights.depart_from(weights.snapshot())
-        clearing.clear_(10, settled=False)
+        snapshot = weights.snapshot()
+        weights.fp32.set_base()
+        offload.offload_(10, snapshot, last_motion_made=False)
         held.append(reserved_bytes())
         weights.move_([])
-        clearing.clear_(9, settled=True)
+        offload.offload_(9, snapshot, last_motion_made=True)
+        del snapshot  # so that the next one has its memory
     return held, sum(p.nbytes for p in model) / 2

@@ -44,6 +44,7 @@ from hybridlab.study.run import StepRecord
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage, Trajectory
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas
 from tests.model_card import held_in_jumps
@@ -268,7 +269,7 @@ def plain_tensors_of(snapshot: Snapshot) -> list[Tensor]:
 def test_ways_back_lie_in_page_locked_memory_that_is_locked_once(name: str, arenas: CountedArenas) -> None:
     model = wide()
     optimizer = optimizer_of(model, name)
-    there, here = Weights(model, optimizer, on_host=True), Weights(model, optimizer)
+    there, here = Weights(model, optimizer, snapshots=Residency.OFFLOADED), Weights(model, optimizer)
     for _ in range(3):
         train_(model, optimizer)
         before, saved = weights_of(model), there.snapshot()
@@ -286,30 +287,31 @@ def test_a_state_that_was_dropped_returns_to_the_card_with_the_way_back() -> Non
     model = wide()
     optimizer = optimizer_of(model, "adamw")
     train_(model, optimizer)
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     saved = weights.snapshot()
     train_(model, optimizer)
     expected = weights_of(model)
-    StateOffload(optimizer, PredictAwareMemoryConfig("drop")).leave_()
+    StateOffload(optimizer, PredictAwareMemoryConfig("drop")).offload_()
     weights.restore_(saved)
     train_(model, optimizer)
     assert torch.equal(weights_of(model), expected)
 
 
-@pytest.mark.parametrize("departs", [True, False])
-def test_the_path_and_the_weights_that_leave_lie_in_page_locked_memory(departs: bool, arenas: CountedArenas) -> None:
+@pytest.mark.parametrize("has_base", [True, False])
+def test_the_path_and_the_weights_that_leave_lie_in_page_locked_memory(has_base: bool, arenas: CountedArenas) -> None:
     model = wide()
     optimizer = optimizer_of(model, "adamw")
-    weights = Weights(model, optimizer, on_host=True)
-    trajectory = Trajectory(weights, optimizer, PathNeeds(rows=2, every=1), PathStorage(on_host=True))
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
+    trajectory = Trajectory(weights, optimizer, PathNeeds(rows=2, every=1), PathStorage(Residency.OFFLOADED))
     trajectory.anchor()
     before = weights_of(model)
-    if departs:
-        weights.depart_from(weights.snapshot())
-    weights.lower_()
-    assert all(origin.is_pinned() for origin in weights._low._origin)
+    snapshot = weights.snapshot() if has_base else None
+    if has_base:
+        weights.fp32.set_base()
+    weights.fp32.offload_(snapshot.tensors if snapshot else None)
+    assert all(base.is_pinned() for base in weights.fp32._base)
     assert all(tensor.is_pinned() for tensor in tree_leaves(trajectory.state_dict()) if isinstance(tensor, Tensor))
-    weights.raise_()
+    weights.fp32.restore_()
     assert torch.equal(weights_of(model), before)
     assert len(arenas.taken_bytes) == 2
 
@@ -399,14 +401,14 @@ def test_state_leaves_the_card_and_returns_bit_for_bit(name: str, strategy: str)
         optimizer.zero_grad()
         gc.collect()  # what earlier tests left behind must not go in between
         full = torch.cuda.memory_allocated()
-        away.leave_()
+        away.offload_()
         freed.append(full - torch.cuda.memory_allocated())
         junk = [torch.full((freed[-1] // 64,), torch.nan, device=CUDA) for _ in range(16)]
         torch.cuda._sleep(20_000_000)
         if cycle != 1:
             away.prefetch_()
         junk += [torch.full((freed[-1] // 64,), torch.nan, device=CUDA) for _ in range(16)]
-        away.return_()
+        away.restore_()
         del junk
         assert torch.cuda.memory_allocated() <= 1.05 * full
     parameter_bytes = sum(p.nbytes for p in model.parameters())
@@ -422,9 +424,9 @@ def test_a_pinned_state_lies_in_page_locked_memory() -> None:
     optimizer = optimizer_of(model, "adamw")
     train_(model, optimizer)
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
-    away.leave_()
-    assert all(place.is_pinned() for place in away._refuge._places)  # type: ignore[attr-defined]
-    away.return_()
+    away.offload_()
+    assert all(place.is_pinned() for place in away._store._places)  # type: ignore[attr-defined]
+    away.restore_()
 
 
 def test_compressed_state_takes_a_quarter_of_the_memory() -> None:
@@ -438,10 +440,10 @@ def test_compressed_state_takes_a_quarter_of_the_memory() -> None:
     gc.collect()  # what earlier tests left behind
     full = torch.cuda.memory_allocated()
     away = StateOffload(optimizer, PredictAwareMemoryConfig("compress"))
-    away.leave_()
+    away.offload_()
     freed = full - torch.cuda.memory_allocated()
     assert 0.7 * state_bytes < freed < 0.8 * state_bytes
-    away.return_()
+    away.restore_()
     for p, state in optimizer.state.items():
         torch.testing.assert_close(state["exp_avg"], before[p], rtol=0.0, atol=0.008 * float(before[p].abs().max()))
     train_(model, optimizer)
@@ -538,7 +540,7 @@ def jumped(memory: MemoryConfig | None) -> tuple[torch.Tensor, HybridTrainer]:
     trainer = HybridTrainer(model, optimizer_for(model, OptimizerConfig(), memory or MemoryConfig()), config)
     for step in range(40):
         trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
-    trainer.make_whole_()
+    trainer.materialize_()
     return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer
 
 
@@ -564,12 +566,12 @@ def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
     """The float32 weights of a model, on their way back: one stretch for all of them, without the bf16 ones'."""
     model = wide(32)
     weights = Weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    weights.lower_()
+    weights.fp32.offload_()
     gc.collect()
     torch.cuda.empty_cache()
     bf16_bytes = sum(p.nbytes for p in model.parameters())
     before, others = torch.cuda.memory_stats()["num_device_alloc"], torch.cuda.memory_reserved() - bf16_bytes
-    weights.raise_()
+    weights.fp32.restore_()
     assert torch.cuda.memory_stats()["num_device_alloc"] - before <= 3
     assert torch.cuda.memory_reserved() - others <= 2.2 * bf16_bytes
 
@@ -642,11 +644,11 @@ def test_weights_come_back_without_more_memory_than_full_takes() -> None:
     for _ in range(2):
         full = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        weights.lower_()
+        weights.fp32.offload_()
         assert torch.cuda.max_memory_allocated() - full <= 0.51 * parameter_bytes
         assert torch.cuda.memory_allocated() - full <= -0.49 * parameter_bytes
         torch.cuda.reset_peak_memory_stats()
-        weights.raise_()
+        weights.fp32.restore_()
         assert torch.cuda.max_memory_allocated() <= full + 4096
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
-from hybridlab.base.pinned_memory import HostArena, HostPool, arena_bytes, host_room
+from hybridlab.base.pinned_memory import ArenaPool, HostArena, arena_bytes, host_empty_like
 from tests.conftest import CountedArenas
 
 TENSORS = [torch.zeros(3, 5), torch.zeros(7, dtype=torch.bfloat16), torch.zeros(()), torch.zeros(0, 4)]
@@ -115,16 +115,16 @@ def test_a_driver_that_refuses_is_told_in_one_line(driver: SimpleNamespace) -> N
 
 
 def test_room_for_many_is_one_arena(arenas: CountedArenas) -> None:
-    room = host_room([tensor.to("meta") for tensor in TENSORS], pinned=True)
+    room = host_empty_like([tensor.to("meta") for tensor in TENSORS], pinned=True)
     assert arenas.taken_bytes == [arena_bytes(TENSORS)]
     assert [(r.device.type, r.shape, r.dtype) for r in room] == [("cpu", t.shape, t.dtype) for t in TENSORS]
 
 
 def test_a_pool_takes_its_memory_once_while_nobody_holds_it(arenas: CountedArenas) -> None:
-    pool = HostPool()
+    pool = ArenaPool()
     places = set()
     for _ in range(4):
-        places.add(pool.room(TENSORS)[0].data_ptr())
+        places.add(pool.empty_like(TENSORS)[0].data_ptr())
     assert (len(places), arenas.taken_bytes) == (1, [arena_bytes(TENSORS)])
 
 
@@ -140,22 +140,22 @@ HOLDERS: list[Callable[[Tensor], object]] = [
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_what_anybody_holds_is_not_used_again(holder: Callable[[Tensor], object], arenas: CountedArenas) -> None:
-    pool = HostPool()
-    first = pool.room(TENSORS)[0].fill_(7)
+    pool = ArenaPool()
+    first = pool.empty_like(TENSORS)[0].fill_(7)
     held, place = holder(first), first.data_ptr()
     del first
-    second = pool.room(TENSORS)[0]
+    second = pool.empty_like(TENSORS)[0]
     assert second.data_ptr() != place
     del held
     gc.collect()
-    third = pool.room(TENSORS)[0]
+    third = pool.empty_like(TENSORS)[0]
     assert third.data_ptr() == place
     assert len(arenas.taken_bytes) == 2
 
 
 def test_rooms_of_one_size_that_are_held_at_once_share_nothing() -> None:
-    pool = HostPool()
-    rooms = [pool.room(TENSORS[:1]) for _ in range(3)]
+    pool = ArenaPool()
+    rooms = [pool.empty_like(TENSORS[:1]) for _ in range(3)]
     for number, (view,) in enumerate(rooms):
         view.fill_(number)
     assert [set(view.flatten().tolist()) for (view,) in rooms] == [{0}, {1}, {2}]
@@ -170,23 +170,23 @@ def test_a_pool_lets_go_of_what_fits_no_more_before_it_asks_for_more(driver: Sim
     def on_card(size: int) -> list[Tensor]:
         return [torch.zeros(size).as_subclass(OnCard)]
 
-    pool = HostPool()
-    held = pool.room(on_card(100))
-    pool.room(on_card(200))
+    pool = ArenaPool()
+    held = pool.empty_like(on_card(100))
+    pool.empty_like(on_card(200))
     assert sorted(driver.locked.values()) == [512, 1024]
-    assert pool.room(on_card(300))[0].numel() == 300
+    assert pool.empty_like(on_card(300))[0].numel() == 300
     assert sorted(driver.locked.values()) == [512, 1280]
-    ordinary = pool.room([torch.zeros(100)])
+    ordinary = pool.empty_like([torch.zeros(100)])
     assert sorted(driver.locked.values()) == [512], "ordinary memory is asked for, and what is pinned is not given"
     assert held[0].data_ptr() != ordinary[0].data_ptr()
 
 
 def test_a_pool_that_is_refused_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = HostPool()
-    held = pool.room(TENSORS)[0].fill_(5)
+    pool = ArenaPool()
+    held = pool.empty_like(TENSORS)[0].fill_(5)
     with monkeypatch.context() as patch:
         patch.setattr(host_memory, "LEFT_TO_OTHERS_BYTES", 1 << 60)
         with pytest.raises(UserError, match="host memory are wanted"):
-            pool.room(TENSORS)
-    assert pool.room(TENSORS)[0].fill_(6).sum() == 90
+            pool.empty_like(TENSORS)
+    assert pool.empty_like(TENSORS)[0].fill_(6).sum() == 90
     assert held.sum() == 75

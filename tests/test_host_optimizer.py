@@ -127,11 +127,11 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 def test_a_held_optimizer_throws_gradients_away() -> None:
     model, plain = fresh(), fresh()
     optimizer = on_host(model)
-    with optimizer.held():
+    with optimizer.no_step():
         loss_of(model, 99).backward()
     assert all(p.grad is None for p in model.parameters())
     loss_of(model, 0).backward()
-    with optimizer.held():
+    with optimizer.no_step():
         loss_of(model, 99).backward()
     optimizer.step()
     assert torch.equal(weights(model), train(plain, fused(plain), 1))
@@ -279,7 +279,7 @@ def test_after_a_drop_the_moments_begin_anew_in_the_same_memory() -> None:
     twin = copy.deepcopy(model)
     for param in twin.parameters():
         param._post_accumulate_grad_hooks = None
-    StateOffload(optimizer, PredictAwareMemoryConfig("drop")).leave_()
+    StateOffload(optimizer, PredictAwareMemoryConfig("drop")).offload_()
     assert torch.equal(train(model, optimizer, first=4), train(twin, fused(twin), first=4))
     assert {p: state["exp_avg"].data_ptr() for p, state in optimizer.state.items()} == places
 

@@ -26,14 +26,15 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.memory.state_offload import StateOffload, _Content, _HostMemory
+from hybridlab.memory.state_offload import StateOffload, _HostStore, _Storage
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups, low_bit
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.optim.low_bit import low_bit_adamw
 from hybridlab.study import TextTaskConfig
-from hybridlab.weights import bf16_resident as low_weights
-from hybridlab.weights.bf16_resident import LowWeights
+from hybridlab.weights import bf16_resident
+from hybridlab.weights.bf16_resident import Fp32Weights
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
 from tests.model_card import ModelCard, held_in_jumps
 
@@ -139,7 +140,7 @@ def test_stepping_in_backward_clips_as_if_it_knew_all_gradients_while_their_shar
     """Even where the norm itself changes fifty-fold from one step to the next."""
     model = fresh()
     optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1e-9), buckets_of(model), clip_norm=0.01)
-    with optimizer.held():
+    with optimizer.no_step():
         model(tokens(0), tokens(0)).backward()
     optimizer.param_groups[0]["lr"] = 1.0
     step, norm = clipped_step(optimizer, model, scale=50.0)
@@ -213,7 +214,7 @@ def test_a_held_optimizer_steps_nothing() -> None:
     model = fresh()
     optimizer = StepInBackward(build_optimizer(model, OptimizerConfig.tuned()), buckets_of(model))
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    with optimizer.held():
+    with optimizer.no_step():
         model(tokens(0), tokens(0)).backward()
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
     assert all(p.grad is None for p in model.parameters())
@@ -222,7 +223,7 @@ def test_a_held_optimizer_steps_nothing() -> None:
 def test_a_pass_that_is_held_lets_the_first_step_be_clipped_exactly() -> None:
     model = fresh()
     optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=1.0), buckets_of(model), clip_norm=0.01)
-    with optimizer.held():
+    with optimizer.no_step():
         for _ in range(2):
             model(tokens(0), tokens(0)).backward()
     step, _ = clipped_step(optimizer, model)
@@ -385,11 +386,11 @@ def test_lowered_weights_come_back_exactly_with_every_motion_added() -> None:
     for it, lowers in ((model, True), (plain, False)):
         weights = Weights(it, adamw(it))
         if lowers:
-            weights.lower_()
+            weights.fp32.offload_()
             assert {p.dtype for p in it.parameters()} == {torch.bfloat16}
         for _ in range(3):
             weights.move_((g, rows[g], 1e-4) for g in range(len(rows)))
-        weights.raise_()
+        weights.fp32.restore_()
     assert torch.equal(
         nn.utils.parameters_to_vector(model.parameters()), nn.utils.parameters_to_vector(plain.parameters())
     )
@@ -405,7 +406,7 @@ def run_hybrid(memory: MemoryConfig | None, **settings: Any) -> tuple[Tensor, li
     trainer = HybridTrainer(model, adamw(model, memory), config)
     results = [trainer.step(lambda s=step: model(tokens(s), tokens(s))) for step in range(40)]
     assert trainer.statistics().predicted_steps > 0
-    trainer.make_whole_()
+    trainer.materialize_()
     return nn.utils.parameters_to_vector(model.parameters()).detach(), results
 
 
@@ -447,7 +448,7 @@ def test_state_returns_beside_the_last_predicted_steps(
     prefetch_ = StateOffload.prefetch_
 
     def noted(state: StateOffload) -> None:
-        if state.is_away:
+        if state.residency is not Residency.DEVICE:
             phase, finished = trainer.current_phase, trainer.statistics().predicted_steps
             asked.append((str(phase), finished + (phase == "predict")))  # the one under way is counted when it ends
         prefetch_(state)
@@ -467,8 +468,8 @@ def test_room_for_weights_and_then_for_the_state_is_taken_before_either_returns(
 ) -> None:
     """While copies are under way the driver gives none, and the host would wait for them."""
     order: list[str] = []
-    asked: list[tuple[Any, str]] = [(low_weights, "take_at_once"), (_Content, "allocate_")]
-    for owner, name in (*asked, (LowWeights, "_place_"), (_HostMemory, "give_back_")):
+    asked: list[tuple[Any, str]] = [(bf16_resident, "reserve_contiguous"), (_Storage, "allocate_")]
+    for owner, name in (*asked, (Fp32Weights, "_place_"), (_HostStore, "load_")):
         monkeypatch.setattr(owner, name, _noted(getattr(owner, name), order, name))
     model = fresh()
     trainer = taking_jumps_of_four(model, interval, "bf16_weights", PredictAwareMemoryConfig("pinned", lookahead))
@@ -476,7 +477,7 @@ def test_room_for_weights_and_then_for_the_state_is_taken_before_either_returns(
         trainer.step(lambda s=step: model(tokens(s), tokens(s)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps == 4
     first = [name for i, name in enumerate(order) if name not in order[:i]]
-    assert first == ["take_at_once", "allocate_", "_place_", "give_back_"]
+    assert first == ["reserve_contiguous", "allocate_", "_place_", "load_"]
 
 
 def test_every_jump_leaves_as_little_on_the_card_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +514,7 @@ def test_weights_return_with_the_last_of_several_motions(lookahead: int, interva
         trainer.step(lambda s=step: loss(s))
     assert trainer.statistics().predicted_steps == 4
     assert found == seen
-    assert not trainer.card_is_clear
+    assert not trainer.is_offloaded
 
 
 def test_whoever_waits_for_a_step_is_asked_before_the_first_bucket_steps() -> None:

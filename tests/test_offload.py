@@ -13,12 +13,13 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
-from hybridlab.memory import state_offload as offload
+from hybridlab.memory import state_offload
 from hybridlab.memory.config import PredictAwareMemoryConfig
-from hybridlab.memory.state_offload import StateOffload, _Content
+from hybridlab.memory.state_offload import StateOffload, _Storage
 from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups
 from hybridlab.optim.ao import torchao_optim
 from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import plain_tensors
 from tests.conftest import CountedArenas
 
@@ -92,15 +93,15 @@ def test_an_exact_strategy_changes_no_bit_of_training(name: str, strategy: str) 
     away = StateOffload(optimizer, PredictAwareMemoryConfig(strategy))
     before, held = resident_bytes(optimizer), pieces(optimizer)
     for cycle in range(3):
-        away.leave_()
-        assert away.is_away
+        away.offload_()
+        assert away.residency is Residency.OFFLOADED
         assert resident_bytes(optimizer) < 0.2 * before
         if cycle != 1:
             away.prefetch_()
             away.prefetch_()
-        away.return_()
-        away.return_()
-        assert not away.is_away
+        away.restore_()
+        away.restore_()
+        assert away.residency is Residency.DEVICE
         assert all(now is then for now, then in zip(pieces(optimizer), held, strict=True))
         assert train(model, optimizer) == train(plain_model, plain)
 
@@ -109,8 +110,8 @@ def test_host_memory_is_taken_once(arenas: CountedArenas) -> None:
     model, optimizer = trained("adamw")
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
     for _ in range(5):
-        away.leave_()
-        away.return_()
+        away.offload_()
+        away.restore_()
         train(model, optimizer, 1)
     (taken_bytes,) = arenas.taken_bytes
     assert resident_bytes(optimizer) * 0.9 < taken_bytes < resident_bytes(optimizer) * 1.1
@@ -122,9 +123,9 @@ def test_a_state_that_was_copied_already_takes_no_host_memory(arenas: CountedAre
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
     for _ in range(2):
         copies = {tensor.data_ptr(): tensor.clone() for tensor in pieces(optimizer)}
-        away.leave_(lambda copies=copies: copies)  # type: ignore[misc]
-        assert away.is_away
-        away.return_()
+        away.offload_(lambda copies=copies: copies)  # type: ignore[misc]
+        assert away.residency is Residency.OFFLOADED
+        away.restore_()
         assert train(model, optimizer) == train(plain_model, plain)
     assert arenas.taken_bytes == []
 
@@ -134,8 +135,8 @@ def test_copies_of_a_part_of_the_state_are_not_enough(arenas: CountedArenas) -> 
     model, optimizer = trained("adamw")
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
     copies = {tensor.data_ptr(): torch.zeros_like(tensor) for tensor in pieces(optimizer)[:2]}
-    away.leave_(lambda: copies)
-    away.return_()
+    away.offload_(lambda: copies)
+    away.restore_()
     assert len(arenas.taken_bytes) == 1
     assert train(model, optimizer) == train(plain_model, plain)
 
@@ -145,9 +146,9 @@ def test_tensors_that_share_memory_return_together() -> None:
     both = torch.arange(8192.0)
     optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": both[:4096].view(2, -1), "other": both[4096:]}
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
-    away.leave_()
+    away.offload_()
     assert both.untyped_storage().nbytes() == 0
-    away.return_()
+    away.restore_()
     assert torch.equal(both, torch.arange(8192.0))
     assert torch.equal(optimizer.state[weight]["other"], torch.arange(4096.0, 8192.0))
 
@@ -159,8 +160,8 @@ def test_channels_last_state_returns() -> None:
     optimizer.step()
     before = copy.deepcopy(optimizer.state[weight]["exp_avg"])
     away = StateOffload(optimizer, PredictAwareMemoryConfig("cpu"))
-    away.leave_()
-    away.return_()
+    away.offload_()
+    away.restore_()
     assert torch.equal(optimizer.state[weight]["exp_avg"], before)
 
 
@@ -168,11 +169,11 @@ def test_leaving_before_the_first_step_is_nothing() -> None:
     model = model_of_two_layers()
     optimizer = AdamW(model.parameters())
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
-    away.leave_()
-    assert not away.is_away
+    away.offload_()
+    assert away.residency is Residency.DEVICE
     train(model, optimizer)
-    away.leave_()
-    assert away.is_away
+    away.offload_()
+    assert away.residency is Residency.OFFLOADED
 
 
 # --- whoever needs the state while it is away ------------------------------------------------------------
@@ -185,9 +186,9 @@ def test_a_checkpoint_of_a_state_that_is_away_brings_it_back(strategy: str) -> N
     _, optimizer = trained("adamw")
     expected = copy.deepcopy(optimizer.state_dict())
     away = StateOffload(optimizer, PredictAwareMemoryConfig(strategy))
-    away.leave_()
+    away.offload_()
     saved = optimizer.state_dict()
-    assert not away.is_away
+    assert away.residency is Residency.DEVICE
     for i, state in expected["state"].items():
         for name, value in state.items():
             largest = float(value.abs().max())
@@ -200,34 +201,34 @@ def test_a_state_loaded_while_one_is_away_is_the_one_that_counts() -> None:
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     expected = train(model, optimizer)
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
-    away.leave_()
+    away.offload_()
     model.load_state_dict(weights)
     optimizer.load_state_dict(saved)
-    assert not away.is_away
+    assert away.residency is Residency.DEVICE
     assert train(model, optimizer) == expected
 
 
 def test_a_step_taken_while_the_state_is_away_brings_it_back() -> None:
     plain_model, plain = trained("muon")
     model, optimizer = trained("muon")
-    StateOffload(optimizer, PredictAwareMemoryConfig("pinned")).leave_()
+    StateOffload(optimizer, PredictAwareMemoryConfig("pinned")).offload_()
     assert train(model, optimizer) == train(plain_model, plain)
 
 
 def test_an_interrupt_while_the_state_leaves_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_model, plain = trained("adamw")
     model, optimizer = trained("adamw")
-    away, freed, free_ = StateOffload(optimizer, PredictAwareMemoryConfig("pinned")), [], _Content.free_
+    away, freed, free_ = StateOffload(optimizer, PredictAwareMemoryConfig("pinned")), [], _Storage.free_
 
-    def interrupted(self: _Content) -> None:
+    def interrupted(self: _Storage) -> None:
         if len(freed) == 2:
             raise KeyboardInterrupt
         freed.append(self)
         free_(self)
 
-    monkeypatch.setattr(_Content, "free_", interrupted)
+    monkeypatch.setattr(_Storage, "free_", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        away.leave_()
+        away.offload_()
     assert train(model, optimizer) == train(plain_model, plain)
 
 
@@ -239,21 +240,21 @@ def compressed_and_back(moments: dict[str, Tensor]) -> dict[str, Tensor]:
     optimizer = AdamW([weight := nn.Parameter(torch.ones(moments["exp_avg"].shape))])
     optimizer.state[weight] = {"step": torch.tensor(3.0)} | {name: value.clone() for name, value in moments.items()}
     away = StateOffload(optimizer, PredictAwareMemoryConfig("compress"))
-    away.leave_()
+    away.offload_()
     assert optimizer.state[weight]["exp_avg"].untyped_storage().nbytes() == 0
-    away.return_()
+    away.restore_()
     return optimizer.state[weight]
 
 
 def worst_of_block(error: Tensor, value: Tensor) -> float:
     """Largest error, relative to the largest number of its block."""
-    whole = value.numel() // offload.BLOCK * offload.BLOCK
-    errors, values = (tensor.flatten()[:whole].view(-1, offload.BLOCK).abs().amax(1) for tensor in (error, value))
+    whole = value.numel() // state_offload.BLOCK * state_offload.BLOCK
+    errors, values = (tensor.flatten()[:whole].view(-1, state_offload.BLOCK).abs().amax(1) for tensor in (error, value))
     return float((errors / values).max())
 
 
 def test_compressed_moments_err_by_a_bounded_share_of_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "CHUNK", 4 * offload.BLOCK)
+    monkeypatch.setattr(state_offload, "CHUNK", 4 * state_offload.BLOCK)
     torch.manual_seed(0)
     gradient = torch.randn(300, 257) * torch.logspace(-6, 0, 300)[:, None]
     before = {"exp_avg": gradient, "exp_avg_sq": gradient.square()}
@@ -261,7 +262,7 @@ def test_compressed_moments_err_by_a_bounded_share_of_their_block(monkeypatch: p
     assert 0.0 < worst_of_block(after["exp_avg"] - before["exp_avg"], before["exp_avg"]) < 0.008
     roots, exact_roots = after["exp_avg_sq"].sqrt(), before["exp_avg_sq"].sqrt()
     assert 0.0 < worst_of_block(roots - exact_roots, exact_roots) < 0.004
-    tail = gradient.numel() % offload.BLOCK
+    tail = gradient.numel() % state_offload.BLOCK
     assert tail
     assert torch.equal(after["exp_avg"].flatten()[-tail:], gradient.flatten()[-tail:])
     assert float(after["step"]) == 3.0
@@ -281,8 +282,8 @@ def test_training_goes_on_from_a_compressed_state() -> None:
     model, optimizer = trained("adamw")
     away = StateOffload(optimizer, PredictAwareMemoryConfig("compress"))
     for _ in range(3):
-        away.leave_()
-        away.return_()
+        away.offload_()
+        away.restore_()
         exact, inexact = train(plain_model, plain), train(model, optimizer)
     assert inexact != exact
     assert inexact == pytest.approx(exact, rel=0.02)
@@ -293,10 +294,10 @@ def test_after_a_drop_the_optimizer_starts_anew(name: str) -> None:
     model, optimizer = trained(name)
     twin = copy.deepcopy(model)
     away = StateOffload(optimizer, PredictAwareMemoryConfig("drop"))
-    away.leave_()
+    away.offload_()
     assert resident_bytes(optimizer) == 0
     away.prefetch_()
-    away.return_()
+    away.restore_()
     assert train(model, optimizer) == train(twin, OPTIMIZERS[name](twin))
 
 
@@ -304,8 +305,8 @@ def test_none_leaves_the_state_alone() -> None:
     _, optimizer = trained("adamw")
     before = resident_bytes(optimizer)
     away = StateOffload(optimizer, PredictAwareMemoryConfig("none"))
-    away.leave_()
-    assert not away.is_away
+    away.offload_()
+    assert away.residency is Residency.DEVICE
     assert resident_bytes(optimizer) == before
 
 
@@ -320,11 +321,11 @@ def test_a_host_short_of_memory_loses_nothing(strategy: str, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(host_memory, "LEFT_TO_OTHERS_BYTES", 1 << 60)
         with pytest.raises(UserError, match="host memory are wanted"):
-            away.leave_()
-    assert not away.is_away
+            away.offload_()
+    assert away.residency is Residency.DEVICE
     assert train(model, optimizer) == train(plain_model, plain)
-    away.leave_()
-    assert away.is_away
+    away.offload_()
+    assert away.residency is Residency.OFFLOADED
     assert train(model, optimizer) == train(plain_model, plain)
 
 
@@ -332,20 +333,20 @@ def test_a_card_short_of_memory_on_return_loses_nothing(monkeypatch: pytest.Monk
     plain_model, plain = trained("adamw")
     model, optimizer = trained("adamw")
     away = StateOffload(optimizer, PredictAwareMemoryConfig("pinned"))
-    away.leave_()
-    allocate, calls = offload._Content.allocate_, iter(range(10))
+    away.offload_()
+    allocate, calls = state_offload._Storage.allocate_, iter(range(10))
 
-    def fail_the_third_time(content: offload._Content) -> None:
+    def fail_the_third_time(storage: state_offload._Storage) -> None:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("no room")
-        allocate(content)
+        allocate(storage)
 
     with monkeypatch.context() as patch:
-        patch.setattr(offload._Content, "allocate_", fail_the_third_time)
+        patch.setattr(state_offload._Storage, "allocate_", fail_the_third_time)
         with pytest.raises(torch.OutOfMemoryError):
-            away.return_()
-    assert away.is_away
-    away.return_()
+            away.restore_()
+    assert away.residency is Residency.OFFLOADED
+    away.restore_()
     assert train(model, optimizer) == train(plain_model, plain)
 
 

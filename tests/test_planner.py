@@ -32,6 +32,7 @@ from hybridlab.planner.suggest import options, smallest_fit
 from hybridlab.planner.text_report import code_of, default_batch
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
+from hybridlab.weights.residency import Residency
 
 # --- golden numbers: allocated GB at the peak, batch 8 x 512, without cuBLAS's workspace -----------------
 #
@@ -228,7 +229,7 @@ def test_predict_with_bf16_weights_holds_half_of_them():
 
 def test_the_path_counts_its_rows_and_the_rollback_snapshot_unless_it_is_on_the_host(plain):
     needs = PathNeeds(rows=4, every=5, velocity=0.9)
-    storages = (PathStorage(), PathStorage(dtype=torch.bfloat16), PathStorage(on_host=True))
+    storages = (PathStorage(), PathStorage(dtype=torch.bfloat16), PathStorage(Residency.OFFLOADED))
     same, narrow, host = (plan(*LITTLE, path=needs, path_storage=storage) for storage in storages)
     weights = plain.parts["weights"]
     rows, last, snapshot = 5, 1, 3
@@ -447,7 +448,7 @@ def test_host_memory_is_counted_by_what_it_keeps() -> None:
     )
     config = GPT2Config.nano()
     weights = sum(p.nbytes for p in GPT2(config).parameters())
-    needs, storage = PathNeeds(rows=4, every=1, velocity=0.9), PathStorage(on_host=True, dtype=torch.bfloat16)
+    needs, storage = PathNeeds(rows=4, every=1, velocity=0.9), PathStorage(Residency.OFFLOADED, dtype=torch.bfloat16)
     held = plan("nano", (2, 32), memory, path=needs, path_storage=storage).host_memory
     assert held == {
         "inputs of blocks": config.n_layer * 2 * 32 * config.n_embd * 4,

@@ -14,6 +14,7 @@ from hybridlab.base.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.base.errors import UserError
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage, Trajectory, _products
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
 from tests.conftest import CountedArenas, Problem
 
@@ -127,7 +128,7 @@ def test_rows_survive_a_jump_but_never_contain_it() -> None:
     np.testing.assert_array_equal(trajectory.gram().products, before)
 
 
-@pytest.mark.parametrize("storage", [PathStorage(on_host=True), PathStorage(dtype=torch.bfloat16)])
+@pytest.mark.parametrize("storage", [PathStorage(Residency.OFFLOADED), PathStorage(dtype=torch.bfloat16)])
 def test_where_the_path_is_kept_changes_it_by_rounding_at_most(storage: PathStorage) -> None:
     needs = PathNeeds(rows=3, every=2)
     exact, stored = recorded(needs)[2].gram(), recorded(needs, storage)[2].gram()
@@ -135,7 +136,7 @@ def test_where_the_path_is_kept_changes_it_by_rounding_at_most(storage: PathStor
     np.testing.assert_allclose(stored.products, exact.products, rtol=tolerance, atol=tolerance * 1e-3)
 
 
-IN_BF16_ON_HOST = PathStorage(on_host=True, dtype=torch.bfloat16)
+IN_BF16_ON_HOST = PathStorage(Residency.OFFLOADED, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("velocity", [None, 0.9])
@@ -163,7 +164,7 @@ def test_a_path_that_finds_no_room_is_not_begun_and_may_be_later(arenas: Counted
     assert torch.equal(trajectory.state_dict()["last"][0], before)
 
 
-@pytest.mark.parametrize("storage", [PathStorage(), PathStorage(on_host=True), IN_BF16_ON_HOST])
+@pytest.mark.parametrize("storage", [PathStorage(), PathStorage(Residency.OFFLOADED), IN_BF16_ON_HOST])
 def test_a_path_survives_a_checkpoint(tmp_path: Path, storage: PathStorage) -> None:
     task, optimizer, trajectory, _ = recorded(storage=storage)
     expected = trajectory.gram().products

@@ -22,9 +22,9 @@ from hybridlab.base.pinned_memory import ALIGNMENT_BYTES
 from hybridlab.engine.phases import Phase
 from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
 from hybridlab.optim.low_bit import low_bit_adamw
-from hybridlab.weights import bf16_resident as low_weights
-from hybridlab.weights import motion
-from hybridlab.weights.motion import PIECE, runs
+from hybridlab.weights import bf16_resident, motion
+from hybridlab.weights.motion import PIECE, chunks_of
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas, Problem
 
@@ -84,6 +84,7 @@ def int8(model: nn.Module) -> Optimizer:
 
 
 CASES = [(Picture, adamw), (Picture, momentum), (Numbers, momentum), (Numbers, int8)]
+PLACES = [Residency.DEVICE, Residency.OFFLOADED]
 Case = tuple[Callable[[], nn.Module], Callable[[nn.Module], Optimizer]]
 
 
@@ -118,12 +119,12 @@ def same(these: list[Tensor], those: list[Tensor]) -> bool:
 # --- ways back -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_way_back_is_exact_and_nothing_that_follows_changes_it(
-    trained: tuple[nn.Module, Optimizer], on_host: bool
+    trained: tuple[nn.Module, Optimizer], place: Residency
 ) -> None:
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=on_host)
+    weights = Weights(model, optimizer, snapshots=place)
     before = now(model, optimizer)
     held = weights.snapshot()
     for step in range(4):
@@ -139,14 +140,14 @@ def test_a_way_back_is_exact_and_nothing_that_follows_changes_it(
 
 
 def test_the_host_holds_what_a_copy_beside_the_weights_would(trained: tuple[nn.Module, Optimizer]) -> None:
-    here, there = (Weights(*trained, on_host=on_host).snapshot() for on_host in (False, True))
+    here, there = (Weights(*trained, snapshots=place).snapshot() for place in PLACES)
     assert same(plain(here), plain(there))
     assert here.beside == there.beside
 
 
 def test_ways_back_that_are_held_at_once_share_nothing(trained: tuple[nn.Module, Optimizer]) -> None:
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     held = [(weights.snapshot(optimizer=bool(step % 2)), now(model, optimizer)) for step in (0, 1)]
     train_(model, optimizer, range(3))
     held += [(weights.snapshot(optimizer=bool(step % 2)), now(model, optimizer)) for step in (0, 1)]
@@ -159,7 +160,7 @@ def test_host_memory_is_taken_once_for_the_weights_and_once_for_the_state(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
 ) -> None:
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     for step in range(5):
         for _ in range(3):
             probe = weights.snapshot(optimizer=False)
@@ -177,7 +178,7 @@ def test_host_memory_is_taken_once_for_the_weights_and_once_for_the_state(
 def test_a_second_way_back_has_its_own_memory_and_both_are_used_again(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
 ) -> None:
-    weights = Weights(*trained, on_host=True)
+    weights = Weights(*trained, snapshots=Residency.OFFLOADED)
     for _ in range(4):
         before_jump = weights.snapshot()
         probe = weights.snapshot(optimizer=False)
@@ -187,7 +188,7 @@ def test_a_second_way_back_has_its_own_memory_and_both_are_used_again(
 
 def test_the_memory_stays_while_anybody_holds_one_tensor_of_it(trained: tuple[nn.Module, Optimizer]) -> None:
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     before = now(model, optimizer)
     state = weights.snapshot().state_dict()
     last = plain(state)[-1]
@@ -204,11 +205,11 @@ def test_without_the_host_no_arena_is_taken(trained: tuple[nn.Module, Optimizer]
     assert arenas.taken_bytes == []
 
 
-@pytest.mark.parametrize("on_host", [False, True])
-def test_state_that_is_gone_comes_back_whole(trained: tuple[nn.Module, Optimizer], on_host: bool) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_state_that_is_gone_comes_back_whole(trained: tuple[nn.Module, Optimizer], place: Residency) -> None:
     """As the strategy `drop` leaves it, and as an optimizer that never stepped has it."""
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=on_host)
+    weights = Weights(model, optimizer, snapshots=place)
     before, saved = now(model, optimizer), weights.snapshot()
     for state in optimizer.state.values():
         state.clear()
@@ -235,12 +236,12 @@ def test_state_that_is_gone_comes_back_to_where_it_lay() -> None:
     assert (state["exp_avg"].device.type, state["step"].device.type, state["rate"]) == ("meta", "cpu", 0.5)
 
 
-@pytest.mark.parametrize("on_host", [False, True])
-def test_a_way_back_survives_a_checkpoint(tmp_path: Path, on_host: bool) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_way_back_survives_a_checkpoint(tmp_path: Path, place: Residency) -> None:
     model = Picture()
     optimizer = adamw(model)
     train_(model, optimizer, range(3))
-    weights = Weights(model, optimizer, on_host=on_host)
+    weights = Weights(model, optimizer, snapshots=place)
     before, saved = now(model, optimizer), weights.snapshot()
     save_checkpoint(tmp_path / "a.pt", {"before_jump": saved.state_dict()}, meta={})
     content = sum(tensor.nbytes for tensor in before)
@@ -273,7 +274,7 @@ def test_a_way_back_that_finds_no_room_leaves_everything_as_it_was(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas, may_take: int
 ) -> None:
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     before = now(model, optimizer)
     arenas.may_take = may_take
     with pytest.raises(UserError, match="host memory is short"):
@@ -288,7 +289,7 @@ def test_a_way_back_that_finds_no_room_leaves_the_held_one_as_it_was(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
 ) -> None:
     model, optimizer = trained
-    weights = Weights(model, optimizer, on_host=True)
+    weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     before, held = now(model, optimizer), weights.snapshot()
     train_(model, optimizer, range(3))
     arenas.may_take = 2
@@ -307,14 +308,14 @@ def test_float32_weights_that_find_no_room_stay_where_they_are(arenas: CountedAr
     places = [p.data_ptr() for p in model.parameters()]
     arenas.may_take = 0
     with pytest.raises(UserError, match="host memory is short"):
-        weights.lower_()
+        weights.fp32.offload_()
     assert [p.data_ptr() for p in model.parameters()] == places
     assert same(plain(list(model.parameters())), plain(list(plain_model.parameters())))
     arenas.may_take = None
     for _ in range(3):
-        weights.lower_()
+        weights.fp32.offload_()
         assert {p.dtype for group in groups for p in group} == {torch.bfloat16}
-        weights.raise_()
+        weights.fp32.restore_()
     assert same(plain(list(model.parameters())), plain(list(plain_model.parameters())))
     sizes = [4 * p.numel() for group in groups for p in group]
     assert len(arenas.taken_bytes) == 1
@@ -334,7 +335,7 @@ def run(config: HybridTrainerConfig, steps: int = 120) -> tuple[Tensor, HybridTr
     trainer = HybridTrainer(task.model, task.adamw(), config)
     for step in range(steps):
         trainer.step(task.closure(step))
-    trainer.make_whole_()
+    trainer.materialize_()
     return task.weights(), trainer
 
 
@@ -402,7 +403,7 @@ def breaks_off(call: Callable[..., Tensor], passes: int) -> Callable[..., Tensor
 
 @pytest.mark.parametrize("passes", range(12))
 @pytest.mark.parametrize(("owner", "name"), [(Tensor, "copy_"), (torch, "empty"), (torch, "empty_like")])
-@pytest.mark.parametrize("method", ["lower_", "raise_"])
+@pytest.mark.parametrize("method", ["offload_", "restore_"])
 def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
     method: str, owner: Any, name: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,14 +411,14 @@ def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
     optimizer = AdamW([{"params": [p]} for p in model.parameters()])
     weights = Weights(model, optimizer)
     before, strides = now(model, optimizer), [p.stride() for p in model.parameters()]
-    weights.lower_()
-    weights.raise_()
-    if method == "raise_":
-        weights.lower_()
+    weights.fp32.offload_()
+    weights.fp32.restore_()
+    if method == "restore_":
+        weights.fp32.offload_()
     with monkeypatch.context() as broken, suppress(Broken):
         broken.setattr(owner, name, breaks_off(getattr(owner, name), passes))
-        getattr(weights, method)()
-    weights.raise_()
+        getattr(weights.fp32, method)()
+    weights.fp32.restore_()
     assert same(now(model, optimizer), before)
     assert [p.stride() for p in model.parameters()] == strides
 
@@ -430,11 +431,11 @@ def test_weights_whose_return_broke_off_can_leave_again(
     model = Picture()
     exact = plain(list(model.parameters()))
     weights = Weights(model, SGD(model.parameters(), lr=0.1))
-    weights.lower_()
+    weights.fp32.offload_()
     with monkeypatch.context() as broken, suppress(Broken):
         broken.setattr(owner, name, breaks_off(getattr(owner, name), passes))
-        weights.raise_()
-    weights.lower_()
+        weights.fp32.restore_()
+    weights.fp32.offload_()
     assert same([p.clone() for p in model.parameters()], [p.bfloat16() for p in exact])
 
 
@@ -442,38 +443,38 @@ def test_all_bf16_weights_lie_in_one_piece_of_memory() -> None:
     """A small one would hold the stretch of the card in which it finds room, and all of what others left there."""
     model = Picture()
     weights = Weights(model, SGD([{"params": [p]} for p in model.parameters()], lr=0.1))
-    weights.lower_()
+    weights.fp32.offload_()
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
 
 
 @pytest.mark.parametrize("piece", [7, 100, PIECE])
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("place", PLACES)
 def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(
-    on_host: bool, piece: int, arenas: CountedArenas, monkeypatch: pytest.MonkeyPatch
+    place: Residency, piece: int, arenas: CountedArenas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much of them comes over at a time."""
-    for module in (motion, low_weights):
+    for module in (motion, bf16_resident):
         monkeypatch.setattr(module, "PIECE", piece)
     model, plain_model = Picture(), Picture()
     rows = [torch.linspace(-1, 1, sum(p.numel() for p in model.parameters())).roll(n) for n in range(2)]
-    weights, plain_weights = (Weights(m, SGD(m.parameters(), lr=0.1), on_host=on_host) for m in (model, plain_model))
-    way_back = weights.snapshot()
-    kept, taken = plain(way_back), len(arenas.taken_bytes)
-    weights.depart_from(way_back)
+    weights, plain_weights = (Weights(m, SGD(m.parameters(), lr=0.1), snapshots=place) for m in (model, plain_model))
+    snapshot = weights.snapshot()
+    kept, taken = plain(snapshot), len(arenas.taken_bytes)
+    weights.fp32.set_base()
     for turn in range(4):
         motions = [(0, row, 1e-3 * (turn + 1)) for row in rows]
         weights.move_(motions)
         plain_weights.move_(motions)
-        weights.lower_()
+        weights.fp32.offload_(snapshot.tensors)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         exact = [p.bfloat16() for p in plain_model.parameters()]
         assert same([p.clone() for p in model.parameters()], exact), "rounded once, from the exact ones"
         if turn % 2:
-            weights.raise_(for_now=True)
+            weights.fp32.restore_(keep_base=True)
             assert same(list(model.parameters()), list(plain_model.parameters()))
-    weights.raise_()
+    weights.fp32.restore_()
     assert same(list(model.parameters()), list(plain_model.parameters()))
-    assert same(plain(way_back), kept)
+    assert same(plain(snapshot), kept)
     assert len(arenas.taken_bytes) == taken
 
 
@@ -484,50 +485,53 @@ def test_parameters_of_two_types_in_one_group_move_as_exactly_while_they_are_low
 
     low, plain_model = of_two_types(), of_two_types()
     weights, plain_weights = (Weights(m, SGD(m.parameters(), lr=0.1)) for m in (low, plain_model))
-    weights.lower_()
+    weights.fp32.offload_()
     row = torch.linspace(-1, 1, 38)
     for moved in (weights, plain_weights):
         moved.move_([(0, row, 0.5)])
         moved.move_([(0, row, 0.25)])
-    weights.lower_()
+    weights.fp32.offload_()
     assert same([p.clone() for p in low.parameters()], [p.bfloat16() for p in plain_model.parameters()])
-    weights.raise_()
+    weights.fp32.restore_()
     assert same(list(low.parameters()), list(plain_model.parameters()))
 
 
 def test_runs_are_consecutive_parameters_of_one_type_up_to_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(motion, "PIECE", 10)
     group = [torch.empty(n) for n in (4, 6, 1, 25, 0, 3)] + [torch.empty(2, dtype=torch.bfloat16)]
-    assert [(members.start, members.stop, where.start, where.stop) for members, where in runs(group)] == [
+    assert [(members.start, members.stop, where.start, where.stop) for members, where in chunks_of(group)] == [
         (0, 2, 0, 10), (2, 3, 10, 11), (3, 4, 11, 36), (4, 6, 36, 39), (6, 7, 39, 41),
     ]  # fmt: skip
 
 
 def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, crossed, over = Picture(), [], low_weights.brought
-    monkeypatch.setattr(low_weights, "brought", lambda *asked: (crossed.append(asked), over(*asked))[1])
+    model, crossed, over = Picture(), [], bf16_resident.to_device_async
+    monkeypatch.setattr(bf16_resident, "to_device_async", lambda *asked: (crossed.append(asked), over(*asked))[1])
     weights = Weights(model, SGD(model.parameters(), lr=0.1))
     row = torch.ones(sum(p.numel() for p in model.parameters()))
-    weights.lower_()
+    weights.fp32.offload_()
     for _ in range(3):
         weights.move_([(0, row, 1e-3)])
-        weights.lower_()
-    weights.raise_()
+        weights.fp32.offload_()
+    weights.fp32.restore_()
     assert len(crossed) == 4, "once a motion, and once on the way back, all parameters together"
 
 
 def test_weights_trained_after_a_jump_are_lowered_as_they_are_then() -> None:
     model = Picture()
     optimizer = adamw(model)
+    train_(model, optimizer, range(1))
     weights = Weights(model, optimizer)
-    weights.depart_from(weights.snapshot())
-    weights.lower_()
-    weights.raise_()
-    assert weights.copies_of_state() == {}
+    snapshot = weights.snapshot()
+    weights.fp32.set_base()
+    assert weights.copies_of_state(snapshot)
+    weights.fp32.offload_(snapshot.tensors)
+    weights.fp32.restore_()
+    assert weights.copies_of_state(snapshot) == {}
     train_(model, optimizer, range(3))
     before = now(model, optimizer)
-    weights.lower_()
-    weights.raise_()
+    weights.fp32.offload_()
+    weights.fp32.restore_()
     assert same(now(model, optimizer), before)
 
 
@@ -539,7 +543,7 @@ def in_predict(model: nn.Module, strategy: str = "none") -> HybridTrainer:
     config = replace(EAGER, gate=False, max_predict_steps=8, correction_interval=8, memory=memory)
     trainer = HybridTrainer(model, adamw(model), config)
     step = 0
-    while not trainer.card_is_clear:
+    while not trainer.is_offloaded:
         trainer.step(lambda s=step: inputs(model, s).square().mean())  # type: ignore[misc]
         step += 1
     return trainer
@@ -552,7 +556,7 @@ def test_who_saves_the_model_while_it_is_lowered_gets_the_exact_weights() -> Non
     saved = model.state_dict()["weight"]
     assert saved.dtype == torch.float32
     assert not torch.equal(saved, saved.bfloat16().float())
-    trainer.make_whole_()
+    trainer.materialize_()
     assert torch.equal(model.weight, saved)
 
 
@@ -561,7 +565,7 @@ def test_weights_that_are_loaded_while_the_model_is_lowered_stay() -> None:
     trainer = in_predict(model)
     loaded = torch.linspace(3, 5, 512)
     model.load_state_dict({"weight": loaded})
-    trainer.make_whole_()
+    trainer.materialize_()
     assert torch.equal(model.weight, loaded)
 
 
@@ -572,7 +576,7 @@ def test_a_state_that_is_loaded_while_it_is_away_stays() -> None:
     for state in loaded["state"].values():
         state["exp_avg"].fill_(0.25)
     trainer.optimizer.load_state_dict(loaded)
-    trainer.make_whole_()
+    trainer.materialize_()
     while trainer.current_phase is Phase.PREDICT:
         trainer.step(lambda: inputs(model, 0).square().mean())
     state = trainer.optimizer.state[model.weight]

@@ -14,7 +14,7 @@ SMALL_BYTES = 4096
 """Tensors below this stay where they are: step counts, lookup tables, short biases."""
 
 
-class SideStream:
+class CopyStream:
     """A CUDA stream for copies; where there is no card, copies happen in line with everything else.
 
     The computation is whatever stream is current when a method is called.
@@ -32,23 +32,23 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
-    def keep(self, tensor: Tensor) -> None:
+    def record_use(self, tensor: Tensor) -> None:
         """Its memory, once freed, is not used again before the copies asked for by then are done."""
         if self._stream is not None:
             tensor.record_stream(self._stream)
 
-    def mark(self) -> torch.cuda.Event | None:
+    def record_event(self) -> torch.cuda.Event | None:
         """The moment at which the copies asked for so far are done."""
         return self._stream.record_event() if self._stream is not None else None
 
-    def hold_until(self, moment: torch.cuda.Event | None) -> None:
+    def wait_event(self, event: torch.cuda.Event | None) -> None:
         """The computation goes on when that moment has come; the host does not wait."""
-        if moment is not None:
-            torch.cuda.current_stream(self.device).wait_event(moment)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def join(self) -> None:
         """The computation goes on when all copies are done; the host does not wait."""
-        self.hold_until(self.mark())
+        self.wait_event(self.record_event())
 
     def synchronize(self) -> None:
         """The host waits for all copies, and for the computation."""

@@ -42,7 +42,7 @@ def cards(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-def take_at_once(device: torch.device, tensors: Iterable[Tensor]) -> None:
+def reserve_contiguous(device: torch.device, tensors: Iterable[Tensor]) -> None:
     """Let torch take from a card in one request what as many tensors as these are about to take one by one.
 
     They then lie in one stretch, which can go back to the card whole: so what the cache holds goes back first, or some

@@ -56,7 +56,7 @@ class HostArena:
         return torch.from_numpy(piece).view(like.dtype).view(like.shape)
 
     @property
-    def is_held(self) -> bool:
+    def is_in_use(self) -> bool:
         """Whether anybody still has one of the views, or a tensor that shares its memory."""
         return any(piece() is not None for piece in self._pieces)
 
@@ -65,7 +65,7 @@ class HostArena:
         self._pieces, self._taken = [], 0
 
 
-class HostPool:
+class ArenaPool:
     """Host memory that is taken once, and used again as soon as nobody holds a tensor that lies in it.
 
     Pinning takes far longer than filling: what is kept again and again, such as a way back from each jump, has one
@@ -75,24 +75,24 @@ class HostPool:
     def __init__(self) -> None:
         self._arenas: list[HostArena] = []
 
-    def room(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Room for each of these, as `host_room` makes it; pinned where any of them lies on a card.
+    def empty_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Room for each of these, as `host_empty_like` makes it; pinned where any of them lies on a card.
 
         Raises UserError as `HostArena` does; what others hold stays as it is.
         """
         if not tensors:
             return []
         total_bytes, pinned = arena_bytes(tensors), any(tensor.is_cuda for tensor in tensors)
-        free = (arena for arena in self._arenas if not arena.is_held)
+        free = (arena for arena in self._arenas if not arena.is_in_use)
         arena = next((arena for arena in free if (arena.total_bytes, arena.pinned) == (total_bytes, pinned)), None)
         if arena is None:
-            self._arenas = [arena for arena in self._arenas if arena.is_held]  # first let go of what fits no more
+            self._arenas = [arena for arena in self._arenas if arena.is_in_use]  # first let go of what fits no more
             self._arenas.append(arena := HostArena(total_bytes, pinned=pinned))
         arena.rewind_()
         return [arena.take(tensor) for tensor in tensors]
 
 
-def host_room(tensors: Sequence[Tensor], *, pinned: bool) -> list[Tensor]:
+def host_empty_like(tensors: Sequence[Tensor], *, pinned: bool) -> list[Tensor]:
     """Uninitialized host memory for each of these, all of it in one arena.
 
     tensors: only their shapes and types count, and they may be on "meta"
@@ -103,7 +103,7 @@ def host_room(tensors: Sequence[Tensor], *, pinned: bool) -> list[Tensor]:
     return [arena.take(tensor) for tensor in tensors]
 
 
-def brought(source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def to_device_async(source: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The values on a device, in another type: they cross the bus in their own, and are converted where they arrive."""
     return source.to(device, non_blocking=True).to(dtype)
 

@@ -12,6 +12,7 @@ from hybridlab.memory.config import Conflict, MemoryConfig, refuse_conflicts
 from hybridlab.predictors import PREDICTORS
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
+from hybridlab.weights.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class HybridTrainerConfig:
     def path_storage(self) -> PathStorage:
         """Where the path is kept, and in which type."""
         dtype = torch.bfloat16 if self.path_dtype == "bf16" else torch.float32
-        return PathStorage(self.path_device == "host", dtype)
+        return PathStorage(Residency.OFFLOADED if self.path_device == "host" else Residency.DEVICE, dtype)
 
     @classmethod
     def conservative(cls, **changes: Any) -> Self:

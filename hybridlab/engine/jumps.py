@@ -57,12 +57,14 @@ class JumpStep:
     ends_chunk: whether the loss is measured at this step
     last_motion_made: whether the weights move several times in this jump, and have moved for the last time
     predicted_loss: at its end, in nats
+    snapshot: what was before the jump, for whoever offloads weights and state; kept by the controller alone
     """
 
     steps_left: int
     ends_chunk: bool
     last_motion_made: bool
     predicted_loss: float
+    snapshot: Snapshot | None
 
 
 class JumpController:
@@ -181,7 +183,7 @@ class JumpController:
         change = loss_change * min(1.0, steps / asked)
         equivalent = self._monitor.equivalent_gradient_steps(change, steps) / steps
         self._snapshot = self._weights.snapshot()  # raises where memory is short: there is no jump without a snapshot
-        self._weights.depart_from(self._snapshot)
+        self._weights.fp32.set_base()
         self._jump = Jump(
             trial.proposal, trial.horizon, trial.scale, steps, self._monitor.mean, change, equivalent, slopes
         )
@@ -199,7 +201,9 @@ class JumpController:
             self._trajectory.move_(jump.proposal.coefficients, chunk)
         self._unconfirmed_equivalent_steps += jump.equivalent_steps_per_step
         ends_chunk = jump.taken % interval == 0 or jump.is_over
-        return JumpStep(steps_left, ends_chunk, jump.last_of_several_made(interval), jump.predicted_loss)
+        return JumpStep(
+            steps_left, ends_chunk, jump.last_of_several_made(interval), jump.predicted_loss, self._snapshot
+        )
 
     def correct_(self, result: StepResult) -> None:
         """Record the slopes after the jump; at the end of Correct move each group to where its slope vanishes."""

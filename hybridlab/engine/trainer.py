@@ -21,7 +21,8 @@ from hybridlab.engine.phases import Phase, PhaseInput, first_phase, next_phase
 from hybridlab.engine.result import AsyncScalar, Statistics, StepResult
 from hybridlab.memory.apply import refuse_unprepared
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.memory.predict_offload import PredictResidence
+from hybridlab.memory.predict_offload import PredictOffload
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
 
 CLOCKS = ("nominal", "gradient", "worth")
@@ -63,9 +64,9 @@ class HybridTrainer:
         self.model, self.optimizer = model, optimizer
         self._initial_config = asdict(config)
         self._statistics = Statistics()
-        self._weights = Weights(model, optimizer, on_host=config.path_device == "host")
+        self._weights = Weights(model, optimizer, snapshots=config.path_storage.residency)
         self._passes = Passes(self._weights.params, optimizer, memory)
-        self._residence = PredictResidence(model, self._weights, optimizer, memory)
+        self._offload = PredictOffload(model, self._weights, optimizer, memory)
         self._jumps = JumpController(self._weights, optimizer, config)
         self._delayed_result: StepResult | None = None
         self._enter(first_phase(config))
@@ -96,7 +97,7 @@ class HybridTrainer:
 
     def _gradient_step(self, batch: MicroBatches) -> StepResult:
         """Forward, backward, clip, optimizer."""
-        self._residence.get_ready_()
+        self._offload.prefetch_()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._passes.backward_(batch)
         norm = self._passes.clip_(self.config.clip_norm)
@@ -106,7 +107,7 @@ class HybridTrainer:
     def _predicted_step(self, batch: MicroBatches) -> StepResult:
         """The weights move at the start of a chunk; its last step measures the loss on the user's own batch."""
         jump = self._jumps.advance_()
-        self._residence.clear_(jump.steps_left, settled=jump.last_motion_made)
+        self._offload.offload_(jump.steps_left, jump.snapshot, last_motion_made=jump.last_motion_made)
         wait_for_stream(self._weights.device)  # here, so that the GPU is cleared beside the motion
         loss = self._passes.forward(batch, predicting=True) if jump.ends_chunk else None
         return self._result(loss, predicted_loss=jump.predicted_loss, forward_only_passes=int(jump.ends_chunk))
@@ -139,7 +140,7 @@ class HybridTrainer:
             )
         rolled_back = decision.snapshot is not None
         if decision.snapshot is not None:
-            self._residence.fill_()
+            self._offload.restore_()
             self._weights.restore_(decision.snapshot)
             self._delayed_result = None
         return replace(result, event=decision.event, diverged=decision.diverged, rolled_back=rolled_back)
@@ -160,7 +161,7 @@ class HybridTrainer:
         if phase is Phase.PREDICT:
             self.optimizer.zero_grad(set_to_none=True)
         else:
-            self._residence.settle_()
+            self._offload.restore_weights_()
         if phase is Phase.FULL:
             self._jumps.begin_block()
 
@@ -227,13 +228,13 @@ class HybridTrainer:
     # --- checkpoints -------------------------------------------------------------------------------------
 
     @property
-    def card_is_clear(self) -> bool:
+    def is_offloaded(self) -> bool:
         """Whether the device holds nothing but what Predict needs."""
-        return self._residence.is_clear
+        return self._offload.residency is Residency.OFFLOADED
 
-    def make_whole_(self) -> None:
+    def materialize_(self) -> None:
         """Bring back to the device what Predict has put away, as whoever saves the model needs it."""
-        self._residence.make_whole_()
+        self._offload.materialize_()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, besides the model and the optimizer.

@@ -84,6 +84,6 @@ def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> 
     )
 
 
-def held(optimizer: Optimizer) -> AbstractContextManager[None]:
+def no_step(optimizer: Optimizer) -> AbstractContextManager[None]:
     """While this lasts, backward passes step nothing, whatever the optimizer: for passes that only warm up."""
-    return optimizer.held() if isinstance(optimizer, StepInBackward | HostAdamW) else nullcontext()
+    return optimizer.no_step() if isinstance(optimizer, StepInBackward | HostAdamW) else nullcontext()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from hybridlab.base.copy_stream import SMALL_BYTES, SideStream
-from hybridlab.base.pinned_memory import host_room
+from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
+from hybridlab.base.pinned_memory import host_empty_like
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class BlockInputs:
     def __init__(self, host: Callable[[Tensor], Tensor] | None = None) -> None:
         self._host = host or _pinned
         self._free: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-        self._stream = SideStream(torch.device("cpu"))
+        self._stream = CopyStream(torch.device("cpu"))
         self._latest: Callable[[], _Sent | None] = _nothing
         self._on_the_way: tuple[_Sent, Tensor] | None = None
 
@@ -91,7 +91,7 @@ class BlockInputs:
 
     def _follow(self, device: torch.device) -> None:
         if device != self._stream.device:
-            self._stream = SideStream(device)
+            self._stream = CopyStream(device)
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
@@ -99,7 +99,7 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    return host_room([tensor], pinned=tensor.is_cuda)[0]
+    return host_empty_like([tensor], pinned=tensor.is_cuda)[0]
 
 
 def _nothing() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hybridlab.base.copy_stream import SMALL_BYTES, SideStream
-from hybridlab.base.device import take_at_once
-from hybridlab.base.pinned_memory import host_room
+from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
+from hybridlab.base.device import reserve_contiguous
+from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.optim.ao import torchao_optim
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import inside, plain_tensors
 
 BLOCK = 256
@@ -29,101 +29,97 @@ CHUNK = BLOCK << 14
 
 
 class StateOffload:
-    """Takes the optimizer's state off the card for the length of a Predict phase, and brings it back.
+    """Takes the optimizer's state off the GPU for the length of a Predict phase, and brings it back.
 
         none       it stays
         cpu        to ordinary host memory; the computation waits
         pinned     to page-locked host memory and back, beside the computation
-        compress   float32 moments become 8-bit codes, a scale for every 256, on the card; inexact
+        compress   float32 moments become 8-bit codes, a scale for every 256, on the GPU; inexact
         drop       it is thrown away and the optimizer starts anew, its step count too; inexact
 
-    cpu and pinned return every bit, and copy nothing where there is a copy already, as a jump's way back has it. The
-    state's tensors stay the same objects: only their memory on the card is given up, so whoever holds one finds it
-    filled again. Host memory is taken at the first use, and used again.
+    cpu and pinned return every bit, and copy nothing where there is a copy already, as a jump's rollback snapshot has
+    it. The state's tensors stay the same objects: only their memory on the GPU is freed, so whoever holds one finds it
+    filled again. Host memory, as many bytes as the state, is taken at the first use, and used again.
 
     optimizer: any whose `state` maps parameters to their tensors, torchao's low-bit ones among them. Asked to step,
         or for its `state_dict`, while its state is away, it has the state brought back first
     config: `PredictAwareMemoryConfig`; of it, the strategy. Whoever counts steps minds its lookahead
 
-    Raises UserError where torchao is wanted and missing, and, from `leave_`, where host memory is short or cannot be
+    residency: of the state; also DEVICE where there is none to offload
+
+    Raises UserError where torchao is wanted and missing, and, from `offload_`, where host memory is short or cannot be
     pinned; the state is then where it was.
     """
 
     def __init__(self, optimizer: Optimizer, config: PredictAwareMemoryConfig) -> None:
         self._optimizer, self._strategy = optimizer, config.strategy
         self._device: torch.device = optimizer.param_groups[0]["params"][0].device
-        self._refuge: _Refuge
-        match config.strategy:
-            case "compress":
-                self._refuge = _EightBits()
-            case strategy:
-                self._refuge = _HostMemory(self._device, pinned=strategy == "pinned")
-        self._away: list[_Content] = []
-        self._has_room = self._is_returning = False
+        self._store: _HostStore | _EightBitStore
+        if config.strategy == "compress":
+            self._store = _EightBitStore()
+        else:
+            self._store = _HostStore(self._device, pinned=config.strategy == "pinned")
+        self._storages: list[_Storage] = []
+        self.residency = Residency.DEVICE
         for ask_first in (
             optimizer.register_step_pre_hook,
             optimizer.register_state_dict_pre_hook,
             optimizer.register_load_state_dict_pre_hook,
         ):
-            ask_first(lambda *_: self.return_())  # type: ignore[operator]
+            ask_first(lambda *_: self.restore_())  # type: ignore[operator]
 
-    @property
-    def is_away(self) -> bool:
-        """Whether the state must be brought back before it may be used."""
-        return bool(self._away)
-
-    def leave_(self, copies: Copies = dict) -> None:
-        """Predict begins: free the state's memory on the card.
+    def offload_(self, copies: Copies = dict) -> None:
+        """Predict begins: free the state's memory on the GPU.
 
         copies: what `cpu` and `pinned` need not copy again
         """
         if self._strategy == "drop":
             for state in self._optimizer.state.values():
                 state.clear()
-        if self._strategy in ("none", "drop") or self.is_away:
+        if self._strategy in ("none", "drop") or self.residency is not Residency.DEVICE:
             return
         self._own_state_()
-        contents = list(_contents(self._optimizer, self._device))
-        self._refuge.take(contents, copies)
-        self._has_room = self._is_returning = False
-        self._away = contents  # first: an interrupt now finds all of it on the host
-        for content in contents:
-            content.free_()
+        storages = list(_storages(self._optimizer, self._device))
+        self._store.save(storages, copies)
+        self._storages = storages  # first: an interrupt now finds all of it on the host
+        self.residency = Residency.OFFLOADED if storages else Residency.DEVICE
+        for storage in storages:
+            storage.free_()
 
     def _own_state_(self) -> None:
-        """Copy what lies in memory that cannot be given up, such as a loaded checkpoint's."""
+        """Copy what lies in memory that cannot be freed, such as a loaded checkpoint's."""
         for state in self._optimizer.state.values():
             for name, value in state.items():
                 if not all(tensor.untyped_storage().resizable() for tensor in plain_tensors(value)):
                     state[name] = inside(value, Tensor.clone)
 
-    def make_room_(self) -> None:
-        """Take the state's memory on the card, if it is away."""
-        if self._has_room or not self._away:
+    def allocate_(self) -> None:
+        """Take the state's memory on the GPU, if it is offloaded."""
+        if self.residency is not Residency.OFFLOADED:
             return
-        take_at_once(self._device, [content.flat for content in self._away])
-        for content in self._away:
-            content.allocate_()
-        self._has_room = True
+        reserve_contiguous(self._device, [storage.flat for storage in self._storages])
+        for storage in self._storages:
+            storage.allocate_()
+        self.residency = Residency.ALLOCATED
 
     def prefetch_(self) -> None:
         """The state is wanted soon: begin its return, if it is away, beside what the computation does."""
-        if self._is_returning or not self._away:
+        if self.residency in (Residency.DEVICE, Residency.RETURNING):
             return
-        self.make_room_()
-        self._refuge.give_back_(self._away)
-        self._is_returning = True
+        self.allocate_()
+        self._store.load_(self._storages)
+        self.residency = Residency.RETURNING
 
-    def return_(self) -> None:
+    def restore_(self) -> None:
         """Predict is over: what the computation does next finds the state in place."""
-        if self.is_away:
+        if self.residency is not Residency.DEVICE:
             self.prefetch_()
-            self._refuge.join()
-            self._away = []
+            self._store.join()
+            self._storages, self.residency = [], Residency.DEVICE
 
 
 @dataclass(frozen=True)
-class _Content:
+class _Storage:
     """All the memory that one or more of the state's tensors lie in, whether or not it is there at present."""
 
     flat: Shaped[Tensor, " element"]
@@ -136,7 +132,7 @@ class _Content:
         self.flat.untyped_storage().resize_(self.flat.nbytes)
 
 
-def _contents(optimizer: Optimizer, device: torch.device) -> Iterator[_Content]:
+def _storages(optimizer: Optimizer, device: torch.device) -> Iterator[_Storage]:
     """The pieces of memory on the device that the state lies in, each once."""
     seen: set[int] = set()
     for name, value in [item for state in optimizer.state.values() for item in state.items()]:
@@ -146,53 +142,43 @@ def _contents(optimizer: Optimizer, device: torch.device) -> Iterator[_Content]:
                 continue
             seen.add(storage.data_ptr())
             flat = torch.empty(0, dtype=tensor.dtype, device=device).set_(storage)  # type: ignore[call-overload]
-            yield _Content(flat, is_square=name.endswith("exp_avg_sq"))
+            yield _Storage(flat, is_square=name.endswith("exp_avg_sq"))
 
 
-# --- refuges ---------------------------------------------------------------------------------------------
+# --- what keeps the values while the state is away -------------------------------------------------------
 
 
-class _Refuge(Protocol):
-    """Keeps what the state's memory holds, while the memory itself is away."""
-
-    def take(self, contents: Sequence[_Content], copies: Copies) -> None: ...
-
-    def give_back_(self, contents: Sequence[_Content]) -> None: ...
-
-    def join(self) -> None: ...
-
-
-class _HostMemory:
-    """The same bytes, where there is a copy of them all already, or else in one arena of the host."""
+class _HostStore:
+    """The same bytes: in copies of them all that exist already, or else in one arena of the host."""
 
     def __init__(self, device: torch.device, *, pinned: bool) -> None:
         self._pinned = pinned
-        self._stream = SideStream(device if pinned else torch.device("cpu"))
-        self._room: list[Tensor] = []
+        self._stream = CopyStream(device if pinned else torch.device("cpu"))
+        self._arena: list[Tensor] = []
         self._places: list[Tensor] = []
 
-    def take(self, contents: Sequence[_Content], copies: Copies) -> None:
-        flats, known = [content.flat for content in contents], copies()
+    def save(self, storages: Sequence[_Storage], copies: Copies) -> None:
+        flats, known = [storage.flat for storage in storages], copies()
         self._places = [known[flat.data_ptr()].view(-1) for flat in flats if flat.data_ptr() in known]
         if not _are_like(self._places, flats):
             self._places = self._copied(flats)
 
     def _copied(self, flats: Sequence[Tensor]) -> list[Tensor]:
-        """Into the room that there is, if it fits; else into an arena that does."""
-        if not _are_like(self._room, flats):
-            self._room = []
-            self._room = host_room(flats, pinned=self._pinned)
+        """Into the arena that there is, if it fits; else into one that does."""
+        if not _are_like(self._arena, flats):
+            self._arena = []
+            self._arena = host_empty_like(flats, pinned=self._pinned)
         with self._stream.copying():
-            for place, flat in zip(self._room, flats, strict=True):
+            for place, flat in zip(self._arena, flats, strict=True):
                 place.copy_(flat, non_blocking=self._pinned)
-                self._stream.keep(flat)
-        return self._room
+                self._stream.record_use(flat)
+        return self._arena
 
-    def give_back_(self, contents: Sequence[_Content]) -> None:
+    def load_(self, storages: Sequence[_Storage]) -> None:
         with self._stream.copying():
-            for place, content in zip(self._places, contents, strict=True):
-                content.flat.copy_(place, non_blocking=self._pinned)
-                self._stream.keep(content.flat)
+            for place, storage in zip(self._places, storages, strict=True):
+                storage.flat.copy_(place, non_blocking=self._pinned)
+                self._stream.record_use(storage.flat)
 
     def join(self) -> None:
         self._stream.join()
@@ -203,7 +189,7 @@ def _are_like(places: Sequence[Tensor], flats: Sequence[Tensor]) -> bool:
     return [(p.dtype, p.shape) for p in places] == [(f.dtype, f.shape) for f in flats]
 
 
-class _EightBits:
+class _EightBitStore:
     """Codes of a logarithmic kind, relative to the largest number of a block (torchao's `OptimState8bit`).
 
     Second moments are kept as their roots. What enters a step is the root, and their own range is wider than the
@@ -216,25 +202,25 @@ class _EightBits:
         self._zeros = torchao_optim("strategy 'compress'").subclass_8bit.OptimState8bit.zeros
         self._kept: list[list[Tensor]] = []
 
-    def take(self, contents: Sequence[_Content], copies: Copies) -> None:
-        self._kept = [[self._coded(piece, content) for piece in _pieces(content.flat)] for content in contents]
+    def save(self, storages: Sequence[_Storage], copies: Copies) -> None:
+        self._kept = [[self._coded(piece, storage) for piece in _pieces(storage.flat)] for storage in storages]
 
-    def give_back_(self, contents: Sequence[_Content]) -> None:
-        for content, kept in zip(contents, self._kept, strict=True):
-            for piece, codes in zip(_pieces(content.flat), kept, strict=True):
+    def load_(self, storages: Sequence[_Storage]) -> None:
+        for storage, kept in zip(storages, self._kept, strict=True):
+            for piece, codes in zip(_pieces(storage.flat), kept, strict=True):
                 piece.copy_(codes)
-                if content.is_square and _is_coded(piece):
+                if storage.is_square and _is_coded(piece):
                     piece.square_()
         self._kept = []
 
     def join(self) -> None: ...
 
-    def _coded(self, piece: Tensor, content: _Content) -> Tensor:
+    def _coded(self, piece: Tensor, storage: _Storage) -> Tensor:
         """The codes of whole blocks; a copy of what is no whole block, or no float32."""
         if not _is_coded(piece):
             return piece.clone()
-        codes: Tensor = self._zeros(piece.shape, not content.is_square, BLOCK, piece.device)
-        return codes.copy_(piece.sqrt() if content.is_square else piece)
+        codes: Tensor = self._zeros(piece.shape, not storage.is_square, BLOCK, piece.device)
+        return codes.copy_(piece.sqrt() if storage.is_square else piece)
 
 
 def _pieces(flat: Shaped[Tensor, " element"]) -> list[Tensor]:

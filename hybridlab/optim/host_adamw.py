@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from hybridlab.base.copy_stream import SideStream
-from hybridlab.base.pinned_memory import host_room
+from hybridlab.base.copy_stream import CopyStream
+from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.base.weak_hook import weak_hook
 from hybridlab.weights.path import MOMENTS
 
@@ -50,8 +50,8 @@ class HostAdamW(Optimizer):
         super().__init__(self._adamw.param_groups, self._adamw.defaults)
         params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
         alike = [torch.empty(param.shape, device="meta") for param in params]
-        masters, gradients = (host_room(alike, pinned=True) for _ in range(2))
-        moments = iter(host_room([like for like in alike for _ in MOMENTS], pinned=False))
+        masters, gradients = (host_empty_like(alike, pinned=True) for _ in range(2))
+        moments = iter(host_empty_like([like for like in alike for _ in MOMENTS], pinned=False))
         self._masters = {p: master.copy_(p.detach()) for p, master in zip(params, masters, strict=True)}
         self._gradients = dict(zip(params, gradients, strict=True))
         self._places = {p: {name: next(moments) for name in MOMENTS} for p in params}
@@ -59,7 +59,7 @@ class HostAdamW(Optimizer):
             places["step"] = torch.zeros(())
             if param.dtype != torch.float32:
                 places["master"] = self._masters[param]
-        self._stream = SideStream(params[0].device)
+        self._stream = CopyStream(params[0].device)
         self._leaving: deque[tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]] = deque()
         self._is_held = self._have_weights_moved = False
         for param in params:
@@ -85,17 +85,17 @@ class HostAdamW(Optimizer):
                 total.copy_(host, non_blocking=True).add_(gradient)
             host.copy_(total, non_blocking=True)
         master.grad = host
-        self._leaving.append(((gradient, total), self._stream.mark()))
+        self._leaving.append(((gradient, total), self._stream.record_event()))
         self._let_go(LEAVING_BYTES)
 
     def _let_go(self, limit_bytes: int) -> None:
         """Free the oldest gradients, while more than this are on their way."""
         while sum(total.nbytes for (_, total), _ in self._leaving) > limit_bytes:
-            self._stream.hold_until(self._leaving[0][1])
+            self._stream.wait_event(self._leaving[0][1])
             self._leaving.popleft()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def no_step(self) -> Iterator[None]:
         """Inside, gradients are thrown away: for backward passes that are only there to compile or to measure."""
         self._is_held = True
         try:

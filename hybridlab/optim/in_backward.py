@@ -33,7 +33,7 @@ class StepInBackward(Optimizer):
         share_a = (share_a + |g_a|^2 / |g|^2) / 2            after each step
 
     It is exact for the last bucket, and for all where the shares stay as they were, however much the norm changes. The
-    first step takes its shares from a pass under `held`, or else from the buckets' sizes.
+    first step takes its shares from a pass under `no_step`, or else from the buckets' sizes.
 
     method: an optimizer that treats its parameters one by one, such as AdamW, SGD or Muon
     buckets: parameters whose gradients arrive together, such as a block's (`hybridlab.memory.checkpointing.buckets_of`)
@@ -98,7 +98,7 @@ class StepInBackward(Optimizer):
         settings["clip_shares"] = settings["clip_shares"].to(self._squares.device)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def no_step(self) -> Iterator[None]:
         """While this lasts, gradients are thrown away and nothing steps; of them, the shares are kept for clipping."""
         self._is_held = True
         self._squares.zero_()

@@ -16,6 +16,7 @@ from hybridlab.memory.config import (
 )
 from hybridlab.planner.plan import Plan, plan_training
 from hybridlab.planner.spec import TrainingSpec
+from hybridlab.weights.residency import Residency
 
 CHUNK_TOKENS, PAD_VOCAB_TO = 1024, 128
 
@@ -88,7 +89,7 @@ def _chunked_loss(spec: TrainingSpec) -> TrainingSpec | None:
 def _path_on_host(spec: TrainingSpec) -> TrainingSpec | None:
     if spec.path is None or spec.path_storage.on_host:
         return None
-    return replace(spec, path_storage=replace(spec.path_storage, on_host=True))
+    return replace(spec, path_storage=replace(spec.path_storage, residency=Residency.OFFLOADED))
 
 
 def _checkpointing(spec: TrainingSpec) -> TrainingSpec | None:

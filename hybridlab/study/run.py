@@ -28,7 +28,7 @@ from hybridlab.engine.passes import Closure
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import Statistics, StepResult
 from hybridlab.engine.trainer import HybridTrainer
-from hybridlab.memory.apply import held, optimizer_for, prepare_model_
+from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_
 from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
 from hybridlab.study.code_version import code_version
@@ -246,7 +246,7 @@ class TrainingRun:
         self._memory.enter(str(self._trainer.current_phase))
         result = self._trainer.step(self._parts_of(step))
         elapsed = self._stopwatch.lap()
-        if self._trainer.card_is_clear:
+        if self._trainer.is_offloaded:
             self._memory.note_predict()
         if result.phase is not Phase.PREDICT and settled:
             self._step_ms.append(1e3 * elapsed)
@@ -276,7 +276,7 @@ class TrainingRun:
 
     def _evaluate(self) -> dict[str, float]:
         self._memory.enter("evaluation")
-        self._trainer.make_whole_()
+        self._trainer.materialize_()
         with autocast(self._config.training_precision, self._device):
             self._evaluation = self._task.evaluate(self._model)
         return self._evaluation
@@ -285,7 +285,7 @@ class TrainingRun:
         """Compile forward, backward and the forward without gradients, and settle caches, before the clock runs."""
         loss = self._parts_of(0)[0]
         numbers = autocast(self._config.training_precision, self._device)
-        with torch.random.fork_rng(cards(self._device)), held(self._optimizer), numbers:
+        with torch.random.fork_rng(cards(self._device)), no_step(self._optimizer), numbers:
             for _ in range(WARM_UP_PASSES):
                 loss().backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
@@ -327,7 +327,7 @@ class TrainingRun:
         self._stopwatch.pause()
         self._flush()
         with self._process.held():
-            self._trainer.make_whole_()
+            self._trainer.materialize_()
             save_checkpoint(self._folder / CHECKPOINT, self._state(), meta=self._identity)
 
     def _state(self) -> dict[str, Any]:

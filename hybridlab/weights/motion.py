@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hybridlab.base.pinned_memory import brought
+from hybridlab.base.pinned_memory import to_device_async
 
 Flat = Float[Tensor, " element"]
 """One parameter group, laid out in one piece of memory."""
 
 Motion = tuple[int, Flat, float]
-"""A group's number, a row of the path, and the length to go along it."""
+"""A group's number, a row of the path, and the length to move along it."""
 
 PIECE = 1 << 24
-"""Elements of a flat piece of memory that are brought to the device, or summed in float32, at a time."""
-
-
-def flats_of(groups: Iterable[Sequence[Tensor]]) -> list[Flat]:
-    """What each group takes in one piece of memory: its size and type, on "meta"."""
-    return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in groups]
+"""Elements of a flat piece of memory that are copied to the device, or summed in float32, at a time."""
 
 
 def views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
@@ -31,8 +26,8 @@ def views(flat: Flat, group: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(p.shape) for piece, p in zip(pieces, group, strict=True)]
 
 
-def runs(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
-    """Consecutive parameters of one type, together no longer than a `PIECE`; a longer one is a run of its own.
+def chunks_of(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
+    """Consecutive parameters of one type, together no longer than a `PIECE`; a longer one is a chunk of its own.
 
     Yields which parameters, and where they lie in a flat piece of memory.
     """
@@ -46,11 +41,11 @@ def runs(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
 
 
 def move_along_(group: Sequence[Tensor], row: Flat, length: float) -> None:
-    """Add a row to a group's parameters; where it does not lie beside them, it comes over run by run."""
+    """Add a row to a group's parameters; where it does not lie beside them, it is copied chunk by chunk."""
     device = group[0].device
     if (row.device, row.dtype) == (device, group[0].dtype):
         torch._foreach_add_(list(group), views(row, group), alpha=length)
         return
-    for members, stretch in runs(group):
-        run = list(group[members])
-        torch._foreach_add_(run, views(brought(row[stretch], device, run[0].dtype), run), alpha=length)
+    for members, stretch in chunks_of(group):
+        chunk = list(group[members])
+        torch._foreach_add_(chunk, views(to_device_async(row[stretch], device, chunk[0].dtype), chunk), alpha=length)

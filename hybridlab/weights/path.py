@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError
-from hybridlab.base.pinned_memory import brought, host_room
+from hybridlab.base.pinned_memory import host_empty_like, to_device_async
 from hybridlab.base.settings import check_types
 from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, Row
 from hybridlab.weights.motion import PIECE, Flat
+from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights, refuse_hidden_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,15 +27,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class PathStorage:
-    """Where the path is kept. `on_host`: in pinned host memory instead of beside the weights; `dtype`: of its rows."""
+    """Where the path is kept.
 
-    on_host: bool = False
+    residency: DEVICE, beside the weights, or OFFLOADED, in (pinned) host memory
+    dtype: of its rows and velocity
+    """
+
+    residency: Residency = Residency.DEVICE
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         check_types(self)
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype is {self.dtype}: rows are differences of weights, take torch.bfloat16 or float32")
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is kept in host memory."""
+        return self.residency is Residency.OFFLOADED
 
 
 class Trajectory:
@@ -99,7 +109,7 @@ class Trajectory:
         """Memory of these shapes and types, where the path is kept."""
         device = self._weights.device
         if self._storage.on_host:
-            return host_room(wanted, pinned=device.type == "cuda")
+            return host_empty_like(wanted, pinned=device.type == "cuda")
         return [torch.empty_like(tensor, device=device) for tensor in wanted]
 
     @property
@@ -136,7 +146,7 @@ class Trajectory:
         for g, group in enumerate(self._weights.groups):
             gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group])
             for row in np.flatnonzero(coefficients[g]):
-                along = brought(self._row_vectors(g)[row], device, gradient.dtype)
+                along = to_device_async(self._row_vectors(g)[row], device, gradient.dtype)
                 slopes[g] += float(coefficients[g, row]) * _dot(gradient, along)
         return slopes
 
@@ -225,17 +235,17 @@ def _average_(mean: Flat, row: Flat, keep: float, weight: float, device: torch.d
         mean.mul_(keep).add_(row, alpha=weight)
         return
     for old, new in zip(torch.split(mean, PIECE), torch.split(row, PIECE), strict=True):
-        exact = brought(old, device, torch.float32) * keep
-        exact.add_(brought(new, device, torch.float32), alpha=weight)
+        exact = to_device_async(old, device, torch.float32) * keep
+        exact.add_(to_device_async(new, device, torch.float32), alpha=weight)
         old.copy_(exact.to(old.dtype), non_blocking=True)
     wait_for_stream(device)
 
 
 def _products(rows: Sequence[Flat], device: torch.device) -> Float64[Tensor, "row row"]:
-    """Inner products of rows, brought to the device piece by piece."""
+    """Inner products of rows, copied to the device piece by piece."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
     for start in range(0, rows[0].numel() if rows else 0, PIECE):
-        pieces = [brought(row[start : start + PIECE], device, torch.float32) for row in rows]
+        pieces = [to_device_async(row[start : start + PIECE], device, torch.float32) for row in rows]
         for i, j in itertools.combinations_with_replacement(range(len(rows)), 2):
             total[i, j] += torch.dot(pieces[i], pieces[j])
     return torch.triu(total) + torch.triu(total, diagonal=1).T

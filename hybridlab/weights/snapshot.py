@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError
-from hybridlab.base.pinned_memory import HostPool, brought
-from hybridlab.weights.bf16_resident import LowWeights
-from hybridlab.weights.motion import Flat, Motion, flats_of, move_along_, views
+from hybridlab.base.pinned_memory import ArenaPool, to_device_async
+from hybridlab.weights.bf16_resident import Fp32Weights
+from hybridlab.weights.motion import Flat, Motion, move_along_, views
+from hybridlab.weights.residency import Residency
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own.
 
+    tensors: the parameters, then the model's buffers, each in its own shape and type
+    optimizer: by the parameter's number, its state, tensors in their own shapes and types
     beside: by parameter, the names of the state that lay where the parameter does; state that is gone returns there
     """
 
@@ -37,25 +40,23 @@ class Snapshot:
 class Weights:
     """The trainable weights in the optimizer's groups, and the model's buffers.
 
-    While they are *lowered*, the device holds them in bf16, and the float32 ones can be had from elsewhere; motions are
-    added to the exact ones, so that roundings never pile up.
+    snapshots: where they are kept: DEVICE, beside the weights, or OFFLOADED, in (pinned) host memory, which is used
+        again when nobody holds the snapshot, or a tensor of it, any more
 
-    on_host: keep snapshots in (pinned) host memory instead of beside the weights; it is used again when nobody holds
-        the snapshot, or a tensor of it, any more
+    groups: the parameters that require gradients, by optimizer group; params: all of them; device: where they lie
+    fp32: offloads and restores the float32 weights; motions are added to the exact ones, so that no rounding adds up
 
-    `lower_` and `snapshot` raise UserError where host memory is short or cannot be pinned; nothing has been changed
-    then.
+    `snapshot` raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, on_host: bool = False) -> None:
-        self._optimizer, self._host = optimizer, HostPool() if on_host else None
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, snapshots: Residency = Residency.DEVICE) -> None:
+        self._optimizer, self._pool = optimizer, ArenaPool() if snapshots is Residency.OFFLOADED else None
         groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         self.groups = [group for group in groups if group]
         self.params = [p for group in self.groups for p in group]
         self.device = self.params[0].device
         self._buffers = list(model.buffers())
-        self._low = LowWeights(self.groups)
-        self._way_back: Snapshot | None = None
+        self.fp32 = Fp32Weights(self.groups)
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ class Weights:
     @property
     def flats(self) -> list[Flat]:
         """What each group takes in one piece of memory: its size and type, on "meta"."""
-        return flats_of(self.groups)
+        return [torch.empty(sum(p.numel() for p in g), dtype=g[0].dtype, device="meta") for g in self.groups]
 
     @torch.no_grad()
     def gather_(self, flat: Flat, g: int) -> Flat:
@@ -82,7 +83,7 @@ class Weights:
             self.gather_(last, g)
             return
         for param, then, way in zip(group, views(last, group), views(row, group), strict=True):
-            moved = param - brought(then, self.device, then.dtype)
+            moved = param - to_device_async(then, self.device, then.dtype)
             way.copy_(moved.to(way.dtype), non_blocking=True)
             then.copy_(param, non_blocking=True)
         wait_for_stream(self.device)
@@ -93,51 +94,23 @@ class Weights:
     def move_(self, motions: Iterable[Motion]) -> None:
         """Add to each group its motions times their lengths, in place. Every jump passes here.
 
-        While weights are lowered, the exact ones move alone: `lower_` lets the bf16 ones follow, `raise_` brings them.
+        While the float32 weights are offloaded, they alone move: the next `fp32.offload_` rounds the bf16 ones anew.
         """
         motions = list(motions)
-        self._low.note(motions)
-        if not self._low.is_low:
+        self.fp32.record(motions)
+        if self.fp32.residency is Residency.DEVICE:
             for g, row, length in motions:
                 move_along_(self.groups[g], row, length)
-        tell_of_jump(self._optimizer)
+        notify_weights_moved(self._optimizer)
 
-    # --- putting away ------------------------------------------------------------------------------------
+    # --- snapshots ---------------------------------------------------------------------------------------
 
-    def depart_from(self, way_back: Snapshot) -> None:
-        """A jump begins where this was taken: until `raise_`, whatever it holds need not be copied to be put away."""
-        self._low.depart_from(way_back.tensors[: len(self.params)])
-        self._way_back = way_back
+    def copies_of_state(self, snapshot: Snapshot | None) -> dict[int, Tensor]:
+        """What the snapshot of the jump under way has of the optimizer's state, by the original's address.
 
-    @torch.no_grad()
-    def lower_(self) -> None:
-        """Leave bf16 weights on the device; the float32 ones can be had from the way back, or from a copy on the host.
-
-        Those that are lowered follow the motions since. Broken off at any point, no bit is lost: `raise_` brings all.
+        Only what lies in memory in the same order as the original; nothing once the weights may have been trained.
         """
-        self._low.lower_()
-
-    def make_room_(self) -> None:
-        """Take the float32 weights' memory on the device, if they are lowered: `raise_` comes next."""
-        self._low.make_room_()
-
-    @torch.no_grad()
-    def raise_(self, *, for_now: bool = False) -> None:
-        """Bring the float32 weights back to the device. Does nothing where they are there.
-
-        for_now: they are looked at, and the jump goes on; else they may be trained, and nothing stands for them
-        """
-        self._low.raise_()
-        if not for_now:
-            self._low.forget()
-            self._way_back = None
-
-    def copies_of_state(self) -> dict[int, Tensor]:
-        """What the way back of the jump under way has of the optimizer's state, by the original's address.
-
-        Only what lies in memory in the same order as the original.
-        """
-        states, saved = self._states, (self._way_back.optimizer if self._way_back else None) or {}
+        states, saved = self._states, (snapshot.optimizer if snapshot and self.fp32.has_base else None) or {}
         return {
             plain.data_ptr(): copy
             for i, state in saved.items()
@@ -145,8 +118,6 @@ class Weights:
             for plain, copy in zip(plain_tensors(states[i][key]), plain_tensors(kept), strict=True)
             if plain.is_contiguous() and copy.is_contiguous()
         }
-
-    # --- keeping a way back ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def snapshot(self, *, optimizer: bool = True) -> Snapshot:
@@ -161,20 +132,20 @@ class Weights:
 
     def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """A copy of each of these: beside it, or all of them in one piece of host memory."""
-        if self._host is None:
+        if self._pool is None:
             return [inside(tensor, Tensor.clone) for tensor in tensors]
-        room = iter(self._host.room([plain for tensor in tensors for plain in plain_tensors(tensor)]))
-        return [inside(tensor, lambda plain: next(room).copy_(plain, non_blocking=True)) for tensor in tensors]
+        places = iter(self._pool.empty_like([plain for tensor in tensors for plain in plain_tensors(tensor)]))
+        return [inside(tensor, lambda plain: next(places).copy_(plain, non_blocking=True)) for tensor in tensors]
 
     @torch.no_grad()
     def restore_(self, snapshot: Snapshot) -> None:
-        """Put everything that a snapshot holds back exactly as it was. The weights must not be lowered."""
+        """Put everything that a snapshot holds back exactly as it was. The float32 weights must be on the device."""
         if self._tensors:
             torch._foreach_copy_(self._tensors, list(snapshot.tensors))
         if snapshot.optimizer is not None:
             for i, param in enumerate(self.params):
                 _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i), snapshot.beside.get(i, []))
-        tell_of_jump(self._optimizer)
+        notify_weights_moved(self._optimizer)
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -216,7 +187,7 @@ def refuse_hidden_weights(optimizer: Optimizer, params: Iterable[Tensor]) -> Non
                 )
 
 
-def tell_of_jump(optimizer: Optimizer) -> None:
+def notify_weights_moved(optimizer: Optimizer) -> None:
     """Let an optimizer that keeps its own copy of the weights know that they were moved."""
     if hasattr(optimizer, "weights_moved"):
         optimizer.weights_moved()
@@ -244,10 +215,8 @@ def inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `change` to a tensor, or to the plain tensors that a wrapper such as a quantized state is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         return change(tensor.detach())
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: inside(getattr(tensor, name), change) for name in names}
-    wrapper: Any = type(tensor)
-    return wrapper.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+    whole: Tensor = transform_subclass(tensor, lambda _, part: inside(part, change))
+    return whole
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
