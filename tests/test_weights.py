@@ -449,7 +449,7 @@ def test_all_bf16_weights_lie_in_one_piece_of_memory() -> None:
 
 @pytest.mark.parametrize("piece", [7, 100, PIECE])
 @pytest.mark.parametrize("place", PLACES)
-def test_weights_that_depart_from_a_way_back_are_lowered_without_a_copy(
+def test_weights_that_move_from_a_snapshot_are_offloaded_without_a_copy(
     place: Residency, piece: int, arenas: CountedArenas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much of them comes over at a time."""
