@@ -102,8 +102,7 @@ def batch_at(text, step, batch_size=8, block_size=64):
 
 
 # --- the path of the weights -----------------------------------------------------------------------------
-# In a Full phase the weights are kept after each quarter. The differences are the rows of the path:
-#     row[i] = theta[t + k] - theta[t],    k = full_steps / 4,    one flat tensor per parameter group
+# After each quarter of a Full phase, k steps, a row is kept per parameter group: row[i] = theta[t + k] - theta[t]
 def flat(groups):
     return [torch.cat([p.detach().flatten() for p in group]) for group in groups]
 
@@ -218,12 +217,11 @@ def wanted_length(before, after):
 def correct_(groups, jump, slopes_after, past):
     """Move each parameter group to its wanted length; half of that comes from what similar jumps wanted."""
     before, after = jump.slope_before * jump.moved, torch.stack(slopes_after).mean(dim=0) * jump.moved
-    wanted = [wanted_length(*slopes) for slopes in zip(before.tolist(), after.tolist(), strict=True)]
-    usual = min(1.5, expected_length(past, jump.confidence) / (jump.scale * jump.moved)) if past else None
-    lengths = wanted if usual is None else [0.5 * w + 0.5 * usual for w in wanted]
-    past.appendleft(
-        (jump.confidence, wanted_length(before.sum().item(), after.sum().item()) * (jump.scale * jump.moved))
-    )
+    taken = jump.scale * jump.moved
+    usual = min(1.5, expected_length(past, jump.confidence) / taken)
+    lengths = [wanted_length(*slopes) for slopes in zip(before.tolist(), after.tolist(), strict=True)]
+    lengths = [0.5 * length + 0.5 * usual for length in lengths] if past else lengths
+    past.appendleft((jump.confidence, wanted_length(before.sum().item(), after.sum().item()) * taken))
     move_(groups, jump.row, [jump.pace * (jump.moved * (length - 1.0)) for length in lengths])
 
 
