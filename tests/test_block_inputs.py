@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, prepare_model_
-from hybridlab.memory.block_inputs import BlockInputs
-from hybridlab.memory.checkpointing import checkpoint_blocks_
+from hybridlab.memory.checkpointing import BlockInputs, checkpoint_blocks_
 from hybridlab.models import GPT2, GPT2Config
 
 HOST = CheckpointingConfig(inputs="host")
@@ -113,7 +112,7 @@ def test_what_blocks_share_and_what_is_small_stays() -> None:
     weight = torch.randn(64, 64, requires_grad=True)
     x, small = weight * 2, torch.ones(3, requires_grad=True) * 2
     mask, places = torch.ones(64, 64), Counted()
-    with BlockInputs(places).kept():
+    with BlockInputs(places).hooks():
         out = checkpoint(_block, x, mask, small, weight, use_reentrant=False)
     out.sum().backward()
     assert [place.shape for place in places.places] == [x.shape]

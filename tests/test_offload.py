@@ -17,8 +17,7 @@ from hybridlab.memory import state_offload
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.memory.state_offload import StateOffload, _Storage
 from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups
-from hybridlab.optim.ao import torchao_optim
-from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.optim.low_bit import low_bit_adamw, torchao_optim
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import plain_tensors
 from tests.conftest import CountedArenas

@@ -14,7 +14,7 @@ from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
 from hybridlab.base.device import reserve_contiguous
 from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.memory.config import PredictAwareMemoryConfig
-from hybridlab.optim.ao import torchao_optim
+from hybridlab.optim.low_bit import torchao_optim
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import inside, plain_tensors
 

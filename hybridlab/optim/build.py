@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,19 +25,16 @@ ParamGroup = dict[str, Any]
 class OptimizerConfig:
     """Which optimizer, and its settings.
 
-    Args:
-        name: adamw, adam, muon (for hidden matrices, with AdamW for the rest) or sgd.
-        lr: base learning rate; with muon, of the hidden matrices.
-        betas: Adam's decay rates of the first and second moment.
-        eps: added to Adam's denominator.
-        weight_decay: on parameters of two or more dimensions; norms and biases are not decayed. None is 0.1, and
-            nothing with adam, which would mix it into its moments.
-        momentum: of muon and sgd.
-        adamw_lr: with muon, the learning rate of everything else; None is 3e-4.
+    name: adamw, adam, muon (for hidden matrices, with AdamW for the rest) or sgd
+    lr: base learning rate; with muon, of the hidden matrices
+    betas: Adam's decay rates of the first and second moment
+    eps: added to Adam's denominator
+    weight_decay: of parameters of two or more dimensions; norms and biases are not decayed. None is 0.1, and 0 with
+        adam, which would mix it into its moments
+    momentum: of muon and sgd
+    adamw_lr: with muon, the learning rate of everything else; None is 3e-4
 
-    Raises:
-        TypeError, ValueError: a setting that makes no optimizer; the message says what would.
-
+    Raises TypeError and ValueError for a setting that makes no optimizer; the message says what would.
     """
 
     name: str = "adamw"
@@ -83,9 +80,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
     Move the model to its device first: on CUDA, Adam, AdamW and SGD take their fused form.
 
-    Raises:
-        ValueError: nothing in the model is trainable, or muon finds no hidden matrix in it.
-
+    Raises ValueError where nothing in the model is trainable, or muon finds no hidden matrix in it.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -152,14 +147,21 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     return [group for group in groups if group["params"]]
 
 
+def step_with_(method: Optimizer, groups: list[ParamGroup], state: Mapping[Tensor, Any]) -> None:
+    """One step of another optimizer, on groups and state that it is lent: they stay the lender's.
+
+    groups: a step of `method` sees these alone; state: by parameter, where it reads and keeps its moments
+    """
+    method.param_groups, method.state = groups, state  # type: ignore[assignment]
+    method.step()
+
+
 class MuonWithAdamW(Optimizer):
     """Muon for some parameters and AdamW for the others, as one optimizer.
 
-    The groups and the state are this object's: before each step they are lent to the two methods, so
-    that whoever reads, replaces, saves or restores them sees one ordinary optimizer.
-
-    Muon's learning rate is scaled by 0.2 sqrt(max(rows, columns)), so that an update has about the size
-    of AdamW's.
+    The groups and the state are this object's (`step_with_`), so that whoever reads, replaces, saves or restores them
+    sees one ordinary optimizer. Muon's learning rate is scaled by 0.2 sqrt(max(rows, columns)), so that an update has
+    about the size of AdamW's.
 
     Source: https://kellerjordan.github.io/posts/muon/; the scale, https://arxiv.org/abs/2502.16982.
     """
@@ -176,9 +178,7 @@ class MuonWithAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for name, method in self.methods.items():
-            method.param_groups = [group for group in self.param_groups if group["method"] == name]
-            method.state = self.state
-            method.step()
+            step_with_(method, [group for group in self.param_groups if group["method"] == name], self.state)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,22 +189,21 @@ class MuonWithAdamW(Optimizer):
 class Schedule:
     """The learning rate at each step, as a multiple of the base rate.
 
-    m(s) = min(1, (s + 1) / warmup_steps, fall(s)), where fall goes from 1 to final_fraction:
+        m(s) = min(1, (s + 1) / warmup_steps, fall(s))
 
-    - constant: never;
-    - wsd: linearly over the last decay_fraction of total_steps (warmup, stable, decay);
-    - cosine: along half a cosine from the end of the warmup to total_steps.
+    fall goes from 1 to final_fraction:
 
-    Args:
-        name: constant, wsd or cosine.
-        warmup_steps: steps of linear warmup; 0 for none.
-        total_steps: length of the run; later steps keep the last value.
-        decay_fraction: share of total_steps in which wsd decays.
-        final_fraction: multiple of the base rate at total_steps.
+        constant   never
+        wsd        linearly over the last decay_fraction of total_steps (warmup, stable, decay)
+        cosine     along half a cosine from the end of the warmup to total_steps
 
-    Raises:
-        TypeError, ValueError: a setting that makes no schedule; the message says what would.
+    name: constant, wsd or cosine
+    warmup_steps: steps of linear warmup; 0 for none
+    total_steps: length of the run; later steps keep the last value
+    decay_fraction: share of total_steps in which wsd decays
+    final_fraction: multiple of the base rate at total_steps
 
+    Raises TypeError and ValueError for a setting that makes no schedule; the message says what would.
     """
 
     name: str = "wsd"
@@ -251,8 +250,8 @@ class Schedule:
 def set_lr_(optimizer: Optimizer, multiplier: float) -> None:
     """Set each group's learning rate to multiplier times the one it started with.
 
-    The first call remembers each group's rate as its `initial_lr`. A rate kept in a tensor is filled in
-    place, so that what was compiled or captured around it sees the change.
+    The first call remembers each group's rate as its `initial_lr`. A rate kept in a tensor is filled in place, so that
+    what was compiled or captured around it sees the change.
     """
     for group in optimizer.param_groups:
         lr = multiplier * group.setdefault("initial_lr", float(group["lr"]))

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from hybridlab.base.copy_stream import CopyStream
 from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.base.weak_hook import weak_hook
+from hybridlab.optim.build import step_with_
 from hybridlab.weights.path import MOMENTS
 
 LEAVING_BYTES = 128_000_000
@@ -61,7 +62,7 @@ class HostAdamW(Optimizer):
                 places["master"] = self._masters[param]
         self._stream = CopyStream(params[0].device)
         self._leaving: deque[tuple[tuple[Tensor, Tensor], torch.cuda.Event | None]] = deque()
-        self._is_held = self._have_weights_moved = False
+        self._discards_gradients = self._have_weights_moved = False
         for param in params:
             param.register_post_accumulate_grad_hook(weak_hook(self._send_gradient))  # type: ignore[no-untyped-call]
 
@@ -75,7 +76,7 @@ class HostAdamW(Optimizer):
         the host runs far ahead of the card, and none of the memory would be free again by the time it is wanted.
         """
         gradient, param.grad = param.grad, None
-        if self._is_held or gradient is None:
+        if self._discards_gradients or gradient is None:
             return
         host, master = self._gradients[param], self._masters[param]
         gradient = gradient.to(host.dtype)
@@ -86,9 +87,9 @@ class HostAdamW(Optimizer):
             host.copy_(total, non_blocking=True)
         master.grad = host
         self._leaving.append(((gradient, total), self._stream.record_event()))
-        self._let_go(LEAVING_BYTES)
+        self._free_sent(LEAVING_BYTES)
 
-    def _let_go(self, limit_bytes: int) -> None:
+    def _free_sent(self, limit_bytes: int) -> None:
         """Free the oldest gradients, while more than this are on their way."""
         while sum(total.nbytes for (_, total), _ in self._leaving) > limit_bytes:
             self._stream.wait_event(self._leaving[0][1])
@@ -96,12 +97,12 @@ class HostAdamW(Optimizer):
 
     @contextmanager
     def no_step(self) -> Iterator[None]:
-        """Inside, gradients are thrown away: for backward passes that are only there to compile or to measure."""
-        self._is_held = True
+        """Inside, gradients are thrown away and nothing steps: for passes that only compile or measure."""
+        self._discards_gradients = True
         try:
             yield
         finally:
-            self._is_held = False
+            self._discards_gradients = False
 
     # --- gradients on the host ---------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class HostAdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         super().zero_grad(set_to_none=True)
-        self._let_go(0)
+        self._free_sent(0)
         for master in self._masters.values():
             master.grad = None
 
@@ -147,11 +148,10 @@ class HostAdamW(Optimizer):
         return loss
 
     def _step_(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Lend one parameter's group and state to AdamW, and send what comes of it to the card."""
+        """Let AdamW step one parameter's master, and send that to the GPU."""
         master = self._masters[param]
-        self._adamw.param_groups = [group | {"params": [master], "fused": True, "foreach": False}]
-        self._adamw.state = {master: self._settled(param)}  # type: ignore[assignment]
-        self._adamw.step()
+        group = group | {"params": [master], "fused": True, "foreach": False}
+        step_with_(self._adamw, [group], {master: self._state_in_place(param)})
         param.copy_(master, non_blocking=True)
 
     def weights_moved(self) -> None:
@@ -172,7 +172,7 @@ class HostAdamW(Optimizer):
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def _settled(self, param: Tensor) -> dict[str, Any]:
+    def _state_in_place(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state, in the memory set aside for it: begun, or brought there from where it was put."""
         state, places = self.state[param], self._places[param]
         if not state:
@@ -193,5 +193,5 @@ class HostAdamW(Optimizer):
             group.update(loaded | {"params": group["params"]})
         for param, master in self._masters.items():
             self.state[param] = dict(twin.state[master])
-            self._settled(param)
+            self._state_in_place(param)
         self.weights_moved()

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.weak_hook import weak_hook
+from hybridlab.optim.build import step_with_
 
 LEAST_SHARE = 1e-12
 """Where the shares that are known begin: what has none and brings nothing would make the norm NaN."""
@@ -25,8 +26,8 @@ class StepInBackward(Optimizer):
     host has to do beside each block is little.
 
     One ordinary optimizer to whoever looks at it: groups and state are this object's, and are lent to `method` for each
-    bucket. The norm of all gradients is known only when the backward pass has ended, so clipping goes by an estimate:
-    what has arrived so far, and the share of the whole that it had in the steps before.
+    bucket (`step_with_`). The norm of all gradients is known only when the backward pass has ended, so clipping goes by
+    an estimate: what has arrived so far, and the share of the whole that it had in the steps before.
 
         norm_b  = sqrt(sum of |g_a|^2 / sum of share_a)      over the buckets a up to and with b
         g_b     = g_b min(1, clip_norm / norm_b)
@@ -52,7 +53,7 @@ class StepInBackward(Optimizer):
         self._matrices = [self._by_group({p for p in bucket if p.ndim > 1}) for bucket in self._buckets]
         self._vectors = self._by_group({p for bucket in self._buckets for p in bucket if p.ndim < 2})
         self._arrived = [0] * len(self._buckets)
-        self._is_held = False
+        self._discards_gradients = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
         self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
         self._known_square, self._known_share = self._squares.new_zeros(()), self._squares.new_full((), LEAST_SHARE)
@@ -99,19 +100,19 @@ class StepInBackward(Optimizer):
 
     @contextmanager
     def no_step(self) -> Iterator[None]:
-        """While this lasts, gradients are thrown away and nothing steps; of them, the shares are kept for clipping."""
-        self._is_held = True
+        """Inside, gradients are thrown away and nothing steps; of them, the shares are kept for clipping."""
+        self._discards_gradients = True
         self._squares.zero_()
         try:
             yield
         finally:
-            self._is_held = False
+            self._discards_gradients = False
             self._learn_shares_(weight=1.0)
             self._squares.zero_()
 
     def _arrive(self, i: int, param: Tensor) -> None:
         """A gradient is there; the last of its bucket sets off the step."""
-        if self._is_held:
+        if self._discards_gradients:
             self._squares[i] += param.grad.square().sum()  # type: ignore[union-attr]
             param.grad = None
             return
@@ -154,8 +155,6 @@ class StepInBackward(Optimizer):
         if not any(chosen):
             return
         groups = zip(self.param_groups, chosen, strict=True)
-        self.method.param_groups = [group | {"params": members} for group, members in groups if members]
-        self.method.state = self.state
-        self.method.step()
+        step_with_(self.method, [group | {"params": members} for group, members in groups if members], self.state)
         for p in (p for members in chosen for p in members):
             p.grad = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +17,14 @@ from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.base.compiler import require_compiler
-from hybridlab.optim.ao import torchao_optim
+from hybridlab.base.errors import UserError
 from hybridlab.optim.build import ParamGroup
 from hybridlab.weights.motion import views
 
 CLASSES = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}
+
+CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that, on import, list the kernels that a machine cannot use; no optimizer needs them."""
 
 
 def low_bit_adamw(
@@ -210,3 +216,25 @@ def _update(compiled: bool) -> Callable[..., None]:
             update(p, g, step, mean.tensor(), square.tensor(), None, lr, beta1, beta2, decay, eps, True, rounded)
 
     return torch.compile(update_all, fullgraph=True, dynamic=False) if compiled else update_all
+
+
+@lru_cache
+def torchao_optim(wanted_by: str) -> ModuleType:
+    """The package `torchao.optim`.
+
+    wanted_by: the setting that needs it, for the message
+
+    Raises UserError where torchao is not installed.
+    """
+    levels = {name: logging.getLogger(name).level for name in CHATTY}
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            import torchao.optim
+    except ImportError as error:
+        raise UserError(f"{wanted_by} needs torchao: .venv/bin/pip install torchao") from error
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    return torchao.optim

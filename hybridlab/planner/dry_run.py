@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybridlab.memory.block_inputs import BlockInputs
-from hybridlab.memory.checkpointing import buckets_of, checkpoint_blocks_
+from hybridlab.memory.checkpointing import BlockInputs, buckets_of, checkpoint_blocks_
 from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.planner.flops import Work
