@@ -26,11 +26,11 @@ from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study import config as run_config
+from hybridlab.study.base import Base
 from hybridlab.study.compilation import compile_, let_go_of_compiled
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
-from hybridlab.study.statistics import ControlCurve, Interval, step_value
-from hybridlab.study.study import folder_name, run_arms
+from hybridlab.study.study import folder_name, is_plain, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
 from hybridlab.vram import MemoryMeter
 
@@ -136,65 +136,77 @@ def test_same_settings_same_numbers(tmp_path: Path, result: StudyResult) -> None
     assert again.steps["measured_loss"].equals(result.runs["jumpy", 0].steps["measured_loss"])
 
 
-@pytest.mark.parametrize(
-    ("values", "sign"), [([0.1, 0.11, 0.12], 1), ([-0.1, -0.11, -0.12], -1), ([-0.1, 0.1, 0.05], 0), ([0.5], 0)]
-)
-def test_an_interval_that_holds_zero_has_no_sign(values: list[float], sign: int) -> None:
-    assert Interval.of(values).sign == sign
-
-
-def test_interval_is_student_s() -> None:
-    interval = Interval.of([1.0, 2.0, 3.0])
-    assert interval.high - interval.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-
-
-def test_step_value_is_one_when_a_predicted_step_is_a_real_one() -> None:
-    curve = ControlCurve.fit({n: 5.0 - 0.4 * math.log(n) for n in (100, 200, 400)})
-
-    def loss(n: float) -> float:
-        return 5.0 - 0.4 * math.log(n)
-
-    assert step_value(curve, loss(300), gradient_steps=200, predicted_steps=100) == pytest.approx(1.0)
-    assert step_value(curve, loss(200), gradient_steps=200, predicted_steps=100) == pytest.approx(0.0)
-    assert step_value(curve, loss(150), gradient_steps=200, predicted_steps=100) == pytest.approx(-0.5)
-
-
-@pytest.mark.parametrize("slope", [0.0, 0.4])
-def test_a_control_curve_that_does_not_fall_values_no_step(slope: float) -> None:
-    curve = ControlCurve.fit({n: 5.0 + slope * math.log(n) for n in (100, 200, 400)})
-    assert not curve.falls
-    with pytest.raises(ValueError, match="does not fall"):
-        step_value(curve, 4.0, gradient_steps=200, predicted_steps=100)
-
-
-def test_a_nearly_flat_control_curve_overflows_nowhere() -> None:
-    curve = ControlCurve.fit({n: 5.0 - 1e-4 * math.log(n) for n in (100, 200, 400)})
-    assert curve.steps_for(3.0) == math.inf
-    assert curve.steps_for(7.0) == 0.0
-
-
-def made_up(losses: list[dict[str, float]]) -> StudyResult:
+def made_up(losses: list[dict[str, float]], steps: int = 400) -> StudyResult:
     """A study's closing figures: for each seed, the final loss of each arm."""
-    steps = {"baseline": 400, "control, 50% of the steps": 200, "hybrid": 300}
+    shares = {"baseline": 1.0, "control, 50% of the steps": 0.5, "control, 75% of the steps": 0.75}
     plain = dict.fromkeys(("forward_only_passes", "proposals_accepted", "proposals_rejected"), 0)
     plain |= {"rollbacks": 0, "divergences": 0, "seconds": 1.0, "memory_source": "process"}
+    config = {"task": {"batch_size": 8, "block_size": 64}}
     runs = {}
     for seed, by_arm in enumerate(losses):
         for name, loss in by_arm.items():
-            counts = {"gradient_steps": steps[name], "predicted_steps": 100 * (name == "hybrid")}
+            share, predicts = shares.get(name, 0.7), name not in shares and not is_plain(name)
+            counts = {"gradient_steps": round(share * steps), "predicted_steps": round(0.3 * steps * predicts)}
             summary = plain | counts | {"validation_loss": loss}
-            runs[name, seed] = Run(Path(), {}, pd.DataFrame(), pd.DataFrame(), summary)
+            runs[name, seed] = Run(Path(), config, pd.DataFrame({"measured_loss": [6.0]}), pd.DataFrame(), summary)
     return StudyResult(runs)
 
 
-def test_seeds_whose_control_curve_does_not_fall_have_no_step_value() -> None:
-    falling = {"baseline": 4.0, "control, 50% of the steps": 4.5, "hybrid": 4.0}
-    rising = falling | {"control, 50% of the steps": 3.9}
-    too_flat = falling | {"control, 50% of the steps": 4.0001, "hybrid": 3.0}
-    found = compare(made_up([falling, rising, too_flat]), "hybrid").step_value
-    assert found is not None
-    assert (found.seeds, found.mean) == (1, pytest.approx(1.0))
-    assert compare(made_up([rising, too_flat]), "hybrid").step_value is None
+def with_hybrids(*better_by: float, spread: float = 0.01, seeds: int = 3, **more: int) -> StudyResult:
+    """A study of hybrids "0", "1", ... whose losses lie that many nats below their controls'."""
+    plain = {"baseline": 4.0, "control, 50% of the steps": 4.4, "control, 75% of the steps": 4.15}
+    losses = []
+    for seed in range(seeds):
+        own = {f"control of {i}": 4.2 for i in range(len(better_by))}
+        hybrids = {str(i): 4.2 - by + spread * (seed - 1) for i, by in enumerate(better_by)}
+        losses.append(plain | own | hybrids)
+    return made_up(losses, **more)
+
+
+def test_the_step_value_does_not_depend_on_the_other_arms() -> None:
+    alone, among_others = with_hybrids(0.1), with_hybrids(0.1, 0.3, -0.2)
+    for seed in range(3):
+        others = among_others.runs["control of 1", seed].summary
+        assert others is not None
+        others["validation_loss"] = 9.0
+    assert compare(alone, "0").step_value == compare(among_others, "0").step_value
+
+
+def test_many_arms_need_more_to_pay_than_one() -> None:
+    """Differences with p = 0.035 each: alone one of them pays, together none does."""
+    alone, together = compare(with_hybrids(0.03), "0"), compare(with_hybrids(0.03, 0.03, 0.03), "0")
+    assert alone.to_control == together.to_control
+    assert (alone.p_value, together.p_value) == (pytest.approx(0.0353, abs=1e-3), pytest.approx(3 * alone.p_value))
+    assert (alone.pays, together.pays) == (True, False)
+    assert (alone.tested, together.tested) == (1, 3)
+    assert "corrected for 3 arms" in together.answer
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"steps": 199}, ["199 of 200 steps"]),
+        ({"seeds": 2}, ["2 of 3 seeds"]),
+        ({}, []),
+    ],
+)
+def test_below_the_least_base_there_is_no_verdict(changes: dict[str, int], lacks: list[str]) -> None:
+    comparison = compare(with_hybrids(1.0, spread=1e-6, **changes), "0")
+    assert comparison.p_value < 0.05
+    assert comparison.base.lacks == lacks
+    assert comparison.pays == (not lacks)
+    assert comparison.answer.startswith("better" if not lacks else f"open ({lacks[0]}")
+
+
+def test_a_base_lacks_what_is_below_the_least() -> None:
+    assert Base(200, 3, 100_000, 1.0).lacks == []
+    assert Base(80, 1, 99_999, 0.5).lacks == [
+        "80 of 200 steps",
+        "1 of 3 seeds",
+        "99999 of 100000 tokens",
+        "0.5 of 1 nats of fall",
+    ]
+    assert Base(200, 3, 100_000, math.nan).lacks == ["nan of 1 nats of fall"]
 
 
 def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,28 @@ from hybridlab.notebook import (
     reliability_table,
 )
 from hybridlab.study import Comparison, StudyResult
+from hybridlab.study.base import Base
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval
+from hybridlab.study.step_value import StepValue
+
+ENOUGH = Base(steps=200, seeds=3, tokens=100_000, fall_nats=1.0)
 
 
 def compared(name: str = "bold, unguarded", **changes: Any) -> Comparison:
+    """A comparison of one arm alone: no other arm's p-value corrects its own."""
     counts = {"forward_only_passes": 10.0, "accepted": 1, "rejected": 0, "rollbacks": 0, "divergences": 0}
     steps = {"gradient_steps": 80.0, "predicted_steps": 20.0}
     same = Interval.of([0.0, 0.001, -0.001])
     losses = {"validation_loss": Interval.of([3.0, 3.1, 2.9]), "to_control": same, "to_baseline": same}
-    return Comparison(name, **counts | steps | losses | {"step_value": None, "time_ratio": 1.0} | changes)
+    rest = {"step_value": None, "time_ratio": always(1.0), "accuracy_to_baseline": None, "base": ENOUGH}
+    test = {"p_value": changes.get("to_control", same).p_value, "tested": 1}
+    return Comparison(name, **counts | steps | losses | rest | test | changes)
+
+
+def always(value: float) -> Interval:
+    """Three seeds that agree."""
+    return Interval.of([value] * 3)
 
 
 def verdicts(comparison: Comparison) -> dict[str, str]:
@@ -48,6 +61,45 @@ def test_predicting_pays_where_the_whole_interval_says_so(change: Interval, verd
     assert verdicts(compared(to_control=change))["bold-unguarded-pays"] == verdict
 
 
+def test_many_arms_or_too_little_training_leave_a_clear_difference_open() -> None:
+    assert verdicts(compared(to_control=BETTER, p_value=0.06, tested=20))["bold-unguarded-pays"] == "open"
+    little = compared(to_control=BETTER, base=Base(80, 1, 10_000, 0.2), time_ratio=always(0.5))
+    assert {verdicts(little)[f"bold-unguarded-{kind}"] for kind in ("pays", "quality", "speed")} == {"open"}
+    assert "too little to tell: 80 of 200 steps, 1 of 3 seeds" in hybrid_claims(little)[0].text
+
+
+def test_the_seeds_of_a_loss_are_not_those_of_the_step_value() -> None:
+    claim = hybrid_claims(compared(step_value=StepValue(0.5, 0.1, math.inf, seeds=2)))[0]
+    assert claim.value("seeds") == 3
+    worth = claim.quantity("step_value")
+    assert worth is not None
+    assert (worth.value, worth.low, worth.high) == (0.5, 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "time", "verdict"),
+    [
+        ([0.01, 0.011, 0.012], always(0.7), "holds"),
+        ([0.01, 0.011, 0.012], always(0.8), "fails"),
+        ([-0.01, -0.011, -0.012], always(0.7), "fails"),
+        ([-0.01, 0.011, 0.012], always(0.7), "open"),
+    ],
+)
+def test_the_plan_s_speedups_on_mnist_count_at_its_accuracy(
+    accuracy: list[float], time: Interval, verdict: str
+) -> None:
+    images = compared("conservative", accuracy_to_baseline=Interval.of(accuracy), time_ratio=time)
+    found = {claim.id: claim.verdict for claim in hybrid_claims(images, perplexity=False)}
+    assert found["conservative-speedup"] == verdict
+    assert "conservative-quality" not in found
+
+
+def test_an_arm_that_predicted_nothing_tells_its_time() -> None:
+    idle = compared(predicted_steps=0.0, time_ratio=Interval.of([4.3, 4.4, 4.5]))
+    assert "in 4.40 times the baseline's time" in idle.sentence
+    assert hybrid_claims(idle)[0].value("time_over_baseline") == pytest.approx(4.4)
+
+
 def test_an_arm_that_predicted_nothing_does_not_pay() -> None:
     assert verdicts(compared(to_control=BETTER, predicted_steps=0.0))["bold-unguarded-pays"] == "fails"
 
@@ -55,14 +107,15 @@ def test_an_arm_that_predicted_nothing_does_not_pay() -> None:
 @pytest.mark.parametrize(
     ("change", "time", "speed", "quality"),
     [
-        (Interval.of([0.0190, 0.0191, 0.0192]), 0.6, "holds", "holds"),
-        (Interval.of([0.0190, 0.0191, 0.0192]), 0.61, "fails", "holds"),
-        (Interval.of([0.0201, 0.0202, 0.0202]), 0.6, "fails", "fails"),
-        (UNCLEAR, 0.6, "open", "open"),
+        (Interval.of([0.0190, 0.0191, 0.0192]), always(0.6), "holds", "holds"),
+        (Interval.of([0.0190, 0.0191, 0.0192]), always(0.61), "fails", "holds"),
+        (Interval.of([0.0190, 0.0191, 0.0192]), Interval.of([0.5, 0.65, 0.58]), "open", "holds"),
+        (Interval.of([0.0201, 0.0202, 0.0202]), always(0.6), "fails", "fails"),
+        (UNCLEAR, always(0.6), "open", "open"),
     ],
 )
 def test_speed_counts_only_within_two_percent_of_the_perplexity(
-    change: Interval, time: float, speed: str, quality: str
+    change: Interval, time: Interval, speed: str, quality: str
 ) -> None:
     found = verdicts(compared(to_baseline=change, time_ratio=time))
     assert (found["bold-unguarded-speed"], found["bold-unguarded-quality"]) == (speed, quality)
@@ -82,9 +135,10 @@ def test_one_seed_is_drawn_and_told_as_the_point_that_it_is() -> None:
 
 
 def test_every_interval_over_seeds_can_be_computed_again_from_its_seeds() -> None:
-    claims = hybrid_claims(compared(to_control=UNCLEAR, to_baseline=WORSE, step_value=BETTER))
+    claims = hybrid_claims(compared(to_control=UNCLEAR, to_baseline=WORSE, time_ratio=BETTER))
     intervals = [quantity for claim in claims for quantity in claim.quantities if quantity.low is not None]
-    assert [quantity.name for quantity in intervals] == ["loss_to_control", "step_value", "loss_to_baseline"]
+    names = [quantity.name for quantity in intervals]
+    assert names == ["loss_to_control", "time_over_baseline", "loss_to_baseline", "time_over_baseline"]
     for quantity in intervals:
         again = Interval.of(quantity.per_seed)
         assert (again.mean, *again.ends) == (quantity.value, quantity.low, quantity.high)

@@ -20,6 +20,7 @@ NAMES = {
     "error_share": "error",
     "time_over_baseline": "time over the baseline's",
     "busy_ratio": "step ratio, of the time in which the GPU was busy",
+    "p_value": "p, corrected",
     "step_value": "worth of a predicted step",
     "gpu_busy": "GPU busy",
     "control_gpu_busy": "control's GPU busy",
@@ -36,6 +37,7 @@ FORMATS: dict[Unit, tuple[float, str, str]] = {
     "s": (1, ".3f", " s"),
     "percent": (1, ".0f", " %"),
     "time ratio": (1, ".3f", ""),
+    "probability": (1, ".2g", ""),
 }
 """By unit: what a value is multiplied with, its format, and what stands behind it."""
 
@@ -63,18 +65,21 @@ def quantities_in_words(quantities: Iterable[Quantity]) -> str:
 
 def quantity_interval(quantity: Quantity | None, *, digits: int = 3) -> str | None:
     """A signed value with its bounds, as `interval` writes it, without a unit; None where there is no quantity."""
-    return interval(quantity.value, quantity.low, quantity.high, f"+.{digits}f") if quantity else None
+    if quantity is None:
+        return None
+    return interval(quantity.value, quantity.low, quantity.high, f"+.{digits}f") or "open"
 
 
 def interval(value: float | None, low: float | None, high: float | None, spec: str = "+.3f") -> str | None:
-    """A value with its bounds, "+0.115 [-0.120, +0.349]"; None where it was not measured.
+    """A value with its bounds, "+0.115 [-0.120, +0.349]"; None where nothing was measured.
 
-    Bounds that were not measured, or are the value itself (one seed), are left out.
+    Of a value with one bound, what is missing is open: "+0.940 [+0.800, open]", "open [+1.000, open]". Bounds that are
+    the value itself (one seed) are left out.
     """
-    if value is None:
+    if value is None and low is None and high is None:
         return None
-    bounds = [format(bound, spec) for bound in (low, high) if bound is not None and bound != value]
-    return format(value, spec) + (f" [{', '.join(bounds)}]" if len(bounds) == 2 else "")
+    first, *ends = ("open" if number is None else format(number, spec) for number in (value, low, high))
+    return first if low == high and low in (None, value) else f"{first} [{', '.join(ends)}]"
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -122,10 +127,10 @@ def _pictures_beginning(pictures: Mapping[str, str], name: str) -> str:
 
 
 def _value(q: Quantity) -> str:
-    if q.value is None:
-        return "not finite"
+    if q.value is None and q.low is None and q.high is None:
+        return "open" if q.name == "step_value" else "not finite"
     scale, spec, unit = FORMATS[q.unit]
-    if q.low is None and q.high is None:
+    if q.value is not None and q.low is None and q.high is None:
         return f"{scale * q.value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
     value, low, high = (None if number is None else scale * number for number in (q.value, q.low, q.high))
     signed = spec if q.unit in ("time ratio", "share") else "+.3f"

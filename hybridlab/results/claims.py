@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 from hybridlab.study.statistics import Interval
 
 Verdict = Literal["holds", "fails", "open"]
-Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio"]
+Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio", "probability"]
 VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
 
@@ -23,7 +23,7 @@ class Quantity:
 
     name: as "loss_to_control"
     value: a mean where there are several seeds; None where it was not finite
-    low, high: ends of its 95 % interval; None where there is none
+    low, high: ends of its 95 % interval; None where there is none, and one alone where that end is open
     unit: "share" is a part of 1, "percent" of 100; a "time ratio" is one time over another
     per_seed: the values that value and interval are computed from, in the order of the seeds
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hybridlab.study.statistics import ControlCurve, Interval, step_value
-from hybridlab.study.study import BASELINE, StudyResult
+from hybridlab.study.base import Base
+from hybridlab.study.statistics import Interval, holm
+from hybridlab.study.step_value import SeedRuns, StepValue
+from hybridlab.study.study import BASELINE, StudyResult, is_plain
+
+SIGNIFICANCE = 0.05
+"""The chance, over all arms of a study together, of seeing a difference where there is none."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One hybrid arm beside its controls. Differences are hybrid minus control, paired by seed, in nats.
 
-    to_control: final validation loss against the plain run with as many gradient steps
+    to_control: final validation loss against the plain run with as many gradient steps; it decides whether an arm pays
     to_baseline: final validation loss against the full-length plain run
-    step_value: worth of a predicted step in real ones, over the seeds that have one; None where nothing was predicted,
-        or no control curve falls
-    time_ratio: training seconds as a share of the baseline's
+    accuracy_to_baseline: the same of the accuracy, a part of 1; None of a language model
+    p_value: of `to_control`, corrected for all arms of the study that predicted (Holm); tested: how many they are
+    base: how much was trained; where it lacks anything, there is no verdict
+    step_value: what a predicted step is worth in real ones, to read beside the verdict; None where nothing was
+        predicted, or the control runs have one length only
+    time_ratio: training time over the baseline's of the same seed, all that happens between two steps included
     peak_vram_bytes: the greatest peak of its runs; None without a GPU
     """
 
@@ -32,25 +40,36 @@ class Comparison:
     validation_loss: Interval
     to_control: Interval
     to_baseline: Interval
-    step_value: Interval | None
-    time_ratio: float
+    accuracy_to_baseline: Interval | None
+    p_value: float
+    tested: int
+    base: Base
+    step_value: StepValue | None
+    time_ratio: Interval
     peak_vram_bytes: int | None = None
 
     @property
     def sentence(self) -> str:
         """What was found for this arm."""
+        time = f"in {self.time_ratio.mean:.2f} times the baseline's time"
         if not self.predicted_steps:
-            return f"{self.name}: predicted nothing ({self.asked}); it is the baseline with the cost of asking."
+            return f"{self.name}: predicted nothing ({self.asked}), {time}."
         return (
             f"{self.name}: {self.predicted_steps:.0f} of {self.predicted_steps + self.gradient_steps:.0f} steps were "
-            f"predicted; final loss {self.to_control} nats against a plain run with as many gradient steps: "
+            f"predicted, {time}; final loss {self.to_control} nats against a plain run with as many gradient steps: "
             f"{self.answer}."
         )
 
     @property
+    def sign(self) -> int:
+        """-1 or 1 where the loss is below or above the control's, corrected for all arms of the study; 0 otherwise."""
+        decided = self.predicted_steps and not self.base.lacks and self.p_value < SIGNIFICANCE
+        return int(math.copysign(1, self.to_control.mean)) if decided else 0
+
+    @property
     def pays(self) -> bool:
         """Whether predicting is better than simply training for fewer steps, beyond doubt."""
-        return self.predicted_steps > 0 and self.to_control.sign < 0
+        return self.sign < 0
 
     @property
     def asked(self) -> str:
@@ -64,8 +83,10 @@ class Comparison:
         """The answer to: did predicting pay, against simply training for fewer steps?"""
         if not self.predicted_steps:
             return "nothing predicted"
+        if self.base.lacks:
+            return f"open ({', '.join(self.base.lacks)})"
         words = {-1: "better than stopping earlier", 0: "no difference shown", 1: "worse than stopping earlier"}
-        return words[self.to_control.sign] if self.to_control.seeds > 1 else "one seed: no verdict"
+        return f"{words[self.sign]} (p = {self.p_value:.2g}, corrected for {self.tested} arms)"
 
 
 def compare(result: StudyResult, name: str) -> Comparison:
@@ -75,16 +96,16 @@ def compare(result: StudyResult, name: str) -> Comparison:
     def over_seeds(column: str) -> list[float]:
         return [result.value(column, name, seed) for seed in seeds]
 
-    def difference(control: list[str]) -> Interval:
-        losses = zip(over_seeds("validation_loss"), control, seeds, strict=True)
-        return Interval.of([mine - result.value("validation_loss", other, seed) for mine, other, seed in losses])
-
     def mean(column: str) -> float:
         return sum(over_seeds(column)) / len(seeds)
 
     def total(column: str) -> int:
         return int(sum(over_seeds(column)))
 
+    time_ratios = [
+        mine / result.value("seconds", BASELINE, s) for mine, s in zip(over_seeds("seconds"), seeds, strict=True)
+    ]
+    p_values = _p_values(result)
     return Comparison(
         name=name,
         gradient_steps=mean("gradient_steps"),
@@ -95,34 +116,62 @@ def compare(result: StudyResult, name: str) -> Comparison:
         rollbacks=total("rollbacks"),
         divergences=total("divergences"),
         validation_loss=Interval.of(over_seeds("validation_loss")),
-        to_control=difference([result.control_of(name, seed) for seed in seeds]),
-        to_baseline=difference([BASELINE] * len(seeds)),
-        step_value=_step_value(result, name),
-        time_ratio=sum(over_seeds("seconds")) / sum(result.value("seconds", BASELINE, seed) for seed in seeds),
+        to_control=_to_control(result, name),
+        to_baseline=_difference(result, name, [BASELINE] * len(seeds)),
+        accuracy_to_baseline=_accuracy_to_baseline(result, name),
+        p_value=p_values.get(name, 1.0),
+        tested=len(p_values),
+        base=base_of(result),
+        step_value=StepValue.of([_seed_runs(result, name, seed) for seed in seeds]),
+        time_ratio=Interval.of(time_ratios),
         peak_vram_bytes=_peak_vram_bytes(result, name),
     )
 
 
+def base_of(result: StudyResult, arm: str = BASELINE) -> Base:
+    """What a study's verdicts stand on: the runs of its baseline, or of another arm that takes its place."""
+    runs = [result.runs[key] for key in result.runs if key[0] == arm]
+    task, summary = runs[0].config["task"], runs[0].closing_figures
+    falls = [run.steps["measured_loss"].iloc[0] - run.closing_figures["validation_loss"] for run in runs]
+    steps = int(summary["gradient_steps"])
+    tokens = steps * task["batch_size"] * task.get("block_size", 1)
+    return Base(steps, len(runs), tokens, float(min(falls)))
+
+
+def _to_control(result: StudyResult, name: str) -> Interval:
+    return _difference(result, name, [result.control_of(name, seed) for seed in result.seeds])
+
+
+def _accuracy_to_baseline(result: StudyResult, name: str) -> Interval | None:
+    counted = all("accuracy" in result.runs[name, seed].closing_figures for seed in result.seeds)
+    return _difference(result, name, [BASELINE] * len(result.seeds), "accuracy") if counted else None
+
+
+def _difference(result: StudyResult, name: str, controls: list[str], column: str = "validation_loss") -> Interval:
+    """Of a closing figure, paired by seed."""
+    pairs = zip(controls, result.seeds, strict=True)
+    return Interval.of([result.value(column, name, s) - result.value(column, control, s) for control, s in pairs])
+
+
+def _p_values(result: StudyResult) -> dict[str, float]:
+    """Of every arm that predicted anything, corrected for all of them."""
+    arms = dict.fromkeys(name for name, _ in result.runs if not is_plain(name))
+    predicted = [name for name in arms if any(result.value("predicted_steps", name, s) for s in result.seeds)]
+    return holm({name: _to_control(result, name).p_value for name in predicted})
+
+
 def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
     summaries = [result.runs[name, seed].closing_figures for seed in result.seeds]
-    on_card = all(summary["memory_source"] == "cuda" for summary in summaries)
-    return max(int(summary["peak_memory_bytes"]) for summary in summaries) if on_card else None
+    on_gpu = all(summary["memory_source"] == "cuda" for summary in summaries)
+    return max(int(summary["peak_memory_bytes"]) for summary in summaries) if on_gpu else None
 
 
-def _step_value(result: StudyResult, name: str) -> Interval | None:
-    """The step value over the seeds that have one."""
-    values = [value for seed in result.seeds if (value := _step_value_of(result, name, seed)) is not None]
-    return Interval.of(values) if values else None
-
-
-def _step_value_of(result: StudyResult, name: str, seed: int) -> float | None:
-    """None where nothing was predicted, or the control curve does not come down to the hybrid's loss."""
-    predicted = int(result.value("predicted_steps", name, seed))
-    if not predicted:
-        return None
-    curve = ControlCurve.fit(result.control_losses(seed))
-    if not curve.falls:
-        return None
-    loss = result.value("validation_loss", name, seed)
-    value = step_value(curve, loss, result.gradient_steps(name, seed), predicted)
-    return value if math.isfinite(value) else None
+def _seed_runs(result: StudyResult, name: str, seed: int) -> SeedRuns:
+    controls = result.controls_beside(name, seed)
+    return SeedRuns(
+        loss=result.value("validation_loss", name, seed),
+        gradient_steps=result.gradient_steps(name, seed),
+        predicted_steps=int(result.value("predicted_steps", name, seed)),
+        control_steps=tuple(result.gradient_steps(control, seed) for control in controls),
+        control_losses=tuple(result.value("validation_loss", control, seed) for control in controls),
+    )

@@ -1,4 +1,4 @@
-"""Intervals over seeds, the control curve, and what one predicted step was worth."""
+"""Intervals over seeds, and what several of them in one study are corrected by."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-
-LEAST_FALL_NATS = 1e-6
-"""Of a control curve, for e times the gradient steps: less is the rounding of float32 losses."""
-
-MOST_STEPS = 1e15
-"""More gradient steps than this nobody counts."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,14 @@ class Interval:
         return (self.low, self.high) if self.seeds > 1 else (self.mean, self.mean)
 
     @property
+    def p_value(self) -> float:
+        """Of Student's two-sided test that the mean is 0; 1 for one seed, and where a value is not finite."""
+        if self.seeds < 2 or not math.isfinite(self.mean):
+            return 1.0
+        error = float(np.std(self.values, ddof=1)) / math.sqrt(self.seeds)
+        return float(2 * stats.t.sf(abs(self.mean) / error, self.seeds - 1)) if error else float(not self.mean)
+
+    @property
     def sign(self) -> int:
         """-1 or 1 where the whole interval lies below or above 0; 0 where it holds 0."""
         return int(self.low > 0) - int(self.high < 0)
@@ -69,52 +71,15 @@ def median_ends(values: Sequence[float]) -> tuple[float, float]:
     return (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
 
 
-@dataclass(frozen=True)
-class ControlCurve:
-    """Final loss of runs that simply take n gradient steps, their schedule fitted to n.
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's correction of several tests that are looked at together: by name, what each p-value counts as.
 
-        loss(n) = level + slope ln(n)       least squares over the control runs of one seed
+        p'_(i) = max over j <= i of min(1, (m - j + 1) p_(j))        p_(1) <= ... <= p_(m)
 
-    Raises ValueError with fewer than two lengths.
+    Refusing where p' < 0.05 keeps the chance of any wrong refusal below 5 %.
     """
-
-    level: float
-    slope: float
-
-    @classmethod
-    def fit(cls, final_loss: Mapping[int, float]) -> ControlCurve:
-        """final_loss: from gradient steps to final validation loss, in nats."""
-        if len(final_loss) < 2:
-            raise ValueError("a control curve needs runs of at least two lengths")
-        slope, level = np.polyfit(np.log(list(final_loss)), list(final_loss.values()), deg=1)
-        return cls(float(level), float(slope))
-
-    @property
-    def falls(self) -> bool:
-        """Whether more gradient steps lower the loss; only then is a loss worth a number of steps."""
-        return self.slope < -LEAST_FALL_NATS
-
-    def steps_for(self, loss: float) -> float:
-        """n*: gradient steps that a plain run needs for this final loss; infinite beyond `MOST_STEPS`.
-
-        Raises ValueError where the curve does not fall.
-        """
-        if not self.falls:
-            raise ValueError("the control curve does not fall: no number of gradient steps is worth a loss")
-        exponent = (loss - self.level) / self.slope
-        return math.exp(exponent) if exponent < math.log(MOST_STEPS) else math.inf
-
-
-def step_value(curve: ControlCurve, loss: float, gradient_steps: int, predicted_steps: int) -> float:
-    """What one predicted step was worth in real ones.
-
-        q = (n* - gradient_steps) / predicted_steps
-
-    n* is where the control curve meets the hybrid's final loss. 1: as good as real; 0: worth nothing; below:
-    harmful; infinite where the curve is too flat to come down to that loss.
-
-    Raises ValueError where nothing was predicted, or the curve does not fall.
-    """
-    if predicted_steps < 1:
-        raise ValueError("the step value needs at least one predicted step")
-    return (curve.steps_for(loss) - gradient_steps) / predicted_steps
+    corrected, greatest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        greatest = max(greatest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        corrected[name] = greatest
+    return {name: corrected[name] for name in p_values}

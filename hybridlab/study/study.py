@@ -42,7 +42,7 @@ class Study:
     base: RunConfig
     hybrids: Mapping[str, HybridTrainerConfig]
     seeds: int = 3
-    control_fractions: tuple[float, ...] = (0.5,)
+    control_fractions: tuple[float, ...] = (0.5, 0.75)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
@@ -77,14 +77,14 @@ class Study:
         return result | trained(controls, steps_before=_steps(planned))
 
     def _planned(self) -> Iterator[RunConfig]:
+        """Seed by seed, every second one in reverse, so that a drift of the machine falls on all arms alike."""
         for seed in range(self.seeds):
-            yield replace(self.base, name=BASELINE, seed=seed)
+            arms = [replace(self.base, name=BASELINE, seed=seed)]
             for fraction in self.control_fractions:
-                yield self._shortened(
-                    f"{CONTROL}, {fraction:.0%} of the steps", round(fraction * self.base.steps), seed
-                )
-            for name, hybrid in self.hybrids.items():
-                yield replace(self.base, name=name, seed=seed, hybrid=hybrid)
+                name = f"{CONTROL}, {fraction:.0%} of the steps"
+                arms.append(self._shortened(name, round(fraction * self.base.steps), seed))
+            arms += [replace(self.base, name=name, seed=seed, hybrid=hybrid) for name, hybrid in self.hybrids.items()]
+            yield from reversed(arms) if seed % 2 else arms
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
         """For each hybrid that predicted something, a plain run of as many gradient steps."""
@@ -130,14 +130,20 @@ class StudyResult:
         """How many backward passes a run took."""
         return int(self.value("gradient_steps", name, seed))
 
-    def control_losses(self, seed: int) -> dict[int, float]:
-        """Final validation loss of every plain run of a seed, by its gradient steps."""
-        plain = [name for name, its_seed in self.runs if its_seed == seed and is_plain(name)]
-        return {self.gradient_steps(name, seed): self.value("validation_loss", name, seed) for name in plain}
-
     def control_of(self, name: str, seed: int) -> str:
         """The plain run with as many gradient steps as this hybrid took: the baseline, if it took them all."""
         return control_name(name) if (control_name(name), seed) in self.runs else BASELINE
+
+    def controls_beside(self, name: str, seed: int) -> list[str]:
+        """The plain runs that value a hybrid's predicted steps: the study's own lengths, then its truncated control.
+
+        Other hybrids' controls are left out, so that no value depends on which other hybrids a study has.
+        """
+        plain = [arm for arm, its_seed in self.runs if its_seed == seed and is_plain(arm)]
+        fixed = [arm for arm in plain if not arm.startswith(control_name(""))]
+        own = self.control_of(name, seed)
+        fixed.sort(key=lambda arm: self.gradient_steps(arm, seed))
+        return fixed if own in fixed else [*fixed, own]
 
     def controls(self, names: Iterable[str]) -> list[str]:
         """The truncated controls of some hybrids, those that every seed has."""

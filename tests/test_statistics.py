@@ -1,0 +1,181 @@
+"""Intervals say what they say: coverage in simulations, values by hand, nothing beyond what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hybridlab.study.statistics import Interval, holm
+from hybridlab.study.step_value import Array, PairedTest, SeedRuns, StepValue
+
+CURVES: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda n: 4.0 - n / 1000,
+    "power law": lambda n: 2 + 30 * n**-0.45,
+    "nano": lambda n: 3.6 + 2.2 * np.exp(-n / 260) + 0.9 * (n / 100) ** -0.5,
+}
+"""Final losses over gradient steps; the last is that of a nano GPT-2."""
+
+STEPS, PREDICTED = 700, 300
+VALUES, LENGTHS, SEEDS, NOISE = (-0.7, 0.0, 0.3, 1.0), (3, 4, 5, 6, 7), (3, 5), (0.005, 0.01, 0.02)
+
+
+def studies(curve: str, q: float, lengths: Array, seeds: int, noise: float, count: int, seed: int = 0) -> PairedTest:
+    """Many studies whose predicted steps are worth q; the runs of a seed share half of their noise."""
+    rng, loss = np.random.default_rng(seed), CURVES[curve]
+    shared = rng.normal(0, noise, (count, seeds))
+    controls = loss(lengths) + shared[..., None] + rng.normal(0, noise, (count, seeds, len(lengths)))
+    hybrids = loss(np.array(STEPS + q * PREDICTED)) + shared + rng.normal(0, noise, (count, seeds))
+    taken, predicted = np.full(seeds, float(STEPS)), np.full(seeds, float(PREDICTED))
+    return PairedTest(hybrids, controls, taken, predicted, np.tile(lengths, (seeds, 1)))
+
+
+def coverage(curve: str, q: float, lengths: Array, seeds: int, noise: float, count: int = 1000) -> float:
+    """In how many studies the interval holds the true value: where the test does not refuse it."""
+    return float((studies(curve, q, lengths, seeds, noise, count).excess(np.array([q])) <= 0).mean())
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_interval_of_q_holds_the_true_value_in_93_to_97_of_100_studies(curve: str) -> None:
+    cells = {
+        (q, lengths, seeds, noise): coverage(curve, q, np.linspace(400, 1200, lengths), seeds, noise)
+        for q, lengths, seeds, noise in product(VALUES, LENGTHS, SEEDS, NOISE)
+    }
+    assert 0.93 <= np.mean(list(cells.values())) <= 0.97
+    for q in VALUES:
+        assert 0.93 <= np.mean([share for cell, share in cells.items() if cell[0] == q]) <= 0.97
+    for lengths in LENGTHS:  # of three lengths and little noise, the misfit of the curve errs towards too wide
+        covered = np.mean([share for cell, share in cells.items() if cell[1] == lengths])
+        assert 0.93 <= covered <= (0.985 if lengths == 3 else 0.97)
+    assert min(cells.values()) >= 0.93 - 3 * math.sqrt(0.05 * 0.95 / 1000)
+
+
+@pytest.mark.parametrize("steps", [[500, 700, 750, 1000], [500, 750, 850, 1000], [350, 500, 750, 1000]])
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_lengths_that_studies_have_cover_as_well(curve: str, steps: list[int]) -> None:
+    shares = [coverage(curve, q, np.array(steps, float), seeds, 0.01) for q in (-0.5, 0.0, 0.3, 0.9) for seeds in SEEDS]
+    assert 0.93 <= np.mean(shares) <= 0.97
+
+
+def test_a_misfit_that_can_be_seen_widens_the_interval() -> None:
+    def step_down(n: Array) -> Array:
+        return 4 - 0.6 / (1 + np.exp(-(n - 700) / 60))
+
+    CURVES["step down"] = step_down
+    try:
+        assert coverage("step down", 0.3, np.linspace(400, 1200, 7), 3, 0.005) > 0.97
+    finally:
+        del CURVES["step down"]
+
+
+def runs(q: float, curve: str = "power law", *, seeds: int = 3, noise: float = 0.01, seed: int = 0) -> list[SeedRuns]:
+    one = studies(curve, q, np.array([500.0, 750.0, 1000.0, 700.0]), seeds, noise, 1, seed)
+    return [
+        SeedRuns(float(one.losses[0, s]), STEPS, PREDICTED, (500, 750, 1000, 700), tuple(one.control_losses[0, s]))
+        for s in range(seeds)
+    ]
+
+
+def found(q: float, **more: float) -> StepValue:
+    value = StepValue.of(runs(q, **more))  # type: ignore[arg-type]
+    assert value is not None
+    return value
+
+
+@pytest.mark.parametrize("q", [-0.5, 0.0, 0.3, 0.9])
+@pytest.mark.parametrize("curve", CURVES)
+def test_without_noise_q_is_what_it_is(curve: str, q: float) -> None:
+    value = found(q, curve=curve, noise=1e-7)  # type: ignore[arg-type]
+    assert value.value == pytest.approx(q, abs=0.02)
+    assert value.low <= q <= value.high
+    assert value.high - value.low < 0.2
+
+
+def test_the_ends_are_where_the_test_turns() -> None:
+    """However narrow the interval: its ends are roots, and no points of a grid."""
+    for noise in (1e-6, 1e-3, 1e-2):
+        some = runs(0.3, noise=noise)
+        value, test = StepValue.of(some), PairedTest.of(some)
+        assert value is not None
+        assert test.excess(np.array([value.low, value.high])) == pytest.approx(0, abs=1e-9)
+
+
+def test_at_q_0_the_test_is_the_paired_t_test_against_the_truncated_control() -> None:
+    """Four lengths that are all far apart: the curve goes through the control's loss."""
+    some = [SeedRuns(4.0 + d, 700, 300, (400, 1000, 1300, 700), (4.4, 3.8, 3.7, 4.05)) for d in (0.01, 0.02, 0.04)]
+    t, mean = 4.302653, np.mean([-0.04, -0.03, -0.01])
+    error = np.std([0.01, 0.02, 0.04], ddof=1) / math.sqrt(3)
+    assert PairedTest.of(some).excess(np.array([0.0]))[0] == pytest.approx(abs(mean) - t * error, abs=1e-5)
+
+
+def test_nothing_is_extrapolated_beyond_the_control_runs() -> None:
+    better, worse = found(2.0, noise=1e-4), found(-2.0, noise=1e-4)
+    assert (better.value, better.low, better.high) == (None, 1.0, math.inf)
+    assert (worse.value, worse.low, worse.high) == (None, -math.inf, pytest.approx(-2 / 3))
+    assert better.is_open
+    assert str(better) == "open [+1.000, open]"
+    nearly = found(0.95, noise=0.01)
+    assert nearly.low < 0.95
+    assert nearly.high == math.inf
+
+
+def test_q_does_not_depend_on_the_order_of_the_seeds_nor_on_seeds_that_predicted_nothing() -> None:
+    some = runs(0.3)
+    idle = SeedRuns(3.7, 1000, 0, (500, 750, 1000), (4.0, 3.8, 3.7))
+    first, second = StepValue.of(some), StepValue.of([idle, *some[::-1]])
+    assert first is not None
+    assert second is not None
+    assert second.seeds == 3
+    assert (second.value, second.low, second.high) == pytest.approx((first.value, first.low, first.high))
+
+
+def test_control_runs_that_do_not_fall_leave_q_open() -> None:
+    rising = [SeedRuns(4.0 + d, 700, 300, (500, 1000, 700), (4.0, 4.2, 4.1)) for d in (0.0, 0.01, 0.02)]
+    value = StepValue.of(rising)
+    assert value is not None
+    assert (value.value, value.low, value.high) == (None, -math.inf, math.inf)
+    assert str(value) == "open"
+
+
+def test_where_nothing_was_predicted_or_one_length_run_there_is_no_q() -> None:
+    assert StepValue.of([SeedRuns(4.0, 1000, 0, (500, 1000), (4.2, 4.0))]) is None
+    assert StepValue.of([SeedRuns(4.0, 1000, 100, (1000,), (4.0,))]) is None
+
+
+def test_one_seed_has_a_value_and_no_interval() -> None:
+    value = StepValue.of(runs(0.3, noise=1e-6)[:1])
+    assert value is not None
+    assert value.value == pytest.approx(0.3, abs=0.01)
+    assert (value.low, value.high) == (-math.inf, math.inf)
+    assert str(value) == f"{value.value:+.3f} (one seed: no interval)"
+
+
+@pytest.mark.parametrize(
+    ("values", "sign"), [([0.1, 0.11, 0.12], 1), ([-0.1, -0.11, -0.12], -1), ([-0.1, 0.1, 0.05], 0), ([0.5], 0)]
+)
+def test_an_interval_that_holds_zero_has_no_sign(values: list[float], sign: int) -> None:
+    assert Interval.of(values).sign == sign
+    assert (Interval.of(values).p_value < 0.05) == bool(sign)
+
+
+def test_interval_is_student_s() -> None:
+    interval = Interval.of([1.0, 2.0, 3.0])
+    assert interval.high - interval.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert interval.p_value == pytest.approx(stats.ttest_1samp([1.0, 2.0, 3.0], 0).pvalue)
+
+
+def test_p_values_without_any_spread() -> None:
+    assert Interval.of([0.0, 0.0]).p_value == 1.0
+    assert Interval.of([0.1, 0.1]).p_value == 0.0
+    assert Interval.of([0.1]).p_value == 1.0
+
+
+def test_holm_s_correction_by_hand() -> None:
+    corrected = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
