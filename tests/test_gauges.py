@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from hybridlab.engine.result import Statistics
-from hybridlab.panel.html import Memory, State, draw, draw_bar, draw_panel, style
+from hybridlab.panel.html import Losses, Memory, Position, Speed, State, bar_html, frame_html, panel_html, style_html
 from hybridlab.panel.instruments import memory_of, work_of
 from hybridlab.panel.timeline import COLUMNS, Timeline
 
@@ -26,7 +27,8 @@ def timeline(steps: int = 10, *phases: str) -> Timeline:
 
 
 def state(**changes: object) -> State:
-    base = State("hybrid, seed 0", "running", "full", 40, 100, CARD, timeline(), Statistics(nominal_steps=40))
+    at = Position("full", 40, 100)
+    base = State("hybrid, seed 0", "running", at, CARD, timeline(), Statistics(nominal_steps=40))
     return replace(base, **changes)
 
 
@@ -36,27 +38,27 @@ def text(drawn: str) -> str:
 
 
 def test_the_card_is_shown_in_parts_beside_its_line_and_its_peak() -> None:
-    seen = text(draw_panel(state()))
-    assert "Card memory 9.00 of 16.0 GB" in seen
+    seen = text(panel_html(state()))
+    assert "GPU memory 9.00 of 16.0 GB" in seen
     for part in ("allocated by torch 5.00 GB", "reserved by torch 8.00 GB", "other 1.00 GB", "peak so far 12.50 GB"):
         assert part in seen
     assert "14 GB line 1.50 GB below" in seen
-    assert "14 GB line 0.50 GB above" in text(draw_panel(state(memory=replace(CARD, peak_bytes=14_500_000_000))))
+    assert "14 GB line 0.50 GB above" in text(panel_html(state(memory=replace(CARD, peak_bytes=14_500_000_000))))
 
 
 def test_without_a_gpu_the_panel_says_whose_memory_it_shows() -> None:
-    drawn = draw_panel(state(memory=PROCESS))
+    drawn = panel_html(state(memory=PROCESS))
     assert "Process memory (no GPU) 2.00 of 32.0 GB" in text(drawn)
     assert "14 GB" not in text(drawn)
     assert "var(--limit)" not in drawn
 
 
 def test_what_could_not_be_read_is_unavailable_and_not_zero() -> None:
-    assert "other unavailable" in text(draw_panel(state(memory=replace(CARD, other_bytes=None))))
+    assert "other unavailable" in text(panel_html(state(memory=replace(CARD, other_bytes=None))))
 
 
 def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> None:
-    drawn = draw_panel(state(measured_loss=2.5, predicted_loss=2.25))
+    drawn = panel_html(state(losses=Losses(2.5, 2.25)))
     assert "Training loss, measured 2.5000 nats predicted 2.2500 validation –" in text(drawn)
     lines = re.findall(r"<polyline [^>]*>", drawn)
     assert [("dasharray" in line) for line in lines if "--predicted" in line] == [True]
@@ -64,22 +66,28 @@ def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> No
 
 
 def test_the_phase_under_way_is_the_one_lamp_that_is_lit() -> None:
-    drawn = draw_panel(state(phase="predict"))
+    drawn = panel_html(state(position=Position("predict", 40, 100)))
     assert re.findall(r"hl-lamp hl-(\w+) on", drawn) == ["predict"]
 
 
 def test_speed_counts_and_time_left_are_read_off() -> None:
     counts = Statistics(nominal_steps=40, gradient_steps=30, predicted_steps=10, proposals_accepted=2)
     seen = text(
-        draw_panel(state(statistics=counts, rate=12345.6, step_ms={"full": 20.04, "predict": 1.5}, seconds_left=75))
+        panel_html(
+            state(
+                statistics=counts,
+                speed=Speed(12345.6, step_ms={"full": 20.04, "predict": 1.5}),
+                position=Position("full", 40, 100, seconds_left=75),
+            )
+        )
     )
     for part in ("12,346 tokens / s", "Full 20 ms", "Predict 1.5 ms", "Correct –", "10 of 40 (25%)", "accepted 2"):
         assert part in seen
     assert "step 40 of 100 · 1 min 15 s left" in seen
-    assert "time left unknown" in text(draw_panel(state()))
-    assert "card busy 59%" in text(draw_panel(state(card_busy_percent=58.6)))
-    assert "busy" not in text(draw_panel(state()))
-    assert "left" not in text(draw_panel(state(status="finished"))).split("Card")[0]
+    assert "time left unknown" in text(panel_html(state()))
+    assert "GPU busy 59%" in text(panel_html(state(speed=Speed(gpu_busy_percent=58.6))))
+    assert "busy" not in text(panel_html(state()))
+    assert "left" not in text(panel_html(state(status="finished"))).split("GPU memory")[0]
 
 
 @pytest.mark.parametrize(
@@ -92,26 +100,27 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
         ({"done": 10, "total": 20, "status": "stopped"}, "stopped · step 40 of 100"),
     ],
 )
-def test_the_bar_measures_the_run_whose_step_is_written_beside_it(cell: dict[str, object], said: str) -> None:
-    drawn = draw_panel(state(**cell))
-    assert re.findall(r"hl-way'><div style='width:(.*?)%", drawn) == ["40.0"]
-    head = re.sub(r"\s+", " ", text(drawn.split("<div class='hl-way'>")[0])).strip()
+def test_the_bar_measures_the_run_whose_step_is_written_beside_it(cell: dict[str, Any], said: str) -> None:
+    counts = {name: value for name, value in cell.items() if name != "status"}
+    drawn = panel_html(state(status=cell.get("status", "running"), position=Position("full", 40, 100, **counts)))
+    assert re.findall(r"hl-progress'><div style='width:(.*?)%", drawn) == ["40.0"]
+    head = re.sub(r"\s+", " ", text(drawn.split("<div class='hl-progress'>")[0])).strip()
     assert f"{head} ·".endswith(f"{said} ·")
 
 
 def test_a_bar_alone_measures_all_runs() -> None:
-    drawn = draw_bar("<fits>, seed 0", 30, 120, "running", 75)
+    drawn = bar_html("<fits>, seed 0", 30, 120, "running", 75)
     assert "width:25.0%" in drawn
     assert text(drawn).strip() == "&lt;fits&gt;, seed 0 running · step 30 of 120 in all · 1 min 15 s left"
-    assert "left" not in text(draw_bar("fits", 120, 120, "finished", 0))
+    assert "left" not in text(bar_html("fits", 120, 120, "finished", 0))
 
 
 def test_a_page_is_told_the_style_once_and_a_whole_panel_brings_its_own() -> None:
-    whole = draw(state(), "frame.png")
-    assert whole.count(style()) == 1
-    assert draw_panel(state()) in whole
-    assert style().startswith("<style>")
-    assert "<style>" not in draw_panel(state()) + draw_bar("fits", 30, 120, "running", 75)
+    whole = frame_html(state(), "frame.png")
+    assert whole.count(style_html()) == 1
+    assert panel_html(state()) in whole
+    assert style_html().startswith("<style>")
+    assert "<style>" not in panel_html(state()) + bar_html("fits", 30, 120, "running", 75)
 
 
 def test_memory_is_drawn_by_its_corners() -> None:
@@ -119,7 +128,7 @@ def test_memory_is_drawn_by_its_corners() -> None:
     for step, size in enumerate((4, 4, 4, 8, 8, 8), start=1):
         line.add(step, "full", size, None, None)
     corners = "83,57.0 417,57.0 583,14.0 917,14.0"
-    drawn = draw_panel(state(timeline=line, memory=replace(PROCESS, used_bytes=1, peak_bytes=8)))
+    drawn = panel_html(state(timeline=line, memory=replace(PROCESS, used_bytes=1, peak_bytes=8)))
     assert f"<polyline points='{corners}' stroke='var(--memory)'/>" in drawn
     assert f"<polygon points='83,100 {corners} 917,100'" in drawn
 
@@ -141,14 +150,14 @@ def test_steps_that_nobody_saw_stay_empty() -> None:
 
 
 def test_names_and_events_cannot_break_the_page() -> None:
-    drawn = draw(state(title="<b>'a", note="loss < 1 & falling"), "frame.png")
+    drawn = frame_html(state(title="<b>'a", note="loss < 1 & falling"), "frame.png")
     assert drawn.count("&lt;b&gt;&#x27;a") == 2, "as title and in place of the picture"
     assert "loss &lt; 1 &amp; falling" in drawn
 
 
 def test_a_state_before_anything_was_measured_can_be_drawn() -> None:
     empty = state(timeline=Timeline(5), statistics=Statistics(), memory=replace(CARD, peak_bytes=0, used_bytes=0))
-    assert "nan" not in draw_panel(empty)
+    assert "nan" not in panel_html(empty)
 
 
 def test_a_long_run_is_drawn_in_few_columns_that_keep_peaks_and_means() -> None:
@@ -159,7 +168,7 @@ def test_a_long_run_is_drawn_in_few_columns_that_keep_peaks_and_means() -> None:
     assert list(line.bands()) == [("full", 0.0, 0.5), ("predict", 0.5, 1.0)]
     assert line.series("memory_bytes")[-1][1] == 100_000
     assert line.series("measured_loss")[0][1] == pytest.approx((1 + 100_000 // COLUMNS + 1) / 2, rel=1e-2)
-    assert len(draw_panel(state(timeline=line))) < 30_000
+    assert len(panel_html(state(timeline=line))) < 30_000
 
 
 def test_a_loss_that_is_not_finite_leaves_the_line_alone() -> None:
@@ -171,7 +180,7 @@ def test_a_loss_that_is_not_finite_leaves_the_line_alone() -> None:
 
 def test_an_emulated_card_is_as_large_as_the_one_it_stands_for() -> None:
     reading = {"source": "nvml", "used_bytes": 4, "allocated_bytes": 3, "other_bytes": float("nan")}
-    memory = memory_of(reading | {"device_total_bytes": 80 * 10**9}, 5, card_bytes=16 * 10**9)
+    memory = memory_of(reading | {"device_total_bytes": 80 * 10**9}, 5, emulated_bytes=16 * 10**9)
     assert (memory.total_bytes, memory.used_bytes, memory.other_bytes) == (16 * 10**9, 4, None)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -346,7 +347,7 @@ def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.
 
 def test_gauges_are_drawn_by_the_clock_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(live, "draw_panel", lambda state: drawn.append(state.step) or "")
+    monkeypatch.setattr(live, "panel_html", lambda state: drawn.append(state.position.step) or "")
     driven, now = Session(CONFIG, "cells"), 0.0
     panel = Live(Controls(), STEPS, driven._instruments, clock=lambda: now)
     for result in driven.run(12):
@@ -461,8 +462,10 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
         final_frame(driven.record)
     list(driven.run())
     live, recorded = driven.frame().state, final_frame(driven.record).state
-    for name in ("title", "status", "step", "statistics", "measured_loss", "validation_loss", "unit"):
-        assert getattr(live, name) == getattr(recorded, name)
+    same = attrgetter(
+        "title", "status", "position.step", "statistics", "losses.measured", "losses.validation", "speed.unit"
+    )
+    assert same(live) == same(recorded)
     counted, written = ([c.steps_in for c in s.timeline.columns.values()] for s in (live, recorded))
     assert counted == written, "each step once, however often it was looked at"
     bundle = final_frame(driven.record)._repr_mimebundle_()
@@ -524,7 +527,7 @@ def test_a_step_takes_as_long_however_few_are_noted(tick: Callable[[type, str], 
     for record in islice(run.steps(), 0, 30, 3):
         instruments.note(record)
     state = instruments.state("running", done=30, total=STEPS, seconds_left=None)
-    assert set(state.step_ms.values()) == {125.0}
+    assert set(state.speed.step_ms.values()) == {125.0}
 
 
 def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], None]) -> None:

@@ -26,11 +26,11 @@ class _Displayed:
 
     def plotly(self) -> go.Figure:
         """The interactive figure, as wide as its cell."""
-        return plotly.draw(*self._grid())
+        return plotly.figure_of(*self._grid())
 
     def png(self) -> bytes:
         """The picture, 900 pixels wide: the same bytes for the same chart."""
-        return png.draw(*self._grid())
+        return png.picture_of(*self._grid())
 
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None

@@ -27,7 +27,7 @@ AXIS = {
 }
 
 
-def draw(title: str | None, charts: tuple[ChartData, ...], columns: int) -> go.Figure:
+def figure_of(title: str | None, charts: tuple[ChartData, ...], columns: int) -> go.Figure:
     """One figure of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 130 + look.PANEL_HEIGHT_PX * rows

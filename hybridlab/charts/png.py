@@ -49,7 +49,7 @@ LABEL_BOX = {"facecolor": look.PAPER, "edgecolor": "none", "pad": 0.6}
 Handles = dict[tuple[str, str], Any]
 
 
-def draw(title: str | None, charts: tuple[ChartData, ...], columns: int) -> bytes:
+def picture_of(title: str | None, charts: tuple[ChartData, ...], columns: int) -> bytes:
     """One picture of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
     height = look.HEIGHT_PX if title is None else 80 + look.PANEL_HEIGHT_PX * rows
@@ -187,7 +187,7 @@ def _points(style: Look, count: int) -> dict[str, Any]:
 def _title(figure: Figure, title: str | None) -> None:
     if title is not None:
         text = "\n".join(look.lines_of(title))
-        figure.suptitle(text, x=0.01, ha="left", fontsize=13)
+        figure.suptitle(text, x=0.01, ha="left", fontsize=12)
 
 
 def _legend(figure: Figure, handles: Handles, *, below: bool) -> None:

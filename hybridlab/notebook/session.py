@@ -91,7 +91,7 @@ class Session:
 
     def frame(self) -> Frame:
         """The gauges as they stand, as a picture that stays."""
-        self._instruments.settle()
+        self._instruments.read_losses()
         done = self.steps_done
         status = "finished" if done == self.config.steps else "stopped"
         return Frame(self._instruments.state(status, done=done, total=self.config.steps, seconds_left=None))

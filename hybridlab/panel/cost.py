@@ -92,6 +92,6 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps
 class _Counting(Live):
     drawings = 0
 
-    def draw(self, status: str) -> None:
-        super().draw(status)
+    def refresh(self, status: str) -> None:
+        super().refresh(status)
         self.drawings += 1

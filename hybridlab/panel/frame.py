@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from hybridlab.base.errors import UserError
-from hybridlab.charts import style as look
-from hybridlab.charts.png import DPI, HATCHES, STYLE, png_of
+from hybridlab.charts.display import Panels
+from hybridlab.charts.model import Band, ChartData, Kind, Line, Series
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import Statistics
-from hybridlab.panel.html import LIMIT_BYTES, State, draw
+from hybridlab.panel.html import Losses, Position, Speed, State, frame_html, near_limit
 from hybridlab.panel.instruments import memory_of, work_of
 from hybridlab.panel.timeline import timeline_of
+from hybridlab.results.bounds import SAFE_PEAK_BYTES
 from hybridlab.study.memory_log import card_busy_percent
 from hybridlab.study.record import Run
 from hybridlab.study.study import label
 
-MEASURED, PREDICTED, MEMORY = look.PALETTE[:3]
+KINDS: dict[str, Kind] = {"measured": "line", "predicted": "points"}
+"""How each loss is drawn."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +31,15 @@ class Frame:
     state: State
 
     def png(self) -> bytes:
-        """The time line under one line of figures."""
-        with matplotlib.style.context(STYLE):
-            figure = Figure(figsize=(look.WIDTH_PX / DPI, look.HEIGHT_PX / DPI), dpi=DPI, layout="constrained")
-            loss, memory = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-            _draw_loss(loss, self.state)
-            _draw_memory(memory, self.state)
-            figure.suptitle(str(self), x=0.01, ha="left", fontsize=9.5)
-            figure.legend(loc="outside lower left", ncols=4)
-            return png_of(figure)
+        """Loss and memory over the run, under a line of figures."""
+        return Panels(str(self), tuple(_charts(self.state)), columns=1).png()
 
     def __str__(self) -> str:
-        s, counts, peak = self.state, self.state.statistics, self.state.memory.peak_bytes / 1e9
-        loss = "no loss measured" if s.measured_loss is None else f"measured loss {s.measured_loss:.4f} nats"
-        whose = "of the card" if s.memory.of_card else "of the process (no GPU)"
+        s, at, counts, peak = self.state, self.state.position, self.state.statistics, self.state.memory.peak_bytes / 1e9
+        loss = "no loss measured" if s.losses.measured is None else f"measured loss {s.losses.measured:.4f} nats"
+        whose = "of the GPU" if s.memory.on_gpu else "of the process (no GPU)"
         return (
-            f"{s.title}, {s.status} at step {s.step:,} of {s.steps:,}: {loss}; peak memory {peak:.2f} GB {whose};\n"
+            f"{s.title}, {s.status} at step {at.step:,} of {at.steps:,}: {loss}; peak memory {peak:.2f} GB {whose};\n"
             f"{counts.predicted_steps:,} gradient steps saved, {counts.proposals_accepted:,} proposals accepted, "
             f"{counts.proposals_rejected:,} rejected"
         )
@@ -57,7 +48,7 @@ class Frame:
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, Any]:
         picture = base64.b64encode(self.png()).decode("ascii")
-        html = draw(self.state, f"data:image/png;base64,{picture}")
+        html = frame_html(self.state, f"data:image/png;base64,{picture}")
         return {"text/html": html, "image/png": picture, "text/plain": str(self)}
 
 
@@ -75,26 +66,22 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
     steps, last = run.steps, run.steps.iloc[-1]
     counts = {name: summary[name] for name in Statistics.__dataclass_fields__ if name in summary}
     counts["seconds_by_phase"] = {str(phase): summary[f"seconds_in_{phase}"] for phase in Phase}
-    taken = steps["phase"].value_counts()
+    taken = steps["phase"].value_counts().items()
+    step_ms = {str(phase): 1e3 * summary[f"seconds_in_{phase}"] / count for phase, count in taken}
     reading = {str(name): value for name, value in run.vram.iloc[-1].items()}
     work, unit = work_of(run.config["task"])
     emulated_bytes = run.config["card_gb"] * 10**9 if run.config.get("emulates_card") else 0
     return State(
         title=label(summary["name"], summary["seed"]),
         status="finished",
-        phase=last["phase"],
-        step=int(last["nominal_step"]),
-        steps=len(steps),
+        position=Position(last["phase"], int(last["nominal_step"]), len(steps)),
         memory=memory_of(reading, summary["peak_memory_bytes"], emulated_bytes),
         timeline=timeline_of(run, len(run.steps)),
         statistics=Statistics(**counts),
-        measured_loss=_latest(steps["measured_loss"]),
-        predicted_loss=_latest(steps["predicted_loss"]),
-        validation_loss=summary.get("validation_loss"),
-        rate=work * summary["gradient_steps"] / summary["seconds"],
-        unit=unit,
-        card_busy_percent=card_busy_percent(run),
-        step_ms={str(phase): 1e3 * summary[f"seconds_in_{phase}"] / count for phase, count in taken.items()},
+        losses=Losses(
+            _latest(steps["measured_loss"]), _latest(steps["predicted_loss"]), summary.get("validation_loss")
+        ),
+        speed=Speed(work * summary["gradient_steps"] / summary["seconds"], unit, step_ms, card_busy_percent(run)),
     )
 
 
@@ -103,41 +90,26 @@ def _latest(column: Any) -> float | None:
     return float(known.iloc[-1]) if len(known) else None
 
 
-def _bands(axes: Axes, state: State, *, named: bool) -> None:
-    seen: set[str] = set()
-    for phase, start, end in state.timeline.bands():
-        tint = look.tint(phase.capitalize())
-        name = phase.capitalize() if named and phase not in seen else None
-        seen.add(phase)
-        axes.axvspan(
-            start * state.steps,
-            end * state.steps,
-            zorder=0.5,
-            facecolor=tint.color,
-            edgecolor=tint.mark,
-            hatch=HATCHES[tint.hatch],
-            linewidth=0,
-            label=name,
-        )
+def _charts(state: State) -> Iterator[ChartData]:
+    """Loss above memory, each over nominal steps with the phases behind it."""
+    timeline, memory, steps = state.timeline, state.memory, state.timeline.steps
+    bands = tuple(Band(start * steps, end * steps, phase.capitalize()) for phase, start, end in timeline.bands())
 
+    def points(name: str) -> tuple[list[float], list[float]]:
+        known = timeline.series(name)
+        return [place * steps for place, _ in known], [value for _, value in known]
 
-def _draw_loss(axes: Axes, state: State) -> None:
-    _bands(axes, state, named=True)
-    squares = {"linestyle": "none", "marker": "s", "markersize": 3.5, "markerfacecolor": "none"}
-    styles: dict[str, dict[str, Any]] = {"measured": {"color": MEASURED}, "predicted": {"color": PREDICTED} | squares}
-    for name, style in styles.items():
-        if points := state.timeline.series(f"{name}_loss"):
-            x, y = zip(*points, strict=True)
-            axes.plot([place * state.steps for place in x], y, label=f"{name} loss", **style)
-    axes.set_ylabel("loss (nats)")
-
-
-def _draw_memory(axes: Axes, state: State) -> None:
-    _bands(axes, state, named=False)
-    points = state.timeline.series("memory_bytes")
-    x, y = [place * state.steps for place, _ in points], [value / 1e9 for _, value in points]
-    axes.fill_between(x, y, color=MEMORY, alpha=0.25, linewidth=0)
-    axes.plot(x, y, color=MEMORY, label="memory")
-    if state.memory.of_card and state.memory.peak_bytes > LIMIT_BYTES / 2:
-        axes.axhline(LIMIT_BYTES / 1e9, color=look.INK, linewidth=1, linestyle=":", label="14 GB line")
-    axes.set(xlim=(0, state.steps), ylim=(0, None), xlabel="nominal steps", ylabel="memory (GB)")
+    losses = [
+        Series(f"{name} loss", *xy, kind=kind, dash=kind == "points", color=color)
+        for color, (name, kind) in enumerate(KINDS.items())
+        if (xy := points(f"{name}_loss"))[0]
+    ]
+    if losses:
+        yield ChartData("Loss", "nominal steps", "loss (nats)", tuple(losses), bands)
+    x, used = points("memory_bytes")
+    if x:
+        gigabytes = [size / 1e9 for size in used]
+        area = Series("memory", x, gigabytes, [0.0] * len(x), gigabytes, color=len(KINDS))
+        top = 1.15 * max(*gigabytes, SAFE_PEAK_BYTES / 1e9 * near_limit(memory))
+        lines = (Line(SAFE_PEAK_BYTES / 1e9, "14 GB line"),) if near_limit(memory) else ()
+        yield ChartData("Memory", "nominal steps", "memory (GB)", (area,), bands, lines=lines, y_zoom=(0.0, top))

@@ -1,4 +1,4 @@
-"""The gauges of the live panel, as HTML: what they show is a state, how they look is a function of it."""
+"""The gauges of the live panel as HTML, a pure function of the state that they show."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from hybridlab.panel.progress import clock
 from hybridlab.panel.timeline import Timeline
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
 
-LIMIT_BYTES = SAFE_PEAK_BYTES
-"""The line that the panel draws."""
-
 ARC = "M15 100 A85 85 0 0 1 185 100"
 
 
@@ -24,12 +21,13 @@ ARC = "M15 100 A85 85 0 0 1 185 100"
 class Memory:
     """Memory as the gauge shows it, in bytes.
 
-    of_card: on a card; else the figures are the process's own, of the machine's memory
-    used_bytes: by everybody on the card, or by the process; peak_bytes: the run's own, so far
+    on_gpu: whether it is a GPU's; else the figures are the process's own, of the machine's memory
+    used_bytes: by everybody on the GPU, or by the process
+    peak_bytes: the run's own, so far
     allocated_bytes, reserved_bytes: by torch; other_bytes: beyond torch's reserve; None where it is not known
     """
 
-    of_card: bool
+    on_gpu: bool
     total_bytes: int
     used_bytes: int
     peak_bytes: int
@@ -39,84 +37,114 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Position:
+    """How far a run has come, and the cell that trains it.
+
+    phase: of the latest step; step, steps: nominal, of the run
+    done, total: nominal steps of everything that the cell trains
+    seconds_left: of the cell; None while it is not known
+    """
+
+    phase: str
+    step: int
+    steps: int
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The latest losses in nats; None where nothing was measured yet."""
+
+    measured: float | None = None
+    predicted: float | None = None
+    validation: float | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run trains.
+
+    rate: work of gradient steps, in `unit` per second
+    step_ms: mean time of a step by phase, for phases that were met
+    gpu_busy_percent: share of the time in which the GPU computed, lately; None where it is not known
+    """
+
+    rate: float | None = None
+    unit: str = "tokens"
+    step_ms: Mapping[str, float] = field(default_factory=dict)
+    gpu_busy_percent: float | None = None
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that the panel shows.
 
-    title: of the run; status: "running", "paused", "stopped" or "finished"; phase: of the latest step
-    step, steps: nominal, of the run; done, total: of everything that the cell trains
-    losses: in nats; None where nothing was measured yet
-    rate: of work done by gradient steps, in `unit` a second; step_ms: by phase, for phases that were met
-    card_busy_percent: of the time the card computed, lately; None where nobody says it
-    seconds_left: None while it cannot be said; note: the latest event
+    title: of the run; status: "running", "paused", "stopped" or "finished"; note: the latest event
     """
 
     title: str
     status: str
-    phase: str
-    step: int
-    steps: int
+    position: Position
     memory: Memory
     timeline: Timeline
     statistics: Statistics
-    done: int = 0
-    total: int = 0
-    measured_loss: float | None = None
-    predicted_loss: float | None = None
-    validation_loss: float | None = None
-    rate: float | None = None
-    unit: str = "tokens"
-    step_ms: Mapping[str, float] = field(default_factory=dict)
-    card_busy_percent: float | None = None
-    seconds_left: float | None = None
+    losses: Losses = Losses()
+    speed: Speed = Speed()
     note: str = ""
 
 
-def draw(state: State, picture: str) -> str:
+def near_limit(memory: Memory) -> bool:
+    """Whether the 14 GB line belongs into a drawing of memory: on a GPU whose peak comes near it."""
+    return memory.on_gpu and max(memory.peak_bytes, memory.used_bytes) > SAFE_PEAK_BYTES / 2
+
+
+def frame_html(state: State, picture: str) -> str:
     """The whole panel, its style included, for any page; one that takes styles away shows the picture instead.
 
     picture: the address of an image of the same state
     """
     instead = f"<img class='hl-unstyled' src='{picture}' alt='{escape(state.title, quote=True)}'>"
-    return f"{style()}<div class='hl-styled' hidden='hidden'>{draw_panel(state)}</div>{instead}"
+    return f"{style_html()}<div class='hl-styled' hidden='hidden'>{panel_html(state)}</div>{instead}"
 
 
-def draw_panel(state: State) -> str:
+def panel_html(state: State) -> str:
     """The panel for a page that has its style already."""
-    cards = "".join((_memory(state.memory), _loss(state), _speed(state), _counts(state.statistics)))
+    cards = (_memory(state.memory), _losses(state.losses), _speed(state.speed), _counts(state.statistics))
     return (
-        f"<div class='hl'>{_head(state)}{_way(state.step, state.steps)}"
-        f"<div class='hl-cards'>{cards}</div>{_time_line(state)}{_note(state)}</div>"
+        f"<div class='hl'>{_head(state)}{_bar(state.position.step, state.position.steps)}"
+        f"<div class='hl-cards'>{''.join(cards)}</div>{_timeline(state.timeline, state.memory)}{_note(state)}</div>"
     )
 
 
-def draw_bar(label: str, done: int, total: int, status: str, seconds_left: float | None) -> str:
-    """A bar alone, for runs whose gauges cannot be read; `label` names the one under way, the counts are of them all.
+def bar_html(label: str, done: int, total: int, status: str, seconds_left: float | None) -> str:
+    """A bar alone, for runs whose gauges cannot be read and a page that has the style already.
 
-    For a page that has its style already.
-
-    status: "running", "stopped" or "finished"; seconds_left: None while it cannot be said
+    label: names the run under way; done, total: nominal steps of all runs
+    status: "running", "stopped" or "finished"; seconds_left: None while it is not known
     """
     left = _time_left(seconds_left) if status == "running" else ""
     return (
         f"<div class='hl'><div class='hl-head'><span class='hl-title'>{escape(label)}</span>"
         f"<span class='hl-status'><b>{status}</b> · step <b>{done:,}</b> of {total:,} in all{left}</span></div>"
-        f"{_way(done, total)}</div>"
+        f"{_bar(done, total)}</div>"
     )
 
 
 @cache
-def style() -> str:
-    """How panels and bars look, which a page must be told once."""
+def style_html() -> str:
+    """The style of panels and bars, which a page needs once."""
     sheet = files("hybridlab.panel").joinpath("gauges.css").read_text(encoding="utf-8")
     return f"<style>{sheet}</style>"
 
 
-def _way(done: int, total: int) -> str:
-    return f"<div class='hl-way'><div style='width:{100 * done / total:.1f}%'></div></div>"
+def _bar(done: int, total: int) -> str:
+    return f"<div class='hl-progress'><div style='width:{100 * done / total:.1f}%'></div></div>"
 
 
 def _note(state: State) -> str:
-    """The latest event; while a run goes on, its place is kept, so that the panel does not grow when one comes."""
+    """The latest event; an empty line while there is none, so that the panel does not grow when one comes."""
     if state.status == "finished" and not state.note:
         return ""
     return f"<div class='hl-note'>{escape(state.note)}</div>"
@@ -126,24 +154,25 @@ def _note(state: State) -> str:
 
 
 def _head(state: State) -> str:
+    at = state.position
     lamps = "".join(
-        f"<span class='hl-lamp hl-{phase}{' on' if phase == state.phase else ''}'>{phase.capitalize()}</span>"
+        f"<span class='hl-lamp hl-{phase}{' on' if phase == at.phase else ''}'>{phase.capitalize()}</span>"
         for phase in Phase
     )
     return (
         f"<div class='hl-head'><span class='hl-title'>{escape(state.title)}</span>"
         f"<span class='hl-lamps'>{lamps}</span><span class='hl-status'><b>{state.status}</b> · "
-        f"step <b>{state.step:,}</b> of {state.steps:,}{_of_the_cell(state)}</span></div>"
+        f"step <b>{at.step:,}</b> of {at.steps:,}{_of_the_cell(at, state.status)}</span></div>"
     )
 
 
-def _of_the_cell(state: State) -> str:
-    """What the cell trains, where that is more than the run whose step stands before it; and the time left for it."""
-    counts = f" · {state.done:,} of {state.total:,} in all" if state.total > state.steps else ""
-    if state.status in ("stopped", "finished"):
+def _of_the_cell(at: Position, status: str) -> str:
+    """The steps of the whole cell, where it trains more than this run, and the time left for it."""
+    counts = f" · {at.done:,} of {at.total:,} in all" if at.total > at.steps else ""
+    if status in ("stopped", "finished"):
         return counts
-    part = " in this cell" if 0 < state.total < state.steps else ""
-    return counts + _time_left(state.seconds_left) + part
+    part = " in this cell" if 0 < at.total < at.steps else ""
+    return counts + _time_left(at.seconds_left) + part
 
 
 def _time_left(seconds: float | None) -> str:
@@ -170,7 +199,7 @@ def _key(color: str, kind: str = "") -> str:
 
 
 def _memory(memory: Memory) -> str:
-    """An arc from nothing to all of it, in parts, with the line and the peak as ticks."""
+    """An arc from zero to the total, in parts, with the 14 GB line and the peak as ticks."""
     total = memory.total_bytes
     arc = [f"<path d='{ARC}' stroke='var(--well)'/>"]
     start = 0.0
@@ -178,12 +207,12 @@ def _memory(memory: Memory) -> str:
         share = 100 * min(size / total, 1.0)
         arc.append(_stretch(start, share, f"var(--{color})"))
         start += share
-    if memory.of_card and total > LIMIT_BYTES:
-        arc.append(_stretch(100 * LIMIT_BYTES / total - 0.5, 1.0, "var(--limit)", width=23))
+    if memory.on_gpu and total > SAFE_PEAK_BYTES:
+        arc.append(_stretch(100 * SAFE_PEAK_BYTES / total - 0.5, 1.0, "var(--limit)", width=23))
     arc.append(_stretch(100 * min(memory.peak_bytes / total, 0.995) - 0.4, 0.8, "var(--ink)"))
     used = f"<text x='100' y='82'>{memory.used_bytes / 1e9:.2f}</text>"
     of = f"<text class='of' x='100' y='100'>of {total / 1e9:.1f} GB</text>"
-    name = "Card memory" if memory.of_card else "Process memory (no GPU)"
+    name = "GPU memory" if memory.on_gpu else "Process memory (no GPU)"
     return _card(name, f"<svg class='hl-arc' viewBox='0 0 200 106'>{''.join(arc)}{used}{of}</svg>", *_figures(memory))
 
 
@@ -200,13 +229,13 @@ def _parts(memory: Memory) -> Iterable[tuple[str, int]]:
 
 
 def _figures(memory: Memory) -> Iterable[str]:
-    if memory.of_card:
+    if memory.on_gpu:
         yield _row("allocated by torch", _gb(memory.allocated_bytes), _key("memory"))
         yield _row("reserved by torch", _gb(memory.reserved_bytes), _key("reserved"))
         yield _row("other", _gb(memory.other_bytes), _key("other"))
     yield _row("peak so far", _gb(memory.peak_bytes), _key("ink"))
-    if memory.of_card:
-        room = LIMIT_BYTES - memory.peak_bytes
+    if memory.on_gpu:
+        room = SAFE_PEAK_BYTES - memory.peak_bytes
         yield _row("14 GB line", f"{_gb(abs(room))} {'below' if room >= 0 else 'above'}", _key("limit"))
 
 
@@ -214,12 +243,12 @@ def _gb(size: int | None) -> str:
     return "unavailable" if size is None else f"{size / 1e9:.2f} GB"
 
 
-def _loss(state: State) -> str:
+def _losses(losses: Losses) -> str:
     return _card(
         f"{_key('measured', 'line')} Training loss, measured",
-        _big(_nats(state.measured_loss), "nats"),
-        _row("predicted", _nats(state.predicted_loss), _key("predicted", "line dash"), off=not state.predicted_loss),
-        _row("validation", _nats(state.validation_loss), off=state.validation_loss is None),
+        _big(_nats(losses.measured), "nats"),
+        _row("predicted", _nats(losses.predicted), _key("predicted", "line dash"), off=losses.predicted is None),
+        _row("validation", _nats(losses.validation), off=losses.validation is None),
     )
 
 
@@ -227,21 +256,21 @@ def _nats(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.4f}"
 
 
-def _speed(state: State) -> str:
-    slowest = max(state.step_ms.values(), default=1.0)
+def _speed(speed: Speed) -> str:
+    slowest = max(speed.step_ms.values(), default=1.0)
     rows = []
     for phase in Phase:
-        ms = state.step_ms.get(phase)
+        ms = speed.step_ms.get(phase)
         bar = f"<span class='hl-bar'><i style='width:{100 * (ms or 0) / slowest:.0f}%'></i></span>"
         value = "–" if ms is None else f"{_figure(ms)} ms"
         rows.append(
             f"<div class='hl-row hl-{phase}{'' if ms else ' off'}'><span style='width:56px'>{phase.capitalize()}</span>"
             f"{bar}<span style='min-width:58px;text-align:right'>{value}</span></div>"
         )
-    rate = "–" if state.rate is None else f"{_figure(state.rate)}"
-    if state.card_busy_percent is not None:
-        rows.append(_row("card busy", f"{state.card_busy_percent:.0f}%"))
-    return _card("Speed, and time of a step", _big(rate, f"{state.unit} / s"), *rows)
+    rate = "–" if speed.rate is None else _figure(speed.rate)
+    if speed.gpu_busy_percent is not None:
+        rows.append(_row("GPU busy", f"{speed.gpu_busy_percent:.0f}%"))
+    return _card("Speed, and time per step", _big(rate, f"{speed.unit} / s"), *rows)
 
 
 def _figure(value: float) -> str:
@@ -254,19 +283,18 @@ def _counts(statistics: Statistics) -> str:
         "Gradient steps saved",
         _big(f"{saved:,}", f"of {nominal:,} ({saved / nominal:.0%})" if nominal else ""),
         _row("gradient steps taken", f"{statistics.gradient_steps:,}"),
-        _row("forwards without backward", f"{statistics.forward_only_passes:,}"),
+        _row("forward-only passes", f"{statistics.forward_only_passes:,}"),
         _row("proposals accepted", f"{statistics.proposals_accepted:,}"),
         _row("proposals rejected", f"{statistics.proposals_rejected:,}"),
-        _row("jumps taken back", f"{statistics.rollbacks:,}"),
+        _row("rollbacks", f"{statistics.rollbacks:,}"),
     )
 
 
-# --- the time line -------------------------------------------------------------------------------------------
+# --- the timeline --------------------------------------------------------------------------------------------
 
 
-def _time_line(state: State) -> str:
+def _timeline(line: Timeline, memory: Memory) -> str:
     """Loss above, memory below, the phases behind both and as a ribbon between them."""
-    line = state.timeline
     bands = "".join(
         f"<div class='hl-band hl-{phase}' style='left:{100 * start:.2f}%;width:{100 * (end - start):.2f}%'></div>"
         for phase, start, end in line.bands()
@@ -274,14 +302,15 @@ def _time_line(state: State) -> str:
     measured, predicted = line.series("measured_loss"), line.series("predicted_loss")
     low, high = _range([value for _, value in measured + predicted])
     curves = _curve(measured, low, high, "measured") + _predicted(predicted, low, high, line.width)
-    memory, most = line.series("memory_bytes"), _most(state)
+    top = _top_bytes(memory)
+    used = _area(line.series("memory_bytes"), top) + _limit(memory, top)
     return (
         f"<div class='hl-time'>{_scale({high: 8, low: 92}, '{:.2f}', 'loss')}"
         f"<div class='hl-track loss'>{bands}{_svg(curves)}</div>"
         f"<div class='hl-scale'><span style='top:50%'>phase</span></div><div class='hl-track ribbon'>{bands}</div>"
-        f"{_scale({most / 1e9: 14, 0: 88}, '{:.3g}', 'GB')}"
-        f"<div class='hl-track memory'>{bands}{_svg(_area(memory, most) + _limit(state, most))}</div>"
-        f"<div class='hl-steps'><span>0</span><span>nominal steps</span><span>{state.steps:,}</span></div></div>"
+        f"{_scale({top / 1e9: 14, 0: 88}, '{:.3g}', 'GB')}"
+        f"<div class='hl-track memory'>{bands}{_svg(used)}</div>"
+        f"<div class='hl-steps'><span>0</span><span>nominal steps</span><span>{line.steps:,}</span></div></div>"
     )
 
 
@@ -291,7 +320,7 @@ def _scale(values: Mapping[float, int], style: str, unit: str) -> str:
 
 
 def _range(values: list[float]) -> tuple[float, float]:
-    """What the values take; half a unit to each side of a single one."""
+    """The least and the greatest value; half a unit to each side of a single one."""
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
@@ -304,7 +333,7 @@ def _curve(points: Iterable[tuple[float, float]], low: float, high: float, color
 
 
 def _predicted(points: list[tuple[float, float]], low: float, high: float, width: int) -> str:
-    """A dashed line a jump, so that none leads from one jump to the next."""
+    """A dashed line per jump, so that none leads from one jump to the next."""
     jumps: list[list[tuple[float, float]]] = []
     for point in points:
         if jumps and point[0] - jumps[-1][-1][0] < 1.5 / width:
@@ -323,33 +352,32 @@ def _predicted(points: list[tuple[float, float]], low: float, high: float, width
     )
 
 
-def _area(points: list[tuple[float, float]], most: float) -> str:
+def _area(points: list[tuple[float, float]], top: float) -> str:
     if not points:
         return ""
-    path = " ".join(f"{1000 * x:.0f},{100 - 86 * y / most:.1f}" for x, y in _corners(points))
+    path = " ".join(f"{1000 * x:.0f},{100 - 86 * y / top:.1f}" for x, y in _corners(points))
     first, last = 1000 * points[0][0], 1000 * points[-1][0]
     fill = f"<polygon points='{first:.0f},100 {path} {last:.0f},100' fill='var(--memory)' fill-opacity='.25'/>"
     return f"{fill}<polyline points='{path}' stroke='var(--memory)'/>"
 
 
 def _corners(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points without those amid a level stretch, of which memory has long ones."""
+    """The points without those inside a level stretch, of which memory has long ones."""
     heights = [None, *(y for _, y in points), None]
     around = zip(heights, heights[2:], strict=False)
     return [point for point, (before, after) in zip(points, around, strict=True) if not before == point[1] == after]
 
 
-def _most(state: State) -> float:
-    """The top of the memory scale: the peak, or the line where the peak comes near it."""
-    peak = max(state.memory.peak_bytes, state.memory.used_bytes, 1)
-    near = state.memory.of_card and peak > LIMIT_BYTES / 2
-    return float(max(peak, LIMIT_BYTES)) if near else float(peak)
+def _top_bytes(memory: Memory) -> float:
+    """The top of the memory scale: the peak, or the 14 GB line where the peak comes near it."""
+    peak = float(max(memory.peak_bytes, memory.used_bytes, 1))
+    return max(peak, SAFE_PEAK_BYTES) if near_limit(memory) else peak
 
 
-def _limit(state: State, most: float) -> str:
-    if not state.memory.of_card or most < LIMIT_BYTES:
+def _limit(memory: Memory, top: float) -> str:
+    if not memory.on_gpu or top < SAFE_PEAK_BYTES:
         return ""
-    y = 100 - 86 * LIMIT_BYTES / most
+    y = 100 - 86 * SAFE_PEAK_BYTES / top
     return f"<line x1='0' x2='1000' y1='{y:.1f}' y2='{y:.1f}' stroke='var(--limit)' stroke-dasharray='6 4'/>"
 
 

@@ -1,23 +1,24 @@
-"""Reads a run between two steps, and keeps what the gauges show of it."""
+"""Reads a run between two steps, and keeps what the gauges show."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from statistics import mean
 from typing import Any
 
 import psutil
 
-from hybridlab.panel.html import Memory, State
+from hybridlab.panel.html import Losses, Memory, Position, Speed, State
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.run import StepRecord, TrainingRun
 from hybridlab.study.study import label
 
 RATE_READINGS = 20
-"""The rate, and how busy the card is, are those of so many readings."""
+"""The rate, and how busy the GPU is, are means over so many readings."""
 
 
 class Instruments:
@@ -25,77 +26,68 @@ class Instruments:
 
     def __init__(self, run: TrainingRun) -> None:
         self.run, config = run, run.config
-        self.timeline = timeline_of(run.record, config.steps)  # of a run gone on with, the steps before
+        self.timeline = timeline_of(run.record, config.steps)  # with the earlier steps of a resumed run
         self.latest: StepRecord | None = None
-        self._unsettled: StepRecord | None = None
+        self._unread: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
         self._emulated_bytes = config.card_bytes if config.emulates_card else 0
         self._busy: deque[int] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
-        self._losses: dict[str, float] = {}
+        self._losses = Losses()
         self._first: StepRecord | None = None
         self._steps_in: Counter[str] = Counter()
         self._readings: deque[tuple[float, int]] = deque(maxlen=RATE_READINGS)
         self._note = ""
 
     def note(self, record: StepRecord) -> None:
-        """Take in a step; reads the losses of the one before it. Steps that nobody noted are taken for ones like it."""
-        self.settle()
+        """Take in a step; reads the losses of the one before it. Steps in between count as like it."""
+        self.read_losses()
         if self.latest is None:
             self._first = record
             self._readings.append((record.seconds, record.statistics.gradient_steps))
         else:
             self._steps_in[record.result.phase] += record.result.nominal_step - self.latest.result.nominal_step
-        self.latest = self._unsettled = record
+        self.latest = self._unread = record
         if record.changes or record.result.event:
             self.remark("; ".join(_events(record)))
         if "validation_loss" in record.evaluation:
-            self._losses["validation_loss"] = record.evaluation["validation_loss"]
+            self._losses = replace(self._losses, validation=record.evaluation["validation_loss"])
 
     def remark(self, text: str) -> None:
         """Say what happened at the latest step."""
         step = self.latest.result.nominal_step if self.latest else 0
         self._note = f"step {step:,}: {text}"
 
-    def settle(self) -> None:
+    def read_losses(self) -> None:
         """Read the losses of the latest step, once; that waits for the device unless another step has followed."""
-        if self._unsettled is None:
+        if self._unread is None:
             return
-        result, self._unsettled = self._unsettled.result, None
+        result, self._unread = self._unread.result, None
         measured, predicted = result.measured_loss, result.predicted_loss
         self.timeline.add(result.nominal_step, result.phase, self._memory.used_bytes, measured, predicted)
-        if measured is not None:
-            self._losses["measured_loss"] = measured
-        if predicted is not None:
-            self._losses["predicted_loss"] = predicted
+        latest = {name: loss for name, loss in (("measured", measured), ("predicted", predicted)) if loss is not None}
+        self._losses = replace(self._losses, **latest)
 
     def state(self, status: str, *, done: int, total: int, seconds_left: float | None) -> State:
         """What the gauges show now; reads the memory. At least one step must have been noted."""
         assert self.latest is not None
         self._memory = self._read_memory()
-        result, statistics = self.latest.result, self.latest.statistics
+        result, config = self.latest.result, self.run.config
+        busy = mean(self._busy) if self._busy else None
         return State(
-            title=label(self.run.config.name, self.run.config.seed),
+            title=label(config.name, config.seed),
             status=status,
-            phase=result.phase,
-            step=result.nominal_step,
-            steps=self.run.config.steps,
+            position=Position(result.phase, result.nominal_step, config.steps, done, total, seconds_left),
             memory=self._memory,
             timeline=self.timeline,
-            statistics=statistics,
-            done=done,
-            total=total,
-            rate=self._rate(self.latest),
-            unit=self._unit,
-            step_ms=self._step_ms(self.latest),
-            card_busy_percent=mean(self._busy) if self._busy else None,
-            seconds_left=seconds_left,
+            statistics=self.latest.statistics,
+            losses=self._losses,
+            speed=Speed(self._rate(self.latest), self._unit, self._step_ms(self.latest), busy),
             note=self._note,
-            **self._losses,
         )
 
     def _rate(self, record: StepRecord) -> float | None:
-        """Work of gradient steps a second of training, over the last readings."""
+        """Work of gradient steps per second of training, over the last readings."""
         self._readings.append((record.seconds, record.statistics.gradient_steps))
         (seconds, steps), (last_seconds, last_steps) = self._readings[0], self._readings[-1]
         return self._work * (last_steps - steps) / (last_seconds - seconds) if last_seconds > seconds else None
@@ -119,13 +111,13 @@ def _events(record: StepRecord) -> Iterator[str]:
         yield record.result.event
 
 
-def memory_of(reading: Mapping[str, Any], peak_bytes: int, card_bytes: int = 0) -> Memory:
-    """What the gauge shows of a `MemoryReading`, on a card that may be emulated."""
+def memory_of(reading: Mapping[str, Any], peak_bytes: int, emulated_bytes: int = 0) -> Memory:
+    """What the gauge shows of a `MemoryReading`, on a GPU that may be emulated."""
     used = int(reading["used_bytes"])
     if reading["source"] == "process":
         return Memory(False, _machine_bytes(), used, max(peak_bytes, used))
     allocated, other, size = (_known(reading[f"{name}_bytes"]) for name in ("allocated", "other", "device_total"))
-    total = min((known for known in (size, card_bytes) if known), default=peak_bytes)
+    total = min((known for known in (size, emulated_bytes) if known), default=peak_bytes)
     return Memory(True, total, used + (other or 0), peak_bytes, allocated, used, other)
 
 

@@ -17,7 +17,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.phases import Phase
 from hybridlab.panel.controls import Controls, control_row
-from hybridlab.panel.html import draw_bar, draw_panel, style
+from hybridlab.panel.html import bar_html, panel_html, style_html
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.progress import seconds_left
 from hybridlab.study.run import StepRecord, TrainingRun
@@ -65,8 +65,8 @@ class Live:
         """Show the last state, and take the controls away."""
         failed = kind is not None and not issubclass(kind, GeneratorExit | UserError)
         if self._instruments is not None and not failed:
-            self._instruments.settle()
-            self.draw("finished" if self._is_over and not kind else "stopped")
+            self._instruments.read_losses()
+            self.refresh("finished" if self._is_over and not kind else "stopped")
         self._panel.children = [self._style, self._gauges]
 
     def step(self, label: str, total: int) -> None:
@@ -85,18 +85,18 @@ class Live:
         if self.controls.have_wishes:
             self._obey(run)
         if self._clock() - self._drawn >= self._rest:
-            self.draw("running")
+            self.refresh("running")
         if self.controls.paused and not self.controls.may_go_on():
             self._hold(run)
 
-    def draw(self, status: str) -> None:
+    def refresh(self, status: str) -> None:
         """Bring the gauges up to date."""
         if self._instruments is None or self._instruments.latest is None:
             return
         started = self._clock()
         left = seconds_left(self._done, self._total, started - self._started)
         state = self._instruments.state(status, done=self._done, total=self._total, seconds_left=left)
-        self._gauges.value = draw_panel(state)
+        self._gauges.value = panel_html(state)
         self._drawn = self._clock()
         self._rest = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
 
@@ -121,12 +121,12 @@ class Live:
         """Wait while paused, with the clocks standing."""
         paused = self._clock()
         run.pause()
-        self.draw("paused")
+        self.refresh("paused")
         while not self.controls.may_go_on():
             self.controls.wait(LEAST_SECONDS)
             self._obey(run)
             if not self._rest:
-                self.draw("paused")
+                self.refresh("paused")
         self._started += self._clock() - paused
 
 
@@ -143,29 +143,29 @@ class LiveBar:
 
     def __enter__(self) -> Self:
         """Show the bar below the cell."""
-        self._draw("running")
+        self._refresh("running")
         display(widgets.VBox([_style(), self._bar]))  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *_: object) -> None:
         """Show how far it came."""
-        self._draw("finished" if self._done == self._total else "stopped")
+        self._refresh("finished" if self._done == self._total else "stopped")
 
     def step(self, label: str, total: int) -> None:
         """Count a nominal step of a total that may have grown."""
         self._label, self._done, self._total = label, self._done + 1, total
         if time.monotonic() - self._drawn >= LEAST_SECONDS:
-            self._draw("running")
+            self._refresh("running")
 
-    def _draw(self, status: str) -> None:
+    def _refresh(self, status: str) -> None:
         left = seconds_left(self._done, self._total, time.monotonic() - self._started)
-        self._bar.value = draw_bar(self._label, self._done, self._total, status, left)
+        self._bar.value = bar_html(self._label, self._done, self._total, status, left)
         self._drawn = time.monotonic()
 
 
 def _style() -> widgets.Widget:
     """The gauges' style in a widget of its own: it is sent once, and not at each drawing."""
-    return widgets.HTML(style(), layout=widgets.Layout(display="none"))
+    return widgets.HTML(style_html(), layout=widgets.Layout(display="none"))
 
 
 @contextmanager
