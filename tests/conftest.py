@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
 
 torch.set_num_threads(1)
+os.environ.pop("JPY_SESSION_NAME", None)  # started from a notebook, tests still take the way without a panel
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as whatever a shell starts in the background inherits it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

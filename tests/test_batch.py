@@ -494,11 +494,10 @@ def test_progress_reports_to_the_file_it_is_given(tmp_path, monkeypatch, capfd):
 
 def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
-    monkeypatch.setenv("JPY_SESSION_NAME", "lab")
     with Progress(2, "training") as bar:
         bar.advance()
     assert capfd.readouterr() == ("", "")
-    monkeypatch.delenv("PYTEST_VERSION")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress(2, "training") as bar:
         bar.advance()
     assert "training" in capfd.readouterr().err

@@ -66,7 +66,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Live]:
     """As if a person looked; gives the panels that were shown."""
     shown: list[Live] = []
-    monkeypatch.setattr(session, "gauges_wanted", lambda: True)
+    monkeypatch.setattr(session, "in_jupyterlab", lambda: True)
     monkeypatch.setattr(Live, "__enter__", lambda live: shown.append(live) or live)
     return shown
 
@@ -414,7 +414,7 @@ def test_isolated_runs_show_a_bar_of_their_own(
         return "result"
 
     shown: list[VBox] = []
-    monkeypatch.setattr(session, "gauges_wanted", lambda: looked_at)
+    monkeypatch.setattr(session, "in_jupyterlab", lambda: looked_at)
     monkeypatch.setattr(session, "run_arms", run_arms)
     monkeypatch.setattr(live, "display", lambda box: shown.append(box))
     assert session.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
@@ -435,7 +435,7 @@ def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytes
     monkeypatch.setattr(session, "run_arms", run_arms)
     with pytest.raises(KeyboardInterrupt):
         session.run_configs([CONFIG], "isolated", isolated=True)
-    monkeypatch.setattr(session, "gauges_wanted", lambda: True)
+    monkeypatch.setattr(session, "in_jupyterlab", lambda: True)
     monkeypatch.setattr(live, "display", lambda _: None)
     with pytest.raises(session.Stopped, match="stopped: run this cell again"):
         session.run_configs([CONFIG], "isolated", isolated=True)
@@ -443,7 +443,7 @@ def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytes
     session.run_configs([CONFIG], "isolated", isolated=True)
     assert resumed == [False, True, True, False], "only what was interrupted is gone on with"
     session.run_configs([CONFIG], "isolated", isolated=True, resume=True)
-    monkeypatch.setattr(session, "gauges_wanted", lambda: False)
+    monkeypatch.setattr(session, "in_jupyterlab", lambda: False)
     session.run_configs([CONFIG], "isolated", resume=True)
     session.run_configs([CONFIG], "isolated")
     assert resumed[4:] == [True, True, False], "and what an earlier start left, when asked"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import pandas as pd
 
 from hybridlab.charts.tables import Table
-from hybridlab.panel.progress import PROGRESS_FILE
+from hybridlab.panel.progress import in_jupyterlab
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class LiveTable:
     ) -> dict[str, str]:
         if not self.table:
             return {"text/plain": self.empty}
-        return {"text/html": _live(self.table) if _in_jupyterlab() else self.table.html(), "text/plain": str(self)}
+        return {"text/html": _live(self.table) if in_jupyterlab() else self.table.html(), "text/plain": str(self)}
 
 
 def _live(table: Table) -> str:
@@ -49,7 +48,3 @@ def _live(table: Table) -> str:
         classes="display compact",  # long sentences wrap
         columnDefs=[{"targets": texts, "className": "dt-left"}],
     )
-
-
-def _in_jupyterlab() -> bool:
-    return "JPY_SESSION_NAME" in os.environ and PROGRESS_FILE not in os.environ

@@ -16,7 +16,7 @@ from hybridlab.panel.controls import Controls
 from hybridlab.panel.frame import Frame
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live, LiveBar, interrupts
-from hybridlab.panel.progress import Progress, gauges_wanted
+from hybridlab.panel.progress import Progress, in_jupyterlab
 from hybridlab.results.publish import project_root
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
@@ -152,7 +152,7 @@ class Session:
     @contextmanager
     def _watched(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
         """What is to be done after each step: gauges where a person looks, else plain progress."""
-        watched = self._with_gauges if gauges_wanted() else self._with_progress
+        watched = self._with_gauges if in_jupyterlab() else self._with_progress
         try:
             with watched(controls, wanted) as act:
                 yield act
@@ -224,7 +224,7 @@ def runs_folder(notebook: str) -> Path:
 
 
 def _bar(total: int) -> LiveBar | Progress:
-    return LiveBar(total) if gauges_wanted() else Progress(total, "training")
+    return LiveBar(total) if in_jupyterlab() else Progress(total, "training")
 
 
 @contextmanager
@@ -234,7 +234,7 @@ def _remembering(what: object, notebook: str) -> Generator[bool]:
         yield _was_stopped(what, notebook)
     except KeyboardInterrupt:
         _STOPPED[notebook] = what
-        if gauges_wanted():
+        if in_jupyterlab():
             raise Stopped("stopped: run this cell again to go on with the runs that are left") from None
         raise
 
@@ -242,7 +242,7 @@ def _remembering(what: object, notebook: str) -> Generator[bool]:
 @contextmanager
 def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep, Watch | None, bool]]:
     """What is to be called after each step, and whether this was stopped before, and is to be gone on with."""
-    if not gauges_wanted():
+    if not in_jupyterlab():
         with Progress(total, "training") as progress:
             yield progress.step, None, False
         return

@@ -1,4 +1,10 @@
-"""Progress from a notebook's kernel to the terminal that launched it, through one small file."""
+"""Progress of training, where somebody looks: gauges in JupyterLab, a bar in a terminal, a file in batch.
+
+Two environment variables say where a kernel was started, and nothing else is asked:
+
+HYBRIDLAB_PROGRESS: set by `hybridlab run`: the file that progress is written to, for the terminal that started the run
+JPY_SESSION_NAME: set by a Jupyter server, such as JupyterLab's, for the kernels of its notebooks
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from IPython import get_ipython
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
@@ -23,11 +30,12 @@ from hybridlab.base.files import replaced
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 WRITE_EVERY_SECONDS = 0.25
 LOG_EVERY_SECONDS = 15.0
-SETTLED_SHARE = 0.01
+LEAST_SHARE = 0.01
+"""Of all steps: before so many are done, no time left is given."""
 
 
 class Progress:
-    """Counts towards a total where somebody watches: a file, a terminal, JupyterLab; else silent.
+    """Counts towards a total, in the file of a batch run, else as a bar where standard error is a terminal.
 
     total: how many steps there are, at least 1
     label: what is being done, in a few words
@@ -40,7 +48,7 @@ class Progress:
             raise ValueError(f"total is {total}: progress needs at least 1 step to count")
         self.total, self.label, self.done = total, label, 0
         self._file = os.environ.get(PROGRESS_FILE)
-        self._line = tqdm(total=total, desc=label, file=sys.stderr, disable=not (_watched() and not self._file))
+        self._line = tqdm(total=total, desc=label, file=sys.stderr, disable=bool(self._file) or None)
         self._started = time.monotonic()
         self._written = float("-inf")
 
@@ -67,7 +75,7 @@ class Progress:
         self.advance(label=label)
 
     def _write(self) -> None:
-        """Tell whoever watches the file; one that cannot be written ends no training."""
+        """Write the counts to the file of a batch run; a file that cannot be written ends no training."""
         if not self._file:
             return
         self._written = time.monotonic()
@@ -80,23 +88,15 @@ class Progress:
 
 
 def seconds_left(done: int, total: int, seconds: float) -> float | None:
-    """What remains at the pace so far; None while the first steps carry what happens once: data, compilation."""
-    settled = done and done >= SETTLED_SHARE * total
-    return seconds / done * max(total - done, 0) if settled else None
+    """The time left at the pace so far; None during the first steps, which include loading data and compilation."""
+    known = done and done >= LEAST_SHARE * total
+    return seconds / done * max(total - done, 0) if known else None
 
 
-def gauges_wanted() -> bool:
-    """Say whether a person looks at this kernel through JupyterLab: no batch run, no test runner."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    batch = PROGRESS_FILE in os.environ or "PYTEST_VERSION" in os.environ
-    return hasattr(shell, "kernel") and "JPY_SESSION_NAME" in os.environ and not batch
-
-
-def _watched() -> bool:
-    """Say whether standard error reaches a person: a terminal or JupyterLab, no test runner."""
-    if "PYTEST_VERSION" in os.environ:
-        return False
-    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+def in_jupyterlab() -> bool:
+    """Whether this is the kernel of a notebook that a person has open, and no batch run."""
+    by_a_server = "JPY_SESSION_NAME" in os.environ and PROGRESS_FILE not in os.environ
+    return by_a_server and hasattr(get_ipython(), "kernel")  # a script that the kernel starts has none
 
 
 @contextmanager
