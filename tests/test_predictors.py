@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybridlab.predictors import PREDICTORS, Predictor, Proposal, Signals
-from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, Row
+from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, PathRow
 
 EVERY_NAME = pytest.mark.parametrize("name", PREDICTORS)
 FULL_STEPS, HORIZON, SEEDS = 20, 10.0, range(20)
@@ -43,16 +43,16 @@ def record(theta: np.ndarray, needs: PathNeeds, groups: int = 1) -> Path:
     """Remember weights [step, dim] as the trajectory does; the latest step stands for the optimizer's direction."""
     single = np.diff(theta, axis=0)
     vectors = list(np.diff(theta[:: -needs.every][: needs.rows + 1][::-1], axis=0))
-    rows = [Row("displacement", needs.every)] * len(vectors)
+    rows = [PathRow("displacement", needs.every)] * len(vectors)
     if needs.velocity:
         average = np.zeros(theta.shape[1])
         for step in single:
             average = needs.velocity * average + (1 - needs.velocity) * step
         vectors.append(average)
-        rows.append(Row("velocity", 1))
+        rows.append(PathRow("velocity", 1))
     if needs.direction:
         vectors.append(single[-1])
-        rows.append(Row("direction", 1))
+        rows.append(PathRow("direction", 1))
     stacked = np.array(vectors)
     products = np.array([part @ part.T for part in np.array_split(stacked, groups, axis=1)])
     return Path(Gram(products, tuple(rows)), stacked)

@@ -14,7 +14,7 @@ import torch
 from hybridlab.predictors.base import Proposal, Signals
 from hybridlab.predictors.rssm import SCORED_AHEAD_STEPS, Forecast, Rssm
 from hybridlab.predictors.rssm_model import Dynamics
-from hybridlab.weights.gram import Gram, Row
+from hybridlab.weights.gram import Gram, PathRow
 
 JUMP_AT = 400
 
@@ -44,7 +44,7 @@ def told(signals: Iterable[Signals], seed: int = 0) -> Rssm:
 @pytest.fixture
 def straight() -> Gram:
     """Two groups whose four displacements of five steps are all the same."""
-    return Gram(np.ones((2, 4, 4)), (Row("displacement", 5),) * 4)
+    return Gram(np.ones((2, 4, 4)), (PathRow("displacement", 5),) * 4)
 
 
 def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Copies between the card and the host, beside the computation."""
+"""Copies between the GPU and the host, beside the computation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hybridlab.base.device import wait_for
-
 SMALL_BYTES = 4096
 """Tensors below this stay where they are: step counts, lookup tables, short biases."""
 
 
 class CopyStream:
-    """A CUDA stream for copies; where there is no card, copies happen in line with everything else.
+    """A CUDA stream for copies; without a GPU, copies happen in line with everything else.
 
     The computation is whatever stream is current when a method is called.
     """
@@ -49,7 +47,3 @@ class CopyStream:
     def join(self) -> None:
         """The computation goes on when all copies are done; the host does not wait."""
         self.wait_event(self.record_event())
-
-    def synchronize(self) -> None:
-        """The host waits for all copies, and for the computation."""
-        wait_for(self.device)

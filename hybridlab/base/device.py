@@ -43,9 +43,9 @@ def cards(device: torch.device) -> list[torch.device]:
 
 
 def reserve_contiguous(device: torch.device, tensors: Iterable[Tensor]) -> None:
-    """Let torch take from a card in one request what as many tensors as these are about to take one by one.
+    """Let torch reserve from a GPU, in one request, what as many tensors as these are about to take one by one.
 
-    They then lie in one stretch, which can go back to the card whole: so what the cache holds goes back first, or some
+    They then lie in one stretch, which can go back to the GPU whole: so what the cache holds goes back first, or some
     of them would be taken from there. Nothing happens where the cache holds enough for all; without so much in one
     piece, they are taken one by one.
 

@@ -1,4 +1,4 @@
-"""Host memory that the card copies from and to at full speed."""
+"""Host memory that the GPU copies from and to at full speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from hybridlab.base.errors import UserError
 
 ALIGNMENT_BYTES = 256
-"""Every view begins at a multiple of this, as tensors on the card do."""
+"""Every view begins at a multiple of this, as tensors on the GPU do."""
 
 LEFT_TO_OTHERS_BYTES = 500_000_000
 """Of the host's available memory: an arena that would take more is refused, before the machine starts to swap."""
@@ -57,18 +57,18 @@ class HostArena:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether anybody still has one of the views, or a tensor that shares its memory."""
+        """Whether any of the views is still referenced, or a tensor that shares its memory."""
         return any(piece() is not None for piece in self._pieces)
 
     def rewind_(self) -> None:
-        """Hand out the same memory again, from its start. It must not be held."""
+        """Hand out the same memory again, from its start. It must not be in use."""
         self._pieces, self._taken = [], 0
 
 
 class ArenaPool:
-    """Host memory that is taken once, and used again as soon as nobody holds a tensor that lies in it.
+    """Host memory that is taken once, and used again as soon as no tensor that lies in it is in use.
 
-    Pinning takes far longer than filling: what is kept again and again, such as a way back from each jump, has one
+    Pinning takes far longer than filling: what is kept again and again, such as a snapshot before each jump, has one
     place.
     """
 
@@ -76,9 +76,9 @@ class ArenaPool:
         self._arenas: list[HostArena] = []
 
     def empty_like(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Room for each of these, as `host_empty_like` makes it; pinned where any of them lies on a card.
+        """Memory for each of these, as `host_empty_like` makes it; pinned where any of them lies on a GPU.
 
-        Raises UserError as `HostArena` does; what others hold stays as it is.
+        Raises UserError as `HostArena` does; what is in use stays as it is.
         """
         if not tensors:
             return []
@@ -86,7 +86,7 @@ class ArenaPool:
         free = (arena for arena in self._arenas if not arena.is_in_use)
         arena = next((arena for arena in free if (arena.total_bytes, arena.pinned) == (total_bytes, pinned)), None)
         if arena is None:
-            self._arenas = [arena for arena in self._arenas if arena.is_in_use]  # first let go of what fits no more
+            self._arenas = [arena for arena in self._arenas if arena.is_in_use]  # first free what no longer fits
             self._arenas.append(arena := HostArena(total_bytes, pinned=pinned))
         arena.rewind_()
         return [arena.take(tensor) for tensor in tensors]

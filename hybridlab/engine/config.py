@@ -96,7 +96,7 @@ class HybridTrainerConfig:
     def _memory_conflicts(self) -> list[Conflict]:
         """What the memory features and the trainer's own settings cannot do together."""
         memory, jumps = self.memory or MemoryConfig(), self.max_predict_steps > 0
-        leaves = memory.predict_strategy in ("cpu", "pinned") or memory.lowers_weights
+        leaves = memory.predict_strategy in ("cpu", "pinned") or memory.offloads_weights
         return [
             (
                 memory.step_in_backward and self.clip_norm is not None,

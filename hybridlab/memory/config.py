@@ -23,8 +23,8 @@ class MixedPrecisionConfig:
     """In which number format each phase computes.
 
     training: of Warmup, Full and Correct: "fp32", or "bf16" for autocast over float32 weights
-    predict: of Predict: the same two, or "bf16_weights": weights in bf16 on the card, the float32 ones in the jump's
-        way back on the host, to which its motions are added, so that no rounding piles up
+    predict: of Predict: the same two, or "bf16_weights": weights in bf16 on the GPU, the float32 ones in the jump's
+        rollback snapshot on the host, to which its motions are added, so that no rounding adds up
 
     Raises TypeError and ValueError that name the setting and its remedy.
     """
@@ -39,12 +39,12 @@ class MixedPrecisionConfig:
 
     @classmethod
     def conservative(cls) -> Self:
-        """bf16 autocast in every phase; weights stay float32 on the card."""
+        """bf16 autocast in every phase; weights stay float32 on the GPU."""
         return cls("bf16", "bf16")
 
     @classmethod
     def aggressive(cls) -> Self:
-        """bf16 autocast, and bf16 weights alone on the card in Predict."""
+        """bf16 autocast, and only bf16 weights on the GPU in Predict."""
         return cls("bf16", "bf16_weights")
 
 
@@ -74,11 +74,11 @@ class PredictAwareMemoryConfig:
     """What becomes of the optimizer's state in Predict, where no optimizer steps.
 
     strategy: "none" leaves it; "cpu" and "pinned" move it to host memory, pinned memory without waiting; "compress"
-        keeps it on the card in 8 bits (inexact); "drop" throws it away, so that the optimizer starts anew (inexact)
+        keeps it on the GPU in 8 bits (inexact); "drop" throws it away, so that the optimizer starts anew (inexact)
     lookahead: nominal steps before a jump's end at which the return begins, beside the predicted steps. Weights that
         left too come back with the last of several motions, and the state then with them. 0 leaves all of it away
         until the jump is over
-    release: hand what was freed back to the card, for others to use; False keeps it in torch's cache, which is quicker
+    release: hand what was freed back to the GPU, for others to use; False keeps it in torch's cache, which is quicker
 
     Raises TypeError and ValueError that name the setting and its remedy.
     """
@@ -99,7 +99,7 @@ class PredictAwareMemoryConfig:
 
     @classmethod
     def aggressive(cls) -> Self:
-        """Eight bits, on the card: nothing crosses the bus."""
+        """Eight bits, on the GPU: nothing crosses the bus."""
         return cls("compress")
 
 
@@ -107,7 +107,7 @@ class PredictAwareMemoryConfig:
 class CheckpointingConfig:
     """Recompute the activations of every block in the backward pass, but of the last `keep_last`.
 
-    inputs: where what they are computed from waits: on the "card", or on the "host", sent and brought back beside the
+    inputs: where what they are computed from waits: "card", on the GPU, or "host", copied there and back beside the
         computation
 
     Raises TypeError and ValueError that name the setting and its remedy.
@@ -227,7 +227,7 @@ class MemoryConfig:
             (
                 self.state_on_host and strategy in ("cpu", "pinned", "compress"),
                 ("state_on_host", f"predict_aware strategy={strategy!r}"),
-                "the state has left the card already; leave one of them off",
+                "the state has left the GPU already; leave one of them off",
             ),
             (
                 low_bit and strategy == "compress",
@@ -235,9 +235,9 @@ class MemoryConfig:
                 "the state is compressed already; use strategy='pinned' or 'none'",
             ),
             (
-                bf16 and self.lowers_weights,
+                bf16 and self.offloads_weights,
                 ("weights='bf16'", "mixed_precision predict='bf16_weights'"),
-                "there are no float32 weights on the card to put away; use predict='bf16'",
+                "there are no float32 weights on the GPU to offload; use predict='bf16'",
             ),
             (
                 bf16 and not low_bit and not self.state_on_host,
@@ -252,8 +252,8 @@ class MemoryConfig:
         return self.predict_aware.strategy if self.predict_aware else "none"
 
     @property
-    def lowers_weights(self) -> bool:
-        """Whether the card holds bf16 weights alone in Predict."""
+    def offloads_weights(self) -> bool:
+        """Whether in Predict the GPU has only bf16 weights."""
         return self.mixed_precision is not None and self.mixed_precision.predict == "bf16_weights"
 
     @property

@@ -31,10 +31,10 @@ class PredictOffload:
         self._predict_aware = memory.predict_aware or PredictAwareMemoryConfig("none")
         self._state = StateOffload(optimizer, self._predict_aware)
         self.residency = Residency.DEVICE
-        optimizer.register_load_state_dict_pre_hook(weak_hook(self._restore_first))
-        if memory.lowers_weights:
-            model.register_state_dict_pre_hook(weak_hook(self._materialize_first))  # type: ignore[no-untyped-call]
-            model.register_load_state_dict_pre_hook(weak_hook(self._restore_first))  # type: ignore[no-untyped-call]
+        optimizer.register_load_state_dict_pre_hook(weak_hook(self.restore_))
+        if memory.offloads_weights:
+            model.register_state_dict_pre_hook(weak_hook(self.materialize_))  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(weak_hook(self.restore_))  # type: ignore[no-untyped-call]
 
     def offload_(self, steps_left: int, snapshot: Snapshot | None, *, last_motion_made: bool) -> None:
         """Free what Predict does not need; near the end of a jump begin to bring it back.
@@ -43,8 +43,8 @@ class PredictOffload:
         snapshot: the jump's rollback snapshot
         last_motion_made: the last of several motions is made
         """
-        lowers, lookahead = self._memory.lowers_weights, self._predict_aware.lookahead
-        weights_return = lowers and last_motion_made and lookahead > 0
+        offloads, lookahead = self._memory.offloads_weights, self._predict_aware.lookahead
+        weights_return = offloads and last_motion_made and lookahead > 0
         returns = weights_return or steps_left <= lookahead
         begins = not returns and self.residency is Residency.DEVICE
         if begins:
@@ -52,17 +52,23 @@ class PredictOffload:
             self._release_cache()  # the bf16 weights need the memory before the float32 ones free theirs
         elif returns:
             if weights_return:
-                self._restore_weights_(keep_base=True)
+                self.restore_weights_(keep_base=True)
             self._state.prefetch_()
-        if lowers and not weights_return:  # also where a checkpoint restored them: all steps measure alike
+        if offloads and not weights_return:  # also where a checkpoint restored them: all steps measure alike
             self._weights.fp32.offload_(snapshot.tensors if snapshot else None)
         if begins:
             self._release_cache()
         self.residency = Residency.DEVICE if returns else Residency.OFFLOADED
 
-    def restore_weights_(self) -> None:
-        """The jump is over: the weights return for good. The state may still be away."""
-        self._restore_weights_(keep_base=False)
+    def restore_weights_(self, *, keep_base: bool = False) -> None:
+        """The jump is over: the weights return for good, or to be looked at with `keep_base`. The state may be away.
+
+        Memory for the state is taken first, if it is away: while the weights come, the driver would give none. It comes
+        second, for no weight then lies in it: with the next jump it goes back to the GPU whole.
+        """
+        self._weights.fp32.allocate_()
+        self._state.allocate_()
+        self._weights.fp32.restore_(keep_base=keep_base)
         self.residency = Residency.DEVICE
 
     def prefetch_(self) -> None:
@@ -70,35 +76,19 @@ class PredictOffload:
         self.restore_weights_()
         self._state.prefetch_()
 
-    def restore_(self) -> None:
-        """Bring everything back for good; what the computation does next finds it in place."""
+    def restore_(self, *_: object) -> None:
+        """Bring everything back for good, whatever a hook gives; what the computation does next finds it in place."""
         self.restore_weights_()
         self._state.restore_()
 
-    def materialize_(self) -> None:
+    def materialize_(self, *_: object) -> None:
         """Bring everything back to be looked at, as by whoever saves the model; a jump under way may go on."""
-        self._restore_weights_(keep_base=True)
-        self.residency = Residency.DEVICE
+        self.restore_weights_(keep_base=True)
         self._state.restore_()
-
-    def _restore_weights_(self, *, keep_base: bool) -> None:
-        """Bring the weights back once memory for the state is taken too: while they come, the driver would give none.
-
-        The state's comes second, for no weight then lies in it: with the next jump it goes back to the GPU whole.
-        """
-        self._weights.fp32.allocate_()
-        self._state.allocate_()
-        self._weights.fp32.restore_(keep_base=keep_base)
-
-    def _restore_first(self, *_: object) -> None:
-        self.restore_()
-
-    def _materialize_first(self, *_: object) -> None:
-        self.materialize_()
 
     def _release_cache(self) -> None:
         """Hand what has been freed back to the GPU, where that is asked for and anything leaves."""
-        leaves = self._memory.lowers_weights or self._predict_aware.strategy != "none"
+        leaves = self._memory.offloads_weights or self._predict_aware.strategy != "none"
         if leaves and self._predict_aware.release and self._weights.device.type == "cuda":
             wait_for(self._weights.device)
             torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from hybridlab.base.copy_stream import CopyStream
+from hybridlab.base.device import wait_for
 from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.base.weak_hook import weak_hook
 from hybridlab.optim.build import step_with_
@@ -22,19 +23,19 @@ LEAVING_BYTES = 128_000_000
 
 
 class HostAdamW(Optimizer):
-    """torch's fused AdamW, stepping on the host; on the card there are the weights alone.
+    """torch's fused AdamW, stepping on the host; the GPU has only the weights.
 
         backward   each gradient leaves for the host as soon as it is complete, and is freed; further ones are added
-        step       AdamW moves the float32 master weights; each goes back to the card while the next is moved
+        step       AdamW moves the float32 master weights; each goes back to the GPU while the next is moved
 
-    Weights on the card are float32, or of a narrower type: then the masters, rounded. Step by step it equals
-    `torch.optim.AdamW(fused=True)` on the same device. Host memory: 16 bytes a parameter, half of it page-locked.
+    Weights on the GPU are float32, or of a narrower type: then the masters, rounded. Step by step it equals
+    `torch.optim.AdamW(fused=True)` on the same device. Host memory: 16 bytes per parameter, half of it page-locked.
 
     groups: parameters or groups of them, as for AdamW; move the model to its device first
     lr, betas, eps, weight_decay: as of AdamW; those given in a group count first
 
     Gradients are not at `param.grad`: `clip_` limits their norm. `state[param]` holds AdamW's moments, on the host, and
-    the master weight where the card's is narrower.
+    the master weight where the GPU's is narrower.
 
     Raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
     """
@@ -73,7 +74,7 @@ class HostAdamW(Optimizer):
         """Copy a complete gradient to the host beside the backward pass, or add it to the one that is there.
 
         A gradient stays alive until the computation has been told to wait for its copy. `record_stream` would not do:
-        the host runs far ahead of the card, and none of the memory would be free again by the time it is wanted.
+        the host runs far ahead of the GPU, and none of the memory would be free again by the time it is wanted.
         """
         gradient, param.grad = param.grad, None
         if self._discards_gradients or gradient is None:
@@ -126,8 +127,8 @@ class HostAdamW(Optimizer):
             master.grad = None
 
     def _wait(self) -> None:
-        """Until host memory holds what was sent there, and the card has taken what it was sent."""
-        self._stream.synchronize()
+        """Until host memory holds what was sent there, and the GPU has what it was sent."""
+        wait_for(self._stream.device)
         self._leaving.clear()
 
     # --- weights -----------------------------------------------------------------------------------------
@@ -155,11 +156,11 @@ class HostAdamW(Optimizer):
         param.copy_(master, non_blocking=True)
 
     def weights_moved(self) -> None:
-        """Somebody moved the weights on the card: the masters follow before the next step."""
+        """Somebody moved the weights on the GPU: the masters follow before the next step."""
         self._have_weights_moved = True
 
     def _follow_weights_(self) -> None:
-        """Float32 masters take the weights; others move as far as the card's weights moved, and keep what is finer."""
+        """Float32 masters take the weights; others move as far as the GPU's weights moved, and keep what is finer."""
         if not self._have_weights_moved:
             return
         for param, master in self._masters.items():
@@ -173,7 +174,7 @@ class HostAdamW(Optimizer):
     # --- state -------------------------------------------------------------------------------------------
 
     def _state_in_place(self, param: Tensor) -> dict[str, Any]:
-        """The parameter's state, in the memory set aside for it: begun, or brought there from where it was put."""
+        """The parameter's state, in the memory reserved for it: begun, or copied there from where it was put."""
         state, places = self.state[param], self._places[param]
         if not state:
             for name in ("step", *MOMENTS):

@@ -23,9 +23,6 @@ from hybridlab.weights.motion import views
 
 CLASSES = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}
 
-CHATTY = ("torchao", "torch.utils._pytree")
-"""Loggers that, on import, list the kernels that a machine cannot use; no optimizer needs them."""
-
 
 def low_bit_adamw(
     groups: list[ParamGroup],
@@ -37,7 +34,7 @@ def low_bit_adamw(
     eps: float,
     stochastic_rounding: bool = False,
 ) -> Optimizer:
-    """AdamW by torchao with its moments in "int8", "fp8" or "int4", a scale a block of 256 (int4: 128) values.
+    """AdamW by torchao with its moments in "int8", "fp8" or "int4", one scale per block of 256 (int4: 128) values.
 
     The update and the formats are torchao's own. It compiles and calls that update parameter by parameter, which at
     GPT-2 XL's 580 parameters costs more than the training step itself; here a bucket's parameters go in one call, each
@@ -48,7 +45,7 @@ def low_bit_adamw(
     buckets: parameters that one call steps; equal ones, such as a model's blocks, are compiled once
     stochastic_rounding: of bf16 weights, so that small updates are not lost
 
-    Raises UserError where torchao is not installed, and for a card where nothing can compile.
+    Raises UserError where torchao is not installed, and for a GPU where nothing can compile.
 
     Source: Dettmers et al. 2021 (arXiv 2110.02861); https://github.com/pytorch/ao/tree/main/torchao/optim.
     """
@@ -226,15 +223,13 @@ def torchao_optim(wanted_by: str) -> ModuleType:
 
     Raises UserError where torchao is not installed.
     """
-    levels = {name: logging.getLogger(name).level for name in CHATTY}
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it lists the kernels that a machine cannot use; no optimizer needs them
     try:
         with warnings.catch_warnings(action="ignore"):
             import torchao.optim
     except ImportError as error:
         raise UserError(f"{wanted_by} needs torchao: .venv/bin/pip install torchao") from error
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(disabled)
     return torchao.optim

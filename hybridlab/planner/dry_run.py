@@ -98,7 +98,7 @@ class DryRun:
         """Bytes by part at the peak of Predict: what has not left the GPU, and a forward pass."""
         self._forget_gradients()
         self._offload_state()
-        if self._memory.lowers_weights:
+        if self._memory.offloads_weights:
             _lower_(self._model)
             self._live.tag(self._model.parameters(), "weights")
         self._live.reset_peak()

@@ -40,10 +40,10 @@ class PathNeeds:
 
 
 @dataclass(frozen=True)
-class Row:
+class PathRow:
     """One remembered direction of the weights.
 
-    kind: "displacement", the weights' way over `steps` consecutive gradient steps; "velocity", the running average of
+    kind: "displacement" of the weights over `steps` consecutive gradient steps; "velocity", the running average of
         single steps; or "direction", the optimizer's own step at the current weights
     steps: gradient steps that the row stands for; 1 for velocity and direction
     """
@@ -61,7 +61,7 @@ class Gram:
     """
 
     products: Float64[np.ndarray, "group row row"]
-    rows: tuple[Row, ...]
+    rows: tuple[PathRow, ...]
 
     def indices(self, kind: str) -> list[int]:
         """Where the rows of a kind stand, in order."""

@@ -17,7 +17,7 @@ from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_empty_like, to_device_async
 from hybridlab.base.settings import check_types
-from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, Row
+from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, PathRow
 from hybridlab.weights.motion import PIECE, Flat
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights, refuse_hidden_weights
@@ -71,7 +71,7 @@ class Trajectory:
 
     @torch.no_grad()
     def anchor(self) -> None:
-        """Begin a new stretch at the current weights; earlier rows stay, since they are real motion still."""
+        """Continue the path from the current weights; earlier rows stay, since they are still real motion."""
         self._allocate()
         self._steps = 0
         for g, last in enumerate(self._last):
@@ -100,12 +100,12 @@ class Trajectory:
         last = self._weights.flats
         rows = [flat.new_empty((needs.rows, flat.numel()), dtype=stored) for flat in last]
         velocity = [flat.to(stored) for flat in last if needs.velocity is not None]
-        room = iter(self._room([*rows, *last, *velocity]))
-        self._rows, self._last, self._velocity = ([next(room) for _ in kind] for kind in (rows, last, velocity))
+        memory = iter(self._empty_like([*rows, *last, *velocity]))
+        self._rows, self._last, self._velocity = ([next(memory) for _ in kind] for kind in (rows, last, velocity))
         for mean in self._velocity:
             mean.zero_()
 
-    def _room(self, wanted: list[Tensor]) -> list[Tensor]:
+    def _empty_like(self, wanted: list[Tensor]) -> list[Tensor]:
         """Memory of these shapes and types, where the path is kept."""
         device = self._weights.device
         if self._storage.on_host:
@@ -127,8 +127,8 @@ class Trajectory:
         """
         refuse_hidden_weights(self._optimizer, self._weights.params)
         self._direction = self._optimizer_directions() if self._needs.direction else []
-        rows = [Row("displacement", self._needs.every)] * len(self._slots)
-        rows += [Row("velocity", 1)] * bool(self._velocity) + [Row("direction", 1)] * bool(self._direction)
+        rows = [PathRow("displacement", self._needs.every)] * len(self._slots)
+        rows += [PathRow("velocity", 1)] * bool(self._velocity) + [PathRow("direction", 1)] * bool(self._direction)
         device = self._weights.device
         products = torch.stack([_products(self._row_vectors(g), device) for g in range(len(self._weights.groups))])
         return Gram(products.cpu().numpy(), tuple(rows))

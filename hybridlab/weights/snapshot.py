@@ -21,7 +21,7 @@ from hybridlab.weights.residency import Residency
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights and buffers as they were, and the optimizer's state unless it is None; holds copies of its own.
+    """Weights and buffers as they were, and the optimizer's state unless it is None; all of them copies.
 
     tensors: the parameters, then the model's buffers, each in its own shape and type
     optimizer: by the parameter's number, its state, tensors in their own shapes and types
@@ -41,7 +41,7 @@ class Weights:
     """The trainable weights in the optimizer's groups, and the model's buffers.
 
     snapshots: where they are kept: DEVICE, beside the weights, or OFFLOADED, in (pinned) host memory, which is used
-        again when nobody holds the snapshot, or a tensor of it, any more
+        again when neither the snapshot nor a tensor of it is in use any more
 
     groups: the parameters that require gradients, by optimizer group; params: all of them; device: where they lie
     fp32: offloads and restores the float32 weights; motions are added to the exact ones, so that no rounding adds up
@@ -82,9 +82,9 @@ class Weights:
             torch.sub(self.gather_(row, g), last, out=row)
             self.gather_(last, g)
             return
-        for param, then, way in zip(group, views(last, group), views(row, group), strict=True):
-            moved = param - to_device_async(then, self.device, then.dtype)
-            way.copy_(moved.to(way.dtype), non_blocking=True)
+        for param, then, moved in zip(group, views(last, group), views(row, group), strict=True):
+            displacement = param - to_device_async(then, self.device, then.dtype)
+            moved.copy_(displacement.to(moved.dtype), non_blocking=True)
             then.copy_(param, non_blocking=True)
         wait_for_stream(self.device)
 
@@ -167,7 +167,7 @@ HOLD_THE_WEIGHTS = ("CPUOffloadOptimizer",)
 def refuse_hidden_weights(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
     """Refuse an optimizer whose state holds a copy of the weights: its next step would undo or misread a jump.
 
-    An optimizer that offers `weights_moved()` is told of every jump and looks after its copies itself. A state tensor
+    An optimizer that offers `weights_moved()` is notified of every jump and updates its copies itself. A state tensor
     counts as a copy when it has the parameter's shape and lies nearer to the parameter than half its length.
 
     Raises UserError that names the optimizer and the state.
