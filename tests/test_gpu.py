@@ -40,7 +40,7 @@ from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.process_settings import ProcessSettings
-from hybridlab.study.run import StepRecord
+from hybridlab.study.step_log import StepRecord
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage, Trajectory
@@ -206,7 +206,7 @@ def test_a_smaller_card_binds_the_run_alone(tmp_path: Path) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 20e9:
         pytest.skip("needs a card that is larger than the one to emulate")
     config, more = gpu_run(card_gb=16), 17 * 10**9
-    with ProcessSettings.of(config).held(), pytest.raises(torch.OutOfMemoryError):
+    with ProcessSettings.of(config).applied(), pytest.raises(torch.OutOfMemoryError):
         torch.empty(more, dtype=torch.uint8, device=CUDA)
     between: list[float] = []
     train(config, tmp_path, lambda: between.append(torch.cuda.get_per_process_memory_fraction()))

@@ -18,7 +18,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.optim import Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
 from hybridlab.study import config as run_config
-from hybridlab.study.out_of_memory import SNAPSHOT, shortage_told
+from hybridlab.study.out_of_memory import SNAPSHOT, report_oom
 from hybridlab.study.planning import nearest_fit_of
 from hybridlab.study.record import Run
 from hybridlab.study.tasks import Batch, Task
@@ -138,11 +138,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def other_processes_bytes(self) -> int | None:
             return played.others
 
-        def exceeds(self, card_bytes: int) -> bool:
-            return card_bytes < 80e9
-
     monkeypatch.setattr(out_of_memory, "MemoryMeter", PlayedMeter)
-    monkeypatch.setattr(run_config, "MemoryMeter", PlayedMeter)
+    monkeypatch.setattr(run_config, "exceeds", lambda device, card_bytes: card_bytes < 80e9)
     monkeypatch.setattr(RunConfig, "describe_device", lambda _: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -152,7 +149,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def told(folder: Path, config: RunConfig = CONFIG) -> str:
-    with pytest.raises(UserError) as caught, shortage_told(replace(config, device="cuda"), folder):
+    with pytest.raises(UserError) as caught, report_oom(replace(config, device="cuda"), folder):
         raise torch.OutOfMemoryError(CARD_IS_FULL)
     return str(caught.value)
 
@@ -164,7 +161,7 @@ def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: P
         f"the record and the last checkpoint in {tmp_path} are intact"
     )
     assert (tmp_path / SNAPSHOT).read_bytes() == b"blocks"
-    with shortage_told(CONFIG, tmp_path):
+    with report_oom(CONFIG, tmp_path):
         assert not (tmp_path / SNAPSHOT).exists(), "it was the last attempt's"
 
 

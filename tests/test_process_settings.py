@@ -44,9 +44,9 @@ def test_settings_hold_inside_and_are_put_back_however_the_block_ends(
     error: type[BaseException], own: tuple[str, bool, int]
 ) -> None:
     def broken_off() -> None:
-        with ProcessSettings("tf32", cpu_threads=2).held():
+        with ProcessSettings("tf32", cpu_threads=2).applied():
             assert in_force() == TF32_ON_TWO
-            with ProcessSettings("fp32").held():
+            with ProcessSettings("fp32").applied():
                 assert in_force() == ("highest", False, 2)
             assert in_force() == TF32_ON_TWO
             raise error
@@ -60,7 +60,7 @@ def test_a_smaller_card_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None
     shares = [1.0]
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: shares[-1])
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    with ProcessSettings("fp32", card_share=0.25).held(), ProcessSettings("fp32").held():
+    with ProcessSettings("fp32", card_share=0.25).applied(), ProcessSettings("fp32").applied():
         assert shares == [1.0, 0.25], "a share of 1 asks for nothing"
     assert shares == [1.0, 0.25, 1.0]
 

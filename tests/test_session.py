@@ -25,11 +25,11 @@ from hybridlab.panel.controls import Controls, control_row
 from hybridlab.panel.cost import panel_overhead
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live, interrupts
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, train
-from hybridlab.study import run as training_run
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, resume, train
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.study import OnStep
+from hybridlab.study.training import Training
 from tests.conftest import TINY_TEXT, Problem
 from tests.notebook_maker import project
 
@@ -116,8 +116,8 @@ def test_nothing_is_sampled_between_two_cells() -> None:
 def test_time_between_two_cells_is_no_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
     driven = Session(CONFIG, "cells")
     list(driven.run(5))
-    before = driven._run._stopwatch.seconds
-    assert driven._run._stopwatch.seconds == before, "the clock stands"
+    before = driven._run._timer.seconds
+    assert driven._run._timer.seconds == before, "the clock stands"
 
 
 def test_a_session_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_other_code_is_refused_in_one_line_and_nothing_is_lost(
     driven.close()
     before = files(driven.folder)
     with monkeypatch.context() as patched:
-        for module in (session, training_run):
+        for module in (session, resume):
             patched.setattr(module, "code_version", lambda: "of tomorrow")
         with pytest.raises(UserError, match=r"of other code \(hybridlab .* then, of tomorrow now\)") as caught:
             Session(CONFIG, "cells", resume=True)
@@ -333,7 +333,7 @@ def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.
     waits: list[float] = []
 
     def wait(self: Controls, seconds: float) -> None:
-        waits.append(driven._run._stopwatch.seconds)
+        waits.append(driven._run._timer.seconds)
         if len(waits) == 3:
             self.toggle()
 
@@ -505,7 +505,7 @@ def tick(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], None]:
         monkeypatch.setattr(owner, name, taking)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    take_time(TrainingRun, "_loss")
+    take_time(Training, "_loss")
     return take_time
 
 
@@ -539,7 +539,7 @@ def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], Non
 
 def test_no_evaluation_falls_in_a_turn_and_no_round_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[None] = []
-    monkeypatch.setattr(TrainingRun, "_evaluate", lambda _: evaluated.append(None) or {})
+    monkeypatch.setattr(Training, "evaluate", lambda _: evaluated.append(None) or {})
     panel_overhead(PLAIN, rounds=1, turns=1, steps=1)
     assert len(evaluated) == 1, "in the warm-up"
     with pytest.raises(ValueError, match="rounds is 0: it must be at least 1"):

@@ -27,12 +27,11 @@ from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study import config as run_config
 from hybridlab.study.base import Base
-from hybridlab.study.compilation import compile_, let_go_of_compiled
+from hybridlab.study.compilation import compile_, drop_compiled
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.study import folder_name, is_plain, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
-from hybridlab.vram import MemoryMeter
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
 SHORT = RunConfig(
@@ -248,12 +247,12 @@ def test_a_compiled_model_is_left_alone_while_its_task_lives() -> None:
 
 
 @pytest.mark.usefixtures("some_compiler")
-def test_a_compiled_model_that_waits_is_let_go_of_when_an_uncompiled_run_begins(tmp_path: Path) -> None:
+def test_a_compiled_model_that_waits_is_dropped_when_an_uncompiled_run_begins(tmp_path: Path) -> None:
     """Else that run's memory would count its weights."""
     task = MARKOV.build(0, torch.device("cpu"))
     compile_(task, MemoryConfig())
     model = weakref.ref(task.model)
-    let_go_of_compiled()  # while its task lives, that is nobody's to free
+    drop_compiled()  # while its task lives, that is nobody's to free
     del task
     gc.collect()
     assert model() is not None, "it waits for the next compiled run"
@@ -267,7 +266,7 @@ def test_a_run_that_has_ended_lets_its_task_go_at_once(tmp_path: Path) -> None:
     gc.disable()
     try:
         run = TrainingRun(replace(SHORT, hybrid=JUMPY), tmp_path)
-        task = weakref.ref(run._task)
+        task = weakref.ref(run._training.task)
         run.run()
         assert task() is not None
         del run
@@ -287,7 +286,7 @@ def test_a_batch_is_made_once_a_step_and_only_where_it_is_looked_at(tmp_path: Pa
 
     memory = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches))
     run = TrainingRun(replace(SHORT, hybrid=replace(JUMPY, correction_interval=3, memory=memory)), tmp_path)
-    run._task.__class__ = Counted
+    run._training.task.__class__ = Counted
     steps = run.run().steps
     looked_at = steps.loc[steps["measured_loss"].notna(), "nominal_step"] - 1
     assert made == [0, *looked_at], "the first batch also warms up"
@@ -367,7 +366,7 @@ def test_a_run_s_record_tells_the_device_from_the_card_that_it_stands_for(monkey
     config = replace(SHORT, card_gb=16)
     monkeypatch.setattr(run_config, "device_name", lambda _: "NVIDIA H100")
     for larger, described in ((True, "NVIDIA H100 as an emulated 16 GB card"), (False, "NVIDIA H100")):
-        monkeypatch.setattr(MemoryMeter, "exceeds", lambda _, card_bytes, larger=larger: larger)
+        monkeypatch.setattr(run_config, "exceeds", lambda device, card_bytes, larger=larger: larger)
         record = config.record()
         assert (record["device"], record["emulates_card"]) == ("NVIDIA H100", larger)
         assert config.describe_device() == described

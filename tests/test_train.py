@@ -34,12 +34,12 @@ from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.study import RunConfig, Study, TextTaskConfig, stopwatch, train
+from hybridlab.study import RunConfig, Study, TextTaskConfig, resume, timer, train
 from hybridlab.study.code_version import code_version, read_sources, version_of
 from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
-from hybridlab.study.stopwatch import Stopwatch
 from hybridlab.study.tasks import Batch, Task
+from hybridlab.study.timer import TrainingTimer
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -284,7 +284,7 @@ def test_a_finished_run_is_returned_without_training(
 def test_a_finished_run_of_other_code_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no table holds the figures of two programs."""
     first = train(PLAIN, tmp_path)
-    monkeypatch.setattr(TRAIN_MODULE, "code_version", lambda: "of tomorrow")
+    monkeypatch.setattr(resume, "code_version", lambda: "of tomorrow")
     again = train(PLAIN, tmp_path, resume=True)
     assert first.closing_figures["code"] == code_version()
     assert again.closing_figures["code"] == "of tomorrow"
@@ -295,9 +295,9 @@ def test_an_interrupted_run_of_other_code_is_trained_afresh(
 ) -> None:
     """So that no run mixes the figures of two programs under the name of one."""
     with monkeypatch.context() as patched:
-        patched.setattr(TRAIN_MODULE, "code_version", lambda: "of yesterday")
+        patched.setattr(resume, "code_version", lambda: "of yesterday")
         interrupted(PLAIN, tmp_path, 30)
-    assert TRAIN_MODULE.foreign_code(tmp_path) == "of yesterday"
+    assert resume.other_code(tmp_path) == "of yesterday"
     seconds = Run.load(tmp_path).steps["seconds"].tolist()
     run = train(PLAIN, tmp_path, resume=True)
     assert not {*seconds} & {*run.steps["seconds"]}, "every step is taken again"
@@ -332,7 +332,7 @@ def edited(module: str, **changes: str) -> str:
 def test_the_code_s_version_counts_what_trains_and_not_what_shows() -> None:
     for module in ("hybridlab.panel.html", "hybridlab.cli", "hybridlab.charts.png", "hybridlab.study.comparison"):
         assert version_of(SOURCES | {module: SOURCES[module] + "MORE = 1\n"}) == code_version()
-    for module in (TRAINER, "hybridlab.data.markov", "hybridlab.optim.low_bit", "hybridlab.predictors.rssm_model"):
+    for module in (TRAINER, "hybridlab.weights.gram", "hybridlab.optim.low_bit", "hybridlab.predictors.rssm_model"):
         assert version_of(SOURCES | {module: SOURCES[module] + "MORE = 1\n"}) != code_version()
 
 
@@ -346,11 +346,11 @@ def test_the_code_s_version_counts_neither_words_nor_layout() -> None:
 
 
 def test_a_moved_file_leaves_the_code_s_version_alone_and_another_one_in_its_place_does_not() -> None:
-    moved = {name: text.replace("hybridlab.data.markov", "hybridlab.weights.chain") for name, text in SOURCES.items()}
-    moved["hybridlab.weights.chain"] = moved.pop("hybridlab.data.markov")
+    moved = {name: text.replace("hybridlab.weights.gram", "hybridlab.base.gram") for name, text in SOURCES.items()}
+    moved["hybridlab.base.gram"] = moved.pop("hybridlab.weights.gram")
     assert moved != SOURCES
     assert version_of(moved) == code_version()
-    moved["hybridlab.weights.chain"] += "MORE = 1\n"
+    moved["hybridlab.base.gram"] += "MORE = 1\n"
     assert version_of(moved) != code_version()
 
 
@@ -420,7 +420,7 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path
 
 def test_a_run_does_not_take_up_a_checkpoint_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(PLAIN, tmp_path, 10)
-    monkeypatch.setattr(TRAIN_MODULE, "code_version", lambda: "of tomorrow")
+    monkeypatch.setattr(resume, "code_version", lambda: "of tomorrow")
     with pytest.raises(UserError, match=r"code \('.*' then, 'of tomorrow' now\)"):
         TrainingRun(PLAIN, tmp_path).start()
 
@@ -515,13 +515,13 @@ def test_a_study_killed_several_times_ends_bit_identical(tmp_path: Path) -> None
         assert_same(Run.load(broken / run.folder.name), run)
 
 
-# --- the stopwatch -----------------------------------------------------------------------------------------
+# --- the timer ---------------------------------------------------------------------------------------------
 
 
-def test_the_stopwatch_counts_between_start_and_pause_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timer_counts_between_start_and_pause_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now)
-    watch = Stopwatch(torch.device("cpu"), seconds=7.0)
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now)
+    watch = TrainingTimer(torch.device("cpu"), seconds=7.0)
     assert watch.seconds == 7.0
     watch.start()
     now += 1.0

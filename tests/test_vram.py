@@ -20,7 +20,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.study.memory_log import card_busy_percent, export_csv, growth_bytes
 from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.run_memory import RunMemory
-from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, meter, sampler
+from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, exceeds, meter, sampler
 from hybridlab.vram.peaks import PhasePeaks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -452,5 +452,5 @@ def test_a_run_without_a_card_has_no_such_columns(tmp_path: Path, rows: list[dic
 
 
 def test_a_card_of_the_same_class_is_not_emulated(card: PlayedCard) -> None:
-    assert not MemoryMeter(CUDA).exceeds(round(1000 / meter.LIKE_THE_CARD) + 1)
-    assert MemoryMeter(CUDA).exceeds(500)
+    assert not exceeds(CUDA, round(1000 / meter.LIKE_THE_CARD) + 1)
+    assert exceeds(CUDA, 500)

@@ -54,7 +54,7 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps:
     """
     if config.memory != MemoryConfig():
         raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
-    with ProcessSettings.of(config).held():
+    with ProcessSettings.of(config).applied():
         loops, closure = _loops(config)
         taken = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
         seconds = seconds_in_turns(taken, find_device(config.device), rounds, turns)

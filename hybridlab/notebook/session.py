@@ -21,7 +21,9 @@ from hybridlab.results.publish import project_root
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
-from hybridlab.study.run import CHECKPOINT, StepRecord, TrainingRun, Watch, earlier_run, foreign_code
+from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
+from hybridlab.study.run import TrainingRun, Watch
+from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import OnStep, Study, StudyResult, folder_name, label, run_arms
 
 
@@ -133,7 +135,7 @@ class Session:
                 f"no checkpoint lies in {self.folder}: its {len(earlier.steps)} steps cannot be gone on with; start "
                 "afresh without resume, which replaces them, or choose another folder"
             )
-        if code := foreign_code(self.folder):
+        if code := other_code(self.folder):
             raise UserError(
                 f"the checkpoint in {self.folder} is of other code ({code} then, {code_version()} now): go on with "
                 "that code, or start afresh without resume, which replaces it"

@@ -16,7 +16,7 @@ from hybridlab.panel.controls import Controls
 from hybridlab.panel.live import Live
 from hybridlab.study.config import RunConfig
 from hybridlab.study.run import TrainingRun
-from hybridlab.study.stopwatch import Stopwatch
+from hybridlab.study.timer import TrainingTimer
 
 LOOPS = 3
 """Alone, alone again, and watched."""
@@ -56,7 +56,7 @@ def panel_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps
     schedule = config.lr_schedule.fitted_to(length)
     config = replace(config, steps=length, schedule=schedule, evaluate_every=10**9, checkpoint_every=0)
     device = find_device(config.device)
-    clock = Stopwatch(device)
+    clock = TrainingTimer(device)
     live = _Counting(Controls(), watched_steps, clock=lambda: clock.seconds)
     itself: list[float] = []
     with tempfile.TemporaryDirectory() as folder:

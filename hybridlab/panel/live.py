@@ -20,7 +20,8 @@ from hybridlab.panel.controls import Controls, control_row
 from hybridlab.panel.html import bar_html, panel_html, style_html
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.progress import seconds_left
-from hybridlab.study.run import StepRecord, TrainingRun
+from hybridlab.study.run import TrainingRun
+from hybridlab.study.step_log import StepRecord
 
 LEAST_SECONDS = 0.25
 """Between two drawings: at most four a second."""

@@ -42,7 +42,7 @@ def compile_(task: Task, memory: MemoryConfig) -> nn.Module:
     """
     global _KEPT
     if memory.step_in_backward or memory.state_on_host:  # an optimizer hangs on these very parameters
-        let_go_of_compiled()
+        drop_compiled()
         return _fresh(task.model)
     key = _key(task.model, memory)
     if _KEPT is None or not _KEPT.is_free_for(key):
@@ -54,7 +54,7 @@ def compile_(task: Task, memory: MemoryConfig) -> nn.Module:
     return _KEPT.wrapped
 
 
-def let_go_of_compiled() -> None:
+def drop_compiled() -> None:
     """Free the memory of the model that waits for a next compiled task: another run's figures must not count it.
 
     A model whose task lives on is left alone.

@@ -15,7 +15,7 @@ from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import PRECISIONS
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study.tasks import TaskConfig
-from hybridlab.vram import MemoryMeter
+from hybridlab.vram import exceeds
 
 
 @dataclass(frozen=True)
@@ -98,27 +98,22 @@ class RunConfig:
 
     def record(self) -> dict[str, Any]:
         """As JSON: the settings that figures depend on, and where the data come from. Equal records, equal runs."""
-        settings = asdict(self) | {"data": self.task.data_record(), "device": self.device_name}
-        settings |= {"schedule": asdict(self.lr_schedule), "emulates_card": self.emulates_card}
+        settings = asdict(self) | {"data": self.task.data_record(), "device": device_name(find_device(self.device))}
+        settings |= {"schedule": asdict(self.lr_schedule), "emulates_card": self.emulates_card()}
         settings["optimizer"]["weight_decay"] = self.optimizer.decay
         del settings["checkpoint_every"]
         return json.loads(json.dumps(settings, default=str))
 
     def describe_device(self) -> str:
-        """The name of the card, with what it emulates, or of the processor."""
-        return self.device_name + (f" as an emulated {self.card_gb} GB card" if self.emulates_card else "")
+        """The name of the GPU, with what it emulates, or of the processor."""
+        emulated = f" as an emulated {self.card_gb} GB card" if self.emulates_card() else ""
+        return device_name(find_device(self.device)) + emulated
 
-    @property
-    def device_name(self) -> str:
-        """The name of the card or of the processor."""
-        return device_name(find_device(self.device))
-
-    @property
     def emulates_card(self) -> bool:
-        """Whether a larger card stands for the one of `card_gb`."""
-        return self.card_gb > 0 and MemoryMeter(find_device(self.device)).exceeds(self.card_bytes)
+        """Whether a larger GPU stands for the one of `card_gb`."""
+        return self.card_gb > 0 and exceeds(find_device(self.device), self.card_bytes)
 
     @property
     def card_bytes(self) -> int:
-        """The size of the card that is emulated, in bytes."""
+        """The size of the GPU that is emulated, in bytes."""
         return self.card_gb * 10**9

@@ -29,7 +29,7 @@ OTHERS_MATTER_BYTES = 500_000_000
 
 
 @contextmanager
-def shortage_told(config: RunConfig, folder: Path) -> Iterator[None]:
+def report_oom(config: RunConfig, folder: Path) -> Iterator[None]:
     """Turn "out of memory" inside the block into one line, and what the card held into a snapshot in `folder`.
 
     The line says what was asked for, what there is, who else uses it, and what to change. What the failed step held

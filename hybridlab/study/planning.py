@@ -30,7 +30,7 @@ def plan_of(config: RunConfig) -> Plan:
 def card_bytes_of(config: RunConfig) -> int:
     """The size of the card that a run has to itself, or of the smaller one that it stands for; 0 without a card."""
     device = find_device(config.device)
-    if config.emulates_card:
+    if config.emulates_card():
         return config.card_bytes
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 

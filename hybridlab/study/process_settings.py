@@ -1,7 +1,8 @@
-"""What torch keeps once for a whole process, set for a run and put back."""
+"""What torch and Python keep once per process, set for a run and put back."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from hybridlab.vram import MemoryMeter
 class ProcessSettings:
     """The settings of torch that are not a model's but the process's, as one run wants them.
 
-    They are in force inside `held` alone. A run holds them while it computes, and never between two steps: what a
-    notebook does there, another run among it, finds the process as it would be without this one.
+    They are in force inside `applied` alone: while a run computes, and never between two steps. What a notebook does
+    there, another run among it, finds the process as it would be without this one.
 
     precision: of float32 matrix products, as `matmul_precision` takes it
     cpu_threads: that torch computes with on the CPU; 0 leaves them as they are
-    card_share: of the card's memory that torch may take; 1 leaves it as it is
+    card_share: of the GPU's memory that torch may take; 1 leaves it as it is
     """
 
     precision: str
@@ -33,13 +34,13 @@ class ProcessSettings:
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:
-        """What a run asks for. Raises UserError for a card that cannot be emulated here."""
+        """What a run asks for. Raises UserError for a GPU that cannot be emulated here."""
         meter = MemoryMeter(find_device(config.device))
         share = meter.share_of(config.card_bytes) if config.card_gb else 1.0
         return cls(config.training_precision, config.cpu_threads, share)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """In force inside; afterwards, however the block ended, all is as it was."""
         with matmul_precision(self.precision), _threads(self.cpu_threads), _capped(self.card_share):
             yield
@@ -69,3 +70,23 @@ def _capped(share: float) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
+
+
+@contextmanager
+def gc_frozen() -> Iterator[None]:
+    """Inside, Python's garbage collector looks at what has come since, and at nothing older.
+
+    Torch and what a notebook imports are more than half a million objects. To look at all of them takes a third of a
+    second, every so many steps, in the middle of whichever step it is. What is garbage by now goes afterwards.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def refreeze_gc() -> None:
+    """Inside `gc_frozen`: garbage goes, and what has come to stay, such as compiled code, counts as older."""
+    gc.collect()  # or garbage that is frozen with the rest would hold memory of the GPU
+    gc.freeze()

@@ -11,9 +11,8 @@ import psutil
 import torch
 
 from hybridlab.base.errors import UserError
-from hybridlab.vram.allocator import Allocator
 from hybridlab.vram.nvml import NvmlCard
-from hybridlab.vram.peaks import PhasePeaks
+from hybridlab.vram.peaks import Allocator, PhasePeaks
 
 LIKE_THE_CARD = 1.1
 """A card up to this much larger than the one to emulate is taken for that card: 16 GB cards differ by the gigabyte."""
@@ -69,17 +68,11 @@ class MemoryMeter:
         """
         if not self._device:
             raise UserError("a card can only be emulated on a larger CUDA card: set card_gb to 0")
-        if not self.exceeds(card_bytes):
+        if not exceeds(self._device, card_bytes):
             return 1.0
         torch.empty(1, device=self._device)  # so that there is a context to measure
         total = torch.cuda.get_device_properties(self._device).total_memory
         return max(0.0, (card_bytes - (self.read().context_bytes or 0)) / total)
-
-    def exceeds(self, card_bytes: int) -> bool:
-        """Whether the card is larger than one of `card_bytes`, beyond what cards of one name differ by."""
-        if not self._device:
-            return False
-        return torch.cuda.get_device_properties(self._device).total_memory > card_bytes * LIKE_THE_CARD
 
     def reset_peak(self) -> None:
         """Begin a new peak, without what earlier runs left behind. Without a GPU the process has one peak for life."""
@@ -146,6 +139,13 @@ class MemoryMeter:
     def peak_beside(self, reading: MemoryReading) -> int:
         """The peak in bytes, with the context as a reading has it: asks nothing of the driver."""
         return self._peaks.reserved_bytes() + (reading.context_bytes or 0) if self._peaks else _process_peak_bytes()
+
+
+def exceeds(device: torch.device, card_bytes: int) -> bool:
+    """Whether a device is a GPU larger than one of `card_bytes`, beyond what GPUs of one name differ by."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).total_memory > card_bytes * LIKE_THE_CARD
 
 
 def _beyond(used_bytes: int | None, reserved_bytes: int) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from hybridlab.base.device import wait_for
 
 
-class Stopwatch:
+class TrainingTimer:
     """Seconds of training alone: paused while a model is judged or saved; each pause waits for the device.
 
     seconds: that have passed before

@@ -1,0 +1,90 @@
+"""What a run trains: its task, model, optimizer and trainer, and what is computed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridlab.base.device import cards
+from hybridlab.engine.passes import Closure
+from hybridlab.engine.result import StepResult
+from hybridlab.engine.trainer import HybridTrainer
+from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_
+from hybridlab.memory.precision import autocast
+from hybridlab.optim import set_lr_
+from hybridlab.study.compilation import compile_
+from hybridlab.study.config import RunConfig
+from hybridlab.study.tasks import Batch, in_parts
+
+WARM_UP_PASSES = 3
+
+
+class Training:
+    """Task, model, optimizer and trainer of one run, and the losses of its steps.
+
+    task: what is trained; trainer: takes the steps
+    evaluation: the latest validation figures
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self.task = config.task.build(config.seed, device, config.memory)
+        prepare_model_(self.task.model, config.memory)
+        self._model = compile_(self.task, config.memory) if config.compiled else self.task.model
+        self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
+        self.trainer = HybridTrainer(self.task.model, self._optimizer, config.hybrid)
+        self.evaluation: dict[str, float] = {}
+
+    def warm_up_(self) -> None:
+        """Compile forward, backward and the forward without gradients, and fill caches; nothing is trained."""
+        loss = self._losses(0)[0]
+        precision = autocast(self._config.training_precision, self._device)
+        with torch.random.fork_rng(cards(self._device)), no_step(self._optimizer), precision:
+            for _ in range(WARM_UP_PASSES):
+                loss().backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                loss()
+            self.evaluate()
+        self.task.model.zero_grad(set_to_none=True)
+
+    def step(self, number: int) -> StepResult:
+        """Take the nominal step of a number, counted from 0."""
+        set_lr_(self._optimizer, self._config.lr_schedule(self.trainer.steps_by(self._config.clock)))
+        return self.trainer.step(self._losses(number))
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation figures of the model as it is; "validation_loss", in nats, is one."""
+        self.trainer.materialize_()
+        with autocast(self._config.training_precision, self._device):
+            self.evaluation = self.task.evaluate(self._model)
+        return self.evaluation
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on, random streams aside."""
+        self.trainer.materialize_()
+        return {name: part.state_dict() for name, part in self._parts.items()} | {"evaluation": self.evaluation}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; further keys are left alone."""
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.evaluation = state["evaluation"]
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, in the order in which it is loaded."""
+        return {"model": self.task.model, "optimizer": self._optimizer, "trainer": self.trainer}
+
+    def _losses(self, number: int) -> list[Closure]:
+        """The losses of a step's batch, part by part; the batch is made once, when one of them is asked for."""
+        count = self._config.memory.micro_batches
+        parts = cache(lambda: in_parts(self.task.batch(number), count))
+        return [partial(self._loss, parts, part) for part in range(count)]
+
+    def _loss(self, parts: Callable[[], list[Batch]], part: int) -> Tensor:
+        with autocast(self._config.precision, self._device):
+            return self.task.loss(self._model, parts()[part])
