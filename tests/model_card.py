@@ -1,4 +1,4 @@
-"""A card that exists on paper: torch's CUDA caching allocator, as far as it decides what goes back to the card.
+"""A GPU that exists on paper: torch's CUDA caching allocator, as far as it decides what goes back to the GPU.
 
 And jumps that ask the same of it as of a real one.
 """
@@ -38,17 +38,17 @@ class Block:
 
 @dataclass(eq=False)
 class Segment:
-    """What the card gave in one request, block by block."""
+    """What the GPU gave in one request, block by block."""
 
     is_small: bool
     blocks: list[Block]
 
 
 class ModelCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, every tensor that is made on the CPU takes memory of this card instead.
+    """While it is active, every tensor that is made on the CPU takes memory of this GPU instead.
 
     A tensor goes into the smallest free block that holds it, or into a new segment; what is left over stays free. A
-    segment goes back to the card when all of it is free. What lies in host arenas is not of the card.
+    segment goes back to the GPU when all of it is free. What lies in host arenas is not of the GPU.
 
     Source: https://zdevito.github.io/2022/08/04/cuda-caching-allocator.html; c10/cuda/CUDACachingAllocator.cpp.
     """
@@ -66,7 +66,7 @@ class ModelCard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def reserved_bytes(self) -> int:
-        """What all segments take of the card."""
+        """What all segments take of the GPU."""
         return sum(block.size for segment in self._segments for block in segment.blocks)
 
     def empty_cache(self) -> None:
@@ -140,7 +140,7 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def held_in_jumps(device: str, reserved_bytes: Callable[[], int]) -> tuple[list[int], float]:
+def reserved_in_jumps(device: str, reserved_bytes: Callable[[], int]) -> tuple[list[int], float]:
     """What `reserved_bytes` says in the midst of six jumps with all away, and what the bf16 weights alone take.
 
     Weights and states of many sizes, and a second group that is small.

@@ -47,7 +47,7 @@ from hybridlab.weights.path import PathStorage, Trajectory
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
 from tests.conftest import CountedArenas
-from tests.model_card import held_in_jumps
+from tests.model_card import reserved_in_jumps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -266,7 +266,7 @@ def plain_tensors_of(snapshot: Snapshot) -> list[Tensor]:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", ["adamw", "int8"])
-def test_ways_back_lie_in_page_locked_memory_that_is_locked_once(name: str, arenas: CountedArenas) -> None:
+def test_snapshots_lie_in_page_locked_memory_that_is_locked_once(name: str, arenas: CountedArenas) -> None:
     model = wide()
     optimizer = optimizer_of(model, name)
     there, here = Weights(model, optimizer, snapshots=Residency.OFFLOADED), Weights(model, optimizer)
@@ -283,7 +283,7 @@ def test_ways_back_lie_in_page_locked_memory_that_is_locked_once(name: str, aren
     assert len(arenas.taken_bytes) == 2
 
 
-def test_a_state_that_was_dropped_returns_to_the_card_with_the_way_back() -> None:
+def test_a_state_that_was_dropped_returns_to_the_card_with_the_snapshot() -> None:
     model = wide()
     optimizer = optimizer_of(model, "adamw")
     train_(model, optimizer)
@@ -563,7 +563,7 @@ def test_a_step_in_the_backward_pass_waits_for_its_state_to_return(lookahead: in
 
 
 def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
-    """The float32 weights of a model, on their way back: one stretch for all of them, without the bf16 ones'."""
+    """The float32 weights of a model, as they return: one stretch for all of them, without the bf16 ones'."""
     model = wide(32)
     weights = Weights(model, torch.optim.SGD(model.parameters(), lr=0.1))
     weights.fp32.offload_()
@@ -578,7 +578,7 @@ def test_many_tensors_are_taken_from_the_card_in_one_request() -> None:
 
 def test_every_jump_leaves_as_little_on_the_card_as_the_first() -> None:
     """As on the model of a card in `test_memory`; what earlier tests have left there does not change between jumps."""
-    held, bf16_bytes = held_in_jumps("cuda", torch.cuda.memory_reserved)
+    held, bf16_bytes = reserved_in_jumps("cuda", torch.cuda.memory_reserved)
     assert max(held) - min(held) < 0.3 * bf16_bytes
 
 

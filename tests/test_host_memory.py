@@ -162,7 +162,7 @@ def test_rooms_of_one_size_that_are_held_at_once_share_nothing() -> None:
 
 
 def test_a_pool_lets_go_of_what_fits_no_more_before_it_asks_for_more(driver: SimpleNamespace) -> None:
-    """Played without a card, a pool would pin nothing: so its tensors say that they lie on one."""
+    """Played without a GPU, a pool would pin nothing: so its tensors say that they lie on one."""
 
     class OnCard(Tensor):
         is_cuda = True

@@ -36,7 +36,7 @@ from hybridlab.weights import bf16_resident
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
-from tests.model_card import ModelCard, held_in_jumps
+from tests.model_card import ModelCard, reserved_in_jumps
 
 SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
 
@@ -376,16 +376,16 @@ def test_low_bit_state_survives_snapshot_and_round_trip() -> None:
     assert torch.equal(trained(model, optimizer, 2), after)
 
 
-# --- weights put away ------------------------------------------------------------------------------------
+# --- offloaded weights -----------------------------------------------------------------------------------
 
 
-def test_lowered_weights_come_back_exactly_with_every_motion_added() -> None:
+def test_offloaded_weights_come_back_exactly_with_every_motion_added() -> None:
     model, plain = fresh(), fresh()
     row = torch.randn(sum(p.numel() for p in model.parameters()), generator=torch.Generator().manual_seed(1))
     rows = list(row.split([sum(p.numel() for p in g) for g in Weights(plain, adamw(plain)).groups]))
-    for it, lowers in ((model, True), (plain, False)):
+    for it, offloads in ((model, True), (plain, False)):
         weights = Weights(it, adamw(it))
-        if lowers:
+        if offloads:
             weights.fp32.offload_()
             assert {p.dtype for p in it.parameters()} == {torch.bfloat16}
         for _ in range(3):
@@ -483,7 +483,7 @@ def test_room_for_weights_and_then_for_the_state_is_taken_before_either_returns(
 def test_every_jump_leaves_as_little_on_the_card_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What returns must not lie in one stretch with what the next jump keeps, however small that is."""
     with ModelCard(monkeypatch) as card:
-        held, bf16_bytes = held_in_jumps("cpu", lambda: card.reserved_bytes)
+        held, bf16_bytes = reserved_in_jumps("cpu", lambda: card.reserved_bytes)
     assert held == [pytest.approx(bf16_bytes, rel=0.1)] * 6
 
 

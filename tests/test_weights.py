@@ -1,4 +1,4 @@
-"""Ways back and weights put away: copies that nobody can change, in host memory that is taken once."""
+"""Snapshots and offloaded weights: copies that nothing changes, in host memory that is taken once."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def same(these: list[Tensor], those: list[Tensor]) -> bool:
     )
 
 
-# --- ways back -------------------------------------------------------------------------------------------
+# --- snapshots -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_way_back_is_exact_and_nothing_that_follows_changes_it(
+def test_a_snapshot_is_exact_and_nothing_that_follows_changes_it(
     trained: tuple[nn.Module, Optimizer], place: Residency
 ) -> None:
     model, optimizer = trained
@@ -145,7 +145,7 @@ def test_the_host_holds_what_a_copy_beside_the_weights_would(trained: tuple[nn.M
     assert here.beside == there.beside
 
 
-def test_ways_back_that_are_held_at_once_share_nothing(trained: tuple[nn.Module, Optimizer]) -> None:
+def test_snapshots_kept_at_once_share_nothing(trained: tuple[nn.Module, Optimizer]) -> None:
     model, optimizer = trained
     weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     held = [(weights.snapshot(optimizer=bool(step % 2)), now(model, optimizer)) for step in (0, 1)]
@@ -175,7 +175,7 @@ def test_host_memory_is_taken_once_for_the_weights_and_once_for_the_state(
     assert expected <= sum(arenas.taken_bytes) < expected + 256 * len(now(model, optimizer))
 
 
-def test_a_second_way_back_has_its_own_memory_and_both_are_used_again(
+def test_a_second_snapshot_has_its_own_memory_and_both_are_used_again(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
 ) -> None:
     weights = Weights(*trained, snapshots=Residency.OFFLOADED)
@@ -237,7 +237,7 @@ def test_state_that_is_gone_comes_back_to_where_it_lay() -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_way_back_survives_a_checkpoint(tmp_path: Path, place: Residency) -> None:
+def test_a_snapshot_survives_a_checkpoint(tmp_path: Path, place: Residency) -> None:
     model = Picture()
     optimizer = adamw(model)
     train_(model, optimizer, range(3))
@@ -254,7 +254,7 @@ def test_a_way_back_survives_a_checkpoint(tmp_path: Path, place: Residency) -> N
     assert same(now(model, optimizer), before)
 
 
-def test_a_way_back_of_an_earlier_checkpoint_is_read_too() -> None:
+def test_a_snapshot_of_an_earlier_checkpoint_is_read_too() -> None:
     model = Picture()
     optimizer = adamw(model)
     train_(model, optimizer, range(3))
@@ -270,7 +270,7 @@ def test_a_way_back_of_an_earlier_checkpoint_is_read_too() -> None:
 
 
 @pytest.mark.parametrize("may_take", [0, 1])
-def test_a_way_back_that_finds_no_room_leaves_everything_as_it_was(
+def test_a_snapshot_without_memory_leaves_everything_as_it_was(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas, may_take: int
 ) -> None:
     model, optimizer = trained
@@ -285,7 +285,7 @@ def test_a_way_back_that_finds_no_room_leaves_everything_as_it_was(
     assert len(arenas.taken_bytes) == 2, "what the first try got was used"
 
 
-def test_a_way_back_that_finds_no_room_leaves_the_held_one_as_it_was(
+def test_a_snapshot_without_memory_leaves_the_one_before_as_it_was(
     trained: tuple[nn.Module, Optimizer], arenas: CountedArenas
 ) -> None:
     model, optimizer = trained
@@ -341,7 +341,7 @@ def run(config: HybridTrainerConfig, steps: int = 120) -> tuple[Tensor, HybridTr
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_training_takes_one_arena_for_each_purpose_however_often_it_jumps(arenas: CountedArenas, gate: bool) -> None:
-    """The path, the weights of a way back, and the state of it."""
+    """The path, the weights of a snapshot, and the state of it."""
     config = replace(EAGER, gate=gate, gate_budget=1.0)
     there, trainer = run(config)
     assert trainer.statistics().proposals_accepted > 1
@@ -351,7 +351,7 @@ def test_training_takes_one_arena_for_each_purpose_however_often_it_jumps(arenas
     assert torch.equal(here, there)
 
 
-def test_what_leaves_in_predict_is_not_copied_beside_the_way_back(arenas: CountedArenas) -> None:
+def test_what_leaves_in_predict_is_not_copied_beside_the_snapshot(arenas: CountedArenas) -> None:
     leaves = MemoryConfig(
         predict_aware=PredictAwareMemoryConfig("pinned"), mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights")
     )
@@ -364,10 +364,10 @@ def test_what_leaves_in_predict_is_not_copied_beside_the_way_back(arenas: Counte
     assert torch.equal(away, plain_run)
 
 
-def test_a_jump_without_room_for_its_way_back_is_not_begun(arenas: CountedArenas) -> None:
+def test_a_jump_without_memory_for_its_snapshot_is_not_begun(arenas: CountedArenas) -> None:
     task = Problem()
     trainer = HybridTrainer(task.model, task.adamw(), replace(EAGER, gate=False))
-    arenas.may_take = 2  # the path and the weights of a way back, without the state
+    arenas.may_take = 2  # the path and the weights of a snapshot, without the state
 
     def advance(first: int, steps: int) -> None:
         for step in range(first, first + steps):
@@ -382,14 +382,14 @@ def test_a_jump_without_room_for_its_way_back_is_not_begun(arenas: CountedArenas
     assert trainer.statistics().proposals_accepted > 0
 
 
-# --- lowered weights -------------------------------------------------------------------------------------
+# --- offloaded weights -----------------------------------------------------------------------------------
 
 
 class Broken(Exception):
     """Out of memory, or a person's Ctrl-C."""
 
 
-def breaks_off(call: Callable[..., Tensor], passes: int) -> Callable[..., Tensor]:
+def interrupted_after(call: Callable[..., Tensor], passes: int) -> Callable[..., Tensor]:
     """Lets some calls pass, then raises."""
     left = iter(range(passes))
 
@@ -404,7 +404,7 @@ def breaks_off(call: Callable[..., Tensor], passes: int) -> Callable[..., Tensor
 @pytest.mark.parametrize("passes", range(12))
 @pytest.mark.parametrize(("owner", "name"), [(Tensor, "copy_"), (torch, "empty"), (torch, "empty_like")])
 @pytest.mark.parametrize("method", ["offload_", "restore_"])
-def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
+def test_no_bit_is_lost_where_offloading_or_restoring_is_interrupted(
     method: str, owner: Any, name: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Picture()
@@ -416,7 +416,7 @@ def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
     if method == "restore_":
         weights.fp32.offload_()
     with monkeypatch.context() as broken, suppress(Broken):
-        broken.setattr(owner, name, breaks_off(getattr(owner, name), passes))
+        broken.setattr(owner, name, interrupted_after(getattr(owner, name), passes))
         getattr(weights.fp32, method)()
     weights.fp32.restore_()
     assert same(now(model, optimizer), before)
@@ -425,7 +425,7 @@ def test_no_bit_is_lost_where_putting_away_or_returning_breaks_off(
 
 @pytest.mark.parametrize("passes", range(4))
 @pytest.mark.parametrize(("owner", "name"), [(Tensor, "copy_"), (torch, "empty")])
-def test_weights_whose_return_broke_off_can_leave_again(
+def test_weights_whose_return_was_interrupted_can_leave_again(
     owner: Any, name: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Picture()
@@ -433,14 +433,14 @@ def test_weights_whose_return_broke_off_can_leave_again(
     weights = Weights(model, SGD(model.parameters(), lr=0.1))
     weights.fp32.offload_()
     with monkeypatch.context() as broken, suppress(Broken):
-        broken.setattr(owner, name, breaks_off(getattr(owner, name), passes))
+        broken.setattr(owner, name, interrupted_after(getattr(owner, name), passes))
         weights.fp32.restore_()
     weights.fp32.offload_()
     assert same([p.clone() for p in model.parameters()], [p.bfloat16() for p in exact])
 
 
 def test_all_bf16_weights_lie_in_one_piece_of_memory() -> None:
-    """A small one would hold the stretch of the card in which it finds room, and all of what others left there."""
+    """A small one would hold the stretch of GPU memory in which it finds room, and all of what others left there."""
     model = Picture()
     weights = Weights(model, SGD([{"params": [p]} for p in model.parameters()], lr=0.1))
     weights.fp32.offload_()
@@ -452,7 +452,7 @@ def test_all_bf16_weights_lie_in_one_piece_of_memory() -> None:
 def test_weights_that_move_from_a_snapshot_are_offloaded_without_a_copy(
     place: Residency, piece: int, arenas: CountedArenas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much of them comes over at a time."""
+    """However much of them is copied at a time."""
     for module in (motion, bf16_resident):
         monkeypatch.setattr(module, "PIECE", piece)
     model, plain_model = Picture(), Picture()
@@ -478,7 +478,7 @@ def test_weights_that_move_from_a_snapshot_are_offloaded_without_a_copy(
     assert len(arenas.taken_bytes) == taken
 
 
-def test_parameters_of_two_types_in_one_group_move_as_exactly_while_they_are_lowered() -> None:
+def test_parameters_of_two_types_in_one_group_move_as_exactly_while_they_are_offloaded() -> None:
     def of_two_types() -> nn.Module:
         torch.manual_seed(0)
         return nn.ParameterList([torch.randn(5, 3).bfloat16(), torch.randn(7), torch.randn(4, 4)])
@@ -504,7 +504,7 @@ def test_runs_are_consecutive_parameters_of_one_type_up_to_a_piece(monkeypatch: 
     ]  # fmt: skip
 
 
-def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_used_again_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, crossed, over = Picture(), [], bf16_resident.to_device_async
     monkeypatch.setattr(bf16_resident, "to_device_async", lambda *asked: (crossed.append(asked), over(*asked))[1])
     weights = Weights(model, SGD(model.parameters(), lr=0.1))
@@ -514,10 +514,10 @@ def test_a_row_that_is_gone_along_again_comes_over_once(monkeypatch: pytest.Monk
         weights.move_([(0, row, 1e-3)])
         weights.fp32.offload_()
     weights.fp32.restore_()
-    assert len(crossed) == 4, "once a motion, and once on the way back, all parameters together"
+    assert len(crossed) == 4, "once a motion, and once at their return, all parameters together"
 
 
-def test_weights_trained_after_a_jump_are_lowered_as_they_are_then() -> None:
+def test_weights_trained_after_a_jump_are_offloaded_as_they_are_then() -> None:
     model = Picture()
     optimizer = adamw(model)
     train_(model, optimizer, range(1))
@@ -536,7 +536,7 @@ def test_weights_trained_after_a_jump_are_lowered_as_they_are_then() -> None:
 
 
 def in_predict(model: nn.Module, strategy: str = "none") -> HybridTrainer:
-    """A trainer in the middle of a jump, its weights lowered."""
+    """A trainer in the middle of a jump, its weights offloaded."""
     memory = MemoryConfig(
         mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"), predict_aware=PredictAwareMemoryConfig(strategy)
     )
@@ -549,7 +549,7 @@ def in_predict(model: nn.Module, strategy: str = "none") -> HybridTrainer:
     return trainer
 
 
-def test_who_saves_the_model_while_it_is_lowered_gets_the_exact_weights() -> None:
+def test_who_saves_the_model_while_it_is_offloaded_gets_the_exact_weights() -> None:
     model = Numbers()
     trainer = in_predict(model)
     assert model.weight.dtype == torch.bfloat16
@@ -560,7 +560,7 @@ def test_who_saves_the_model_while_it_is_lowered_gets_the_exact_weights() -> Non
     assert torch.equal(model.weight, saved)
 
 
-def test_weights_that_are_loaded_while_the_model_is_lowered_stay() -> None:
+def test_weights_that_are_loaded_while_the_model_is_offloaded_stay() -> None:
     model = Numbers()
     trainer = in_predict(model)
     loaded = torch.linspace(3, 5, 512)

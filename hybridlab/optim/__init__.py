@@ -1,5 +1,18 @@
 """Builds optimizers: AdamW, Muon, SGD, low-bit state, state on the host, steps inside backward."""
 
 from hybridlab.optim.build import OptimizerConfig, Schedule, build_optimizer, decay_groups, hidden_matrices, set_lr_
+from hybridlab.optim.host_adamw import HostAdamW
+from hybridlab.optim.in_backward import StepInBackward
+from hybridlab.optim.low_bit import low_bit_adamw
 
-__all__ = ["OptimizerConfig", "Schedule", "build_optimizer", "decay_groups", "hidden_matrices", "set_lr_"]
+__all__ = [
+    "HostAdamW",
+    "OptimizerConfig",
+    "Schedule",
+    "StepInBackward",
+    "build_optimizer",
+    "decay_groups",
+    "hidden_matrices",
+    "low_bit_adamw",
+    "set_lr_",
+]
