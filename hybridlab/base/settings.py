@@ -20,7 +20,7 @@ def check_types(settings: DataclassInstance) -> None:
     kinds = _kinds(type(settings))
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if not _fits(value, kinds[field.name]):
+        if not fits(value, kinds[field.name]):
             is_text = isinstance(value, str) and "float" in str(field.type)
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if is_text else ""
             raise TypeError(f"{field.name} is {value!r}: {field.type} is wanted{hint}")
@@ -58,18 +58,19 @@ def check_choice(what: str, name: str, known: Iterable[str]) -> None:
 _kinds = cache(get_type_hints)
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a kind; the items of a tuple are all of one kind."""
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a type; a bool is no int, an int is a float, the items of a tuple are all of one type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
-        return any(_fits(value, one) for one in inner)
+        return any(fits(value, one) for one in inner)
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(_fits(item, inner[1]) for item in value.values())
-    if origin is tuple:
+        return isinstance(value, Mapping) and all(fits(item, inner[1]) for item in value.values())
+    if origin in (list, tuple):
+        any_length = origin is list or inner[-1] is ...
         return (
-            isinstance(value, tuple)
-            and (inner[-1] is ... or len(value) == len(inner))
-            and all(_fits(item, inner[0]) for item in value)
+            isinstance(value, origin)
+            and (any_length or len(value) == len(inner))
+            and all(fits(item, inner[0]) for item in value)
         )
     if isinstance(value, bool):
         return kind is bool

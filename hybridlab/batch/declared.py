@@ -4,63 +4,35 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from nbformat import NotebookNode
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.settings import fits
 
-SCALARS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line `name: kind = default` of the parameters cell."""
+    """One line `name: kind = default` of the parameters cell; its kind is a type of `TYPES`, or several with `|`."""
 
     name: str
-    kind: ast.expr
+    kind: Any
     default: Any
 
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is of the parameter's type; a bool is no int, an int is a float."""
+        return fits(value, self.kind)
 
-def accepts(kind: ast.expr, value: Any) -> bool:
-    """Say whether `value` fits the annotation `kind`; a bool is no int, an int is a float."""
-    match kind:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return accepts(left, value) or accepts(right, value)
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Subscript(slice=item):
-            return isinstance(value, list) and all(accepts(item, element) for element in value)
-        case ast.Name(id="float"):
-            return type(value) in (int, float)
-        case ast.Name(id=name):
-            return type(value).__name__ == name
-    return False
-
-
-def is_known(kind: ast.expr) -> bool:
-    """Say whether an annotation is one of int, float, str, bool, list[...], or these with `|`."""
-    match kind:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return is_known(left) and is_known(right)
-        case ast.Subscript(value=ast.Name(id="list"), slice=item):
-            return is_known(item)
-        case ast.Name(id=name):
-            return name in SCALARS
-    return isinstance(kind, ast.Constant) and kind.value is None
-
-
-def wanted(kind: ast.expr) -> str:
-    """Name an annotation in words, for a message."""
-    match kind:
-        case ast.BinOp(left=left, right=right):
-            return f"{wanted(left)} or {wanted(right)}"
-        case ast.Subscript(slice=item):
-            return f"a list (each item {wanted(item)})"
-        case ast.Name(id=name):
-            return SCALARS[name]
-    return "nothing"
+    def wanted(self) -> str:
+        """The parameter's type in words, for a message."""
+        return _in_words(self.kind)
 
 
 def declared_parameters(notebook: NotebookNode, name: str) -> dict[str, Parameter]:
@@ -84,16 +56,24 @@ def defaults(declared: Mapping[str, Parameter]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in declared.items()}
 
 
+def _in_words(kind: Any) -> str:
+    """A type in words. Raises KeyError for one that no parameter has."""
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_in_words, inner))
+    if not inner:
+        return WORDS[kind]
+    (item,) = inner
+    return f"a list (each item {_in_words(item)})"
+
+
 def _parameter(line: ast.stmt, notebook: str) -> Parameter:
     match line:
         case ast.AnnAssign(target=ast.Name(id=name), annotation=kind, value=ast.expr() as literal):
-            try:
-                default = ast.literal_eval(literal)
-            except ValueError:
-                pass
-            else:
-                if line.lineno == line.end_lineno and is_known(kind) and accepts(kind, default):
-                    return Parameter(name, kind, default)
+            with suppress(ValueError, NameError, TypeError, KeyError, AttributeError):
+                found = Parameter(name, eval(ast.unparse(kind), {"__builtins__": {}}, TYPES), ast.literal_eval(literal))
+                if line.lineno == line.end_lineno and found.wanted() and found.accepts(found.default):
+                    return found
     raise UserError(
         f"{notebook}: line {line.lineno} of the parameters cell, `{ast.unparse(line)}`, "
         "is not a one-line 'name: type = literal' with a literal of that type "

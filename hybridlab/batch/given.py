@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.batch.declared import Parameter, accepts, wanted
+from hybridlab.batch.declared import Parameter
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,20 @@ def values_in_file(path: Path) -> list[Given]:
     """
     text = _text_of(path)
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        given = [] if node is None else [_given(loader, text, pair, path) for pair in _pairs(node, path)]
+        root, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_yaml_problem(error)}") from None
-    names = [item.name for item in given]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{path}: '{twice[0]}' is given twice: keep one line")
-    return given
+    if root is None:
+        return []
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a mapping: write one 'name: value' per line")
+    names = [key.value for key, _ in root.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: '{name}' is given twice: keep one line")
+        if name not in values:
+            raise UserError(f"{path}: YAML reads the key {name} as {yaml.safe_load(name)!r}: write '{name}' in quotes")
+    return [Given(key.value, values[key.value], str(node.value), f"in {path}") for key, node in root.value]
 
 
 def _text_of(path: Path) -> str:
@@ -62,27 +67,11 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}"
 
 
-def _pairs(node: yaml.Node, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}: not a mapping: write one 'name: value' a line")
-    return node.value
-
-
-def _given(loader: yaml.SafeLoader, text: str, pair: tuple[yaml.Node, yaml.Node], path: Path) -> Given:
-    key, node = pair
-    name = loader.construct_object(key, deep=True)
-    if not isinstance(name, str):
-        raw = text[key.start_mark.index : key.end_mark.index]
-        raise UserError(f"{path}: YAML reads the key {raw} as {name!r}: write '{raw}' in quotes")
-    raw = text[node.start_mark.index : node.end_mark.index].strip()
-    return Given(name, loader.construct_object(node, deep=True), raw, f"in {path}")
-
-
 def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]) -> Given:
     """Read a `-p NAME VALUE`, where the declared type decides what the text means."""
     if name in declared:
         for reading in _readings(raw):
-            if accepts(declared[name].kind, reading):
+            if declared[name].accepts(reading):
                 return Given(name, reading, raw, "after -p")
     return Given(name, raw, raw, "after -p")
 
@@ -95,7 +84,7 @@ def from_options(output: Path, resume: bool, declared: Mapping[str, Parameter], 
     folder = output.parent.resolve()
     name = (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
     asked = [Given("results", name, name, "from -o"), *([Given("resume", True, "true", "from --resume")] * resume)]
-    return [item for item in asked if item.name in declared and accepts(declared[item.name].kind, item.value)]
+    return [item for item in asked if item.name in declared and declared[item.name].accepts(item.value)]
 
 
 def _readings(raw: str) -> Iterable[Any]:
@@ -120,7 +109,7 @@ def checked_values(given: Iterable[Given], declared: Mapping[str, Parameter], na
             hint = nearest(item.name, declared) if declared else "it has none"
             raise UserError(f"'{item.name}' {item.place} is no parameter of {name}: {hint}")
         parameter = declared[item.name]
-        if not accepts(parameter.kind, item.value) or _is_sexagesimal(item.raw, item.value):
+        if not parameter.accepts(item.value) or _is_sexagesimal(item.raw, item.value):
             raise UserError(_wrong_type(item, parameter))
         values[item.name] = item.value
     return values
@@ -132,7 +121,7 @@ def _wrong_type(item: Given, parameter: Parameter) -> str:
         said = f"YAML reads {item.raw} as {item.value!r}"
     else:
         said = f"{item.value!r} is {_described(item.value)}"
-    return f"{item.name}: {said}, {wanted(parameter.kind)} is wanted: {_fix(item, parameter)} {item.place}"
+    return f"{item.name}: {said}, {parameter.wanted()} is wanted: {_fix(item, parameter)} {item.place}"
 
 
 def _described(value: Any) -> str:
@@ -143,13 +132,13 @@ def _described(value: Any) -> str:
 
 def _fix(item: Given, parameter: Parameter) -> str:
     number = _as_number(item.value) if isinstance(item.value, str) else item.value
-    if _is_sexagesimal(item.raw, item.value) and accepts(parameter.kind, item.value):
+    if _is_sexagesimal(item.raw, item.value) and parameter.accepts(item.value):
         return f"write {item.value}, or '{item.raw}' in quotes,"
-    if accepts(parameter.kind, item.raw) and item.raw and not isinstance(item.value, list | dict):
+    if parameter.accepts(item.raw) and item.raw and not isinstance(item.value, list | dict):
         return f"write '{item.raw}' in quotes"
-    if isinstance(number, float) and number.is_integer() and accepts(parameter.kind, int(number)):
+    if isinstance(number, float) and number.is_integer() and parameter.accepts(int(number)):
         return f"write {int(number)}"
-    if isinstance(item.value, str) and number is not None and accepts(parameter.kind, number):
+    if isinstance(item.value, str) and number is not None and parameter.accepts(number):
         return f"write {_yaml_number(item.value)}"
     return f"write for example {json.dumps(parameter.default)}"
 
