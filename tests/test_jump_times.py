@@ -35,7 +35,7 @@ FULL = ("full", [GRADIENT_MS] * 6 + [700])
 JUMP = ("predict", [500, 2, 2, 40, 300, 2, 2, 60])
 CORRECT = ("correct", [180])
 WHOLE_JUMP = pytest.approx(
-    vars(JumpTimes(proposing=600, leaving=498, moving=298, returning=0 + 0 + 58 + 80, whole=1088, steps=8))
+    vars(JumpTimes(proposing=600, leaving=498, moving=298, returning=0 + 0 + 58 + 80, whole=600 + 1088, steps=8))
 )
 
 
@@ -62,8 +62,8 @@ def test_the_first_jump_stands_apart_and_the_control_is_subtracted() -> None:
     phases = {"all away": phase(9000, 700, 900, 800), "nothing away": phase(400, 300, 310, 290)}
     first, control = (dict(zip(row[0], row[1], strict=True)) for row in table_rows(phases))
     assert (first["a jump (ms)"], first["the first (ms)"], first["jumps"]) == ("800.0", "9000.0", "4")
-    assert (first["beyond nothing away (ms)"], first["in gradient steps"]) == ("510.0", "5.10")
-    assert (control["a jump (ms)"], control["in gradient steps"]) == ("300.0", "0.00")
+    assert (first["beyond nothing away (ms)"], first["that in gradient steps"]) == ("510.0", "5.10")
+    assert (control["a jump (ms)"], control["that in gradient steps"]) == ("300.0", "0.00")
     assert transition_table({}, "nothing away").cells() == [["no run jumped"]]
 
 
@@ -98,11 +98,13 @@ def test_the_way_there_and_back_is_held_against_a_gradient_step(
     (claim,) = transition_claims(phases, "nothing away")
     assert (claim.id, claim.verdict) == ("all-away-transition", verdict)
     median = sorted(beyond_ms)[len(beyond_ms) // 2]
-    assert claim.quantities == (
+    assert claim.quantities[:3] == (
         Quantity("beyond", median, *ends, unit="ms"),
         Quantity("jumps", len(beyond_ms)),
         Quantity("limit", GRADIENT_MS, unit="ms"),
     )
+    assert [q.name for q in claim.quantities[3:]] == ["whole_jump", "of_that_proposing", "gradient_step"]
+    assert (claim.value("of_that_proposing"), claim.value("gradient_step")) == (1.0, GRADIENT_MS)
     assert "a jump of 20" in claim.text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -11,6 +11,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.jump_times import JumpTimes, gradient_step_ms, jump_times
 from hybridlab.planner.gpu_specs import GPUS, step_time_ms
 from hybridlab.planner.plan import Plan
+from hybridlab.study.base import Base
+from hybridlab.study.comparison import base_of
 from hybridlab.study.config import RunConfig
 from hybridlab.study.memory_log import card_busy_percent
 from hybridlab.study.planning import plan_of
@@ -28,6 +30,7 @@ class Footprint:
     peak_memory_bytes: the run's peak as the card counts it, or the process's without a GPU
     step_ms: median gradient step of the measured run; None where it was too short to have settled
     validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
+    base: how much training `change` rests on; None where there is none
     card_busy_percent: of the time of gradient steps; the rest the card waits for the host. None where nobody says it
     """
 
@@ -38,6 +41,7 @@ class Footprint:
     step_ms: float | None
     validation_loss: float
     change: Interval | None
+    base: Base | None = None
     card_busy_percent: float | None = None
 
     @property
@@ -75,9 +79,10 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
     run = result.runs[config.name, 0]
     summary = run.closing_figures
     seeds = sorted(seed for name, seed in result.runs if name == config.name)
-    losses = [validation_loss(result.runs[config.name, seed], at_step) for seed in seeds]
+    losses = [result.runs[config.name, seed].validation_loss(at_step) for seed in seeds]
     shared = [(seed, loss) for seed, loss in zip(seeds, losses, strict=True) if (control, seed) in result.runs]
-    change = [loss - validation_loss(result.runs[control, seed], at_step) for seed, loss in shared]
+    change = [loss - result.runs[control, seed].validation_loss(at_step) for seed, loss in shared]
+    judged = config.name != control and bool(change)
     return Footprint(
         arm=config.name,
         predicted=plan_of(config),
@@ -85,18 +90,10 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
         peak_memory_bytes=summary["peak_memory_bytes"],
         step_ms=summary["gradient_step_ms"],
         validation_loss=sum(losses) / len(losses),
-        change=Interval.of(change) if config.name != control and change else None,
+        change=Interval.of(change) if judged else None,
+        base=replace(base_of(result, control, at_step), seeds=len(change)) if judged else None,
         card_busy_percent=card_busy_percent(run),
     )
-
-
-def validation_loss(run: Run, at_step: int | None) -> float:
-    """Of a run, in nats: at its end, or after `at_step` nominal steps. Raises UserError if none was measured there."""
-    evaluated = run.steps.dropna(subset="validation_loss")
-    chosen = evaluated if at_step is None else evaluated[evaluated["nominal_step"] == at_step]
-    if chosen.empty:
-        raise UserError(f"{run.folder} was not evaluated at step {at_step}: set evaluate_every to a divisor of it")
-    return float(chosen["validation_loss"].iloc[-1])
 
 
 @dataclass(frozen=True)

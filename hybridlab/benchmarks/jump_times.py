@@ -22,7 +22,8 @@ class JumpTimes:
     leaving: the first predicted step: the weights move, and what leaves the card leaves it
     moving: the first steps of its further chunks: the weights move again, wherever they are, and return with the last
     returning: what follows in Predict and Correct: what else left returns, and the path begins anew
-    whole: from the end of the gradient step before to the end of Correct, ordinary steps and forward passes included
+    whole: all of the time from the end of an ordinary step to the end of Correct: what proposing takes, the predicted
+        steps, and the steps of Correct with their forward passes
     steps: predicted ones
 
     The trainer waits for the device before Predict, after Correct, and in every predicted step, so that the host's
@@ -75,6 +76,6 @@ def _times(timed: pd.DataFrame, predict: int, correct: int, end: int) -> JumpTim
         leaving=float(beyond[predict]),
         moving=float(beyond[moves[1:]].sum()),
         returning=float(beyond[moves[-1] + 1 : end].sum()),
-        whole=float(timed["ms"][predict:end].sum()),
+        whole=float(beyond[predict - 1] + timed["ms"][predict:end].sum()),
         steps=correct - predict,
     )

@@ -45,6 +45,7 @@ from hybridlab.notebook.views.study import (
     phases,
     record_table,
     reliability_table,
+    run_rows,
     stable_claim,
     time_table,
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
+from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval
 
 Verdict = Literal["holds", "fails", "open"]
@@ -121,6 +122,16 @@ def holds_below(low: float, high: float, bound: float) -> Verdict:
     if high < bound:
         return "holds"
     return "fails" if low > bound else "open"
+
+
+def on_losses(kind: str, arm: str, text: str, verdict: Verdict, quantities: Iterable[Quantity], base: Base) -> Claim:
+    """A claim that rests on losses: open whatever they are, and said why, where too little was trained."""
+    return Claim(kind, text + too_little(base), "open" if base.lacks else verdict, tuple(quantities), arm)
+
+
+def too_little(base: Base) -> str:
+    """What a sentence without a verdict ends with; nothing where there may be one."""
+    return f" (too little to tell: {', '.join(base.lacks)})" if base.lacks else ""
 
 
 def rounded(value: float) -> float:

@@ -128,14 +128,15 @@ def compare(result: StudyResult, name: str) -> Comparison:
     )
 
 
-def base_of(result: StudyResult, arm: str = BASELINE) -> Base:
-    """What a study's verdicts stand on: the runs of its baseline, or of another arm that takes its place."""
-    runs = [result.runs[key] for key in result.runs if key[0] == arm]
-    task, summary = runs[0].config["task"], runs[0].closing_figures
-    falls = [run.steps["measured_loss"].iloc[0] - run.closing_figures["validation_loss"] for run in runs]
-    steps = int(summary["gradient_steps"])
-    tokens = steps * task["batch_size"] * task.get("block_size", 1)
-    return Base(steps, len(runs), tokens, float(min(falls)))
+def base_of(result: StudyResult, arm: str = BASELINE, at_step: int | None = None) -> Base:
+    """What a study's verdicts stand on: the runs of its baseline, or of another arm that takes its place.
+
+    at_step: the nominal step whose losses are compared; None is the last
+    """
+    runs = [run for (name, _), run in result.runs.items() if name == arm]
+    task, steps = runs[0].config["task"], at_step or int(runs[0].closing_figures["gradient_steps"])
+    falls = [float(run.steps["measured_loss"].iloc[0]) - run.validation_loss(at_step) for run in runs]
+    return Base(steps, len(runs), steps * task["batch_size"] * task.get("block_size", 1), min(falls))
 
 
 def _to_control(result: StudyResult, name: str) -> Interval:

@@ -115,6 +115,15 @@ class Run:
             raise UserError(f"the run in {self.folder} has not finished: go on with it, or train it afresh")
         return self.summary
 
+    def validation_loss(self, at_step: int | None = None) -> float:
+        """In nats: at its end, or after `at_step` nominal steps. Raises UserError if none was measured there."""
+        if at_step is None:
+            return float(self.closing_figures["validation_loss"])
+        measured = self.steps.loc[self.steps["nominal_step"] == at_step, "validation_loss"].dropna()
+        if measured.empty:
+            raise UserError(f"{self.folder} was not evaluated at step {at_step}: set evaluate_every to a divisor of it")
+        return float(measured.iloc[-1])
+
 
 def runs_under(folder: Path) -> list[Run]:
     """Every run that lies in a folder or below it, by path."""

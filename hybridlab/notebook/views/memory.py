@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hybridlab.base.errors import UserError
-from hybridlab.benchmarks.footprint import Footprint, PredictPhase, validation_loss
+from hybridlab.benchmarks.footprint import Footprint, PredictPhase
 from hybridlab.charts.tables import Table, table
 from hybridlab.results.bounds import GPU_BYTES, SAFE_PEAK_BYTES
-from hybridlab.results.claims import Claim, Quantity, Unit, holds_below, holds_if
+from hybridlab.results.claims import Claim, Quantity, Unit, holds_below, holds_if, on_losses
+from hybridlab.study.base import Base
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval
@@ -133,12 +134,12 @@ def predicted_claims(footprints: Sequence[Footprint]) -> list[Claim]:
 def quality_claims(footprints: Sequence[Footprint], control: float) -> list[Claim]:
     """That no arm's validation loss lies more than 1 % above the control's, whose mean loss is `control` in nats.
 
-    Over several seeds the whole interval must lie below the bound; one seed decides by its own difference.
+    The whole interval must lie below the bound. Where too little was trained for a verdict, it is open.
     """
-    return [_quality(f.arm, f.change, QUALITY_WITHIN * control) for f in footprints if f.change]
+    return [_quality(f.arm, f.change, f.base, QUALITY_WITHIN * control) for f in footprints if f.change and f.base]
 
 
-def _quality(arm: str, change: Interval, bound: float) -> Claim:
+def _quality(arm: str, change: Interval, base: Base, bound: float) -> Claim:
     """bound: in nats"""
     gap, low, high = (math.expm1(loss) for loss in (change.mean, *change.ends))
     quantities = (
@@ -148,7 +149,7 @@ def _quality(arm: str, change: Interval, bound: float) -> Claim:
     )
     seeds = f"{change.seeds} seeds" if change.seeds > 1 else "one seed"
     text = f"{arm}: validation loss at most 1 % above the control's ({seeds})"
-    return Claim("quality", text, holds_below(*change.ends, bound), quantities, arm)
+    return on_losses("quality", arm, text, holds_below(*change.ends, bound), quantities, base)
 
 
 def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | int) -> list[Claim]:
@@ -257,8 +258,8 @@ def format_agreement(result: StudyResult, strict: str, tf32: str, at_step: int) 
     """
     if not {(strict, 0), (tf32, 0)} <= result.runs.keys():
         return {}
-    exact = validation_loss(result.runs[strict, 0], at_step)
-    losses = {seed: validation_loss(run, at_step) for (arm, seed), run in result.runs.items() if arm == tf32}
+    exact = result.runs[strict, 0].validation_loss(at_step)
+    losses = {seed: run.validation_loss(at_step) for (arm, seed), run in result.runs.items() if arm == tf32}
     return {
         "after_steps": at_step,
         "strict_seed_0_loss": round(exact, 6),

@@ -17,7 +17,7 @@ from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
-from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, holds_if
+from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, holds_if, on_losses
 from hybridlab.study.comparison import Comparison
 from hybridlab.study.study import BASELINE, StudyResult, is_plain
 
@@ -201,6 +201,16 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
     return [pays_claim(comparison), *language, *images, stable_claim([comparison], comparison.name)]
 
 
+def run_rows(result: StudyResult) -> list[dict[str, Any]]:
+    """The table "runs" of a results file: what every comparison of the study can be computed from again."""
+    columns = ("gradient_steps", "predicted_steps", "validation_loss", "accuracy", "seconds")
+    return [
+        {"arm": name, "seed": seed, "first_loss": float(run.steps["measured_loss"].iloc[0])}
+        | {column: run.closing_figures[column] for column in columns if column in run.closing_figures}
+        for (name, seed), run in result.runs.items()
+    ]
+
+
 def baseline_claims(result: StudyResult) -> list[Claim]:
     """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
     final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
@@ -262,11 +272,8 @@ def pays_claim(comparison: Comparison) -> Claim:
     return _on_losses("pays", c, text, words[c.sign] if c.predicted_steps else "fails", quantities)
 
 
-def _on_losses(kind: str, comparison: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
-    """A claim that rests on losses: open, and said why, where too little was trained for any verdict."""
-    lacks = comparison.base.lacks
-    text = f"{comparison.name}: {text}" + (f" (too little to tell: {', '.join(lacks)})" if lacks else "")
-    return Claim(kind, text, "open" if lacks else decided, tuple(quantities), comparison.name)
+def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
+    return on_losses(kind, c.name, f"{c.name}: {text}", decided, quantities, c.base)
 
 
 def _quality(comparison: Comparison) -> Claim:

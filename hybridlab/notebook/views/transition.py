@@ -24,8 +24,9 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
             "returning (ms)": phase.typical_ms("returning"),
             "a jump (ms)": phase.typical_ms(),
             "the first (ms)": phase.jumps[0].whole,
+            "a jump in gradient steps": phase.typical_ms() / phase.gradient_step_ms,
             f"beyond {control} (ms)": _beyond_ms(phase, phases[control]),
-            "in gradient steps": _beyond_ms(phase, phases[control]) / phases[control].gradient_step_ms,
+            "that in gradient steps": _beyond_ms(phase, phases[control]) / phases[control].gradient_step_ms,
             "jumps": len(phase.jumps),
         }
         for name, phase in phases.items()
@@ -35,10 +36,11 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
     caption = (
         "Medians over all jumps but the first, which takes memory from the host. Parts are beyond ordinary steps; with "
         f"{control}, leaving is the first motion of the weights, and returning the last forward pass and a new path's "
-        f"beginning. Proposing comes before the jump; beyond {control}, jumps of the same number are compared"
+        "beginning. A jump counts all of its time, proposing included; beyond "
+        f"{control}, jumps of the same number are compared"
     )
     formats = dict.fromkeys([name for name in rows[0] if name.endswith("(ms)")], ".1f")
-    return table(rows, caption, formats | {"in gradient steps": ".2f"})
+    return table(rows, caption, formats | {"a jump in gradient steps": ".2f", "that in gradient steps": ".2f"})
 
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
@@ -46,7 +48,7 @@ def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[
     limit_ms = phases[control].gradient_step_ms if control in phases else 0.0
     text = "leaving the GPU and returning adds less than a gradient step to a jump of"
     return [
-        _claim("transition", name, f"{text} {phase.typical_ms('steps'):.0f}", beyond, limit_ms)
+        _claim("transition", name, f"{text} {phase.typical_ms('steps'):.0f}", beyond, limit_ms, phase)
         for name, phase in phases.items()
         if name != control and (beyond := _measured(phase, phases[control]))
     ]
@@ -57,15 +59,15 @@ def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) 
     if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
         return []
     text = "a jump takes less time when the state returns beside its last predicted steps than after them"
-    return [_claim("lookahead", ahead, text, beyond, 0.0)]
+    return [_claim("lookahead", ahead, text, beyond, 0.0, phases[ahead])]
 
 
 def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
     return [] if phase.reserved_bytes is None else phase.beyond_ms(control)
 
 
-def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float) -> Claim:
-    """Jumps of the same number are compared; the median decides, with its 95 % interval."""
+def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float, phase: PredictPhase) -> Claim:
+    """Jumps of the same number are compared; the median decides, with its 95 % interval. Beside it, a jump's cost."""
     low, high = median_ends(beyond)
     beyond_ms = Quantity("beyond", median(beyond), unit="ms")
     if math.isfinite(low):
@@ -74,6 +76,9 @@ def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float)
         beyond_ms,
         Quantity("jumps", len(beyond)),
         Quantity("limit", limit_ms, unit="ms"),
+        Quantity("whole_jump", phase.typical_ms(), unit="ms"),
+        Quantity("of_that_proposing", phase.typical_ms("proposing"), unit="ms"),
+        Quantity("gradient_step", phase.gradient_step_ms, unit="ms"),
     )
     return Claim(kind, f"{arm}: {text}", holds_below(low, high, limit_ms), quantities, arm)
 
