@@ -345,10 +345,10 @@ def test_an_optimizer_that_hides_the_weights_is_refused_by_name() -> None:
 
     task = Problem()
     trainer = HybridTrainer(task.model, Averaging(task.model.parameters(), lr=0.01), EAGER)
-    for step in range(17):
+    for step in range(EAGER.warmup_steps):
         trainer.step(task.closure(step))
-    with pytest.raises(UserError, match="Averaging keeps a copy of the weights in its state 'z'"):
-        trainer.step(task.closure(17))
+    with pytest.raises(UserError, match="Averaging keeps a copy of the weights in 'z'"):
+        trainer.step(task.closure(EAGER.warmup_steps))
 
 
 def test_an_optimizer_that_looks_after_its_copies_is_told_of_every_jump() -> None:

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from hybridlab.base.errors import UserError
+
 
 def weak_hook(method: Callable[..., Any], *first: Any) -> Callable[..., None]:
     """Calls a bound method with `first` and what the hook is given, for as long as the method's object is alive.
@@ -19,3 +21,24 @@ def weak_hook(method: Callable[..., Any], *first: Any) -> Callable[..., None]:
             bound(*first, *given)
 
     return call
+
+
+def register_weak_hook(owner: Any, moment: str, method: Callable[[], Any]) -> None:
+    """Have `owner.register_MOMENT_hook` call a bound method for as long as its object is alive, and no longer.
+
+    owner: a model or an optimizer; moment: such as "step_pre"
+
+    Raises UserError where the owner, such as a wrapper around an optimizer, takes no hooks.
+    """
+    alive = weakref.WeakMethod(method)
+
+    def call(*_: object) -> None:
+        if (bound := alive()) is not None:
+            bound()
+
+    try:
+        handle = getattr(owner, f"register_{moment}_hook")(call)
+    except AttributeError:
+        name = type(owner).__name__
+        raise UserError(f"{name} takes no hooks, so its state cannot leave the GPU: give the optimizer in it") from None
+    weakref.finalize(method.__self__, handle.remove).atexit = False  # type: ignore[attr-defined]

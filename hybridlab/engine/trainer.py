@@ -22,6 +22,7 @@ from hybridlab.engine.result import AsyncScalar, Statistics, StepResult
 from hybridlab.memory.apply import refuse_unprepared
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.predict_offload import PredictOffload
+from hybridlab.weights.reach import refuse_own_step, refuse_unreachable
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
 
@@ -270,8 +271,7 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
     """Refuse what could not train this model."""
     if not isinstance(config, HybridTrainerConfig):
         raise TypeError(f"config is a {type(config).__name__}: give a HybridTrainerConfig")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError("LBFGS runs forward and backward by itself, several times a step: use AdamW, Muon or SGD")
+    refuse_own_step(optimizer)
     mine = {id(p) for p in model.parameters()}
     given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not given:
@@ -281,6 +281,8 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
             "the optimizer holds weights that are not the model's: build it over model.parameters(), after the model; "
             "several modules go together in one nn.ModuleList"
         )
+    if config.max_predict_steps:
+        refuse_unreachable(optimizer, given)
 
 
 def _restored_result(phase: str, loss: float, norm: float) -> StepResult:

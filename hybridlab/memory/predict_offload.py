@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybridlab.base.device import wait_for
-from hybridlab.base.weak_hook import weak_hook
+from hybridlab.base.weak_hook import register_weak_hook
 from hybridlab.memory.config import MemoryConfig, PredictAwareMemoryConfig
 from hybridlab.memory.state_offload import StateOffload
 from hybridlab.weights.residency import Residency
@@ -31,10 +31,11 @@ class PredictOffload:
         self._predict_aware = memory.predict_aware or PredictAwareMemoryConfig("none")
         self._state = StateOffload(optimizer, self._predict_aware)
         self.residency = Residency.DEVICE
-        optimizer.register_load_state_dict_pre_hook(weak_hook(self.restore_))
+        if memory.offloads_weights or self._predict_aware.strategy != "none":
+            register_weak_hook(optimizer, "load_state_dict_pre", self.restore_)
         if memory.offloads_weights:
-            model.register_state_dict_pre_hook(weak_hook(self.materialize_))  # type: ignore[no-untyped-call]
-            model.register_load_state_dict_pre_hook(weak_hook(self.restore_))  # type: ignore[no-untyped-call]
+            register_weak_hook(model, "state_dict_pre", self.materialize_)
+            register_weak_hook(model, "load_state_dict_pre", self.restore_)
 
     def offload_(self, steps_left: int, snapshot: Snapshot | None, *, last_motion_made: bool) -> None:
         """Free what Predict does not need; near the end of a jump begin to bring it back.

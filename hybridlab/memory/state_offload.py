@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
 from hybridlab.base.device import reserve_contiguous
+from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.optim.low_bit import torchao_optim
@@ -61,12 +63,10 @@ class StateOffload:
             self._store = _HostStore(self._device, pinned=config.strategy == "pinned")
         self._storages: list[_Storage] = []
         self.residency = Residency.DEVICE
-        for ask_first in (
-            optimizer.register_step_pre_hook,
-            optimizer.register_state_dict_pre_hook,
-            optimizer.register_load_state_dict_pre_hook,
-        ):
-            ask_first(lambda *_: self.restore_())  # type: ignore[operator]
+        self._hooks: list[RemovableHandle] = []
+        if config.strategy not in ("none", "drop"):
+            self._hook_()  # refused now, or never
+            self._unhook_()
 
     def offload_(self, copies: Copies = dict) -> None:
         """Predict begins: free the state's memory on the GPU.
@@ -81,6 +81,7 @@ class StateOffload:
         self._own_state_()
         storages = list(_storages(self._optimizer, self._device))
         self._store.save(storages, copies)
+        self._hook_()
         self._storages = storages  # first: an interrupt now finds all of it on the host
         self.residency = Residency.OFFLOADED if storages else Residency.DEVICE
         for storage in storages:
@@ -116,6 +117,29 @@ class StateOffload:
             self.prefetch_()
             self._store.join()
             self._storages, self.residency = [], Residency.DEVICE
+        self._unhook_()
+
+    def _hook_(self) -> None:
+        """While the state is away, whoever uses the optimizer has it brought back, and keeps this object alive."""
+        optimizer = self._optimizer
+        try:
+            self._hooks += [
+                ask_first(lambda *_: self.restore_())  # type: ignore[operator]
+                for ask_first in (
+                    optimizer.register_step_pre_hook,
+                    optimizer.register_state_dict_pre_hook,
+                    optimizer.register_load_state_dict_pre_hook,
+                )
+            ]
+        except AttributeError:
+            name = type(optimizer).__name__
+            raise UserError(
+                f"{name} takes no hooks, so its state cannot leave the GPU: give the optimizer in it"
+            ) from None
+
+    def _unhook_(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from hybridlab.base.pinned_memory import host_empty_like, to_device_async
 from hybridlab.base.settings import check_types
 from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, PathRow
 from hybridlab.weights.motion import PIECE, Flat
+from hybridlab.weights.reach import refuse_copies_in_state
 from hybridlab.weights.residency import Residency
-from hybridlab.weights.snapshot import Weights, refuse_hidden_weights
+from hybridlab.weights.snapshot import Weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -81,6 +82,8 @@ class Trajectory:
     def observe(self) -> bool:
         """Count a gradient step; every `needs.every`-th writes a row. Returns whether this one did."""
         self._steps += 1
+        if self._steps == 1:
+            refuse_copies_in_state(self._optimizer, self._weights.params)
         if self._steps % self._needs.every:
             return False
         for g in range(len(self._weights.groups)):
@@ -125,7 +128,6 @@ class Trajectory:
 
         Summed in float32 over millions of elements, in float64 over those sums.
         """
-        refuse_hidden_weights(self._optimizer, self._weights.params)
         self._direction = self._optimizer_directions() if self._needs.direction else []
         rows = [PathRow("displacement", self._needs.every)] * len(self._slots)
         rows += [PathRow("velocity", 1)] * bool(self._velocity) + [PathRow("direction", 1)] * bool(self._direction)

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from hybridlab.base.device import wait_for_stream
-from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import ArenaPool, to_device_async
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.motion import Flat, Motion, move_along_, views
+from hybridlab.weights.reach import notify_weights_moved
 from hybridlab.weights.residency import Residency
 
 
@@ -155,48 +155,6 @@ class Weights:
     def _states(self) -> dict[int, dict[str, Any]]:
         """The optimizer's state of each parameter that has one."""
         return {i: self._optimizer.state[p] for i, p in enumerate(self.params) if p in self._optimizer.state}
-
-
-# --- optimizers that hold weights ------------------------------------------------------------------------
-
-
-HOLD_THE_WEIGHTS = ("CPUOffloadOptimizer",)
-"""Optimizers whose own copy of the weights, kept outside their state, is the one that counts."""
-
-
-def refuse_hidden_weights(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
-    """Refuse an optimizer whose state holds a copy of the weights: its next step would undo or misread a jump.
-
-    An optimizer that offers `weights_moved()` is notified of every jump and updates its copies itself. A state tensor
-    counts as a copy when it has the parameter's shape and lies nearer to the parameter than half its length.
-
-    Raises UserError that names the optimizer and the state.
-    """
-    if hasattr(optimizer, "weights_moved") or type(optimizer).__module__.startswith(("torch.optim", "hybridlab.")):
-        return
-    if type(optimizer).__name__ in HOLD_THE_WEIGHTS:
-        raise UserError(
-            f"{type(optimizer).__name__} holds the weights itself and would overwrite a prediction: use another"
-        )
-    for param in params:
-        for name, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, Tensor) and value.shape == param.shape and _lies_near(value, param):
-                raise UserError(
-                    f"{type(optimizer).__name__} keeps a copy of the weights in its state {name!r}, which a prediction "
-                    "would not reach: use an optimizer without one, or give it a method weights_moved()"
-                )
-
-
-def notify_weights_moved(optimizer: Optimizer) -> None:
-    """Let an optimizer that keeps its own copy of the weights know that they were moved."""
-    if hasattr(optimizer, "weights_moved"):
-        optimizer.weights_moved()
-
-
-def _lies_near(value: Tensor, param: Tensor) -> bool:
-    weights = param.detach().float()
-    length = weights.norm()
-    return bool(length > 0) and bool((value.to(weights) - weights).norm() < 0.5 * length)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------
