@@ -104,6 +104,5 @@ def _lie_near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     alike = [(value.to(p), p) for value, p in pairs if value.shape == p.shape and not value.is_sparse]
     if not alike:
         return False
-    values, weights = zip(*alike, strict=True)
-    distance = torch.nn.utils.get_total_norm(torch._foreach_sub(values, weights))
-    return bool(distance < NEAR * torch.nn.utils.get_total_norm(weights))
+    distance = torch.nn.utils.get_total_norm([value - weight for value, weight in alike])
+    return bool(distance < NEAR * torch.nn.utils.get_total_norm([weight for _, weight in alike]))
