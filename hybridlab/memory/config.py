@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
 
-TRAINING_NUMBERS = ("fp32", "bf16")
-PREDICT_NUMBERS = ("fp32", "bf16", "bf16_weights")
+TRAINING_FORMATS = ("fp32", "bf16")
+PREDICT_FORMATS = ("fp32", "bf16", "bf16_weights")
 STRATEGIES = ("none", "cpu", "pinned", "compress", "drop")
-STATES = ("fp32", "int8", "fp8", "int4")
+STATE_FORMATS = ("fp32", "int8", "fp8", "int4")
 WEIGHTS = ("fp32", "bf16")
 INPUTS = ("card", "host")
 CLIP_NORM = 1.0
@@ -34,8 +34,8 @@ class MixedPrecisionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choice("training", self.training, TRAINING_NUMBERS)
-        check_choice("predict", self.predict, PREDICT_NUMBERS)
+        check_choice("training", self.training, TRAINING_FORMATS)
+        check_choice("predict", self.predict, PREDICT_FORMATS)
 
     @classmethod
     def conservative(cls) -> Self:
@@ -195,7 +195,7 @@ class MemoryConfig:
         check_types(self)
         check_bounds(self, "loss_chunk_tokens", "pad_vocab_to", least=0)
         check_bounds(self, "clip_in_backward", above=0)
-        check_choice("optimizer_state", self.optimizer_state, STATES)
+        check_choice("optimizer_state", self.optimizer_state, STATE_FORMATS)
         check_choice("weights", self.weights, WEIGHTS)
         refuse_conflicts(self._conflicts())
 

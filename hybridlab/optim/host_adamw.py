@@ -107,14 +107,10 @@ class HostAdamW(Optimizer):
 
     # --- gradients on the host ---------------------------------------------------------------------------
 
-    def gradient_norm(self) -> Tensor:
-        """Norm of all gradients together."""
-        self._wait()
-        return nn.utils.get_total_norm([m.grad for m in self._masters.values() if m.grad is not None])
-
     def clip_(self, max_norm: float | None) -> Tensor:
         """Scale all gradients so that their norm is at most `max_norm`, where one is given; return what it was."""
-        norm = self.gradient_norm()
+        self._wait()
+        norm = nn.utils.get_total_norm([m.grad for m in self._masters.values() if m.grad is not None])
         if max_norm is not None and not max_norm / (norm + 1e-6) >= 1.0:  # as torch does, but not times one
             nn.utils.clip_grads_with_norm_(list(self._masters.values()), max_norm, norm)
         return norm

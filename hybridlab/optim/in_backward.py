@@ -147,7 +147,7 @@ class StepInBackward(Optimizer):
         self.param_groups[0]["clip_shares"] = torch.where((whole > 0) & whole.isfinite(), shares, before)
 
     def _by_group(self, chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """The chosen parameters, a list a group."""
+        """The chosen parameters, one list per group."""
         return [[p for p in group["params"] if p in chosen] for group in self.param_groups]
 
     def _step_(self, chosen: list[list[nn.Parameter]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,10 @@ class Weights:
         tensors = tuple(self._copies(self._tensors))
         copies = iter(self._copies([value for state in states.values() for value in _tensors_of(state).values()]))
         saved = {i: {**state, **{key: next(copies) for key in _tensors_of(state)}} for i, state in states.items()}
-        beside = {i: _on_device(state, self.params[i].device) for i, state in states.items()}
+        beside = {
+            i: [key for key, value in _tensors_of(state).items() if value.device == self.params[i].device]
+            for i, state in states.items()
+        }
         wait_for_stream(self.device)
         return Snapshot(tensors, saved if optimizer else None, beside)
 
@@ -181,10 +185,6 @@ def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _on_device(state: dict[str, Any], device: torch.device) -> list[str]:
-    return [key for key, value in _tensors_of(state).items() if value.device == device]
-
-
 def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, beside: Sequence[str]) -> None:
     """Copy into the tensors that are there, so that graphs and fused kernels keep their addresses."""
     if saved is None:
@@ -199,8 +199,5 @@ def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, be
         elif isinstance(state.get(key), Tensor):
             state[key].copy_(value)
         else:
-            state[key] = _copy(value, param.device if key in beside else value.device)
-
-
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    return inside(tensor, lambda plain: plain.to(device, copy=True))
+            device = param.device if key in beside else value.device
+            state[key] = inside(value, partial(Tensor.to, device=device, copy=True))
