@@ -18,7 +18,7 @@ from hybridlab.base.errors import UserError
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
-    help="Measure whether predicting weights and saving memory pay, on your model and your card.",
+    help="Measure whether predicting weights and saving memory pay, on your model and your GPU.",
     epilog="Interactively: `make lab`. Everything at once: `make milestones PROFILE=cpu`.",
     no_args_is_help=True,
     add_completion=False,

@@ -139,7 +139,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             return played.others
 
     monkeypatch.setattr(out_of_memory, "MemoryMeter", PlayedMeter)
-    monkeypatch.setattr(run_config, "exceeds", lambda device, card_bytes: card_bytes < 80e9)
+    monkeypatch.setattr(run_config, "exceeds", lambda device, gpu_bytes: gpu_bytes < 80e9)
     monkeypatch.setattr(RunConfig, "describe_device", lambda _: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -157,7 +157,7 @@ def told(folder: Path, config: RunConfig = CONFIG) -> str:
 def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: Path, card: SimpleNamespace) -> None:
     assert told(tmp_path) == (
         "out of memory: 2.00 GiB more were asked for: NVIDIA H100 has 80.0 GB, torch holds 14.9 GB; "
-        f"what the card held is in {tmp_path / SNAPSHOT}; switch on what 80000000000 bytes want; "
+        f"what the GPU held is in {tmp_path / SNAPSHOT}; switch on what 80000000000 bytes want; "
         f"the record and the last checkpoint in {tmp_path} are intact"
     )
     assert (tmp_path / SNAPSHOT).read_bytes() == b"blocks"

@@ -290,15 +290,15 @@ def test_a_card_runs_what_it_can_hold_and_the_rest_is_named(monkeypatch: pytest.
     small, large = BASE, replace(BASE, name="large", task=replace(TASK, batch_size=64))
     assert room_for([small, large]) == ([small, large], {}), "without a card"
     between = (plan_of(small).peak_on_gpu_bytes + plan_of(large).peak_on_gpu_bytes) // 2
-    monkeypatch.setattr(planning, "card_bytes_of", lambda _: between)
+    monkeypatch.setattr(planning, "gpu_bytes_of", lambda _: between)
     held, left_out = room_for([small, large])
     assert held == [small]
-    assert left_out == {"large": "needs 1.0 GB, this card has 1.0"}
+    assert left_out == {"large": "needs 1.0 GB, this GPU has 1.0"}
 
 
 def test_what_the_host_cannot_keep_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
     jumps = replace(BASE, name="jumps", hybrid=jumping(MemoryConfig.conservative()))
-    monkeypatch.setattr(planning, "card_bytes_of", lambda _: 10**12)
+    monkeypatch.setattr(planning, "gpu_bytes_of", lambda _: 10**12)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=LEFT_TO_OTHERS_BYTES))
     held, left_out = room_for([BASE, jumps])
     assert held == [BASE]

@@ -60,7 +60,7 @@ def test_a_smaller_card_is_put_back_too(monkeypatch: pytest.MonkeyPatch) -> None
     shares = [1.0]
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: shares[-1])
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    with ProcessSettings("fp32", card_share=0.25).applied(), ProcessSettings("fp32").applied():
+    with ProcessSettings("fp32", gpu_share=0.25).applied(), ProcessSettings("fp32").applied():
         assert shares == [1.0, 0.25], "a share of 1 asks for nothing"
     assert shares == [1.0, 0.25, 1.0]
 
@@ -70,12 +70,12 @@ def test_a_run_asks_for_the_share_that_its_card_is_of_this_one(monkeypatch: pyte
         def __init__(self, device: torch.device) -> None:
             pass
 
-        def share_of(self, card_bytes: int) -> float:
-            return card_bytes / 80e9
+        def share_of(self, gpu_bytes: int) -> float:
+            return gpu_bytes / 80e9
 
     monkeypatch.setattr(process_settings, "MemoryMeter", Meter)
     assert ProcessSettings.of(replace(CONFIG, card_gb=16)) == ProcessSettings("tf32", 2, 0.2)
-    assert ProcessSettings.of(CONFIG).card_share == 1.0
+    assert ProcessSettings.of(CONFIG).gpu_share == 1.0
 
 
 def test_settings_that_could_not_be_put_back_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -366,7 +366,7 @@ def test_a_run_s_record_tells_the_device_from_the_card_that_it_stands_for(monkey
     config = replace(SHORT, card_gb=16)
     monkeypatch.setattr(run_config, "device_name", lambda _: "NVIDIA H100")
     for larger, described in ((True, "NVIDIA H100 as an emulated 16 GB card"), (False, "NVIDIA H100")):
-        monkeypatch.setattr(run_config, "exceeds", lambda device, card_bytes, larger=larger: larger)
+        monkeypatch.setattr(run_config, "exceeds", lambda device, gpu_bytes, larger=larger: larger)
         record = config.record()
         assert (record["device"], record["emulates_card"]) == ("NVIDIA H100", larger)
         assert config.describe_device() == described

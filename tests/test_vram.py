@@ -447,10 +447,10 @@ def test_samples_are_written_as_nvidia_smi_writes_them_in_local_time(tmp_path: P
 
 @pytest.mark.parametrize("rows", [[], [{"nominal_step": 1, "used_bytes": 5, "device_used_bytes": None}]])
 def test_a_run_without_a_card_has_no_such_columns(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match="has no figures of a card"):
+    with pytest.raises(UserError, match="has no figures of a GPU"):
         export_csv(recorded(tmp_path, rows), tmp_path / "memory.csv")
 
 
 def test_a_card_of_the_same_class_is_not_emulated(card: PlayedCard) -> None:
-    assert not exceeds(CUDA, round(1000 / meter.LIKE_THE_CARD) + 1)
+    assert not exceeds(CUDA, round(1000 / meter.SAME_GPU) + 1)
     assert exceeds(CUDA, 500)

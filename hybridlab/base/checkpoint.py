@@ -58,7 +58,7 @@ def load_checkpoint(
     """Read the state that `save_checkpoint` wrote; None where there is no checkpoint.
 
     expect: the `meta` that it must have been saved with
-    device: where its tensors go. On the CPU they take no memory of the card beside the ones they are copied into
+    device: where its tensors go. On the CPU they take no memory of the GPU beside the ones they are copied into
 
     A damaged file gives way, with a warning, to the checkpoint before it. No file can run code.
 

@@ -18,7 +18,7 @@ ON_LINUX = "On Debian and Ubuntu: sudo apt install build-essential python3-dev"
 def require_compiler(device_type: str, wanted_by: str) -> None:
     """Raise UserError where torch.compile would find nothing to compile with, saying what to install.
 
-    For a card torch writes Triton, which builds its launchers with a C compiler; for a processor, C++.
+    For a GPU torch writes Triton, which builds its launchers with a C compiler; for a processor, C++.
 
     device_type: that the code is for, "cuda" or "cpu"; wanted_by: the setting that asks, for the message
 
@@ -27,7 +27,7 @@ def require_compiler(device_type: str, wanted_by: str) -> None:
     if device_type == "cuda":
         if find_spec("triton") is None:
             raise UserError(
-                f"{wanted_by} compiles code for the card, which needs Triton: torch brings it on Linux and WSL2"
+                f"{wanted_by} compiles code for the GPU, which needs Triton: torch brings it on Linux and WSL2"
             )
         if sys.platform == "win32":
             return  # Triton's packages for Windows bring a compiler

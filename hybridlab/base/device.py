@@ -28,7 +28,7 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's as the system gives it."""
+    """The GPU's name, or the processor's as the system gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -37,8 +37,8 @@ def device_name(device: torch.device) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def cards(device: torch.device) -> list[torch.device]:
-    """The device, if it is a card: whose random stream counts beside the processor's, and no other card's."""
+def gpus(device: torch.device) -> list[torch.device]:
+    """The device, if it is a GPU: whose random stream counts beside the processor's, and no other GPU's."""
     return [device] if device.type == "cuda" else []
 
 

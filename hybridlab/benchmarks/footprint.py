@@ -1,4 +1,4 @@
-"""What training arms take of a card: predicted, measured, and paid for in time and in loss."""
+"""What training arms take of a GPU: predicted, measured, and paid for in time and in loss."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from hybridlab.study.study import StudyResult
 class Footprint:
     """One arm.
 
-    predicted: its plan, made without a card
+    predicted: its plan, made without a GPU
     measured_allocated_bytes: peak of live tensors in the measured run; None without a GPU
-    peak_memory_bytes: the run's peak as the card counts it, or the process's without a GPU
+    peak_memory_bytes: the run's peak as the GPU counts it, or the process's without a GPU
     step_ms: median gradient step of the measured run; None where it was too short to have settled
     validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
     base: how much training `change` rests on; None where there is none
-    card_busy_percent: of the time of gradient steps; the rest the card waits for the host. None where nobody says it
+    card_busy_percent: of the time of gradient steps; the rest the GPU waits for the host. None where nobody says it
     """
 
     arm: str
@@ -98,11 +98,11 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
 
 @dataclass(frozen=True)
 class PredictPhase:
-    """What the Predict phases of a run left on the card, and how long they took.
+    """What the Predict phases of a run left on the GPU, and how long they took.
 
     allocated_bytes: live tensors between what leaves and what returns; None without a GPU
-    reserved_bytes: what torch then holds of the card, forward passes included; None without a GPU
-    occupied_bytes: what the card counts then: reserved, and CUDA's context; None without a GPU
+    reserved_bytes: what torch then holds of the GPU, forward passes included; None without a GPU
+    occupied_bytes: what the GPU counts then: reserved, and CUDA's context; None without a GPU
     jumps: the times of each; the first takes memory from the host that later ones find taken
     gradient_step_ms: median step of Full
     """
@@ -134,10 +134,10 @@ def predict_phase(run: Run) -> PredictPhase:
     if summary["memory_source"] != "cuda":
         return PredictPhase(None, None, None, jumps, step_ms)
     allocated, reserved = summary.get("predict_allocated_bytes"), summary.get("predict_reserved_bytes")
-    on_card = None if reserved is None else reserved + (summary["context_bytes"] or 0)
-    return PredictPhase(allocated, reserved, on_card, jumps, step_ms)
+    on_gpu = None if reserved is None else reserved + (summary["context_bytes"] or 0)
+    return PredictPhase(allocated, reserved, on_gpu, jumps, step_ms)
 
 
 def footprints(result: StudyResult, configs: Sequence[RunConfig], control: str) -> list[Footprint]:
-    """One footprint a configuration; runs of its further seeds are taken in."""
+    """One footprint per configuration; runs of its further seeds are taken in."""
     return [footprint(result, config, control) for config in configs]

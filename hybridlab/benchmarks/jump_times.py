@@ -19,7 +19,7 @@ class JumpTimes:
     the weights nor measures the loss.
 
     proposing: the gradient step before: Gram matrix of the path, and a copy to go back to
-    leaving: the first predicted step: the weights move, and what leaves the card leaves it
+    leaving: the first predicted step: the weights move, and what leaves the GPU leaves it
     moving: the first steps of its further chunks: the weights move again, wherever they are, and return with the last
     returning: what follows in Predict and Correct: what else left returns, and the path begins anew
     whole: all of the time from the end of an ordinary step to the end of Correct: what proposing takes, the predicted

@@ -48,7 +48,7 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps:
 
     rounds: that count, beside the first two, which are thrown away
     turns: of each loop in a round, best a multiple of six: then each has each place equally often
-    steps: nominal steps a turn
+    steps: nominal steps per turn
 
     Raises UserError for a config with memory features, which the bare loop has not.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybridlab.base.device import cards
+from hybridlab.base.device import gpus
 from hybridlab.base.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
@@ -72,7 +72,7 @@ class Passes:
         predicting: in the number format of Predict; same_noise: leave the random streams as they were
         """
         gradients = [p.grad for p in self._params]
-        streams = torch.random.fork_rng(cards(self._device), enabled=same_noise)
+        streams = torch.random.fork_rng(gpus(self._device), enabled=same_noise)
         with torch.no_grad(), streams, self._format(predicting):
             losses = [_loss_of(closure) for closure in batch]
         if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):

@@ -31,7 +31,7 @@ class Instruments:
         self.latest: StepRecord | None = None
         self._unread: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
-        self._emulated_bytes = config.card_bytes if config.emulates_card() else 0
+        self._emulated_bytes = config.gpu_bytes if config.emulates_card() else 0
         self._busy: deque[int] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
         self._losses = Losses()

@@ -28,7 +28,7 @@ class RunConfig:
     schedule: of the learning rate; None is `Schedule()` fitted to `steps`
     device: "auto" (CUDA where there is one), "cuda" or "cpu"
     clock: which steps drive the schedule: "nominal", "gradient" or "worth" (`HybridTrainer.steps_by`)
-    card_gb: take no more memory than a card of so many decimal gigabytes would give; 0 takes what there is
+    card_gb: take no more memory than a GPU of so many decimal gigabytes would give; 0 takes what there is
     cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
     checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
 
@@ -111,9 +111,9 @@ class RunConfig:
 
     def emulates_card(self) -> bool:
         """Whether a larger GPU stands for the one of `card_gb`."""
-        return self.card_gb > 0 and exceeds(find_device(self.device), self.card_bytes)
+        return self.card_gb > 0 and exceeds(find_device(self.device), self.gpu_bytes)
 
     @property
-    def card_bytes(self) -> int:
+    def gpu_bytes(self) -> int:
         """The size of the GPU that is emulated, in bytes."""
         return self.card_gb * 10**9

@@ -1,4 +1,4 @@
-"""What a run's samples of the card tell: whether its memory grows, how busy it is, and nvidia-smi's own columns."""
+"""What a run's samples of the GPU tell: whether its memory grows, how busy it is, and nvidia-smi's own columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def growth_bytes(run: Run, early: int = 50, late: int = 1000) -> int:
 
         growth = median(used over steps late - early + 1 ... late) - median(used over steps early ... 2 early - 1)
 
-    early, late: nominal steps; what is used is torch's reserve on a card, else the process's resident size
+    early, late: nominal steps; what is used is torch's reserve on a GPU, else the process's resident size
     Medians, because samples fall on any moment of a step.
 
     Raises UserError where the run is shorter, or has no samples there.
@@ -30,9 +30,9 @@ def growth_bytes(run: Run, early: int = 50, late: int = 1000) -> int:
 
 
 def card_busy_percent(run: Run) -> float | None:
-    """Mean share of the time of gradient steps in which the card computed; None without NVML, or for a short run.
+    """Mean share of the time of gradient steps in which the GPU computed; None without NVML, or for a short run.
 
-    What is missing to 100 the card spent waiting for the host. Steps that compile or settle do not count.
+    What is missing to 100 the GPU spent waiting for the host. Steps that compile or settle do not count.
     """
     if run.vram.empty or "utilization_percent" not in run.vram:
         return None
@@ -48,7 +48,7 @@ def export_csv(run: Run, path: Path) -> None:
     """
     vram = run.vram
     if vram.empty or vram["device_used_bytes"].isna().all():
-        raise UserError(f"{run.folder} has no figures of a card for nvidia-smi's columns: train on a GPU")
+        raise UserError(f"{run.folder} has no figures of a GPU for nvidia-smi's columns: train on a GPU")
     columns = {
         "timestamp": _local_time(vram["unix_seconds"]),
         "name": pd.Series(run.config["device"], index=vram.index),

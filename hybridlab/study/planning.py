@@ -27,53 +27,48 @@ def plan_of(config: RunConfig) -> Plan:
     return plan_training(training_spec_of(config))
 
 
-def card_bytes_of(config: RunConfig) -> int:
-    """The size of the card that a run has to itself, or of the smaller one that it stands for; 0 without a card."""
+def gpu_bytes_of(config: RunConfig) -> int:
+    """The size of the GPU that a run has to itself, or of the smaller one that it stands for; 0 without a GPU."""
     device = find_device(config.device)
     if config.emulates_card():
-        return config.card_bytes
+        return config.gpu_bytes
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def room_for(configs: Iterable[RunConfig]) -> tuple[list[RunConfig], dict[str, str]]:
     """Those of some runs that the machine can hold, and of each other one, by name, why it cannot.
 
-    Goes by the predicted peak on the card, context included, against the whole card, and by what is kept on the host
-    against what the host has available. Without a card all are held.
+    Goes by the predicted peak on the GPU, context included, against the whole GPU, and by what is kept on the host
+    against what the host has available. Without a GPU there is room for all.
 
-    Raises UserError for a task that is not a GPT-2's, where there is a card.
+    Raises UserError for a task that is not a GPT-2's, where there is a GPU.
     """
-    held, left_out = [], {}
-    for config in configs:
-        if reason := _lack(config):
-            left_out[config.name] = reason
-        else:
-            held.append(config)
-    return held, left_out
+    lacks = [(config, _lack(config)) for config in configs]
+    return [config for config, lack in lacks if not lack], {config.name: lack for config, lack in lacks if lack}
 
 
 def _lack(config: RunConfig) -> str:
-    """What a run wants and the machine does not have; nothing where it has it all, or no card."""
-    card_bytes = card_bytes_of(config)
-    if not card_bytes:
+    """What a run wants and the machine does not have; nothing where it has it all, or no GPU."""
+    gpu_bytes = gpu_bytes_of(config)
+    if not gpu_bytes:
         return ""
     plan = plan_of(config)
-    if not plan.fits(card_bytes):
-        return f"needs {plan.peak_on_gpu_bytes / 1e9:.1f} GB, this card has {card_bytes / 1e9:.1f}"
+    if not plan.fits(gpu_bytes):
+        return f"needs {plan.peak_on_gpu_bytes / 1e9:.1f} GB, this GPU has {gpu_bytes / 1e9:.1f}"
     wanted_bytes, available_bytes = plan.host_memory_bytes, psutil.virtual_memory().available
     if not host_holds(wanted_bytes, available_bytes):
         return f"needs {wanted_bytes / 1e9:.1f} GB of host memory, {available_bytes / 1e9:.1f} are available"
     return ""
 
 
-def nearest_fit_of(config: RunConfig, card_bytes: int) -> str:
-    """What to switch on so that a run fits a card, in one line, with the peak that is then expected.
+def nearest_fit_of(config: RunConfig, gpu_bytes: int) -> str:
+    """What to switch on so that a run fits a GPU, in one line, with the peak that is then expected.
 
-    card_bytes: 0 where there is no card
+    gpu_bytes: 0 where there is no GPU
     """
-    if not card_bytes or not isinstance(config.task, TextTaskConfig):
+    if not gpu_bytes or not isinstance(config.task, TextTaskConfig):
         return "take a smaller batch"
-    return nearest_fit(training_spec_of(config), card_bytes)
+    return nearest_fit(training_spec_of(config), gpu_bytes)
 
 
 def training_spec_of(config: RunConfig) -> TrainingSpec:

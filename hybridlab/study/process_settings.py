@@ -25,24 +25,24 @@ class ProcessSettings:
 
     precision: of float32 matrix products, as `matmul_precision` takes it
     cpu_threads: that torch computes with on the CPU; 0 leaves them as they are
-    card_share: of the GPU's memory that torch may take; 1 leaves it as it is
+    gpu_share: of the GPU's memory that torch may take; 1 leaves it as it is
     """
 
     precision: str
     cpu_threads: int = 0
-    card_share: float = 1.0
+    gpu_share: float = 1.0
 
     @classmethod
     def of(cls, config: RunConfig) -> Self:
         """What a run asks for. Raises UserError for a GPU that cannot be emulated here."""
         meter = MemoryMeter(find_device(config.device))
-        share = meter.share_of(config.card_bytes) if config.card_gb else 1.0
+        share = meter.share_of(config.gpu_bytes) if config.card_gb else 1.0
         return cls(config.training_precision, config.cpu_threads, share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """In force inside; afterwards, however the block ended, all is as it was."""
-        with matmul_precision(self.precision), _threads(self.cpu_threads), _capped(self.card_share):
+        with matmul_precision(self.precision), _threads(self.cpu_threads), _capped(self.gpu_share):
             yield
 
 

@@ -1,4 +1,4 @@
-"""The books that a run keeps of its memory."""
+"""What a run records of its memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Figures = dict[str, Any]
 class RunMemory:
     """What a run takes now, its peaks, and samples in between for its record.
 
-    Make it before the run has anything on the card, so that it sees what others hold; call `begin` when the run's own
+    Make it before the run has anything on the GPU, so that it sees what others hold; call `begin` when the run's own
     figures begin.
     """
 
@@ -52,7 +52,7 @@ class RunMemory:
         return self._sampler.take()
 
     def note_predict(self) -> None:
-        """Keep the most that is on the card while it holds nothing but what Predict needs: call it then."""
+        """Keep the most that is on the GPU while it holds nothing but what Predict needs: call it then."""
         now = self._meter.allocator()  # not the driver, which would keep the training waiting
         if now is None:
             return

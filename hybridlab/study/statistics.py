@@ -24,7 +24,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """From one value a seed."""
+        """From one value per seed."""
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
             return cls(mean, -math.inf, math.inf, tuple(values))

@@ -59,7 +59,7 @@ class Study:
         watch: Watch | None = None,
         isolated: bool = False,
     ) -> StudyResult:
-        """Train every arm, then the controls that the hybrids turned out to need; one folder a run under `folder`.
+        """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
 
         on_step: called after every nominal step
         resume: keep the runs that have finished, and go on with the one that was interrupted from its last
@@ -110,7 +110,7 @@ class StudyResult:
 
     @property
     def summaries(self) -> pd.DataFrame:
-        """One row a run: name, seed, counts, final figures, time, memory."""
+        """One row per run: name, seed, counts, final figures, time, memory."""
         return pd.DataFrame([run.closing_figures for run in self.runs.values()])
 
     @property
@@ -119,7 +119,7 @@ class StudyResult:
         return [seed for name, seed in self.runs if name == BASELINE]
 
     def steps(self, name: str) -> list[pd.DataFrame]:
-        """The step tables of one arm, one a seed."""
+        """The step tables of one arm, one per seed."""
         return [self.runs[name, seed].steps for seed in self.seeds]
 
     def value(self, column: str, name: str, seed: int) -> float:
@@ -161,7 +161,7 @@ def run_arms(
     watch: Watch | None = None,
     isolated: bool = False,
 ) -> StudyResult:
-    """Train each configuration, one folder a run under `folder`.
+    """Train each configuration, one folder per run under `folder`.
 
     steps_before: were done before and count in the total; resume, watch: as in `Study.run`
     isolated: each run in a process of its own, so that its memory is too

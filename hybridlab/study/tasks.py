@@ -53,7 +53,7 @@ class TaskConfig(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Windows or images a step."""
+        """Windows or images per step."""
 
     def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> Task:
         """Load the data and make the model, with weights drawn from the seed, as `memory` wants it built."""
@@ -68,7 +68,7 @@ class TextTaskConfig:
 
     model: a name that `GPT2Config.named` knows; dropout: its dropout, in training
     data: a source that `load_text` knows; vocab_size: of the tokenizer trained on it, and of the model
-    block_size: tokens a window; batch_size: windows a step
+    block_size: tokens per window; batch_size: windows per step
     validation_batches: batches, evenly spaced over the validation tokens, on which a model is judged
     max_bytes: cap on the training text; 0 takes all
     """
@@ -114,7 +114,7 @@ class TextTaskConfig:
 
 
 class TextTask:
-    """Next-token prediction; evaluates to loss (nats a token) and perplexity.
+    """Next-token prediction; evaluates to loss (nats per token) and perplexity.
 
     parts: that a held-out batch is judged in, so that it takes no more memory than training does
     """
@@ -179,7 +179,7 @@ class ImageTaskConfig:
 
 
 class ImageTask:
-    """Ten-class recognition; evaluates to loss (nats an image) and accuracy."""
+    """Ten-class recognition; evaluates to loss (nats per image) and accuracy."""
 
     def __init__(self, model: MnistCNN, config: ImageTaskConfig, seed: int, device: torch.device) -> None:
         self.model = model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridlab.base.device import cards
+from hybridlab.base.device import gpus
 from hybridlab.engine.passes import Closure
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
@@ -43,7 +43,7 @@ class Training:
         """Compile forward, backward and the forward without gradients, and fill caches; nothing is trained."""
         loss = self._losses(0)[0]
         precision = autocast(self._config.training_precision, self._device)
-        with torch.random.fork_rng(cards(self._device)), no_step(self._optimizer), precision:
+        with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), precision:
             for _ in range(WARM_UP_PASSES):
                 loss().backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():

@@ -11,27 +11,27 @@ import psutil
 import torch
 
 from hybridlab.base.errors import UserError
-from hybridlab.vram.nvml import NvmlCard
+from hybridlab.vram.nvml import NvmlGpu
 from hybridlab.vram.peaks import Allocator, PhasePeaks
 
-LIKE_THE_CARD = 1.1
-"""A card up to this much larger than the one to emulate is taken for that card: 16 GB cards differ by the gigabyte."""
+SAME_GPU = 1.1
+"""A GPU up to this much larger than the one to emulate is taken for that GPU: 16 GB GPUs differ by the gigabyte."""
 
 
 @dataclass(frozen=True)
 class MemoryReading:
     """Memory at one moment, in bytes; what could not be read is None, never 0.
 
-    source: "nvml" (the card's own count beside torch's), "torch" (its allocator alone: there is no NVML) or "process"
+    source: "nvml" (the GPU's own count beside torch's), "torch" (its allocator alone: there is no NVML) or "process"
         (resident memory: there is no GPU)
     used_bytes: reserved by torch; or the resident size of the process
     allocated_bytes: in live tensors
-    device_used_bytes: on the whole card, by everybody's contexts
+    device_used_bytes: on the whole GPU, by everybody's contexts
     process_used_bytes: of these by this process, its context included; containers hide it
     other_bytes: device_used_bytes - used_bytes: other processes, and this one's context
     context_bytes: of this process beyond torch's reserve, or of all where containers hide processes
-    device_total_bytes: the card's size
-    utilization_percent: how busy the card was just before
+    device_total_bytes: the GPU's size
+    utilization_percent: how busy the GPU was just before
     """
 
     source: str
@@ -51,28 +51,28 @@ class MemoryMeter:
         peak = max_memory_reserved + context
 
     context is what NVML says the process uses beyond torch's reserve, or, where containers hide processes,
-    what the card has used beyond it. Without a GPU the peak is the process's own, over its whole life.
+    what the GPU has used beyond it. Without a GPU the peak is the process's own, over its whole life.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
-        self._card = NvmlCard(self._device) if self._device else None
+        self._gpu = NvmlGpu(self._device) if self._device else None
         self._peaks = PhasePeaks(self._device) if self._device else None
 
-    def share_of(self, card_bytes: int) -> float:
-        """The share of the card that torch may reserve, for the process to fit a card of `card_bytes`; at most 1.
+    def share_of(self, gpu_bytes: int) -> float:
+        """The share of the GPU that torch may reserve, for the process to fit a GPU of `gpu_bytes`; at most 1.
 
-            share = (card_bytes - context) / total        1 for a card that is no larger
+            share = (gpu_bytes - context) / total        1 for a GPU that is no larger
 
-        The context counts, as it does on the card. Raises UserError where there is no CUDA device.
+        The context counts, as it does on the GPU. Raises UserError where there is no CUDA device.
         """
         if not self._device:
-            raise UserError("a card can only be emulated on a larger CUDA card: set card_gb to 0")
-        if not exceeds(self._device, card_bytes):
+            raise UserError("a GPU can only be emulated on a larger one, with CUDA: set card_gb to 0")
+        if not exceeds(self._device, gpu_bytes):
             return 1.0
         torch.empty(1, device=self._device)  # so that there is a context to measure
         total = torch.cuda.get_device_properties(self._device).total_memory
-        return max(0.0, (card_bytes - (self.read().context_bytes or 0)) / total)
+        return max(0.0, (gpu_bytes - (self.read().context_bytes or 0)) / total)
 
     def reset_peak(self) -> None:
         """Begin a new peak, without what earlier runs left behind. Without a GPU the process has one peak for life."""
@@ -89,19 +89,19 @@ class MemoryMeter:
 
     def read(self) -> MemoryReading:
         """Memory at this moment; never waits for the device."""
-        if not self._device or not self._card:
+        if not self._device or not self._gpu:
             return MemoryReading("process", psutil.Process().memory_info().rss)
-        counted, on_card, mine = Allocator.read(self._device), self._card.memory(), self._card.process_bytes()
+        counted, on_gpu, mine = Allocator.read(self._device), self._gpu.memory(), self._gpu.process_bytes()
         return MemoryReading(
-            source="torch" if on_card.used_bytes is None else "nvml",
+            source="torch" if on_gpu.used_bytes is None else "nvml",
             used_bytes=counted.reserved,
             allocated_bytes=counted.allocated,
-            device_used_bytes=on_card.used_bytes,
+            device_used_bytes=on_gpu.used_bytes,
             process_used_bytes=mine,
-            other_bytes=_beyond(on_card.used_bytes, counted.reserved),
-            context_bytes=_beyond(mine or on_card.held_bytes, counted.reserved),
-            device_total_bytes=on_card.total_bytes,
-            utilization_percent=self._card.utilization_percent(),
+            other_bytes=_beyond(on_gpu.used_bytes, counted.reserved),
+            context_bytes=_beyond(mine or on_gpu.held_bytes, counted.reserved),
+            device_total_bytes=on_gpu.total_bytes,
+            utilization_percent=self._gpu.utilization_percent(),
         )
 
     def allocator(self) -> Allocator | None:
@@ -109,14 +109,14 @@ class MemoryMeter:
         return Allocator.read(self._device) if self._device else None
 
     def other_processes_bytes(self) -> int | None:
-        """Used on the card by other processes; None without a GPU, or where NVML does not say whose it is.
+        """Used on the GPU by other processes; None without a GPU, or where NVML does not say whose it is.
 
         Where containers hide processes, all that is used is others' as long as torch has allocated nothing: ask before
         a `reset_peak` lets that be forgotten.
         """
-        if not self._device or not self._card or (used := self._card.memory().used_bytes) is None:
+        if not self._device or not self._gpu or (used := self._gpu.memory().used_bytes) is None:
             return None
-        mine = self._card.process_bytes()
+        mine = self._gpu.process_bytes()
         if mine is None and Allocator.read(self._device).peak_reserved:
             return None
         return max(0, used - (mine or 0))
@@ -141,11 +141,11 @@ class MemoryMeter:
         return self._peaks.reserved_bytes() + (reading.context_bytes or 0) if self._peaks else _process_peak_bytes()
 
 
-def exceeds(device: torch.device, card_bytes: int) -> bool:
-    """Whether a device is a GPU larger than one of `card_bytes`, beyond what GPUs of one name differ by."""
+def exceeds(device: torch.device, gpu_bytes: int) -> bool:
+    """Whether a device is a GPU larger than one of `gpu_bytes`, beyond what GPUs of one name differ by."""
     if device.type != "cuda":
         return False
-    return torch.cuda.get_device_properties(device).total_memory > card_bytes * LIKE_THE_CARD
+    return torch.cuda.get_device_properties(device).total_memory > gpu_bytes * SAME_GPU
 
 
 def _beyond(used_bytes: int | None, reserved_bytes: int) -> int | None:

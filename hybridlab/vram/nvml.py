@@ -1,4 +1,4 @@
-"""What NVML says of a card; None wherever it says nothing."""
+"""What NVML says of a GPU; None wherever it says nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pynvml
 import torch
 
 
-class CardMemory(NamedTuple):
-    """A card's memory in bytes, in one reading.
+class GpuMemory(NamedTuple):
+    """A GPU's memory in bytes, in one reading.
 
     used_bytes: by everybody's contexts: what nvidia-smi calls memory.used
-    held_bytes: used, and what the driver keeps for itself: so much of the card nobody can have
+    held_bytes: used, and what the driver keeps for itself: so much of the GPU nobody can have
     total_bytes: what nvidia-smi calls memory.total
     """
 
@@ -23,8 +23,8 @@ class CardMemory(NamedTuple):
     total_bytes: int | None = None
 
 
-class NvmlCard:
-    """One card, as NVML sees it: all processes, their contexts included.
+class NvmlGpu:
+    """One GPU, as NVML sees it: all processes, their contexts included.
 
     NVML may be missing altogether (no driver library, other systems), or hide single figures: containers see no
     processes, Windows gives none of their memory. Such a figure is None, never 0.
@@ -33,9 +33,9 @@ class NvmlCard:
     def __init__(self, device: torch.device) -> None:
         self._handle = _read(lambda: _handle(device))
 
-    def memory(self) -> CardMemory:
+    def memory(self) -> GpuMemory:
         """By all processes together."""
-        return self._ask(_memory) or CardMemory()
+        return self._ask(_memory) or GpuMemory()
 
     def process_bytes(self) -> int | None:
         """By this process, its context included."""
@@ -44,7 +44,7 @@ class NvmlCard:
 
     def utilization_percent(self) -> int | None:
         """Share of the last moments in which a kernel ran."""
-        found: int | None = self._ask(lambda card: pynvml.nvmlDeviceGetUtilizationRates(card).gpu)
+        found: int | None = self._ask(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
         return found
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
@@ -63,11 +63,11 @@ def _handle(device: torch.device) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
-def _memory(card: Any) -> CardMemory:
-    found = pynvml.nvmlDeviceGetMemoryInfo(card, version=pynvml.nvmlMemory_v2)
-    return CardMemory(found.used, found.used + found.reserved, found.total)
+def _memory(gpu: Any) -> GpuMemory:
+    found = pynvml.nvmlDeviceGetMemoryInfo(gpu, version=pynvml.nvmlMemory_v2)
+    return GpuMemory(found.used, found.used + found.reserved, found.total)
 
 
-def _process_bytes(card: Any) -> int | None:
-    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+def _process_bytes(gpu: Any) -> int | None:
+    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)
     return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)

@@ -12,7 +12,7 @@ import torch
 class Allocator:
     """Everything at one look, in bytes: asking torch for each figure apart takes as long each time.
 
-    allocated: in live tensors; reserved: held of the card; peak_allocated, peak_reserved: since they were last reset
+    allocated: in live tensors; reserved: held of the GPU; peak_allocated, peak_reserved: since they were last reset
     retries: how often memory was short and everything unused was given back, since they were last reset
     """
 
@@ -24,7 +24,7 @@ class Allocator:
 
     @classmethod
     def read(cls, device: torch.device) -> Self:
-        """As it stands; all zero while the process has not touched the card."""
+        """As it stands; all zero while the process has not touched the GPU."""
         stats = torch.cuda.memory_stats(device)
         return cls(
             allocated=stats.get("allocated_bytes.all.current", 0),
@@ -36,7 +36,7 @@ class Allocator:
 
 
 class PhasePeaks:
-    """Splits the allocator's one peak into one a phase, and loses nothing of the whole.
+    """Splits the allocator's one peak into one per phase, and loses nothing of the whole.
 
         peak of the run = max over phases of (peak since the phase was entered)
 
@@ -63,7 +63,7 @@ class PhasePeaks:
             self._phase = phase
 
     def reserved_bytes(self) -> int:
-        """The most that torch has held of the card."""
+        """The most that torch has held of the GPU."""
         self._note()
         return self._reserved
 
