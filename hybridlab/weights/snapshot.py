@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,19 +29,24 @@ class Snapshot:
     tensors: the parameters, then the model's buffers, each in its own shape and type
     optimizer: by the parameter's number, its state, tensors in their own shapes and types
     beside: by parameter, the names of the state that lay where the parameter does; state that is gone returns there
+    buffers: the names of the buffers among the tensors, in order
     """
 
     tensors: tuple[Tensor, ...]
     optimizer: dict[int, dict[str, Any]] | None
     beside: dict[int, list[str]] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
         """The fields, by name."""
-        return {"tensors": self.tensors, "optimizer": self.optimizer, "beside": self.beside}
+        return dict(vars(self))
 
 
 class Weights:
     """The trainable weights in the optimizer's groups, and the model's buffers.
+
+    Which weights these are may change under way: `have_changed` says so, and `list_again_` lists them anew. Buffers are
+    looked up by name each time, since `forward` may put another tensor in a buffer's place.
 
     snapshots: where they are kept: DEVICE, beside the weights, or OFFLOADED, in (pinned) host memory, which is used
         again when neither the snapshot nor a tensor of it is in use any more
@@ -51,13 +58,35 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, snapshots: Residency = Residency.DEVICE) -> None:
-        self._optimizer, self._pool = optimizer, ArenaPool() if snapshots is Residency.OFFLOADED else None
-        groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        self._model, self._optimizer = model, optimizer
+        self._pool = ArenaPool() if snapshots is Residency.OFFLOADED else None
+        self.list_again_()
+
+    def list_again_(self) -> None:
+        """List weights and buffers as they are now, all on the device; earlier snapshots are of others."""
+        groups = [[p for p in group["params"] if p.requires_grad] for group in self._optimizer.param_groups]
         self.groups = [group for group in groups if group]
         self.params = [p for group in self.groups for p in group]
         self.device = self.params[0].device
-        self._buffers = list(model.buffers())
+        self._modules = dict(self._model.named_modules())
+        self._registers = [r for m in self._modules.values() for r in (m._parameters, m._modules)]
+        self._listed, self._own_buffers = self._list(), self._buffers
         self.fp32 = Fp32Weights(self.groups)
+
+    @property
+    def have_changed(self) -> bool:
+        """Whether weights were frozen, unfrozen, added, removed or replaced since they were listed; no wait."""
+        now = self._list()
+        return len(now) != len(self._listed) or not all(map(operator.is_, now, self._listed))
+
+    def _list(self) -> list[object]:
+        """The weights that are trained, then all weights and modules that the model registers."""
+        trained = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [*trained, *chain.from_iterable(map(dict.values, self._registers))]
+
+    def are_finite(self) -> bool:
+        """Whether no weight is NaN or infinite; waits for the device."""
+        return bool(nn.utils.get_total_norm(self.params).isfinite())
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -123,8 +152,8 @@ class Weights:
     @torch.no_grad()
     def snapshot(self, *, optimizer: bool = True) -> Snapshot:
         """A copy of weights and buffers, and of the optimizer's state unless told otherwise."""
-        states = self._states if optimizer else {}
-        tensors = tuple(self._copies(self._tensors))
+        states, buffers = self._states if optimizer else {}, self._buffers
+        tensors = tuple(self._copies([*self.params, *buffers.values()]))
         copies = iter(self._copies([value for state in states.values() for value in _tensors_of(state).values()]))
         saved = {i: {**state, **{key: next(copies) for key in _tensors_of(state)}} for i, state in states.items()}
         beside = {
@@ -132,7 +161,7 @@ class Weights:
             for i, state in states.items()
         }
         wait_for_stream(self.device)
-        return Snapshot(tensors, saved if optimizer else None, beside)
+        return Snapshot(tensors, saved if optimizer else None, beside, tuple(buffers))
 
     def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """A copy of each of these: beside it, or all of them in one piece of host memory."""
@@ -144,16 +173,34 @@ class Weights:
     @torch.no_grad()
     def restore_(self, snapshot: Snapshot) -> None:
         """Put everything that a snapshot holds back exactly as it was. The float32 weights must be on the device."""
-        if self._tensors:
-            torch._foreach_copy_(self._tensors, list(snapshot.tensors))
+        buffers = self._place_buffers_(dict(zip(snapshot.buffers, snapshot.tensors[len(self.params) :], strict=True)))
+        torch._foreach_copy_([*self.params, *buffers], list(snapshot.tensors))
         if snapshot.optimizer is not None:
             for i, param in enumerate(self.params):
                 _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i), snapshot.beside.get(i, []))
         notify_weights_moved(self._optimizer)
 
     @property
-    def _tensors(self) -> list[Tensor]:
-        return [*self.params, *self._buffers]
+    def _buffers(self) -> dict[str, Tensor]:
+        """The model's buffers by name, as they are now."""
+        named = ((f"{path}.{name}", b) for path, m in self._modules.items() for name, b in m._buffers.items())
+        return {name: buffer for name, buffer in named if buffer is not None}
+
+    def _place_buffers_(self, saved: dict[str, Tensor]) -> list[Tensor]:
+        """The tensors in the buffers' places that saved ones may be copied into, in order.
+
+        What `forward` has put there may be somebody else's, such as the batch: a new tensor takes its place.
+        """
+        now = self._buffers
+        for name in now.keys() | saved.keys():
+            path, _, key = name.rpartition(".")
+            value, own = saved.get(name), self._own_buffers.get(name)
+            if value is None or own is None or now.get(name) is not own:
+                device = now[name].device if name in now else self.device
+                new = None if value is None else torch.empty_like(value, device=device)
+                self._modules[path]._buffers[key] = new
+        self._own_buffers = self._buffers
+        return [self._own_buffers[name] for name in saved]
 
     @property
     def _states(self) -> dict[int, dict[str, Any]]:
