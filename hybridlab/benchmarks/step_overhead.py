@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
+from hybridlab.engine.closures import Closure
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.passes import Closure
 from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast

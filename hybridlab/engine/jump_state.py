@@ -14,6 +14,9 @@ from hybridlab.engine.gate import LENGTHS, GateResult, best_length
 from hybridlab.predictors import Proposal
 from hybridlab.weights.gram import Coefficients
 
+SAME = 1e-3
+"""Relative difference up to which two losses count as the same: kernels may round differently each time."""
+
 Slopes = Float64[Tensor, " group"]
 """Slope of the loss along a jump, per parameter group, in nats per horizon."""
 
@@ -47,11 +50,13 @@ class Trial(_Record):
     to_mean: [group, row], motion from the current weights to the mean of the path. The lengths are compared around
         that mean: averaging lowers a noisy loss by itself, and that is no progress
     losses: one tensor [length] per batch, in nats, on the device; slopes: one per gradient step
+    repeated: two losses of one batch at the same weights, where the closure was put to the test
     """
 
     to_mean: Coefficients
     losses: list[Float[Tensor, " length"]] = field(default_factory=list)
     slopes: list[Slopes] = field(default_factory=list)
+    repeated: list[Float[Tensor, " call"]] = field(default_factory=list)
 
     @property
     def motions(self) -> list[Coefficients]:
@@ -62,6 +67,11 @@ class Trial(_Record):
         """What the losses say; waits for the device."""
         return best_length(dict(zip(LENGTHS, torch.stack(self.losses, dim=1).tolist(), strict=True)))
 
+    def differs_when_repeated(self) -> bool:
+        """Whether one batch had two losses at the same weights, further apart than rounding explains; waits."""
+        pairs = [pair.tolist() for pair in self.repeated]
+        return any(abs(a - b) > SAME * max(abs(a), abs(b)) for a, b in pairs)
+
 
 @dataclass
 class Jump(_Record):
@@ -71,7 +81,8 @@ class Jump(_Record):
     loss_before: expected at its start; loss_change: over its whole length, measured by the gate or forecast; in nats
     equivalent_steps_per_step: gradient steps that each of its nominal steps is worth
     slopes_before: mean slope before it began
-    taken: nominal steps that have passed; share: of each coming chunk that is taken, halved by each shortening
+    taken: nominal steps that have passed; chunks: for which the weights have moved
+    share: of each coming chunk that is taken, halved by each shortening
     moved: horizons moved so far; loss_error: measured minus predicted loss at the latest measurement, in nats
     slopes_after: one per step of Correct
     """
@@ -82,6 +93,7 @@ class Jump(_Record):
     equivalent_steps_per_step: float
     slopes_before: Slopes
     taken: int = 0
+    chunks: int = 0
     share: float = 1.0
     moved: float = 0.0
     loss_error: float = 0.0
@@ -102,10 +114,14 @@ class Jump(_Record):
         return interval < self.length <= -(-self.taken // interval) * interval
 
     def next_chunk(self, interval: int) -> float:
-        """Horizons to move for the chunk that begins now."""
-        chunk = self.share * min(interval, self.length - self.taken) / self.horizon
+        """Horizons to move for the chunk that begins now; 0 inside a chunk."""
+        begins = self.taken >= self.chunks * interval
+        return self.share * min(interval, self.length - self.taken) / self.horizon if begins else 0.0
+
+    def count_chunk(self, chunk: float) -> None:
+        """The weights have moved."""
         self.moved += chunk
-        return chunk
+        self.chunks += 1
 
     def slopes_per_move(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean slopes before and after, float64 [group] each, in nats per distance that was really moved."""

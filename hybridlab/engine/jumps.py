@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hybridlab.base.ranks import refuse_ranks
+from hybridlab.engine.closures import warn_of_drawing
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.corrector import JumpOutcome, ResidualStore, wanted_length
 from hybridlab.engine.divergence import Action, Divergence, DivergenceMonitor
@@ -87,7 +89,7 @@ class JumpController:
         self.config, self._weights, self._optimizer = config, weights, optimizer
         self.predictor = PREDICTORS[config.predictor]()
         self._needs = self.predictor.needs(config.full_steps)
-        self._trajectory = Trajectory(weights, optimizer, self._needs, config.path_storage)
+        self._trajectory = self._new_trajectory()
         self._monitor = DivergenceMonitor(config.divergence_threshold)
         self.gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
         self._residuals = ResidualStore()
@@ -96,6 +98,15 @@ class JumpController:
         self._snapshot: Snapshot | None = None
         self._equivalent_steps = self._unconfirmed_equivalent_steps = 0.0
         self._highest_lr = 0.0
+        self._closure_tested = False
+
+    def _new_trajectory(self) -> Trajectory:
+        return Trajectory(self._weights, self._optimizer, self._needs, self.config.path_storage)
+
+    def begin_path(self) -> None:
+        """Other weights are trained from here: the path begins anew, and no earlier jump can be rolled back."""
+        self._trajectory, self._trial = self._new_trajectory(), None
+        self._confirm_jump()
 
     # --- Full: proposing and trying ----------------------------------------------------------------------
 
@@ -103,34 +114,42 @@ class JumpController:
         """A Full block begins: the path goes on from here."""
         self._jump = None
         if self.config.max_predict_steps:
+            refuse_ranks()
             self._trajectory.anchor()
 
-    def probe_(self, forward: Callable[[], Tensor]) -> int:
+    def probe_(self, forward: Callable[[], Tensor]) -> list[Tensor]:
         """Try every length of the trial on this step's batch, before it is trained on; put the weights back.
 
-        Returns the number of forward passes: 0 where no trial is under way.
+        Returns the losses by length: none where no trial is under way, and once in a training one more, of length 0
+        again: a closure that draws its own batch is told by it.
         """
         if self._trial is None:
-            return 0
-        saved, losses = self._weights.snapshot(optimizer=False), []
-        for motion in self._trial.motions:
+            return []
+        saved, losses, motions = self._weights.snapshot(optimizer=False), [], self._trial.motions
+        if not self._closure_tested and not self._trial.repeated:
+            motions = [*motions, motions[0]]
+        for motion in motions:
             try:
                 self._trajectory.move_(motion)
                 losses.append(forward())
             finally:
                 self._weights.restore_(saved)
-        self._trial.losses.append(torch.stack(losses).flatten())
-        return len(losses)
+        return losses
 
-    def after_full_step(self, result: StepResult, steps_in_block: int, gradient_steps: int) -> StepResult:
+    def after_full_step(
+        self, result: StepResult, probed: list[Tensor], steps_in_block: int, gradient_steps: int
+    ) -> StepResult:
         """The step's result with what was decided: continue the trial under way, or see whether to open one.
 
-        gradient_steps: of the whole training so far, which the gate's budget is a share of
+        probed: what `probe_` measured; gradient_steps: of the whole training so far, which the gate's budget is a share
+            of
         """
         if self._trial is not None:
-            return self._continue_trial(self._trial, result)
+            return self._continue_trial(self._trial, probed, replace(result, forward_only_passes=len(probed)))
         if not self.config.max_predict_steps or not self._trajectory.observe() or not self._block_ended(steps_in_block):
             return result
+        if self._snapshot is not None and not self._weights.are_finite():
+            return result  # the loss is read at the next step, and rolls back
         self._confirm_jump()
         if self.config.gate and not self.gate.within_budget(gradient_steps):
             return result
@@ -163,12 +182,19 @@ class JumpController:
         trial.slopes.append(self._slopes(proposal, result))
         return self._accept(trial, 1.0, proposal.loss_change, result)
 
-    def _continue_trial(self, trial: Trial, result: StepResult) -> StepResult:
-        """Record the slopes along the jump; decide when enough batches were tried."""
+    def _continue_trial(self, trial: Trial, probed: list[Tensor], result: StepResult) -> StepResult:
+        """Record losses and slopes along the jump; decide when enough batches were tried."""
+        losses = torch.stack(probed).flatten()
+        trial.losses.append(losses[: len(LENGTHS)])
+        if len(losses) > len(LENGTHS):
+            trial.repeated.append(losses[[0, -1]])
         trial.slopes.append(self._slopes(trial.proposal, result))
         if len(trial.losses) < self.config.gate_batches:
             return result
         self._trial, found = None, trial.result()
+        if trial.differs_when_repeated():
+            warn_of_drawing()
+        self._closure_tested = True
         self.gate.record(found, trial.proposal.confidence, forward_passes=len(LENGTHS) * len(trial.losses))
         if found.accepted:
             return self._accept(trial, found.length, found.loss_change, result)
@@ -176,7 +202,9 @@ class JumpController:
         return replace(result, event="rejected", jump_accepted=False)
 
     def _accept(self, trial: Trial, length: float, loss_change: float, result: StepResult) -> StepResult:
-        """Turn a trial into a jump, with a rollback snapshot."""
+        """Turn a trial into a jump, with a rollback snapshot; a snapshot of NaN would be none."""
+        if not self._weights.are_finite():
+            return replace(result, event="rejected: the weights are not finite", jump_accepted=False)
         asked = length * trial.horizon
         steps = max(1, min(self.config.max_predict_steps, round(asked)))
         slopes = torch.stack(trial.slopes).mean(dim=0)
@@ -192,18 +220,28 @@ class JumpController:
     # --- Predict and Correct -----------------------------------------------------------------------------
 
     def advance_(self) -> JumpStep:
-        """One nominal step of the jump; the weights move at the start of each chunk."""
+        """One nominal step of the jump; the weights move at the start of each chunk.
+
+        It counts with `count_step`: a step whose closure raises can be tried again, and moves nothing twice.
+        """
         jump, interval = self._current_jump(), self.config.correction_interval
-        steps_left = jump.length - jump.taken
-        chunk = jump.next_chunk(interval) if jump.taken % interval == 0 else None
-        jump.taken += 1
-        if chunk is not None:
+        if chunk := jump.next_chunk(interval):
             self._trajectory.move_(jump.proposal.coefficients, chunk)
-        self._unconfirmed_equivalent_steps += jump.equivalent_steps_per_step
-        ends_chunk = jump.taken % interval == 0 or jump.is_over
+            jump.count_chunk(chunk)
+        after = replace(jump, taken=jump.taken + 1)
         return JumpStep(
-            steps_left, ends_chunk, jump.last_of_several_made(interval), jump.predicted_loss, self._snapshot
+            steps_left=jump.length - jump.taken,
+            ends_chunk=after.taken % interval == 0 or after.is_over,
+            last_motion_made=after.last_of_several_made(interval),
+            predicted_loss=after.predicted_loss,
+            snapshot=self._snapshot,
         )
+
+    def count_step(self) -> None:
+        """The step that `advance_` began has been taken."""
+        jump = self._current_jump()
+        jump.taken += 1
+        self._unconfirmed_equivalent_steps += jump.equivalent_steps_per_step
 
     def correct_(self, result: StepResult) -> None:
         """Record the slopes after the jump; at the end of Correct move each group to where its slope vanishes."""
@@ -249,7 +287,8 @@ class JumpController:
 
     def _lr_share(self) -> float:
         """The learning rate over the highest one so far, in [0, 1]."""
-        lr = float(self._optimizer.param_groups[0].get("lr", 1.0))
+        given = self._optimizer.param_groups[0].get("lr")
+        lr = 1.0 if given is None else float(given)  # None: the optimizer finds its own
         self._highest_lr = max(self._highest_lr, lr)
         return lr / self._highest_lr if self._highest_lr else 1.0
 
@@ -307,6 +346,7 @@ class JumpController:
             **{name: record and record.state_dict() for name, record in current.items()},
             "equivalent_steps": [self._equivalent_steps, self._unconfirmed_equivalent_steps],
             "highest_lr": self._highest_lr,
+            "closure_tested": self._closure_tested,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,7 +358,7 @@ class JumpController:
         self._jump = Jump.from_state(state["jump"], device) if state["jump"] else None
         self._snapshot = Snapshot(**state["snapshot"]) if state["snapshot"] else None
         self._equivalent_steps, self._unconfirmed_equivalent_steps = state["equivalent_steps"]
-        self._highest_lr = state["highest_lr"]
+        self._highest_lr, self._closure_tested = state["highest_lr"], state["closure_tested"]
 
     @property
     def _components(self) -> dict[str, Any]:

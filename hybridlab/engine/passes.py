@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
@@ -10,16 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybridlab.base.device import gpus
 from hybridlab.base.errors import UserError
+from hybridlab.engine.closures import (
+    MicroBatches,
+    calls_next,
+    counted_targets,
+    loss_of,
+    refuse_float16,
+    same_noise,
+    warn_of_drawing,
+)
+from hybridlab.engine.result import AsyncScalar
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
-
-Closure = Callable[[], Tensor]
-"""Forward only: returns the scalar loss of one batch, or of one part of it; backward is the trainer's."""
-
-MicroBatches = Sequence[Closure]
-"""One closure for each of the equal parts that a batch comes in."""
+from hybridlab.weights.snapshot import Weights
 
 
 @runtime_checkable
@@ -30,86 +33,111 @@ class _ClipsItself(Protocol):
 class Passes:
     """Runs the closures of a batch in the number format that the memory settings name.
 
-    params: the trainable weights; all gradients are looked for there
+    Before each pass autocast's cache of lowered weights is cleared: whoever calls `step` inside an autocast region
+    would else compute with the weights as they were before they moved.
+
+    weights: the trainable ones; all gradients are looked for there
     optimizer: clips by itself where it steps inside backward
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], optimizer: Optimizer, memory: MemoryConfig) -> None:
-        self._params, self._optimizer = params, optimizer
+    def __init__(self, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
+        self._weights, self._optimizer = weights, optimizer
         self._precision, self._accumulation = memory.mixed_precision, memory.gradient_accumulation
-        self._device = params[0].device
+        self._first_backward = self._first_probe = True
+        self._unequal: AsyncScalar | None = None
 
-    def micro_batches_of(self, closure: Closure | MicroBatches) -> MicroBatches:
-        """The closures of a batch. Raises UserError where they are none, or not as many as the settings say."""
-        batch = [closure] if callable(closure) else closure
-        if isinstance(batch, Tensor) or not all(callable(part) for part in batch):
-            raise UserError("give step() a function that computes the loss, as in step(lambda: loss_of(model, batch))")
-        wanted = self._accumulation.micro_batches if self._accumulation else len(batch) or 1
-        if len(batch) != wanted:
+    def check_parts(self, batch: MicroBatches) -> None:
+        """Raise UserError where a batch does not come in the parts that settings and optimizer can take."""
+        given = len(batch.closures)
+        wanted = self._accumulation.micro_batches if self._accumulation else given or 1
+        if given != wanted:
             raise UserError(
-                f"the batch came in {len(batch)} parts and {wanted} are wanted: give a list with one closure for each, "
+                f"the batch came in {given} parts and {wanted} are wanted: give a list with one closure for each, "
                 "the loss of an equal part of the batch"
             )
-        return batch
+        if given > 1 and isinstance(self._optimizer, _ClipsItself):
+            raise UserError(
+                "the optimizer steps inside backward, and would step once for each part of the batch: give the batch "
+                "whole, or leave step_in_backward off"
+            )
+        self._refuse_unequal(wait=True)
 
     def backward_(self, batch: MicroBatches) -> Tensor:
         """The batch's mean loss, a scalar in nats; gradients of all parts are added up where the optimizer looks."""
-        return _mean([self._backward_(closure, i, len(batch)) for i, closure in enumerate(batch)])
+        torch.clear_autocast_cache()
+        losses, counts = [], []
+        for part, closure in enumerate(batch.closures):
+            with self._format(predicting=False):
+                loss = loss_of(closure)
+            if not loss.requires_grad:
+                raise UserError("the loss does not depend on the weights: leave out .detach(), .item() and no_grad()")
+            if not part:
+                self._refuse_gradients()
+            if self._first_backward:
+                refuse_float16(loss)
+                self._first_backward = False
+            if len(batch.closures) > 1 and batch.shares is None:
+                counts.append(counted_targets(loss))
+            batch.share_of(loss, part).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        self._compare(counts)
+        return batch.mean(losses)
 
-    def _backward_(self, closure: Closure, part: int, parts: int) -> Tensor:
-        with self._format(predicting=False):
-            loss = _loss_of(closure)
-        if not loss.requires_grad:
-            raise UserError("the loss does not depend on the weights: leave out .detach(), .item() and no_grad()")
-        if not part:
-            self._refuse_gradients()
-        (loss / parts if parts > 1 else loss).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+    def _compare(self, counts: list[Tensor | None]) -> None:
+        """Whether the parts count equally many targets: known at once, or by the next step."""
+        known = [count for count in counts if count is not None]
+        if known and len(known) == len(counts):
+            least, most = torch.stack(known).aminmax()
+            self._unequal = AsyncScalar(most - least)
+            self._refuse_unequal(wait=False)
 
-    def forward(self, batch: MicroBatches, *, predicting: bool = False, same_noise: bool = False) -> Tensor:
+    def _refuse_unequal(self, *, wait: bool) -> None:
+        unequal = self._unequal
+        if unequal is not None and (wait or unequal.is_ready):
+            self._unequal = None
+            if float(unequal):
+                raise UserError(
+                    "the parts of the batch count different numbers of targets, and their mean losses would weigh "
+                    "alike: give step(parts, weights=[...]) the number of targets that each part counts"
+                )
+
+    def forward(self, batch: MicroBatches, *, predicting: bool = False, probing: bool = False) -> Tensor:
         """The batch's mean loss, a scalar in nats, without backward.
 
-        predicting: in the number format of Predict; same_noise: leave the random streams as they were
+        predicting: in the number format of Predict
+        probing: several of a step are compared: leave the random streams as they were
         """
-        gradients = [p.grad for p in self._params]
-        streams = torch.random.fork_rng(gpus(self._device), enabled=same_noise)
+        torch.clear_autocast_cache()
+        gradients = [p.grad for p in self._weights.params]
+        if probing and self._first_probe:
+            self._first_probe = False
+            if any(calls_next(closure) for closure in batch.closures):
+                warn_of_drawing()
+        streams = same_noise(self._weights.device) if probing else nullcontext()
         with torch.no_grad(), streams, self._format(predicting):
-            losses = [_loss_of(closure) for closure in batch]
-        if any(p.grad is not g for p, g in zip(self._params, gradients, strict=True)):
+            losses = [loss_of(closure) for closure in batch.closures]
+        if any(p.grad is not g for p, g in zip(self._weights.params, gradients, strict=True)):
             self._refuse_gradients()
-        return _mean(losses)
+        return batch.mean(losses)
 
     def clip_(self, limit: float | None) -> Tensor:
         """The norm of all gradients, a scalar; gradients are scaled down where it exceeds `limit`."""
         if isinstance(self._optimizer, _ClipsItself):  # it has taken the gradients away
             return self._optimizer.clip_(limit)
-        if limit is None:
-            return nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None])
-        return nn.utils.clip_grad_norm_(self._params, limit)
+        params = self._weights.params
+        gradients = [p.grad for p in params if p.grad is not None]
+        norm = nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(params, limit, norm)
+        return norm
 
     def _format(self, predicting: bool) -> AbstractContextManager[object]:
         """The number format that the settings name; else the closure's own."""
         if self._precision is None:
             return nullcontext()
         name = self._precision.predict if predicting else self._precision.training
-        return autocast("fp32" if name == "fp32" else "bf16", self._device)
+        return autocast("fp32" if name == "fp32" else "bf16", self._weights.device)
 
     def _refuse_gradients(self) -> None:
-        if any(p.grad is not None for p in self._params):
+        if any(p.grad is not None for p in self._weights.params):
             raise UserError("the closure ran backward: let it return the loss only, the trainer decides about backward")
-
-
-def _loss_of(closure: Closure) -> Tensor:
-    loss: object = closure()
-    if not isinstance(loss, Tensor):
-        raise UserError(f"the closure returned a {type(loss).__name__}: let it return the loss, a tensor of one number")
-    if loss.numel() != 1:
-        raise UserError(
-            f"the closure returned a tensor of shape {tuple(loss.shape)}: let it return the batch's mean loss"
-        )
-    return loss
-
-
-def _mean(losses: list[Tensor]) -> Tensor:
-    """Mean of the parts' losses; of one part, its very loss."""
-    return (losses[0] if len(losses) == 1 else torch.stack(losses).mean()).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch.optim import Optimizer
 from hybridlab.base.checkpoint import differences
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.ranks import refuse_ranks
+from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.divergence import Action
 from hybridlab.engine.jumps import Decision, JumpController
-from hybridlab.engine.passes import Closure, MicroBatches, Passes
+from hybridlab.engine.passes import Passes
 from hybridlab.engine.phases import Phase, PhaseInput, first_phase, next_phase
 from hybridlab.engine.result import AsyncScalar, Statistics, StepResult
 from hybridlab.memory.apply import refuse_unprepared
@@ -40,9 +43,18 @@ class HybridTrainer:
     """Runs any model and torch optimizer through Warmup -> Full -> Predict -> Correct.
 
     Call `step(closure)` once per batch. The closure runs the forward pass on that batch and returns the loss; the
-    trainer decides whether a backward pass follows. A batch may also come in equal parts, one closure each: their
-    gradients are averaged, as if it had come whole. At the end of a Full block the predictor may propose a jump; the
+    trainer decides whether a backward pass follows. At the end of a Full block the predictor may propose a jump; the
     gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
+
+    The closure is called up to five times per step (six once), and not at all in most predicted ones: draw the batch
+    before the step, not inside it. What it draws from the global random streams of torch, NumPy and Python is the same
+    in all calls of a step. It computes in float32 or bfloat16: float16 with a GradScaler is not supported.
+
+    A batch may also come in parts, one closure each: their gradients are averaged, as if it had come whole. Parts that
+    count different numbers of targets need `step(closures, weights=numbers)`.
+
+    Weights may be frozen, unfrozen or added between steps: a jump under way ends, and the path begins anew. A step
+    whose closure raises an error counts nothing, and can be tried again.
 
     model: any `torch.nn.Module`
     optimizer: a torch optimizer over the model's parameters whose step needs no closure
@@ -50,8 +62,9 @@ class HybridTrainer:
         applies number formats, parts of a batch and what leaves the GPU in Predict;
         `hybridlab.memory.prepare_model_` and `optimizer_for` apply the rest
 
-    Raises UserError for an optimizer that wants a closure or holds other weights than the model's, and for memory
-    settings that the model or the optimizer was not prepared for. `step` raises DivergenceError when the loss is NaN or
+    Raises UserError for an optimizer that wants a closure or holds other weights than the model's, for memory settings
+    that the model or the optimizer was not prepared for, and, where it may predict, for complex weights and for several
+    processes under `torch.distributed`. `step` raises DivergenceError when the loss is NaN or
     infinite and there is no jump to roll back; UserError when the closure runs backward by itself, when the batch does
     not come in the parts that the settings ask for, and, at the first proposal, when the optimizer keeps a copy of the
     weights.
@@ -66,7 +79,7 @@ class HybridTrainer:
         self._initial_config = asdict(config)
         self._statistics = Statistics()
         self._weights = Weights(model, optimizer, snapshots=config.path_storage.residency)
-        self._passes = Passes(self._weights.params, optimizer, memory)
+        self._passes = Passes(self._weights, optimizer, memory)
         self._offload = PredictOffload(model, self._weights, optimizer, memory)
         self._jumps = JumpController(self._weights, optimizer, config)
         self._delayed_result: StepResult | None = None
@@ -74,18 +87,23 @@ class HybridTrainer:
 
     # --- the step ----------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | MicroBatches) -> StepResult:
-        """Take one nominal step on the closure's batch, or on the batch whose equal parts the closures have."""
+    def step(self, closure: Closure | Sequence[Closure], weights: Sequence[float] | None = None) -> StepResult:
+        """Take one nominal step on the closure's batch, or on the batch whose parts the closures have.
+
+        weights: what each part counts, such as its number of targets; None where the parts are equal
+        """
         started = time.perf_counter()
-        batch = self._passes.micro_batches_of(closure)
+        batch = MicroBatches.of(closure, weights)
+        self._passes.check_parts(batch)
+        if self._weights.have_changed:
+            self._take_up_changes_()
         match self._phase:
             case Phase.WARMUP:
                 result = self._gradient_step(batch)
             case Phase.FULL:
-                probes = self._jumps.probe_(lambda: self._passes.forward(batch, same_noise=True))
-                result = replace(self._gradient_step(batch), forward_only_passes=probes)
-                gradient_steps = self._statistics.gradient_steps + 1
-                result = self._jumps.after_full_step(result, self._steps_in_phase + 1, gradient_steps)
+                probed = self._jumps.probe_(lambda: self._passes.forward(batch, probing=True))
+                result, gradient_steps = self._gradient_step(batch), self._statistics.gradient_steps + 1
+                result = self._jumps.after_full_step(result, probed, self._steps_in_phase + 1, gradient_steps)
             case Phase.PREDICT:
                 result = self._predicted_step(batch)
             case Phase.CORRECT:
@@ -111,11 +129,27 @@ class HybridTrainer:
         self._offload.offload_(jump.steps_left, jump.snapshot, last_motion_made=jump.last_motion_made)
         wait_for_stream(self._weights.device)  # here, so that the GPU is cleared beside the motion
         loss = self._passes.forward(batch, predicting=True) if jump.ends_chunk else None
+        self._jumps.count_step()
         return self._result(loss, predicted_loss=jump.predicted_loss, forward_only_passes=int(jump.ends_chunk))
 
     def _result(self, loss: Tensor | None, **more: Any) -> StepResult:
         async_loss = None if loss is None else AsyncScalar(loss)
         return StepResult(self._statistics.nominal_steps + 1, self._phase, async_loss=async_loss, **more)
+
+    def _take_up_changes_(self) -> None:
+        """Other weights are trained from here: the path begins anew, and a jump under way ends."""
+        memory = self.config.memory or MemoryConfig()
+        if memory.step_in_backward or memory.state_on_host:
+            raise UserError(
+                "the weights that are trained have changed, and an optimizer with step_in_backward or state_on_host "
+                "knows those alone that it was built with: build optimizer and trainer anew"
+            )
+        self._offload.restore_()
+        _refuse_misfits(self.model, self.optimizer, self.config)
+        self._weights.list_again_()
+        self._jumps.begin_path()
+        if self._phase is not Phase.WARMUP:
+            self._enter(Phase.FULL)
 
     # --- deciding ----------------------------------------------------------------------------------------
 
@@ -279,12 +313,18 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
     if any(id(p) not in mine for p in given):
         raise UserError(
             "the optimizer holds weights that are not the model's: build it over model.parameters(), after the model; "
-            "several modules go together in one nn.ModuleList"
+            "several modules go together in one nn.ModuleList, and load_state_dict goes without assign=True"
         )
     if config.max_predict_steps:
         refuse_unreachable(optimizer, given)
+        refuse_ranks()
+        if any(p.is_complex() for p in given):
+            raise UserError(
+                "complex weights cannot be predicted: keep them as real ones (torch.view_as_real), or set "
+                "max_predict_steps=0"
+            )
 
 
 def _restored_result(phase: str, loss: float, norm: float) -> StepResult:
-    loss_scalar, norm_scalar = (AsyncScalar(torch.tensor(number)) for number in (loss, norm))
+    loss_scalar, norm_scalar = (AsyncScalar(torch.tensor(number, dtype=torch.float64)) for number in (loss, norm))
     return StepResult(0, Phase(phase), async_loss=loss_scalar, async_norm=norm_scalar)

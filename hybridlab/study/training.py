@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridlab.base.device import gpus
-from hybridlab.engine.passes import Closure
+from hybridlab.engine.closures import Closure
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_

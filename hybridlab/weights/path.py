@@ -146,7 +146,9 @@ class Trajectory:
         if all(p.grad is None for p in self._weights.params):
             return slopes.fill_(torch.nan)
         for g, group in enumerate(self._weights.groups):
-            gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group])
+            gradient = torch.cat(
+                [torch.zeros_like(p).flatten() if p.grad is None else p.grad.to_dense().flatten() for p in group]
+            )
             for row in np.flatnonzero(coefficients[g]):
                 along = to_device_async(self._row_vectors(g)[row], device, gradient.dtype)
                 slopes[g] += float(coefficients[g, row]) * _dot(gradient, along)
