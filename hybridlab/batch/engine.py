@@ -36,8 +36,9 @@ def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: P
     """
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
     options = {"engine_name": ENGINE, "kernel_name": "python3", "progress_bar": False}
+    options |= {"env": os.environ | {PROGRESS_FILE: str(progress)}}
     try:
-        with _quiet(), _reporting_to(progress):
+        with _quiet():
             papermill.execute_notebook(source, target, overrides, **options)
     except PapermillExecutionError as error:
         return None if error.ename == "SystemExit" else f"{error.ename}: {error.evalue}"
@@ -70,9 +71,14 @@ class _Engine(Engine):  # type: ignore[misc]
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, start_timeout: int = 60, **_: Any
+        cls,
+        nb_man: NotebookExecutionManager,
+        kernel_name: str,
+        env: dict[str, str],
+        start_timeout: int = 60,
+        **_: Any,
     ) -> None:
-        """Execute the notebook that `nb_man` holds; called by papermill."""
+        """Execute the notebook that `nb_man` holds in a kernel with this environment; called by papermill."""
         _Client(
             nb_man,
             kernel_name=kernel_name,
@@ -81,7 +87,7 @@ class _Engine(Engine):  # type: ignore[misc]
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a kernel that is shut down may complain on stderr
             config=_kernel_config(),
             log=logging.getLogger("papermill"),
-        ).execute()
+        ).execute(env=env)
 
 
 papermill_engines.register(ENGINE, _Engine)
@@ -91,16 +97,6 @@ def _kernel_config() -> Config:
     """Encrypt the channels to the kernel, where the installed jupyter_client and zmq can."""
     known = "transport_encryption" in KernelManager.class_trait_names() and zmq.has("curve")
     return Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
-
-
-@contextmanager
-def _reporting_to(path: Path) -> Iterator[None]:
-    """Name the progress file to the kernel, which inherits the environment."""
-    os.environ[PROGRESS_FILE] = str(path)
-    try:
-        yield
-    finally:
-        del os.environ[PROGRESS_FILE]
 
 
 @contextmanager

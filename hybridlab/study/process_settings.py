@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -42,34 +42,26 @@ class ProcessSettings:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """In force inside; afterwards, however the block ended, all is as it was."""
-        with matmul_precision(self.precision), _threads(self.cpu_threads), _capped(self.gpu_share):
+        with ExitStack() as stack:
+            stack.enter_context(matmul_precision(self.precision))
+            if self.cpu_threads:
+                stack.enter_context(_set(self.cpu_threads, torch.get_num_threads, torch.set_num_threads))
+            if self.gpu_share < 1:
+                cuda = torch.cuda
+                shares = cuda.get_per_process_memory_fraction, cuda.set_per_process_memory_fraction
+                stack.enter_context(_set(self.gpu_share, *shares))
             yield
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    if not count:
-        yield
-        return
-    before = torch.get_num_threads()
+def _set(value: float, read: Callable[[], Any], write: Callable[[Any], object]) -> Iterator[None]:
+    """Write a value for the length of the block."""
+    before = read()
+    write(value)
     try:
-        torch.set_num_threads(count)
         yield
     finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _capped(share: float) -> Iterator[None]:
-    if share == 1.0:
-        yield
-        return
-    before = torch.cuda.get_per_process_memory_fraction()
-    try:
-        torch.cuda.set_per_process_memory_fraction(share)
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(before)
+        write(before)
 
 
 @contextmanager

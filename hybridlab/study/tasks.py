@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -113,40 +115,48 @@ class TextTaskConfig:
         return self.load_text().record()
 
 
-class TextTask:
+class _ModelTask:
+    """A model that gives the loss of a batch itself: its mean cross-entropy, in nats."""
+
+    def __init__(self, model: nn.Module, batches: Callable[[int], Batch]) -> None:
+        self.model, self._batches = model, batches
+
+    def batch(self, step: int) -> Batch:
+        """The step's windows and the tokens that follow, or its images and their classes."""
+        return self._batches(step)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the batch."""
+        return model(*batch)
+
+
+@contextmanager
+def _judging(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; the model's mode is put back."""
+    was_training = model.training
+    with torch.no_grad():
+        model.eval()
+        yield
+    model.train(was_training)
+
+
+class TextTask(_ModelTask):
     """Next-token prediction; evaluates to loss (nats per token) and perplexity.
 
     parts: that a held-out batch is judged in, so that it takes no more memory than training does
     """
 
     def __init__(self, model: GPT2, config: TextTaskConfig, seed: int, device: torch.device, parts: int = 1) -> None:
-        self.model, self._parts = model, parts
-        text, windows, tokens = config.load_text(), config.batch_size, config.block_size
-        self._batches = TokenBatches(text.train, batch_size=windows, block_size=tokens, seed=seed, device=device)
-        self._held_out = evenly_spaced(
-            text.validation,
-            batches=config.validation_batches,
-            batch_size=windows,
-            block_size=tokens,
-            device=device,
-        )
+        text, size = config.load_text(), {"batch_size": config.batch_size, "block_size": config.block_size}
+        super().__init__(model, TokenBatches(text.train, **size, seed=seed, device=device))
+        self._parts = parts
+        self._held_out = evenly_spaced(text.validation, batches=config.validation_batches, **size, device=device)
 
-    def batch(self, step: int) -> Batch:
-        """The step's windows: tokens, and the tokens that follow them."""
-        return self._batches(step)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over a batch's windows."""
-        return model(*batch)
-
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean over the held-out batches, dropout off."""
-        was_training = model.training
-        model.eval()
-        losses = [self.loss(model, part) for batch in self._held_out for part in in_parts(batch, self._parts)]
+        with _judging(model):
+            losses = [self.loss(model, part) for batch in self._held_out for part in in_parts(batch, self._parts)]
         loss = float(torch.stack(losses).mean())
-        model.train(was_training)
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -178,31 +188,19 @@ class ImageTaskConfig:
         return self.load_images().record()
 
 
-class ImageTask:
+class ImageTask(_ModelTask):
     """Ten-class recognition; evaluates to loss (nats per image) and accuracy."""
 
     def __init__(self, model: MnistCNN, config: ImageTaskConfig, seed: int, device: torch.device) -> None:
-        self.model = model
         images = config.load_images()
-        self._batches = ImageBatches(images, batch_size=config.batch_size, seed=seed, device=device)
+        super().__init__(model, ImageBatches(images, batch_size=config.batch_size, seed=seed, device=device))
         self._held_out = images_in_order(images, batch_size=1024, device=device)
 
-    def batch(self, step: int) -> Batch:
-        """The step's images and their classes."""
-        return self._batches(step)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over a batch's images."""
-        return model(*batch)
-
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Over the whole test set."""
-        was_training = model.training
-        model.eval()
-        logits = torch.cat([model(images) for images, _ in self._held_out])
+        with _judging(model):
+            logits = torch.cat([model(images) for images, _ in self._held_out])
         labels = torch.cat([labels for _, labels in self._held_out])
-        model.train(was_training)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"validation_loss": float(nn.functional.cross_entropy(logits, labels)), "accuracy": float(accuracy)}
 
