@@ -78,7 +78,7 @@ def test_a_progress_file_that_cannot_be_written_ends_no_training(root: Path, mon
     path = root / "progress.json"
     monkeypatch.setenv(PROGRESS_FILE, str(path))
     with Progress(2, "training") as progress, full_disk(room_bytes=0):
-        progress._write()
+        progress.show("running")
         assert json.loads(path.read_text())["done"] == 0
         progress.advance(2)
     assert json.loads(path.read_text())["done"] == 2, "it is written again as soon as there is room"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from itertools import islice
@@ -32,7 +32,7 @@ class Stopped(UserError):
 
 
 class Session:
-    """One run that a person drives, some steps a cell.
+    """One run that a person drives, some steps per cell.
 
         session = Session(config, "my_run")
         for result in session.run(200):
@@ -52,7 +52,7 @@ class Session:
         self.config, self.folder = config, runs_folder(folder) / folder_name(config)
         earlier = earlier_run(config, self.folder) if resume else None
         if earlier:
-            self._refuse_no_way_on(earlier)
+            self._refuse_resume(earlier)
         else:
             remove_checkpoint(self.folder / CHECKPOINT)
         self._run = TrainingRun(config, self.folder)
@@ -68,15 +68,16 @@ class Session:
 
         Raises UserError when an earlier step was broken off halfway.
         """
-        self._refuse_half_a_step()
+        self._refuse_unfinished_step()
         wanted = self._wanted(steps)
         controls = Controls()
-        with interrupts(controls), self._watched(controls, wanted) as act:
+        with interrupts(controls), self._resting(), self._panel(controls, wanted) as panel:
             for record in islice(self._steps, wanted):
                 self.steps_done = record.result.nominal_step
                 self._instruments.note(record)
                 yield record.result
-                act()
+                panel.step(self._label, wanted)
+                panel.between_steps(self._run)
                 if controls.stopping and self.steps_done < self.config.steps:
                     self.save()
                     print(f"stopped at step {self.steps_done} of {self.config.steps}: session.run() goes on from here")
@@ -127,7 +128,7 @@ class Session:
         between_steps = getgeneratorstate(self._steps) == GEN_SUSPENDED
         return between_steps and self._saved_at < self.steps_done < self.config.steps
 
-    def _refuse_no_way_on(self, earlier: Run) -> None:
+    def _refuse_resume(self, earlier: Run) -> None:
         if earlier.summary is not None:
             raise UserError(f"{self.folder} has finished: show final_frame of its run, or start afresh without resume")
         if len(earlier.steps) and not has_checkpoint(self.folder / CHECKPOINT):
@@ -147,42 +148,26 @@ class Session:
             raise ValueError(f"steps is {steps}: it must be at least 1, or None for all that are left")
         return left if steps is None else min(steps, left)
 
-    def _refuse_half_a_step(self) -> None:
+    def _refuse_unfinished_step(self) -> None:
         if getgeneratorstate(self._steps) == GEN_CLOSED and self.steps_done < self.config.steps:
             raise UserError("this session has ended: Session(..., resume=True) goes on from its last checkpoint")
 
+    def _panel(self, controls: Controls, wanted: int) -> Live | Progress:
+        """Gauges where a person looks, else plain progress."""
+        if in_jupyterlab():
+            return Live(controls, wanted, self._instruments, self._run.settings)
+        return Progress(max(1, wanted), self._label)
+
     @contextmanager
-    def _watched(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
-        """What is to be done after each step: gauges where a person looks, else plain progress."""
-        watched = self._with_gauges if in_jupyterlab() else self._with_progress
+    def _resting(self) -> Iterator[None]:
+        """After the block, stop the clock, or close the run's record after its last step."""
         try:
-            with watched(controls, wanted) as act:
-                yield act
+            yield
         finally:
-            self._rest()
-
-    @contextmanager
-    def _with_gauges(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
-        live = Live(controls, wanted, self._instruments, self._run.settings)
-
-        def act() -> None:
-            live.step("", wanted)
-            live.between_steps(self._run)
-
-        with live:
-            yield act
-
-    @contextmanager
-    def _with_progress(self, controls: Controls, wanted: int) -> Generator[Callable[[], None]]:
-        with Progress(max(1, wanted), self._label) as progress:
-            yield progress.advance
-
-    def _rest(self) -> None:
-        """Stop the clock, or close the run's record after its last step."""
-        if self.steps_done == self.config.steps:
-            next(self._steps, None)
-        else:
-            self._run.pause()
+            if self.steps_done == self.config.steps:
+                next(self._steps, None)
+            else:
+                self._run.pause()
 
 
 # --- whole studies -------------------------------------------------------------------------------------------
@@ -203,7 +188,7 @@ def run_study(study: Study, notebook: str, *, resume: bool = False) -> StudyResu
 def run_configs(
     configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False, resume: bool = False
 ) -> StudyResult:
-    """Train some runs, one after the other; records go to `runs/<notebook>`.
+    """Train some runs in order; records go to `runs/<notebook>`.
 
     isolated: each in a process of its own, so that its memory is measured by itself; a bar alone
         shows its progress, without gauges or buttons: interrupt the kernel to stop. Running the same again then keeps
@@ -214,7 +199,8 @@ def run_configs(
     if not configs:
         return StudyResult()
     if isolated:
-        with _remembering(tuple(configs), notebook) as stopped, _bar(total) as bar:
+        progress = LiveBar if in_jupyterlab() else Progress
+        with _remembering(tuple(configs), notebook) as stopped, progress(total, "training") as bar:
             return run_arms(configs, runs_folder(notebook), bar.step, resume=resume or stopped, isolated=True)
     with _watching(total, tuple(configs), notebook) as (on_step, watch, stopped):
         return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch)
@@ -223,10 +209,6 @@ def run_configs(
 def runs_folder(notebook: str) -> Path:
     """Where a notebook's runs are recorded."""
     return project_root() / "runs" / notebook
-
-
-def _bar(total: int) -> LiveBar | Progress:
-    return LiveBar(total) if in_jupyterlab() else Progress(total, "training")
 
 
 @contextmanager

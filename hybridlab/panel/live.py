@@ -19,7 +19,7 @@ from hybridlab.engine.phases import Phase
 from hybridlab.panel.controls import Controls, control_row
 from hybridlab.panel.html import bar_html, panel_html, style_html
 from hybridlab.panel.instruments import Instruments
-from hybridlab.panel.progress import seconds_left
+from hybridlab.panel.progress import Progress, seconds_left
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
 
@@ -131,37 +131,19 @@ class Live:
         self._started += self._clock() - paused
 
 
-class LiveBar:
-    """A bar alone, for runs that train in processes of their own: their gauges cannot be read from here.
-
-    total: nominal steps of everything that the cell trains
-    """
-
-    def __init__(self, total: int) -> None:
-        self._label, self._done, self._total = "starting", 0, total
-        self._bar = widgets.HTML()
-        self._started, self._drawn = time.monotonic(), 0.0
+class LiveBar(Progress):
+    """A bar alone, for runs that train in processes of their own: their gauges cannot be read from here."""
 
     def __enter__(self) -> Self:
         """Show the bar below the cell."""
-        self._refresh("running")
+        self._bar = widgets.HTML()
+        super().__enter__()
         display(widgets.VBox([_style(), self._bar]))  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Show how far it came."""
-        self._refresh("finished" if self._done == self._total else "stopped")
-
-    def step(self, label: str, total: int) -> None:
-        """Count a nominal step of a total that may have grown."""
-        self._label, self._done, self._total = label, self._done + 1, total
-        if time.monotonic() - self._drawn >= LEAST_SECONDS:
-            self._refresh("running")
-
-    def _refresh(self, status: str) -> None:
-        left = seconds_left(self._done, self._total, time.monotonic() - self._started)
-        self._bar.value = bar_html(self._label, self._done, self._total, status, left)
-        self._drawn = time.monotonic()
+    def show(self, status: str) -> None:
+        """Bring the bar up to date."""
+        self._bar.value = bar_html(self.label, self.done, self.total, status, self._times()["seconds_left"])
 
 
 def _style() -> widgets.Widget:

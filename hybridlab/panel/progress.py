@@ -28,7 +28,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
 
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
-WRITE_EVERY_SECONDS = 0.25
+SHOW_EVERY_SECONDS = 0.25
 LOG_EVERY_SECONDS = 15.0
 LEAST_SHARE = 0.01
 """Of all steps: before so many are done, no time left is given."""
@@ -50,14 +50,14 @@ class Progress:
         self._file = os.environ.get(PROGRESS_FILE)
         self._line = tqdm(total=total, desc=label, file=sys.stderr, disable=bool(self._file) or None)
         self._started = time.monotonic()
-        self._written = float("-inf")
+        self._shown = self._started
 
     def __enter__(self) -> Self:
-        self._write()
+        self.show("running")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write()
+        self.show("finished" if self.done == self.total else "stopped")
         self._line.close()
 
     def advance(self, n: int = 1, label: str | None = None) -> None:
@@ -66,25 +66,29 @@ class Progress:
         self.label = label or self.label
         self._line.set_description(self.label, refresh=False)
         self._line.update(n)
-        if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
-            self._write()
+        if time.monotonic() - self._shown >= SHOW_EVERY_SECONDS:
+            self._shown = time.monotonic()
+            self.show("running")
 
     def step(self, label: str, total: int) -> None:
         """Count one step of a total that may have grown."""
         self.total = self._line.total = total
         self.advance(label=label)
 
-    def _write(self) -> None:
+    def between_steps(self, run: object) -> None:
+        """Nothing is asked between two steps, since there are no buttons."""
+
+    def show(self, status: str) -> None:
         """Write the counts to the file of a batch run; a file that cannot be written ends no training."""
         if not self._file:
             return
-        self._written = time.monotonic()
-        seconds = self._written - self._started
-        left = seconds_left(self.done, self.total, seconds)
-        state = {"done": self.done, "total": self.total, "label": self.label}
-        state |= {"seconds": seconds, "seconds_left": left}
+        counts = {"done": self.done, "total": self.total, "label": self.label}
         with suppress(UserError), replaced(Path(self._file), lasting=False) as beside:
-            beside.write_text(json.dumps(state) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(counts | self._times()) + "\n", encoding="utf-8")
+
+    def _times(self) -> dict[str, float | None]:
+        seconds = time.monotonic() - self._started
+        return {"seconds": seconds, "seconds_left": seconds_left(self.done, self.total, seconds)}
 
 
 def seconds_left(done: int, total: int, seconds: float) -> float | None:
@@ -118,7 +122,7 @@ def _show_bar(path: Path, console: Console, finished: threading.Event) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting the kernel", total=None, left="")
-        while not finished.wait(WRITE_EVERY_SECONDS):
+        while not finished.wait(SHOW_EVERY_SECONDS):
             _update(bar, task, _state(path))
 
 
