@@ -188,12 +188,10 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     seen: set[str] = set()
     until(lambda: seen.add(lab.phase) or lab.has_jumped, "a jump is taken")
     assert "Full" in seen
-    lab.shot("2_jump")
-
     lab.press("Pause")
     until(lambda: lab.status == "paused", "the run pauses")
     paused_at = lab.step
-    lab.shot("3_paused")
+    lab.shot("2_jump_paused")
     time.sleep(0.7)
     assert lab.step == paused_at
     lab.press("Step")
@@ -203,7 +201,7 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     until(lambda: lab.status in ("running", "finished"), "the run goes on")
 
     until(lambda: lab.status == "finished" and lab.is_idle(), "the study finishes", 180)
-    lab.shot("4_finished")
+    lab.shot("3_finished")
     assert lab.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert lab.page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[[ *]\]")).count() == 0
 
@@ -222,7 +220,7 @@ def test_a_session_is_steered_stopped_and_gone_on_with(lab: Lab) -> None:
     lab.page.keyboard.press("Control+A")
     lab.page.keyboard.type("7")
     lab.page.keyboard.press("Enter")
-    lab.shot("5_session")
+    lab.shot("4_session")
 
     lab.press("Checkpoint")
     until(lambda: list(lab.folder.glob("runs/browser/*/checkpoint.pt")), "a checkpoint is written")
@@ -234,7 +232,7 @@ def test_a_session_is_steered_stopped_and_gone_on_with(lab: Lab) -> None:
 
     second = lab.run_cell(2)
     until(lambda: f"step {stopped_at + 40} of 20000" in second.inner_text(), "the next cell goes on")
-    lab.shot("6_stopped")
+    lab.shot("5_stopped")
 
     lab.run_cell(1)
     until(lambda: lab.page.locator(".hl").first.is_visible() and not lab.is_idle(), "it trains again")
@@ -275,4 +273,4 @@ def test_a_last_frame_is_a_panel_where_it_was_run_and_a_picture_where_it_is_not_
     lab.open(executed, "untrusted.ipynb")
     until(lambda: picture.count() and picture.is_visible() and not panel.is_visible(), "the picture is shown")
     assert picture.evaluate("image => image.naturalWidth") > 500
-    lab.shot("7_untrusted")
+    lab.shot("6_untrusted")
