@@ -291,8 +291,8 @@ def test_a_panel_s_figures_are_the_last_sample_s_and_ask_the_driver_nothing(
     memory.begin(dict)
     card.hold(100)
     assert memory.latest() == (MemoryMeter(CUDA).read(), 100 + 30 + card.driver), "before the first sample it is read"
-    memory.watch()
-    memory.rest()
+    memory.sampler.start()
+    memory.sampler.stop()
     for name in DRIVER:
         monkeypatch.delattr(pynvml, name)
     card.hold(140)
@@ -381,7 +381,7 @@ def test_a_long_run_is_sampled_more_and_more_seldom(monkeypatch: pytest.MonkeyPa
         pauses.append(seconds)
         return len(pauses) == 9
 
-    monkeypatch.setattr(sampler, "ROWS_A_PACE", 3)
+    monkeypatch.setattr(sampler, "ROWS_PER_PACE", 3)
     monkeypatch.setattr(threading, "Event", lambda: SimpleNamespace(wait=lambda s: wait(None, s), set=lambda: None))
     watch = MemorySampler(CountingMeter(), dict, every_ms=1000)
     watch._sample()

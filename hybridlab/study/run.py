@@ -167,7 +167,7 @@ class TrainingRun:
     def pause(self) -> None:
         """Stop the clock and the sampling until the next step, and bring what was measured to the disk."""
         self._timer.pause()
-        self._memory.rest()
+        self._memory.sampler.stop()
         self._log.flush()
 
     def save(self) -> None:
@@ -181,7 +181,7 @@ class TrainingRun:
 
     def _step(self, step: int, *, settled: bool) -> StepRecord:
         """One nominal step, timed, and evaluated when it is time."""
-        self._memory.watch()
+        self._memory.sampler.start()
         self._timer.start()
         self._memory.enter(str(self._trainer.current_phase))
         result = self._training.step(step)

@@ -17,6 +17,8 @@ class RunMemory:
 
     Make it before the run has anything on the GPU, so that it sees what others hold; call `begin` when the run's own
     figures begin.
+
+    sampler: of the run's samples, from `begin` on
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,26 +32,14 @@ class RunMemory:
         """Count the peaks of an interrupted run's earlier part in."""
         self._earlier = peak
 
-    def begin(self, moment: Callable[[], Mapping[str, Any]]) -> None:
-        """Count from here on. `moment` says where the run stands; it is asked in the sampler's thread."""
-        self._sampler = MemorySampler(self._meter, moment)
+    def begin(self, progress: Callable[[], Mapping[str, Any]]) -> None:
+        """Count from here on. `progress` says where the run stands; it is asked in the sampler's thread."""
+        self.sampler = MemorySampler(self._meter, progress)
         self._meter.reset_peak()
 
     def enter(self, phase: str) -> None:
         """Count the peak of `phase` from here on."""
         self._meter.enter(phase)
-
-    def watch(self) -> None:
-        """Sample from here on, unless that goes on already."""
-        self._sampler.start()
-
-    def rest(self) -> None:
-        """Sample once more, and no longer."""
-        self._sampler.stop()
-
-    def take(self) -> list[Figures]:
-        """The samples since the last call, oldest first."""
-        return self._sampler.take()
 
     def note_predict(self) -> None:
         """Keep the most that is on the GPU while it holds nothing but what Predict needs: call it then."""
@@ -61,7 +51,7 @@ class RunMemory:
 
     def latest(self) -> tuple[MemoryReading, int]:
         """The last sample, and the peak so far in bytes: asks neither the device nor its driver, once there is one."""
-        reading = self._sampler.latest or self._meter.read()
+        reading = self.sampler.latest or self._meter.read()
         return reading, max(self._meter.peak_beside(reading), self._earlier.get("peak_memory_bytes") or 0)
 
     def peak(self) -> Figures:

@@ -60,7 +60,7 @@ class StepLog:
 
     def catch_up(self) -> None:
         """Write the latest step, unless that is done, and how memory stood by then."""
-        self._recorder.extend("vram", self._memory.take())
+        self._recorder.extend("vram", self._memory.sampler.take())
         record, self._latest = self._latest, None
         if record:
             self._recorder.add("steps", record.row())
@@ -81,5 +81,5 @@ class StepLog:
             try:
                 yield
             finally:
-                self._memory.rest()
-                self._recorder.extend("vram", self._memory.take())
+                self._memory.sampler.stop()
+                self._recorder.extend("vram", self._memory.sampler.take())

@@ -12,15 +12,15 @@ from typing import Any, Self
 from hybridlab.vram.meter import MemoryMeter, MemoryReading
 
 EVERY_MS = 100
-ROWS_A_PACE = 10_000
-"""After so many samples the pace is halved, and again: a long run's record grows more and more slowly."""
+ROWS_PER_PACE = 10_000
+"""After so many samples the pace is halved: a long run's record grows more and more slowly."""
 
 
 class MemorySampler:
     """Samples memory in a thread of its own, from `start` to `stop` or for a with-block; it never waits for the device.
 
     meter: what is read
-    moment: what a sample says beside the reading: where the run stands, read in the sampler's thread
+    progress: what a sample says beside the reading: where the run stands, read in the sampler's thread
     every_ms: milliseconds between two samples, at first
 
     latest: the last reading; None before the first
@@ -30,10 +30,10 @@ class MemorySampler:
     Raises ValueError for an `every_ms` that is not above 0.
     """
 
-    def __init__(self, meter: MemoryMeter, moment: Callable[[], Mapping[str, Any]], every_ms: float = EVERY_MS) -> None:
+    def __init__(self, meter: MemoryMeter, progress: Callable[[], Mapping[str, Any]], every_ms: float = EVERY_MS) -> None:
         if every_ms <= 0:
             raise ValueError(f"every_ms is {every_ms}: it must be above 0")
-        self._meter, self._moment, self._every_ms = meter, moment, every_ms
+        self._meter, self._progress, self._every_ms = meter, progress, every_ms
         self.latest: MemoryReading | None = None
         self._rows: deque[dict[str, Any]] = deque()
         self._taken = 0
@@ -41,7 +41,7 @@ class MemorySampler:
         self._thread: threading.Thread | None = None
 
     def take(self) -> list[dict[str, Any]]:
-        """The samples since the last call, oldest first: `unix_seconds`, what `moment` says, and the reading."""
+        """The samples since the last call, oldest first: `unix_seconds`, what `progress` says, and the reading."""
         return [self._rows.popleft() for _ in range(len(self._rows))]
 
     def start(self) -> None:
@@ -68,10 +68,10 @@ class MemorySampler:
         self.stop()
 
     def _watch(self) -> None:
-        while not self._over.wait(self._every_ms / 1e3 * 2 ** (self._taken // ROWS_A_PACE)):
+        while not self._over.wait(self._every_ms / 1e3 * 2 ** (self._taken // ROWS_PER_PACE)):
             self._sample()
 
     def _sample(self) -> None:
         self.latest = reading = self._meter.read()
-        self._rows.append({"unix_seconds": time.time(), **self._moment(), **asdict(reading)})
+        self._rows.append({"unix_seconds": time.time(), **self._progress(), **asdict(reading)})
         self._taken += 1
