@@ -13,7 +13,7 @@ from hybridlab.vram.meter import MemoryMeter, MemoryReading
 
 EVERY_MS = 100
 ROWS_PER_PACE = 10_000
-"""After so many samples the pace is halved: a long run's record grows more and more slowly."""
+"""After every so many samples the pace is halved: a long run's record grows more and more slowly."""
 
 
 class MemorySampler:
@@ -30,7 +30,9 @@ class MemorySampler:
     Raises ValueError for an `every_ms` that is not above 0.
     """
 
-    def __init__(self, meter: MemoryMeter, progress: Callable[[], Mapping[str, Any]], every_ms: float = EVERY_MS) -> None:
+    def __init__(
+        self, meter: MemoryMeter, progress: Callable[[], Mapping[str, Any]], every_ms: float = EVERY_MS
+    ) -> None:
         if every_ms <= 0:
             raise ValueError(f"every_ms is {every_ms}: it must be above 0")
         self._meter, self._progress, self._every_ms = meter, progress, every_ms
