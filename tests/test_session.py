@@ -146,7 +146,7 @@ def test_without_a_checkpoint_resume_is_refused_and_touches_nothing() -> None:
     list(driven.run(5))
     driven._steps.close()
     before = files(driven.folder)
-    with pytest.raises(UserError, match=r"no checkpoint lies in .*: its 5 steps cannot be gone on with; start afresh"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*: its 5 steps cannot be resumed; start afresh"):
         Session(CONFIG, "cells", resume=True)
     assert files(driven.folder) == before
     assert Session(CONFIG, "cells").steps_done == 0
@@ -317,15 +317,15 @@ def test_a_change_waits_until_the_jump_is_over(watched: list[Live]) -> None:
 
 def test_paused_means_no_step_but_the_ones_asked_for() -> None:
     controls = Controls()
-    assert controls.may_go_on()
+    assert controls.take_step()
     controls.step()
-    assert [controls.may_go_on(), controls.may_go_on()] == [True, False]
+    assert [controls.take_step(), controls.take_step()] == [True, False]
     controls.toggle()
-    assert controls.may_go_on()
+    assert controls.take_step()
     controls.toggle()
-    assert not controls.may_go_on()
+    assert not controls.take_step()
     controls.stop()
-    assert controls.may_go_on(), "a paused run can be stopped"
+    assert controls.take_step(), "a paused run can be stopped"
 
 
 def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.MonkeyPatch) -> None:

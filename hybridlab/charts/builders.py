@@ -59,10 +59,10 @@ def seed_panels(
     value: str = "validation_loss",
     title: str | None = None,
 ) -> Panels:
-    """Draw one small chart an arm: each seed as points, their mean with its 95 % interval, and the arm's control.
+    """Draw one small chart per arm: each seed as points, their mean with its 95 % interval, and the arm's control.
 
-    runs: arm -> one frame a seed, the controls included
-    controls: arm -> the control it is held against; only these arms get a chart
+    runs: arm -> one frame per seed, the controls included
+    controls: arm -> the control it is compared with; only these arms get a chart
 
     Raises ValueError for a control that is no arm, and as `loss_curves`.
     """
@@ -85,8 +85,8 @@ def _seeds(
     low, high = ([i.low for i in over], [i.high for i in over]) if len(seeds) > 1 else (None, None)
     x = np.stack([s.x[:rows] for s in seeds]).mean(axis=0)
     mean = Series("mean of the seeds, 95 % interval", x, [i.mean for i in over], low, high)
-    held_against = replace(_arm("its control", control, against, value, 0, True), low=None, high=None)
-    return (mean, held_against, *(replace(s, kind="points", dash=True) for s in seeds))
+    beside = replace(_arm("its control", control, against, value, 0, True), low=None, high=None)
+    return (mean, beside, *(replace(s, kind="points", dash=True) for s in seeds))
 
 
 def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, ...]:

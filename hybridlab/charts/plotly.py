@@ -15,6 +15,7 @@ from hybridlab.charts.points import rounded
 from hybridlab.charts.style import Look
 
 HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
+REFERENCE = {"color": look.INK, "width": 1, "dash": "dot"}
 MARKERS = {"triangle": "triangle-up", "cross": "x"}
 AXIS = {
     "gridcolor": look.GRID,
@@ -195,18 +196,18 @@ def _band_notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], colum
 
 
 def _reference(figure: go.Figure, chart: ChartData, cell: dict[str, int], value: float, label: str) -> None:
-    line = {"color": look.INK, "width": 1, "dash": "dot"}
     if chart.names:
-        figure.add_vline(value, line=line, **cell)
-        _note(figure, cell, label, x=value, y=1, yref="y domain", xanchor="center", yanchor="bottom")
+        where = {"x": value, "y": 1, "yref": "y domain", "xanchor": "center", "yanchor": "bottom"}
+        figure.add_vline(value, line=REFERENCE, **cell)
     else:
-        figure.add_hline(value, line=line, **cell)
         height = math.log10(value) if chart.log_y else value
-        _note(figure, cell, label, x=1, y=height, xref="x domain", xanchor="right", yanchor="bottom")
+        where = {"x": 1, "y": height, "xref": "x domain", "xanchor": "right", "yanchor": "bottom"}
+        figure.add_hline(value, line=REFERENCE, **cell)
+    _note(figure, cell, label, **where)
 
 
 def _x_reference(figure: go.Figure, cell: dict[str, int], value: float, label: str) -> None:
-    figure.add_vline(value, line={"color": look.INK, "width": 1, "dash": "dot"}, **cell)
+    figure.add_vline(value, line=REFERENCE, **cell)
     where = {"x": value, "y": 0, "yref": "y domain", "xanchor": "right", "yanchor": "bottom", "textangle": -90}
     _note(figure, cell, label, **where)
 

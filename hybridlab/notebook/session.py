@@ -1,4 +1,4 @@
-"""Trains from a notebook: with gauges where a person looks, and runs under the project's `runs` folder."""
+"""Trains from a notebook: with gauges in JupyterLab, and records under the project's `runs` folder."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Session:
             ...
 
     config: of the run; folder: its record goes to `runs/<folder>/<arm>_<hash of the settings>_seed_<seed>`
-    resume: go on from the last checkpoint that lies there; by default, what lies there is replaced. The Stop button,
-        `save` and `close` leave one
+    resume: go on from the last checkpoint in that folder; by default, what is there is replaced. The Stop button,
+        `save` and `close` write one
 
     In JupyterLab each cell shows gauges, buttons and sliders; in batch the same cells report plain progress.
 
-    Raises UserError, and leaves all as it is, when `resume` meets a run that has finished, one without a checkpoint, or
-    one whose checkpoint other code has written.
+    Raises UserError, and changes nothing, when `resume` finds a finished run, one without a checkpoint, or one whose
+    checkpoint was written by other code.
     """
 
     def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
@@ -66,7 +66,7 @@ class Session:
 
         Ends early, with one line, when it is stopped by the button or by Ctrl-C; the next `run` goes on from there.
 
-        Raises UserError when an earlier step was broken off halfway.
+        Raises UserError when an error ended an earlier step.
         """
         self._refuse_unfinished_step()
         wanted = self._wanted(steps)
@@ -93,7 +93,7 @@ class Session:
         self._saved_at = self.steps_done
 
     def frame(self) -> Frame:
-        """The gauges as they stand, as a picture that stays."""
+        """The gauges as they are now, to keep in the notebook."""
         self._instruments.read_losses()
         done = self.steps_done
         status = "finished" if done == self.config.steps else "stopped"
@@ -105,9 +105,9 @@ class Session:
         return Run.load(self.folder)
 
     def close(self) -> None:
-        """End the run, and keep its record; unless it has finished, a checkpoint holds the steps that were taken.
+        """End the run, and keep its record; unless it has finished, a checkpoint keeps the steps that were taken.
 
-        A run that an error broke off halfway through a step keeps the checkpoint that it had.
+        A run that an error ended within a step keeps the checkpoint that it had.
         """
         try:
             if self._has_unsaved_steps:
@@ -124,7 +124,7 @@ class Session:
 
     @property
     def _has_unsaved_steps(self) -> bool:
-        """Whether whole steps were taken that no checkpoint holds and that the run still needs."""
+        """Whether whole steps were taken that no checkpoint has and that the run still needs."""
         between_steps = getgeneratorstate(self._steps) == GEN_SUSPENDED
         return between_steps and self._saved_at < self.steps_done < self.config.steps
 
@@ -133,7 +133,7 @@ class Session:
             raise UserError(f"{self.folder} has finished: show final_frame of its run, or start afresh without resume")
         if len(earlier.steps) and not has_checkpoint(self.folder / CHECKPOINT):
             raise UserError(
-                f"no checkpoint lies in {self.folder}: its {len(earlier.steps)} steps cannot be gone on with; start "
+                f"there is no checkpoint in {self.folder}: its {len(earlier.steps)} steps cannot be resumed; start "
                 "afresh without resume, which replaces them, or choose another folder"
             )
         if code := other_code(self.folder):
@@ -225,7 +225,7 @@ def _remembering(what: object, notebook: str) -> Generator[bool]:
 
 @contextmanager
 def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep, Watch | None, bool]]:
-    """What is to be called after each step, and whether this was stopped before, and is to be gone on with."""
+    """What to call after each step, and whether the same was stopped before and is to be resumed."""
     if not in_jupyterlab():
         with Progress(total, "training") as progress:
             yield progress.step, None, False

@@ -1,14 +1,15 @@
-"""Buttons and sliders beside the gauges, and what they ask for.
+"""Buttons and sliders beside the gauges, and what they ask of the loop.
 
 JupyterLab (4.4 and later, with ipykernel 7 and later) hands what a person presses to a subshell of the kernel, a thread
-beside the one that runs cells. So a button notes a wish, and the loop looks at the wishes between two steps. Front ends
-without subshells deliver presses when the cell has ended; there, interrupting the kernel stops a run.
+beside the one that runs cells. So a button leaves a request, and the loop reads the requests between two steps. Front
+ends without subshells deliver presses when the cell has ended; there, interrupting the kernel stops a run.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import ipywidgets as widgets
 
@@ -22,7 +23,10 @@ _SLIDER = {
 
 
 class Controls:
-    """What a person wants of the loop: pause, go on, one step, stop, a checkpoint, other settings."""
+    """What a person asks of the loop: pause, resume, one step, stop, a checkpoint, other settings.
+
+    Buttons ask from a thread of their own; the loop takes what was asked between two steps.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -31,55 +35,57 @@ class Controls:
         self._saving = False
         self._settings: dict[str, float] = {}
 
-    def toggle(self) -> None:
-        """Pause, or go on."""
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A change that wakes the loop, should it wait."""
         with self._changed:
-            self.paused = not self.paused
+            yield
             self._changed.notify_all()
+
+    def toggle(self) -> None:
+        """Pause, or resume."""
+        with self._asking():
+            self.paused = not self.paused
 
     def step(self) -> None:
         """Take one step, and pause."""
-        with self._changed:
+        with self._asking():
             self.paused = True
             self._single_steps += 1
-            self._changed.notify_all()
 
     def stop(self) -> None:
-        """End the loop after the step under way."""
-        with self._changed:
+        """End the loop after the current step."""
+        with self._asking():
             self.stopping = True
-            self._changed.notify_all()
 
     def save(self) -> None:
-        """Write a checkpoint after the step under way."""
-        with self._changed:
+        """Write a checkpoint after the current step."""
+        with self._asking():
             self._saving = True
-            self._changed.notify_all()
 
     def set(self, name: str, value: float) -> None:
-        """Change a setting after the step under way."""
-        with self._changed:
+        """Change a setting after the current step."""
+        with self._asking():
             self._settings[name] = value
-            self._changed.notify_all()
 
     @property
-    def have_wishes(self) -> bool:
-        """Whether there is anything to take, without a lock: a step is to cost little."""
+    def have_requests(self) -> bool:
+        """Whether there is anything to take; needs no lock, so that a step costs little."""
         return self._saving or bool(self._settings)
 
     def take_save(self) -> bool:
-        """Whether a checkpoint is wanted; it is wanted once."""
+        """Whether a checkpoint is asked for; True once per request."""
         with self._changed:
-            wanted, self._saving = self._saving, False
-            return wanted
+            asked, self._saving = self._saving, False
+            return asked
 
     def take_settings(self) -> dict[str, float]:
-        """The settings that are to change; each change is given out once."""
+        """The settings to change; each change is returned once."""
         with self._changed:
             settings, self._settings = self._settings, {}
             return settings
 
-    def may_go_on(self) -> bool:
+    def take_step(self) -> bool:
         """Whether the next step may be taken; uses up a single step."""
         with self._changed:
             if self.paused and self._single_steps and not self.stopping:
@@ -88,14 +94,14 @@ class Controls:
             return self.stopping or not self.paused
 
     def wait(self, seconds: float) -> None:
-        """Wait for the next wish, or for so long."""
+        """Wait for the next request, at most so long."""
         with self._changed:
             self._changed.wait(seconds)
 
 
 def control_row(controls: Controls, settings: HybridTrainerConfig | None) -> widgets.Widget:
-    """The buttons, and sliders for `settings`; without any where a comparison must not be steered."""
-    pause = _button("Pause", "pause", "Pause after the step under way; the clock stands", controls.toggle)
+    """The buttons, and sliders for `settings`; None offers no sliders, as a comparison must not be changed."""
+    pause = _button("Pause", "pause", "Pause after the current step; the clock stops", controls.toggle)
     step = _button("Step", "step-forward", "Take one step, and pause", controls.step)
 
     def relabel(_: object) -> None:
@@ -103,8 +109,8 @@ def control_row(controls: Controls, settings: HybridTrainerConfig | None) -> wid
 
     for button in (pause, step):
         button.on_click(relabel)
-    save = _button("Checkpoint", "save", "Write a checkpoint to go on from", controls.save)
-    stop = _button("Stop", "stop", "End the cell after the step under way", controls.stop)
+    save = _button("Checkpoint", "save", "Write a checkpoint to resume from", controls.save)
+    stop = _button("Stop", "stop", "End the cell after the current step", controls.stop)
     row = widgets.HBox([pause, step, save, stop])
     if settings is None:
         return row
@@ -115,12 +121,12 @@ def control_row(controls: Controls, settings: HybridTrainerConfig | None) -> wid
 def _button(text: str, icon: str, tooltip: str, action: Callable[[], None]) -> widgets.Button:
     button = widgets.Button(description=text, icon=icon, tooltip=tooltip, layout=widgets.Layout(width="118px"))
     button.on_click(lambda _: action())
-    _heard_while_training(button)
+    _hear_while_training(button)
     return button
 
 
 def _sliders(controls: Controls, settings: HybridTrainerConfig) -> list[widgets.Widget]:
-    """What may change while training; a plain run has nothing to steer."""
+    """Sliders for what may change while training; disabled for a plain run."""
     longest = max(200, settings.max_predict_steps)
     made = {
         "confidence_threshold": widgets.FloatSlider(min=0, max=1, step=0.01, description="confidence", **_SLIDER),
@@ -131,12 +137,12 @@ def _sliders(controls: Controls, settings: HybridTrainerConfig) -> list[widgets.
         slider.value = getattr(settings, name)
         slider.disabled = settings.max_predict_steps == 0
         slider.observe(lambda change, name=name: controls.set(name, change["new"]), "value")
-        _heard_while_training(slider)
+        _hear_while_training(slider)
     return list(made.values())
 
 
-def _heard_while_training(widget: widgets.Widget) -> None:
-    """Let the front end's choice of a subshell stand: ipykernel 7.4 answers on the thread that made a widget, and that
-    one trains.
+def _hear_while_training(widget: widgets.Widget) -> None:
+    """Keep the front end's choice of a subshell: ipykernel 7.4 answers on the thread that made a widget, and that
+    thread is busy training.
     """
     widget.comm._reply_subshell_for = lambda data, asked: asked

@@ -24,14 +24,14 @@ LOOPS = 3
 
 @dataclass(frozen=True)
 class PanelCost:
-    """What the panel costs a step, and what the measurement of it is worth.
+    """What the panel costs per step, beside a control.
 
-    panel_over_none: a step with the panel over one without
-    none_over_none: a step without it over another without, in turns of their own: the control, which is 1 but for what
-        the measurement cannot tell
-    step_ms: the median step without it
-    panel_itself_ms: the host's time in the panel's own code a step, drawings included: the least that it can cost
-    drawings: in a round
+    panel_over_none: time of a step with the panel over one without
+    none_over_none: the control: a step without the panel over another without, in turns of their own; it differs from 1
+        by the error of the measurement alone
+    step_ms: median time of a step without the panel
+    panel_itself_ms: the host's time per step in the panel's own code, drawings included: the least that it can cost
+    drawings: per round
     """
 
     panel_over_none: Ratio
@@ -44,15 +44,15 @@ class PanelCost:
 def panel_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 15) -> PanelCost:
     """Measure what the panel costs, in one run whose steps are taken in turns: alone, alone again, and watched.
 
-    rounds: that count, beside the first two, which are thrown away
-    turns: of each loop in a round, best a multiple of six: then each has each place equally often
-    steps: nominal steps a turn; a round's watched ones best take a second or more, so that it holds several drawings
+    rounds: that count; two more at the start are dropped
+    turns: of each loop per round, best a multiple of six: then each loop has each place equally often
+    steps: nominal steps per turn; the watched ones of a round should take a second or more, for several drawings
 
-    While the panel is off its clock stands, so that it is drawn as often a watched second as in use. Run it in a
-    notebook, and sending the panel to the page is counted too. Raises ValueError for fewer than one round, or turn.
+    The panel's clock stops while the panel is off, so that it is drawn as often per watched second as in use. In a
+    notebook, sending the panel to the page is measured too. Raises ValueError for fewer than one round, or turn.
     """
     watched_steps = turns * steps * (SETTLING_ROUNDS + rounds)
-    length = LOOPS * watched_steps + 1  # a run's last step evaluates, which belongs to no turn: it is not taken
+    length = LOOPS * watched_steps + 1  # the last step of a run evaluates: it is not taken
     schedule = config.lr_schedule.fitted_to(length)
     config = replace(config, steps=length, schedule=schedule, evaluate_every=10**9, checkpoint_every=0)
     device = find_device(config.device)

@@ -1,4 +1,4 @@
-"""The last state of the gauges, as something that stays in a notebook: HTML, a picture, and text."""
+"""The last state of the gauges as HTML, a picture and text, which stay in a notebook."""
 
 from __future__ import annotations
 

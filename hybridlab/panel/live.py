@@ -24,7 +24,7 @@ from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
 
 LEAST_SECONDS = 0.25
-"""Between two drawings: at most four a second."""
+"""Between two drawings: at most four per second."""
 
 DRAWING_SHARE = 0.0025
 """Drawing may take this share of the time."""
@@ -35,9 +35,9 @@ class Live:
 
     controls: what the buttons act on
     total: nominal steps of everything that the cell trains
-    instruments: of a run that was followed before; by default each run gets its own
+    instruments: of the run that is shown; by default each run gets its own
     settings: that sliders may change; None offers none
-    clock: seconds that count for how often the gauges are drawn, and for the time left
+    clock: in seconds, for the pace of drawing and the time left
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Live:
         self._panel = widgets.VBox([self._style, self._gauges, control_row(self.controls, settings)])
         self._clock = clock
         self._started = self._drawn = clock()
-        self._rest = 0.0  # seconds from one drawing to the next
+        self._pace = 0.0  # seconds between two drawings
 
     def __enter__(self) -> Self:
         """Show the panel below the cell."""
@@ -63,7 +63,7 @@ class Live:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Show the last state, and take the controls away."""
+        """Show the last state, and remove the controls."""
         failed = kind is not None and not issubclass(kind, GeneratorExit | UserError)
         if self._instruments is not None and not failed:
             self._instruments.read_losses()
@@ -75,7 +75,7 @@ class Live:
         self._done, self._total = self._done + 1, total
 
     def watch(self, run: TrainingRun, record: StepRecord) -> None:
-        """Note a step, and do what is asked between it and the next."""
+        """Note a step, then do what is asked."""
         if self._instruments is None or self._instruments.run is not run:
             self._instruments = Instruments(run)
         self._instruments.note(record)
@@ -83,12 +83,12 @@ class Live:
 
     def between_steps(self, run: TrainingRun) -> None:
         """Do what is asked, draw when it is time, wait while paused."""
-        if self.controls.have_wishes:
+        if self.controls.have_requests:
             self._obey(run)
-        if self._clock() - self._drawn >= self._rest:
+        if self._clock() - self._drawn >= self._pace:
             self.refresh("running")
-        if self.controls.paused and not self.controls.may_go_on():
-            self._hold(run)
+        if self.controls.paused and not self.controls.take_step():
+            self._pause(run)
 
     def refresh(self, status: str) -> None:
         """Bring the gauges up to date."""
@@ -99,11 +99,11 @@ class Live:
         state = self._instruments.state(status, done=self._done, total=self._total, seconds_left=left)
         self._gauges.value = panel_html(state)
         self._drawn = self._clock()
-        self._rest = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
+        self._pace = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
 
     @property
     def _is_over(self) -> bool:
-        """Whether the run that is followed has taken its last step."""
+        """Whether the run that is shown has taken its last step."""
         followed = self._instruments
         if followed is None or followed.latest is None:
             return False
@@ -114,19 +114,19 @@ class Live:
             run.save()
             if self._instruments:
                 self._instruments.remark("checkpoint written")
-                self._rest = 0.0
+                self._pace = 0.0
         if run.phase is not Phase.PREDICT and (settings := self.controls.take_settings()):
             run.change(**settings)
 
-    def _hold(self, run: TrainingRun) -> None:
-        """Wait while paused, with the clocks standing."""
+    def _pause(self, run: TrainingRun) -> None:
+        """Wait while paused, with the clocks stopped."""
         paused = self._clock()
         run.pause()
         self.refresh("paused")
-        while not self.controls.may_go_on():
+        while not self.controls.take_step():
             self.controls.wait(LEAST_SECONDS)
             self._obey(run)
-            if not self._rest:
+            if not self._pace:
                 self.refresh("paused")
         self._started += self._clock() - paused
 
@@ -147,13 +147,13 @@ class LiveBar(Progress):
 
 
 def _style() -> widgets.Widget:
-    """The gauges' style in a widget of its own: it is sent once, and not at each drawing."""
+    """The gauges' style in a widget of its own, so that it is sent once and not at each drawing."""
     return widgets.HTML(style_html(), layout=widgets.Layout(display="none"))
 
 
 @contextmanager
 def interrupts(controls: Controls) -> Iterator[None]:
-    """Ctrl-C, or the notebook's stop button, ends the loop after the step under way; pressed again, at once."""
+    """Ctrl-C, or the notebook's stop button, ends the loop after the current step; pressed again, at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

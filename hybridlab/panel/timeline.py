@@ -1,4 +1,4 @@
-"""The time line of a run: loss, phases and memory over its nominal steps, in a fixed number of columns."""
+"""The timeline of a run: loss, phases and memory over its nominal steps, in a fixed number of columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import groupby
 from hybridlab.study.record import Run
 
 COLUMNS = 240
-"""However long the run, it is drawn in no more."""
+"""At most, however long the run."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Column:
     predicted: int = 0
 
     def add(self, phase: str, memory_bytes: int, measured: float | None, predicted: float | None) -> None:
-        """Take a step in, its losses into the means."""
+        """Count a step, and its losses into the means."""
         self.steps_in[phase] += 1
         if self.steps_in[phase] > self.steps_in[self.phase]:
             self.phase = phase
@@ -42,9 +42,10 @@ class Column:
 
 @dataclass
 class Timeline:
-    """Grows by one step at a time.
+    """Loss, phases and memory step by step.
 
-    steps: of the whole run, which the time line is as long as
+    steps: of the whole run, which is the timeline's length
+    columns: by place, from 0; none where no step was noted
     """
 
     steps: int
@@ -52,7 +53,7 @@ class Timeline:
 
     @property
     def width(self) -> int:
-        """Columns in all."""
+        """The number of columns."""
         return min(COLUMNS, self.steps)
 
     def add(
@@ -77,9 +78,11 @@ class Timeline:
 
 
 def timeline_of(run: Run, steps: int) -> Timeline:
-    """What a run's record says of it so far, of so many steps in all.
+    """The timeline of a run's record so far.
 
-    Memory is the most that was seen in or before a step, since a step may have passed between two samples.
+    steps: of the whole run
+
+    Where no sample fell into a step, its memory is that of the last step that has one.
     """
     timeline = Timeline(steps)
     if run.steps.empty or run.vram.empty:
