@@ -190,6 +190,26 @@ def test_shares_of_a_checkpoint_on_the_host_go_to_where_the_gradients_are() -> N
     assert elsewhere.param_groups[0]["clip_shares"].device.type == "meta"
 
 
+@pytest.mark.parametrize("idle_steps", [1, 3, 45])
+def test_a_layer_that_was_idle_takes_its_whole_step_where_the_limit_is_far_away(idle_steps: int) -> None:
+    """An expert, a branch that began at zero, a head unfrozen late: what it brings says nothing about the others."""
+    torch.manual_seed(0)
+    first, second = (nn.Linear(8, 8, bias=False) for _ in range(2))
+    sgd = torch.optim.SGD([first.weight, second.weight], lr=1.0)
+    optimizer = StepInBackward(sgd, [[first.weight], [second.weight]], clip_norm=10.0)
+    x = torch.randn(4, 8)
+    for _ in range(idle_steps):
+        optimizer.zero_grad()
+        (0.1 * first(x)).square().mean().backward()
+        optimizer.step()
+    before, hidden = second.weight.detach().clone(), first(x)
+    (gradient,) = torch.autograd.grad(second(hidden).square().mean(), [second.weight])
+    optimizer.zero_grad()
+    second(hidden).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(before - second.weight.detach(), gradient)
+
+
 def test_a_step_whose_norm_is_not_finite_leaves_the_estimate_as_it_was() -> None:
     model = fresh()
     optimizer = StepInBackward(torch.optim.SGD(model.parameters(), lr=0.0), buckets_of(model), clip_norm=1.0)

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
+from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab.memory.apply import optimizer_for
+from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
+from hybridlab.optim import low_bit
 from hybridlab.optim.build import (
     MuonWithAdamW,
     OptimizerConfig,
@@ -27,11 +34,16 @@ def mini() -> GPT2:
     return GPT2(MINI)
 
 
+def loss_of(model: nn.Module) -> Tensor:
+    loss: Tensor = model(TOKENS[:, :-1], TOKENS[:, 1:])
+    return loss
+
+
 def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss: Tensor = model(TOKENS[:, :-1], TOKENS[:, 1:])
+        loss = loss_of(model)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -336,3 +348,95 @@ def test_set_lr_fills_a_tensor_rate_in_place() -> None:
     set_lr_(optimizer, 0.1)
     assert optimizer.param_groups[0]["lr"] is rate
     assert rate.item() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        *((name, memory) for name in ("adamw", "muon") for memory in ({}, {"step_in_backward": True})),
+        ("adamw", {"optimizer_state": "int8"}),
+    ],
+)
+def test_one_cycle_cycles_the_rate_and_the_momentum_of_every_group(name: str, memory: dict[str, Any]) -> None:
+    model = mini()
+    optimizer = optimizer_for(model, OptimizerConfig(name=name), MemoryConfig(**memory))
+    scheduler = OneCycleLR(optimizer, 1e-3, total_steps=10)
+    trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.plain(memory=MemoryConfig(**memory)))
+    for _ in range(6):
+        assert math.isfinite(trainer.step(lambda: loss_of(model)).loss)
+        scheduler.step()
+    for group in optimizer.param_groups:
+        momentum = group["momentum"] if name == "muon" else group["betas"][0]
+        assert 0.85 <= momentum < 0.95
+        assert 4e-5 < float(group["lr"]) < 1e-3
+
+
+def test_a_cycled_momentum_is_beta1_of_the_adamw_beside_muon() -> None:
+    weights = {}
+    for cycled in (False, True):
+        model = mini()
+        optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+        for group in optimizer.param_groups:
+            group["momentum"] = 0.8
+            if group["method"] == "adamw" and not cycled:
+                del group["momentum"]
+                group["betas"] = (0.8, group["betas"][1])
+        train(model, optimizer, 3)
+        weights[cycled] = nn.utils.parameters_to_vector(model.parameters())
+    assert torch.equal(weights[False], weights[True])
+
+
+@pytest.mark.parametrize("change", ["fill the rate", "a float rate", "weight decay"])
+def test_low_bit_adamw_compiles_once_however_its_settings_change(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted with dynamo alone, which needs no compiler; a first change from numbers to tensors costs one more."""
+    graphs = 0
+
+    def counting(graph: Any, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    update = torch.compile(low_bit._update.__wrapped__(False), fullgraph=True, dynamic=False, backend=counting)
+    monkeypatch.setattr(low_bit, "_update", lambda compiled: update)
+    model = nn.Linear(64, 64)
+    optimizer = optimizer_for(model, OptimizerConfig(), MemoryConfig(optimizer_state="int8"))
+    torch._dynamo.reset()
+    for step in range(1, 7):
+        for group in optimizer.param_groups:
+            match change:
+                case "fill the rate":
+                    group["lr"].fill_(1e-3 / step)
+                case "a float rate":
+                    group["lr"] = 1e-3 / step
+                case _:
+                    group["weight_decay"] = 0.1 / step
+        optimizer.zero_grad()
+        model(torch.ones(2, 64)).square().mean().backward()
+        optimizer.step()
+    assert graphs <= (1 if "rate" in change else 2)
+
+
+def test_an_optimizer_without_a_learning_rate_trains_as_in_plain_torch_and_refuses_a_schedule() -> None:
+    """As transformers' Adafactor with relative steps has it: lr=None in its group."""
+
+    class OwnRate(SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.sub_(0.1 * parameter.grad)
+
+    weights = []
+    for hybrid in (False, True):
+        model = mini()
+        optimizer = OwnRate(model.parameters(), lr=0.1)
+        optimizer.param_groups[0]["lr"] = None
+        if hybrid:
+            trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.plain())
+            for _ in range(3):
+                trainer.step(lambda model=model: loss_of(model))  # type: ignore[misc]
+        else:
+            train(model, optimizer, 3)
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*weights)
+    with pytest.raises(ValueError, match="OwnRate sets its own learning rate"):
+        set_lr_(optimizer, 0.5)

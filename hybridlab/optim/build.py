@@ -156,12 +156,18 @@ def step_with_(method: Optimizer, groups: list[ParamGroup], state: Mapping[Tenso
     method.step()
 
 
+def _with_cycled_beta1(group: ParamGroup) -> ParamGroup:
+    """The group; one of AdamW's to which a scheduler gave a "momentum" takes it as its beta1."""
+    return group | {"betas": (group["momentum"], group["betas"][1])} if {"betas", "momentum"} <= set(group) else group
+
+
 class MuonWithAdamW(Optimizer):
     """Muon for some parameters and AdamW for the others, as one optimizer.
 
     The groups and the state are this object's (`step_with_`), so that whoever reads, replaces, saves or restores them
     sees one ordinary optimizer. Muon's learning rate is scaled by 0.2 sqrt(max(rows, columns)), so that an update has
-    about the size of AdamW's.
+    about the size of AdamW's. A scheduler that cycles the momentum, such as OneCycleLR, gives each group a "momentum":
+    for AdamW's groups, beta1.
 
     Source: https://kellerjordan.github.io/posts/muon/; the scale, https://arxiv.org/abs/2502.16982.
     """
@@ -170,6 +176,7 @@ class MuonWithAdamW(Optimizer):
         self.methods: dict[str, Optimizer] = {"muon": muon, "adamw": adamw}
         groups = [group | {"method": name} for name, method in self.methods.items() for group in method.param_groups]
         super().__init__(groups, defaults={})
+        self.defaults = {"momentum": muon.defaults["momentum"]}  # what a scheduler looks at; the groups have it all
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of each method on its own groups."""
@@ -178,7 +185,8 @@ class MuonWithAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for name, method in self.methods.items():
-            step_with_(method, [group for group in self.param_groups if group["method"] == name], self.state)
+            groups = [group for group in self.param_groups if group["method"] == name]
+            step_with_(method, [_with_cycled_beta1(group) for group in groups], self.state)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -252,8 +260,12 @@ def set_lr_(optimizer: Optimizer, multiplier: float) -> None:
 
     The first call remembers each group's rate as its `initial_lr`. A rate kept in a tensor is filled in place, so that
     what was compiled or captured around it sees the change.
+
+    Raises ValueError where a group has no learning rate: such an optimizer sets its own.
     """
     for group in optimizer.param_groups:
+        if group.get("lr") is None:
+            raise ValueError(f"{type(optimizer).__name__} sets its own learning rate (lr=None): no schedule can")
         lr = multiplier * group.setdefault("initial_lr", float(group["lr"]))
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

@@ -15,8 +15,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.weak_hook import weak_hook
 from hybridlab.optim.build import step_with_
 
-LEAST_SHARE = 1e-12
-"""Where the shares that are known begin: what has none and brings nothing would make the norm NaN."""
+LEAST_SHARE = 1e-3
+"""Of the squared norm: a bucket that had less of it, such as an idle layer, tells nothing about the others."""
 
 
 class StepInBackward(Optimizer):
@@ -29,12 +29,16 @@ class StepInBackward(Optimizer):
     bucket (`step_with_`). The norm of all gradients is known only when the backward pass has ended, so clipping goes by
     an estimate: what has arrived so far, and the share of the whole that it had in the steps before.
 
-        norm_b  = sqrt(sum of |g_a|^2 / sum of share_a)      over the buckets a up to and with b
+        norm_b  = sqrt(scale (1 - idle share) + idle)        of the buckets a up to and with b
+        scale   = sum of |g_a|^2 / sum of share_a            over those that tell about the rest
+        idle    = sum of |g_a|^2, idle share = sum of share_a    over those that had less than `LEAST_SHARE`
         g_b     = g_b min(1, clip_norm / norm_b)
         share_a = (share_a + |g_a|^2 / |g|^2) / 2            after each step
 
-    It is exact for the last bucket, and for all where the shares stay as they were, however much the norm changes. The
-    first step takes its shares from a pass under `no_step`, or else from the buckets' sizes.
+    It is exact for the last bucket, and for all where the shares stay as they were, however much the norm changes. A
+    bucket that was idle, lately or in the step before, counts as itself; where only such ones have arrived, scale is
+    the squared norm of the step before. The first step takes its shares from a pass under `no_step`, or else from the
+    buckets' sizes.
 
     method: an optimizer that treats its parameters one by one, such as AdamW, SGD or Muon
     buckets: parameters whose gradients arrive together, such as a block's (`hybridlab.memory.checkpointing.buckets_of`)
@@ -48,6 +52,7 @@ class StepInBackward(Optimizer):
         self, method: Optimizer, buckets: Sequence[Sequence[nn.Parameter]], clip_norm: float | None = None
     ) -> None:
         super().__init__(method.param_groups, defaults={})
+        self.defaults = method.defaults  # what a scheduler looks at; the groups have it all
         self.method, self._clip = method, clip_norm
         self._buckets = [list(bucket) for bucket in buckets]
         self._matrices = [self._by_group({p for p in bucket if p.ndim > 1}) for bucket in self._buckets]
@@ -56,8 +61,9 @@ class StepInBackward(Optimizer):
         self._discards_gradients = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
         self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
-        self._known_square, self._known_share = self._squares.new_zeros(()), self._squares.new_full((), LEAST_SHARE)
         self.param_groups[0].setdefault("clip_shares", (sizes / sizes.sum()).to(self._squares.device))
+        self.param_groups[0].setdefault("clip_squares", torch.zeros_like(self._squares))
+        self._forget_arrivals()
         for i, bucket in enumerate(self._buckets):
             for param in bucket:
                 param.register_post_accumulate_grad_hook(weak_hook(self._arrive, i))  # type: ignore[no-untyped-call]
@@ -88,15 +94,16 @@ class StepInBackward(Optimizer):
         """Begin a new step."""
         self._arrived = [0] * len(self._buckets)
         self._squares.zero_()
-        self._known_square.zero_()
-        self._known_share.fill_(LEAST_SHARE)
+        self._forget_arrivals()
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a saved state."""
         super().load_state_dict(state_dict)
         settings = self.param_groups[0]
-        settings["clip_shares"] = settings["clip_shares"].to(self._squares.device)
+        for name in ("clip_shares", "clip_squares"):
+            settings[name] = settings.get(name, torch.zeros_like(self._squares)).to(self._squares.device)
+        self._forget_arrivals()
 
     @contextmanager
     def no_step(self) -> Iterator[None]:
@@ -133,18 +140,30 @@ class StepInBackward(Optimizer):
         """Take a bucket's squared norm into account, in few operations, as the host pays for each of them."""
         norms = torch.stack(torch._foreach_norm(gradients)).float()
         torch.dot(norms, norms, out=self._squares[i])
-        known = [self._known_square, self._known_share]
-        torch._foreach_add_(known, [self._squares[i], self.param_groups[0]["clip_shares"][i]])
+        square_and_share = torch.stack((self._squares[i], self.param_groups[0]["clip_shares"][i]))
+        self._known.addcmul_(self._tells[:, i, None], square_and_share)
+
+    def _forget_arrivals(self) -> None:
+        """Nothing is known of the coming step; of the buckets, who will tell about the rest: neither share was small.
+
+        _known: [tells or idle, square and share], sums over what has arrived; _tells: [tells or idle, bucket], 0 or 1
+        """
+        shares, before = (self.param_groups[0][name] for name in ("clip_shares", "clip_squares"))
+        tells = (shares >= LEAST_SHARE) & (before >= LEAST_SHARE * before.sum())
+        self._known, self._tells = shares.new_zeros(2, 2), torch.stack((tells, ~tells)).to(shares)
 
     def _estimated_norm(self) -> Tensor:
         """Norm of all gradients, from those that have arrived."""
-        return (self._known_square / self._known_share).sqrt()
+        (square, share), (idle, idle_share) = self._known
+        scale = torch.where(share > 0, square / share, self.param_groups[0]["clip_squares"].sum())
+        return (idle + scale * (1.0 - idle_share).clamp(min=0.0)).sqrt()
 
     def _learn_shares_(self, weight: float) -> None:
         """Take in how the squared norm was shared out among the buckets; all zero, NaN and infinite teach nothing."""
         whole, before = self._squares.sum(), self.param_groups[0]["clip_shares"]
-        shares = torch.lerp(before, self._squares / whole, weight)
-        self.param_groups[0]["clip_shares"] = torch.where((whole > 0) & whole.isfinite(), shares, before)
+        shares, teaches = torch.lerp(before, self._squares / whole, weight), (whole > 0) & whole.isfinite()
+        for name, new in (("clip_shares", shares), ("clip_squares", self._squares)):
+            self.param_groups[0][name] = torch.where(teaches, new, self.param_groups[0][name])
 
     def _by_group(self, chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
         """The chosen parameters, one list per group."""

@@ -39,8 +39,9 @@ def low_bit_adamw(
     The update and the formats are torchao's own. It compiles and calls that update parameter by parameter, which at
     GPT-2 XL's 580 parameters costs more than the training step itself; here a bucket's parameters go in one call, each
     in rows of the numbers that share a scale, so that one kernel reads and writes it once. On a CPU the update runs
-    uncompiled, so that no C++ compiler is needed. Biases and norms, most of the parameters and a thousandth of the
-    numbers, keep float32 moments and go through torch's own AdamW, all together.
+    uncompiled, so that no C++ compiler is needed; and on a GPU too, slower, once a scheduler has changed the betas, as
+    torchao takes these as numbers and would compile for each. Biases and norms, most of the parameters and a
+    thousandth of the numbers, keep float32 moments and go through torch's own AdamW, all together.
 
     buckets: parameters that one call steps; equal ones, such as a model's blocks, are compiled once
     stochastic_rounding: of bf16 weights, so that small updates are not lost
@@ -69,6 +70,12 @@ class InFewCalls(Optimizer):
     _new_buffer: Callable[[Tensor, bool], Tensor]
     bf16_stochastic_round: bool
 
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group, and remember what the update is compiled with."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["first_betas"], group["first_decay"] = tuple(group["betas"]), group["weight_decay"]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient."""
@@ -91,10 +98,11 @@ class InFewCalls(Optimizer):
             return
         for state in states:
             state["step"] += 1
-        _update(compiled=members[0][0].is_cuda)(
+        cycled = any(tuple(g["betas"]) != tuple(g.get("first_betas") or g["betas"]) for _, g in members)
+        _update(compiled=members[0][0].is_cuda and not cycled)(
             [_taken(p, state["exp_avg"], state["exp_avg_sq"]) for (p, _), state in zip(members, states, strict=True)],
             states[0]["step"],
-            [(g["lr"], *g["betas"], g["weight_decay"], g["eps"]) for _, g in members],
+            [_settings(group) for _, group in members],
             self.bf16_stochastic_round,
         )
 
@@ -131,6 +139,14 @@ class InFewCalls(Optimizer):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = new(param, True), new(param, False)
         return state
+
+
+def _settings(group: ParamGroup) -> tuple[Tensor | float, ...]:
+    """Learning rate, both betas, weight decay, eps: in tensors what may change, as each new number compiles anew."""
+    decay: float = group["weight_decay"]
+    changed = decay != group.get("first_decay", decay)
+    rate = torch.as_tensor(group["lr"], dtype=torch.float32)
+    return (rate, *group["betas"], torch.as_tensor(decay) if changed else decay, group["eps"])
 
 
 class Moment(NamedTuple):
@@ -205,7 +221,7 @@ def _update(compiled: bool) -> Callable[..., None]:
     def update_all(
         members: list[Member],
         step: Tensor,
-        settings: list[tuple[Tensor, float, float, float, float]],
+        settings: list[tuple[Tensor | float, ...]],
         stochastic_rounding: bool,
     ) -> None:
         for (p, g, mean, square), (lr, beta1, beta2, decay, eps) in zip(members, settings, strict=True):
