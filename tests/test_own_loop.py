@@ -380,6 +380,16 @@ def test_nan_at_an_acceptance_or_before_it_is_never_restored(config: HybridTrain
         run(accepted_at - steps_before)
 
 
+def test_nan_in_the_very_last_step_is_seen_when_asked() -> None:
+    model, inputs, wanted = regression()
+    trainer = HybridTrainer(model, SGD(model.parameters(), lr=0.01), PLAIN)
+    trainer.step(lambda: F.mse_loss(model(inputs), wanted))
+    trainer.check_finite()
+    trainer.step(lambda: F.mse_loss(model(inputs), wanted) * float("nan"))
+    with pytest.raises(DivergenceError, match="after step 2, the last one"):
+        trainer.check_finite()
+
+
 def test_nan_in_the_last_step_of_a_full_block_still_rolls_back_the_jump_before() -> None:
     model, inputs, wanted = regression()
     trainer = HybridTrainer(model, SGD(model.parameters(), lr=0.01), EAGER)
@@ -395,6 +405,7 @@ def test_nan_in_the_last_step_of_a_full_block_still_rolls_back_the_jump_before()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:the closure draws")
 @pytest.mark.parametrize("config", [EAGER, GATED], ids=["ungated", "gated"])
 def test_a_step_whose_closure_raised_can_be_tried_again(config: HybridTrainerConfig) -> None:
     def trained(*, failing: bool) -> tuple[Tensor, list[Any]]:

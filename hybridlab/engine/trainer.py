@@ -260,6 +260,17 @@ class HybridTrainer:
         }
         return by_clock[clock]
 
+    def check_finite(self) -> None:
+        """Raise DivergenceError where a weight is NaN or infinite; waits for the device.
+
+        Call it after the last step: what a step measured is judged at the next one.
+        """
+        if not self._weights.are_finite():
+            raise DivergenceError(
+                f"the weights are not finite after step {self._statistics.nominal_steps}, the last one: lower the "
+                "learning rate, warm up for longer, or look for empty batches and NaN in the data"
+            )
+
     # --- checkpoints -------------------------------------------------------------------------------------
 
     @property

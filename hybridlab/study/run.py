@@ -135,6 +135,7 @@ class TrainingRun:
                     self._log.catch_up()
                     raise
             self._log.catch_up()
+            self._trainer.check_finite()
             self._log.finish(self._summary())
         remove_checkpoint(self._folder / CHECKPOINT)
 
