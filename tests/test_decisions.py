@@ -68,6 +68,20 @@ def test_the_reliability_table_counts_every_proposal_in_its_bin() -> None:
     ]
 
 
+def test_the_acceptance_probability_follows_the_gates_own_outcomes() -> None:
+    gate = Gate(budget=0.02, max_horizon=50, horizon=20.0)
+    assert gate.acceptance_probability == 0.5
+    yes, no = best_length({0.0: [3.0, 3.1], 1.0: [2.9, 3.0]}), best_length({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]})
+    gate.record(yes, 0.1, forward_passes=8)
+    assert gate.acceptance_probability == pytest.approx(1.25 / 1.5)
+    gate.record(no, 0.1, forward_passes=8)
+    assert gate.acceptance_probability == pytest.approx((0.25 + 0.5) / (0.5 + 1.5))
+    assert gate.acceptance_reliability() == [
+        {"acceptance_probability": 0.5, "accepted_share": 1.0, "proposals": 1},
+        {"acceptance_probability": pytest.approx(1.25 / 1.5), "accepted_share": 0.0, "proposals": 1},
+    ]
+
+
 # --- corrector -----------------------------------------------------------------------------------
 
 

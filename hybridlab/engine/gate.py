@@ -14,7 +14,13 @@ FORWARD_COST = 1 / 3
 """Of a forward pass, in gradient steps."""
 
 RELIABILITY_BINS = 5
-"""Of the reliability table, over confidences from 0 to 1."""
+"""Of a reliability table, over predictions from 0 to 1."""
+
+FORGETTING = 0.5
+"""Weight of an outcome in the acceptance probability, relative to the one after it."""
+
+PRIOR_WEIGHT = 0.5
+"""Of an acceptance probability of 1/2 before any outcome, in outcomes."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,21 @@ class Gate:
 
     def reliability(self) -> list[dict[str, float]]:
         """Predicted confidence beside the share of proposals accepted, one row per bin that holds any."""
-        bins: dict[int, list[tuple[float, bool]]] = {}
-        for outcome in self.outcomes:
-            bins.setdefault(min(int(outcome[0] * RELIABILITY_BINS), RELIABILITY_BINS - 1), []).append(outcome)
-        return [_reliability(outcomes) for _, outcomes in sorted(bins.items())]
+        return _binned(self.outcomes, "confidence")
+
+    @property
+    def acceptance_probability(self) -> float:
+        """How likely the next proposal is to be accepted, from how the earlier ones of this run ended.
+
+        p = (PRIOR_WEIGHT / 2 + sum_i w_i accepted_i) / (PRIOR_WEIGHT + sum_i w_i)      w_i = FORGETTING ** age_i
+        """
+        return _acceptance_probability([accepted for _, accepted in self.outcomes])
+
+    def acceptance_reliability(self) -> list[dict[str, float]]:
+        """The acceptance probability told before each proposal beside the share accepted, a row per bin in use."""
+        accepted = [outcome for _, outcome in self.outcomes]
+        told = [(_acceptance_probability(accepted[:i]), outcome) for i, outcome in enumerate(accepted)]
+        return _binned(told, "acceptance_probability")
 
     def state_dict(self) -> dict[str, Any]:
         """The horizon, the costs, the outcomes."""
@@ -120,6 +137,20 @@ class Gate:
         vars(self).update(state | {"outcomes": [tuple(outcome) for outcome in state["outcomes"]]})
 
 
-def _reliability(outcomes: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    count, (confidences, accepted) = len(outcomes), zip(*outcomes, strict=True)
-    return {"confidence": sum(confidences) / count, "accepted_share": sum(accepted) / count, "proposals": count}
+def _acceptance_probability(accepted: Sequence[bool]) -> float:
+    weights = [FORGETTING**age for age in reversed(range(len(accepted)))]
+    taken = sum(weight for weight, outcome in zip(weights, accepted, strict=True) if outcome)
+    return (PRIOR_WEIGHT / 2 + taken) / (PRIOR_WEIGHT + sum(weights))
+
+
+def _binned(outcomes: Sequence[tuple[float, bool]], name: str) -> list[dict[str, float]]:
+    """Mean prediction, called `name`, beside the share accepted, for each bin of predictions that holds any."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for outcome in outcomes:
+        bins.setdefault(min(int(outcome[0] * RELIABILITY_BINS), RELIABILITY_BINS - 1), []).append(outcome)
+    return [_reliability(bins[i], name) for i in sorted(bins)]
+
+
+def _reliability(outcomes: Sequence[tuple[float, bool]], name: str) -> dict[str, float]:
+    count, (predicted, accepted) = len(outcomes), zip(*outcomes, strict=True)
+    return {name: sum(predicted) / count, "accepted_share": sum(accepted) / count, "proposals": count}

@@ -178,7 +178,7 @@ class JumpController:
         trial = Trial(proposal, max(1.0, scale * horizon), scale, gram.to_mean())
         if self.config.gate:
             self._trial = trial
-            return replace(result, event="proposed")
+            return replace(result, event="proposed", acceptance_probability=self.gate.acceptance_probability)
         trial.slopes.append(self._slopes(proposal, result))
         return self._accept(trial, 1.0, proposal.loss_change, result)
 

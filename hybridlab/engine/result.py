@@ -41,6 +41,7 @@ class StepResult:
     phase: the phase that it took place in
     predicted_loss: in nats, where the step was predicted; None for gradient steps
     confidence: of the predictor, in [0, 1], where it was asked
+    acceptance_probability: that the gate accepts, from its earlier decisions, where a trial was opened
     event: what was decided at this step; None mostly. Of a jump: "proposed", then "accepted" or "rejected". Of the
         divergence monitor, each with its finding behind a colon: "shortened", "left Predict", "rolled back",
         "diverged" (nothing to roll back), or "noted" (outside of a jump)
@@ -56,6 +57,7 @@ class StepResult:
     phase: Phase
     predicted_loss: float | None = None
     confidence: float | None = None
+    acceptance_probability: float | None = None
     event: str | None = None
     async_loss: AsyncScalar | None = None
     async_norm: AsyncScalar | None = None

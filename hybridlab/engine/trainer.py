@@ -238,6 +238,10 @@ class HybridTrainer:
         """Predicted confidence beside the share of proposals accepted, one row per bin of confidence."""
         return self._jumps.gate.reliability()
 
+    def acceptance_reliability(self) -> list[dict[str, float]]:
+        """The gate's acceptance probability beside the share of proposals accepted, one row per bin."""
+        return self._jumps.gate.acceptance_reliability()
+
     def forecast_skill(self) -> float | None:
         """How much better than persistence the predictor's forecasts of the loss were; None where it makes none.
 

@@ -241,6 +241,7 @@ class TrainingRun:
             "code": self._identity["code"],
             **statistics,
             "reliability": self._trainer.reliability(),
+            "acceptance_reliability": self._trainer.acceptance_reliability(),
             "forecast_skill": self._trainer.forecast_skill(),
             **self._training.evaluation,
             **{f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()},

@@ -12,7 +12,16 @@ from hybridlab.engine.result import Statistics, StepResult
 from hybridlab.study.record import RunRecorder
 from hybridlab.study.run_memory import RunMemory
 
-RESULT_COLUMNS = ("nominal_step", "phase", "measured_loss", "predicted_loss", "gradient_norm", "confidence", "event")
+RESULT_COLUMNS = (
+    "nominal_step",
+    "phase",
+    "measured_loss",
+    "predicted_loss",
+    "gradient_norm",
+    "confidence",
+    "acceptance_probability",
+    "event",
+)
 """Of a `StepResult`, as steps.parquet has them."""
 
 

@@ -121,19 +121,23 @@ def counts_table(comparisons: Iterable[Comparison]) -> Table:
     return table(rows, "Steps by kind (mean over seeds) and decisions (total over seeds)", means)
 
 
-def reliability_table(result: StudyResult) -> Table:
-    """Predicted confidence against how often proposals were accepted, over all runs, in the gate's own bins."""
-    outcomes = pd.DataFrame([row for run in result.runs.values() for row in run.closing_figures["reliability"]])
-    rows: list[dict[str, Any]] = [{"confidence": None, "accepted share": None, "proposals": 0}]
+def reliability_table(result: StudyResult, by: str = "confidence") -> Table:
+    """A prediction against how often proposals were accepted, over all runs, in the gate's own bins.
+
+    by: "confidence", the path's, or "acceptance_probability", the gate's
+    """
+    figure, said = ("reliability" if by == "confidence" else "acceptance_reliability"), by.replace("_", " ")
+    outcomes = pd.DataFrame([row for run in result.runs.values() for row in run.closing_figures.get(figure, [])])
+    rows: list[dict[str, Any]] = [{said: None, "accepted share": None, "proposals": 0}]
     if len(outcomes):
-        bins = (outcomes["confidence"] * RELIABILITY_BINS).astype(int).clip(upper=RELIABILITY_BINS - 1)
-        totals = outcomes[["confidence", "accepted_share"]].mul(outcomes["proposals"], axis=0).groupby(bins).sum()
+        bins = (outcomes[by] * RELIABILITY_BINS).astype(int).clip(upper=RELIABILITY_BINS - 1)
+        totals = outcomes[[by, "accepted_share"]].mul(outcomes["proposals"], axis=0).groupby(bins).sum()
         proposals = outcomes["proposals"].groupby(bins).sum()
         rows = [
-            {"confidence": mean["confidence"], "accepted share": mean["accepted_share"], "proposals": int(count)}
+            {said: mean[by], "accepted share": mean["accepted_share"], "proposals": int(count)}
             for (_, mean), count in zip(totals.div(proposals, axis=0).iterrows(), proposals, strict=True)
         ]
-    return table(rows, "Trials of the gate by confidence; calibrated means that the two columns agree")
+    return table(rows, f"Trials of the gate by {said}; calibrated means that the two columns agree")
 
 
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
