@@ -14,6 +14,7 @@ from hybridlab.notebook.views.memory import (
     memory_table,
     parts_table,
     predict_claim,
+    predict_rows,
     predict_table,
     predicted_claims,
     quality_claims,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from hybridlab.report.judged import judged
 from hybridlab.results.claims import Claim
 from hybridlab.results.publish import load_results
 
@@ -20,10 +21,22 @@ PROFILES = {
 MAIN = "rtx5080"
 """The profile that decides the plan's criteria: they are about a GPU."""
 
+MEMORY_NOTEBOOKS = ("00_", "04_", "05_", "06_")
+"""How the notebooks begin whose arms are memory settings."""
+
 REPORT = "09_report"
 """The notebook that only reads results: its own entry is no evidence."""
 
+PRESETS = ("conservative", "aggressive")
+"""Names that the presets of prediction and those of memory share."""
+
 Entry = Mapping[str, Any]
+
+
+def arm_in_words(arm: str, notebook: str) -> str:
+    """An arm as documents name it: of a preset, whether of prediction or of memory."""
+    kind = "memory" if notebook.startswith(MEMORY_NOTEBOOKS) else "prediction"
+    return f"{arm} ({kind} preset)" if arm.partition(",")[0] in PRESETS else arm
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,8 @@ class Published(Claim):
 
     @property
     def about(self) -> str:
-        """Its arm, or where it has none, its id."""
-        return self.arm or self.id
+        """Its arm in words, or where it has none, its id."""
+        return arm_in_words(self.arm, self.notebook) or self.id
 
     @property
     def predicted_steps(self) -> float:
@@ -80,10 +93,10 @@ class Evidence:
     ) -> list[Published]:
         """A profile's claims in the order of its notebooks, of one notebook, kind or arm where these are given."""
         claims = [
-            Published.from_record(claim, profile=profile, notebook=name)
+            claim
             for name, entry in self.entries.get(profile, {}).items()
             if notebook in (None, name)
-            for claim in entry.get("claims", [])
+            for claim in _claims(profile, name, entry)
         ]
         return [claim for claim in claims if kind in (None, claim.kind) and arm in (None, claim.arm)]
 
@@ -103,3 +116,9 @@ class Evidence:
     def sha256(self) -> str:
         """The hash of everything that documents are written from."""
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
+
+
+def _claims(profile: str, notebook: str, entry: Entry) -> list[Published]:
+    """An entry's claims, with the verdicts that their bases allow."""
+    claims = [Published.from_record(claim, profile=profile, notebook=notebook) for claim in entry.get("claims", [])]
+    return judged(claims, entry["parameters"])

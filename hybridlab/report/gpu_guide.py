@@ -12,7 +12,7 @@ from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published
 from hybridlab.report.recommendation import by_model
-from hybridlab.report.validation import devices, predicted_share
+from hybridlab.report.validation import devices, p_value, predicted_share
 from hybridlab.report.words import gigabytes, known_columns, quantity_interval, render, verdict_word
 from hybridlab.results.bounds import GPU_BYTES
 
@@ -71,7 +71,8 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
     return {
         "arm": claim.about,
         "steps predicted": predicted_share(claim),
-        "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
+        "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
+        "p, corrected": p_value(claim),
         "peak VRAM": gigabytes(vram.value("peak_memory")) if vram else None,
         "pays": verdict_word(claim.verdict_or_idle),
     }

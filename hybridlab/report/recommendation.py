@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
-from hybridlab.report.evidence import Evidence
+from hybridlab.report.evidence import Evidence, arm_in_words
 from hybridlab.report.validation import Cells, loss_change, notebook_link, step_time
 from hybridlab.report.words import gigabytes, known_columns, render
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
@@ -82,7 +82,7 @@ def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:
     estimated = row.get("estimated_5080_ms")
     return {
         "model": row["model"],
-        "arm": row["arm"],
+        "arm": arm_in_words(row["arm"], row["notebook"]),
         "peak VRAM": gigabytes(row["peak_memory_bytes"]),
         "below 14 GB": "yes" if _is_safe(row) else "no",
         **step_time(row),

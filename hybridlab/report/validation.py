@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.plan import PARTS
-from hybridlab.report.criteria import CRITERIA, Criterion, Finding, Outcome
-from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published
+from hybridlab.report.criteria import CRITERIA, OURS, Criterion, Finding, Outcome
+from hybridlab.report.estimates import ESTIMATES
+from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
 from hybridlab.report.words import (
     gigabytes,
     interval,
@@ -20,6 +21,8 @@ from hybridlab.report.words import (
     render,
     verdict_word,
 )
+from hybridlab.study.base import LEAST
+from hybridlab.study.comparison import SIGNIFICANCE
 
 Cells = dict[str, Any]
 """A row of a document's table: heading -> what stands below it."""
@@ -37,12 +40,15 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         pictures=pictures,
         devices=devices(evidence),
         glance=at_a_glance(evidence),
+        least=LEAST,
+        significance=f"{100 * SIGNIFICANCE:.0f} %",
         criteria=[(title, list(_criteria(group, evidence))) for title, group in CRITERIA.items()],
         speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
-        idle=[f"{claim.about} ({claim.notebook[:2]})" for claim in pays if claim.is_idle],
+        idle=[_idle(claim) for claim in pays if claim.is_idle],
         quality=[_claim(claim, "arm", claim.about, claim.verdict) for claim in evidence.claims(kind="quality")],
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
-        parts=[_parts(row) for _, row in memory],
+        parts=[_parts(notebook, row) for notebook, row in memory],
+        estimates=[estimate.cells(evidence) for estimate in ESTIMATES] if memory else [],
         claims=[(profile, PROFILES[profile], list(_notebooks(evidence, profile))) for profile in evidence.entries],
     )
 
@@ -63,8 +69,10 @@ def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", shor
 
 
 def at_a_glance(evidence: Evidence) -> str:
-    """How many of the plan's criteria came out which way, in one sentence."""
-    counts = Counter(criterion.outcome(evidence) for group in CRITERIA.values() for criterion in group)
+    """How many of the plan's criteria came out which way, in one sentence; those that repeat each other count once."""
+    plan = [criterion for title, group in CRITERIA.items() if title != OURS for criterion in group]
+    once = {(criterion.rules or criterion.text, criterion.need): criterion for criterion in plan}
+    counts = Counter(criterion.outcome(evidence) for criterion in once.values())
     words = [f"{outcome} {counts[outcome]}" for outcome in get_args(Outcome)]
     return f"The plan's {counts.total()} criteria: {', '.join(words)}."
 
@@ -103,9 +111,15 @@ def _gradient_steps(claim: Published) -> float:
     return claim.value("gradient_steps") or 0.0
 
 
+def p_value(claim: Published) -> str | None:
+    """Of a claim that an arm pays, corrected for the other arms of its study."""
+    p = claim.value("p_value")
+    return None if p is None else f"{p:.2g}"
+
+
 def _speedup(claim: Published, evidence: Evidence) -> Cells:
     speed = evidence.beside(claim, "speed")
-    time = speed.value("time_over_baseline") if speed else None
+    time = claim.value("time_over_baseline") or (speed.value("time_over_baseline") if speed else None)
     gradient = _gradient_steps(claim)
     return {
         "arm": claim.about,
@@ -113,17 +127,25 @@ def _speedup(claim: Published, evidence: Evidence) -> Cells:
         "time over the baseline's": None if time is None else f"{time:.2f}",
         "control: share of the steps": f"{gradient / (claim.predicted_steps + gradient):.2f}",
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
+        "p, corrected": p_value(claim),
         "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
         "pays": verdict_word(claim.verdict_or_idle),
         "notebook": notebook_link(claim.notebook, short=True),
     }
 
 
+def _idle(claim: Published) -> str:
+    """An arm that predicted nothing, with what asking cost it."""
+    time = claim.value("time_over_baseline")
+    cost = "time not published" if time is None else f"{time:.2f} times the baseline's time"
+    return f"{claim.about} ({claim.notebook[:2]}; {cost})"
+
+
 def _memory(notebook: str, row: MemoryRow) -> Cells:
     predicted, measured = row.get("predicted_allocated_bytes"), row.get("measured_allocated_bytes")
     return {
         "model": row["model"],
-        "arm": row["arm"],
+        "arm": arm_in_words(row["arm"], notebook),
         "predicted": gigabytes(predicted),
         "measured": gigabytes(measured),
         "predicted over measured": f"{predicted / measured:.3f}" if predicted and measured else None,
@@ -145,9 +167,11 @@ def loss_change(row: MemoryRow) -> str | None:
     return interval(row.get("loss_change"), row.get("loss_change_low"), row.get("loss_change_high"))
 
 
-def _parts(row: MemoryRow) -> Cells:
+def _parts(notebook: str, row: MemoryRow) -> Cells:
     parts = row.get("parts", {})
-    return {"model": row["model"], "arm": row["arm"]} | {part: gigabytes(parts.get(part)) for part in PARTS}
+    return {"model": row["model"], "arm": arm_in_words(row["arm"], notebook)} | {
+        part: gigabytes(parts.get(part)) for part in PARTS
+    }
 
 
 def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cells]]]:

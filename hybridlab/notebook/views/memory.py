@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.footprint import Footprint, PredictPhase
@@ -107,6 +108,14 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
     if not rows:
         return table([{"strategy": "no run jumped"}])
     return table(rows, "Between what leaves and what returns; times include both", formats)
+
+
+def predict_rows(phases: Mapping[str, PredictPhase], model: str) -> list[dict[str, Any]]:
+    """The table "predict" of a results file: live tensors in Predict, strategy by strategy."""
+    return [
+        {"arm": name, "model": model, "measured_allocated_bytes": phase.allocated_bytes}
+        for name, phase in phases.items()
+    ]
 
 
 # --- claims ----------------------------------------------------------------------------------------------

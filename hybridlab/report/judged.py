@@ -1,0 +1,68 @@
+"""Verdicts of copies that ran before verdicts needed a base and a correction: given again from what they published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from scipy import stats
+
+from hybridlab.results.claims import Claim, Quantity, Verdict, too_little
+from hybridlab.study.base import Base
+from hybridlab.study.comparison import SIGNIFICANCE
+from hybridlab.study.statistics import holm
+
+C = TypeVar("C", bound=Claim)
+
+ON_LOSSES = ("pays", "quality", "speed", "speedup")
+"""The kinds of claims that rest on losses."""
+
+
+def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
+    """The claims of one notebook; those on losses are open where too little was trained.
+
+    parameters: the notebook's own. A claim that several arms are corrected for keeps its verdict; an older one, without
+    a p-value, gets it from its interval and those of the notebook's other arms, and loses its step value, which
+    depended on the other arms' controls.
+    """
+    base, older = _base(parameters), [claim for claim in claims if _is_older(claim)]
+    p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
+    corrected = [_corrected(claim, p_values[claim.id], len(older)) if claim in older else claim for claim in claims]
+    return [_open(claim, base) if claim.kind in ON_LOSSES and base.lacks else claim for claim in corrected]
+
+
+def _base(parameters: Mapping[str, Any]) -> Base:
+    """What the notebook trained; how far the losses fell is not among its parameters."""
+    steps = parameters.get("reference_steps") or parameters.get("steps", 0)
+    tokens = steps * parameters.get("batch_size", 0) * parameters.get("block_size", 1)
+    return Base(steps, parameters.get("seeds", 1), tokens, math.inf)
+
+
+def _is_older(claim: Claim) -> bool:
+    return claim.kind == "pays" and bool(claim.value("predicted_steps")) and claim.quantity("p_value") is None
+
+
+def _p_value(claim: Claim, seeds: int) -> float:
+    """Of Student's test, from the interval that was published."""
+    loss = claim.quantity("loss_to_control")
+    if seeds < 2 or loss is None or loss.value is None or loss.low is None or loss.high is None:
+        return 1.0
+    if loss.high == loss.low:
+        return float(not loss.value)
+    t = abs(loss.value) / ((loss.high - loss.low) / 2) * stats.t.ppf(0.975, seeds - 1)
+    return float(2 * stats.t.sf(t, seeds - 1))
+
+
+def _corrected(claim: C, p_value: float, tested: int) -> C:
+    better = (claim.value("loss_to_control") or 0.0) < 0
+    decided: Verdict = "holds" if better else "fails"
+    kept = [quantity for quantity in claim.quantities if quantity.name != "step_value"]
+    more = (Quantity("p_value", p_value, unit="probability"), Quantity("arms_corrected_for", tested))
+    return replace(claim, verdict=decided if p_value < SIGNIFICANCE else "open", quantities=(*kept, *more))
+
+
+def _open(claim: C, base: Base) -> C:
+    said = claim.text if "too little to tell" in claim.text else claim.text + too_little(base)
+    return replace(claim, text=said, verdict="open")
