@@ -19,6 +19,8 @@ from hybridlab.notebook import (
     hybrid_claims,
     overhead_table,
     phases,
+    rate_claims,
+    rate_table,
     reliability_table,
 )
 from hybridlab.study import Comparison, StudyResult
@@ -98,6 +100,31 @@ def test_an_arm_that_predicted_nothing_tells_its_time() -> None:
     idle = compared(predicted_steps=0.0, time_ratio=Interval.of([4.3, 4.4, 4.5]))
     assert "in 4.40 times the baseline's time" in idle.sentence
     assert hybrid_claims(idle)[0].value("time_over_baseline") == pytest.approx(4.4)
+
+
+def at_rate(hybrid: float, control: float, worth: float | None) -> Comparison:
+    """Losses of three seeds that lie a hundredth apart."""
+    losses = [hybrid - 0.01, hybrid, hybrid + 0.01]
+    value = StepValue(worth, -1.0, 1.0, 3) if worth is not None else StepValue(None, -math.inf, math.inf, 3)
+    change = always(hybrid - control)
+    return compared(validation_loss=Interval.of(losses), to_control=change, step_value=value)
+
+
+def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> None:
+    """At the small rate the hybrid wins; the control's best rate is another, and there is nothing left to win."""
+    by_rate = {0.002: at_rate(4.0, 4.2, 0.76), 0.008: at_rate(3.9, 3.9, None)}
+    (claim,) = rate_claims(by_rate)
+    assert claim.verdict == "open"
+    assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.008, 0.008)
+    assert claim.value("step_value_at_0.002") == 0.76
+    (claim,) = rate_claims({0.002: at_rate(4.0, 4.2, 0.5), 0.008: at_rate(4.3, 4.1, -0.5)})
+    assert (claim.verdict, claim.value("loss_to_control")) == ("holds", pytest.approx(-0.1))
+    assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.002, 0.008)
+    assert rate_claims({0.002: at_rate(4.0, 4.2, 0.5)}) == []
+    cells = rate_table(by_rate).cells()
+    assert [row[0] for row in cells] == ["0.002", "0.008"]
+    assert cells[1][-1] == "open"
+    assert "no further rate" in rate_table({}).cells()[0][0]
 
 
 def test_an_arm_that_predicted_nothing_does_not_pay() -> None:

@@ -44,6 +44,8 @@ from hybridlab.notebook.views.study import (
     overhead_table,
     pays_claim,
     phases,
+    rate_claims,
+    rate_table,
     record_table,
     reliability_table,
     run_rows,

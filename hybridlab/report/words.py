@@ -38,6 +38,7 @@ FORMATS: dict[Unit, tuple[float, str, str]] = {
     "percent": (1, ".0f", " %"),
     "time ratio": (1, ".3f", ""),
     "probability": (1, ".2g", ""),
+    "rate": (1, "g", ""),
 }
 """By unit: what a value is multiplied with, its format, and what stands behind it."""
 
@@ -128,7 +129,7 @@ def _pictures_beginning(pictures: Mapping[str, str], name: str) -> str:
 
 def _value(q: Quantity) -> str:
     if q.value is None and q.low is None and q.high is None:
-        return "open" if q.name == "step_value" else "not finite"
+        return "open" if q.name.startswith("step_value") else "not finite"
     scale, spec, unit = FORMATS[q.unit]
     if q.value is not None and q.low is None and q.high is None:
         return f"{scale * q.value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds

@@ -11,7 +11,7 @@ from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval
 
 Verdict = Literal["holds", "fails", "open"]
-Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio", "probability"]
+Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio", "probability", "rate"]
 VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
 

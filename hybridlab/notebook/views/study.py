@@ -19,6 +19,8 @@ from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
 from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, holds_if, on_losses
 from hybridlab.study.comparison import Comparison
+from hybridlab.study.statistics import Interval
+from hybridlab.study.step_value import StepValue
 from hybridlab.study.study import BASELINE, StudyResult, is_plain
 
 PROMISED_SAVING = 0.4
@@ -267,13 +269,60 @@ def pays_claim(comparison: Comparison) -> Claim:
     if c.predicted_steps:
         quantities += [Quantity("p_value", c.p_value, unit="probability"), Quantity("arms_corrected_for", c.tested)]
     if worth:
-        quantities.append(Quantity("step_value", worth.value, _finite(worth.low), _finite(worth.high), "steps"))
+        quantities.append(_worth("step_value", worth))
     quantities.append(Quantity("gradient_steps", c.gradient_steps, unit="steps"))
     quantities.append(Quantity("predicted_steps", c.predicted_steps, unit="steps"))
     quantities.append(_time_over_baseline(c))
     words: dict[int, Verdict] = {-1: "holds", 0: "open", 1: "fails"}
     text = "predicting beats a plain run with as many gradient steps"
     return _on_losses("pays", c, text, words[c.sign] if c.predicted_steps else "fails", quantities)
+
+
+def rate_table(by_rate: Mapping[float, Comparison]) -> Table:
+    """One hybrid and its truncated control at several learning rates: what a predicted step is worth at each."""
+    rows: list[dict[str, Any]] = [
+        {
+            "learning rate": f"{rate:g}",
+            "control's loss (nats)": _control_loss(c).mean,
+            "hybrid's loss (nats)": c.validation_loss.mean,
+            "against equal gradient steps (nats)": str(c.to_control),
+            "worth of a predicted step": str(c.step_value) if c.step_value else None,
+        }
+        for rate, c in by_rate.items()
+    ]
+    caption = "The same jumps at several rates; at a rate that is high enough, a predicted step is worth nothing"
+    return table(rows or [{"learning rate": "no further rate was asked for"}], caption)
+
+
+def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
+    """That a hybrid beats its control when each has its best rate of as many; nothing of fewer than two."""
+    if len(by_rate) < 2:
+        return []
+    hybrid = min(by_rate, key=lambda rate: by_rate[rate].validation_loss.mean)
+    control = min(by_rate, key=lambda rate: _control_loss(by_rate[rate]).mean)
+    best = by_rate[hybrid]
+    pairs = zip(best.validation_loss.values, _control_loss(by_rate[control]).values, strict=True)
+    change = Interval.of([mine - other for mine, other in pairs])
+    quantities = (
+        Quantity.over_seeds("loss_to_control", change, "nats"),
+        Quantity("seeds", change.seeds),
+        Quantity("best_rate_of_hybrid", hybrid, unit="rate"),
+        Quantity("best_rate_of_control", control, unit="rate"),
+        *(_worth(f"step_value_at_{rate:g}", c.step_value) for rate, c in by_rate.items() if c.step_value),
+    )
+    text = f"predicting pays when hybrid and control each have the best of {len(by_rate)} learning rates"
+    decided = holds_below(*change.ends, 0.0)
+    return [on_losses("pays-at-best-rates", "", text, decided, quantities, best.base)]
+
+
+def _control_loss(c: Comparison) -> Interval:
+    """Of the truncated control, seed by seed."""
+    pairs = zip(c.validation_loss.values, c.to_control.values, strict=True)
+    return Interval.of([loss - change for loss, change in pairs])
+
+
+def _worth(name: str, worth: StepValue) -> Quantity:
+    return Quantity(name, worth.value, _finite(worth.low), _finite(worth.high), "steps")
 
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
