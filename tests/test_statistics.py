@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
+from hybridlab.notebook import pays_claim, run_rows
+from hybridlab.report.evidence import PROFILES
+from hybridlab.results.claims import Claim
+from hybridlab.results.publish import load_results, plain
+from hybridlab.study import StudyResult, compare
+from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval, holm
 from hybridlab.study.step_value import Array, PairedTest, SeedRuns, StepValue
+from tests.test_study import with_hybrids
 
 CURVES: dict[str, Callable[[Array], Array]] = {
     "linear": lambda n: 4.0 - n / 1000,
@@ -179,3 +189,81 @@ def test_holm_s_correction_by_hand() -> None:
     assert corrected == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+
+
+# What is committed can be computed again.
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = [
+    pytest.param(profile, notebook, entry, id=f"{profile}/{notebook}")
+    for profile in PROFILES
+    for notebook, entry in load_results(ROOT / "executed" / profile / "results.json").items()
+    if entry["claims"]
+]
+STUDIES = ("01_mnist_cnn", "03_gpt2_small_hybrid", "07_step_value")
+MEMORY = ("04_gpt2_small_memory", "05_gpt2_medium", "06_gpt2_xl")
+OLDER = {("cpu_long", "07_step_value"), *product(("rtx5080", "cpu"), (*STUDIES, *MEMORY))}
+"""Copies that ran before results carried their seeds' values (CHANGELOG, Known): take out what has run again."""
+
+OVER_SEEDS = {"loss_to_control", "loss_to_baseline", "loss_change", "perplexity_gap"}
+"""Quantities whose intervals are over seeds; others are over the rounds of a benchmark."""
+
+
+@pytest.mark.parametrize(("profile", "notebook", "entry"), ENTRIES)
+def test_every_committed_interval_over_seeds_is_that_of_its_seeds(profile: str, notebook: str, entry: Any) -> None:
+    claims = [Claim.from_record(claim) for claim in entry["claims"]]
+    intervals = [q for claim in claims for q in claim.quantities if q.name in OVER_SEEDS and q.low is not None]
+    without = [q.name for q in intervals if not q.per_seed]
+    assert not without or (profile, notebook) in OLDER
+    for quantity in intervals:
+        if quantity.per_seed and quantity.unit != "share":  # a share is that of an interval in nats
+            again = Interval.of(quantity.per_seed)
+            assert (again.mean, *again.ends) == pytest.approx(
+                (quantity.value, quantity.low, quantity.high), rel=1e-3, abs=1e-7
+            )
+
+
+@pytest.mark.parametrize(("profile", "notebook", "entry"), ENTRIES)
+def test_every_committed_comparison_follows_from_the_runs_beside_it(profile: str, notebook: str, entry: Any) -> None:
+    pays = [claim for claim in map(Claim.from_record, entry["claims"]) if claim.kind == "pays"]
+    rows = entry.get("tables", {}).get("runs")
+    assert rows or not pays or (profile, notebook) in OLDER
+    for claim in pays if rows else []:
+        again = pays_claim(compare(study_of(rows, entry["parameters"]), claim.arm))
+        assert (again.verdict, again.text) == (claim.verdict, claim.text)
+        for old in claim.quantities:
+            new = again.quantity(old.name)
+            assert new is not None
+            tolerance = {"step_value": 0.01, "p_value": 0.01}.get(old.name, 1e-4)  # losses keep six digits
+            assert (new.value, new.low, new.high) == pytest.approx((old.value, old.low, old.high), abs=tolerance)
+
+
+def study_of(rows: list[dict[str, Any]], parameters: dict[str, Any]) -> StudyResult:
+    """A study's closing figures as its table "runs" has them."""
+    task = {"batch_size": parameters["batch_size"], "block_size": parameters.get("block_size", 1)}
+    never = dict.fromkeys(("forward_only_passes", "proposals_accepted", "proposals_rejected"), 0)
+    never |= {"rollbacks": 0, "divergences": 0, "memory_source": "process"}
+    return StudyResult(
+        {
+            (row["arm"], row["seed"]): Run(
+                Path(),
+                {"task": task},
+                pd.DataFrame({"measured_loss": [row["first_loss"]]}),
+                pd.DataFrame(),
+                never | row,
+            )
+            for row in rows
+        }
+    )
+
+
+def test_a_table_of_runs_gives_the_comparison_again() -> None:
+    """The whole way: claims and rows into results, and out of them the claims again."""
+    result = with_hybrids(0.03, 0.02, -0.1, seeds=5)
+    claims = [pays_claim(compare(result, name)).record() for name in ("0", "1", "2")]
+    whole = {"claims": claims, "tables": {"runs": run_rows(result)}}
+    entry = plain(whole, not_finite=[]) | {"parameters": {"batch_size": 8, "block_size": 64}}
+    test_every_committed_comparison_follows_from_the_runs_beside_it("", "", entry)
+    next(row for row in entry["tables"]["runs"] if row["arm"] == "1")["validation_loss"] += 0.001
+    with pytest.raises(AssertionError):
+        test_every_committed_comparison_follows_from_the_runs_beside_it("", "", entry)
