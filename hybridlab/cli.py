@@ -105,8 +105,8 @@ def report(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a document is stale.")] = False,
 ) -> None:
     """Write what the documents say of results, from the results files in executed/ alone."""
+    from hybridlab.base.files import project_root
     from hybridlab.report import stale_files, write_report
-    from hybridlab.results.publish import project_root
 
     root = project_root()
     changed = stale_files(root) if check else write_report(root)
@@ -132,8 +132,8 @@ def runs(
     ] = None,
 ) -> None:
     """List recorded runs with their key figures."""
+    from hybridlab.base.files import project_root
     from hybridlab.notebook.compare_runs import find_runs, runs_table
-    from hybridlab.results.publish import project_root
     from hybridlab.study.memory_log import export_csv
     from hybridlab.study.tensorboard import export_tensorboard
 

@@ -16,6 +16,7 @@ start: str = "now"
 fast: bool = False
 widths: list[int] = [1, 2]
 limit: int | None = None
+resume: bool = False
 results: str = "runs"
 """
 

@@ -70,6 +70,15 @@ def writing_to(folder: Path, *, otherwise: str = "choose another folder") -> Ite
         raise UserError(f"cannot write in the folder {folder}: {reason}; make room there or {otherwise}") from error
 
 
+def project_root() -> Path:
+    """Find the folder with `pyproject.toml`, from the working folder upward. Raises UserError where there is none."""
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file():
+            return folder
+    raise UserError(f"no pyproject.toml in {here} or above it: start inside the project's folder")
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp")
 

@@ -38,15 +38,29 @@ def check_bounds(
 
     Whatever the bounds, NaN and the infinities are refused: no setting means anything by them.
     """
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
     for name in names:
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not (least <= number <= most and above < number < below):
-                said = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
-                said = said if math.isfinite(number) else ["finite", *said]
+            said = None if number is None else broken_bound(number, least=least, above=above, most=most, below=below)
+            if said:
                 off = ", or None" if "None" in str(settings.__dataclass_fields__[name].type) else ""
-                raise ValueError(f"{name} is {number}: it must be {' and '.join(said)}{off}")
+                raise ValueError(f"{name} is {number}: it must be {said}{off}")
+
+
+def broken_bound(
+    number: float,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> str | None:
+    """Say what a number outside of its bounds must be, as "at least 1"; None where it is inside and finite."""
+    if least <= number <= most and above < number < below:
+        return None
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    said = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
+    return " and ".join(said if math.isfinite(number) else ["finite", *said])
 
 
 def check_choice(what: str, name: str, known: Iterable[str]) -> None:

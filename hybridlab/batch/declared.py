@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from nbformat import NotebookNode
-
 from hybridlab.base.errors import UserError
 from hybridlab.base.settings import fits
 
@@ -35,16 +33,16 @@ class Parameter:
         return _in_words(self.kind)
 
 
-def declared_parameters(notebook: NotebookNode, name: str) -> dict[str, Parameter]:
+def declared_parameters(notebook: Mapping[str, Any], name: str) -> dict[str, Parameter]:
     """Read the cell tagged `parameters`: one-line annotated literals, in their order.
 
     Raises UserError where there is no such cell, or one of its lines is something else.
     """
-    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [cell for cell in notebook["cells"] if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if not tagged:
         raise UserError(f"{name}: no cell is tagged 'parameters': add the tag to the cell that declares them")
     try:
-        lines = ast.parse(tagged[0].source).body
+        lines = ast.parse("".join(tagged[0]["source"])).body
     except SyntaxError as error:
         raise UserError(f"{name}: line {error.lineno} of the parameters cell is not Python") from None
     parameters = [_parameter(line, name) for line in lines]

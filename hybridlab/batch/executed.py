@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import nbformat
-from nbformat import NotebookNode
+from typing import TYPE_CHECKING, Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 INJECTED = "injected-parameters"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -19,8 +21,25 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 def read_notebook(path: Path) -> NotebookNode:
     """Read a notebook file. Raises UserError where it is missing, unreadable, or no notebook."""
-    try:
+    import nbformat
+
+    with _reading(path):
         return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a notebook file as plain JSON: nbformat takes seconds to import. Raises as `read_notebook`."""
+    with _reading(path):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["nbformat"] != 4 or not isinstance(document["cells"], list):
+            raise ValueError
+        return dict(document)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such notebook") from None
     except OSError as error:
@@ -31,6 +50,8 @@ def read_notebook(path: Path) -> NotebookNode:
 
 def write_notebook(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook file, whole or not at all."""
+    import nbformat
+
     with replaced(path) as beside:
         nbformat.write(notebook, beside)  # type: ignore[no-untyped-call]
 
@@ -111,8 +132,7 @@ def _clean_output(output: NotebookNode, root: Path) -> NotebookNode | None:
 
 def _without_paths(value: Any, root: Path) -> Any:
     if isinstance(value, dict):
-        cleaned = {k: v if k.startswith("image/") else _without_paths(v, root) for k, v in value.items()}
-        return NotebookNode(cleaned)  # type: ignore[no-untyped-call]
+        return type(value)({k: v if k.startswith("image/") else _without_paths(v, root) for k, v in value.items()})
     if isinstance(value, list):
         return [_without_paths(item, root) for item in value]
     if isinstance(value, str):

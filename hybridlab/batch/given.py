@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,14 +16,16 @@ import yaml
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.batch.declared import Parameter
 
+PLAIN = r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
+
 
 @dataclass(frozen=True)
 class Given:
-    """A value given for a parameter: as read, as written (`raw`), and where."""
+    """A value given for a parameter: as read, as written (`raw`, a text or a list of such), and where."""
 
     name: str
     value: Any
-    raw: str
+    raw: Any
     place: str
 
 
@@ -45,7 +49,7 @@ def values_in_file(path: Path) -> list[Given]:
             raise UserError(f"{path}: '{name}' is given twice: keep one line")
         if name not in values:
             raise UserError(f"{path}: YAML reads the key {name} as {yaml.safe_load(name)!r}: write '{name}' in quotes")
-    return [Given(key.value, values[key.value], str(node.value), f"in {path}") for key, node in root.value]
+    return [Given(key.value, values[key.value], _written(node), f"in {path}") for key, node in root.value]
 
 
 def _text_of(path: Path) -> str:
@@ -91,7 +95,7 @@ def _readings(raw: str) -> Iterable[Any]:
     """Offer what a text may mean: what YAML makes of it, a number, the text itself."""
     with suppress(yaml.YAMLError):
         value = yaml.safe_load(raw)
-        if not isinstance(value, str) and not _is_sexagesimal(raw, value):
+        if not isinstance(value, str) and not _is_misread(_written(yaml.compose(raw, yaml.SafeLoader)), value):
             yield value
     if (number := _as_number(raw)) is not None:
         yield number
@@ -109,7 +113,7 @@ def checked_values(given: Iterable[Given], declared: Mapping[str, Parameter], na
             hint = nearest(item.name, declared) if declared else "it has none"
             raise UserError(f"'{item.name}' {item.place} is no parameter of {name}: {hint}")
         parameter = declared[item.name]
-        if not parameter.accepts(item.value) or _is_sexagesimal(item.raw, item.value):
+        if not parameter.accepts(item.value) or _is_misread(item.raw, item.value):
             raise UserError(_wrong_type(item, parameter))
         values[item.name] = item.value
     return values
@@ -117,7 +121,9 @@ def checked_values(given: Iterable[Given], declared: Mapping[str, Parameter], na
 
 def _wrong_type(item: Given, parameter: Parameter) -> str:
     scalar = not isinstance(item.value, str | list | dict | None)
-    if scalar and item.raw not in (str(item.value), str(item.value).lower()):
+    if isinstance(item.value, float) and not math.isfinite(item.value):
+        said = f"{item.raw} is no finite number"
+    elif _is_misread(item.raw, item.value) or (scalar and item.raw not in (str(item.value), str(item.value).lower())):
         said = f"YAML reads {item.raw} as {item.value!r}"
     else:
         said = f"{item.value!r} is {_described(item.value)}"
@@ -132,9 +138,16 @@ def _described(value: Any) -> str:
 
 def _fix(item: Given, parameter: Parameter) -> str:
     number = _as_number(item.value) if isinstance(item.value, str) else item.value
-    if _is_sexagesimal(item.raw, item.value) and parameter.accepts(item.value):
-        return f"write {item.value}, or '{item.raw}' in quotes,"
-    if parameter.accepts(item.raw) and item.raw and not isinstance(item.value, list | dict):
+    if str(item.value) in ("nan", "inf", "-inf"):
+        return f"write for example {json.dumps(parameter.default)}"
+    if _is_misread(item.raw, item.value) and parameter.accepts(item.value):
+        return f"write {item.raw.lstrip('0')}, or {item.value}" if str(item.raw).isdigit() else f"write {item.value}"
+    if (
+        isinstance(item.raw, str)
+        and parameter.accepts(item.raw)
+        and item.raw
+        and not isinstance(item.value, list | dict)
+    ):
         return f"write '{item.raw}' in quotes"
     if isinstance(number, float) and number.is_integer() and parameter.accepts(int(number)):
         return f"write {int(number)}"
@@ -158,6 +171,17 @@ def _yaml_number(text: str) -> str:
     return f"{mantissa}{mark}{sign}{exponent}"
 
 
-def _is_sexagesimal(raw: str, value: Any) -> bool:
-    """Tell a number that YAML 1.1 made of a text like 12:30."""
-    return ":" in raw and type(value) in (int, float)
+def _written(node: yaml.Node | None) -> Any:
+    """What a YAML node was written as: a text, or a list of what its items were."""
+    return (
+        [_written(item) for item in node.value]
+        if isinstance(node, yaml.SequenceNode)
+        else str(getattr(node, "value", ""))
+    )
+
+
+def _is_misread(raw: Any, value: Any) -> bool:
+    """Tell a number that YAML 1.1 made of what is no plain decimal: 12:30, 0200, 0x10, 1_000, .nan."""
+    if isinstance(raw, list) and isinstance(value, list):
+        return any(map(_is_misread, raw, value))
+    return type(value) in (int, float) and not re.fullmatch(PLAIN, raw)

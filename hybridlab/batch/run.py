@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nbformat import NotebookNode
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.files import project_root
 from hybridlab.batch.declared import declared_parameters, defaults
-from hybridlab.batch.engine import execute
-from hybridlab.batch.executed import clean_, read_notebook, stopping_place, unfinished, write_or_rescue
+from hybridlab.batch.executed import clean_, read_document, read_notebook, stopping_place, unfinished, write_or_rescue
 from hybridlab.batch.given import checked_values, from_options, value_on_command_line, values_in_file
+from hybridlab.batch.limits import check_limits
 from hybridlab.panel.progress import watched
 from hybridlab.results.parameters import asked, parameters_sha256
-from hybridlab.results.publish import environment, git_commit, load_results, project_root
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 WORK, PROGRESS = "work.ipynb", "progress.json"
 GO_ON = "the same command with --resume goes on with its training runs"
+REFUSALS = ("UserError", "ValueError", "TypeError")
+"""Errors by which a cell refuses what it was given: the same command ends the same way."""
 
 
 class RunFailed(Exception):
@@ -40,6 +45,7 @@ class Job:
 
     overrides: parameters that are given to the notebook; parameters: all that it asks with, its defaults included
     results: the file that it publishes to; None where it has no parameter `results`
+    resumable: it has a parameter `resume`
     """
 
     notebook: Path
@@ -48,6 +54,7 @@ class Job:
     parameters: dict[str, Any]
     results: Path | None
     root: Path
+    resumable: bool
 
     @property
     def partial(self) -> Path:
@@ -80,6 +87,8 @@ def run_notebook(
     stopped before its end, and where its copy had to be kept elsewhere; RunInterrupted where somebody stopped it.
     """
     job = prepared(notebook, output, files, settings, resume=resume)
+    from hybridlab.results.publish import environment, git_commit  # torch, which a refusal need not wait for
+
     commit = git_commit()
     with _working_folder() as folder:
         executed = _run(job, folder, console or Console())
@@ -107,21 +116,24 @@ def prepared(
 
     Raises UserError with what to mend.
     """
-    declared = declared_parameters(read_notebook(notebook), notebook.name)
+    declared = declared_parameters(read_document(notebook), notebook.name)
     root = project_root()
     given = [item for file in files for item in values_in_file(file)]
     given += from_options(output, resume, declared, root)
     given += [value_on_command_line(name, text, declared) for name, text in settings]
     overrides = checked_values(given, declared, notebook.name)
     parameters = defaults(declared) | overrides
+    check_limits(parameters, defaults(declared), {item.name: item.place for item in given})
     _check_name(notebook, output)
     folder = parameters.get("results")
     results = root / folder / "results.json" if isinstance(folder, str) else None
     _make_folders(output, *([results] if results else []))
-    return Job(notebook, output, overrides, asked(parameters), results, root)
+    return Job(notebook, output, overrides, asked(parameters), results, root, "resume" in declared)
 
 
 def _check_name(notebook: Path, output: Path) -> None:
+    if re.match(r"\w+:/\w", output.as_posix()) and not output.drive:
+        raise UserError(f"{output}: an address is no place for the output: name a file on this machine")
     if output.suffix != ".ipynb" or output.is_dir():
         raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
     if output.resolve() == notebook.resolve():
@@ -154,6 +166,8 @@ def _working_folder() -> Iterator[Path]:
 
 def _run(job: Job, folder: Path, console: Console) -> NotebookNode:
     """Run every cell. Raises RunFailed where one of them did not."""
+    from hybridlab.batch.engine import execute
+
     try:
         with watched(folder / PROGRESS, console):
             reason = execute(job.notebook, folder / WORK, job.overrides, folder / PROGRESS)
@@ -173,7 +187,8 @@ def _keep_partial(job: Job, work: Path, reason: str) -> str:
         copy = f"partial copy: {job.partial}"
     except UserError as error:
         copy = str(error)
-    return f"{stopping_place(executed)}: {' '.join(reason.split())} ({copy}); {GO_ON}"
+    said = f"{stopping_place(executed)}: {' '.join(reason.split())} ({copy})"
+    return f"{said}; {GO_ON}" if job.resumable and not reason.startswith(REFUSALS) else said
 
 
 def _as_it_ran(job: Job, work: Path) -> NotebookNode:
@@ -186,6 +201,8 @@ def _as_it_ran(job: Job, work: Path) -> NotebookNode:
 
 def summary_of(job: Job) -> list[str]:
     """The closing sentences that a finished run published; empty when it published none."""
+    from hybridlab.results.publish import load_results
+
     entry = load_results(job.results).get(job.notebook.stem, {}) if job.results else {}
     fresh = entry.get("parameters_sha256") == parameters_sha256(job.parameters)
     return entry["summary"] if fresh else []

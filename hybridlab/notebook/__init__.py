@@ -1,5 +1,6 @@
 """What a notebook calls: run a study, look at it, say what was found."""
 
+from hybridlab.base.files import project_root
 from hybridlab.benchmarks.footprint import footprint, footprints, predict_phase
 from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
 from hybridlab.benchmarks.step_overhead import step_overhead
@@ -58,5 +59,5 @@ from hybridlab.panel.frame import Frame, final_frame
 from hybridlab.results.bounds import GPU_BYTES
 from hybridlab.results.claims import Claim, Quantity, claims_table, holds_if
 from hybridlab.results.parameters import parameters_from
-from hybridlab.results.publish import project_root, publish
+from hybridlab.results.publish import publish
 from hybridlab.study.planning import room_for

@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 
 from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.files import project_root
 from hybridlab.charts.builders import Against, loss_curves
 from hybridlab.charts.display import Chart
 from hybridlab.charts.tables import table
 from hybridlab.notebook.live_table import LiveTable
-from hybridlab.results.publish import project_root
 from hybridlab.study.record import Run, runs_under
 from hybridlab.study.study import is_plain, label
 

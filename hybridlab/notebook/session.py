@@ -11,13 +11,13 @@ from weakref import finalize
 
 from hybridlab.base.checkpoint import has_checkpoint, remove_checkpoint
 from hybridlab.base.errors import UserError
+from hybridlab.base.files import project_root
 from hybridlab.engine.result import StepResult
 from hybridlab.panel.controls import Controls
 from hybridlab.panel.frame import Frame
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live, LiveBar, interrupts
 from hybridlab.panel.progress import Progress, in_jupyterlab
-from hybridlab.results.publish import project_root
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run

@@ -16,7 +16,7 @@ from filelock import FileLock
 from hybridlab import __version__
 from hybridlab.base.device import device_name, find_device
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import replaced
+from hybridlab.base.files import project_root, replaced
 from hybridlab.results.claims import Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
 
@@ -107,15 +107,6 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     raise TypeError(f"{where} is a {type(value).__name__}: results hold numbers, texts, lists and mappings")
-
-
-def project_root() -> Path:
-    """Find the folder with `pyproject.toml`, from the working folder upward. Raises UserError where there is none."""
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    raise UserError(f"no pyproject.toml in {here} or above it: start inside the project's folder")
 
 
 def environment() -> dict[str, Any]:

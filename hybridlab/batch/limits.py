@@ -1,0 +1,163 @@
+"""What a parameter may be beyond its type: bounds, choices, and what must hold between two of them.
+
+A parameter's name means the same in every notebook, so that one table serves all. Names stand here as text, since a
+refusal must not wait for torch; tests hold them against what the library knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.settings import broken_bound
+
+PREDICTORS = ("null", "linear", "adam_coast", "ema_nesterov", "snoo", "river", "dmd", "rre", "rssm")
+TEXTS = ("python", "markov", "uniform", "bin:PATH", "hf:NAME")
+FIRST_JUMP = 102
+"""Gradient steps before the first jump of `jumping_with`: two of warmup, and the path that its predictor needs."""
+IMAGES = ("digits", "mnist", "mnist:PATH")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one value may be, or each item of a list.
+
+    bounds: as `base.settings.broken_bound` takes them; choices: the names that are known; empty for any
+    """
+
+    bounds: Mapping[str, float]
+    choices: tuple[str, ...] = ()
+
+    def broken(self, value: Any) -> str | None:
+        """Say what is wrong with a value; None where nothing is."""
+        items = value if isinstance(value, list) else [value]
+        if doubled := next((item for item in items if items.count(item) > 1), None):
+            return f"{doubled!r} is named twice: keep one"
+        return next((said for item in items if (said := self._broken_item(item))), None)
+
+    def _broken_item(self, item: Any) -> str | None:
+        if isinstance(item, int | float) and (bound := broken_bound(item, **self.bounds)):
+            return f"it must be {bound}"
+        if self.choices and item not in self.choices:
+            return f"{item!r} is unknown: {nearest(item, self.choices)}"
+        return None
+
+
+def _bounds(**bounds: float) -> Limit:
+    return Limit(bounds)
+
+
+def _choice(*names: str) -> Limit:
+    return Limit({}, names)
+
+
+ANY, COUNT, COUNT_OR_NONE = _bounds(), _bounds(least=1), _bounds(least=0)
+LIMITS = {
+    "batch_size": COUNT,
+    "beta2": _bounds(least=0, below=1),
+    "block_size": COUNT,
+    "card_gb": COUNT_OR_NONE,
+    "cpu_threads": _bounds(least=0, most=1024),
+    "device": _choice("auto", "cuda", "cpu"),
+    "evaluate_every": COUNT,
+    "full_steps": COUNT,
+    "lr": _bounds(above=0),
+    "lr_factors": _bounds(above=0),
+    "max_bytes": COUNT_OR_NONE,
+    "model": _choice("nano", "tiny", "small", "medium", "large", "xl"),
+    "noise_seeds": COUNT,
+    "overhead_rounds": COUNT,
+    "panel_rounds": COUNT,
+    "panel_turn_steps": COUNT,
+    "precision": _choice("fp32", "tf32", "bf16"),
+    "predict_steps": COUNT_OR_NONE,
+    "predictor": _choice(*PREDICTORS),
+    "predictors": _choice(*PREDICTORS),
+    "reference_steps": COUNT_OR_NONE,
+    "seeds": COUNT,
+    "steps": COUNT,
+    "strict_steps": COUNT,
+    "validation_batches": COUNT,
+    "vocab_size": _bounds(least=2, most=2**16),
+    "warmup_steps": COUNT_OR_NONE,
+}
+"""name -> what it may be. A notebook whose own default breaks it means something else by the name, and is let be."""
+
+NOT_ABOVE = [("evaluate_every", "steps"), ("reference_steps", "steps"), ("strict_steps", "reference_steps")]
+BELOW = [("warmup_steps", "steps"), ("warmup_steps", "predict_steps"), ("full_steps", "predict_steps")]
+"""Pairs of which the first must not be above the second, or must be below it; a second of 0 switches off its part."""
+
+
+def check_limits(values: Mapping[str, Any], defaults: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """Hold all parameters of a notebook against their limits, then against each other.
+
+    values: what the notebook would run with; defaults: what it declares; places: where a value was given, if it was
+
+    Raises UserError that names the parameter and what would do.
+    """
+    for name, value in values.items():
+        limit = LIMITS.get(name, ANY)
+        if (said := limit.broken(value)) and not limit.broken(defaults[name]):
+            raise UserError(f"{name}: {value!r}{_place(name, places)}: {said}")
+    for check in (_order, _data, _vocabulary, _something_predicts, _jumps):
+        if said := check(values):
+            named = said.split(":")[0]
+            raise UserError(f"{said}{_place(named, places, ' (given {})')}")
+
+
+def _place(name: str, places: Mapping[str, str], form: str = " {}") -> str:
+    return form.format(places[name]) if name in places else ""
+
+
+def _order(values: Mapping[str, Any]) -> str | None:
+    """`warmup_steps` and `evaluate_every` within the run, references within what they stand beside."""
+    for pairs, margin, word in ((NOT_ABOVE, 0, "at most"), (BELOW, 1, "below")):
+        for name, other in pairs:
+            value, most = values.get(name), values.get(other)
+            if isinstance(value, int) and isinstance(most, int) and most and value + margin > most:
+                return f"{name}: {value} must be {word} {other}, which is {most}"
+    return None
+
+
+def _data(values: Mapping[str, Any]) -> str | None:
+    """The source is one of text where there is a language model, else one of images."""
+    source, forms = values.get("data"), TEXTS if "model" in values else IMAGES
+    if not isinstance(source, str) or "batch_size" not in values:
+        return None
+    kind, colon, rest = source.partition(":")
+    known = {(form.partition(":")[0], ":" in form) for form in forms}
+    fits = (kind, bool(colon)) in known and bool(rest) == bool(colon)
+    return None if fits else f"data: {source!r} is no source: {nearest(source, forms)}"
+
+
+def _vocabulary(values: Mapping[str, Any]) -> str | None:
+    small = values.get("data") == "python" and values.get("vocab_size", 257) < 257
+    return (
+        f"vocab_size: {values['vocab_size']} must be at least 257 (256 bytes and the end of a text)" if small else None
+    )
+
+
+def _something_predicts(values: Mapping[str, Any]) -> str | None:
+    """With no arm that predicts, a study of step value has nothing to compare."""
+    if not {"predictors", "guarded", "gate_alone", "unguarded"} <= set(values):
+        return None
+    if not values["predictors"]:
+        return "predictors: none is left: name one at least"
+    others = (values["gate_alone"] or values["unguarded"]) and set(values["predictors"]) - {"null"}
+    if values["guarded"] or others:
+        return None
+    return (
+        "predictors: none of them makes an arm: set guarded to true, or name one beside null and set unguarded to true"
+    )
+
+
+def _jumps(values: Mapping[str, Any]) -> str | None:
+    """Runs that jump must come to a jump; the memory study, which has several seeds, cannot leave them out."""
+    steps, studied = values.get("predict_steps"), "seeds" in values
+    if studied and steps == 0:
+        return "predict_steps: 0 must be at least 1, since strategies are compared on these runs"
+    if isinstance(steps, int) and not studied and 0 < steps <= FIRST_JUMP:
+        return f"predict_steps: {steps} must be above {FIRST_JUMP}, where the first jump comes, or 0 to run none"
+    return None
