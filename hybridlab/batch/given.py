@@ -173,11 +173,9 @@ def _yaml_number(text: str) -> str:
 
 def _written(node: yaml.Node | None) -> Any:
     """What a YAML node was written as: a text, or a list of what its items were."""
-    return (
-        [_written(item) for item in node.value]
-        if isinstance(node, yaml.SequenceNode)
-        else str(getattr(node, "value", ""))
-    )
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(item) for item in node.value]
+    return str(node.value) if node else ""
 
 
 def _is_misread(raw: Any, value: Any) -> bool:
