@@ -25,7 +25,7 @@ class Base:
         least, here = asdict(LEAST), asdict(self)
         words = {name: name.removesuffix("_nats") for name in least}
         return [
-            f"{here[name]:.6g} of {least[name]:.6g} {'nats of ' if name != word else ''}{word}"
+            f"{round(here[name], 2):.6g} of {least[name]:.6g} {'nats of ' if name != word else ''}{word}"
             for name, word in words.items()
             if not here[name] >= least[name]
         ]

@@ -354,7 +354,7 @@ def _speedup(comparison: Comparison) -> list[Claim]:
     if times is None or change is None:
         return []
     accurate = holds_below(-change.high, -change.low, ACCURACY_TOLERANCE)
-    text = f"{times} times as fast as the baseline, its accuracy at most {ACCURACY_TOLERANCE:.1%} lower"
+    text = f"{times} times as fast as the baseline, its accuracy at most {100 * ACCURACY_TOLERANCE:.1f} % lower"
     quantities = (Quantity.over_seeds("accuracy_change", change, "share"), _time_over_baseline(comparison))
     return [_on_losses("speedup", comparison, text, _both(_takes(comparison, 1 / times), accurate), quantities)]
 
