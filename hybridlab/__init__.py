@@ -1,9 +1,8 @@
-"""hybridlab: does predicting weights instead of running the backward pass pay, on your model and your card?"""
+"""hybridlab: does predicting weights instead of running the backward pass pay, on your model and your GPU?"""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from hybridlab.base.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hybridlab.engine.config import HybridTrainerConfig
@@ -13,12 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["HybridTrainer", "HybridTrainerConfig", "Phase", "StepResult"]
 __version__ = "0.1.0"
-
-_HOMES = {"HybridTrainer": "trainer", "HybridTrainerConfig": "config", "Phase": "phases", "StepResult": "result"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: the command line answers without waiting for torch."""
-    if name in _HOMES:
-        return getattr(import_module(f"hybridlab.engine.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'hybridlab' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

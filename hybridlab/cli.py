@@ -21,7 +21,6 @@ app = typer.Typer(
     help="Measure whether predicting weights and saving memory pay, on your model and your GPU.",
     epilog="Interactively: `make lab`. Everything at once: `make milestones PROFILE=cpu`.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -134,8 +133,6 @@ def runs(
     """List recorded runs with their key figures."""
     from hybridlab.base.files import project_root
     from hybridlab.notebook.compare_runs import find_runs, runs_table
-    from hybridlab.study.memory_log import export_csv
-    from hybridlab.study.tensorboard import export_tensorboard
 
     root = project_root() / folder
     if not root.is_dir():
@@ -147,8 +144,12 @@ def runs(
     for found in find_runs(folder, where=where or []) if tensorboard or csv else []:
         place = found.folder.relative_to(root)
         if tensorboard:
+            from hybridlab.study.tensorboard import export_tensorboard
+
             export_tensorboard(found, tensorboard / place)
         if csv:
+            from hybridlab.study.memory_log import export_csv
+
             export_csv(found, csv / place.with_suffix(".csv"))
     if tensorboard:
         print(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from hybridlab import __version__
+import hybridlab
+import hybridlab.notebook
+import hybridlab.study
 from hybridlab.cli import main
 from tests.notebook_maker import project, save, tiny_notebook
 
@@ -63,6 +68,21 @@ def test_outside_a_project_it_says_where_to_start(root, capsys):
     assert "no pyproject.toml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "likeliest"),
+    [
+        ("run tiny.ipynb -o out.ipynb -f 03_hybrid.yaml", "params/cpu/03_hybrid.yaml"),
+        ("run 03_hybrid.ipynb -o out.ipynb", "notebooks/03_hybrid.ipynb"),
+    ],
+)
+def test_a_wrong_file_name_suggests_one_of_the_project(root, capsys, arguments, likeliest):
+    for name in ("params/cpu/03_hybrid.yaml", "params/cpu/04_memory.yaml", "notebooks/03_hybrid.ipynb"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    assert ended(arguments) == 2
+    assert f"did you mean '{likeliest}'?" in capsys.readouterr().err
+
+
 def test_a_whole_run_ends_with_0_and_says_where_the_notebook_is(root, capfd):
     assert ended("run tiny.ipynb -o out/tiny.ipynb -p steps 4 -p lr 1e-4") == 0
     said, errors = capfd.readouterr()
@@ -106,9 +126,37 @@ def test_help_names_what_there_is(capsys, arguments, code):
     assert "hybridlab" in out + said
 
 
+HEAVY = {"torch", "scipy", "sklearn", "matplotlib", "plotly", "tokenizers"}
+
+
+def imported_by(code: str) -> set[str]:
+    """What a fresh interpreter has imported of `HEAVY` after this code."""
+    told = f"{code}; import sys; print(*{HEAVY} & set(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", told], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_commands_that_train_nothing_start_without_torch():
+    """One process for all of them: what any of them imports would be seen."""
+    assert imported_by("import hybridlab.cli, hybridlab.notebook.compare_runs, hybridlab.batch.run") == set()
+
+
+def test_a_lazy_package_exports_what_it_says():
+    for package in (hybridlab, hybridlab.study, hybridlab.notebook):
+        assert all(hasattr(package, name) for name in dir(package))
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = package.nothing
+
+
+def test_the_library_runs_as_a_module_and_completes_in_the_shell():
+    asked = {"_HYBRIDLAB_COMPLETE": "complete_bash", "COMP_WORDS": "hybridlab re", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "hybridlab"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked, check=False)
+    assert done.stdout.split() == ["report"]
+
+
 def test_the_version_is_said(capsys):
     assert ended("--version") == 0
-    assert capsys.readouterr().out == f"hybridlab {__version__}\n"
+    assert capsys.readouterr().out == f"hybridlab {hybridlab.__version__}\n"
 
 
 def test_data_prints_the_record_of_a_source(capsys):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, nearest
 
 ON_WINDOWS = os.name == "nt"
 """There no folder can be opened, and the system itself brings names to the disk."""
@@ -68,6 +69,18 @@ def writing_to(folder: Path, *, otherwise: str = "choose another folder") -> Ite
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"cannot write in the folder {folder}: {reason}; make room there or {otherwise}") from error
+
+
+def missing(path: Path, what: str, pattern: str) -> UserError:
+    """The error for a file that is not there, with the likeliest of those beside it or in the project.
+
+    what: as "parameter file"; pattern: where the project has such files, as "params/*/*.yaml"
+    """
+    known = {str(file) for file in path.parent.glob(f"*{Path(pattern).suffix}")}
+    with suppress(UserError):
+        known |= {os.path.relpath(file) for file in project_root().glob(pattern)}
+    likeliest = difflib.get_close_matches(str(path), known, n=4, cutoff=0.0)
+    return UserError(f"{path}: no such {what}{f': {nearest(path, likeliest)}' if likeliest else ''}")
 
 
 def project_root() -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.files import missing
 from hybridlab.batch.declared import Parameter
 
 PLAIN = r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
@@ -56,9 +57,7 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        beside = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
-        hint = f": {nearest(path.name, beside)}" if beside else ""
-        raise UserError(f"{path}: no such parameter file{hint}") from None
+        raise missing(path, "parameter file", "params/*/*.yaml") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8: a YAML file is wanted") from None
     except OSError as error:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
-
-from hybridlab.charts import plotly, png
 from hybridlab.charts.model import ChartData
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 class _Displayed:
@@ -26,10 +26,14 @@ class _Displayed:
 
     def plotly(self) -> go.Figure:
         """The interactive figure, as wide as its cell."""
+        from hybridlab.charts import plotly
+
         return plotly.figure_of(*self._grid())
 
     def png(self) -> bytes:
         """The picture, 900 pixels wide: the same bytes for the same chart."""
+        from hybridlab.charts import png
+
         return png.picture_of(*self._grid())
 
     def _repr_mimebundle_(

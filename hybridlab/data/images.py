@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.nn.functional import interpolate
 
 from hybridlab.base.errors import UserError, nearest
@@ -37,6 +35,9 @@ def load_images(source: str, *, cache: Path | None = None) -> ImageData:
 
 
 def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     small, labels = load_digits(return_X_y=True)  # [1797, 64], 0 to 16
     images = torch.from_numpy(small).view(-1, 1, 8, 8) * (255 / 16)
     scaled = interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)

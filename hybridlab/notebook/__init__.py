@@ -1,63 +1,70 @@
 """What a notebook calls: run a study, look at it, say what was found."""
 
-from hybridlab.base.files import project_root
-from hybridlab.benchmarks.footprint import footprint, footprints, predict_phase
-from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
-from hybridlab.benchmarks.step_overhead import step_overhead
-from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
-from hybridlab.notebook.session import Session, run_configs, run_study
-from hybridlab.notebook.views.memory import (
-    agreement_claims,
-    below_claim,
-    cost_table,
-    fit_claims,
-    format_agreement,
-    memory_table,
-    parts_table,
-    predict_claim,
-    predict_rows,
-    predict_table,
-    predicted_claims,
-    quality_claims,
-    reference_claims,
-    stable_run_claim,
-)
-from hybridlab.notebook.views.memory_charts import (
-    SAFE_PEAK,
-    memory_breakdown,
-    memory_timeline,
-    quality_against_memory,
-    vram_rows,
-)
-from hybridlab.notebook.views.panel import panel_claims, panel_table
-from hybridlab.notebook.views.study import (
-    baseline_claims,
-    by_seed,
-    comparison_chart,
-    comparison_table,
-    cost_claims,
-    counts_table,
-    curves,
-    final_table,
-    gradient_chart,
-    hybrid_claims,
-    loss_rows,
-    overhead_table,
-    pays_claim,
-    phases,
-    rate_claims,
-    rate_table,
-    record_table,
-    reliability_table,
-    run_rows,
-    stable_claim,
-    time_table,
-)
-from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
-from hybridlab.panel.cost import panel_overhead
-from hybridlab.panel.frame import Frame, final_frame
-from hybridlab.results.bounds import GPU_BYTES
-from hybridlab.results.claims import Claim, Quantity, claims_table, holds_if
-from hybridlab.results.parameters import parameters_from
-from hybridlab.results.publish import publish
-from hybridlab.study.planning import room_for
+from typing import TYPE_CHECKING
+
+from hybridlab.base.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from hybridlab.base.files import project_root
+    from hybridlab.benchmarks.footprint import footprint, footprints, predict_phase
+    from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
+    from hybridlab.benchmarks.step_overhead import step_overhead
+    from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
+    from hybridlab.notebook.session import Session, run_configs, run_study
+    from hybridlab.notebook.views.memory import (
+        agreement_claims,
+        below_claim,
+        cost_table,
+        fit_claims,
+        format_agreement,
+        memory_table,
+        parts_table,
+        predict_claim,
+        predict_rows,
+        predict_table,
+        predicted_claims,
+        quality_claims,
+        reference_claims,
+        stable_run_claim,
+    )
+    from hybridlab.notebook.views.memory_charts import (
+        SAFE_PEAK,
+        memory_breakdown,
+        memory_timeline,
+        quality_against_memory,
+        vram_rows,
+    )
+    from hybridlab.notebook.views.panel import panel_claims, panel_table
+    from hybridlab.notebook.views.study import (
+        baseline_claims,
+        by_seed,
+        comparison_chart,
+        comparison_table,
+        cost_claims,
+        counts_table,
+        curves,
+        final_table,
+        gradient_chart,
+        hybrid_claims,
+        loss_rows,
+        overhead_table,
+        pays_claim,
+        phases,
+        rate_claims,
+        rate_table,
+        record_table,
+        reliability_table,
+        run_rows,
+        stable_claim,
+        time_table,
+    )
+    from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
+    from hybridlab.panel.cost import panel_overhead
+    from hybridlab.panel.frame import Frame, final_frame
+    from hybridlab.results.bounds import GPU_BYTES
+    from hybridlab.results.claims import Claim, Quantity, claims_table, holds_if
+    from hybridlab.results.parameters import parameters_from
+    from hybridlab.results.publish import publish
+    from hybridlab.study.planning import room_for
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.files import project_root
-from hybridlab.charts.builders import Against, loss_curves
-from hybridlab.charts.display import Chart
 from hybridlab.charts.tables import table
 from hybridlab.notebook.live_table import LiveTable
 from hybridlab.study.record import Run, runs_under
-from hybridlab.study.study import is_plain, label
+
+if TYPE_CHECKING:
+    from hybridlab.charts.builders import Against
+    from hybridlab.charts.display import Chart
 
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""
@@ -76,6 +77,9 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     Plain runs (baselines and controls) are drawn as controls. Raises ValueError without runs, and UserError for a run
     that was not evaluated yet.
     """
+    from hybridlab.charts.builders import loss_curves
+    from hybridlab.study.study import is_plain
+
     if not runs:
         raise ValueError("there is nothing to draw: give at least one run")
     curves = dict(zip(_names(runs), (run.steps for run in runs), strict=True))
@@ -87,6 +91,8 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
+    from hybridlab.study.study import label
+
     names = [label(run.config["name"], run.config["seed"]) for run in runs]
     twice = {name for name in names if names.count(name) > 1}
     return [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from scipy import stats
+import scipy
 
 from hybridlab.results.claims import Claim, Quantity, Verdict, too_little
 from hybridlab.study.base import Base
@@ -51,8 +51,8 @@ def _p_value(claim: Claim, seeds: int) -> float:
         return 1.0
     if loss.high == loss.low:
         return float(not loss.value)
-    t = abs(loss.value) / ((loss.high - loss.low) / 2) * stats.t.ppf(0.975, seeds - 1)
-    return float(2 * stats.t.sf(t, seeds - 1))
+    t = abs(loss.value) / ((loss.high - loss.low) / 2) * scipy.stats.t.ppf(0.975, seeds - 1)
+    return float(2 * scipy.stats.t.sf(t, seeds - 1))
 
 
 def _corrected(claim: C, p_value: float, tested: int) -> C:

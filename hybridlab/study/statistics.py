@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Interval:
         mean, count = float(np.mean(values)), len(values)
         if count < 2:
             return cls(mean, -math.inf, math.inf, tuple(values))
-        half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
+        half = float(scipy.stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
         return cls(mean, mean - half, mean + half, tuple(values))
 
     @property
@@ -47,7 +47,7 @@ class Interval:
         if self.seeds < 2 or not math.isfinite(self.mean):
             return 1.0
         error = float(np.std(self.values, ddof=1)) / math.sqrt(self.seeds)
-        return float(2 * stats.t.sf(abs(self.mean) / error, self.seeds - 1)) if error else float(not self.mean)
+        return float(2 * scipy.stats.t.sf(abs(self.mean) / error, self.seeds - 1)) if error else float(not self.mean)
 
     @property
     def sign(self) -> int:
@@ -67,7 +67,7 @@ def median_ends(values: Sequence[float]) -> tuple[float, float]:
     six values, of which none are far enough out.
     """
     ordered = sorted(values)
-    k = int(stats.binom.ppf(0.025, len(ordered), 0.5))
+    k = int(scipy.stats.binom.ppf(0.025, len(ordered), 0.5))
     return (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
 
 

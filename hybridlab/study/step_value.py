@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.optimize import brentq
 
 Array = NDArray[np.float64]
 Scale = Callable[[Array], Array]
@@ -161,7 +160,7 @@ class PairedTest:
             return np.full((*self.losses.shape[:-1], len(q)), -math.inf)
         difference = self.difference(q)
         error = np.sqrt(difference.var(axis=-2, ddof=1) / seeds + self._misfit_squared(q))
-        return np.abs(difference.mean(axis=-2)) - stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * error
+        return np.abs(difference.mean(axis=-2)) - scipy.stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * error
 
     def difference(self, q: Array) -> Array:
         """d_s(q): [..., S, Q]."""
@@ -193,7 +192,7 @@ class PairedTest:
             return np.zeros(mean.shape[:-2])
         of_mean = (mean**2).sum(axis=(-2, -1)) / freedom
         of_seeds = ((residuals - mean) ** 2).sum(axis=(-2, -1)) / (freedom * (seeds - 1) * seeds)
-        found = of_mean > of_seeds * stats.f.ppf(CONFIDENCE, freedom, freedom * (seeds - 1))
+        found = of_mean > of_seeds * scipy.stats.f.ppf(CONFIDENCE, freedom, freedom * (seeds - 1))
         return np.where(found, of_mean - of_seeds, 0.0)
 
     @property
@@ -204,7 +203,7 @@ class PairedTest:
         return np.linspace(*self.range, POINTS)
 
     def _end(self, low: float, high: float) -> float:
-        return float(brentq(lambda q: self.excess(np.array([q]))[0], low, high))
+        return float(scipy.optimize.brentq(lambda q: self.excess(np.array([q]))[0], low, high))
 
 
 def _shown(number: float | None) -> str:
@@ -232,4 +231,4 @@ def _sign_changes(function: Callable[[Array], Array], grid: Array) -> list[float
     """Where a continuous function crosses 0 between points of a grid."""
     values = function(grid)
     crossings = np.flatnonzero((values[:-1] < 0) != (values[1:] < 0))
-    return [float(brentq(lambda q: function(np.array([q]))[0], grid[i], grid[i + 1])) for i in crossings]
+    return [float(scipy.optimize.brentq(lambda q: function(np.array([q]))[0], grid[i], grid[i + 1])) for i in crossings]

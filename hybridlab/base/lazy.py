@@ -1,0 +1,32 @@
+"""Packages that import what they export only when it is asked for, so that commands start without torch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__` (PEP 562), made from the imports that its file has for type checkers.
+
+        if TYPE_CHECKING:
+            from hybridlab.study.run import train
+        __getattr__, __dir__ = lazy_exports(__name__, __file__)
+
+    Raises AttributeError, as a module does, for a name that is not among them.
+    """
+    source = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
+    found = [
+        node for node in source if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hybridlab.")
+    ]
+    homes = {alias.name: node.module or "" for node in found for alias in node.names}
+
+    def get(name: str) -> Any:
+        if name in homes:
+            return getattr(import_module(homes[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get, lambda: sorted(homes)
