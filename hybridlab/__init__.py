@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from hybridlab.base.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from hybridlab.depth.schedule import DepthSchedule
     from hybridlab.engine.config import HybridTrainerConfig
     from hybridlab.engine.phases import Phase
     from hybridlab.engine.result import StepResult
     from hybridlab.engine.trainer import HybridTrainer
 
-__all__ = ["HybridTrainer", "HybridTrainerConfig", "Phase", "StepResult"]
+__all__ = ["DepthSchedule", "HybridTrainer", "HybridTrainerConfig", "Phase", "StepResult"]
 __version__ = "0.1.0"
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

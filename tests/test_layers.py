@@ -16,7 +16,7 @@ ROOT = Path(hybridlab.__file__).parent
 LAYERS = [
     {"base"},
     {"weights", "models", "data", "vram"},
-    {"predictors", "optim"},
+    {"predictors", "optim", "depth"},
     {"memory", "optimizers"},
     {"engine", "planner"},
     {"study"},

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import Conflict, MemoryConfig, refuse_conflicts
 from hybridlab.predictors import PREDICTORS
 from hybridlab.weights.gram import PathNeeds
@@ -35,6 +36,8 @@ class HybridTrainerConfig:
     clip_norm: gradient norm above which gradients are scaled down; None leaves them alone
     memory: what lets the model train in less memory; None is plain training. The trainer itself takes from it the
         number formats of each phase and what leaves the GPU in Predict; `hybridlab.memory.apply` does the rest
+    depth: how many blocks are trained when; None trains all from the start. Growth has a rollback snapshot as a jump
+        has, for `full_steps` steps, where `path_device` says
 
     Raises TypeError and ValueError that name the setting and its remedy.
     """
@@ -54,6 +57,7 @@ class HybridTrainerConfig:
     path_dtype: str = "fp32"
     clip_norm: float | None = None
     memory: MemoryConfig | None = None
+    depth: DepthSchedule | None = None
 
     @property
     def path_needs(self) -> PathNeeds | None:
@@ -112,5 +116,10 @@ class HybridTrainerConfig:
                 jumps and leaves and self.path_device == "same",
                 ("leaving the GPU in Predict", "path_device='same'"),
                 "the path and the rollback snapshot, larger than what leaves, would stay on it; set path_device='host'",
+            ),
+            (
+                self.depth is not None and memory.state_on_host,
+                ("depth", "state_on_host"),
+                "the optimizer on the host holds the state of all blocks from the start; leave one of them off",
             ),
         ]

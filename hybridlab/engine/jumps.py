@@ -108,6 +108,12 @@ class JumpController:
         self._trajectory, self._trial = self._new_trajectory(), None
         self._confirm_jump()
 
+    def begin_growth(self, snapshot: Snapshot) -> None:
+        """Blocks have joined: until a Full block has passed, what was before them can be restored."""
+        self.begin_path()
+        self._snapshot = snapshot
+        self._monitor.restart_warmup()
+
     # --- Full: proposing and trying ----------------------------------------------------------------------
 
     def begin_block(self) -> None:
@@ -146,7 +152,11 @@ class JumpController:
         """
         if self._trial is not None:
             return self._continue_trial(self._trial, probed, replace(result, forward_only_passes=len(probed)))
-        if not self.config.max_predict_steps or not self._trajectory.observe() or not self._block_ended(steps_in_block):
+        if not self.config.max_predict_steps:
+            if steps_in_block >= self.config.full_steps:
+                self._confirm_jump()
+            return result
+        if not self._trajectory.observe() or not self._block_ended(steps_in_block):
             return result
         if self._snapshot is not None and not self._weights.are_finite():
             return result  # the loss is read at the next step, and rolls back

@@ -44,11 +44,12 @@ class StepResult:
     acceptance_probability: that the gate accepts, from its earlier decisions, where a trial was opened
     event: what was decided at this step; None mostly. Of a jump: "proposed", then "accepted" or "rejected". Of the
         divergence monitor, each with its finding behind a colon: "shortened", "left Predict", "rolled back",
-        "diverged" (nothing to roll back), or "noted" (outside of a jump)
+        "diverged" (nothing to roll back), or "noted" (outside of a jump). Of a depth schedule: "grown", and how
     async_loss, async_norm: the measured loss and the gradient norm, perhaps still on the device
     forward_only_passes: forward passes without backward, those of the gate included
     jump_accepted: whether the proposal that was decided at this step was accepted; None where none was
-    diverged: whether training had gone wrong; rolled_back: whether a jump was rolled back for it
+    diverged: whether training had gone wrong; rolled_back: whether a jump, or a growth, was rolled back for it
+    depth: blocks that took part; None without a depth schedule; grown: whether blocks joined at this step
 
     Reading the loss or the norm of a step after the next one has begun does not stall the device.
     """
@@ -65,6 +66,8 @@ class StepResult:
     jump_accepted: bool | None = None
     diverged: bool = False
     rolled_back: bool = False
+    depth: int | None = None
+    grown: bool = False
 
     @cached_property
     def measured_loss(self) -> float | None:
@@ -89,6 +92,7 @@ class StepResult:
             self._measured_in_words(),
             self.predicted_loss is not None and f"predicted loss {self.predicted_loss:.4f}",
             self.confidence is not None and f"confidence {self.confidence:.2f}",
+            self.depth is not None and f"depth {self.depth}",
             self.event,
         )
         return f"StepResult({', '.join(part for part in parts if part)})"
@@ -116,6 +120,7 @@ class Statistics:
     proposals_rejected: int = 0
     rollbacks: int = 0
     divergences: int = 0
+    growths: int = 0
     seconds_by_phase: dict[str, float] = field(default_factory=lambda: {str(phase): 0.0 for phase in Phase})
 
     def count(self, result: StepResult, seconds: float) -> None:
@@ -128,4 +133,5 @@ class Statistics:
         self.proposals_rejected += result.jump_accepted is False
         self.divergences += result.diverged
         self.rollbacks += result.rolled_back
+        self.growths += result.grown
         self.seconds_by_phase[str(result.phase)] += seconds

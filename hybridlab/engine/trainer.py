@@ -17,6 +17,7 @@ from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.ranks import refuse_ranks
 from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.depth import DepthController
 from hybridlab.engine.divergence import Action
 from hybridlab.engine.jumps import Decision, JumpController
 from hybridlab.engine.passes import Passes
@@ -27,7 +28,7 @@ from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.predict_offload import PredictOffload
 from hybridlab.weights.reach import refuse_own_step, refuse_unreachable
 from hybridlab.weights.residency import Residency
-from hybridlab.weights.snapshot import Weights
+from hybridlab.weights.snapshot import Snapshot, Weights
 
 CLOCKS = ("nominal", "gradient", "worth")
 
@@ -78,6 +79,7 @@ class HybridTrainer:
         self.model, self.optimizer = model, optimizer
         self._initial_config = asdict(config)
         self._statistics = Statistics()
+        self._depth = DepthController(model, optimizer, config.depth, wait=config.full_steps)
         self._weights = Weights(model, optimizer, snapshots=config.path_storage.residency)
         self._passes = Passes(self._weights, optimizer, memory)
         self._offload = PredictOffload(model, self._weights, optimizer, memory)
@@ -97,6 +99,7 @@ class HybridTrainer:
         self._passes.check_parts(batch)
         if self._weights.have_changed:
             self._take_up_changes_()
+        grown = self._grow_()
         match self._phase:
             case Phase.WARMUP:
                 result = self._gradient_step(batch)
@@ -109,6 +112,8 @@ class HybridTrainer:
             case Phase.CORRECT:
                 result = self._gradient_step(batch)
                 self._jumps.correct_(result)
+        if grown:
+            result = replace(result, event=grown, grown=True)
         result = self._carry_out_(self._judge(result), result)
         self._advance(result)
         self._statistics.count(result, time.perf_counter() - started)
@@ -118,9 +123,10 @@ class HybridTrainer:
         """Forward, backward, clip, optimizer."""
         self._offload.prefetch_()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._passes.backward_(batch)
-        norm = self._passes.clip_(self.config.clip_norm)
-        self.optimizer.step()
+        with self._depth.gradient_step(self._statistics.nominal_steps):
+            loss = self._passes.backward_(batch)
+            norm = self._passes.clip_(self.config.clip_norm)
+            self.optimizer.step()
         return self._result(loss, async_norm=AsyncScalar(norm))
 
     def _predicted_step(self, batch: MicroBatches) -> StepResult:
@@ -134,7 +140,23 @@ class HybridTrainer:
 
     def _result(self, loss: Tensor | None, **more: Any) -> StepResult:
         async_loss = None if loss is None else AsyncScalar(loss)
-        return StepResult(self._statistics.nominal_steps + 1, self._phase, async_loss=async_loss, **more)
+        step = self._statistics.nominal_steps + 1
+        return StepResult(step, self._phase, async_loss=async_loss, depth=self._depth.depth, **more)
+
+    def _grow_(self) -> str | None:
+        """Let blocks join where the schedule says so, between jumps; what was done, in words."""
+        step = self._statistics.nominal_steps
+        if self._phase in (Phase.PREDICT, Phase.CORRECT) or not self._depth.is_due(step):
+            return None
+        if not self._weights.are_finite():
+            return None  # the loss is read at the end of this step, and decides
+        snapshot = replace(self._weights.snapshot(), depth=self._depth.depth)
+        event = self._depth.grow_(step)
+        self._weights.list_again_()
+        self._jumps.begin_growth(snapshot)
+        if self._phase is Phase.FULL:
+            self._enter(Phase.FULL)
+        return event
 
     def _take_up_changes_(self) -> None:
         """Other weights are trained from here: the path begins anew, and a jump under way ends."""
@@ -176,9 +198,20 @@ class HybridTrainer:
         rolled_back = decision.snapshot is not None
         if decision.snapshot is not None:
             self._offload.restore_()
-            self._weights.restore_(decision.snapshot)
+            self._restore_(decision.snapshot, result.nominal_step)
             self._delayed_result = None
         return replace(result, event=decision.event, diverged=decision.diverged, rolled_back=rolled_back)
+
+    def _restore_(self, snapshot: Snapshot, step: int) -> None:
+        """Put back what was before a jump or a growth."""
+        if snapshot.depth is None:
+            self._weights.restore_(snapshot)
+            return
+        self._depth.shrink_(snapshot.depth, step)
+        self._weights.list_again_()
+        self._jumps.begin_path()
+        self._weights.restore_(snapshot)
+        self._depth.forget_()
 
     def _advance(self, result: StepResult) -> None:
         """Let `next_phase` decide what comes after the step."""
@@ -298,6 +331,7 @@ class HybridTrainer:
             "phase": str(self._phase),
             "steps_in_phase": self._steps_in_phase,
             "statistics": asdict(self._statistics),
+            "depth": self._depth.state_dict(),
             "jumps": self._jumps.state_dict(),
             "delayed": delayed and [str(delayed.phase), delayed.measured_loss, delayed.gradient_norm],
         }
@@ -310,6 +344,9 @@ class HybridTrainer:
         if changed := ", ".join(differences(state["config"], self._initial_config)):
             raise UserError(f"this state was saved under other settings: {changed}")
         self._jumps.change(replace(self.config, **state["changed"]))
+        self._depth.load_state_dict(state["depth"])
+        self._weights.list_again_()
+        self._jumps.begin_path()
         self._jumps.load_state_dict(state["jumps"])
         self._phase, self._steps_in_phase = Phase(state["phase"]), state["steps_in_phase"]
         vars(self._statistics).update(state["statistics"])

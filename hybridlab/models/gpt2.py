@@ -18,7 +18,7 @@ from hybridlab.models.pretrained import load_pretrained_, read_settings
 
 Hidden = Float[Tensor, "batch time dim"]
 IGNORED_TARGET = -100
-SIZES = ("nano", "tiny", "small", "medium", "large", "xl")
+SIZES = ("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,19 @@ class GPT2Config:
         return replace(cls(vocab_size=512, block_size=64, n_layer=2, n_head=4, n_embd=64), **changes)
 
     @classmethod
+    def micro(cls, **changes: Any) -> GPT2Config:
+        """435,200 parameters in six blocks, for a CPU and minutes where depth is looked at."""
+        return replace(cls(vocab_size=2048, block_size=64, n_layer=6, n_head=4, n_embd=64), **changes)
+
+    @classmethod
     def tiny(cls, **changes: Any) -> GPT2Config:
         """1.07 million parameters, for a CPU and minutes."""
         return replace(cls(vocab_size=2048, block_size=128, n_layer=4, n_head=4, n_embd=128), **changes)
+
+    @classmethod
+    def mini(cls, **changes: Any) -> GPT2Config:
+        """6,223,488 parameters in twelve blocks, as deep as GPT-2 Small."""
+        return replace(cls(vocab_size=4096, block_size=512, n_layer=12, n_head=6, n_embd=192), **changes)
 
     @classmethod
     def small(cls, **changes: Any) -> GPT2Config:

@@ -81,6 +81,12 @@ class RunConfig:
         return self.schedule or Schedule().fitted_to(self.steps)
 
     @property
+    def trainer(self) -> HybridTrainerConfig:
+        """The trainer's settings, a depth schedule in shares of the run as steps."""
+        depth = self.hybrid.depth
+        return replace(self.hybrid, depth=depth.fitted_to(self.steps)) if depth else self.hybrid
+
+    @property
     def training_precision(self) -> str:
         """The number format in which the run trains and is judged."""
         return self.memory.mixed_precision.training if self.memory.mixed_precision else self.precision

@@ -21,6 +21,7 @@ RESULT_COLUMNS = (
     "confidence",
     "acceptance_probability",
     "event",
+    "depth",
 )
 """Of a `StepResult`, as steps.parquet has them."""
 

@@ -36,7 +36,7 @@ class Training:
         prepare_model_(self.task.model, config.memory)
         self._model = compile_(self.task, config.memory) if config.compiled else self.task.model
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
-        self.trainer = HybridTrainer(self.task.model, self._optimizer, config.hybrid)
+        self.trainer = HybridTrainer(self.task.model, self._optimizer, config.trainer)
         self.evaluation: dict[str, float] = {}
 
     def warm_up_(self) -> None:

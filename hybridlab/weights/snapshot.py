@@ -30,12 +30,14 @@ class Snapshot:
     optimizer: by the parameter's number, its state, tensors in their own shapes and types
     beside: by parameter, the names of the state that lay where the parameter does; state that is gone returns there
     buffers: the names of the buffers among the tensors, in order
+    depth: blocks that took part, where a schedule says how many do
     """
 
     tensors: tuple[Tensor, ...]
     optimizer: dict[int, dict[str, Any]] | None
     beside: dict[int, list[str]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    depth: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The fields, by name."""

@@ -1,0 +1,118 @@
+"""Decides how many blocks a step trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hybridlab.base.errors import UserError
+from hybridlab.depth.growth import forget_, grow_, positions
+from hybridlab.depth.schedule import DepthSchedule
+from hybridlab.depth.stack import BlockStack, restore_blocks_
+
+
+class DepthController:
+    """Owns the stack of blocks and the stage of its schedule; without a schedule the model is left as it is.
+
+    A growth that was rolled back is tried again `wait` steps later.
+
+    Raises UserError for a model without one stack of equal blocks, and for a schedule that does not fit it.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, schedule: DepthSchedule | None, wait: int) -> None:
+        self._optimizer, self._schedule, self._wait = optimizer, schedule, wait
+        self._stage, self._grown_at, self._not_before = 0, -(10**9), 0
+        if schedule is None:
+            restore_blocks_(model)
+            return
+        self._stack = BlockStack(model, schedule.blocks)
+        _refuse_misfit(schedule, self._stack)
+        self._positions = positions(schedule.rule, schedule.depths, len(self._stack))
+        self._stack.activate_(self._positions[0])
+
+    @property
+    def depth(self) -> int | None:
+        """Blocks that take part; None without a schedule."""
+        return None if self._schedule is None else len(self._stack.active)
+
+    def is_due(self, step: int) -> bool:
+        """Whether blocks join at this step, counted from 0."""
+        return self._schedule is not None and step >= self._not_before and self._schedule.stage_at(step) > self._stage
+
+    def grow_(self, step: int) -> str:
+        """Let the blocks of the step's stage join; what was done, in words."""
+        assert self._schedule is not None, "without a schedule no growth is due"
+        before, schedule = self.depth, self._schedule
+        self._stage, self._grown_at = schedule.stage_at(step), step
+        grow_(self._stack, self._optimizer, self._positions[self._stage], schedule.rule, schedule.outputs)
+        return f"grown: {before} -> {self.depth} blocks ({schedule.rule})"
+
+    def shrink_(self, depth: int, step: int) -> None:
+        """Bypass the blocks again that a growth had added; it is tried again later."""
+        self._stage = [len(active) for active in self._positions].index(depth)
+        self._not_before, self._grown_at = step + self._wait, -(10**9)
+        self._stack.activate_(self._positions[self._stage])
+
+    def forget_(self) -> None:
+        """Once the others are restored, nothing stays of what the growth made of the bypassed blocks."""
+        forget_(self._stack, self._optimizer)
+
+    @contextmanager
+    def gradient_step(self, step: int) -> Iterator[None]:
+        """Around a gradient step: random blocks are skipped, and the rate rises anew after growth, where asked."""
+        if self._schedule is None:
+            yield
+            return
+        rewarm = self._schedule.rewarm_steps
+        share = (step - self._grown_at + 1) / rewarm if rewarm else 1.0
+        skipped = self._stack.without(self._drawn(self._schedule, step))
+        with skipped, _rates_times(self._optimizer, share) if share < 1 else nullcontext():
+            yield
+
+    def _drawn(self, schedule: DepthSchedule, step: int) -> list[int]:
+        """The active blocks that this step skips; at least one is left."""
+        if not schedule.skip_share or step >= schedule.skip_until:
+            return []
+        active = self._stack.active
+        count = min(round(schedule.skip_share * len(active)), len(active) - 1)
+        return np.random.default_rng((schedule.skip_seed, step)).choice(active, max(count, 0), replace=False).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage, and when it began."""
+        return {"stage": self._stage, "grown_at": self._grown_at, "not_before": self._not_before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in a stage: weights and optimizer state of its blocks have been loaded."""
+        self._stage, self._grown_at, self._not_before = (state[k] for k in ("stage", "grown_at", "not_before"))
+        if self._schedule is not None:
+            self._stack.activate_(self._positions[self._stage])
+
+
+def _refuse_misfit(schedule: DepthSchedule, stack: BlockStack) -> None:
+    if schedule.in_shares:
+        raise UserError("the depth schedule is in shares of a run: give the trainer schedule.fitted_to(steps)")
+    last, total = schedule.depths[-1], len(stack)
+    if last > total or (last < total and not schedule.shallow):
+        raise UserError(
+            f"the depth schedule ends at {last} blocks and the model has {total}: let the last stage have {total}, or "
+            "set shallow=True for a control that never grows to full depth"
+        )
+
+
+@contextmanager
+def _rates_times(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Inside, every learning rate is `factor` times its own; a rate in a tensor changes in place."""
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+    saved = [rate.clone() if isinstance(rate, Tensor) else rate for _, rate in rates]
+    for group, rate in rates:
+        group["lr"] = rate.mul_(factor) if isinstance(rate, Tensor) else rate * factor
+    try:
+        yield
+    finally:
+        for (group, rate), value in zip(rates, saved, strict=True):
+            group["lr"] = rate.copy_(value) if isinstance(rate, Tensor) else value

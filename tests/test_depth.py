@@ -1,0 +1,382 @@
+"""Predicted depth: schedules, growth rules, and a trainer that grows a model while it trains."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig, Phase
+from hybridlab.base.errors import UserError
+from hybridlab.depth.growth import positions, sources
+from hybridlab.depth.stack import BlockStack
+from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, prepare_model_
+from hybridlab.models import GPT2, GPT2Config
+from hybridlab.optim import OptimizerConfig
+
+BLOCKS, GROWS_AT = 6, 8
+GROWING = DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)))
+
+
+def gpt2(**changes: Any) -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(GPT2Config(vocab_size=32, block_size=16, n_layer=BLOCKS, n_head=2, n_embd=16, **changes))
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(0, 32, (4, 17), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    tokens = batch(step)
+    return model(tokens[:, :-1], tokens[:, 1:])
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def trainer_of(
+    model: nn.Module,
+    depth: DepthSchedule | None = GROWING,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+    **settings: Any,
+) -> HybridTrainer:
+    settings = {"warmup_steps": 2, "full_steps": 4, "clip_norm": 1.0} | settings
+    return HybridTrainer(model, optimizer(model), HybridTrainerConfig.plain(depth=depth, **settings))
+
+
+def run(trainer: HybridTrainer, steps: range) -> list[Any]:
+    return [trainer.step(partial(loss_of, trainer.model, step)) for step in steps]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: DepthSchedule(()), "first at 0"),
+        (lambda: DepthSchedule(((5, 2), (9, 4))), "first at 0"),
+        (lambda: DepthSchedule(((0, 4), (9, 2))), "must rise"),
+        (lambda: DepthSchedule(((0, 2), (0, 4))), "must rise"),
+        (lambda: DepthSchedule(((0, 2), (9, 2.5))), "whole numbers"),
+        (lambda: DepthSchedule(((0, 2), (0.7, 6))), "whole numbers"),
+        (lambda: DepthSchedule(((0, -1), (9, 2))), "is none"),
+        (lambda: DepthSchedule(((0, 0), (9, 6))), "rule='fresh'"),
+        (lambda: DepthSchedule(((0, 2), (9, 6)), rule="copy"), "unknown"),
+        (lambda: DepthSchedule.shares(((0.0, 2), (1.5, 6))), "below 1"),
+        (lambda: DepthSchedule(((0, 2), (9, 6)), skip_share=1.0), "below 1"),
+        (lambda: DepthSchedule(((0, 2), (9, 6)), rewarm_steps=-1), "at least 0"),
+    ],
+)
+def test_a_schedule_that_cannot_be_meant_is_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_shares_of_a_run_become_steps_and_lists_of_a_parameter_file_tuples() -> None:
+    shares = DepthSchedule.shares([[0.0, 3], [0.7, 12]], skip_share=0.2, skip_until=0.5)  # type: ignore[arg-type]
+    assert shares.fitted_to(1000) == DepthSchedule(((0, 3), (700, 12)), skip_share=0.2, skip_until=500)
+    with pytest.raises(UserError, match="fitted_to"):
+        trainer_of(gpt2(), shares)
+
+
+@pytest.mark.parametrize(
+    ("rule", "depths", "stages"),
+    [
+        ("interleave", (3, 12), [(0, 4, 8), tuple(range(12))]),
+        ("interleave", (2, 7), [(0, 4), tuple(range(7))]),
+        ("interleave", (3, 6, 12), [(0, 4, 8), (0, 2, 4, 6, 8, 10), tuple(range(12))]),
+        ("stack", (2, 6), [(0, 1), tuple(range(6))]),
+        ("fresh", (0, 6), [(), tuple(range(6))]),
+    ],
+)
+def test_stages_are_spread_and_each_keeps_the_blocks_of_the_one_before(
+    rule: str, depths: tuple[int, ...], stages: list[tuple[int, ...]]
+) -> None:
+    assert positions(rule, depths, depths[-1]) == stages
+
+
+@pytest.mark.parametrize("depths", [(3, 7, 12), (5, 7, 11), (1, 2, 3, 48)])
+def test_stages_that_do_not_divide_each_other_still_nest(depths: tuple[int, ...]) -> None:
+    stages = [set(active) for active in positions("interleave", depths, depths[-1])]
+    assert [len(active) for active in stages] == list(depths)
+    assert all(inner <= outer and 0 in inner for inner, outer in itertools.pairwise(stages))
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("interleave", [[(0, 1)], [(0, 1)], [(3, 1)], [(3, 1)]]),
+        ("linear", [[(0, 2 / 3), (3, 1 / 3)], [(0, 1 / 3), (3, 2 / 3)], [(3, 1)], [(3, 1)]]),
+    ],
+)
+def test_new_blocks_come_from_their_neighbours(rule: str, expected: list[list[tuple[int, float]]]) -> None:
+    for position, shares in zip((1, 2, 4, 5), expected, strict=True):
+        found = sources(rule, position, (0, 3))
+        assert [source for source, _ in found] == [source for source, _ in shares]
+        assert [share for _, share in found] == pytest.approx([share for _, share in shares])
+
+
+# --- bypassing --------------------------------------------------------------------------------------------
+
+
+def test_a_bypassed_model_computes_what_a_model_of_its_active_blocks_does() -> None:
+    model = gpt2()
+    stack, shallow = BlockStack(model), gpt2()
+    stack.activate_((0, 3))
+    shallow.h = nn.ModuleList([shallow.h[0], shallow.h[3]])
+    assert torch.equal(loss_of(model, 0), loss_of(shallow, 0))
+    loss_of(model, 0).backward()
+    assert {i for i, block in enumerate(model.h) if block.ln_1.weight.grad is not None} == {0, 3}
+    assert list(model.state_dict()) == list(gpt2().state_dict())
+    stack.activate_(range(BLOCKS))
+    assert torch.equal(loss_of(model, 0), loss_of(gpt2(), 0))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_that_were_frozen_stay_frozen() -> None:
+    model = gpt2()
+    model.h[1].ln_1.weight.requires_grad_(False)
+    stack = BlockStack(model)
+    stack.activate_((0,))
+    stack.activate_(range(BLOCKS))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["h.1.ln_1.weight"]
+
+
+def test_the_next_trainer_finds_the_model_whole() -> None:
+    model = gpt2()
+    run(trainer_of(model, DepthSchedule.constant(1)), range(2))
+    trained = {name: p.clone() for name, p in model.state_dict().items()}
+    whole = gpt2()
+    assert not torch.equal(loss_of(model, 9), loss_of(whole, 9))
+    HybridTrainer(model, adamw(model))
+    whole.load_state_dict(trained)
+    assert torch.equal(loss_of(model, 9), loss_of(whole, 9))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class TwoStacks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.decoder = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.encoder, *self.decoder]:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_a_model_without_one_stack_is_refused_and_a_name_settles_it() -> None:
+    linear, two = nn.Linear(2, 2), TwoStacks()
+    with pytest.raises(UserError, match=r"no stack of equal blocks.*blocks='model.layers'"):
+        trainer_of(linear)
+    with pytest.raises(UserError, match=r"several stacks of blocks, encoder, decoder"):
+        trainer_of(two, DepthSchedule(((0, 1), (2, 3))))
+    with pytest.raises(UserError, match=r"no list of blocks named 'layers': it has encoder, decoder"):
+        trainer_of(two, DepthSchedule(((0, 1), (2, 3)), blocks="layers"))
+    trainer = trainer_of(two, DepthSchedule(((0, 1), (2, 3)), blocks="encoder"))
+    depths = [trainer.step(lambda: two(torch.ones(1, 4))).depth for _ in range(4)]
+    assert depths == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("last", [BLOCKS - 1, BLOCKS + 1])
+def test_the_last_stage_is_the_models_full_depth(last: int) -> None:
+    with pytest.raises(UserError, match=f"ends at {last} blocks and the model has {BLOCKS}"):
+        trainer_of(gpt2(), DepthSchedule(((0, 2), (5, last))))
+
+
+# --- growing ----------------------------------------------------------------------------------------------
+
+
+def test_one_stage_of_all_blocks_is_the_plain_loop_bit_for_bit() -> None:
+    plain, staged = gpt2(), gpt2()
+    run(trainer_of(plain, None), range(6))
+    results = run(trainer_of(staged, DepthSchedule(((0, BLOCKS),))), range(6))
+    assert same(weights(plain), weights(staged))
+    assert {result.depth for result in results} == {BLOCKS}
+
+
+@pytest.mark.parametrize("rule", ["interleave", "stack", "linear", "fresh"])
+def test_a_model_grows_at_its_step_and_says_so(rule: str) -> None:
+    trainer = trainer_of(gpt2(), DepthSchedule(((0, 2), (4, 3), (GROWS_AT, BLOCKS)), rule=rule))
+    results = run(trainer, range(12))
+    assert [result.depth for result in results] == [2] * 4 + [3] * 4 + [BLOCKS] * 4
+    events = {result.nominal_step: result.event for result in results if result.grown}
+    assert events == {5: f"grown: 2 -> 3 blocks ({rule})", 9: f"grown: 3 -> 6 blocks ({rule})"}
+    assert trainer.statistics().growths == 2
+
+
+def test_inactive_blocks_have_no_gradient_and_no_state_and_new_ones_that_of_their_source() -> None:
+    trainer = trainer_of(model := gpt2())
+    run(trainer, range(GROWS_AT))
+    state, first, second = trainer.optimizer.state, model.h[0].ln_1.weight, model.h[1].ln_1.weight
+    assert second.grad is None
+    assert second not in state
+    before = {name: value.clone() for name, value in state[first].items()}
+    source = first.detach().clone()
+    seen: dict[str, Any] = {}
+
+    def look() -> Tensor:
+        if not seen:
+            seen.update(weight=second.detach().clone(), **{k: v.clone() for k, v in state[second].items()})
+        return loss_of(model, GROWS_AT)
+
+    trainer.step(look)
+    assert torch.equal(seen.pop("weight"), source)
+    assert seen.keys() == before.keys()
+    assert all(torch.equal(seen[name], before[name]) for name in before)
+
+
+def test_fresh_blocks_leave_the_loss_unchanged_when_they_join() -> None:
+    trainer = trainer_of(model := gpt2(), DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)), rule="fresh"))
+    run(trainer, range(GROWS_AT))
+    before = loss_of(model, GROWS_AT).item()
+    assert trainer.step(lambda: loss_of(model, GROWS_AT)).loss == pytest.approx(before, abs=1e-6)
+
+
+def test_zero_blocks_grow_fresh() -> None:
+    trainer = trainer_of(model := gpt2(), DepthSchedule(((0, 0), (3, BLOCKS)), rule="fresh"))
+    assert [result.depth for result in run(trainer, range(6))] == [0] * 3 + [BLOCKS] * 3
+    assert any(block.attn.c_proj.weight.any() for block in model.h)
+
+
+def test_output_projections_of_other_names_are_asked_for() -> None:
+    two = TwoStacks()
+    depth = DepthSchedule(((0, 1), (1, 3)), rule="fresh", blocks="encoder")
+    trainer = trainer_of(two, depth)
+    trainer.step(lambda: two(torch.ones(1, 4)))
+    with pytest.raises(UserError, match=r"no layer named .*outputs="):
+        trainer.step(lambda: two(torch.ones(1, 4)))
+
+
+def test_the_rate_rises_anew_after_growth_where_asked() -> None:
+    rates: list[float] = []
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def watched(model: nn.Module) -> torch.optim.Optimizer:
+        optimizers.append(adamw(model))
+        optimizers[0].register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        return optimizers[0]
+
+    run(trainer_of(gpt2(), DepthSchedule(((0, 2), (3, BLOCKS)), rewarm_steps=4), watched), range(8))
+    assert rates == pytest.approx([3e-3] * 3 + [3e-3 * k / 4 for k in (1, 2, 3, 4)] + [3e-3])
+    assert optimizers[0].param_groups[0]["lr"] == 3e-3
+
+
+def test_layer_dropout_skips_blocks_at_random_and_not_in_the_decay() -> None:
+    model = gpt2()
+    trainer = trainer_of(model, DepthSchedule(((0, BLOCKS),), skip_share=0.5, skip_until=4))
+    skipped = []
+    for step in range(6):
+        trainer.step(lambda step=step: loss_of(model, step))
+        skipped.append(tuple(i for i, block in enumerate(model.h) if block.ln_1.weight.grad is None))
+    assert [len(blocks) for blocks in skipped] == [3] * 4 + [0] * 2
+    assert len(set(skipped[:4])) > 1
+    assert torch.equal(loss_of(model, 9), loss_of(model, 9))
+
+
+# --- rollback, checkpoints, other features ------------------------------------------------------------------
+
+
+def test_a_growth_that_diverges_is_rolled_back_and_tried_again() -> None:
+    trainer = trainer_of(model := gpt2())
+    run(trainer, range(GROWS_AT))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = trainer.optimizer.state[model.wte.weight]["exp_avg"].clone()
+
+    def spoilt() -> Tensor:
+        return loss_of(model, 0) * (float("nan") if len(trained_blocks(model)) == BLOCKS else 1.0)
+
+    results = [trainer.step(spoilt) for _ in range(2)]
+    assert results[0].grown
+    assert results[1].rolled_back
+    assert results[1].diverged
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(trainer.optimizer.state[model.wte.weight]["exp_avg"], state)
+    assert model.h[1].ln_1.weight not in trainer.optimizer.state
+    later = run(trainer, range(10, 18))
+    assert [result.depth for result in later] == [2] * 4 + [BLOCKS] * 4
+    assert trainer.statistics().growths == 2
+    assert trainer.statistics().rollbacks == 1
+
+
+def trained_blocks(model: GPT2) -> list[nn.Module]:
+    return [block for block in model.h if block.ln_1.weight.requires_grad]
+
+
+@pytest.mark.parametrize("at", [GROWS_AT - 1, GROWS_AT, GROWS_AT + 1, GROWS_AT + 3])
+@pytest.mark.parametrize("jumps", [0, 6])
+def test_training_resumes_bit_for_bit_before_at_and_after_growth(at: int, jumps: int) -> None:
+    settings = {"max_predict_steps": jumps, "confidence_threshold": 0.0, "gate": False, "correct_steps": 1}
+    steps = GROWS_AT + 12
+    whole = trainer_of(gpt2(), **settings)
+    run(whole, range(steps))
+    first = trainer_of(gpt2(), **settings)
+    run(first, range(at))
+    saved = [first.model.state_dict(), first.optimizer.state_dict(), first.state_dict()]
+    second = trainer_of(model := gpt2(), **settings)
+    model.load_state_dict(saved[0])
+    second.optimizer.load_state_dict(saved[1])
+    second.load_state_dict(saved[2])
+    results = run(second, range(at, steps))
+    assert same(weights(whole.model), weights(model))
+    counts = [trainer.statistics() for trainer in (whole, second)]
+    assert counts[0].growths == counts[1].growths == 1
+    assert counts[0].predicted_steps == counts[1].predicted_steps
+    assert not jumps or any(result.phase is Phase.PREDICT for result in results)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon", "sgd"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_every_optimizer_grows(name: str, in_backward: bool) -> None:
+    memory = MemoryConfig(step_in_backward=in_backward, clip_in_backward=1.0 if in_backward else None)
+    config = OptimizerConfig(name, lr=3e-3)
+    model = gpt2()
+    trainer = trainer_of(
+        model,
+        optimizer=lambda m: optimizer_for(m, config, memory),
+        memory=memory,
+        clip_norm=None if in_backward else 1.0,
+    )
+    results = run(trainer, range(GROWS_AT + 4))
+    assert results[-1].depth == BLOCKS
+    state = trainer.optimizer.state
+    assert {tuple(state[p]) for p in model.h[0].parameters()} == {tuple(state[p]) for p in model.h[1].parameters()}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "memory", [MemoryConfig(checkpointing=CheckpointingConfig()), MemoryConfig(loss_chunk_tokens=8)]
+)
+def test_checkpointed_blocks_and_chunked_losses_change_no_result(memory: MemoryConfig) -> None:
+    plain, saving = gpt2(), gpt2(loss_chunk_tokens=memory.loss_chunk_tokens)
+    prepare_model_(saving, memory)
+    run(trainer_of(plain, optimizer=sgd), range(GROWS_AT + 2))
+    run(trainer_of(saving, optimizer=sgd, memory=memory), range(GROWS_AT + 2))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain), weights(saving), strict=True))
+
+
+def test_state_on_the_host_is_refused_when_the_settings_are_made() -> None:
+    with pytest.raises(ValueError, match="state_on_host"):
+        HybridTrainerConfig.plain(depth=GROWING, memory=MemoryConfig(state_on_host=True))
