@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import hybridlab
-from hybridlab import HybridTrainerConfig
+from hybridlab import DepthSchedule, HybridTrainerConfig
 from hybridlab.memory import (
     CheckpointingConfig,
     GradientAccumulationConfig,
@@ -31,6 +31,7 @@ RUN = RunConfig("run", TextTaskConfig("nano"), steps=10)
 SETTINGS: list[Any] = [
     GpuOverhead(),
     CheckpointingConfig(),
+    DepthSchedule(((0, 2), (5, 4))),
     GPT2Config.nano(),
     GradientAccumulationConfig(),
     HybridTrainerConfig(),
@@ -48,7 +49,7 @@ SETTINGS: list[Any] = [
 ]
 FIELDS = [(settings, field.name, str(field.type)) for settings in SETTINGS for field in fields(settings)]
 IDS = [f"{type(settings).__name__}.{name}" for settings, name, _ in FIELDS]
-NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2])]
+NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) and field[1] != "stages"]
 
 ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ABOVE_ZERO = (
@@ -56,7 +57,7 @@ ABOVE_ZERO = (
     "decay_fraction divergence_threshold eps evaluate_every every full_steps gate_batches lr micro_batches "
     "n_embd n_head n_layer rows seeds steps total_steps validation_batches vocab_size"
 )
-BELOW_ONE = {"betas", "control_fractions", "dropout", "momentum", "velocity"}
+BELOW_ONE = {"betas", "control_fractions", "dropout", "momentum", "skip_share", "velocity"}
 UP_TO_ONE = {"confidence_threshold", "decay_fraction", "final_fraction", "gate_budget"}
 
 
