@@ -9,8 +9,20 @@ from typing import Any
 import pytest
 
 from hybridlab.engine.result import Statistics
-from hybridlab.panel.html import Losses, Memory, Position, Speed, State, bar_html, frame_html, panel_html, style_html
-from hybridlab.panel.instruments import memory_of, work_of
+from hybridlab.panel.html import (
+    Losses,
+    Memory,
+    Position,
+    Proposals,
+    Speed,
+    State,
+    Training,
+    bar_html,
+    frame_html,
+    panel_html,
+    style_html,
+)
+from hybridlab.panel.instruments import decision_of, memory_of, work_of
 from hybridlab.panel.timeline import COLUMNS, Timeline
 
 CARD = Memory(True, 16 * 10**9, 9 * 10**9, 12_500_000_000, 5 * 10**9, 8 * 10**9, 10**9)
@@ -40,15 +52,14 @@ def text(drawn: str) -> str:
 def test_the_card_is_shown_in_parts_beside_its_line_and_its_peak() -> None:
     seen = text(panel_html(state()))
     assert "GPU memory 9.00 of 16.0 GB" in seen
-    for part in ("allocated by torch 5.00 GB", "reserved by torch 8.00 GB", "other 1.00 GB", "peak so far 12.50 GB"):
+    for part in ("allocated 5.00 GB", "reserved 8.00 GB", "other 1.00 GB", "peak 12.50 GB", "1.50 GB below 14 GB"):
         assert part in seen
-    assert "14 GB line 1.50 GB below" in seen
-    assert "14 GB line 0.50 GB above" in text(panel_html(state(memory=replace(CARD, peak_bytes=14_500_000_000))))
+    assert "0.50 GB above 14 GB" in text(panel_html(state(memory=replace(CARD, peak_bytes=14_500_000_000))))
 
 
 def test_without_a_gpu_the_panel_says_whose_memory_it_shows() -> None:
     drawn = panel_html(state(memory=PROCESS))
-    assert "Process memory (no GPU) 2.00 of 32.0 GB" in text(drawn)
+    assert "Process memory (no GPU) 2.00 GB of the machine's 32.0" in text(drawn)
     assert "14 GB" not in text(drawn)
     assert "var(--limit)" not in drawn
 
@@ -58,15 +69,15 @@ def test_what_could_not_be_read_is_unavailable_and_not_zero() -> None:
 
 
 def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> None:
-    drawn = panel_html(state(losses=Losses(2.5, 2.25)))
-    assert "Training loss, measured 2.5000 nats predicted 2.2500 validation –" in text(drawn)
+    drawn = panel_html(state(losses=Losses(2.5, 2.25), proposals=Proposals(0.5)))
+    assert "Loss (nats) measured 2.5000 predicted 2.2500 validation –" in text(drawn)
     lines = re.findall(r"<polyline [^>]*>", drawn)
     assert [("dasharray" in line) for line in lines if "--predicted" in line] == [True]
     assert [("dasharray" in line) for line in lines if "--measured" in line] == [False]
 
 
 def test_the_phase_under_way_is_the_one_lamp_that_is_lit() -> None:
-    drawn = panel_html(state(position=Position("predict", 40, 100)))
+    drawn = panel_html(state(position=Position("predict", 40, 100), proposals=Proposals(0.5)))
     assert re.findall(r"hl-lamp hl-(\w+) on", drawn) == ["predict"]
 
 
@@ -76,18 +87,78 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
         panel_html(
             state(
                 statistics=counts,
+                proposals=Proposals(0.5),
                 speed=Speed(12345.6, step_ms={"full": 20.04, "predict": 1.5}),
                 position=Position("full", 40, 100, seconds_left=75),
             )
         )
     )
-    for part in ("12,346 tokens / s", "Full 20 ms", "Predict 1.5 ms", "Correct –", "10 of 40 (25%)", "accepted 2"):
+    for part in (
+        "12,346 tokens / s",
+        "Full 20 ms",
+        "Predict 1.5 ms",
+        "Correct –",
+        "Steps predicted 10 of 40 (25%)",
+        "accepted 2",
+    ):
         assert part in seen
     assert "step 40 of 100 · 1 min 15 s left" in seen
     assert "time left unknown" in text(panel_html(state()))
-    assert "GPU busy 59%" in text(panel_html(state(speed=Speed(gpu_busy_percent=58.6))))
+    assert "GPU 59% busy · 61 °C" in text(panel_html(state(speed=Speed(gpu_busy_percent=58.6, temperature_celsius=61))))
     assert "busy" not in text(panel_html(state()))
     assert "left" not in text(panel_html(state(status="finished"))).split("GPU memory")[0]
+    assert "2 h 05 min left" in text(panel_html(state(position=Position("full", 40, 100, seconds_left=7500))))
+
+
+def test_a_plain_run_shows_nothing_of_prediction() -> None:
+    seen = text(panel_html(state()))
+    assert not [word for word in ("predict", "Predict", "Confidence", "Correct") if word in seen]
+
+
+def test_confidence_stands_beside_its_threshold_and_what_the_gate_decided() -> None:
+    asked = Proposals(0.6, 0.41, decision_of({"nominal_step": 8, "confidence": 0.41, "event": None}, 0.6))
+    seen = text(panel_html(state(proposals=asked)))
+    assert "Confidence 0.41 threshold 0.60 step 8: no proposal: the confidence is below its threshold" in seen
+    row = {"nominal_step": 9, "confidence": None}
+    assert "no tried length lowers the loss" in decision_of(row | {"event": "rejected"}, 0.6)
+    assert decision_of(row | {"event": "rejected: the weights are not finite"}, 0.6).endswith("weights are not finite")
+    assert decision_of(row | {"event": "left Predict: oscillation"}, 0.6) == ""
+
+
+def test_what_training_does_is_told_and_a_depth_where_there_is_one() -> None:
+    told = Training(learning_rate=3e-4, gradient_norm=0.812, work=12_345, seconds=75)
+    assert "learning rate 3.00e-04 gradient norm 0.812 tokens 12,345 elapsed 1 min 15 s" in text(
+        panel_html(state(training=told))
+    )
+    assert "depth" not in text(panel_html(state(training=told)))
+    assert "depth 6 blocks" in text(panel_html(state(training=replace(told, depth=6))))
+
+
+def test_the_finished_baseline_lies_behind_the_curve_and_validation_is_dotted() -> None:
+    line = timeline()
+    line.validate(5, 2.6)
+    line.validate(6, float("nan"))
+    drawn = panel_html(state(timeline=line, baseline=[(0.1, 3.0), (0.4, 2.7), (0.9, 2.5)]))
+    assert drawn.index("stroke='var(--baseline)'") < drawn.index("stroke='var(--measured)'")
+    assert "baseline at this step 2.7000" in text(drawn)
+    assert drawn.count("<u style=") == 1
+    assert "predicted" not in text(panel_html(state()))
+
+
+def test_final_losses_stay_while_the_arms_change() -> None:
+    arms = {"baseline": {0: 3.0161, 1: None}, "hybrid": {0: None, 1: None}}
+    drawn = panel_html(state(arms=arms))
+    assert "Final validation loss by arm and seed (nats) baseline 3.016 – hybrid – –" in text(drawn)
+    assert re.findall(r"<b class='on'>(.*?)</b>", drawn) == ["–"], "the run under way, hybrid with seed 0"
+    assert "Final" not in text(panel_html(state(arms={"hybrid": {0: None}}))), "a single run has no table"
+
+
+def test_the_curve_tells_its_values_under_the_pointer() -> None:
+    line = timeline()
+    line.validate(2, 2.85)
+    drawn = panel_html(state(timeline=line))
+    assert "data-t='step 2 · Full · loss 2.8000 · validation 2.8500'" in drawn
+    assert "data-t='step 3 · Predict · predicted 2.0000'" in drawn
 
 
 @pytest.mark.parametrize(
@@ -95,8 +166,8 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
     [
         ({"done": 10, "total": 20, "seconds_left": 5}, "running · step 40 of 100 · 5 s left in this cell"),
         ({"done": 40, "total": 100, "seconds_left": 5}, "running · step 40 of 100 · 5 s left"),
-        ({"done": 140, "total": 400, "seconds_left": 5}, "step 40 of 100 · 140 of 400 in all · 5 s left"),
-        ({"done": 140, "total": 400, "status": "stopped"}, "stopped · step 40 of 100 · 140 of 400 in all"),
+        ({"done": 140, "total": 400, "seconds_left": 5}, "step 40 of 100 · 140 of 400 steps in all runs · 5 s left"),
+        ({"done": 140, "total": 400, "status": "stopped"}, "stopped · step 40 of 100 · 140 of 400 steps in all runs"),
         ({"done": 10, "total": 20, "status": "stopped"}, "stopped · step 40 of 100"),
     ],
 )

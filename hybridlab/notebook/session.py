@@ -24,7 +24,7 @@ from hybridlab.study.record import Run
 from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
 from hybridlab.study.run import TrainingRun, Watch
 from hybridlab.study.step_log import StepRecord
-from hybridlab.study.study import OnStep, Study, StudyResult, folder_name, label, run_arms
+from hybridlab.study.study import OnRun, OnStep, Study, StudyResult, folder_name, label, run_arms
 
 
 class Stopped(UserError):
@@ -181,8 +181,9 @@ def run_study(study: Study, notebook: str, *, resume: bool = False) -> StudyResu
 
     resume: as in `Study.run`: go on with the runs that an earlier start left
     """
-    with _watching(study.base.steps, study, notebook) as (on_step, watch, stopped):
-        return study.run(runs_folder(notebook), on_step, resume=resume or stopped, watch=watch)
+    arms = [(name, seed) for name in study.arms() for seed in range(study.seeds)]
+    with _watching(study.base.steps, study, arms, notebook) as (on_step, watch, on_run, stopped):
+        return study.run(runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
 
 
 def run_configs(
@@ -195,15 +196,18 @@ def run_configs(
         the runs that have finished, and goes on with the one under way from its last checkpoint, if it writes any
     resume: as in `Study.run`: go on with the runs that an earlier start left
     """
-    total = sum(config.steps for config in configs)
+    total, arms = sum(config.steps for config in configs), [(config.name, config.seed) for config in configs]
     if not configs:
         return StudyResult()
     if isolated:
-        progress = LiveBar if in_jupyterlab() else Progress
-        with _remembering(tuple(configs), notebook) as stopped, progress(total, "training") as bar:
-            return run_arms(configs, runs_folder(notebook), bar.step, resume=resume or stopped, isolated=True)
-    with _watching(total, tuple(configs), notebook) as (on_step, watch, stopped):
-        return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch)
+        progress = LiveBar(total, "training", arms) if in_jupyterlab() else Progress(total, "training")
+        with _remembering(tuple(configs), notebook) as stopped, progress as bar:
+            goes_on = resume or stopped
+            return run_arms(
+                configs, runs_folder(notebook), bar.step, resume=goes_on, isolated=True, on_run=bar.note_run
+            )
+    with _watching(total, tuple(configs), arms, notebook) as (on_step, watch, on_run, stopped):
+        return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
 
 
 def runs_folder(notebook: str) -> Path:
@@ -224,14 +228,16 @@ def _remembering(what: object, notebook: str) -> Generator[bool]:
 
 
 @contextmanager
-def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep, Watch | None, bool]]:
+def _watching(
+    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
+) -> Generator[tuple[OnStep, Watch | None, OnRun, bool]]:
     """What to call after each step, and whether the same was stopped before and is to be resumed."""
     if not in_jupyterlab():
         with Progress(total, "training") as progress:
-            yield progress.step, None, False
+            yield progress.step, None, progress.note_run, False
         return
     stopped = _was_stopped(what, notebook)
-    live = Live(Controls(), total)
+    live = Live(Controls(), total, arms=arms)
 
     def watch(run: TrainingRun, record: StepRecord) -> None:
         live.watch(run, record)
@@ -243,7 +249,7 @@ def _watching(total: int, what: object, notebook: str) -> Generator[tuple[OnStep
             raise Stopped(f"stopped at step {step} of {which}: run this cell again to go on from here")
 
     with interrupts(live.controls), live:
-        yield live.step, watch, stopped
+        yield live.step, watch, live.note_run, stopped
 
 
 def _was_stopped(what: object, notebook: str) -> bool:

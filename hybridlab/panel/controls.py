@@ -118,6 +118,14 @@ def control_row(controls: Controls, settings: HybridTrainerConfig | None) -> wid
     return widgets.VBox([row, sliders])
 
 
+def switch_off(widget: widgets.Widget) -> None:
+    """Disable every button and slider of a row; they stay where they are."""
+    for child in getattr(widget, "children", ()):
+        switch_off(child)
+    if hasattr(widget, "disabled"):
+        widget.disabled = True
+
+
 def _button(text: str, icon: str, tooltip: str, action: Callable[[], None]) -> widgets.Button:
     button = widgets.Button(description=text, icon=icon, tooltip=tooltip, layout=widgets.Layout(width="118px"))
     button.on_click(lambda _: action())

@@ -12,8 +12,8 @@ from hybridlab.charts.display import Panels
 from hybridlab.charts.model import Band, ChartData, Kind, Line, Series
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import Statistics
-from hybridlab.panel.html import Losses, Position, Speed, State, frame_html, near_limit
-from hybridlab.panel.instruments import memory_of, work_of
+from hybridlab.panel.html import Losses, Position, Proposals, Speed, State, Training, frame_html, near_limit
+from hybridlab.panel.instruments import decision_of, memory_of, work_of
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
 from hybridlab.study.memory_log import card_busy_percent
@@ -38,9 +38,11 @@ class Frame:
         s, at, counts, peak = self.state, self.state.position, self.state.statistics, self.state.memory.peak_bytes / 1e9
         loss = "no loss measured" if s.losses.measured is None else f"measured loss {s.losses.measured:.4f} nats"
         whose = "of the GPU" if s.memory.on_gpu else "of the process (no GPU)"
+        head = f"{s.title}, {s.status} at step {at.step:,} of {at.steps:,}: {loss}; peak memory {peak:.2f} GB {whose}"
+        if not s.proposals:
+            return head
         return (
-            f"{s.title}, {s.status} at step {at.step:,} of {at.steps:,}: {loss}; peak memory {peak:.2f} GB {whose};\n"
-            f"{counts.predicted_steps:,} gradient steps saved, {counts.proposals_accepted:,} proposals accepted, "
+            f"{head};\n{counts.predicted_steps:,} steps predicted, {counts.proposals_accepted:,} proposals accepted, "
             f"{counts.proposals_rejected:,} rejected"
         )
 
@@ -82,7 +84,25 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
             _latest(steps["measured_loss"]), _latest(steps["predicted_loss"]), summary.get("validation_loss")
         ),
         speed=Speed(work * summary["gradient_steps"] / summary["seconds"], unit, step_ms, card_busy_percent(run)),
+        training=Training(
+            gradient_norm=_latest(steps["gradient_norm"]),
+            work=work * summary["gradient_steps"],
+            seconds=summary["seconds"],
+            depth=int(last["depth"]) if "depth" in steps and last["depth"] == last["depth"] else None,
+        ),
+        proposals=_proposals(run),
     )
+
+
+def _proposals(run: Run) -> Proposals | None:
+    """Nothing of a plain run."""
+    hybrid = run.config["hybrid"]
+    if not hybrid["max_predict_steps"]:
+        return None
+    threshold = hybrid["confidence_threshold"]
+    rows: list[Any] = run.steps[["nominal_step", "confidence", "event"]].to_dict("records")
+    said = [decision for row in rows if (decision := decision_of(row, threshold))]
+    return Proposals(threshold, _latest(run.steps["confidence"]), said[-1] if said else "")
 
 
 def _latest(column: Any) -> float | None:

@@ -1,25 +1,35 @@
-"""The gauges of the live panel as HTML, a pure function of the state that they show."""
+"""The live panel as HTML, a pure function of the state that it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from importlib.resources import files
+
+from matplotlib.ticker import MaxNLocator
 
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import Statistics
 from hybridlab.panel.progress import clock
 from hybridlab.panel.timeline import Timeline
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
+from hybridlab.study.study import label
 
-ARC = "M15 100 A85 85 0 0 1 185 100"
+HOVER_COLUMNS = 120
+"""At most so many places of the loss curve tell their values under the pointer."""
+
+Points = Sequence[tuple[float, float]]
+"""(place as a share of the run, value)."""
+
+Arms = Mapping[str, Mapping[int, float | None]]
+"""Arm -> seed -> final validation loss in nats; None where the run has not finished."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory as the gauge shows it, in bytes.
+    """Memory in bytes.
 
     on_gpu: whether it is a GPU's; else the figures are the process's own, of the machine's memory
     used_bytes: by everybody on the GPU, or by the process
@@ -41,7 +51,7 @@ class Position:
     """How far a run has come, and the cell that trains it.
 
     phase: of the latest step; step, steps: nominal, of the run
-    done, total: nominal steps of everything that the cell trains
+    done, total: nominal steps of everything that the cell trains, controls that may still be needed included
     seconds_left: of the cell; None while it is not known
     """
 
@@ -64,17 +74,48 @@ class Losses:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a run trains.
+    """How fast a run trains, and what that asks of the GPU.
 
     rate: work of gradient steps, in `unit` per second
     step_ms: mean time of a step by phase, for phases that were met
-    gpu_busy_percent: share of the time in which the GPU computed, lately; None where it is not known
+    gpu_busy_percent, power_watts, temperature_celsius: of the GPU, lately; None where it is not known
     """
 
     rate: float | None = None
     unit: str = "tokens"
     step_ms: Mapping[str, float] = field(default_factory=dict)
     gpu_busy_percent: float | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where training stands; None where it is not known.
+
+    learning_rate, gradient_norm: of the latest gradient step, before clipping
+    work: trained on so far, in the unit of `Speed`; seconds: of training
+    depth: blocks that are active, of a model whose depth grows
+    """
+
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    work: int | None = None
+    seconds: float | None = None
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a run that may predict asks before it does.
+
+    threshold: the least confidence of a proposal; confidence: of the path when it was last asked; None before
+    decision: what became of the latest proposal, in words
+    """
+
+    threshold: float
+    confidence: float | None = None
+    decision: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +123,8 @@ class State:
     """Everything that the panel shows.
 
     title: of the run; status: "running", "paused", "stopped" or "finished"; note: the latest event
+    proposals: None for a plain run
+    baseline: the measured loss of the finished baseline of the same seed; arms: the cell's runs, where it has several
     """
 
     title: str
@@ -93,6 +136,10 @@ class State:
     losses: Losses = Losses()
     speed: Speed = Speed()
     note: str = ""
+    training: Training = Training()
+    proposals: Proposals | None = None
+    baseline: Points = ()
+    arms: Arms = field(default_factory=dict)
 
 
 def near_limit(memory: Memory) -> bool:
@@ -111,14 +158,16 @@ def frame_html(state: State, picture: str) -> str:
 
 def panel_html(state: State) -> str:
     """The panel for a page that has its style already."""
-    cards = (_memory(state.memory), _losses(state.losses), _speed(state.speed), _counts(state.statistics))
     return (
         f"<div class='hl'>{_head(state)}{_bar(state.position.step, state.position.steps)}"
-        f"<div class='hl-cards'>{''.join(cards)}</div>{_timeline(state.timeline, state.memory)}{_note(state)}</div>"
+        f"{_losses(state)}{_timeline(state)}<div class='hl-cards'>{''.join(_cards(state))}</div>"
+        f"<div class='hl-note'>{escape(state.note)}</div>{arms_html(state.arms, state.title)}</div>"
     )
 
 
-def bar_html(label: str, done: int, total: int, status: str, seconds_left: float | None) -> str:
+def bar_html(
+    label: str, done: int, total: int, status: str, seconds_left: float | None, arms: Arms | None = None
+) -> str:
     """A bar alone, for runs whose gauges cannot be read and a page that has the style already.
 
     label: names the run under way; done, total: nominal steps of all runs
@@ -128,7 +177,7 @@ def bar_html(label: str, done: int, total: int, status: str, seconds_left: float
     return (
         f"<div class='hl'><div class='hl-head'><span class='hl-title'>{escape(label)}</span>"
         f"<span class='hl-status'><b>{status}</b> · step <b>{done:,}</b> of {total:,} in all{left}</span></div>"
-        f"{_bar(done, total)}</div>"
+        f"{_bar(done, total)}{arms_html(arms or {}, label)}</div>"
     )
 
 
@@ -143,32 +192,25 @@ def _bar(done: int, total: int) -> str:
     return f"<div class='hl-progress'><div style='width:{100 * done / total:.1f}%'></div></div>"
 
 
-def _note(state: State) -> str:
-    """The latest event; an empty line while there is none, so that the panel does not grow when one comes."""
-    if state.status == "finished" and not state.note:
-        return ""
-    return f"<div class='hl-note'>{escape(state.note)}</div>"
-
-
 # --- the head ------------------------------------------------------------------------------------------------
 
 
 def _head(state: State) -> str:
-    at = state.position
+    at, phases = state.position, Phase if state.proposals else (Phase.WARMUP, Phase.FULL)
     lamps = "".join(
         f"<span class='hl-lamp hl-{phase}{' on' if phase == at.phase else ''}'>{phase.capitalize()}</span>"
-        for phase in Phase
+        for phase in phases
     )
     return (
         f"<div class='hl-head'><span class='hl-title'>{escape(state.title)}</span>"
-        f"<span class='hl-lamps'>{lamps}</span><span class='hl-status'><b>{state.status}</b> · "
-        f"step <b>{at.step:,}</b> of {at.steps:,}{_of_the_cell(at, state.status)}</span></div>"
+        f"<span class='hl-lamps'>{lamps}</span></div><div class='hl-status'><b>{state.status}</b> · "
+        f"step <b>{at.step:,}</b> of {at.steps:,}{_of_the_cell(at, state.status)}</div>"
     )
 
 
 def _of_the_cell(at: Position, status: str) -> str:
     """The steps of the whole cell, where it trains more than this run, and the time left for it."""
-    counts = f" · {at.done:,} of {at.total:,} in all" if at.total > at.steps else ""
+    counts = f" · {at.done:,} of {at.total:,} steps in all runs" if at.total > at.steps else ""
     if status in ("stopped", "finished"):
         return counts
     part = " in this cell" if 0 < at.total < at.steps else ""
@@ -179,160 +221,124 @@ def _time_left(seconds: float | None) -> str:
     return " · time left unknown" if seconds is None else f" · <b>{clock(seconds)}</b> left"
 
 
-# --- the cards -----------------------------------------------------------------------------------------------
+def arms_html(arms: Arms, current: str) -> str:
+    """Each arm with its final loss by seed; nothing for a single run. current: the title of the run under way"""
+    if sum(map(len, arms.values())) < 2:
+        return ""
+    rows = "".join(_arm(name, seeds, current) for name, seeds in arms.items())
+    return f"<div class='hl-name'>Final validation loss by arm and seed (nats)</div><div class='hl-arms'>{rows}</div>"
 
 
-def _card(name: str, *content: str) -> str:
-    return f"<div class='hl-card'><div class='hl-name'>{name}</div>{''.join(content)}</div>"
+def _arm(name: str, seeds: Mapping[int, float | None], current: str) -> str:
+    marks = {seed: " class='on'" if label(name, seed) == current else "" for seed in seeds}
+    cells = "".join(f"<b{marks[seed]}>{'–' if loss is None else f'{loss:.3f}'}</b>" for seed, loss in seeds.items())
+    on = " on" if any(marks.values()) else ""
+    return f"<div class='hl-arm{on}' title='{escape(name, quote=True)}'><span>{escape(name)}</span>{cells}</div>"
 
 
-def _big(value: str, unit: str) -> str:
-    return f"<div class='hl-big'>{value} <small>{unit}</small></div>"
+# --- the loss ------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, value: str, key: str = "", *, off: bool = False) -> str:
-    return f"<div class='hl-row{' off' if off else ''}'>{key}<span>{name}</span><span>{value}</span></div>"
-
-
-def _key(color: str, kind: str = "") -> str:
-    return f"<i class='hl-key {kind}' style='--at:var(--{color})'></i>"
-
-
-def _memory(memory: Memory) -> str:
-    """An arc from zero to the total, in parts, with the 14 GB line and the peak as ticks."""
-    total = memory.total_bytes
-    arc = [f"<path d='{ARC}' stroke='var(--well)'/>"]
-    start = 0.0
-    for color, size in _parts(memory):
-        share = 100 * min(size / total, 1.0)
-        arc.append(_stretch(start, share, f"var(--{color})"))
-        start += share
-    if memory.on_gpu and total > SAFE_PEAK_BYTES:
-        arc.append(_stretch(100 * SAFE_PEAK_BYTES / total - 0.5, 1.0, "var(--limit)", width=23))
-    arc.append(_stretch(100 * min(memory.peak_bytes / total, 0.995) - 0.4, 0.8, "var(--ink)"))
-    used = f"<text x='100' y='82'>{memory.used_bytes / 1e9:.2f}</text>"
-    of = f"<text class='of' x='100' y='100'>of {total / 1e9:.1f} GB</text>"
-    name = "GPU memory" if memory.on_gpu else "Process memory (no GPU)"
-    return _card(name, f"<svg class='hl-arc' viewBox='0 0 200 106'>{''.join(arc)}{used}{of}</svg>", *_figures(memory))
-
-
-def _stretch(start: float, length: float, color: str, width: int = 15) -> str:
-    dashes = f"stroke-dasharray='{length:.2f} 300' stroke-dashoffset='{-start:.2f}'"
-    return f"<path d='{ARC}' pathLength='100' stroke='{color}' style='stroke-width:{width}' {dashes}/>"
-
-
-def _parts(memory: Memory) -> Iterable[tuple[str, int]]:
-    if memory.allocated_bytes is None or memory.reserved_bytes is None:
-        return [("memory", memory.used_bytes)]
-    spare = memory.reserved_bytes - memory.allocated_bytes
-    return [("memory", memory.allocated_bytes), ("reserved", spare), ("other", memory.other_bytes or 0)]
-
-
-def _figures(memory: Memory) -> Iterable[str]:
-    if memory.on_gpu:
-        yield _row("allocated by torch", _gb(memory.allocated_bytes), _key("memory"))
-        yield _row("reserved by torch", _gb(memory.reserved_bytes), _key("reserved"))
-        yield _row("other", _gb(memory.other_bytes), _key("other"))
-    yield _row("peak so far", _gb(memory.peak_bytes), _key("ink"))
-    if memory.on_gpu:
-        room = SAFE_PEAK_BYTES - memory.peak_bytes
-        yield _row("14 GB line", f"{_gb(abs(room))} {'below' if room >= 0 else 'above'}", _key("limit"))
-
-
-def _gb(size: int | None) -> str:
-    return "unavailable" if size is None else f"{size / 1e9:.2f} GB"
-
-
-def _losses(losses: Losses) -> str:
-    return _card(
-        f"{_key('measured', 'line')} Training loss, measured",
-        _big(_nats(losses.measured), "nats"),
-        _row("predicted", _nats(losses.predicted), _key("predicted", "line dash"), off=losses.predicted is None),
-        _row("validation", _nats(losses.validation), off=losses.validation is None),
-    )
+def _losses(state: State) -> str:
+    """The latest losses, which are the legend of the curves as well."""
+    kinds = {"measured": "line", "predicted": "dash", "validation": "dot"}
+    if not state.proposals:
+        del kinds["predicted"]
+    values = {name: _nats(getattr(state.losses, name)) for name in kinds}
+    items = [f"<span>{_key(name, kinds[name])} {name} <b>{value}</b></span>" for name, value in values.items()]
+    if state.baseline:
+        here = state.position.step / state.position.steps
+        beside = min(state.baseline, key=lambda point: abs(point[0] - here))[1]
+        items.append(f"<span>{_key('baseline', 'line')} baseline at this step <b>{_nats(beside)}</b></span>")
+    return f"<div class='hl-losses'><span class='hl-what'>Loss (nats)</span>{''.join(items)}</div>"
 
 
 def _nats(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.4f}"
 
 
-def _speed(speed: Speed) -> str:
-    slowest = max(speed.step_ms.values(), default=1.0)
-    rows = []
-    for phase in Phase:
-        ms = speed.step_ms.get(phase)
-        bar = f"<span class='hl-bar'><i style='width:{100 * (ms or 0) / slowest:.0f}%'></i></span>"
-        value = "–" if ms is None else f"{_figure(ms)} ms"
-        rows.append(
-            f"<div class='hl-row hl-{phase}{'' if ms else ' off'}'><span style='width:56px'>{phase.capitalize()}</span>"
-            f"{bar}<span style='min-width:58px;text-align:right'>{value}</span></div>"
-        )
-    rate = "–" if speed.rate is None else _figure(speed.rate)
-    if speed.gpu_busy_percent is not None:
-        rows.append(_row("GPU busy", f"{speed.gpu_busy_percent:.0f}%"))
-    return _card("Speed, and time per step", _big(rate, f"{speed.unit} / s"), *rows)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _counts(statistics: Statistics) -> str:
-    saved, nominal = statistics.predicted_steps, statistics.nominal_steps
-    return _card(
-        "Gradient steps saved",
-        _big(f"{saved:,}", f"of {nominal:,} ({saved / nominal:.0%})" if nominal else ""),
-        _row("gradient steps taken", f"{statistics.gradient_steps:,}"),
-        _row("forward-only passes", f"{statistics.forward_only_passes:,}"),
-        _row("proposals accepted", f"{statistics.proposals_accepted:,}"),
-        _row("proposals rejected", f"{statistics.proposals_rejected:,}"),
-        _row("rollbacks", f"{statistics.rollbacks:,}"),
-    )
-
-
-# --- the timeline --------------------------------------------------------------------------------------------
-
-
-def _timeline(line: Timeline, memory: Memory) -> str:
-    """Loss above, memory below, the phases behind both and as a ribbon between them."""
+def _timeline(state: State) -> str:
+    """Loss above, memory as a strip below it, the phases behind both and as a ribbon between them."""
+    line, memory = state.timeline, state.memory
     bands = "".join(
         f"<div class='hl-band hl-{phase}' style='left:{100 * start:.2f}%;width:{100 * (end - start):.2f}%'></div>"
         for phase, start, end in line.bands()
     )
-    measured, predicted = line.series("measured_loss"), line.series("predicted_loss")
-    low, high = _range([value for _, value in measured + predicted])
-    curves = _curve(measured, low, high, "measured") + _predicted(predicted, low, high, line.width)
     top = _top_bytes(memory)
     used = _area(line.series("memory_bytes"), top) + _limit(memory, top)
+    ticks = [tick for tick in _ticks(0, line.steps, 8) if tick < 0.96 * line.steps]
+    steps = "".join(f"<span style='left:{100 * tick / line.steps:.1f}%'>{tick:,.0f}</span>" for tick in ticks)
     return (
-        f"<div class='hl-time'>{_scale({high: 8, low: 92}, '{:.2f}', 'loss')}"
-        f"<div class='hl-track loss'>{bands}{_svg(curves)}</div>"
-        f"<div class='hl-scale'><span style='top:50%'>phase</span></div><div class='hl-track ribbon'>{bands}</div>"
-        f"{_scale({top / 1e9: 14, 0: 88}, '{:.3g}', 'GB')}"
+        f"<div class='hl-time'>{_loss_track(state, bands)}<div></div><div class='hl-track ribbon'>{bands}</div>"
+        f"<div></div><div class='hl-memory'>{_memory(memory)}</div>"
+        f"{_scale({14: f'{top / 1e9:.3g} GB', 92: '0'})}"
         f"<div class='hl-track memory'>{bands}{_svg(used)}</div>"
-        f"<div class='hl-steps'><span>0</span><span>nominal steps</span><span>{line.steps:,}</span></div></div>"
+        f"<div class='hl-steps'>{steps}<span class='end'>{line.steps:,} steps</span></div></div>"
     )
 
 
-def _scale(values: Mapping[float, int], style: str, unit: str) -> str:
-    marks = "".join(f"<span style='top:{top}%'>{style.format(value)}</span>" for value, top in values.items())
-    return f"<div class='hl-scale'>{marks}<span style='top:50%'>{unit}</span></div>"
+def _loss_track(state: State, bands: str) -> str:
+    line = state.timeline
+    measured, predicted = line.series("measured_loss"), line.series("predicted_loss")
+    validation = line.validation_series()
+    low, high = _range([*measured, *state.baseline], [*predicted, *validation], hidden=len(measured) // 10)
+
+    def at(y: float) -> float:
+        return 4 + 92 * (high - y) / (high - low)
+
+    ticks = {at(tick): f"{tick:.4g}" for tick in _ticks(low, high, 6)}
+    grid = "".join(f"<path class='grid' d='M0,{y:.1f}H1000'/>" for y in ticks)
+    grid += "".join(f"<path class='grid' d='M{1000 * x / line.steps:.0f},0V100'/>" for x in _ticks(0, line.steps, 8))
+    curves = [
+        _curve([(x, at(y)) for x, y in state.baseline if x <= 1], "baseline"),
+        _curve([(x, at(y)) for x, y in measured], "measured"),
+        *_predicted([(x, at(y)) for x, y in predicted], line.width),
+    ]
+    dots = "".join(f"<u style='left:{100 * x:.1f}%;top:{at(y):.1f}%'></u>" for x, y in validation if low <= y <= high)
+    over = f"<div class='hl-hover' style='--n:{min(line.width, HOVER_COLUMNS)}'>{''.join(_hover(line))}</div>"
+    return f"{_scale(ticks)}<div class='hl-track loss'>{bands}{_svg(grid + ''.join(curves))}{dots}{over}</div>"
 
 
-def _range(values: list[float]) -> tuple[float, float]:
-    """The least and the greatest value; half a unit to each side of a single one."""
-    if not values:
+def _range(curve: Points, others: Points, hidden: int) -> tuple[float, float]:
+    """What the loss axis shows: the first `hidden` points of the curve may leave it at the top."""
+    later = [y for _, y in [*curve[hidden:], *others]]
+    if not later:
         return 0.0, 1.0
-    low, high = min(values), max(values)
+    low, high = min(later), max(later)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _curve(points: Iterable[tuple[float, float]], low: float, high: float, color: str, more: str = "") -> str:
-    drawn = " ".join(f"{1000 * x:.0f},{8 + 84 * (high - y) / (high - low):.1f}" for x, y in points)
-    return f"<polyline points='{drawn}' stroke='var(--{color})' {more}/>"
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round values between two."""
+    ticks = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in ticks if low <= tick <= high]
 
 
-def _predicted(points: list[tuple[float, float]], low: float, high: float, width: int) -> str:
+def _hover(line: Timeline) -> Iterator[str]:
+    """A column for each place of the curve, which tells its values under the pointer."""
+    every = -(-line.width // HOVER_COLUMNS)
+    for at in range(0, max(line.columns, default=-1) + 1, every):
+        here = line.columns.get(at)
+        if here is None:
+            yield "<i></i>"
+            continue
+        said = [f"step {round((at + 1) * line.steps / line.width):,}", here.phase.capitalize()]
+        losses = {"loss": here.measured_loss, "predicted": here.predicted_loss, "validation": line.validation.get(at)}
+        said += [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+        yield f"<i{' class=r' if at > line.width / 2 else ''} data-t='{' · '.join(said)}'></i>"
+
+
+def _scale(marks: Mapping[float, str]) -> str:
+    spans = "".join(f"<span style='top:{top:.1f}%'>{text}</span>" for top, text in marks.items())
+    return f"<div class='hl-scale'>{spans}</div>"
+
+
+def _curve(points: Points, color: str, more: str = "") -> str:
+    drawn = " ".join(f"{1000 * x:.0f},{y:.1f}" for x, y in points)
+    return f"<polyline points='{drawn}' stroke='var(--{color})' {more}/>" if points else ""
+
+
+def _predicted(points: Points, width: int) -> Iterator[str]:
     """A dashed line per jump, so that none leads from one jump to the next."""
     jumps: list[list[tuple[float, float]]] = []
     for point in points:
@@ -340,19 +346,34 @@ def _predicted(points: list[tuple[float, float]], low: float, high: float, width
             jumps[-1].append(point)
         else:
             jumps.append([point])
-    return "".join(
-        _curve(
-            [(jump[0][0] - 0.5 / width, jump[0][1]), *jump, (jump[-1][0] + 0.5 / width, jump[-1][1])],
-            low,
-            high,
-            "predicted",
-            "stroke-dasharray='5 3'",
-        )
-        for jump in jumps
-    )
+    half = 0.5 / width
+    for jump in jumps:
+        ends = [(jump[0][0] - half, jump[0][1]), *jump, (jump[-1][0] + half, jump[-1][1])]
+        yield _curve(ends, "predicted", "stroke-dasharray='5 3'")
 
 
-def _area(points: list[tuple[float, float]], top: float) -> str:
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def _memory(memory: Memory) -> str:
+    """The figures of the strip in one line."""
+    if not memory.on_gpu:
+        used = f"<b>{memory.used_bytes / 1e9:.2f}</b> GB of the machine's {memory.total_bytes / 1e9:.1f}"
+        return f"<span>Process memory (no GPU) {used}</span><span>peak {_gb(memory.peak_bytes)}</span>"
+    room = SAFE_PEAK_BYTES - memory.peak_bytes
+    parts = {"allocated": memory.allocated_bytes, "reserved": memory.reserved_bytes}
+    parts |= {"other": memory.other_bytes, "peak": memory.peak_bytes}
+    figures = "".join(f"<span>{name} {_gb(size)}</span>" for name, size in parts.items())
+    used = f"<b>{memory.used_bytes / 1e9:.2f}</b> of {memory.total_bytes / 1e9:.1f} GB"
+    line = f"{_key('limit', 'dash')} {_gb(abs(room))} {'below' if room >= 0 else 'above'} 14 GB"
+    return f"<span>GPU memory {used}</span>{figures}<span>{line}</span>"
+
+
+def _gb(size: int | None) -> str:
+    return "unavailable" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def _area(points: Points, top: float) -> str:
     if not points:
         return ""
     path = " ".join(f"{1000 * x:.0f},{100 - 86 * y / top:.1f}" for x, y in _corners(points))
@@ -361,7 +382,7 @@ def _area(points: list[tuple[float, float]], top: float) -> str:
     return f"{fill}<polyline points='{path}' stroke='var(--memory)'/>"
 
 
-def _corners(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _corners(points: Points) -> Points:
     """The points without those inside a level stretch, of which memory has long ones."""
     heights = [None, *(y for _, y in points), None]
     around = zip(heights, heights[2:], strict=False)
@@ -383,3 +404,89 @@ def _limit(memory: Memory, top: float) -> str:
 
 def _svg(content: str) -> str:
     return f"<svg viewBox='0 0 1000 100' preserveAspectRatio='none'>{content}</svg>"
+
+
+# --- the cards -----------------------------------------------------------------------------------------------
+
+
+def _cards(state: State) -> Iterator[str]:
+    if state.proposals:
+        yield _prediction(state.statistics)
+        yield _confidence(state.proposals)
+    yield _training(state.training, state.speed.unit)
+    yield _speed(state.speed, state.proposals is not None)
+
+
+def _prediction(counts: Statistics) -> str:
+    predicted, nominal = counts.predicted_steps, counts.nominal_steps
+    return _card(
+        "Steps predicted",
+        _big(f"{predicted:,}", f"of {nominal:,} ({predicted / nominal:.0%})" if nominal else ""),
+        _row("gradient steps", f"{counts.gradient_steps:,}"),
+        _row("forward-only passes", f"{counts.forward_only_passes:,}"),
+        _row("proposals accepted", f"{counts.proposals_accepted:,}"),
+        _row("rejected, rolled back", f"{counts.proposals_rejected:,}, {counts.rollbacks:,}"),
+    )
+
+
+def _confidence(asked: Proposals) -> str:
+    """Confidence against its threshold, and what the gate decided."""
+    confidence = asked.confidence or 0.0
+    mark = f"<i class='hl-mark' style='left:{100 * asked.threshold:.0f}%'></i>"
+    bar = f"<div class='hl-meter'><i style='width:{100 * min(max(confidence, 0.0), 1.0):.0f}%'></i>{mark}</div>"
+    said = "–" if asked.confidence is None else f"{asked.confidence:.2f}"
+    return _card(
+        "Confidence",
+        _big(said, f"threshold {asked.threshold:.2f}"),
+        bar,
+        f"<div class='hl-reason'>{escape(asked.decision or 'no proposal yet')}</div>",
+    )
+
+
+def _training(training: Training, unit: str) -> str:
+    figures = {
+        "learning rate": training.learning_rate is not None and f"{training.learning_rate:.2e}",
+        "gradient norm": training.gradient_norm is not None and f"{training.gradient_norm:.3g}",
+        unit: training.work is not None and f"{training.work:,}",
+        "elapsed": training.seconds is not None and clock(training.seconds),
+    }
+    rows = [_row(name, value or "–") for name, value in figures.items()]
+    if training.depth is not None:
+        rows.append(_row("depth", f"{training.depth} blocks"))
+    return _card("Training", *rows)
+
+
+def _speed(speed: Speed, hybrid: bool) -> str:
+    slowest = max(speed.step_ms.values(), default=1.0)
+    rows = []
+    for phase in Phase if hybrid else (Phase.WARMUP, Phase.FULL):
+        ms = speed.step_ms.get(phase)
+        bar = f"<span class='hl-bar'><i style='width:{100 * (ms or 0) / slowest:.0f}%'></i></span>"
+        value = "–" if ms is None else f"{_figure(ms)} ms"
+        name = f"<span class='hl-phase'>{phase.capitalize()}</span>"
+        rows.append(f"<div class='hl-row hl-{phase}{'' if ms else ' off'}'>{name}{bar}<span>{value}</span></div>")
+    rate = "–" if speed.rate is None else _figure(speed.rate)
+    gpu = {"% busy": speed.gpu_busy_percent, " W": speed.power_watts, " °C": speed.temperature_celsius}
+    if known := [f"{value:.0f}{unit}" for unit, value in gpu.items() if value is not None]:
+        rows.append(_row("GPU", " · ".join(known)))
+    return _card("Speed, and time per step", _big(rate, f"{speed.unit} / s"), *rows)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _card(name: str, *content: str) -> str:
+    return f"<div class='hl-card'><div class='hl-name'>{name}</div>{''.join(content)}</div>"
+
+
+def _big(value: str, unit: str) -> str:
+    return f"<div class='hl-big'>{value} <small>{unit}</small></div>"
+
+
+def _row(name: str, value: str) -> str:
+    return f"<div class='hl-row'><span>{name}</span><span>{value}</span></div>"
+
+
+def _key(color: str, kind: str) -> str:
+    return f"<i class='hl-key {kind}' style='--at:var(--{color})'></i>"

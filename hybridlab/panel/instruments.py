@@ -12,11 +12,12 @@ from typing import Any
 
 import psutil
 
-from hybridlab.panel.html import Losses, Memory, Position, Speed, State
+from hybridlab.panel.html import Losses, Memory, Position, Proposals, Speed, State, Training
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import label
+from hybridlab.vram import MemoryReading
 
 RATE_READINGS = 20
 """The rate, and how busy the GPU is, are means over so many readings."""
@@ -32,9 +33,12 @@ class Instruments:
         self._unread: StepRecord | None = None
         self._work, self._unit = work_of(vars(config.task))
         self._emulated_bytes = config.gpu_bytes if config.emulates_card() else 0
-        self._busy: deque[int] = deque(maxlen=RATE_READINGS)
+        self._gpu: deque[MemoryReading] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
         self._losses = Losses()
+        self._gradient_norm: float | None = None
+        self._confidence: float | None = None
+        self._decision = ""
         self._first: StepRecord | None = None
         self._steps_in: Counter[str] = Counter()
         self._readings: deque[tuple[float, int]] = deque(maxlen=RATE_READINGS)
@@ -51,8 +55,12 @@ class Instruments:
         self.latest = self._unread = record
         if record.changes or record.result.event:
             self.remark("; ".join(_events(record)))
+        self._decision = decision_of(vars(record.result), self._threshold) or self._decision
+        if record.result.confidence is not None:
+            self._confidence = record.result.confidence
         if "validation_loss" in record.evaluation:
             self._losses = replace(self._losses, validation=record.evaluation["validation_loss"])
+            self.timeline.validate(record.result.nominal_step, record.evaluation["validation_loss"])
 
     def remark(self, text: str) -> None:
         """Say what happened at the latest step."""
@@ -68,13 +76,13 @@ class Instruments:
         self.timeline.add(result.nominal_step, result.phase, self._memory.used_bytes, measured, predicted)
         latest = {name: loss for name, loss in (("measured", measured), ("predicted", predicted)) if loss is not None}
         self._losses = replace(self._losses, **latest)
+        self._gradient_norm = result.gradient_norm if result.gradient_norm is not None else self._gradient_norm
 
     def state(self, status: str, *, done: int, total: int, seconds_left: float | None) -> State:
         """What the gauges show now; reads the memory. At least one step must have been noted."""
         assert self.latest is not None
         self._memory = self._read_memory()
         result, config = self.latest.result, self.run.config
-        busy = mean(self._busy) if self._busy else None
         return State(
             title=label(config.name, config.seed),
             status=status,
@@ -83,9 +91,39 @@ class Instruments:
             timeline=self.timeline,
             statistics=self.latest.statistics,
             losses=self._losses,
-            speed=Speed(self._rate(self.latest), self._unit, self._step_ms(self.latest), busy),
+            speed=Speed(self._rate(self.latest), self._unit, self._step_ms(self.latest), **self._of_gpu()),
             note=self._note,
+            training=self._training(self.latest),
+            proposals=self._proposals(),
         )
+
+    @property
+    def _threshold(self) -> float:
+        return self.run.settings.confidence_threshold
+
+    def _proposals(self) -> Proposals | None:
+        """Nothing of a plain run."""
+        if not self.run.settings.max_predict_steps:
+            return None
+        return Proposals(self._threshold, self._confidence, self._decision)
+
+    def _training(self, record: StepRecord) -> Training:
+        return Training(
+            learning_rate=self.run.learning_rate,
+            gradient_norm=self._gradient_norm,
+            work=self._work * record.statistics.gradient_steps,
+            seconds=record.seconds,
+            depth=getattr(record.result, "depth", None),
+        )
+
+    def _of_gpu(self) -> dict[str, float | None]:
+        """How busy and how hot the GPU is, as means over the last readings."""
+        names = {"gpu_busy_percent": "utilization_percent", "power_watts": "power_watts"}
+        names |= {"temperature_celsius": "temperature_celsius"}
+        known = {
+            name: [v for r in self._gpu if (v := getattr(r, column)) is not None] for name, column in names.items()
+        }
+        return {name: mean(values) if values else None for name, values in known.items()}
 
     def _rate(self, record: StepRecord) -> float | None:
         """Work of gradient steps per second of training, over the last readings."""
@@ -101,8 +139,7 @@ class Instruments:
 
     def _read_memory(self) -> Memory:
         reading, peak = self.run.memory()
-        if reading.utilization_percent is not None:
-            self._busy.append(reading.utilization_percent)
+        self._gpu.append(reading)
         return memory_of(vars(reading), peak, self._emulated_bytes)
 
 
@@ -110,6 +147,23 @@ def _events(record: StepRecord) -> Iterator[str]:
     yield from (f"changed {name} to {value:g}" for name, value in record.changes.items())
     if record.result.event:
         yield record.result.event
+
+
+def decision_of(result: Mapping[str, Any], threshold: float) -> str:
+    """What a step decided about a proposal, in words; empty where it decided nothing.
+
+    result: of a `StepResult`, or a row of a run's record: `nominal_step`, `confidence`, `event`
+    """
+    step, confidence, event = f"step {result['nominal_step']:,}: ", result["confidence"], result["event"]
+    if event == "rejected":
+        return f"{step}rejected by the gate: no tried length lowers the loss beyond its noise"
+    if isinstance(event, str) and event.startswith(("accepted", "rejected")):
+        return step + event
+    if event == "proposed":
+        return f"{step}proposed; the gate tries it on the next batches"
+    if confidence is not None and confidence < threshold:
+        return f"{step}no proposal: the confidence is below its threshold"
+    return ""
 
 
 def memory_of(reading: Mapping[str, Any], peak_bytes: int, emulated_bytes: int = 0) -> Memory:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Self
 
@@ -16,12 +17,15 @@ from IPython.display import display
 from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.phases import Phase
-from hybridlab.panel.controls import Controls, control_row
-from hybridlab.panel.html import bar_html, panel_html, style_html
+from hybridlab.panel.controls import Controls, control_row, switch_off
+from hybridlab.panel.html import Points, bar_html, panel_html, style_html
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.progress import Progress, seconds_left
+from hybridlab.panel.timeline import timeline_of
+from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
+from hybridlab.study.study import BASELINE
 
 LEAST_SECONDS = 0.25
 """Between two drawings: at most four per second."""
@@ -35,9 +39,10 @@ class Live:
 
     controls: what the buttons act on
     total: nominal steps of everything that the cell trains
-    instruments: of the run that is shown; by default each run gets its own
+    instruments: of the one run that is shown; by default each run gets its own
     settings: that sliders may change; None offers none
     clock: in seconds, for the pace of drawing and the time left
+    arms: arm and seed of each run of the cell, where there are several
     """
 
     def __init__(
@@ -47,12 +52,15 @@ class Live:
         instruments: Instruments | None = None,
         settings: HybridTrainerConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        arms: Iterable[tuple[str, int]] = (),
     ) -> None:
         self.controls = controls
         self._total, self._done = total, 0
-        self._instruments = instruments
+        self._instruments, self._one_run = instruments, instruments is not None
+        self._finals = FinalLosses(arms)
         self._style, self._gauges = _style(), widgets.HTML()
-        self._panel = widgets.VBox([self._style, self._gauges, control_row(self.controls, settings)])
+        self._row = control_row(self.controls, settings)
+        self._panel = widgets.VBox([self._style, self._gauges, self._row])
         self._clock = clock
         self._started = self._drawn = clock()
         self._pace = 0.0  # seconds between two drawings
@@ -63,16 +71,20 @@ class Live:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Show the last state, and remove the controls."""
+        """Show the last state, and switch the controls off; they stay, so that nothing below them moves."""
         failed = kind is not None and not issubclass(kind, GeneratorExit | UserError)
         if self._instruments is not None and not failed:
             self._instruments.read_losses()
             self.refresh("finished" if self._is_over and not kind else "stopped")
-        self._panel.children = [self._style, self._gauges]
+        switch_off(self._row)
 
     def step(self, label: str, total: int) -> None:
         """Count a nominal step of a total that may have grown."""
         self._done, self._total = self._done + 1, total
+
+    def note_run(self, run: Run) -> None:
+        """Keep the final loss of a run that has finished."""
+        self._finals.note(run)
 
     def watch(self, run: TrainingRun, record: StepRecord) -> None:
         """Note a step, then do what is asked."""
@@ -97,17 +109,20 @@ class Live:
         started = self._clock()
         left = seconds_left(self._done, self._total, started - self._started)
         state = self._instruments.state(status, done=self._done, total=self._total, seconds_left=left)
+        seed = self._instruments.run.config.seed
+        state = replace(state, arms=self._finals.arms, baseline=self._finals.baselines.get(seed, ()))
         self._gauges.value = panel_html(state)
         self._drawn = self._clock()
         self._pace = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
 
     @property
     def _is_over(self) -> bool:
-        """Whether the run that is shown has taken its last step."""
+        """Whether the cell has trained all that it was to: of one run, its last step."""
+        if not self._one_run:
+            self._total = self._done  # controls that turned out not to be needed no longer count
+            return True
         followed = self._instruments
-        if followed is None or followed.latest is None:
-            return False
-        return followed.latest.result.nominal_step == followed.run.config.steps
+        return bool(followed and followed.latest and followed.latest.result.nominal_step == followed.run.config.steps)
 
     def _obey(self, run: TrainingRun) -> None:
         if self.controls.take_save():
@@ -131,8 +146,40 @@ class Live:
         self._started += self._clock() - paused
 
 
+class FinalLosses:
+    """What the runs of a cell ended with.
+
+    arms: arm -> seed -> final validation loss in nats; None where the run has not finished
+    baselines: seed -> the measured loss of the finished baseline, over shares of its length
+    """
+
+    def __init__(self, arms: Iterable[tuple[str, int]] = ()) -> None:
+        self.arms: dict[str, dict[int, float | None]] = {}
+        self.baselines: dict[int, Points] = {}
+        for name, seed in arms:
+            self.arms.setdefault(name, {})[seed] = None
+
+    def note(self, run: Run) -> None:
+        """Take in a run that has finished."""
+        name, seed = run.config["name"], run.config["seed"]
+        self.arms.setdefault(name, {})[seed] = run.closing_figures.get("validation_loss")
+        if name == BASELINE:
+            self.baselines[seed] = timeline_of(run, len(run.steps)).series("measured_loss")
+
+
 class LiveBar(Progress):
-    """A bar alone, for runs that train in processes of their own: their gauges cannot be read from here."""
+    """A bar alone, for runs that train in processes of their own: their gauges cannot be read from here.
+
+    total, label: as for `Progress`; arms: as for `Live`
+    """
+
+    def __init__(self, total: int, label: str, arms: Iterable[tuple[str, int]] = ()) -> None:
+        super().__init__(total, label)
+        self._finals = FinalLosses(arms)
+
+    def note_run(self, run: Run) -> None:
+        """Keep the final loss of a run that has finished."""
+        self._finals.note(run)
 
     def __enter__(self) -> Self:
         """Show the bar below the cell."""
@@ -143,7 +190,8 @@ class LiveBar(Progress):
 
     def show(self, status: str) -> None:
         """Bring the bar up to date."""
-        self._bar.value = bar_html(self.label, self.done, self.total, status, self._times()["seconds_left"])
+        left = self._times()["seconds_left"]
+        self._bar.value = bar_html(self.label, self.done, self.total, status, left, self._finals.arms)
 
 
 def _style() -> widgets.Widget:

@@ -26,6 +26,7 @@ from tqdm.std import tqdm
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
+from hybridlab.study.record import Run
 
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 SHOW_EVERY_SECONDS = 0.25
@@ -74,6 +75,9 @@ class Progress:
         """Count one step of a total that may have grown."""
         self.total = self._line.total = total
         self.advance(label=label)
+
+    def note_run(self, run: Run) -> None:
+        """A bar shows no final losses."""
 
     def between_steps(self, run: object) -> None:
         """Nothing is asked between two steps, since there are no buttons."""
@@ -147,6 +151,9 @@ def _left(state: dict[str, Any]) -> str:
 def clock(seconds: float) -> str:
     """A stretch of time in words that fit a line."""
     minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 

@@ -46,10 +46,12 @@ class Timeline:
 
     steps: of the whole run, which is the timeline's length
     columns: by place, from 0; none where no step was noted
+    validation: the last validation loss of each place that has one
     """
 
     steps: int
     columns: dict[int, Column] = field(default_factory=dict)
+    validation: dict[int, float] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -60,10 +62,19 @@ class Timeline:
         self, nominal_step: int, phase: str, memory_bytes: int, measured: float | None, predicted: float | None
     ) -> None:
         """Note a nominal step, counted from 1."""
-        at = (nominal_step - 1) * self.width // self.steps
+        at = self.place(nominal_step)
         if (column := self.columns.get(at)) is None:
             column = self.columns[at] = Column(phase, memory_bytes)
         column.add(phase, memory_bytes, measured, predicted)
+
+    def place(self, nominal_step: int) -> int:
+        """The column of a nominal step, counted from 1."""
+        return (nominal_step - 1) * self.width // self.steps
+
+    def validate(self, nominal_step: int, loss: float) -> None:
+        """Note a validation loss; one that is not finite is left out."""
+        if math.isfinite(loss):
+            self.validation[self.place(nominal_step)] = loss
 
     def bands(self) -> Iterator[tuple[str, float, float]]:
         """Phase, start and end of each stretch of one phase, as shares of the whole."""
@@ -73,8 +84,12 @@ class Timeline:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(place as a share of the whole, value) of each column that has one."""
-        width, columns = self.width, sorted(self.columns.items())
-        return [((at + 0.5) / width, value) for at, column in columns if (value := getattr(column, name)) is not None]
+        values = ((at, getattr(column, name)) for at, column in sorted(self.columns.items()))
+        return [((at + 0.5) / self.width, value) for at, value in values if value is not None]
+
+    def validation_series(self) -> list[tuple[float, float]]:
+        """(place as a share of the whole, loss) of each evaluation."""
+        return [((at + 1) / self.width, loss) for at, loss in sorted(self.validation.items())]
 
 
 def timeline_of(run: Run, steps: int) -> Timeline:
@@ -92,6 +107,9 @@ def timeline_of(run: Run, steps: int) -> Timeline:
     columns = [run.steps[name] for name in ("nominal_step", "phase", "measured_loss", "predicted_loss")]
     for (step, phase, measured, predicted), size in zip(zip(*columns, strict=True), memory, strict=True):
         timeline.add(int(step), phase, int(size), measured, predicted)
+    if "validation_loss" in run.steps:
+        for step, loss in zip(run.steps["nominal_step"], run.steps["validation_loss"], strict=True):
+            timeline.validate(int(step), float(loss if loss is not None else math.nan))
     return timeline
 
 

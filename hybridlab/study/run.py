@@ -152,6 +152,12 @@ class TrainingRun:
         return self._trainer.config
 
     @property
+    def learning_rate(self) -> float:
+        """The base learning rate of the latest step."""
+        steps = max(self._trainer.steps_by(self.config.clock) - 1, 0)
+        return self.config.optimizer.lr * self.config.lr_schedule(steps)
+
+    @property
     def phase(self) -> Phase:
         """The phase of the next step."""
         return self._trainer.current_phase

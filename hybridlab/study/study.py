@@ -25,7 +25,11 @@ OnStep = Callable[[str, int], None]
 """Called after a nominal step with the run's label and the steps of all runs known so far."""
 
 
-def ignore(label: str, total_steps: int) -> None:
+OnRun = Callable[[Run], None]
+"""Called with each run that has finished, those that `resume` kept included."""
+
+
+def ignore(*_: object) -> None:
     """Watch nothing."""
 
 
@@ -58,6 +62,7 @@ class Study:
         resume: bool = False,
         watch: Watch | None = None,
         isolated: bool = False,
+        on_run: OnRun = ignore,
     ) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
 
@@ -67,22 +72,38 @@ class Study:
             everything by default
         watch: called after every step that is taken, with the run and what the step did
         isolated: train each run in a process of its own; `watch` is then refused
+        on_run: called with every run that has finished
 
         A run under other settings lies in another folder, which is left alone.
         """
-        trained = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
+        trained = partial(
+            run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated, on_run=on_run
+        )
         planned = list(self._planned())
-        result = trained(planned)
+        result = trained(planned, steps_after=self._control_steps)
         controls = list(self._controls(result))
         return result | trained(controls, steps_before=_steps(planned))
+
+    def arms(self) -> list[str]:
+        """Every arm that may run, each hybrid before its truncated control, which it needs if it predicts anything."""
+        lengths = [length_name(fraction) for fraction in self.control_fractions]
+        return [BASELINE, *lengths, *(arm for name in self.hybrids for arm in (name, control_name(name)))]
+
+    def _control_steps(self, result: StudyResult) -> int:
+        """Steps of the truncated controls: a baseline's at most for each hybrid that has not run yet."""
+        return sum(self._control_length(result, name, seed) for name in self.hybrids for seed in range(self.seeds))
+
+    def _control_length(self, result: StudyResult, name: str, seed: int) -> int:
+        if (name, seed) not in result.runs:
+            return self.base.steps if self.hybrids[name].max_predict_steps else 0
+        return result.gradient_steps(name, seed) if result.value("predicted_steps", name, seed) else 0
 
     def _planned(self) -> Iterator[RunConfig]:
         """Seed by seed, every second one in reverse, so that a drift of the machine falls on all arms alike."""
         for seed in range(self.seeds):
             arms = [replace(self.base, name=BASELINE, seed=seed)]
             for fraction in self.control_fractions:
-                name = f"{CONTROL}, {fraction:.0%} of the steps"
-                arms.append(self._shortened(name, round(fraction * self.base.steps), seed))
+                arms.append(self._shortened(length_name(fraction), round(fraction * self.base.steps), seed))
             arms += [replace(self.base, name=name, seed=seed, hybrid=hybrid) for name, hybrid in self.hybrids.items()]
             yield from reversed(arms) if seed % 2 else arms
 
@@ -157,13 +178,16 @@ def run_arms(
     on_step: OnStep = ignore,
     *,
     steps_before: int = 0,
+    steps_after: Callable[[StudyResult], int] = lambda result: 0,
     resume: bool = False,
     watch: Watch | None = None,
     isolated: bool = False,
+    on_run: OnRun = ignore,
 ) -> StudyResult:
     """Train each configuration, one folder per run under `folder`.
 
-    steps_before: were done before and count in the total; resume, watch: as in `Study.run`
+    steps_before: were done before and count in the total; resume, watch, on_run: as in `Study.run`
+    steps_after: of runs that may follow, by what has run so far; they count in the total too
     isolated: each run in a process of its own, so that its memory is too
 
     Raises ValueError for `watch` with `isolated`: a run cannot be watched from another process.
@@ -171,11 +195,13 @@ def run_arms(
     if isolated and watch:
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
     how = train_isolated if isolated else partial(train, watch=watch)
-    total = steps_before + _steps(configs)
     result = StudyResult()
     for config in configs:
+        total = steps_before + _steps(configs) + steps_after(result)
         step = partial(on_step, label(config.name, config.seed), total)
-        result.runs[config.name, config.seed] = how(config, folder / folder_name(config), step, resume=resume)
+        run = how(config, folder / folder_name(config), step, resume=resume)
+        result.runs[config.name, config.seed] = run
+        on_run(run)
     return result
 
 
@@ -198,6 +224,11 @@ def folder_name(config: RunConfig) -> str:
 def is_plain(name: str) -> bool:
     """Whether an arm of that name predicts nothing: the baseline, or one of its controls."""
     return name.startswith((BASELINE, CONTROL))
+
+
+def length_name(fraction: float) -> str:
+    """The name of a plain run of a fraction of the baseline's length."""
+    return f"{CONTROL}, {fraction:.0%} of the steps"
 
 
 def control_name(hybrid: str) -> str:

@@ -32,6 +32,7 @@ class MemoryReading:
     context_bytes: of this process beyond torch's reserve, or of all where containers hide processes
     device_total_bytes: the GPU's size
     utilization_percent: how busy the GPU was just before
+    power_watts, temperature_celsius: of the GPU
     """
 
     source: str
@@ -43,6 +44,8 @@ class MemoryReading:
     context_bytes: int | None = None
     device_total_bytes: int | None = None
     utilization_percent: int | None = None
+    power_watts: float | None = None
+    temperature_celsius: int | None = None
 
 
 class MemoryMeter:
@@ -102,6 +105,8 @@ class MemoryMeter:
             context_bytes=_beyond(mine or on_gpu.held_bytes, counted.reserved),
             device_total_bytes=on_gpu.total_bytes,
             utilization_percent=self._gpu.utilization_percent(),
+            power_watts=self._gpu.power_watts(),
+            temperature_celsius=self._gpu.temperature_celsius(),
         )
 
     def allocator(self) -> Allocator | None:

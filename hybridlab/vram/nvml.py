@@ -47,6 +47,16 @@ class NvmlGpu:
         found: int | None = self._ask(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
         return found
 
+    def power_watts(self) -> float | None:
+        """What the GPU draws."""
+        found: int | None = self._ask(pynvml.nvmlDeviceGetPowerUsage)
+        return None if found is None else found / 1000
+
+    def temperature_celsius(self) -> int | None:
+        """Of the GPU's chip."""
+        found: int | None = self._ask(lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU))
+        return found
+
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         return None if self._handle is None else _read(lambda: question(self._handle))
 
