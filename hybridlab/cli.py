@@ -86,7 +86,10 @@ def _pair(text: str) -> tuple[str, str]:
 @app.command()
 def data(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="python, markov, uniform, bin:PATH, hf:NAME, digits, mnist[:PATH].")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="python, markov, uniform, file:PATH, bin:PATH, hf:NAME, digits or mnist[:PATH]."
+        ),
     ],
     vocab_size: Annotated[int | None, typer.Option(help="Vocabulary of text sources that build one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split and of synthetic sources.")] = 0,
@@ -160,6 +163,9 @@ def runs(
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(help="A GPT-2 size: nano, tiny, small, medium, large or xl.")] = "small",
+    task: Annotated[
+        str | None, typer.Option(metavar="MODULE:OBJECT", help="A task of your own, in place of model and batch.")
+    ] = None,
     card: Annotated[str, typer.Option(help="Its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
     taken: Annotated[float, typer.Option(min=0, help="GB of it that other programs hold, such as a desktop.")] = 0.0,
     batch: Annotated[
@@ -184,6 +190,12 @@ def plan(
     card_bytes -= round(taken * 1e9)
     settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(model)
     spec = TrainingSpec(model, size, settings, OptimizerConfig(optimizer))
+    if task:
+        from hybridlab.study import RunConfig, find_task
+        from hybridlab.study.planning import training_spec_of
+
+        plain = HybridTrainerConfig.plain(memory=settings)
+        spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
     if predictor != "none":
         hybrid = HybridTrainerConfig(
             predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings

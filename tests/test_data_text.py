@@ -411,7 +411,7 @@ def test_hf_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     [
         ("pyton", "did you mean 'python'"),
         ("Markow", "did you mean 'markov'"),
-        ("huggingface:x", "choose one of python, markov, uniform, bin:PATH, hf:NAME"),
+        ("huggingface:x", "choose one of python, markov, uniform, file:PATH, bin:PATH, hf:NAME"),
         ("bin", "must be written 'bin:PATH'"),
         ("python:3", "must be written 'python'"),
     ],

@@ -128,6 +128,8 @@ def test_accumulation_splits_evaluation_too() -> None:
     """Else the whole batch would set the peak that its parts avoid."""
     device, memory = torch.device("cpu"), MemoryConfig(gradient_accumulation=GradientAccumulationConfig(2))
     whole, split = TASK.build(0, device), TASK.build(0, device, memory)
+    for task in (whole, split):
+        task.model.requires_grad_(False)
     sizes = []
     split.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     loss = split.evaluate(split.model)["validation_loss"]

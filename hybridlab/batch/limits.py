@@ -14,7 +14,7 @@ from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.settings import broken_bound
 
 PREDICTORS = ("null", "linear", "adam_coast", "ema_nesterov", "snoo", "river", "dmd", "rre", "rssm")
-TEXTS = ("python", "markov", "uniform", "bin:PATH", "hf:NAME")
+TEXTS = ("python", "markov", "uniform", "file:PATH", "bin:PATH", "hf:NAME")
 FIRST_JUMP = 102
 """Gradient steps before the first jump of `jumping_with`: two of warmup, and the path that its predictor needs."""
 IMAGES = ("digits", "mnist", "mnist:PATH")

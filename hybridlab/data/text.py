@@ -8,12 +8,20 @@ from hybridlab.base.errors import UserError, nearest
 from hybridlab.data.huggingface import load_huggingface
 from hybridlab.data.python_sources import load_python
 from hybridlab.data.synthetic import load_markov, load_uniform
+from hybridlab.data.text_file import load_text_file
 from hybridlab.data.token_batches import TextData
 from hybridlab.data.token_files import load_token_files
 
 OWN_VOCAB_SIZE = 4096
 GPT2_VOCAB_SIZE = 50257
-SOURCES = {"python": "python", "markov": "markov", "uniform": "uniform", "bin": "bin:PATH", "hf": "hf:NAME"}
+SOURCES = {
+    "python": "python",
+    "markov": "markov",
+    "uniform": "uniform",
+    "file": "file:PATH",
+    "bin": "bin:PATH",
+    "hf": "hf:NAME",
+}
 
 
 def load_text(
@@ -26,8 +34,8 @@ def load_text(
 ) -> TextData:
     """Load the text that `source` names.
 
-    source: `python`, `markov`, `uniform`, `bin:PATH`, `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`
-    vocab_size: None is 4096 for `python`, `markov` and `uniform`, and GPT-2's 50257 for `bin` and `hf`
+    source: `python`, `markov`, `uniform`, `file:PATH` (UTF-8), `bin:PATH`, `hf:NAME`, `hf:NAME:CONFIG` or `hf:FOLDER`
+    vocab_size: None is 4096 for `python`, `markov`, `uniform` and `file`, and GPT-2's 50257 for `bin` and `hf`
     seed: chooses the split and the files of `python`, and the tokens of `markov` and `uniform`. Keep it
         fixed while comparing runs: another seed is another validation set
     max_bytes: caps the training text (a synthetic token counts as two bytes); None takes all of it
@@ -45,6 +53,8 @@ def load_text(
             return load_markov(vocab_size=vocab, seed=seed, max_bytes=max_bytes)
         case "uniform":
             return load_uniform(vocab_size=vocab, seed=seed, max_bytes=max_bytes)
+        case "file":
+            return load_text_file(Path(argument), vocab_size=vocab, max_bytes=max_bytes, cache=cache)
         case "bin":
             return load_token_files(argument, vocab_size=vocab, max_bytes=max_bytes, cache=cache)
         case _:

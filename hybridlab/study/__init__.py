@@ -7,10 +7,24 @@ from hybridlab.base.lazy import lazy_exports
 if TYPE_CHECKING:
     from hybridlab.study.comparison import Comparison, compare
     from hybridlab.study.config import RunConfig
+    from hybridlab.study.huggingface_task import HuggingFaceTaskConfig
+    from hybridlab.study.own_task import OwnTaskConfig, find_task
     from hybridlab.study.run import train
     from hybridlab.study.study import Study, StudyResult
     from hybridlab.study.tasks import ImageTaskConfig, TextTaskConfig
 
-__all__ = ["Comparison", "ImageTaskConfig", "RunConfig", "Study", "StudyResult", "TextTaskConfig", "compare", "train"]
+__all__ = [
+    "Comparison",
+    "HuggingFaceTaskConfig",
+    "ImageTaskConfig",
+    "OwnTaskConfig",
+    "RunConfig",
+    "Study",
+    "StudyResult",
+    "TextTaskConfig",
+    "compare",
+    "find_task",
+    "train",
+]
 
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hybridlab.base.device import find_device
-from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_holds
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
+from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
-from hybridlab.study.tasks import TextTaskConfig
+from hybridlab.study.tasks import Batch, Task, TextTaskConfig
 
 
 @lru_cache
 def plan_of(config: RunConfig) -> Plan:
-    """What a run's memory is predicted to be; made once, since XL's takes seconds.
-
-    Raises UserError for a task that is not a GPT-2's.
-    """
+    """What a run's memory is predicted to be; made once, since XL's takes seconds."""
     return plan_training(training_spec_of(config))
 
 
@@ -40,8 +41,6 @@ def room_for(configs: Iterable[RunConfig]) -> tuple[list[RunConfig], dict[str, s
 
     Goes by the predicted peak on the GPU, context included, against the whole GPU, and by what is kept on the host
     against what the host has available. Without a GPU there is room for all.
-
-    Raises UserError for a task that is not a GPT-2's, where there is a GPU.
     """
     lacks = [(config, _lack(config)) for config in configs]
     return [config for config, lack in lacks if not lack], {config.name: lack for config, lack in lacks if lack}
@@ -66,23 +65,38 @@ def nearest_fit_of(config: RunConfig, gpu_bytes: int) -> str:
 
     gpu_bytes: 0 where there is no GPU
     """
-    if not gpu_bytes or not isinstance(config.task, TextTaskConfig):
+    if not gpu_bytes:
         return "take a smaller batch"
     return nearest_fit(training_spec_of(config), gpu_bytes)
 
 
 def training_spec_of(config: RunConfig) -> TrainingSpec:
-    """A run as the planner sees it. Raises UserError for a task that is not a GPT-2's."""
-    if not isinstance(config.task, TextTaskConfig):
-        raise UserError("only runs of a GPT-2 can be planned: give a TextTaskConfig")
+    """A run as the planner sees it.
+
+    Of a task other than GPT-2's, the model and a batch are made on the CPU first, for their shapes.
+    """
     hybrid, memory = config.hybrid, config.memory
     if config.precision == "bf16":
         memory = replace(memory, mixed_precision=MixedPrecisionConfig.conservative())
-    return TrainingSpec(
-        model=config.task.model_config,
-        batch=(config.task.batch_size, config.task.block_size),
-        memory=memory,
-        optimizer=config.optimizer,
-        path=hybrid.path_needs,
-        path_storage=hybrid.path_storage,
-    )
+    spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, hybrid.path_needs, hybrid.path_storage)
+    if isinstance(config.task, TextTaskConfig):
+        return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))
+    task = config.task.build(config.seed, torch.device("cpu"), memory)
+    sizes = (config.task.batch_size, getattr(config.task, "block_size", 1))
+    loss = partial(_loss_like, task, task.batch(0))
+    return replace(spec, model=partial(_copied, task.model), batch=sizes, loss=loss)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are new tensors of the same shapes: fake ones on a fake GPU."""
+    made: dict[int, Any] = {id(p): nn.Parameter(_like(p), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, made | {id(b): _like(b) for b in model.buffers()})
+
+
+def _loss_like(task: Task, batch: Batch, model: nn.Module, sizes: BatchShape) -> Tensor:
+    """The task's loss on so many examples of this batch's shapes."""
+    return task.loss(model, tree_map_only(Tensor, lambda t: torch.empty(sizes[0], *t.shape[1:], dtype=t.dtype), batch))
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.data import (
@@ -30,12 +31,12 @@ load_text_once = lru_cache(load_text)
 load_images_once = lru_cache(load_images)
 
 
-Batch = tuple[Tensor, ...]
-"""What a loss is computed on: tensors whose first dimension counts the same examples."""
+Batch = Any
+"""What a loss is computed on: a tuple, list or dictionary of tensors whose first dimension counts the same examples."""
 
 
 class Task(Protocol):
-    """A model, and its losses on the data."""
+    """A model, and its losses on the data: all that panel, session, study, plan and record need of a training."""
 
     model: nn.Module
 
@@ -46,7 +47,7 @@ class Task(Protocol):
         """Loss in nats: the mean over a batch, or over a part of one."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Validation figures, "validation_loss" in nats among them. The model keeps its mode."""
+        """Validation figures, "validation_loss" in nats among them; called in eval mode, without gradients."""
 
 
 @runtime_checkable
@@ -131,7 +132,7 @@ class _ModelTask:
 
 
 @contextmanager
-def _judging(model: nn.Module) -> Iterator[None]:
+def judging(model: nn.Module) -> Iterator[None]:
     """Without gradients and dropout; the model's mode is put back."""
     was_training = model.training
     with torch.no_grad():
@@ -143,10 +144,11 @@ def _judging(model: nn.Module) -> Iterator[None]:
 class TextTask(_ModelTask):
     """Next-token prediction; evaluates to loss (nats per token) and perplexity.
 
+    config: a `TextTaskConfig`, or other settings with its sizes and its text
     parts: that a held-out batch is judged in, so that it takes no more memory than training does
     """
 
-    def __init__(self, model: GPT2, config: TextTaskConfig, seed: int, device: torch.device, parts: int = 1) -> None:
+    def __init__(self, model: nn.Module, config: Any, seed: int, device: torch.device, parts: int = 1) -> None:
         text, size = config.load_text(), {"batch_size": config.batch_size, "block_size": config.block_size}
         super().__init__(model, TokenBatches(text.train, **size, seed=seed, device=device))
         self._parts = parts
@@ -154,8 +156,7 @@ class TextTask(_ModelTask):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean over the held-out batches, dropout off."""
-        with _judging(model):
-            losses = [self.loss(model, part) for batch in self._held_out for part in in_parts(batch, self._parts)]
+        losses = [self.loss(model, part) for batch in self._held_out for part in in_parts(batch, self._parts)]
         loss = float(torch.stack(losses).mean())
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -198,13 +199,14 @@ class ImageTask(_ModelTask):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Over the whole test set."""
-        with _judging(model):
-            logits = torch.cat([model(images) for images, _ in self._held_out])
+        logits = torch.cat([model(images) for images, _ in self._held_out])
         labels = torch.cat([labels for _, labels in self._held_out])
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"validation_loss": float(nn.functional.cross_entropy(logits, labels)), "accuracy": float(accuracy)}
 
 
 def in_parts(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in so many equal parts; they share its memory."""
-    return list(zip(*(tensor.chunk(parts) for tensor in batch), strict=True))
+    """A batch in so many equal parts, which share its memory; what is no tensor goes into each."""
+    leaves, form = tree_flatten(batch)
+    split = [leaf.chunk(parts) if isinstance(leaf, Tensor) else [leaf] * parts for leaf in leaves]
+    return [tree_unflatten(part, form) for part in zip(*split, strict=True)]

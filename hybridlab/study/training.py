@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridlab.base.device import gpus
+from hybridlab.base.errors import UserError
 from hybridlab.engine.closures import Closure
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
@@ -18,7 +19,7 @@ from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
 from hybridlab.study.compilation import compile_
 from hybridlab.study.config import RunConfig
-from hybridlab.study.tasks import Batch, in_parts
+from hybridlab.study.tasks import Batch, in_parts, judging
 
 WARM_UP_PASSES = 3
 
@@ -59,8 +60,11 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """Validation figures of the model as it is; "validation_loss", in nats, is one."""
         self.trainer.materialize_()
-        with autocast(self._config.training_precision, self._device):
-            self.evaluation = self.task.evaluate(self._model)
+        with judging(self._model), autocast(self._config.training_precision, self._device):
+            figures = self.task.evaluate(self._model)
+        if "validation_loss" not in figures:
+            raise UserError(f'evaluate() of the task gave no "validation_loss", but {sorted(figures)}: add it, in nats')
+        self.evaluation = {name: float(value) for name, value in figures.items()}
         return self.evaluation
 
     def state_dict(self) -> dict[str, Any]:

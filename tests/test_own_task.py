@@ -1,0 +1,164 @@
+"""Any task: named as module:object, or a Hugging Face config on a text file; studied, planned, driven and recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hybridlab import HybridTrainerConfig
+from hybridlab.base.errors import UserError
+from hybridlab.cli import main
+from hybridlab.data import load_text
+from hybridlab.memory import MemoryConfig
+from hybridlab.memory.config import GradientAccumulationConfig
+from hybridlab.notebook import Session, find_runs
+from hybridlab.study import HuggingFaceTaskConfig, OwnTaskConfig, RunConfig, Study, compare, find_task, train
+from hybridlab.study.planning import plan_of
+from tests import own_bytes
+from tests.notebook_maker import project
+
+JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, "bos_token_id": 50256,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project with the user's module in it."""
+    monkeypatch.chdir(project(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("HYBRIDLAB_CACHE", str(tmp_path / "cache"))
+    shutil.copy(own_bytes.__file__, tmp_path / "my_task.py")
+    (tmp_path / "my_text.txt").write_bytes(own_bytes.TEXT * 8)
+    yield tmp_path
+    sys.modules.pop("my_task", None)
+
+
+def run_of(task: OwnTaskConfig | HuggingFaceTaskConfig, **settings: object) -> RunConfig:
+    return RunConfig("baseline", task, **{"steps": 40, "evaluate_every": 10, "device": "cpu"} | settings)  # type: ignore[arg-type]
+
+
+def test_a_named_task_is_studied_with_controls_and_step_value(mine: Path) -> None:
+    task = find_task("my_task:Bytes")
+    study = Study(run_of(task), {"jumps": JUMPS}, seeds=2)
+    comparison = compare(study.run(mine / "runs"), "jumps")
+    assert comparison.predicted_steps
+    assert comparison.step_value is not None
+    assert comparison.base.tokens == 40 * 8 * 16
+    (record,) = find_runs("runs", where=["name=jumps", "seed=0"])
+    assert record.config["task"]["name"] == "my_task:Bytes"
+    assert len(record.config["data"]["source_sha256"]) == 64
+
+
+def test_a_session_drives_it_and_the_plan_counts_every_weight(mine: Path) -> None:
+    config = run_of(find_task("my_task:Bytes"), hybrid=JUMPS)
+    session = Session(config, "mine")
+    assert [result.nominal_step for result in session.run(12)] == list(range(1, 13))
+    session.close()
+    weights = 4 * sum(p.numel() for p in own_bytes.Bytes(0, "cpu").model.parameters())  # type: ignore[arg-type]
+    assert plan_of(config).parts["weights"] == pytest.approx(weights, rel=0.02)
+    parts = replace(JUMPS, memory=MemoryConfig(gradient_accumulation=GradientAccumulationConfig(4)))
+    assert plan_of(replace(config, hybrid=parts)).parts["logits"] < plan_of(config).parts["logits"] / 2
+
+
+def test_an_edited_task_is_another_run(mine: Path) -> None:
+    before = run_of(find_task("my_task:Bytes")).record()
+    with (mine / "my_task.py").open("a") as file:
+        file.write("\n# edited\n")
+    assert run_of(find_task("my_task:Bytes")).record() != before
+
+
+def test_a_task_may_be_named_by_its_file(mine: Path) -> None:
+    assert find_task("my_task.py:Bytes").data_record() == find_task("my_task:Bytes").data_record()
+
+
+def test_a_module_may_hold_settings_of_a_task(mine: Path) -> None:
+    line = "from hybridlab.study import TextTaskConfig\ntask = TextTaskConfig(data='markov', vocab_size=64)\n"
+    (mine / "settings_of.py").write_text(line)
+    assert find_task("settings_of:task").data == "markov"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_task", "write module:object or file.py:object"),
+        ("no_such_task:Bytes", "there is no module 'no_such_task'"),
+        ("none.py:Bytes", "none.py: no such file"),
+        ("my_task:Byte", "my_task has no 'Byte': it has Bytes"),
+        ("my_task:TEXT", "my_task:TEXT is no task: give a class with batch_size"),
+        ("broken:Bytes", r"broken cannot be imported: ZeroDivisionError: division by zero \(line 2\)"),
+        ("json.py:x", "another module is called 'json'"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_line(name: str, message: str, mine: Path) -> None:
+    (mine / "broken.py").write_text("\n1 / 0\n")
+    (mine / "json.py").touch()
+    with pytest.raises(UserError, match=message):
+        find_task(name)
+
+
+def test_what_a_task_lacks_is_named(mine: Path) -> None:
+    with pytest.raises(UserError, match="lacks loss, evaluate"):
+        train(run_of(find_task("my_task:WithoutLoss")), mine / "a")
+    with pytest.raises(UserError, match='gave no "validation_loss", but'):
+        train(run_of(find_task("my_task:WithoutValidation")), mine / "b")
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config["model_type"])
+def test_a_hugging_face_config_learns_a_text_file(config: dict[str, object], mine: Path) -> None:
+    pytest.importorskip("transformers")
+    (mine / "config.json").write_text(json.dumps(config))
+    given = {"data": "file:my_text.txt", "vocab_size": 300, "block_size": 16, "validation_batches": 2}
+    task = HuggingFaceTaskConfig(".", **given)  # type: ignore[arg-type]
+    assert task.model_config().to_dict() == HuggingFaceTaskConfig(json.dumps(config), **given).model_config().to_dict()  # type: ignore[arg-type]
+    run = train(run_of(task, hybrid=JUMPS), mine / "run")
+    losses = run.steps["validation_loss"].dropna()
+    assert run.closing_figures["predicted_steps"]
+    assert losses.iloc[-1] < losses.iloc[0]
+    assert plan_of(run_of(task, hybrid=JUMPS)).parts["activations"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere", "no such config"),
+        ("{", "not readable JSON"),
+        ("{}", 'has no "model_type"'),
+        ('{"model_type": "gtp2"}', "transformers refuses the config with model_type='gtp2'"),
+    ],
+)
+def test_a_config_that_is_none_is_one_line(model: str, message: str) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=message):
+        HuggingFaceTaskConfig(model)
+
+
+def test_a_text_file_is_split_and_what_is_none_is_refused(mine: Path) -> None:
+    text = load_text("file:my_text.txt", vocab_size=300)
+    assert len(text.train) == pytest.approx(9 * len(text.validation), rel=0.1)
+    (mine / "binary").write_bytes(b"abc\xff" * 100)
+    (mine / "short").write_text("a")
+    for name, message in {"binary": "no UTF-8", "short": "too few", "absent": "cannot be read"}.items():
+        with pytest.raises(UserError, match=message):
+            load_text(f"file:{name}", vocab_size=300)
+
+
+def test_the_command_plans_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--task", "my_task:Bytes", "--card", "16GB"])
+    assert ended.value.code == 0
+    assert "It fits a GPU of 16 GB" in capsys.readouterr().out
+    assert main(["plan", "--task", "my_task:Byte"]) == 2
+    assert "my_task has no 'Byte'" in capsys.readouterr().err
