@@ -23,7 +23,7 @@ from hybridlab.memory import (
 from hybridlab.models import GPT2Config
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.planner import GpuOverhead
-from hybridlab.study import ImageTaskConfig, RunConfig, Study, TextTaskConfig
+from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, OwnTaskConfig, RunConfig, Study, TextTaskConfig
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 
@@ -35,10 +35,12 @@ SETTINGS: list[Any] = [
     GPT2Config.nano(),
     GradientAccumulationConfig(),
     HybridTrainerConfig(),
+    HuggingFaceTaskConfig('{"model_type": "gpt2"}'),
     ImageTaskConfig(),
     MemoryConfig(step_in_backward=True),
     MixedPrecisionConfig(),
     OptimizerConfig("muon"),
+    OwnTaskConfig("tests.own_bytes:Bytes"),
     PathNeeds(4, 5),
     PathStorage(),
     PredictAwareMemoryConfig(),
@@ -47,7 +49,7 @@ SETTINGS: list[Any] = [
     Study(RUN, {"hybrid": HybridTrainerConfig()}),
     TextTaskConfig(),
 ]
-FIELDS = [(settings, field.name, str(field.type)) for settings in SETTINGS for field in fields(settings)]
+FIELDS = [(settings, field.name, str(field.type)) for settings in SETTINGS for field in fields(settings) if field.init]
 IDS = [f"{type(settings).__name__}.{name}" for settings, name, _ in FIELDS]
 NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) and field[1] != "stages"]
 

@@ -43,7 +43,7 @@ class HuggingFaceTaskConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_bounds(self, "batch_size", "block_size", "validation_batches", least=1)
+        check_bounds(self, "vocab_size", "batch_size", "block_size", "validation_batches", least=1)
         check_bounds(self, "max_bytes", least=0)
         self.model_config()
 

@@ -46,16 +46,16 @@ class OwnTaskConfig:
     """
 
     name: str
-    batch_size: int = field(init=False)
-    block_size: int = field(init=False)
+    batch_size: int = field(init=False, default=1)
+    block_size: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
+        check_types(self)
         made_by = load_object(self.name)
         if not callable(made_by) or not hasattr(made_by, "batch_size"):
             raise UserError(f"{self.name} is no task: give a class with batch_size, {', '.join(PARTS)}")
         object.__setattr__(self, "batch_size", made_by.batch_size)
         object.__setattr__(self, "block_size", getattr(made_by, "block_size", 1))
-        check_types(self)
         check_bounds(self, "batch_size", "block_size", least=1)
 
     def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> Task:
