@@ -125,7 +125,7 @@ def test_a_session_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path
     list(driven.run(12))
     driven.save()
     list(driven.run(3))
-    driven._steps.close()  # as an interpreter that ends does
+    driven._end()  # as an interpreter that ends does
     with pytest.raises(UserError, match="resume=True"):
         next(driven.run())
     again = Session(CONFIG, "cells", resume=True)
@@ -144,7 +144,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_without_a_checkpoint_resume_is_refused_and_touches_nothing() -> None:
     driven = Session(CONFIG, "cells")
     list(driven.run(5))
-    driven._steps.close()
+    driven._end()
     before = files(driven.folder)
     with pytest.raises(UserError, match=r"no checkpoint in .*: its 5 steps cannot be resumed; start afresh"):
         Session(CONFIG, "cells", resume=True)
@@ -189,6 +189,19 @@ def test_closing_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     again.close()
     assert not (again.folder / "checkpoint.pt").exists()
     pd.testing.assert_frame_equal(untimed(again.record), untimed(train(CONFIG, tmp_path / "x")), check_exact=True)
+
+
+def test_a_cell_that_is_run_again_closes_the_session_that_it_made_before() -> None:
+    first = Session(CONFIG, "cells")
+    list(first.run(5))
+    again = Session(CONFIG, "cells", resume=True)
+    assert again.steps_done == 5
+    with pytest.raises(UserError, match="this session has ended"):
+        next(first.run())
+    with pytest.raises(UserError, match="this process trains there already; close its session first"):
+        train(CONFIG, again.folder)
+    again.close()
+    assert train(CONFIG, again.folder).summary
 
 
 def test_half_a_step_is_never_saved(monkeypatch: pytest.MonkeyPatch) -> None:

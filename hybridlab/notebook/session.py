@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from itertools import islice
 from pathlib import Path
-from weakref import finalize
+from weakref import WeakValueDictionary, finalize
 
 from hybridlab.base.checkpoint import has_checkpoint, remove_checkpoint
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
+from hybridlab.base.lock import locked
 from hybridlab.engine.result import StepResult
 from hybridlab.panel.controls import Controls
 from hybridlab.panel.frame import Frame
@@ -44,22 +45,34 @@ class Session:
 
     In JupyterLab each cell shows gauges, buttons and sliders; in batch the same cells report plain progress.
 
-    Raises UserError, and changes nothing, when `resume` finds a finished run, one without a checkpoint, or one whose
-    checkpoint was written by other code.
+    An open session of the same run, as a cell that is run again has left it, is closed first.
+
+    Raises UserError, and changes nothing, when another process trains in that folder, and when `resume` finds a
+    finished run, one without a checkpoint, or one whose checkpoint was written by other code.
     """
 
     def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
         self.config, self.folder = config, runs_folder(folder) / folder_name(config)
-        earlier = earlier_run(config, self.folder) if resume else None
+        if before := _OPEN.get(self.folder):
+            before.close()
+        with ExitStack() as opened:
+            opened.enter_context(locked(self.folder))
+            self._start(resume)
+            opened.callback(self._steps.close)
+            self._end = opened.pop_all().close
+        finalize(self, self._end)  # at the interpreter's exit too, while the record can still be written
+        self._instruments = Instruments(self._run)
+        _OPEN[self.folder] = self
+
+    def _start(self, resume: bool) -> None:
+        earlier = earlier_run(self.config, self.folder) if resume else None
         if earlier:
             self._refuse_resume(earlier)
         else:
             remove_checkpoint(self.folder / CHECKPOINT)
-        self._run = TrainingRun(config, self.folder)
+        self._run = TrainingRun(self.config, self.folder)
         self.steps_done = self._saved_at = self._run.start()
         self._steps = self._run.steps()
-        finalize(self, self._steps.close)  # at the interpreter's exit too, while the record can still be written
-        self._instruments = Instruments(self._run)
 
     def run(self, steps: int | None = None) -> Iterator[StepResult]:
         """Take so many nominal steps, or all that are left, and give each one's result.
@@ -113,7 +126,7 @@ class Session:
             if self._has_unsaved_steps:
                 self.save()
         finally:
-            self._steps.close()
+            self._end()
 
     def __repr__(self) -> str:
         return f"Session({self._label}: step {self.steps_done} of {self.config.steps}, {self._run.phase})"
@@ -166,8 +179,13 @@ class Session:
         finally:
             if self.steps_done == self.config.steps:
                 next(self._steps, None)
+                self._end()
             else:
                 self._run.pause()
+
+
+_OPEN: WeakValueDictionary[Path, Session] = WeakValueDictionary()
+"""The sessions of this process, by the folder of their run."""
 
 
 # --- whole studies -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from hybridlab.base.checkpoint import (
     save_checkpoint,
 )
 from hybridlab.base.device import find_device
+from hybridlab.base.lock import locked
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.trainer import HybridTrainer
@@ -56,8 +57,14 @@ def train(
         two programs. By default, what lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
 
-    Raises UserError when `resume` meets a run of another configuration, and when memory runs out.
+    Raises UserError when `resume` meets a run of another configuration, when another process trains in `folder`, and
+    when memory runs out.
     """
+    with locked(folder):
+        return _train(config, folder, on_step, resume=resume, watch=watch)
+
+
+def _train(config: RunConfig, folder: Path, on_step: Callable[[], None], *, resume: bool, watch: Watch | None) -> Run:
     earlier = earlier_run(config, folder) if resume else None
     if not earlier or earlier.summary is not None or other_code(folder):
         remove_checkpoint(folder / CHECKPOINT)

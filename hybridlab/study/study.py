@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from hybridlab.base.lock import locked
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.study.config import RunConfig
@@ -75,14 +77,17 @@ class Study:
         on_run: called with every run that has finished
 
         A run under other settings lies in another folder, which is left alone.
+
+        Raises UserError where another process trains the same study.
         """
         trained = partial(
             run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated, on_run=on_run
         )
         planned = list(self._planned())
-        result = trained(planned, steps_after=self._control_steps)
-        controls = list(self._controls(result))
-        return result | trained(controls, steps_before=_steps(planned))
+        with _locked(folder, "study", planned):
+            result = trained(planned, steps_after=self._control_steps)
+            controls = list(self._controls(result))
+            return result | trained(controls, steps_before=_steps(planned))
 
     def arms(self) -> list[str]:
         """Every arm that may run, each hybrid before its truncated control, which it needs if it predicts anything."""
@@ -190,19 +195,27 @@ def run_arms(
     steps_after: of runs that may follow, by what has run so far; they count in the total too
     isolated: each run in a process of its own, so that its memory is too
 
-    Raises ValueError for `watch` with `isolated`: a run cannot be watched from another process.
+    Raises UserError where another process trains the same, and ValueError for `watch` with `isolated`: a run cannot be
+    watched from another process.
     """
     if isolated and watch:
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
     how = train_isolated if isolated else partial(train, watch=watch)
     result = StudyResult()
-    for config in configs:
-        total = steps_before + _steps(configs) + steps_after(result)
-        step = partial(on_step, label(config.name, config.seed), total)
-        run = how(config, folder / folder_name(config), step, resume=resume)
-        result.runs[config.name, config.seed] = run
-        on_run(run)
+    with _locked(folder, "runs", configs):
+        for config in configs:
+            total = steps_before + _steps(configs) + steps_after(result)
+            step = partial(on_step, label(config.name, config.seed), total)
+            run = how(config, folder / folder_name(config), step, resume=resume)
+            result.runs[config.name, config.seed] = run
+            on_run(run)
     return result
+
+
+def _locked(folder: Path, what: str, configs: Sequence[RunConfig]) -> AbstractContextManager[None]:
+    """Refuse a second start of the same runs: it would replace those that have finished."""
+    names = " ".join(folder_name(config) for config in configs)
+    return locked(folder, f".{what}_{hashlib.sha256(names.encode()).hexdigest()[:6]}.lock")
 
 
 def label(name: str, seed: int) -> str:
