@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from hybridlab import __version__
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, printable
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -71,7 +72,7 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings, console = [_pair(text) for text in parameter or []], Console()
     for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume):
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
     console.print("Open it:  make lab", highlight=False)
 
@@ -208,6 +209,7 @@ def plan(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; a person's mistake gives one line on standard error and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = _warn
     try:
         app(_joined(arguments), prog_name="hybridlab")
     except (UserError, ValueError) as error:
@@ -239,6 +241,10 @@ def _joined(arguments: list[str]) -> list[str]:
     return joined
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    _say(message, 0)
+
+
 def _say(message: object, code: int) -> int:
-    print(f"hybridlab: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"hybridlab: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     return code

@@ -70,6 +70,64 @@ def test_runs_are_filtered_by_every_condition() -> None:
     assert found(where=["run=two/*"]) == ["two/bold_seed_0"]
 
 
+DAMAGED = [
+    ("config.json", b""),
+    ("config.json", b'{"name": '),
+    ("config.json", b"[]"),
+    ("config.json", b"\xff\xfe\x00"),
+    ("summary.json", b""),
+    ("summary.json", b"3"),
+    ("steps.parquet", b""),
+    ("steps.parquet", b"PAR1"),
+    ("vram.parquet", b"x"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_one_damaged_file_is_named_in_one_line_and_hides_no_other_run(
+    name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path("runs/one/bold_seed_0") / name).write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "--sort", "name"])
+    assert ended.value.code == 0
+    out, said = capsys.readouterr()
+    assert "3 runs in runs" in out
+    assert said.count("\n") == 1
+    assert said.startswith("hybridlab: ")
+    assert f"one/bold_seed_0/{name} is damaged, or no run's record" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "gpt2"}'),
+        ("config.json", '{"name": 3, "seed": 0}'),
+        ("config.json", '{"name": "a", "hybrid": []}'),
+        ("config.json", '{"name": "a", "hybrid": {"max_predict_steps": 1, "predictor": {}}}'),
+        ("summary.json", '{"validation_loss": "low"}'),
+        ("summary.json", '{"peak_memory_bytes": [1]}'),
+    ],
+)
+def test_what_is_no_record_of_ours_is_left_out_and_said(
+    name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a Hugging Face model that was saved below `runs`."""
+    (Path("runs/one/bold_seed_0") / name).write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "--sort", "-validation_loss"])
+    assert ended.value.code == 0
+    out, said = capsys.readouterr()
+    assert "3 runs in runs" in out
+    assert said.endswith("runs/one/bold_seed_0 holds no record of ours: it is left out\n")
+    assert said.count("\n") == 1
+
+
+def test_a_name_cannot_steer_the_terminal() -> None:
+    record(Path("runs/one/evil"), "\x1b[31mred\nline", 0, 3.0)
+    assert r"\x1b[31mred\nline" in str(runs_table("runs"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

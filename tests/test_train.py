@@ -441,6 +441,17 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path: Path, u
     assert_same(run, unbroken("gated"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "steps.parquet", "vram.parquet", "summary.json"])
+def test_a_damaged_record_is_named_and_trained_afresh(
+    tmp_path: Path, name: str, unbroken: Callable[[str], Run]
+) -> None:
+    shutil.copytree(unbroken("plain").folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match=rf"run/{name} is damaged.*; training 'baseline', seed 0, afresh"):
+        run = train(PLAIN, tmp_path / "run", resume=True)
+    assert_same(run, unbroken("plain"))
+
+
 def test_a_disk_that_fills_up_is_told_in_one_line_and_the_run_goes_on_later(
     tmp_path: Path, unbroken: Callable[[str], Run]
 ) -> None:

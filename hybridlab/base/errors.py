@@ -22,6 +22,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """A text from a file, for a terminal: control characters, which would move the cursor or recolor, spelled out."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """A hint for a name that is not among the known ones: the likeliest of them, and all of them."""
     names = list(known)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hybridlab.base.errors import printable
+
 MISSING = "–"
 
 
@@ -82,7 +84,7 @@ class Table:
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
         if not _is_number(value):
-            return str(value)
+            return printable(str(value))
         if spec is not None:
             return format(value, spec)
         return str(int(value)) if isinstance(value, Integral) else f"{round(float(value), 4) + 0.0:.4f}"

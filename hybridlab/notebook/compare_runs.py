@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""
 
+TYPES = dict.fromkeys(("run", "name", "state"), str) | {"predictor": str | None}
+"""Of the columns that hold text; all others hold numbers or nothing."""
+
 COLUMNS = ("run", "name", "predictor", "seed", "state", *COUNTED, "step_ms", "peak_gb")
 FORMATS = {"seconds": ".1f", "step_ms": ".1f", "peak_gb": ".2f"}
 
@@ -32,26 +37,42 @@ def find_runs(folder: str | Path = "runs", *, sort: str = "run", where: Iterable
     sort: the column to sort by, from its least value up; "-" before it turns that round; a missing value comes last
     where: conditions "column=pattern", all of which must hold; a pattern may hold "*", as in "name=*unguarded"
 
+    A warning names each run whose record is damaged, or none of ours; it is left out.
+
     Raises UserError for a column that is none of `COLUMNS`, and for a condition without "=".
     """
     root = project_root() / folder
     wanted = [_condition(text) for text in where]
     descending, column = sort.startswith("-"), _known(sort.removeprefix("-"))
-    figures = [(run, key_figures(run, root)) for run in runs_under(root)]
-    kept = [(run, row) for run, row in figures if all(fnmatchcase(str(row[name]), text) for name, text in wanted)]
+    kept = [
+        (run, row)
+        for run, row in _with_figures(root)
+        if all(fnmatchcase(str(row[name]), text) for name, text in wanted)
+    ]
     present = [pair for pair in kept if pair[1][column] is not None]
     present.sort(key=lambda pair: pair[1][column], reverse=descending)
     return [run for run, _ in present] + [run for run, row in kept if row[column] is None]
+
+
+def _with_figures(root: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Every run below a folder, those with figures that no run of ours records left out."""
+    for run in runs_under(root):
+        try:
+            yield run, key_figures(run, root)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            warnings.warn(f"{run.folder} holds no record of ours: it is left out", stacklevel=3)
 
 
 def key_figures(run: Run, root: Path) -> dict[str, Any]:
     """One run in one flat row with the keys `COLUMNS`; what it has not measured is None.
 
     root: the folder that `run` is named from
+
+    Raises an error of some kind where the record holds something else than a run's.
     """
     summary = run.summary or _so_far(run)
     peak = summary.get("peak_memory_bytes")
-    return {
+    row = {
         "run": str(run.folder.relative_to(root)),
         "name": run.config.get("name"),
         "predictor": _predictor(run.config.get("hybrid", {})),
@@ -61,6 +82,10 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
         "step_ms": summary.get("gradient_step_ms"),
         "peak_gb": None if peak is None else peak / 1e9,
     }
+    for name, value in row.items():
+        if not isinstance(value, TYPES.get(name, Real | None)):
+            raise TypeError(f"{name} is {value!r}")
+    return row
 
 
 def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterable[str] = ()) -> LiveTable:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -19,6 +20,13 @@ from hybridlab.base.files import remove, replaced
 
 FLUSH_SHARE = 0.02
 """Writing the record may take this share of a run's time."""
+
+
+T = TypeVar("T")
+
+
+class DamagedRecordError(UserError):
+    """A file of a run's record that cannot be read."""
 
 
 class RunRecorder:
@@ -98,14 +106,14 @@ class Run:
     def load(cls, folder: Path) -> Self:
         """Read a run's folder, finished or not.
 
-        Raises FileNotFoundError where there is no config.json.
+        Raises FileNotFoundError where there is no config.json, and DamagedRecordError for a file that cannot be read.
         """
         return cls(
             folder=folder,
-            config=json.loads((folder / "config.json").read_text()),
+            config=_read(folder / "config.json", _mapping),
             steps=_read_table(folder / "steps.parquet"),
             vram=_read_table(folder / "vram.parquet"),
-            summary=json.loads(path.read_text()) if (path := folder / "summary.json").exists() else None,
+            summary=_read(path, _mapping) if (path := folder / "summary.json").exists() else None,
         )
 
     @property
@@ -125,9 +133,13 @@ class Run:
         return float(measured.iloc[-1])
 
 
-def runs_under(folder: Path) -> list[Run]:
-    """Every run that lies in a folder or below it, by path."""
-    return [Run.load(config.parent) for config in sorted(folder.rglob("config.json"))]
+def runs_under(folder: Path) -> Iterator[Run]:
+    """Every run that lies in a folder or below it, by path; a warning names each that cannot be read."""
+    for config in sorted(folder.rglob("config.json")):
+        try:
+            yield Run.load(config.parent)
+        except DamagedRecordError as error:
+            warnings.warn(f"{error}; this run is left out", stacklevel=2)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -136,8 +148,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
 
 
+def _mapping(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
 def _read_table(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path) if path.exists() else pd.DataFrame()
+    return _read(path, pd.read_parquet) if path.exists() else pd.DataFrame()
+
+
+def _read(path: Path, reader: Callable[[Path], T]) -> T:
+    try:
+        return reader(path)
+    except FileNotFoundError:
+        raise
+    except Exception:  # a damaged file makes its reader fail in a dozen ways
+        raise DamagedRecordError(
+            f"{path} is damaged, or no run's record: delete it, or train that run afresh"
+        ) from None
 
 
 def _rows_up_to(path: Path, nominal_step: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def earlier_run(config: RunConfig, folder: Path) -> Run | None:
     """The run of `config` that lies in `folder`, finished or not; None where there is none.
 
-    Raises UserError when it is a run of another configuration.
+    Raises UserError when it is a run of another configuration, and DamagedRecordError when it cannot be read.
     """
     if not (folder / "config.json").exists():
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from hybridlab.study.compilation import drop_compiled
 from hybridlab.study.config import RunConfig
 from hybridlab.study.out_of_memory import report_oom
 from hybridlab.study.process_settings import ProcessSettings, gc_frozen, refreeze_gc
-from hybridlab.study.record import Run
+from hybridlab.study.record import DamagedRecordError, Run
 from hybridlab.study.resume import CHECKPOINT, can_stand, earlier_run, identity, other_code
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.study.step_log import StepLog, StepRecord
@@ -54,7 +55,7 @@ def train(
     on_step: called after every nominal step, for a progress bar; at once for those that are not taken again
     resume: go on with the run that lies in `folder`, from its last checkpoint, if it has one; a finished run is
         returned as it is. What other code has trained, finished or not, is trained afresh: no run mixes the figures of
-        two programs. By default, what lies there is replaced
+        two programs. So is a run whose record is damaged, with a warning. By default, what lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
 
     Raises UserError when `resume` meets a run of another configuration, when another process trains in `folder`, and
@@ -65,7 +66,7 @@ def train(
 
 
 def _train(config: RunConfig, folder: Path, on_step: Callable[[], None], *, resume: bool, watch: Watch | None) -> Run:
-    earlier = earlier_run(config, folder) if resume else None
+    earlier = _readable_run(config, folder) if resume else None
     if not earlier or earlier.summary is not None or other_code(folder):
         remove_checkpoint(folder / CHECKPOINT)
     if earlier and can_stand(earlier):
@@ -74,6 +75,15 @@ def _train(config: RunConfig, folder: Path, on_step: Callable[[], None], *, resu
         return earlier
     with report_oom(config, folder):
         return TrainingRun(config, folder).run(on_step, watch)
+
+
+def _readable_run(config: RunConfig, folder: Path) -> Run | None:
+    """The earlier run in `folder`; a damaged one is told, and trained afresh."""
+    try:
+        return earlier_run(config, folder)
+    except DamagedRecordError as error:
+        warnings.warn(f"{error}; training {config.name!r}, seed {config.seed}, afresh", stacklevel=4)
+        return None
 
 
 class TrainingRun:
