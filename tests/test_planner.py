@@ -27,9 +27,9 @@ from hybridlab.optim import OptimizerConfig
 from hybridlab.planner import GpuOverhead, TrainingSpec, nearest_fit, plan
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.gpu_specs import GPUS, find_gpu, step_time_ms
-from hybridlab.planner.live_bytes import LiveBytes
 from hybridlab.planner.suggest import options, smallest_fit
 from hybridlab.planner.text_report import code_of, default_batch
+from hybridlab.planner.trace import LiveBytes, Trace
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 from hybridlab.weights.residency import Residency
@@ -80,16 +80,20 @@ def test_the_peak_is_the_one_that_matched_the_gpu(size, arm):
 
 
 def test_a_storage_counts_once_from_birth_to_death_in_whole_grains():
-    with fake_gpu(), LiveBytes() as live:
+    live = LiveBytes()
+    with fake_gpu(), Trace() as trace:
         a = torch.empty(1000)
         view = a[10:].view(-1, 10)
         b = a * 2
         del a
+        live.follow(trace.take())
         assert live.now.total() == 2 * 4096  # the view keeps it
         del view, b
         c = torch.empty(1)
+        live.follow(trace.take())
         assert live.now.total() == 512
-        live.tag([c], "weights")
+        trace.tag([c], "weights")
+        live.follow(trace.take())
     assert sum(live.peak.values()) == 2 * 4096
     assert live.now["weights"] == 512
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hybridlab.memory.checkpointing import BlockInputs, buckets_of, checkpoint_blocks_
+from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
 from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.optim.host_adamw import LEAVING_BYTES
-from hybridlab.planner.flops import Work
-from hybridlab.planner.live_bytes import LiveBytes
+from hybridlab.planner.fake_gpu import fake_gpu
+from hybridlab.planner.repeat import FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
+from hybridlab.planner.trace import Segment, Trace
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
+
+UPDATE = "update"
+"""The name of the segment in which the optimizer steps."""
 
 LowBit = tuple[int, int]
 """Bits per number, and numbers that share one float32 scale."""
@@ -38,91 +43,144 @@ class StepCosts:
     moved_bytes: that its other kernels, the optimizer's included, read and write on the GPU
     bus_bytes: to the host and back: inputs of blocks, gradients and their sums, and weights
     host_bytes: that it reads and writes in host memory
+    kernels: that the host starts
     """
 
     flops: dict[str, int]
     moved_bytes: int
     bus_bytes: int
     host_bytes: int
+    kernels: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A training's events, in stretches that can be put one behind the other.
+
+    setup: the model; step: forward, backward and update, gradients freed at the end; state: the optimizer's, which the
+        first update makes; path: what a predictor keeps on the GPU
+    offload: what leaves in Predict; predict: a forward pass
+    costs: of a gradient step; host_memory: use -> bytes that the training takes of the host and keeps
+    """
+
+    setup: list[Segment]
+    step: list[Segment]
+    state: list[Segment]
+    path: list[Segment]
+    offload: list[Segment]
+    predict: list[Segment]
+    costs: StepCosts
+    host_memory: dict[str, int]
+
+
+def rehearse(spec: TrainingSpec) -> Rehearsal:
+    """Take a training through all its phases; of many equal blocks a few stand for all, where they are found equal."""
+    with fake_gpu():
+        try:
+            return DryRun(spec, shortened=True).rehearse()
+        except (NotRepeated, IndexError):  # IndexError: the model counts its blocks itself
+            return DryRun(spec, shortened=False).rehearse()
 
 
 class DryRun:
-    """One training, set up on the fake GPU and then taken through its phases, once and in this order.
+    """One training, set up on the fake GPU and then taken through its phases, once."""
 
-    `gradient_step`, then `predict`, which frees for good what leaves the GPU.
-    """
+    def __init__(self, spec: TrainingSpec, *, shortened: bool) -> None:
+        self._spec, self._memory = spec, spec.memory
+        self._trace, self._leaving = Trace(), deque[Tensor]()
+        self._shortened = shortened
 
-    def __init__(self, live: LiveBytes, spec: TrainingSpec) -> None:
-        self._live, self._spec, self._memory = live, spec, spec.memory
-        self._work, self._sent_bytes = Work(), 0
-        self._model = spec.build()
-        live.logit_widths = _vocabulary(self._model)
-        if self._memory.checkpointing:
-            checkpoint_blocks_(self._model, self._memory.checkpointing, BlockInputs(self._on_host))
-        if self._memory.weights == "bf16":
-            _lower_(self._model)
-        live.tag({*self._model.parameters(), *self._model.buffers()}, "weights")
-        self._params = [p for p in self._model.parameters() if p.requires_grad]
-        self._size = sum(p.numel() for p in self._params)
-        self._leaving: deque[Tensor] = deque()
-        steps_on_gpu = self._memory.optimizer_state == "fp32" and not self._memory.state_on_host
-        self._optimizer = _optimizer_on_cuda(self._model, spec.optimizer) if steps_on_gpu else None
-        self._state = self._new_state()
-        live.tag(self._state, "optimizer")
-        self._path = self._new_path(spec.path, spec.path_storage) if spec.path else []
-        live.tag(self._path, "path")
-        self._free_gradients_early()
+    def rehearse(self) -> Rehearsal:
+        """All phases. Raises NotRepeated where blocks that should be equal are not."""
+        with self._trace:
+            setup = self._set_up()
+            state, update = self._set_up_optimizer()
+            path = self._set_up_path()
+            self._free_gradients_early()
+            self._left_out = self._shorten() if self._shortened else 0
+            step = self._unfolded(self._gradient_step()) + update
+            step += self._unfolded(self._stretch("slopes", self._read_slopes) + self._stretch("end", self._drop_gradients))
+            costs, host_memory = self._costs(step), self._host_memory(step)
+            offload = self._stretch("offload", self._offload)
+            predict = self._unfolded(self._stretch("predict", self._forward_alone))
+            return Rehearsal(setup, step, state, path, offload, predict, costs, host_memory)
 
     # --- phases ------------------------------------------------------------------------------------------
 
-    def gradient_step(self) -> dict[str, int]:
-        """Bytes by part at the peak of Full and Correct: forward, backward and optimizer, the state being there."""
-        self._forget_gradients()
-        self._live.reset_peak()
-        with self._work:
-            for _ in range(self._parts_run):
-                with self._precision("training"):
-                    loss = self._spec.part_loss(self._model)
-                loss.backward()  # type: ignore[no-untyped-call]
-                del loss
-        with self._live.counting_as("optimizer"):
-            if self._optimizer and not self._memory.step_in_backward:
-                self._optimizer.step()
+    def _set_up(self) -> list[Segment]:
+        self._model = model = self._spec.build()
+        self._trace.logit_widths = _vocabulary(model)
+        if self._memory.checkpointing:
+            checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))
+        if self._memory.weights == "bf16":
+            _lower_(model.parameters())
+        self._trace.tag({*model.parameters(), *model.buffers()}, "weights")
+        self._weights = list(model.parameters())
+        self._params = [p for p in model.parameters() if p.requires_grad]
+        self._size = sum(p.numel() for p in self._params)
+        return self._trace.take()
+
+    def _shorten(self) -> int:
+        """Leave out blocks that others stand for; gives how many."""
+        checkpointing = self._memory.checkpointing
+        last = LAST + (checkpointing.keep_last if checkpointing else 0)
+        if not runs_alike(self._model, last):
+            return 0
+        count = len(blocks_of(self._model))
+        _mark(keep_blocks_(self._model, FIRST, last), self._trace)
+        return count - FIRST - last
+
+    def _gradient_step(self) -> list[Segment]:
+        for part in range(self._parts_run):
+            self._trace.begin(f"forward {part}")
+            with self._precision("training"):
+                loss = self._spec.part_loss(self._model)
+            self._trace.begin(f"loss {part}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+        self._trace.begin("sent")
         self._leaving.clear()
-        with self._live.counting_as("path"):
-            self._read_slopes()
-        return self._live.peak
+        return self._trace.take()
 
     @torch.no_grad()
-    def predict(self) -> dict[str, int]:
-        """Bytes by part at the peak of Predict: what has not left the GPU, and a forward pass."""
-        self._forget_gradients()
-        self._offload_state()
-        if self._memory.offloads_weights:
-            _lower_(self._model)
-            self._live.tag(self._model.parameters(), "weights")
-        self._live.reset_peak()
+    def _forward_alone(self) -> None:
         with self._precision("predict"):
             self._spec.part_loss(self._model)
-        return self._live.peak
 
-    # --- work, and the host: ask between `gradient_step` and `predict` ------------------------------------
+    def _offload(self) -> None:
+        """Leave on the GPU what Predict keeps there of state and weights."""
+        self._offload_state()
+        if self._memory.offloads_weights:
+            _lower_(self._weights)
+            self._trace.tag(self._weights, "weights")
 
-    def costs(self) -> StepCosts:
+    def _stretch(self, name: str, act: Callable[[], object]) -> list[Segment]:
+        self._trace.begin(name)
+        act()
+        return [segment for segment in self._trace.take() if segment.events or segment.work]
+
+    def _unfolded(self, segments: list[Segment]) -> list[Segment]:
+        return unfold(segments, self._left_out)
+
+    # --- work, and the host ------------------------------------------------------------------------------
+
+    def _costs(self, step: list[Segment]) -> StepCosts:
         """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
         weights, state = _bytes(self._params), _bytes(self._state)
-        on_host = self._memory.state_on_host
+        on_host, work = self._memory.state_on_host, _work(step)
+        moved, sent, kernels = (work.pop(name) for name in ("moved", "sent", "kernels"))
         return StepCosts(
-            flops={str(dtype).removeprefix("torch."): self._whole(n) for dtype, n in self._work.flops.items()},
-            moved_bytes=self._whole(self._work.moved_bytes) + (0 if on_host else 3 * weights + 2 * state),
-            bus_bytes=2 * self._memory.micro_batches * ((weights if on_host else 0) + self._sent_bytes),
+            flops={name: self._whole(count) for name, count in work.items()},
+            moved_bytes=self._whole(moved) + (0 if on_host else 3 * weights + 2 * state),
+            bus_bytes=2 * self._memory.micro_batches * ((weights if on_host else 0) + sent),
             host_bytes=28 * self._size if on_host else 0,
+            kernels=self._whole(kernels),
         )
 
-    def host_memory(self) -> dict[str, int]:
+    def _host_memory(self, step: list[Segment]) -> dict[str, int]:
         """Bytes of host memory that the training takes and keeps, by use; most of it page-locked."""
         weights, path = _bytes(self._params), self._spec.path
-        uses = {"inputs of blocks": self._sent_bytes}
+        uses = {"inputs of blocks": _work(step)["sent"]}
         if self._memory.state_on_host:
             uses["gradients, state and masters"] = 16 * self._size
         if path and self._spec.path_storage.on_host:
@@ -141,20 +199,31 @@ class DryRun:
 
     # --- optimizer ---------------------------------------------------------------------------------------
 
-    def _new_state(self) -> list[Tensor]:
-        """What the optimizer keeps on the GPU."""
+    def _set_up_optimizer(self) -> tuple[list[Segment], list[Segment]]:
+        """What an update makes for good, and what each further one makes and frees."""
+        steps_on_gpu = self._memory.optimizer_state == "fp32" and not self._memory.state_on_host
+        self._optimizer = _optimizer_on_cuda(self._model, self._spec.optimizer) if steps_on_gpu else None
+        with self._trace.counting_as("optimizer"):
+            if self._optimizer is None:
+                self._state = self._low_bit_state()
+                return self._trace.take(), []
+            with self._trace.counting_as(None):
+                for p in self._params:
+                    p.grad = torch.empty_like(p)
+            made = self._stretch("first update", self._optimizer.step)
+            update = self._stretch(UPDATE, self._optimizer.step)
+        self._drop_gradients()
+        self._trace.take()
+        values = [value for state in self._optimizer.state.values() for value in state.values()]
+        self._state = [value for value in values if isinstance(value, Tensor)]
+        return made, [] if self._memory.step_in_backward else update
+
+    def _low_bit_state(self) -> list[Tensor]:
         if self._memory.state_on_host:
             return []
-        if self._optimizer is None:
-            bits = FORMATS[self._memory.optimizer_state]
-            vectors = [torch.empty_like(p, dtype=torch.float32) for p in self._params if p.ndim < 2 for _ in range(2)]
-            return vectors + [t for p in self._params if p.ndim > 1 for _ in range(2) for t in _moment(p, bits)]
-        for p in self._params:
-            p.grad = torch.empty_like(p)
-        self._optimizer.step()
-        self._forget_gradients()
-        values = [value for state in self._optimizer.state.values() for value in state.values()]
-        return [value for value in values if isinstance(value, Tensor)]
+        bits = FORMATS[self._memory.optimizer_state]
+        vectors = [torch.empty_like(p, dtype=torch.float32) for p in self._params if p.ndim < 2 for _ in range(2)]
+        return vectors + [t for p in self._params if p.ndim > 1 for _ in range(2) for t in _moment(p, bits)]
 
     def _offload_state(self) -> None:
         """Leave on the GPU what Predict's strategy keeps there of the state."""
@@ -165,7 +234,7 @@ class DryRun:
         self._state = [piece for moment in moments for piece in _moment(moment, FORMATS["int8"])]
         if self._optimizer:
             self._optimizer.state.clear()
-        self._live.tag(self._state, "optimizer")
+        self._trace.tag(self._state, "optimizer")
 
     # --- gradients ---------------------------------------------------------------------------------------
 
@@ -178,7 +247,7 @@ class DryRun:
     def _arrived(self, bucket: list[nn.Parameter], p: nn.Parameter) -> None:
         gradient = p.grad
         assert gradient is not None
-        self._live.tag([gradient], "gradients")
+        self._trace.tag([gradient], "gradients")
         if self._memory.state_on_host:
             self._send(gradient)
             p.grad = None
@@ -193,12 +262,17 @@ class DryRun:
         while _bytes(self._leaving) > LEAVING_BYTES:
             self._leaving.popleft()
 
-    def _forget_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
         self._leaving.clear()
         for p in self._params:
             p.grad = None
 
     # --- path --------------------------------------------------------------------------------------------
+
+    def _set_up_path(self) -> list[Segment]:
+        with self._trace.counting_as("path"):
+            self._path = self._new_path(self._spec.path, self._spec.path_storage) if self._spec.path else []
+        return self._trace.take()
 
     def _new_path(self, path: PathNeeds, storage: PathStorage) -> list[Tensor]:
         """Rows, last weights, velocity and direction, and the copy of weights and state that a jump can go back to."""
@@ -211,18 +285,20 @@ class DryRun:
 
     def _read_slopes(self) -> None:
         """Each group's gradients in one piece and, if it lies elsewhere or in bf16, the row that they multiply."""
+        freed = self._memory.state_on_host or self._memory.step_in_backward
         for matrices in (True, False) if self._spec.path else ():
-            gradients = [p.grad.flatten() for p in self._params if p.grad is not None and (p.ndim > 1) is matrices]
+            kept = [p for p in self._params if (p.ndim > 1) is matrices and not (freed and p.ndim > 1)]
             count = 1 if self._spec.path_storage == PathStorage() else 2
-            copies = [torch.cat(gradients) for _ in range(count if gradients else 0)]
+            with self._trace.counting_as("path"):
+                copies = [torch.empty(sum(p.numel() for p in kept)) for _ in range(count if kept else 0)]
             del copies
 
     # --- helpers -----------------------------------------------------------------------------------------
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         """A place for the values of a block's input; it is used again by the next part of a batch."""
-        self._sent_bytes += tensor.nbytes
-        with self._live.counting_as(None):
+        self._trace.add("sent", tensor.nbytes)
+        with self._trace.counting_as(None):
             return torch.empty_like(tensor)
 
     def _precision(self, phase: str) -> torch.autocast:
@@ -240,6 +316,39 @@ def _optimizer_on_cuda(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     return optimizer
 
 
+def _mark(blocks: list[nn.Module], trace: Trace) -> None:
+    """Tell the trace where each block begins, forward and backward."""
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(partial(_enters, trace, i), with_kwargs=True)
+        block.register_forward_hook(partial(_leaves, trace, i, i == len(blocks) - 1))
+
+
+def _enters(trace: Trace, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if i == 0:
+        _when_differentiated([*args, *kwargs.values()], lambda _: trace.enter(None))
+    trace.enter(i)
+
+
+def _leaves(trace: Trace, i: int, is_last: bool, block: nn.Module, args: Any, out: Any) -> None:
+    _when_differentiated(out if isinstance(out, tuple | list) else [out], lambda _: trace.enter(i))
+    if is_last:
+        trace.enter(None)
+
+
+def _when_differentiated(values: Iterable[Any], act: Callable[[Tensor], None]) -> None:
+    """Act as soon as the gradient of the first of these that has one is known."""
+    first = next((v for v in values if isinstance(v, Tensor) and v.requires_grad), None)
+    if first is not None and torch.is_grad_enabled():
+        first.register_hook(act)
+
+
+def _work(segments: Iterable[Segment]) -> Counter[str]:
+    total: Counter[str] = Counter(moved=0, sent=0, kernels=0)
+    for segment in segments:
+        total.update(segment.work)
+    return total
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -253,9 +362,9 @@ def _moment(like: Tensor, bits: LowBit) -> list[Tensor]:
     return [torch.empty(numbers * width // 8, dtype=torch.uint8), torch.empty(numbers // block)]
 
 
-def _lower_(model: nn.Module) -> None:
+def _lower_(weights: Iterable[nn.Parameter]) -> None:
     """Floating-point parameters become bf16, one at a time."""
-    for p in model.parameters():
+    for p in weights:
         p.data = p.data.to(torch.bfloat16)
 
 

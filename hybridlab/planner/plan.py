@@ -7,10 +7,10 @@ from typing import Any
 
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig
-from hybridlab.planner.dry_run import DryRun, StepCosts
-from hybridlab.planner.fake_gpu import fake_gpu
-from hybridlab.planner.live_bytes import LiveBytes
+from hybridlab.planner.caching_allocator import CachingAllocator
+from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
+from hybridlab.planner.trace import LiveBytes
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
 
@@ -20,12 +20,14 @@ class Plan:
     """Predicted memory of a training, in bytes, and the work of a step.
 
     phases: "Full" (Warmup is Full without the path), "Predict" and "Correct": part -> bytes at that phase's peak
+    reserved_bytes: what torch's allocator then holds of the GPU
     overhead: what the GPU takes beside tensors
     costs: of a gradient step: operations, and traffic on the GPU, the bus and the host
     host_memory: use -> bytes of host memory that the training takes and keeps
     """
 
     phases: dict[str, dict[str, int]]
+    reserved_bytes: int
     overhead: GpuOverhead
     costs: StepCosts
     host_memory: dict[str, int]
@@ -42,8 +44,8 @@ class Plan:
 
     @property
     def peak_on_gpu_bytes(self) -> int:
-        """What the GPU is expected to count: allocated, the allocator's slack, and the context."""
-        return round(self.peak_allocated_bytes * (1 + self.overhead.slack)) + self.overhead.context_bytes
+        """What the GPU is expected to count: what torch's allocator holds, and the context."""
+        return self.reserved_bytes + self.overhead.context_bytes
 
     @property
     def host_memory_bytes(self) -> int:
@@ -96,11 +98,23 @@ def plan_training(spec: TrainingSpec) -> Plan:
     Raises ValueError for settings that make no training; the message says what would.
     """
     spec.check()
-    with fake_gpu(), LiveBytes() as live:
-        training = DryRun(live, spec)
-        step = training.gradient_step()
-        costs, host_memory = training.costs(), training.host_memory()
-        phases = {"Full": step, "Predict": training.predict(), "Correct": step}
+    training = rehearse(spec)
+    live = LiveBytes()
+    live.follow(training.setup + training.state + training.path)
+    live.reset_peak()
+    step = live.follow(training.step)
+    live.follow(training.offload)
+    live.reset_peak()
+    phases = {"Full": step, "Predict": live.follow(training.predict), "Correct": step}
     workspace = {"workspace": spec.overhead.workspace_bytes}
     by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}
-    return Plan(by_part, spec.overhead, costs, host_memory)
+    reserved = _reserved(training) + spec.overhead.workspace_bytes
+    return Plan(by_part, reserved, spec.overhead, training.costs, training.host_memory)
+
+
+def _reserved(training: Rehearsal) -> int:
+    """What torch's allocator takes of the GPU by the third step: one pass warms up, the first step makes the state."""
+    forward_backward = [segment for segment in training.step if segment.name != UPDATE]
+    *step, end = training.step
+    first = [*step, *training.state, end, *training.path]
+    return CachingAllocator().follow([*training.setup, *forward_backward, *first, *training.step, *training.step])

@@ -55,7 +55,7 @@ def _by_part(plan: Plan) -> Iterator[str]:
         yield _line(part, *(_size(parts[part]) for parts in plan.phases.values()))
     yield _line("allocated", *(_size(sum(parts.values())) for parts in plan.phases.values()))
     yield (
-        f"On the GPU: {_size(plan.peak_on_gpu_bytes)}, with {plan.overhead.slack:.0%} of slack in torch's allocator "
+        f"On the GPU: {_size(plan.peak_on_gpu_bytes)}: {_size(plan.reserved_bytes)} that torch's allocator holds, "
         f"and {_size(plan.overhead.context_bytes)} of CUDA context (assumed)."
     )
     yield from _host_memory(plan)

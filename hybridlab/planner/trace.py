@@ -1,0 +1,189 @@
+"""What a computation allocates, frees and multiplies, as a list of events."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+GRAIN_BYTES = 512
+"""The CUDA caching allocator hands out multiples of this."""
+
+aten = torch.ops.aten
+RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
+"""They change no memory; drawing fake numbers would take longer than all the rest of building a model."""
+
+NO_KERNEL = (aten.empty, aten.empty_like, aten.empty_strided, aten._unsafe_view)
+
+
+class Key(NamedTuple):
+    """A storage: the number-th that was made in a segment of this name and block."""
+
+    name: str
+    block: int | None
+    number: int
+
+
+class Event(NamedTuple):
+    """A storage is new, is freed, or belongs to another part from now on. `size` in bytes, of a new one alone."""
+
+    kind: Literal["new", "free", "is"]
+    key: Key
+    size: int = 0
+    part: str = ""
+
+
+@dataclass
+class Segment:
+    """A stretch of a computation: one block's, or what lies between blocks (`block` None).
+
+    work: floating-point operations by number type, as `torch.utils.flop_counter` counts them; "moved": bytes that all
+        other kernels read and write, nothing fused; "kernels": how many are started; and what `Trace.add` was told
+    """
+
+    name: str
+    block: int | None = None
+    events: list[Event] = field(default_factory=list)
+    work: Counter[str] = field(default_factory=Counter)
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records, while it is active, the life of every tensor's storage and the work of every kernel.
+
+    logit_widths: lengths of a last dimension that make a new tensor of two dimensions or more "logits"
+    new_part: the part that other new tensors belong to until `tag` says better; None: they are not on the GPU
+
+    Sizes are rounded up as the CUDA caching allocator does. Views count once, with what they look at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.segments = [Segment("setup")]
+        self._phase = "setup"
+        self.logit_widths: frozenset[int] = frozenset()
+        self.new_part: str | None = "activations"
+        self._made: Counter[tuple[str, int | None]] = Counter()
+        self._keys: dict[int, Key | None] = {}
+
+    def begin(self, name: str) -> None:
+        """What follows is a new phase, outside of any block."""
+        self._phase = name
+        self.segments.append(Segment(name))
+
+    def enter(self, block: int | None) -> None:
+        """What follows, of the same phase, is a block's; None: it comes after all of them."""
+        self.segments.append(Segment(self._phase if block is not None else f"after {self._phase}", block))
+
+    def take(self) -> list[Segment]:
+        """The segments so far, which the trace forgets."""
+        taken, self.segments = self.segments, [Segment("between")]
+        return taken
+
+    def add(self, work: str, amount: int) -> None:
+        """Count further work in the present segment."""
+        self.segments[-1].work[work] += amount
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RANDOM_FILLS:
+            return args[0]
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._count_work(func, args, kwargs, out)
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor):
+                self._count(value)
+        return out
+
+    @contextmanager
+    def counting_as(self, part: str | None) -> Iterator[None]:
+        """Set `new_part` inside the context."""
+        self.new_part, before = part, self.new_part
+        try:
+            yield
+        finally:
+            self.new_part = before
+
+    def tag(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Say what these tensors are."""
+        for tensor in tensors:
+            if key := self._keys[tensor.untyped_storage()._cdata]:
+                self.segments[-1].events.append(Event("is", key, part=part))
+
+    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        work, count = self.segments[-1].work, flop_registry.get(func._overloadpacket)
+        if count is not None:
+            work[str(args[0].dtype).removeprefix("torch.")] += count(*args, **kwargs, out_val=out)
+        elif func.is_view or func._overloadpacket in NO_KERNEL:
+            return
+        else:
+            work["moved"] += sum(leaf.nbytes for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor))
+        work["kernels"] += 1
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        identity = storage._cdata
+        if identity in self._keys:
+            return
+        weakref.finalize(storage, self._forget, identity).atexit = False
+        if self.new_part is None:
+            self._keys[identity] = None
+            return
+        is_logits = tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths
+        segment = self.segments[-1]
+        label = segment.name, segment.block
+        key = self._keys[identity] = Key(*label, self._made[label])
+        self._made[label] += 1
+        size = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES
+        segment.events.append(Event("new", key, size, "logits" if is_logits else self.new_part))
+
+    def _forget(self, identity: int) -> None:
+        if key := self._keys.pop(identity):
+            self.segments[-1].events.append(Event("free", key))
+
+
+class LiveBytes:
+    """Follows events: bytes alive by part, and the same when their sum was greatest since `reset_peak`."""
+
+    def __init__(self) -> None:
+        self.now: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+        self._total = self._peak_total = 0
+        self._alive: dict[Key, tuple[int, str]] = {}
+
+    def reset_peak(self) -> None:
+        """Begin a new peak at what is alive now."""
+        self._peak_total, self.peak = self._total, dict(self.now)
+
+    def follow(self, segments: Iterable[Segment]) -> dict[str, int]:
+        """Take in all their events; gives the peak so far."""
+        for segment in segments:
+            for event in segment.events:
+                self._take(event)
+        return self.peak
+
+    def _take(self, event: Event) -> None:
+        if event.kind == "new":
+            assert event.key not in self._alive, event
+            self._alive[event.key] = event.size, event.part
+            self._change(event.part, event.size)
+            return
+        size, part = self._alive.pop(event.key)
+        self._change(part, -size)
+        if event.kind == "is":
+            self._alive[event.key] = size, event.part
+            self._change(event.part, size)
+
+    def _change(self, part: str, size: int) -> None:
+        self.now[part] += size
+        self._total += size
+        if self._total > self._peak_total:
+            self.reset_peak()
