@@ -16,7 +16,7 @@ from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, c
 from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.planner.fake_gpu import fake_gpu
-from hybridlab.planner.repeat import FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
+from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
 from hybridlab.planner.trace import Segment, Trace
 from hybridlab.weights.gram import PathNeeds
@@ -97,9 +97,10 @@ class DryRun:
             state, update = self._set_up_optimizer()
             path = self._set_up_path()
             self._free_gradients_early()
-            self._left_out = self._shorten() if self._shortened else 0
+            self._shorten_()
             step = self._unfolded(self._gradient_step()) + update
-            step += self._unfolded(self._stretch("slopes", self._read_slopes) + self._stretch("end", self._drop_gradients))
+            slopes, end = self._stretch("slopes", self._read_slopes), self._stretch("end", self._drop_gradients)
+            step += self._unfolded(slopes + end)
             costs, host_memory = self._costs(step), self._host_memory(step)
             offload = self._stretch("offload", self._offload)
             predict = self._unfolded(self._stretch("predict", self._forward_alone))
@@ -118,17 +119,23 @@ class DryRun:
         self._weights = list(model.parameters())
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._size = sum(p.numel() for p in self._params)
+        self._left_out = self._countable()
         return self._trace.take()
 
-    def _shorten(self) -> int:
-        """Leave out blocks that others stand for; gives how many."""
-        checkpointing = self._memory.checkpointing
-        last = LAST + (checkpointing.keep_last if checkpointing else 0)
-        if not runs_alike(self._model, last):
+    def _countable(self) -> int:
+        """How many blocks others can stand for."""
+        if not (self._shortened and runs_alike(self._model, self._last)):
             return 0
-        count = len(blocks_of(self._model))
-        _mark(keep_blocks_(self._model, FIRST, last), self._trace)
-        return count - FIRST - last
+        return len(blocks_of(self._model)) - FIRST - self._last
+
+    def _shorten_(self) -> None:
+        if self._left_out:
+            _mark(keep_blocks_(self._model, FIRST, self._last), self._trace)
+
+    @property
+    def _last(self) -> int:
+        checkpointing = self._memory.checkpointing
+        return LAST + (checkpointing.keep_last if checkpointing else 0)
 
     def _gradient_step(self) -> list[Segment]:
         for part in range(self._parts_run):
@@ -207,16 +214,33 @@ class DryRun:
             if self._optimizer is None:
                 self._state = self._low_bit_state()
                 return self._trace.take(), []
+            fused = all(group.get("fused") for group in self._optimizer.param_groups)
+            examples = self._examples() if fused else {}
             with self._trace.counting_as(None):
                 for p in self._params:
-                    p.grad = torch.empty_like(p)
+                    p.grad = None if p in examples else torch.empty_like(p)
             made = self._stretch("first update", self._optimizer.step)
-            update = self._stretch(UPDATE, self._optimizer.step)
+            update = [] if fused else self._stretch(UPDATE, self._optimizer.step)
+            self._state = [t for p in self._params for t in self._state_of(p, examples.get(p))]
+            made += self._trace.take()
         self._drop_gradients()
         self._trace.take()
-        values = [value for state in self._optimizer.state.values() for value in state.values()]
-        self._state = [value for value in values if isinstance(value, Tensor)]
         return made, [] if self._memory.step_in_backward else update
+
+    def _examples(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Parameter of a block that others stand for -> the one whose state it shares in kind."""
+        if not self._left_out:
+            return {}
+        blocks = [dict(block.named_parameters()) for block in blocks_of(self._model)]
+        left_out = blocks[FIRST : FIRST + self._left_out]
+        return {p: blocks[EXAMPLE][name] for block in left_out for name, p in block.items() if p.requires_grad}
+
+    def _state_of(self, p: nn.Parameter, example: nn.Parameter | None) -> list[Tensor]:
+        """What the optimizer keeps of a parameter, or as much as it keeps of its example."""
+        assert self._optimizer
+        state = self._optimizer.state[p if example is None else example]
+        kept = [value for value in state.values() if isinstance(value, Tensor)]
+        return kept if example is None else [torch.empty_like(value) for value in kept]
 
     def _low_bit_state(self) -> list[Tensor]:
         if self._memory.state_on_host:

@@ -49,6 +49,7 @@ def fake_gpu() -> Iterator[None]:
             library.impl(name, _in_float32(name), "AutocastCPU")
         library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
+        library.impl("_grouped_mm", _grouped_mm, "Meta", allow_override=True)
         yield
 
 
@@ -95,3 +96,11 @@ def _attention(
 def _dropout(x: Tensor, share: float, train: bool) -> Tensor:
     """CUDA's: a mask of one byte per element, none where nothing is dropped."""
     return torch.ops.aten.native_dropout(x, share, train)[0] if train and share else x
+
+
+def _grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """CUDA's takes float32 too, which torch's own shape function refuses."""
+    groups = {4: (len(offs),) if offs is not None else (), 6: tuple(a.shape[:1])}.get(a.ndim + b.ndim, ())
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]), dtype=out_dtype or a.dtype)

@@ -19,6 +19,9 @@ GRAIN_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""
 
 aten = torch.ops.aten
+FLOPS = dict(flop_registry) | {aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1]}
+"""Operation -> what counts its floating-point operations."""
+
 RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
 """They change no memory; drawing fake numbers would take longer than all the rest of building a model."""
 
@@ -119,7 +122,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.segments[-1].events.append(Event("is", key, part=part))
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        work, count = self.segments[-1].work, flop_registry.get(func._overloadpacket)
+        work, count = self.segments[-1].work, FLOPS.get(func._overloadpacket)
         if count is not None:
             work[str(args[0].dtype).removeprefix("torch.")] += count(*args, **kwargs, out_val=out)
         elif func.is_view or func._overloadpacket in NO_KERNEL:
@@ -137,7 +140,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.new_part is None:
             self._keys[identity] = None
             return
-        is_logits = tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths
+        is_logits = self.new_part == "activations" and tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths
         segment = self.segments[-1]
         label = segment.name, segment.block
         key = self._keys[identity] = Key(*label, self._made[label])
