@@ -363,7 +363,7 @@ def _when_differentiated(values: Iterable[Any], act: Callable[[Tensor], None]) -
     """Act as soon as the gradient of the first of these that has one is known."""
     first = next((v for v in values if isinstance(v, Tensor) and v.requires_grad), None)
     if first is not None and torch.is_grad_enabled():
-        first.register_hook(act)
+        first.register_hook(act)  # type: ignore[no-untyped-call]
 
 
 def _work(segments: Iterable[Segment]) -> Counter[str]:
