@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -119,24 +120,42 @@ def report(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+runs_app = typer.Typer()
+app.add_typer(runs_app, name="runs")
+Folder = Annotated[Path, typer.Option(help="Where to look for runs, from the project's root.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for other programs.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="NAME", help="As `hybridlab runs` has it, or a part that no other has.")
+]
+
+
+@runs_app.callback(invoke_without_command=True)
 def runs(
+    context: typer.Context,
     sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by it; -COLUMN from the greatest down.")] = "run",
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN=PATTERN", help="Only these, as name=*unguarded; may repeat, all must hold."),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Where to look for runs, from the project's root.")] = Path("runs"),
+    folder: Folder = Path("runs"),
+    as_json: AsJson = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every step of them there.")] = None,
+    memory_csv: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write their memory there, in nvidia-smi's columns.")
+    ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write their scalars there, for TensorBoard.")
     ] = None,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write their memory there, in nvidia-smi's columns.")
+    trackio: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write them into one file there, for trackio's dashboard.")
     ] = None,
 ) -> None:
-    """List recorded runs with their key figures."""
+    """List recorded runs with their key figures; `show`, `diff` and `tag` look closer."""
+    if context.invoked_subcommand:
+        return
     from hybridlab.base.files import project_root
     from hybridlab.notebook.compare_runs import find_runs, runs_table
+    from hybridlab.notebook.run_details import export_metrics, run_name
 
     root = project_root() / folder
     if not root.is_dir():
@@ -144,21 +163,67 @@ def runs(
     shown = runs_table(folder, sort=sort, where=where or [])
     if not shown.table:
         raise UserError(shown.empty)
-    print(shown)
-    for found in find_runs(folder, where=where or []) if tensorboard or csv else []:
-        place = found.folder.relative_to(root)
-        if tensorboard:
-            from hybridlab.study.tensorboard import export_tensorboard
-
-            export_tensorboard(found, tensorboard / place)
-        if csv:
-            from hybridlab.study.memory_log import export_csv
-
-            export_csv(found, csv / place.with_suffix(".csv"))
-    if tensorboard:
-        print(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
+    print(json.dumps(shown.table.rows, indent=1, default=str) if as_json else shown)
+    if not (csv or memory_csv or tensorboard or trackio):
+        return
+    found = {run_name(run, root): run for run in find_runs(folder, sort=sort, where=where or [])}
+    say = partial(print, file=sys.stderr if as_json else sys.stdout)
     if csv:
-        print(f"written: {csv}")
+        export_metrics(found, csv)
+        say(f"written: {csv}")
+    if memory_csv:
+        from hybridlab.study.memory_log import export_csv
+
+        for name, run in found.items():
+            export_csv(run, memory_csv / f"{name}.csv")
+        say(f"written: {memory_csv}")
+    if tensorboard:
+        from hybridlab.study.tensorboard import export_tensorboard
+
+        for name, run in found.items():
+            export_tensorboard(run, tensorboard / name)
+        say(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
+    if trackio:
+        from hybridlab.study.trackio import export_trackio
+
+        export_trackio(found, trackio / "hybridlab.db")
+        command = f"TRACKIO_DIR={trackio} trackio show --project hybridlab"
+        say(f"written: {trackio / 'hybridlab.db'}; compare them in a browser with: pip install trackio; {command}")
+
+
+@runs_app.command()
+def show(name: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
+    """Show one run: settings, final figures, what was decided at which step, tags."""
+    from hybridlab.notebook.run_details import find_run, run_record, show_lines
+
+    run = find_run(name, folder)
+    print(json.dumps(run_record(run), indent=1, default=str) if as_json else "\n".join(show_lines(run)))
+
+
+@runs_app.command()
+def diff(first: RunName, second: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
+    """Compare two runs: the settings and final figures that differ."""
+    from hybridlab.notebook.run_details import difference_lines, differences, find_run
+
+    rows = differences(find_run(first, folder), find_run(second, folder))
+    lines = difference_lines([{"key": "", "first": first, "second": second}, *rows])
+    print(json.dumps(rows, indent=1, default=str) if as_json else "\n".join(lines))
+
+
+@runs_app.command()
+def tag(
+    name: RunName,
+    tags: Annotated[
+        list[str], typer.Argument(metavar="TAG", help="Words of your own; `--where tags=*WORD*` finds them.")
+    ],
+    remove: Annotated[bool, typer.Option("--remove", help="Take these tags away.")] = False,
+    folder: Folder = Path("runs"),
+) -> None:
+    """Give a run tags."""
+    from hybridlab.notebook.run_details import find_run, set_tags
+
+    run = find_run(name, folder)
+    print(", ".join(set_tags(run, remove=tags) if remove else set_tags(run, add=tags)) or "no tags")
 
 
 @app.command()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from hybridlab.base.errors import UserError
@@ -199,7 +204,7 @@ def test_runs_tell_which_predictor_they_asked() -> None:
     assert found(where=["predictor=river", "state=finished"]) == ["one/bold_seed_0"]
 
 
-@pytest.mark.parametrize("option", ["--tensorboard", "--csv"])
+@pytest.mark.parametrize("option", ["--tensorboard", "--csv", "--memory-csv", "--trackio"])
 def test_a_place_that_cannot_be_written_is_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     record(Path("runs/card/x"), "x", 0, 3.0, card=True)
@@ -207,6 +212,76 @@ def test_a_place_that_cannot_be_written_is_one_line(option: str, capsys: pytest.
     said = capsys.readouterr().err
     assert "cannot write in the folder" in said
     assert said.count("\n") == 1
+
+
+def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that succeeds prints."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_one_run_is_shown_and_two_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said_by(["runs", "show", "one/bold"], capsys)
+    assert re.search(r"hybrid\.predictor +river", shown)
+    assert re.search(r"validation_loss +3\.5", shown)
+    record = json.loads(said_by(["runs", "show", "one/bold", "--json"], capsys))
+    assert record["settings"]["seed"] == 0
+    assert record["summary"]["predicted_steps"] == 1
+    rows = json.loads(said_by(["runs", "diff", "one/bold", "baseline_seed_1", "--json"], capsys))
+    assert {row["key"]: (row["first"], row["second"]) for row in rows} == {
+        "settings.name": ("bold", "baseline"),
+        "settings.seed": (0, 1),
+        "settings.hybrid.max_predict_steps": (8, 0),
+        "summary.validation_loss": (3.5, 2.5),
+    }
+    assert "settings.seed" in said_by(["runs", "diff", "one/bold", "baseline_seed_1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "bold"], "'bold' is part of 2 names: write more of one"),
+        (["show", "bald"], "there is no run 'bald' in runs"),
+        (["diff", "one/bold", "none"], "there is no run 'none'"),
+    ],
+)
+def test_a_name_that_fits_no_run_or_several_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["runs", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_tags_are_given_found_and_taken_away(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said_by(["runs", "tag", "one/bold", "good", "paper"], capsys) == "good, paper\n"
+    assert found(where=["tags=*paper*"]) == ["one/bold_seed_0"]
+    assert said_by(["runs", "tag", "one/bold", "good", "--remove"], capsys) == "paper\n"
+    assert "tags: paper" in said_by(["runs", "show", "one/bold"], capsys)
+
+
+def test_rows_and_steps_reach_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(said_by(["runs", "--where", "name=bold", "--json", "--csv", "out/steps.csv"], capsys))
+    assert [row["validation_loss"] for row in rows] == [3.5, pytest.approx(3.45)]
+    steps = pd.read_csv("out/steps.csv")
+    assert list(steps.columns[:3]) == ["run", "seed", "nominal_step"]
+    assert steps.groupby("run").size().to_dict() == {"one/bold_seed_0": 4, "two/bold_seed_0": 4}
+
+
+def test_runs_reach_trackio_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = said_by(["runs", "--where", "name=bold", "--trackio", "board"], capsys)
+    assert "TRACKIO_DIR=board trackio show --project hybridlab" in said
+    assert [path.name for path in Path("board").iterdir()] == ["hybridlab.db"]
+    with closing(sqlite3.connect("board/hybridlab.db")) as file:
+        rows = file.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+        configs = dict(file.execute("SELECT run_name, config FROM configs").fetchall())
+    last = [json.loads(metrics) for name, step, metrics in rows if (name, step) == ("one/bold_seed_0", 4)]
+    assert [row.get("validation_loss") for row in last] == [pytest.approx(3.75), None]
+    assert last[1]["vram/used_bytes"] == 10**9
+    assert json.loads(configs["one/bold_seed_0"])["final_validation_loss"] == 3.5
 
 
 def test_a_full_disk_ends_an_export_with_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.files import project_root
 from hybridlab.charts.tables import table
 from hybridlab.notebook.live_table import LiveTable
+from hybridlab.notebook.run_details import tags_of
 from hybridlab.study.record import Run, runs_under
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""
 
-TYPES = dict.fromkeys(("run", "name", "state"), str) | {"predictor": str | None}
+TYPES = dict.fromkeys(("run", "name", "state"), str) | dict.fromkeys(("predictor", "tags"), str | None)
 """Of the columns that hold text; all others hold numbers or nothing."""
 
-COLUMNS = ("run", "name", "predictor", "seed", "state", *COUNTED, "step_ms", "peak_gb")
+COLUMNS = ("run", "name", "predictor", "seed", "state", *COUNTED, "step_ms", "peak_gb", "tags")
 FORMATS = {"seconds": ".1f", "step_ms": ".1f", "peak_gb": ".2f"}
 
 
@@ -81,6 +82,7 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
         **{name: summary.get(name) for name in COUNTED},
         "step_ms": summary.get("gradient_step_ms"),
         "peak_gb": None if peak is None else peak / 1e9,
+        "tags": ", ".join(tags_of(run)) or None,
     }
     for name, value in row.items():
         if not isinstance(value, TYPES.get(name, Real | None)):
