@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,10 @@ def difference_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def tags_of(run: Run) -> list[str]:
-    """The tags that a run was given."""
-    path = run.folder / TAGS
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
-    except ValueError:
-        raise UserError(f"{path} is damaged: delete it") from None
+    """The tags that a run was given; none where their file is damaged."""
+    with suppress(OSError, ValueError):
+        return [str(tag) for tag in json.loads((run.folder / TAGS).read_text(encoding="utf-8"))]
+    return []
 
 
 def set_tags(run: Run, add: Iterable[str] = (), remove: Iterable[str] = ()) -> list[str]:
