@@ -126,7 +126,22 @@ class Lab:
         return cell
 
     def press(self, button: str) -> None:
-        self.page.locator(".jupyter-button:visible", has_text=re.compile(f"^ *{button}$")).last.click()
+        self.page.locator(".jupyter-button:visible:enabled", has_text=re.compile(f"^ *{button}$")).last.click()
+
+    @property
+    def height(self) -> float:
+        """Of the panel with its buttons, in pixels."""
+        panel = self.page.locator(".jp-OutputArea-output", has=self.page.locator(".hl")).last
+        return panel.evaluate("element => element.offsetHeight")
+
+    def hover(self) -> None:
+        """Point into the loss curve, and see the values of a step."""
+        self.page.locator(".hl-hover i[data-t]").nth(4).hover(force=True)
+        shown = "getComputedStyle(document.querySelector('.hl-hover i:hover'), '::after').content"
+        until(
+            lambda: "loss" in (self.page.evaluate(f"document.querySelector('.hl-hover i:hover') && {shown}") or ""),
+            "values",
+        )
 
     def _head(self, number: int) -> str:
         return self.page.locator(".hl-status").last.locator("b").nth(number).inner_text()
@@ -184,6 +199,8 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     lab.menu("Run", "Run All Cells")
     lab.page.wait_for_selector(".hl", timeout=30_000)
     until(lambda: lab.step > 20, "the step counter moves")
+    height = lab.height
+    lab.hover()
     lab.shot("1_training")
     seen: set[str] = set()
     until(lambda: seen.add(lab.phase) or lab.has_jumped, "a jump is taken")
@@ -202,6 +219,9 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
 
     until(lambda: lab.status == "finished" and lab.is_idle(), "the study finishes", 180)
     lab.shot("3_finished")
+    assert lab.height == height, "nothing below the panel moved, from the first run to the end"
+    assert lab.page.locator(".hl-arm b", has_text=re.compile(r"\d\.\d{3}")).count() >= 7, "every arm's final loss stays"
+    assert lab.page.locator(".hl polyline[stroke='var(--baseline)']").count() == 1, "the baseline lies behind"
     assert lab.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert lab.page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[[ *]\]")).count() == 0
 
@@ -274,3 +294,25 @@ def test_a_last_frame_is_a_panel_where_it_was_run_and_a_picture_where_it_is_not_
     until(lambda: picture.count() and picture.is_visible() and not panel.is_visible(), "the picture is shown")
     assert picture.evaluate("image => image.naturalWidth") > 500
     lab.shot("6_untrusted")
+
+
+def test_a_panel_comes_back_when_the_page_is_loaded_again(lab: Lab) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in (SESSION, RUN.format(""))]
+    lab.open(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), "reloaded.ipynb")
+    lab.run_cell(0)
+    until(lab.is_idle, "the session is made")
+    lab.run_cell(1)
+    lab.page.wait_for_selector(".hl")
+    until(lambda: lab.step > 10, "the step counter moves")
+    lab.page.keyboard.press("Control+s")
+    until(lambda: "widget-view" in (lab.folder / "notebooks" / "reloaded.ipynb").read_text(), "the notebook is saved")
+    lab.page.reload()
+    lab.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    lab.page.wait_for_selector(".hl", timeout=60_000)
+    before = lab.step
+    until(lambda: lab.step > before, "the step counter moves again")
+    lab.shot("7_reloaded")
+    lab.press("Pause")
+    until(lambda: lab.status == "paused", "its buttons act")
+    lab.press("Stop")
+    until(lambda: lab.status == "stopped", "and end the cell")

@@ -20,7 +20,7 @@ from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.notebook import Session, final_frame, run_study, session
 from hybridlab.optim import Schedule
-from hybridlab.panel import live
+from hybridlab.panel import live, progress
 from hybridlab.panel.controls import Controls, control_row
 from hybridlab.panel.cost import panel_overhead
 from hybridlab.panel.instruments import Instruments
@@ -66,7 +66,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Live]:
     """As if a person looked; gives the panels that were shown."""
     shown: list[Live] = []
-    monkeypatch.setattr(session, "in_jupyterlab", lambda: True)
+    monkeypatch.setattr(session, "shows_panel", lambda: True)
     monkeypatch.setattr(Live, "__enter__", lambda live: shown.append(live) or live)
     return shown
 
@@ -439,9 +439,9 @@ def test_isolated_runs_show_a_bar_of_their_own(
         return "result"
 
     shown: list[VBox] = []
-    monkeypatch.setattr(session, "in_jupyterlab", lambda: looked_at)
+    monkeypatch.setattr(session, "shows_panel", lambda: looked_at)
     monkeypatch.setattr(session, "run_arms", run_arms)
-    monkeypatch.setattr(live, "display", lambda box: shown.append(box))
+    monkeypatch.setattr(live, "show", lambda box: shown.append(box))
     assert session.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
     assert capsys.readouterr() == ("", "")
     bars = [box.children[1].value for box in shown]
@@ -460,18 +460,40 @@ def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytes
     monkeypatch.setattr(session, "run_arms", run_arms)
     with pytest.raises(KeyboardInterrupt):
         session.run_configs([CONFIG], "isolated", isolated=True)
-    monkeypatch.setattr(session, "in_jupyterlab", lambda: True)
-    monkeypatch.setattr(live, "display", lambda _: None)
+    for name in ("shows_panel", "in_jupyterlab"):
+        monkeypatch.setattr(session, name, lambda: True)
+    monkeypatch.setattr(live, "show", lambda _: None)
     with pytest.raises(session.Stopped, match="stopped: run this cell again"):
         session.run_configs([CONFIG], "isolated", isolated=True)
     session.run_configs([CONFIG], "isolated", isolated=True)
     session.run_configs([CONFIG], "isolated", isolated=True)
     assert resumed == [False, True, True, False], "only what was interrupted is gone on with"
     session.run_configs([CONFIG], "isolated", isolated=True, resume=True)
-    monkeypatch.setattr(session, "in_jupyterlab", lambda: False)
+    monkeypatch.setattr(session, "shows_panel", lambda: False)
     session.run_configs([CONFIG], "isolated", resume=True)
     session.run_configs([CONFIG], "isolated")
     assert resumed[4:] == [True, True, False], "and what an earlier start left, when asked"
+
+
+def test_without_widgets_progress_is_text_and_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "in_jupyterlab", lambda: True)
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    list(Session(CONFIG, "cells").run(3))
+    said = capsys.readouterr()
+    assert "pip install jupyterlab_widgets" in said.out
+    assert "hybrid, seed 0" in said.err
+    assert "3/3" in said.err
+
+
+def test_a_page_without_widgets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr(live, "display", lambda bundle, raw: shown.append(bundle))
+    live.show(VBox([]))
+    assert "application/vnd.jupyter.widget-view+json" in shown[0]
+    assert "pip install jupyterlab_widgets" in shown[0]["text/plain"]
+    assert "hybridlab runs" in shown[0]["text/plain"]
 
 
 def test_in_batch_nothing_but_progress_is_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from hybridlab.panel.controls import Controls
 from hybridlab.panel.frame import Frame
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live, LiveBar, interrupts
-from hybridlab.panel.progress import Progress, in_jupyterlab
+from hybridlab.panel.progress import Progress, in_jupyterlab, shows_panel
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
@@ -167,7 +167,7 @@ class Session:
 
     def _panel(self, controls: Controls, wanted: int) -> Live | Progress:
         """Gauges where a person looks, else plain progress."""
-        if in_jupyterlab():
+        if shows_panel():
             return Live(controls, wanted, self._instruments, self._run.settings)
         return Progress(max(1, wanted), self._label)
 
@@ -218,7 +218,7 @@ def run_configs(
     if not configs:
         return StudyResult()
     if isolated:
-        progress = LiveBar(total, "training", arms) if in_jupyterlab() else Progress(total, "training")
+        progress = LiveBar(total, "training", arms) if shows_panel() else Progress(total, "training")
         with _remembering(tuple(configs), notebook) as stopped, progress as bar:
             goes_on = resume or stopped
             return run_arms(
@@ -250,7 +250,7 @@ def _watching(
     total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
 ) -> Generator[tuple[OnStep, Watch | None, OnRun, bool]]:
     """What to call after each step, and whether the same was stopped before and is to be resumed."""
-    if not in_jupyterlab():
+    if not shows_panel():
         with Progress(total, "training") as progress:
             yield progress.step, None, progress.note_run, False
         return

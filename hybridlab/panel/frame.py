@@ -88,7 +88,7 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
             gradient_norm=_latest(steps["gradient_norm"]),
             work=work * summary["gradient_steps"],
             seconds=summary["seconds"],
-            depth=int(last["depth"]) if "depth" in steps and last["depth"] == last["depth"] else None,
+            depth=_latest(steps["depth"]) if "depth" in steps else None,
         ),
         proposals=_proposals(run),
     )

@@ -102,7 +102,7 @@ class Training:
     gradient_norm: float | None = None
     work: int | None = None
     seconds: float | None = None
-    depth: int | None = None
+    depth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -452,7 +452,7 @@ def _training(training: Training, unit: str) -> str:
     }
     rows = [_row(name, value or "–") for name, value in figures.items()]
     if training.depth is not None:
-        rows.append(_row("depth", f"{training.depth} blocks"))
+        rows.append(_row("depth", f"{training.depth:.0f} blocks"))
     return _card("Training", *rows)
 
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Self
@@ -20,7 +20,8 @@ from hybridlab.engine.phases import Phase
 from hybridlab.panel.controls import Controls, control_row, switch_off
 from hybridlab.panel.html import Points, bar_html, panel_html, style_html
 from hybridlab.panel.instruments import Instruments
-from hybridlab.panel.progress import Progress, seconds_left
+from hybridlab.panel.progress import INSTALL, Progress, seconds_left
+from hybridlab.panel.reload import answering_new_pages
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
@@ -61,13 +62,15 @@ class Live:
         self._style, self._gauges = _style(), widgets.HTML()
         self._row = control_row(self.controls, settings)
         self._panel = widgets.VBox([self._style, self._gauges, self._row])
+        self._reloads = ExitStack()
         self._clock = clock
         self._started = self._drawn = clock()
         self._pace = 0.0  # seconds between two drawings
 
     def __enter__(self) -> Self:
         """Show the panel below the cell."""
-        display(self._panel)  # type: ignore[no-untyped-call]
+        show(self._panel)
+        self._reloads.enter_context(answering_new_pages())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -77,6 +80,7 @@ class Live:
             self._instruments.read_losses()
             self.refresh("finished" if self._is_over and not kind else "stopped")
         switch_off(self._row)
+        self._reloads.close()
 
     def step(self, label: str, total: int) -> None:
         """Count a nominal step of a total that may have grown."""
@@ -173,6 +177,8 @@ class LiveBar(Progress):
     total, label: as for `Progress`; arms: as for `Live`
     """
 
+    draws_itself = True
+
     def __init__(self, total: int, label: str, arms: Iterable[tuple[str, int]] = ()) -> None:
         super().__init__(total, label)
         self._finals = FinalLosses(arms)
@@ -185,13 +191,19 @@ class LiveBar(Progress):
         """Show the bar below the cell."""
         self._bar = widgets.HTML()
         super().__enter__()
-        display(widgets.VBox([_style(), self._bar]))  # type: ignore[no-untyped-call]
+        show(widgets.VBox([_style(), self._bar]))
         return self
 
     def show(self, status: str) -> None:
         """Bring the bar up to date."""
         left = self._times()["seconds_left"]
         self._bar.value = bar_html(self.label, self.done, self.total, status, left, self._finals.arms)
+
+
+def show(widget: widgets.Widget) -> None:
+    """Display a widget; a page without widgets says what to install, and where progress can be read meanwhile."""
+    instead = f"{INSTALL}. Meanwhile, `hybridlab runs` in a terminal says how far training has come."
+    display(widget._repr_mimebundle_() | {"text/plain": instead}, raw=True)  # type: ignore[no-untyped-call]
 
 
 def _style() -> widgets.Widget:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,12 +32,16 @@ from hybridlab.study.record import Run
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 SHOW_EVERY_SECONDS = 0.25
 LOG_EVERY_SECONDS = 15.0
+INSTALL = (
+    "the live panel needs widgets; install them where JupyterLab runs, with `pip install jupyterlab_widgets`, and load "
+    "the page again"
+)
 LEAST_SHARE = 0.01
 """Of all steps: before so many are done, no time left is given."""
 
 
 class Progress:
-    """Counts towards a total, in the file of a batch run, else as a bar where standard error is a terminal.
+    """Counts towards a total: in the file of a batch run, else as a bar of text in a notebook or a terminal.
 
     total: how many steps there are, at least 1
     label: what is being done, in a few words
@@ -44,12 +49,18 @@ class Progress:
     Raises ValueError for a `total` below 1.
     """
 
+    draws_itself = False
+    """Whether a notebook shows something else than text."""
+
     def __init__(self, total: int, label: str) -> None:
         if total < 1:
             raise ValueError(f"total is {total}: progress needs at least 1 step to count")
         self.total, self.label, self.done = total, label, 0
         self._file = os.environ.get(PROGRESS_FILE)
-        self._line = tqdm(total=total, desc=label, file=sys.stderr, disable=bool(self._file) or None)
+        hidden = (
+            self.draws_itself if in_jupyterlab() else bool(self._file) or None
+        )  # None: where standard error is no terminal
+        self._line = tqdm(total=total, desc=label, file=sys.stderr, disable=hidden)
         self._started = time.monotonic()
         self._shown = self._started
 
@@ -105,6 +116,16 @@ def in_jupyterlab() -> bool:
     """Whether this is the kernel of a notebook that a person has open, and no batch run."""
     by_a_server = "JPY_SESSION_NAME" in os.environ and PROGRESS_FILE not in os.environ
     return by_a_server and hasattr(get_ipython(), "kernel")  # a script that the kernel starts has none
+
+
+def shows_panel() -> bool:
+    """Whether a person has a notebook open and the panel's widgets are installed; says what to install if not."""
+    if not in_jupyterlab():
+        return False
+    if find_spec("jupyterlab_widgets") is None:
+        print(f"progress is shown as text: {INSTALL}")
+        return False
+    return True
 
 
 @contextmanager
