@@ -203,7 +203,7 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     lab.hover()
     lab.shot("1_training")
     seen: set[str] = set()
-    until(lambda: seen.add(lab.phase) or lab.has_jumped, "a jump is taken")
+    until(lambda: seen.add(lab.phase) or lab.has_jumped, "a jump is taken", 240)
     assert "Full" in seen
     lab.press("Pause")
     until(lambda: lab.status == "paused", "the run pauses")
@@ -217,7 +217,7 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     lab.press("Resume")
     until(lambda: lab.status in ("running", "finished"), "the run goes on")
 
-    until(lambda: lab.status == "finished" and lab.is_idle(), "the study finishes", 180)
+    until(lambda: lab.status == "finished" and lab.is_idle(), "the study finishes", 400)
     lab.shot("3_finished")
     assert lab.height == height, "nothing below the panel moved, from the first run to the end"
     assert lab.page.locator(".hl-arm b", has_text=re.compile(r"\d\.\d{3}")).count() >= 7, "every arm's final loss stays"

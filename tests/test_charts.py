@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import enum
+import io
+import itertools
 import json
 from typing import Any
 
@@ -13,12 +15,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from matplotlib import pyplot
+from PIL import Image
 
 from hybridlab.charts.builders import bars, interval_chart, loss_curves, phase_bands, phase_chart
 from hybridlab.charts.display import Chart, Panels
 from hybridlab.charts.model import Band, Line, Series
 from hybridlab.charts.points import kept, rounded
-from hybridlab.charts.style import CONTROL
+from hybridlab.charts.style import CONTROL, end_labels
 from hybridlab.charts.tables import table
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -87,13 +90,43 @@ def test_plotly_json_is_plain_small_and_valid(chart: Chart | Panels) -> None:
     assert len(text) < 20_000
     figure = json.loads(text)
     go.Figure(data=figure["data"], layout=figure["layout"])  # raises on any unknown property
-    assert figure["layout"]["paper_bgcolor"] == "#FFFFFF"
+    assert figure["layout"]["paper_bgcolor"] == figure["layout"]["plot_bgcolor"] == "rgba(0,0,0,0)", "the page's own"
+    assert any("drag to zoom" in note["text"] for note in figure["layout"]["annotations"]), "it says what it can"
 
 
-def test_each_name_is_in_the_legend_once(chart: Chart | Panels) -> None:
-    named = [trace.legendgroup for trace in chart.plotly().data if trace.showlegend is not False]
-    assert named
-    assert len(named) == len(set(named))
+def test_a_picture_has_no_ground_of_its_own(chart: Chart | Panels) -> None:
+    picture = Image.open(io.BytesIO(chart.png())).convert("RGBA")
+    corners = [picture.getpixel(place) for place in ((0, 0), (picture.width - 1, picture.height - 1))]
+    assert [corner[3] for corner in corners] == [0, 0]
+    assert picture.getcolors(1 << 20)[0]
+
+
+def test_each_name_is_once_beside_its_line_or_in_the_legend(chart: Chart | Panels) -> None:
+    figure = chart.plotly()
+    named = [trace.name for trace in figure.data if trace.showlegend is not False]
+    names = [series.name for one in getattr(chart, "charts", [chart]) for series in one.series]
+    beside = [note.text for note in figure.layout.annotations if note.text in names]
+    assert sorted({*named, *beside}) == sorted({*names, *(trace.name for trace in figure.data if trace.name)})
+    assert len(named + beside) == len({*named, *beside})
+
+
+def test_names_beside_lines_that_end_together_stand_apart() -> None:
+    chart = loss_curves({f"arm {i}": frame() for i in range(9)}, against="seconds")
+    places = sorted(end_labels(chart).values())
+    assert len(places) == 9
+    assert min(b - a for a, b in itertools.pairwise(places)) > 0.04
+    assert 0 <= places[0] < places[-1] <= 1
+    assert end_labels(loss_curves({f"arm {i}": frame() for i in range(30)}, against="seconds")) == {}
+
+
+def test_a_control_stands_out_in_the_color_of_its_arm() -> None:
+    runs = {name: frame() for name in ("baseline", "bold", "control of bold")}
+    plain = ["baseline", "control of bold"]
+    chart = loss_curves(runs, against="seconds", control=plain, control_of={"control of bold": "bold"})
+    base, bold, control = chart.plotly().data
+    assert control.line.color == bold.line.color != base.line.color
+    assert control.line.dash == "dash"
+    assert control.line.width > max(bold.line.width, base.line.width)
 
 
 def test_drawing_leaves_matplotlib_as_it_was() -> None:
@@ -184,7 +217,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(make: Any, message: str) -> No
         make()
 
 
-def test_control_is_always_dark_grey_and_dashed() -> None:
+def test_control_is_grey_and_dashed() -> None:
     chart = loss_curves({"cut": frame(), "base": frame()}, against="seconds", control=["cut"])
     cut, base = chart.plotly().data
     assert (cut.line.color, cut.line.dash) == (CONTROL, "dash")

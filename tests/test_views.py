@@ -15,7 +15,9 @@ from hybridlab.benchmarks.step_overhead import StepOverhead
 from hybridlab.notebook import (
     baseline_claims,
     comparison_chart,
+    comparison_table,
     cost_claims,
+    curves,
     hybrid_claims,
     overhead_table,
     phases,
@@ -155,10 +157,44 @@ def test_vram_is_claimed_on_a_card_alone_and_a_divergence_is_no_stable_run() -> 
 
 
 def test_one_seed_is_drawn_and_told_as_the_point_that_it_is() -> None:
-    (series,) = comparison_chart([compared(to_control=ONE_SEED)]).series
+    chart = comparison_chart([compared(to_control=ONE_SEED)])
+    assert not isinstance(chart, str)
+    (series,) = chart.series
     assert series.bounds() == ((-0.1,), (-0.1,))
     loss, seeds, *_ = hybrid_claims(compared(to_control=ONE_SEED))[0].quantities
     assert (loss.low, loss.high, loss.per_seed, seeds.value) == (-0.1, -0.1, (-0.1,), 1)
+
+
+def test_the_best_arm_comes_first_and_idle_ones_are_named_apart() -> None:
+    arms = [
+        compared("worse", to_control=WORSE),
+        compared("idle", predicted_steps=0.0),
+        compared("better", to_control=BETTER),
+    ]
+    chart, shown = comparison_chart(arms), comparison_table(arms)
+    assert not isinstance(chart, str)
+    assert chart.names == ("better", "worse")
+    assert [row[0] for row in shown.cells()] == ["better", "worse"]
+    assert shown.caption is not None
+    assert shown.caption.endswith("Predicted nothing, and left out: idle")
+    losses = {name: shown.rows[0][name] for name in ("final loss (nats)", "its control's", "the baseline's loss")}
+    assert losses == pytest.approx({"final loss (nats)": 3.0, "its control's": 3.11, "the baseline's loss": 3.0})
+    assert comparison_chart(arms[1:2]) == "no arm predicted anything"
+    assert comparison_table(arms[1:2]).rows[0]["answer"] == "nothing predicted"
+
+
+def test_curves_leave_out_what_predicted_nothing_and_pair_controls_with_their_arms() -> None:
+    asked = {"max_predict_steps": 8}
+    runs = [run("baseline", 3.0), run("bold", 3.1, predicted_steps=5), run("idle", 3.0, predicted_steps=0)]
+    for hybrid in runs[1:]:
+        hybrid.config["hybrid"] = asked
+    result = study(*runs, run("control of bold", 3.05))
+    chart = curves(result, ["baseline", "bold", "idle", "control of bold"], "nominal_step")
+    assert [series.name for series in chart.series] == ["baseline", "bold", "control of bold"]
+    assert chart.title.endswith("predicted nothing: idle")
+    colors = {series.name: series.color for series in chart.series}
+    assert colors["control of bold"] == colors["bold"]
+    assert colors["baseline"] is None
 
 
 def test_every_interval_over_seeds_can_be_computed_again_from_its_seeds() -> None:

@@ -28,6 +28,7 @@ def loss_curves(
     against: Against,
     smooth: int = 0,
     control: Collection[str] = (),
+    control_of: Mapping[str, str] | None = None,
     value: str = "validation_loss",
     title: str | None = None,
     y_label: str | None = None,
@@ -39,16 +40,26 @@ def loss_curves(
         paired by order up to the end of the shortest. Rows whose value is nan or infinite are left out
     smooth: rows of a centered running mean, 0 or 1 for none; the axis says so
     control: the arms drawn as the control
+    control_of: control -> the arm that it decides about: it is drawn thick, in that arm's color
 
     Raises ValueError for an arm without a finite value, a missing column, or a control that is no arm.
     """
     if unknown := set(control) - set(runs):
         raise ValueError(f"control names {sorted(unknown)}, the arms are {list(runs)}")
     name = value.replace("_", " ")
-    series = tuple(_arm(arm, frames, against, value, smooth, arm in control) for arm, frames in runs.items())
+    series = paired(
+        [_arm(arm, frames, against, value, smooth, arm in control) for arm, frames in runs.items()], control_of or {}
+    )
     smoothed = f", mean of {smooth} rows" if smooth > 1 else ""
     label = (y_label or f"{name} (nats)") + smoothed
     return Chart(title or f"{name.capitalize()} against {AXES[against]}", AXES[against], label, series)
+
+
+def paired(series: Sequence[Series], control_of: Mapping[str, str]) -> tuple[Series, ...]:
+    """The series, each control in the color of the arm that it decides about."""
+    colors = {s.name: i for i, s in enumerate(s for s in series if not s.control)}
+    pairs = {control: colors.get(arm) for control, arm in control_of.items()}
+    return tuple(replace(s, color=pairs.get(s.name) if s.control else colors[s.name]) for s in series)
 
 
 def seed_panels(
@@ -84,8 +95,8 @@ def _seeds(
     over = [Interval.of([s.y[i] for s in seeds]) for i in range(rows)]
     low, high = ([i.low for i in over], [i.high for i in over]) if len(seeds) > 1 else (None, None)
     x = np.stack([s.x[:rows] for s in seeds]).mean(axis=0)
-    mean = Series("mean of the seeds, 95 % interval", x, [i.mean for i in over], low, high)
-    beside = replace(_arm("its control", control, against, value, 0, True), low=None, high=None)
+    mean = Series("mean of the seeds, 95 % interval", x, [i.mean for i in over], low, high, color=0)
+    beside = replace(_arm("its control", control, against, value, 0, True), low=None, high=None, color=1)
     return (mean, beside, *(replace(s, kind="points", dash=True) for s in seeds))
 
 

@@ -21,7 +21,7 @@ class Series:
     low, high: bounds of each value, drawn as a ribbon along a line and as intervals at points
     kind: `line`, `points`, or `bar` (in a chart with names)
     dash: dashed line or hollow points: predicted, not measured
-    control: the control: always dark grey and dashed
+    control: a control: dashed and grey; with a color it is that series' own control, dashed and thick
     color: index into the palette; None takes the next free one
     stack: bars that begin where the stacked series before it ended: parts of one whole
 

@@ -1,4 +1,4 @@
-"""Draw charts as one plotly figure: plain lists, no template, a white page in light and dark themes."""
+"""Draw charts as one plotly figure: plain lists, no template, on the page's own ground, light or dark."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from hybridlab.charts.points import rounded
 from hybridlab.charts.style import Look
 
 HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
+CLEAR = "rgba(0,0,0,0)"
+HINT = "interactive: point at a line for its values, drag to zoom, double-click to zoom out"
 REFERENCE = {"color": look.INK, "width": 1, "dash": "dot"}
 MARKERS = {"triangle": "triangle-up", "cross": "x"}
 AXIS = {
-    "gridcolor": look.GRID,
+    "gridcolor": "rgba(128,128,128,0.22)",
     "linecolor": look.FAINT,
     "tickcolor": look.FAINT,
     "showline": True,
@@ -40,9 +42,34 @@ def figure_of(title: str | None, charts: tuple[ChartData, ...], columns: int) ->
         figure.add_traces(_traces(chart, styles), rows=cell["row"], cols=cell["col"])
         _axes(figure, chart, cell)
         _notes(figure, chart, cell, columns, titled=title is not None)
-    _one_legend(figure)
-    figure.update_layout(_layout(charts[0].title if title is None else title, height, title is not None))
+    labelled = {} if title else look.end_labels(charts[0])
+    _one_legend(figure, hidden={f"series {s.name}" for s in charts[0].series} if labelled else set())
+    below = title is not None or bool(labelled and charts[0].bands)
+    figure.update_layout(_layout(charts[0].title if title is None else title, height, below, len(charts) > 1))
+    if labelled:
+        _label(figure, charts[0], styles, labelled)
+    _hint(figure)
     return figure
+
+
+def _label(figure: go.Figure, chart: ChartData, styles: dict[str, Look], places: dict[str, float]) -> None:
+    """Each line's name beside its end, a lone point's beside the point, in its own color."""
+    for s in chart.series:
+        where: dict[str, Any] = {"x": 1, "xref": "paper", "y": places.get(s.name, 0), "yref": "paper"}
+        if look.is_point(s):
+            where = {"x": s.x[0], "y": math.log10(s.y[0]) if chart.log_y else s.y[0]}
+        font = {"size": 11.5, "color": styles[s.name].color}
+        beside = {"xanchor": "left", "yanchor": "middle", "xshift": 7, "showarrow": False}
+        figure.add_annotation(text=_plain(look.label_of(s)), font=font, **beside, **where)
+    longest = max((len(look.label_of(s)) for s in chart.series if not look.is_point(s)), default=0)
+    figure.update_layout(margin={"r": 20 + 6.6 * longest})
+
+
+def _hint(figure: go.Figure) -> None:
+    """Say that the figure answers to the pointer; a picture of it does not say so."""
+    where = {"x": 1, "xref": "paper", "xanchor": "right", "y": 0, "yref": "paper", "yanchor": "bottom"}
+    down = 4 - figure.layout.margin.b
+    figure.add_annotation(text=HINT, showarrow=False, font={"size": 10, "color": look.FAINT}, yshift=down, **where)
 
 
 def _gap(charts: tuple[ChartData, ...], columns: int) -> float:
@@ -51,19 +78,19 @@ def _gap(charts: tuple[ChartData, ...], columns: int) -> float:
     return min(0.03 + 0.0075 * longest, 0.5 / columns)
 
 
-def _layout(title: str, height: int, panels: bool) -> dict[str, Any]:
+def _layout(title: str, height: int, legend_below: bool, panels: bool) -> dict[str, Any]:
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"}
     return {
         "template": "none",
         "title": {"text": _lines(title), "x": 0, "xref": "paper", "font": {"size": 16}, "y": 0.97} | {"yanchor": "top"},
         "font": {"color": look.INK, "size": 12, "family": "Helvetica, Arial, sans-serif"},
         "height": height,
-        "margin": {"l": 60, "r": 20, "t": 72 if panels else 50, "b": 90 if panels else 56},
-        "paper_bgcolor": look.PAPER,
-        "plot_bgcolor": look.PAPER,
+        "margin": {"l": 60, "r": 20, "t": 72 if panels else 50, "b": 90 if legend_below else 72},
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
         "hovermode": "closest",
         "barmode": "overlay",
-        "legend": {"tracegroupgap": 0} | (below if panels else {"x": 1.02, "y": 1}),
+        "legend": {"tracegroupgap": 0} | (below if legend_below else {"x": 1.02, "y": 1}),
     }
 
 
@@ -113,7 +140,7 @@ def _common(name: str, style: Look, count: int) -> dict[str, Any]:
     return {
         "name": _plain(name),
         "legendgroup": f"series {name}",
-        "line": {"color": style.color, "dash": style.dash, "width": 2},
+        "line": {"color": style.color, "dash": style.dash, "width": style.width},
         "marker": marker | {"line": {"color": style.color, "width": 1.5}},
         "hovertemplate": f"{_plain(name)}<br>%{{x}}: %{{y}}<extra></extra>",
     }
@@ -121,10 +148,13 @@ def _common(name: str, style: Look, count: int) -> dict[str, Any]:
 
 def _ribbon(x: Any, low: Any, high: Any, style: Look, name: str) -> go.Scatter:
     outline = {"x": [*x, *reversed(x)], "y": [*low, *reversed(high)]}
-    r, g, b = (int(style.color[i : i + 2], 16) for i in (1, 3, 5))
-    return go.Scatter(
-        **outline, mode="none", fill="toself", fillcolor=f"rgba({r},{g},{b},0.18)", **_silent(f"series {name}")
-    )
+    fill = {"fill": "toself", "fillcolor": _faded(style.color, 0.18)}
+    return go.Scatter(**outline, mode="none", **fill, **_silent(f"series {name}"))
+
+
+def _faded(color: str, opacity: float) -> str:
+    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},{opacity})"
 
 
 def _segments(x0: Any, x1: Any, y0: Any, y1: Any, style: Look, name: str) -> go.Scatter:
@@ -148,10 +178,16 @@ def _bands(chart: ChartData) -> list[Any]:
         x = [v for a, b in edges for v in (a, a, b, b, a, None)]
         y = [v for _ in edges for v in (low, high, high, low, low, None)]
         tint = look.tint(label)
-        pattern = {"shape": tint.hatch, "fgcolor": tint.mark, "bgcolor": tint.color, "size": 7, "solidity": 0.15}
-        fill = {"fill": "toself", "fillcolor": tint.color, "fillpattern": pattern, "hoverinfo": "skip"}
+        color = _faded(tint.color, tint.opacity)
+        pattern: dict[str, Any] = {
+            "shape": tint.hatch,
+            "fgcolor": _faded(tint.color, look.HATCH_OPACITY),
+            "bgcolor": color,
+        }
+        pattern |= {"size": 7, "solidity": 0.15}
+        fill = {"fill": "toself", "fillcolor": color, "fillpattern": pattern, "hoverinfo": "skip"}
         name = {"name": _plain(label), "legendgroup": f"band {label}", "legendrank": 2000}
-        traces.append(go.Scatter(x=x, y=y, mode="lines", line={"width": 0, "color": tint.color}, **fill, **name))
+        traces.append(go.Scatter(x=x, y=y, mode="lines", line={"width": 0, "color": color}, **fill, **name))
     return traces
 
 
@@ -184,7 +220,7 @@ def _notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], columns: i
             for start, length, y in zip(place.base, place.series.x, place.series.y, strict=True):
                 x = start + length
                 where = {"x": x, "y": y + place.offset, "xanchor": "left" if x >= 0 else "right", "yanchor": "middle"}
-                _note(figure, cell, f"{x:.4g}", bgcolor=look.PAPER, borderpad=0, xshift=3 if x >= 0 else -3, **where)
+                _note(figure, cell, f"{x:.4g}", borderpad=0, xshift=3 if x >= 0 else -3, **where)
 
 
 def _band_notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], columns: int) -> None:
@@ -216,14 +252,17 @@ def _note(figure: go.Figure, cell: dict[str, int], text: str, **where: Any) -> N
     figure.add_annotation(text=text, showarrow=False, font={"size": 11, "color": look.INK}, **where, **cell)
 
 
-def _one_legend(figure: go.Figure) -> None:
-    """Name each group once; a lone series needs no legend, its chart's title names it."""
-    seen: set[str] = set()
+def _one_legend(figure: go.Figure, hidden: set[str]) -> None:
+    """Name each group once; a lone series needs no legend, its chart's title names it.
+
+    hidden: groups that are named elsewhere
+    """
+    seen = set(hidden)
     for trace in figure.data:
         if trace.showlegend is not False:
             trace.showlegend = trace.legendgroup not in seen
             seen.add(trace.legendgroup)
-    figure.update_layout(showlegend=len(seen) > 1)
+    figure.update_layout(showlegend=len(seen - hidden) > (not hidden))
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Draw charts as one PNG with matplotlib: no display, no global state, the same bytes every time."""
+"""Draw charts as one PNG with matplotlib: no ground of its own, no global state, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
@@ -35,17 +36,19 @@ STYLE: list[Any] = [
         "axes.titlelocation": "left",
         "axes.axisbelow": True,
         "axes.formatter.useoffset": False,
-        "grid.color": look.GRID,
+        "grid.color": look.GRID[0],
+        "grid.alpha": look.GRID[1],
         "xtick.color": look.FAINT,
         "ytick.color": look.FAINT,
         "xtick.labelcolor": look.INK,
         "ytick.labelcolor": look.INK,
         "hatch.linewidth": 0.6,
         "legend.frameon": False,
-        "figure.facecolor": look.PAPER,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
     },
 ]
-LABEL_BOX = {"facecolor": look.PAPER, "edgecolor": "none", "pad": 0.6}
 Handles = dict[tuple[str, str], Any]
 
 
@@ -61,7 +64,10 @@ def picture_of(title: str | None, charts: tuple[ChartData, ...], columns: int) -
             axes = figure.add_subplot(rows, columns, i + 1)
             handles |= _chart(axes, chart, styles, columns)
         _title(figure, title)
-        _legend(figure, handles, below=title is not None)
+        if labelled := {} if title else look.end_labels(charts[0]):
+            _label(figure.axes[0], charts[0], styles, labelled)
+            handles = {key: handle for key, handle in handles.items() if key[0] == "band"}
+        _legend(figure, handles, below=title is not None or bool(labelled), least=1 if labelled else 2)
         return png_of(figure)
 
 
@@ -76,6 +82,14 @@ def _chart(axes: Axes, chart: ChartData, styles: dict[str, Look], columns: int) 
         drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
         handles["series", drawn.name] = _rows(axes, drawn, style, place) if chart.names else _curve(axes, drawn, style)
     return handles
+
+
+def _label(axes: Axes, chart: ChartData, styles: dict[str, Look], places: dict[str, float]) -> None:
+    """Each line's name beside its end, a lone point's beside the point, in its own color."""
+    for s in chart.series:
+        where, at = ((s.x[0], s.y[0]), "data") if look.is_point(s) else ((1, places[s.name]), "axes fraction")
+        text: dict[str, Any] = {"color": styles[s.name].color, "va": "center", "fontsize": 8.5}
+        axes.annotate(look.label_of(s), where, (7, 0), xycoords=at, textcoords="offset points", **text)
 
 
 def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
@@ -114,8 +128,8 @@ def _bands(axes: Axes, chart: ChartData, columns: int) -> Handles:
     for band in chart.bands:
         tint = look.tint(band.label)
         fill: dict[str, Any] = {
-            "facecolor": tint.color,
-            "edgecolor": tint.mark,
+            "facecolor": to_rgba(tint.color, tint.opacity),
+            "edgecolor": to_rgba(tint.color, look.HATCH_OPACITY),
             "hatch": HATCHES[tint.hatch],
             "linewidth": 0,
         }
@@ -170,12 +184,12 @@ def _bars(axes: Axes, s: Series, rows: list[float], style: Look, place: Place) -
     bars = axes.barh(rows, s.x, left=place.base, height=place.thickness * 0.92, zorder=2, **fill)
     if place.topmost:
         ends = [f"{start + x:.4g}" for start, x in zip(place.base, s.x, strict=True)]
-        axes.bar_label(bars, labels=ends, padding=3, fontsize=8.5, zorder=3, bbox=LABEL_BOX)
+        axes.bar_label(bars, labels=ends, padding=3, fontsize=8.5, zorder=3)
     return bars
 
 
 def _stroke(style: Look) -> dict[str, Any]:
-    return {"color": style.color, "linestyle": DASHES[style.dash], "linewidth": 1.8}
+    return {"color": style.color, "linestyle": DASHES[style.dash], "linewidth": 0.9 * style.width}
 
 
 def _points(style: Look, count: int) -> dict[str, Any]:
@@ -190,10 +204,10 @@ def _title(figure: Figure, title: str | None) -> None:
         figure.suptitle(text, x=0.01, ha="left", fontsize=12)
 
 
-def _legend(figure: Figure, handles: Handles, *, below: bool) -> None:
-    """Series first, bands after them; a lone series needs no legend, its chart's title names it."""
+def _legend(figure: Figure, handles: Handles, *, below: bool, least: int) -> None:
+    """Series first, bands after them; fewer than `least` need no legend, as a lone series, which the title names."""
     ordered = sorted(handles, key=lambda key: key[0] == "band")
-    if len(ordered) < 2:
+    if len(ordered) < least:
         return
     where = {"loc": "outside lower left", "ncols": 5} if below else {"loc": "outside right upper"}
     figure.legend([handles[key] for key in ordered], [name for _, name in ordered], handlelength=2.6, **where)
@@ -203,7 +217,7 @@ def png_of(figure: Figure) -> bytes:
     """The picture of a figure, with a palette of its own, a third of the size of full color."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    picture = Image.open(drawn).convert("RGBA").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

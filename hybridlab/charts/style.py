@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hybridlab.charts.model import Band, Series
+from hybridlab.charts.model import Band, ChartData, Series
 
 # Okabe and Ito's palette, told apart by color-blind eyes, without black (too close to the control's grey)
-# and yellow (too faint on white). https://jfly.uni-koeln.de/color/
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-CONTROL = "#444444"
+# and yellow (too faint on white), its blue lightened for dark pages. https://jfly.uni-koeln.de/color/
+PALETTE = ("#1F86C9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+CONTROL = "#808080"
 DASHES = ("solid", "dashdot", "dot")  # solid first; the next round of the palette is dash-dotted
 CONTROL_DASHES = ("dash", "dot", "dashdot")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross")
 
-INK, FAINT, GRID, PAPER = "#222222", "#888888", "#E4E4E4", "#FFFFFF"
+INK, FAINT, PAPER = "#7A7A7A", "#8F8F8F", "#FFFFFF"
+"""Text and axes, readable on white and on black alike: a chart has no ground of its own."""
+
+GRID = ("#808080", 0.22)
+LINE_WIDTH, THICK = 2.0, 3.4
+MOST_LABELS = 20
+"""So many lines are labelled at their ends; more have a legend."""
+
 WIDTH_PX, HEIGHT_PX, PANEL_HEIGHT_PX = 900, 420, 300
 
 
 @dataclass(frozen=True)
 class Tint:
-    """How a background band is filled: its color, and a hatch (of color `mark`) that needs no color."""
+    """How a background band is filled: its color, how opaque it is, and a hatch that needs no color."""
 
     color: str
-    mark: str
+    opacity: float
     hatch: str  # as plotly names it; "" is plain
 
 
 TINTS = {
-    "Warmup": Tint("#F1F1EC", "#D8D8CC", "."),
-    "Full": Tint("#E1EEF8", "#E1EEF8", ""),
-    "Predict": Tint("#FCE8D0", "#F2C48F", "/"),
-    "Correct": Tint("#DCCBE6", "#A98ABF", "x"),
+    "Warmup": Tint("#8A8A70", 0.12, "."),
+    "Full": Tint("#0072B2", 0.10, ""),
+    "Predict": Tint("#E08A00", 0.20, "/"),
+    "Correct": Tint("#8E5FA8", 0.28, "x"),
 }
-OTHER_TINT = Tint("#EFEFEF", "#D8D8D8", "\\")
+OTHER_TINT = Tint("#808080", 0.12, "\\")
+HATCH_OPACITY = 0.45
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Look:
     dash: str
     marker: str
     hollow: bool
+    width: float = LINE_WIDTH
 
 
 def looks(series: Iterable[Series]) -> dict[str, Look]:
@@ -57,7 +67,10 @@ def looks(series: Iterable[Series]) -> dict[str, Look]:
     controls = iter(range(len(named)))
     result = {}
     for s in named:
-        if s.control:
+        if s.control and s.color is not None:
+            own = _colored(s.color, dash=True)
+            result[s.name] = replace(own, width=THICK)
+        elif s.control:
             result[s.name] = _control(next(controls))
         else:
             result[s.name] = _colored(next(free) if s.color is None else s.color, s.dash)
@@ -73,6 +86,36 @@ def _colored(index: int, dash: bool) -> Look:
     turn, color = divmod(index, len(PALETTE))
     style = "dash" if dash else DASHES[turn % len(DASHES)]
     return Look(PALETTE[color], style, MARKERS[index % len(MARKERS)], hollow=dash)
+
+
+def end_labels(chart: ChartData) -> dict[str, float]:
+    """Where each line's name stands beside its end, as a share of the axis' height, no two on one another.
+
+    Nothing for a lone series, a list of names, and more lines than there is room for.
+    """
+    if chart.names or not 1 < len(chart.series) <= MOST_LABELS:
+        return {}
+    log = math.log10 if chart.log_y else float
+    low, high = map(log, chart.y_limits())
+    ends = {s.name: (log(s.y[-1]) - low) / (high - low) for s in chart.series if not is_point(s)}
+    ordered, gap = sorted(ends, key=ends.__getitem__), 1 / MOST_LABELS
+    places: dict[str, float] = {}
+    least = 0.0
+    for i, name in enumerate(ordered):
+        room_above = gap * (len(ordered) - 1 - i)
+        places[name] = max(least, min(ends[name], 1 - room_above))
+        least = places[name] + gap
+    return places
+
+
+def is_point(series: Series) -> bool:
+    """Whether a series is one point, whose name stands beside it."""
+    return series.kind == "points" and len(series.x) == 1
+
+
+def label_of(series: Series) -> str:
+    """A name that fits beside a line."""
+    return textwrap.shorten(series.name, 40, placeholder="...")
 
 
 def marker_size(count: int) -> float:

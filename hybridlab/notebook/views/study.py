@@ -11,7 +11,7 @@ import pandas as pd
 
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.benchmarks.step_overhead import StepOverhead
-from hybridlab.charts.builders import AXES, Against, interval_chart, loss_curves, phase_chart, seed_panels
+from hybridlab.charts.builders import AXES, Against, interval_chart, loss_curves, paired, phase_chart, seed_panels
 from hybridlab.charts.display import Chart, Panels
 from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
@@ -21,7 +21,7 @@ from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, hold
 from hybridlab.study.comparison import Comparison
 from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
-from hybridlab.study.study import BASELINE, StudyResult, is_plain
+from hybridlab.study.study import BASELINE, StudyResult, control_name, is_plain
 
 PROMISED_SAVING = 0.4
 """Share of the time that the plan promises to save at least."""
@@ -45,10 +45,23 @@ def record_table(record: dict[str, Any], caption: str) -> Table:
 
 
 def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
-    """Validation loss of the arms, the plain runs drawn as controls."""
-    plain = [name for name in arms if is_plain(name)]
-    runs = {name: result.steps(name) for name in arms}
-    return loss_curves(runs, against=against, control=plain, title=f"Validation loss over {AXES[against]}")
+    """Validation loss of the arms, the plain runs drawn as controls; hybrids that predicted nothing are left out."""
+    idle = [name for name in arms if _is_idle(result, name)]
+    runs = {name: result.steps(name) for name in arms if name not in idle}
+    title = f"Validation loss over {AXES[against]}" + (f"; predicted nothing: {', '.join(idle)}" if idle else "")
+    plain = [name for name in runs if is_plain(name)]
+    return loss_curves(runs, against=against, control=plain, control_of=_control_of(runs), title=title)
+
+
+def _is_idle(result: StudyResult, name: str) -> bool:
+    """Whether an arm was to predict, and did not with any seed."""
+    asked = any(result.runs[name, s].config.get("hybrid", {}).get("max_predict_steps") for s in result.seeds)
+    return asked and not any(result.value("predicted_steps", name, s) for s in result.seeds)
+
+
+def _control_of(names: Iterable[str]) -> dict[str, str]:
+    """Each hybrid's truncated control -> the hybrid."""
+    return {control_name(name): name for name in names}
 
 
 def loss_rows(result: StudyResult, arms: Sequence[str]) -> list[dict[str, Any]]:
@@ -65,8 +78,8 @@ def losses_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
         Series(row["arm"], row["gradient_steps"], row["loss"], row["low"], row["high"], control=row["control"])
         for row in rows
     ]
-    axis = AXES["gradient_step"]
-    return Chart(f"Validation loss over {axis}", axis, "validation loss (nats)", tuple(series))
+    axis, shown = AXES["gradient_step"], paired(series, _control_of(row["arm"] for row in rows))
+    return Chart(f"Validation loss over {axis}", axis, "validation loss (nats)", shown)
 
 
 def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | str:
@@ -98,9 +111,10 @@ def final_table(result: StudyResult) -> Table:
     means = result.summaries.groupby("name", sort=False)[["gradient_steps", *figures]].mean()
     rows = [
         {"arm": name, "gradient steps": row["gradient_steps"]} | {_words(figure): row[figure] for figure in figures}
-        for name, row in means.iterrows()
+        for name, row in means.sort_values("validation_loss", kind="stable").iterrows()
     ]
-    return table(rows, "At the end of training, on held-out data; means over seeds", {"gradient steps": ".1f"})
+    caption = "At the end of training, on held-out data; means over seeds, the lowest loss first"
+    return table(rows, caption, {"gradient steps": ".1f"})
 
 
 def counts_table(comparisons: Iterable[Comparison]) -> Table:
@@ -143,30 +157,49 @@ def reliability_table(result: StudyResult, by: str = "confidence") -> Table:
 
 
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
-    """The answer: each hybrid against the control that took as many gradient steps, with 95 % intervals."""
+    """The answer: each hybrid beside the control that took as many gradient steps, with 95 % intervals.
+
+    The best against its control comes first; arms that predicted nothing are named above the table, where others did.
+    """
+    compared = list(comparisons)
+    shown = _by_difference(compared) or compared
     rows = [
         {
             "arm": c.name,
             "final loss (nats)": c.validation_loss.mean,
-            "against equal gradient steps (nats)": str(c.to_control) if c.predicted_steps else None,
-            "p, corrected": c.p_value if c.predicted_steps else None,
-            "against the full baseline (nats)": str(c.to_baseline),
-            "worth of a predicted step": str(c.step_value) if c.step_value else None,
+            "its control's": _control_loss(c).mean if c.predicted_steps else None,
+            "difference (nats)": str(c.to_control) if c.predicted_steps else None,
             "answer": c.answer,
+            "the baseline's loss": c.validation_loss.mean - c.to_baseline.mean,
+            "difference to it (nats)": str(c.to_baseline),
+            "worth of a predicted step": str(c.step_value) if c.step_value else None,
         }
-        for c in comparisons
+        for c in shown
     ]
+    idle = ", ".join(c.name for c in compared if c not in shown)
     caption = (
-        "Below 0 is better. The verdict takes the loss against equal gradient steps, its p-value corrected for all "
-        "arms of the study (Holm). A predicted step is worth 1 when it replaces a real one, 0 when nothing; open is "
-        "what lies outside the lengths of the control runs"
+        "The control is a plain run of as many gradient steps; a difference below 0 is better. The answer takes it, "
+        "its p-value corrected for all arms of the study (Holm). A predicted step is worth 1 when it replaces a real "
+        "one, 0 when nothing; open is what lies outside the lengths of the control runs"
+        + (f". Predicted nothing, and left out: {idle}" if idle else "")
     )
-    return table(rows, caption, {"p, corrected": ".3f"})
+    return table(rows, caption)
 
 
-def comparison_chart(comparisons: Iterable[Comparison]) -> Chart:
-    """The differences to the controls, with intervals; right of zero is worse than stopping earlier."""
-    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in comparisons]
+def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Those that predicted anything, by the difference to their control, the best first."""
+    predicted = [c for c in comparisons if c.predicted_steps]
+    return sorted(predicted, key=lambda c: c.to_control.mean)
+
+
+def comparison_chart(comparisons: Iterable[Comparison]) -> Chart | str:
+    """The differences to the controls, with intervals; right of zero is worse than stopping earlier.
+
+    Arms that predicted nothing are left out; a sentence says so where that are all.
+    """
+    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in _by_difference(comparisons)]
+    if not rows:
+        return "no arm predicted anything"
     zero = (Line(0.0, "as good as stopping earlier"),)
     title = "Hybrid minus control, equal gradient steps: right of the line is worse"
     return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
@@ -186,7 +219,7 @@ def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
             "time over baseline's": ratio.get(str(name)),
             "peak memory (GB)": row["peak_memory_bytes"] / 1e9,
         }
-        for name, row in summaries.iterrows()
+        for name, row in summaries.sort_values("seconds", kind="stable").iterrows()
     ]
     source = result.summaries["memory_source"].iloc[0]
     memory = "as the GPU counts it" if source == "cuda" else "of the whole process: there is no GPU"
