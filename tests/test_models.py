@@ -49,8 +49,8 @@ def test_parameter_counts(size: str, count: int) -> None:
     with torch.device("meta"):
         model = GPT2(config)
         assert model(torch.zeros(2, 8, dtype=torch.long)).shape == (2, 8, config.vocab_size)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert config.parameter_count == count
+    padding = (config.embedding_rows - config.vocab_size) * config.n_embd
+    assert sum(parameter.numel() for parameter in model.parameters()) - padding == config.parameter_count == count
 
 
 def test_changes_keep_the_rest() -> None:
@@ -224,7 +224,7 @@ def test_gradients_equal_transformers(reference: tuple[nn.Module, Path]) -> None
     expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten())
     (of_theirs,) = torch.autograd.grad(expected, [theirs.transformer.wte.weight])
     (of_ours,) = torch.autograd.grad(ours(tokens, targets), [ours.wte.weight])
-    torch.testing.assert_close(of_ours, of_theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(of_ours[:97], of_theirs, rtol=0, atol=1e-5)
 
 
 def test_reads_the_older_format(reference: tuple[nn.Module, Path], tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_mnist_cnn_learns_and_drops_only_in_training() -> None:
 
 
 def test_a_padded_vocabulary_changes_no_loss_and_no_reported_count():
-    plain, padded = GPT2Config.nano(vocab_size=500), GPT2Config.nano(vocab_size=500, pad_vocab_to=128)
+    plain, padded = GPT2Config.nano(vocab_size=500, pad_vocab_to=0), GPT2Config.nano(vocab_size=500)
     losses = []
     for config in (plain, padded):
         torch.manual_seed(0)
@@ -376,3 +376,14 @@ def test_a_padded_vocabulary_changes_no_loss_and_no_reported_count():
     assert losses[0][0] == losses[1][0]
     assert torch.equal(losses[0][1], losses[1][1])
     assert not model.wte.weight.grad[500:].any()
+
+
+def test_weights_saved_under_another_padding_load() -> None:
+    unpadded, padded = (GPT2(GPT2Config.nano(vocab_size=500, pad_vocab_to=rows)) for rows in (0, 64))
+    tokens = torch.arange(32).view(2, 16)
+    for saved, model in ((unpadded, padded), (padded, unpadded)):
+        with torch.no_grad():
+            saved.wte.weight[:500].normal_()
+        model.load_state_dict(saved.state_dict())
+        torch.testing.assert_close(model(tokens), saved(tokens), rtol=0, atol=1e-5)
+    assert not padded.wte.weight[500:].any()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
@@ -38,7 +40,7 @@ from hybridlab.weights.residency import Residency
 #
 # All with the optimizer's state in place, no logits returned, backward outside the autocast region, fused AdamW (the
 # temporaries of its foreach form would not reach the peaks of B to D). C to E let autocast cache the weights' bf16
-# copies, F and later do not; K and L compute in bf16 without autocast.
+# copies, F and later do not; K and L compute in bf16 without autocast. The loss is torch's, its chunks checkpointed.
 
 BF16 = {"mixed_precision": MixedPrecisionConfig()}
 CHUNKED = {"loss_chunk_tokens": 1024}
@@ -72,8 +74,30 @@ GRAPH_ALONE = GpuOverhead(workspace_bytes=0)
 
 @pytest.mark.parametrize(("size", "arm"), [(size, arm) for size, arms in GOLDEN_GB.items() for arm in arms])
 def test_the_peak_is_the_one_that_matched_the_gpu(size, arm):
-    planned = plan(size, (8, 512), ARMS[arm], weight_cache=arm in WITH_AUTOCAST_CACHE, overhead=GRAPH_ALONE)
+    caches, loss = arm in WITH_AUTOCAST_CACHE, partial(_torchs_loss, ARMS[arm].loss_chunk_tokens)
+    planned = plan(size, (8, 512), ARMS[arm], weight_cache=caches, overhead=GRAPH_ALONE, loss=loss)
     assert planned.peak_allocated_bytes / 1e9 == pytest.approx(GOLDEN_GB[size][arm], rel=0.01)
+
+
+def _torchs_loss(chunk: int, model, batch):
+    """The mean cross-entropy by torch alone; each chunk's logits are computed again in the backward pass."""
+    x, targets = model._hidden(torch.empty(batch, dtype=torch.long)).flatten(0, 1), torch.empty(batch, dtype=torch.long)
+
+    def loss(x, targets):
+        return F.cross_entropy(F.linear(x, model.wte.weight)[:, :50257].float(), targets, reduction="sum")
+
+    targets = targets.flatten()
+    if not chunk:
+        return loss(x, targets) / len(targets)
+    pieces = zip(x.split(chunk), targets.split(chunk), strict=True)
+    losses = [checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.stack(losses).sum() / len(targets)
+
+
+@pytest.mark.parametrize(("arm", "saved_gb"), [("B", 1.3), ("C", 1.6)])
+def test_the_loss_keeps_no_further_copy_of_the_logits(arm, saved_gb):
+    planned = plan("small", (8, 512), ARMS[arm], weight_cache=arm in WITH_AUTOCAST_CACHE, overhead=GRAPH_ALONE)
+    assert planned.peak_allocated_bytes / 1e9 < GOLDEN_GB["small"][arm] - saved_gb
 
 
 # --- counting --------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class MemoryConfig:
 
     mixed_precision, gradient_accumulation, predict_aware, checkpointing: see their classes; None is off
     loss_chunk_tokens: tokens whose logits exist at a time; 0 keeps those of the whole batch
-    pad_vocab_to: round the vocabulary up to a multiple of this, for kernels and quantizers; 0 leaves it
+    pad_vocab_to: round the vocabulary up to a multiple of this, for kernels and quantizers; 0 leaves it to the model
     optimizer_state: format of AdamW's moments: "fp32", or torchao's "int8", "fp8" or "int4"
     step_in_backward: step each block's weights as soon as its gradients are there, and free these
     clip_in_backward: with `step_in_backward`, gradient norm above which gradients are scaled down, estimated while
@@ -263,8 +263,9 @@ class MemoryConfig:
 
     @property
     def model_settings(self) -> dict[str, int]:
-        """What `GPT2Config` takes of these settings."""
-        return {"loss_chunk_tokens": self.loss_chunk_tokens, "pad_vocab_to": self.pad_vocab_to}
+        """What `GPT2Config` takes of these settings, where they ask for something."""
+        asked = {"loss_chunk_tokens": self.loss_chunk_tokens, "pad_vocab_to": self.pad_vocab_to}
+        return {name: value for name, value in asked.items() if value}
 
 
 Conflict = tuple[bool, tuple[str, str], str]

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.models.loss import linear_cross_entropy
 from hybridlab.models.pretrained import load_pretrained_, read_settings
 
 Hidden = Float[Tensor, "batch time dim"]
-IGNORED_TARGET = -100
 SIZES = ("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl")
 
 
@@ -29,10 +28,10 @@ class GPT2Config:
     block_size: longest sequence, in tokens; one learned position each
     n_layer: number of blocks; n_head: attention heads, must divide n_embd; n_embd: width of the residual stream
     dropout: probability, on the embedding, the attention weights and both residual branches
-    loss_chunk_tokens: compute the loss in pieces of so many tokens and recompute each piece's logits in the backward
-        pass: slower, but the logits of a whole batch are never in memory; 0 computes it in one piece
-    pad_vocab_to: round the embedding's rows up to a multiple of this, as kernels and quantizers like it; logits keep
-        vocab_size columns, so that no loss changes; 0 adds no row
+    loss_chunk_tokens: compute the loss in pieces of so many tokens, each with its gradients, so that the logits of a
+        whole batch are never in memory; 0 computes it in one piece
+    pad_vocab_to: round the embedding's rows up to a multiple of this, as kernels and quantizers like it; the added rows
+        stay zero and logits keep vocab_size columns, so that no loss changes; 0 adds no row
 
     Raises TypeError or ValueError for a setting that makes no model; the message says what would.
     """
@@ -44,7 +43,7 @@ class GPT2Config:
     n_embd: int = 768
     dropout: float = 0.0
     loss_chunk_tokens: int = 0
-    pad_vocab_to: int = 0
+    pad_vocab_to: int = 64
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -193,6 +192,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
         self._initialize_()
         self._pad_vocabulary_()
+        self.register_load_state_dict_pre_hook(_fit_padding_)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _initialize_(self) -> None:
@@ -236,16 +236,9 @@ class GPT2(nn.Module):
         """
         x = self._hidden(tokens)
         if targets is None:
-            return self._logits(x)
-        x, targets = rearrange(x, "batch time dim -> (batch time) dim"), targets.flatten()
-        chunk = self.config.loss_chunk_tokens
-        if not chunk or len(targets) <= chunk:
-            return self._loss(x, targets, "mean")
-        pieces = zip(torch.split(x, chunk), torch.split(targets, chunk), strict=True)
-        losses = [
-            checkpoint(self._loss, *piece, "sum", use_reentrant=False, preserve_rng_state=False) for piece in pieces
-        ]
-        return torch.stack(losses).sum() / (targets != IGNORED_TARGET).sum()
+            return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+        x, chunk = rearrange(x, "batch time dim -> (batch time) dim"), self.config.loss_chunk_tokens
+        return linear_cross_entropy(x, self.wte.weight, targets.flatten(), self.config.vocab_size, chunk)
 
     def _hidden(self, tokens: Int[Tensor, "batch time"]) -> Hidden:
         time, longest = tokens.shape[1], self.config.block_size
@@ -254,16 +247,15 @@ class GPT2(nn.Module):
                 f"a sequence of {time} tokens is longer than block_size={longest}: "
                 f"cut it to {longest} or build the model with block_size={time}"
             )
-        x = self.drop(self.wte(tokens) + self.wpe(torch.arange(time, device=tokens.device)))
+        x = self.drop(self.wte(tokens) + self.wpe.weight[:time])
         for block in self.h:
             x = block(x)
         return self.ln_f(x)
 
-    def _logits(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vocab"]:
-        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
-    def _loss(
-        self, x: Float[Tensor, "tokens dim"], targets: Int[Tensor, " tokens"], reduction: str
-    ) -> Float[Tensor, ""]:
-        logits = self._logits(x).float()
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction=reduction)
+def _fit_padding_(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give weights that were saved under another padding, or none, the model's own."""
+    name = f"{prefix}wte.weight"
+    rows, vocab_size = model.wte.num_embeddings, model.config.vocab_size
+    if name in state and vocab_size <= len(state[name]) != rows:
+        state[name] = F.pad(state[name][:vocab_size], (0, 0, 0, rows - vocab_size))

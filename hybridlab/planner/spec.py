@@ -96,7 +96,7 @@ class TrainingSpec:
         """The module, a GPT-2 with what `memory` asks of it."""
         if not isinstance(model := self._model, GPT2Config):
             return model()
-        return GPT2(replace(model, **{name: value for name, value in self.memory.model_settings.items() if value}))
+        return GPT2(replace(model, **self.memory.model_settings))
 
     def part_loss(self, module: nn.Module) -> Tensor:
         """The loss of one micro batch."""
