@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ from hybridlab.base.errors import UserError
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
 from hybridlab.batch.given import checked_values, values_in_file
-from hybridlab.results.claims import Claim, shown
+from hybridlab.results.claims import Claim, rounded
 from hybridlab.results.parameters import HOW_IT_RUNS, asked, parameters_sha256
+from hybridlab.results.words import quantities_in_words
 
 MAX_NOTEBOOK_BYTES = 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w+/.~])(?:/(?:home|root|work|tmp|Users)/|[A-Z]:\\Users\\)[^\s\"'<>]*")
@@ -133,7 +135,7 @@ def _machine_paths(notebook: NotebookNode) -> list[str]:
 def results_problems(executed: Path, results: dict[str, Any]) -> list[str]:
     """Hold an executed notebook against its entry: same parameters, every claim and number shown.
 
-    Times and bytes are not looked for; other numbers are, at four decimals.
+    In words, as `claims_table` shows them; copies from before it did show them at four decimals, times and bytes aside.
     """
     entry = results.get(executed.stem)
     if entry is None:
@@ -148,13 +150,27 @@ def results_problems(executed: Path, results: dict[str, Any]) -> list[str]:
 
 
 def _claim_problems(claim: Claim, text: str) -> list[str]:
-    if not _appears(claim.id, text):
-        return [f"claim {claim.id} is not shown in the notebook"]
+    numbers = quantities_in_words(claim.quantities)
+    if _appears(claim.id, text):
+        return _older_claim_problems(claim, text)
+    return [
+        f"claim {claim.id}: the notebook does not show: {said}" for said in (claim.text, numbers) if said not in text
+    ]
+
+
+def _older_claim_problems(claim: Claim, text: str) -> list[str]:
     return [
         f"claim {claim.id}: {name} is {value} in results.json, which the notebook does not show"
         for name, value in _lasting_values(claim).items()
         if not _appears(value, text)
     ]
+
+
+def shown(value: float | None) -> str:
+    """A value at four decimals, to compare two runs; what is not finite in words."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{rounded(value):.4f}" if isinstance(value, float) else str(value)
 
 
 def _lasting_values(claim: Claim) -> dict[str, str]:

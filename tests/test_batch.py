@@ -21,9 +21,10 @@ from hybridlab.base.errors import UserError
 from hybridlab.batch.declared import declared_parameters
 from hybridlab.batch.executed import clean_, unfinished, write_or_rescue
 from hybridlab.batch.run import GO_ON, RunFailed, prepared, run_notebook, summary_of
+from hybridlab.notebook.views.answer import claims_table
 from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched
-from hybridlab.results.claims import Claim, Quantity, claims_table
+from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import parameters_from, parameters_sha256
 from hybridlab.results.publish import environment, git_commit, load_results, publish
 from tests.conftest import full_disk
@@ -217,7 +218,7 @@ def test_a_whole_run_leaves_a_clean_copy(good_run):
     assert unfinished(notebook) is None
     assert [cell.id for cell in notebook.cells][:3] == ["title", "parameters", "injected-parameters"]
     assert set(notebook.metadata) == {"kernelspec", "language_info", "hybridlab"}
-    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert all(set(cell.metadata) <= {"tags", "jupyter"} for cell in notebook.cells)
     assert notebook.cells[5].outputs[0].text == "in .\n"
     assert notebook.cells[5].outputs[1].data["text/plain"] == "0.01"
     assert str(good_run) not in (good_run / "executed" / "good.ipynb").read_text(encoding="utf-8")
@@ -430,7 +431,7 @@ def test_a_number_that_is_not_finite_becomes_null_with_a_note(root):
     assert entry["claims"][0]["quantities"] == [{"name": "loss", "value": None, "unit": "count"}]
     assert entry["gap"] == [None]
     assert sorted(entry["not_finite"]) == ["claims[0].quantities[0].value was nan", "gap[0] was inf"]
-    assert "loss  not finite" in claims_table(claims)
+    assert "loss not finite" in str(claims_table(claims))
 
 
 def test_results_refuse_nonsense(root):
@@ -441,7 +442,7 @@ def test_results_refuse_nonsense(root):
         publish("a", claims=[claim], summary=[], record={}, folder="runs")
     with pytest.raises(TypeError, match="model is a object"):
         publish("a", claims=[], summary=[], record={"parameters": {}, "model": object()}, folder="runs")
-    with pytest.raises(ValueError, match="say holds, fails or open"):
+    with pytest.raises(ValueError, match="take one of holds, fails, open, predicted nothing"):
         Claim("a", "A.", "maybe")
     with pytest.raises(ValueError, match="without spaces"):
         Claim("a b", "A.", "open")
@@ -454,17 +455,13 @@ def test_results_refuse_nonsense(root):
         publish("a", claims=[], summary=[], record={"parameters": {}}, folder="runs")
 
 
-def test_the_claims_table_leaves_out_what_changes_from_run_to_run():
+def test_the_claims_table_shows_every_number_times_and_bytes_included():
     loss, steps = Quantity("loss", 2.0, 1.0, 3.0, "nats"), Quantity("steps", 7)
     volatile = Quantity("wall", 3.0, 2.0, 4.0, "s"), Quantity("peak_vram", 9, unit="bytes")
-    text = claims_table([Claim("hybrid_wins", "The hybrid ends lower.", "fails", (loss, steps, *volatile))])
-    assert text.splitlines() == [
-        "FAILS  hybrid_wins: The hybrid ends lower.",
-        "    loss       2.0000",
-        "    loss_low   1.0000",
-        "    loss_high  3.0000",
-        "    steps      7",
-    ]
+    shown = claims_table([Claim("hybrid_wins", "The hybrid ends lower.", "fails", (loss, steps, *volatile))])
+    numbers = "loss +2.000 [+1.000, +3.000] nats; steps 7; wall +3.000 [+2.000, +4.000] s; peak vram 0.00 GB"
+    assert shown.rows == ({"verdict": "fails", "claim": "The hybrid ends lower.", "numbers": numbers},)
+    assert "color" in shown.html()
 
 
 def test_the_commit_is_dirty_when_sources_changed_but_not_when_results_did(root):

@@ -14,7 +14,8 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
-from hybridlab.results.claims import Claim, Quantity, claims_table
+from hybridlab.notebook.views.answer import claims_table
+from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import HOW_IT_RUNS, parameters_sha256
 from hybridlab.results.publish import load_results
 from tests.hygiene import (
@@ -135,7 +136,7 @@ class Tiny:
         notebook.cells.insert(2, new_code_cell("# Parameters\nlr = 0.5\n", id="injected-parameters", metadata=tags))
         for count, cell in enumerate(notebook.cells[1:], start=1):
             cell.execution_count = count
-        notebook.cells[-1].outputs = [new_output("stream", text=claims_table([CLAIM]))]
+        notebook.cells[-1].outputs = [new_output("stream", text=str(claims_table([CLAIM])))]
         notebook.metadata["hybridlab"] = {
             "parameters": self.final,
             "parameters_sha256": parameters_sha256(self.final),
@@ -237,14 +238,24 @@ def test_what_is_wrong_with_a_source_notebook_is_seen(tiny, change, problem):
 
 
 def test_a_claim_that_the_notebook_does_not_show_is_seen(tiny):
-    for quantity, value in zip(tiny.entry["claims"][0]["quantities"], (2.2501, 4, 9.0), strict=True):
+    for quantity, value in zip(tiny.entry["claims"][0]["quantities"], (2.251, 4, 9.0), strict=True):
         quantity["value"] = value
+    numbers = "claim hybrid_wins: the notebook does not show: loss 2.251 nats; steps 4; wall 9.000 s"
+    assert tiny.results_problems() == [numbers]
+    tiny.entry["claims"][0]["text"] = "The hybrid ends higher."
     assert tiny.results_problems() == [
-        "claim hybrid_wins: loss is 2.2501 in results.json, which the notebook does not show",
-        "claim hybrid_wins: steps is 4 in results.json, which the notebook does not show",
+        "claim hybrid_wins: the notebook does not show: The hybrid ends higher.",
+        numbers,
     ]
-    tiny.entry["claims"][0]["id"] = "hybrid_win"
-    assert tiny.results_problems() == ["claim hybrid_win is not shown in the notebook"]
+
+
+def test_a_claim_of_an_older_copy_is_looked_for_by_its_id_at_four_decimals(tiny):
+    older = "FAILS  hybrid_wins: The hybrid ends lower.\n    loss  2.2500\n    steps  40"
+    tiny.changed(lambda notebook: notebook.cells[-1].update(outputs=[new_output("stream", text=older)]))
+    assert tiny.results_problems() == []
+    tiny.entry["claims"][0]["quantities"][0]["value"] = 2.2501
+    said = "claim hybrid_wins: loss is 2.2501 in results.json, which the notebook does not show"
+    assert tiny.results_problems() == [said]
 
 
 def test_results_of_other_parameters_are_seen(tiny):

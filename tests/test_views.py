@@ -129,8 +129,9 @@ def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> No
     assert "no further rate" in rate_table({}).cells()[0][0]
 
 
-def test_an_arm_that_predicted_nothing_does_not_pay() -> None:
-    assert verdicts(compared(to_control=BETTER, predicted_steps=0.0))["bold-unguarded-pays"] == "fails"
+def test_an_arm_that_predicted_nothing_says_so_in_every_claim_on_its_loss() -> None:
+    found = verdicts(compared(to_control=BETTER, predicted_steps=0.0))
+    assert {found[f"bold-unguarded-{kind}"] for kind in ("pays", "quality", "speed")} == {"predicted nothing"}
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def clean_(notebook: NotebookNode, root: Path) -> None:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k not in ("papermill", "execution") and v != []}
         if INJECTED in cell.metadata.get("tags", []):
             cell.id = INJECTED
+            cell.metadata["jupyter"] = {"source_hidden": True}
     for cell in code_cells(notebook):
         cell.outputs = [clean for output in cell.outputs if (clean := _clean_output(output, root))]
 

@@ -14,6 +14,9 @@ from hybridlab.base.errors import printable
 
 MISSING = "–"
 
+COLORS = {"holds": "#2a9d4a", "fails": "#d64545", "open": "#b8860b", "predicted nothing": "#808890"}
+"""Of cells that are a verdict; readable on white and on black."""
+
 
 def table(
     rows: Iterable[Mapping[str, Any]], caption: str | None = None, formats: Mapping[str, str] | None = None
@@ -102,7 +105,8 @@ def _row(cells: Sequence[str], sides: Sequence[str]) -> str:
 
 def _tag(name: str, text: str, side: str, scope: str = "") -> str:
     scoped = f' scope="{scope}"' if scope else ""
-    return f'<{name}{scoped} style="{_style(side)}">{html.escape(text)}</{name}>'
+    color = f"; color: {COLORS[text]}; font-weight: 600" if text in COLORS else ""
+    return f'<{name}{scoped} style="{_style(side)}{color}">{html.escape(text)}</{name}>'
 
 
 def _style(side: str) -> str:

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from hybridlab.benchmarks.step_overhead import step_overhead
     from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
     from hybridlab.notebook.session import Session, run_configs, run_study
+    from hybridlab.notebook.views.answer import (
+        answer_place,
+        claims_in_sentences,
+        claims_table,
+        comparisons_in_sentences,
+        show_answer,
+    )
     from hybridlab.notebook.views.memory import (
         agreement_claims,
         below_claim,
@@ -62,7 +69,7 @@ if TYPE_CHECKING:
     from hybridlab.panel.cost import panel_overhead
     from hybridlab.panel.frame import Frame, final_frame
     from hybridlab.results.bounds import GPU_BYTES
-    from hybridlab.results.claims import Claim, Quantity, claims_table, holds_if
+    from hybridlab.results.claims import Claim, Quantity, holds_if
     from hybridlab.results.parameters import parameters_from
     from hybridlab.results.publish import publish
     from hybridlab.study.planning import room_for

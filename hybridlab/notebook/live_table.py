@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import pandas as pd
 
 from hybridlab.charts.tables import Table
 from hybridlab.panel.progress import in_jupyterlab
+
+FOLDED_ROWS = 40
+"""Where no DataTables pages it, a table with more rows is folded."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,14 @@ class LiveTable:
     ) -> dict[str, str]:
         if not self.table:
             return {"text/plain": self.empty}
-        return {"text/html": _live(self.table) if in_jupyterlab() else self.table.html(), "text/plain": str(self)}
+        return {"text/html": _live(self.table) if in_jupyterlab() else _folded(self.table), "text/plain": str(self)}
+
+
+def _folded(table: Table) -> str:
+    """A long table opens at a click."""
+    if len(table.rows) <= FOLDED_ROWS:
+        return table.html()
+    return f"<details>\n<summary>{html.escape(table.caption or 'the table')}</summary>\n{table.html()}\n</details>"
 
 
 def _live(table: Table) -> str:

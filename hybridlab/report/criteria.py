@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words
-from hybridlab.report.words import gigabytes, quantities_in_words
+from hybridlab.report.words import gigabytes
 from hybridlab.results.claims import Unit
+from hybridlab.results.words import quantities_in_words
 
-Outcome = Literal["holds", "fails", "open", "not measured", "not run yet"]
+Outcome = Literal["holds", "fails", "open", "predicted nothing", "not measured", "not run yet"]
 """A claim's verdict; or its notebook has run without making the claim; or it has not run."""
 
 MNIST = "01_mnist_cnn"
@@ -47,31 +48,22 @@ class Claims:
         """A claim that fails by its own bound fails a tighter one too."""
         return [finding for arm in self.arms or (None,) for finding in self._on(arm, evidence)]
 
-    def claims(self, evidence: Evidence) -> list[Published]:
-        """Those that are there."""
-        found = evidence.claims(self.notebook, kind=self.kind)
-        return [claim for claim in found if not self.arms or claim.arm in self.arms]
-
     def _on(self, arm: str | None, evidence: Evidence) -> list[Finding]:
         claims = evidence.claims(self.notebook, kind=self.kind, arm=arm)
         if not claims and self.kind == "speedup" and self._predicted_nothing(arm, evidence):
-            why = "predicted nothing: no step was saved"
-            return [Finding(arm_in_words(arm or "", self.notebook), "fails", why, self.notebook)]
+            return [Finding(arm_in_words(arm or "", self.notebook), "predicted nothing", "", self.notebook)]
         about = f"{arm or ''} {self.kind.replace('-', ' ')}".strip()
-        return [self._finding(claim, evidence) for claim in claims] or [_absent(self.notebook, about, evidence)]
+        return [self._finding(claim) for claim in claims] or [_absent(self.notebook, about, evidence)]
 
     def _predicted_nothing(self, arm: str | None, evidence: Evidence) -> bool:
         pays = evidence.claims(self.notebook, kind="pays", arm=arm)
         return bool(pays) and all(claim.is_idle for claim in pays)
 
-    def _finding(self, claim: Published, evidence: Evidence) -> Finding:
-        """A hybrid that predicted nothing is the baseline: where that is so, every claim on it says it."""
-        pays = evidence.beside(claim, "pays") if claim.arm else None
-        words = quantities_in_words(claim.quantities) + (" (predicted nothing)" if pays and pays.is_idle else "")
-        return Finding(claim.about, self._outcome(claim), words, claim.notebook)
+    def _finding(self, claim: Published) -> Finding:
+        return Finding(claim.about, self._outcome(claim), quantities_in_words(claim.quantities), claim.notebook)
 
     def _outcome(self, claim: Published) -> Outcome:
-        if self.below is None:
+        if self.below is None or claim.is_idle:
             return claim.verdict
         quantity = next((q for q in claim.quantities if q.unit == self.of), None)
         if quantity is None or quantity.value is None:
@@ -158,9 +150,9 @@ class Criterion:
 
     def outcome(self, evidence: Evidence) -> Outcome:
         """The worst of the findings where all must hold, the best where one is enough."""
-        order: tuple[Outcome, ...] = ("fails", "not run yet", "not measured", "open", "holds")
+        order: tuple[Outcome, ...] = ("fails", "not run yet", "not measured", "open", "predicted nothing", "holds")
         if self.need == "any":
-            order = ("holds", "not run yet", "not measured", "open", "fails")
+            order = ("holds", "not run yet", "not measured", "open", "fails", "predicted nothing")
         outcomes = {finding.outcome for finding in self.findings(evidence)}
         return next(outcome for outcome in order if outcome in outcomes)
 

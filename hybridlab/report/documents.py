@@ -14,7 +14,8 @@ from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, same_picture, signed
 from hybridlab.report.validation import devices, notebook_link, validation_document
-from hybridlab.report.words import quantity_interval, render, verdict_word
+from hybridlab.report.words import render, verdict_word
+from hybridlab.results.words import quantity_interval
 
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
 
@@ -94,14 +95,10 @@ def readme_section(evidence: Evidence) -> str:
 
 
 def headline(text: str, rule: Claims, evidence: Evidence) -> dict[str, str]:
-    """A sentence with its verdict and where it was measured.
-
-    Arms that all took gradient steps only have neither won nor lost: they predicted nothing.
-    """
-    outcome, claims = Criterion(text, (rule,)).outcome(evidence), rule.claims(evidence)
-    idle = bool(claims) and all(claim.is_idle for claim in claims)
+    """A sentence with its verdict and where it was measured."""
+    outcome = Criterion(text, (rule,)).outcome(evidence)
     where = rule.notebook if outcome == "not run yet" else notebook_link(rule.notebook, docs="")
-    return {"claim": text, "verdict": "**predicted nothing**" if idle else verdict_word(outcome), "notebook": where}
+    return {"claim": text, "verdict": verdict_word(outcome), "notebook": where}
 
 
 def _scale(evidence: Evidence, profile: str, where: str) -> dict[str, Any]:

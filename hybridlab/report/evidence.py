@@ -58,13 +58,8 @@ class Published(Claim):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is about predicting, and its hybrid took gradient steps only."""
-        return self.kind == "pays" and not self.predicted_steps
-
-    @property
-    def verdict_or_idle(self) -> str:
-        """The verdict; about predicting, a hybrid that never did has shown nothing."""
-        return "predicted nothing" if self.is_idle else self.verdict
+        """Whether it is about a hybrid that took gradient steps only."""
+        return self.verdict == "predicted nothing"
 
 
 @dataclass(frozen=True)

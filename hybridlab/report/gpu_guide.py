@@ -13,8 +13,9 @@ from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import devices, p_value, predicted_share
-from hybridlab.report.words import gigabytes, known_columns, quantity_interval, render, verdict_word
+from hybridlab.report.words import gigabytes, known_columns, render, verdict_word
 from hybridlab.results.bounds import GPU_BYTES
+from hybridlab.results.words import quantity_interval
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -74,5 +75,5 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
         "p, corrected": p_value(claim),
         "peak VRAM": gigabytes(vram.value("peak_memory")) if vram else None,
-        "pays": verdict_word(claim.verdict_or_idle),
+        "pays": verdict_word(claim.verdict),
     }

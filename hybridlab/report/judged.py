@@ -30,7 +30,8 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
     base, older = _base(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(claim, p_values[claim.id], len(older)) if claim in older else claim for claim in claims]
-    return [_open(claim, base) if claim.kind in ON_LOSSES and base.lacks else claim for claim in corrected]
+    idle = {claim.arm for claim in claims if claim.kind == "pays" and not claim.value("predicted_steps")}
+    return [_judged(claim, base, claim.arm in idle) if claim.kind in ON_LOSSES else claim for claim in corrected]
 
 
 def _base(parameters: Mapping[str, Any]) -> Base:
@@ -63,6 +64,11 @@ def _corrected(claim: C, p_value: float, tested: int) -> C:
     return replace(claim, verdict=decided if p_value < SIGNIFICANCE else "open", quantities=(*kept, *more))
 
 
-def _open(claim: C, base: Base) -> C:
+def _judged(claim: C, base: Base, idle: bool) -> C:
+    """A claim on losses: of a hybrid that predicted nothing it shows nothing, and on too little training it is open."""
+    if idle:
+        return replace(claim, verdict="predicted nothing")
+    if not base.lacks:
+        return claim
     said = claim.text if "too little to tell" in claim.text else claim.text + too_little(base)
     return replace(claim, text=said, verdict="open")

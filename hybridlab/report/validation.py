@@ -11,16 +11,8 @@ from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, OURS, Criterion, Finding, Outcome
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
-from hybridlab.report.words import (
-    gigabytes,
-    interval,
-    known_columns,
-    percent,
-    quantities_in_words,
-    quantity_interval,
-    render,
-    verdict_word,
-)
+from hybridlab.report.words import gigabytes, known_columns, percent, render, verdict_word
+from hybridlab.results.words import interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
 
@@ -129,7 +121,7 @@ def _speedup(claim: Published, evidence: Evidence) -> Cells:
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
         "p, corrected": p_value(claim),
         "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
-        "pays": verdict_word(claim.verdict_or_idle),
+        "pays": verdict_word(claim.verdict),
         "notebook": notebook_link(claim.notebook, short=True),
     }
 
@@ -180,7 +172,7 @@ def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cel
         versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", {}).items())
         where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
         claims = evidence.claims(notebook, profile=profile)
-        rows = [_claim(claim, "claim", claim.text, claim.verdict_or_idle, link=False) for claim in claims]
+        rows = [_claim(claim, "claim", claim.text, claim.verdict, link=False) for claim in claims]
         yield f"{notebook_link(notebook, profile)}: {where}", rows
 
 

@@ -10,7 +10,7 @@ from hybridlab.notebook.live_table import LiveTable
 from hybridlab.report.criteria import CRITERIA
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.pictures import charts_of
-from hybridlab.report.words import quantities_in_words
+from hybridlab.results.words import quantities_in_words
 
 
 def criteria_table(evidence: Evidence) -> Table:
@@ -31,7 +31,7 @@ def claims_browser(evidence: Evidence) -> LiveTable:
             "profile": profile,
             "notebook": claim.notebook,
             "claim": claim.text,
-            "verdict": claim.verdict_or_idle,
+            "verdict": claim.verdict,
             "numbers": quantities_in_words(claim.quantities),
         }
         for profile in evidence.entries

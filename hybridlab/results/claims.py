@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
@@ -10,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval
 
-Verdict = Literal["holds", "fails", "open"]
+Verdict = Literal["holds", "fails", "open", "predicted nothing"]
 Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio", "probability", "rate"]
 VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
@@ -27,6 +26,7 @@ class Quantity:
     low, high: ends of its 95 % interval; None where there is none, and one alone where that end is open
     unit: "share" is a part of 1, "percent" of 100; a "time ratio" is one time over another
     per_seed: the values that value and interval are computed from, in the order of the seeds
+    bound: what the value is held against, where this quantity decides its claim
 
     Raises ValueError for an unknown unit.
     """
@@ -37,15 +37,16 @@ class Quantity:
     high: float | None = None
     unit: Unit = "count"
     per_seed: tuple[float, ...] = ()
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
             raise ValueError(f"quantity '{self.name}': unit is {self.unit!r}: take one of {', '.join(get_args(Unit))}")
 
     @classmethod
-    def over_seeds(cls, name: str, interval: Interval, unit: Unit) -> Self:
+    def over_seeds(cls, name: str, interval: Interval, unit: Unit, bound: float | None = None) -> Self:
         """A mean over seeds; low and high of one seed are its value."""
-        return cls(name, interval.mean, *interval.ends, unit, interval.values)
+        return cls(name, interval.mean, *interval.ends, unit, interval.values, bound)
 
     @property
     def is_volatile(self) -> bool:
@@ -64,7 +65,8 @@ class Claim:
 
     kind: what is claimed, as "pays" or "quality"; documents select claims by it
     text: the sentence, which begins with "<arm>: " where there is an arm
-    verdict: "holds", "fails", or "open" (these numbers cannot tell)
+    verdict: "holds", "fails", "open" (these numbers cannot tell), or "predicted nothing" (a hybrid took gradient steps
+        only, so that nothing is shown about predicting)
     quantities: what decides it
     arm: what the claim is about, where a notebook claims the same of several
     id: a short name, unique in a notebook; by default "<arm>-<kind>"
@@ -84,7 +86,9 @@ class Claim:
             arm = self.arm.replace(",", "").replace(" ", "-")
             object.__setattr__(self, "id", f"{arm}-{self.kind}" if arm else self.kind)
         if self.verdict not in get_args(Verdict):
-            raise ValueError(f"claim '{self.id}': verdict is {self.verdict!r}: say holds, fails or open")
+            raise ValueError(
+                f"claim '{self.id}': verdict is {self.verdict!r}: take one of {', '.join(get_args(Verdict))}"
+            )
         if not self.id.isprintable() or " " in self.id:
             raise ValueError(f"claim id is {self.id!r}: give a short kind without spaces")
 
@@ -105,6 +109,11 @@ class Claim:
     def quantity(self, name: str) -> Quantity | None:
         """The quantity of this name, if it has one."""
         return next((q for q in self.quantities if q.name == name), None)
+
+    @property
+    def deciding(self) -> Quantity | None:
+        """The quantity that is held against a bound, else the first; None where there is none."""
+        return next((q for q in self.quantities if q.bound is not None), next(iter(self.quantities), None))
 
     def value(self, name: str) -> float | None:
         """The value of the quantity of this name; None where there is none, or it was not finite."""
@@ -137,26 +146,3 @@ def too_little(base: Base) -> str:
 def rounded(value: float) -> float:
     """A number at six significant digits, as results.json keeps it."""
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-
-
-def shown(value: float | None) -> str:
-    """A value as a notebook prints it: floats to four decimals, what is not finite in words."""
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    return f"{rounded(value):.4f}" if isinstance(value, float) else str(value)
-
-
-def claims_table(claims: Iterable[Claim]) -> str:
-    """Lay claims out as text: verdict, id and sentence, then a line per number that repeats.
-
-    Times and memory are left out, so that the text is the same in every run.
-    """
-    return "\n".join(_claim_lines(claim) for claim in claims)
-
-
-def _claim_lines(claim: Claim) -> str:
-    repeating = [q for q in claim.quantities if not q.is_volatile]
-    numbers = {name: shown(value) for q in repeating for name, value in q.values().items()}
-    width = max(map(len, numbers), default=0)
-    lines = [f"    {name:<{width}}  {value}" for name, value in numbers.items()]
-    return "\n".join([f"{claim.verdict.upper():<5}  {claim.id}: {claim.text}", *lines])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hybridlab.base.errors import UserError
@@ -131,7 +132,7 @@ def predicted_claims(footprints: Sequence[Footprint]) -> list[Claim]:
             (
                 Quantity("predicted", f.predicted.peak_allocated_bytes, unit="bytes"),
                 Quantity("measured", f.measured_allocated_bytes, unit="bytes"),
-                Quantity("error_share", f.error, unit="share"),
+                Quantity("error_share", f.error, unit="share", bound=PREDICTED_WITHIN),
             ),
             f.arm,
         )
@@ -152,7 +153,7 @@ def _quality(arm: str, change: Interval, base: Base, bound: float) -> Claim:
     """bound: in nats"""
     gap, low, high = (math.expm1(loss) for loss in (change.mean, *change.ends))
     quantities = (
-        Quantity.over_seeds("loss_change", change, "nats"),
+        Quantity.over_seeds("loss_change", change, "nats", bound),
         Quantity("seeds", change.seeds),
         Quantity("perplexity_gap", gap, low, high, "share", tuple(map(math.expm1, change.values))),
     )
@@ -168,9 +169,9 @@ def below_claim(kind: str, text: str, value: float | None, bound: float, **more:
     """
     if value is None:
         return []
-    numbers = {"measured": int(value), "bound": int(bound)} | more
-    quantities = tuple(Quantity(name, size, unit="bytes") for name, size in numbers.items())
-    return [Claim(kind, text, holds_if(value < bound), quantities)]
+    measured = Quantity("measured", int(value), unit="bytes", bound=int(bound))
+    further = tuple(Quantity(name, size, unit="bytes") for name, size in more.items())
+    return [Claim(kind, text, holds_if(value < bound), (measured, *further))]
 
 
 def predict_claim(phase: PredictPhase) -> list[Claim]:
@@ -186,16 +187,13 @@ def fit_claims(run: Run) -> list[Claim]:
     if summary["memory_source"] != "cuda":
         return []
     peak, retries, steps = summary["peak_memory_bytes"], summary["allocator_retries"], summary["nominal_steps"]
-    counts = (
-        Quantity("peak_memory", peak, unit="bytes"),
-        Quantity("allocator_retries", retries),
-        Quantity("nominal_steps", steps, unit="steps"),
-    )
+    counts = Quantity("allocator_retries", retries), Quantity("nominal_steps", steps, unit="steps")
+    used = Quantity("peak_memory", peak, unit="bytes", bound=GPU_BYTES)
     safe = holds_if(peak < SAFE_PEAK_BYTES and not retries)
     text = "peak VRAM below 14 GB, context included, without an allocator retry"
     return [
-        Claim("fits-16gb", "trains on a 16 GB GPU", holds_if(peak < GPU_BYTES), counts),
-        Claim("peak-below-14gb", text, safe, counts),
+        Claim("fits-16gb", "trains on a 16 GB GPU", holds_if(peak < GPU_BYTES), (used, *counts)),
+        Claim("peak-below-14gb", text, safe, (replace(used, bound=SAFE_PEAK_BYTES), *counts)),
         *_growth_claims(run, steps),
     ]
 
@@ -207,7 +205,7 @@ def _growth_claims(run: Run, steps: int) -> list[Claim]:
     except UserError:
         return []
     text = "takes as much memory at the end as after 50 steps"
-    growth = Quantity("growth", grown, unit="bytes")
+    growth = Quantity("growth", grown, unit="bytes", bound=MAY_GROW_BYTES)
     return [Claim("does-not-grow", text, holds_if(grown < MAY_GROW_BYTES), (growth,))]
 
 
@@ -223,7 +221,7 @@ def stable_run_claim(run: Run) -> Claim:
         "open" if stable and steps < STABLE_STEPS else holds_if(stable),
         (
             Quantity("nominal_steps", steps, unit="steps"),
-            Quantity("divergences", divergences),
+            Quantity("divergences", divergences, bound=0),
             Quantity("first_loss", first, unit="nats"),
             Quantity("last_loss", last, unit="nats"),
         ),
@@ -240,7 +238,7 @@ def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
         return []
     ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
-    quantities = (Quantity("step_ratio", ratio, unit="time ratio"), *_busy(ratio, fits, free))
+    quantities = (Quantity("step_ratio", ratio, unit="time ratio", bound=STEP_TIME_WITHIN), *_busy(ratio, fits, free))
     return [Claim("step-time", text, holds_if(ratio <= STEP_TIME_WITHIN), quantities)]
 
 
@@ -289,7 +287,10 @@ def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
     spread = agreement["spread_of_seeds_in_loss"]
     outcome = holds_if(agreement["difference_in_loss"] <= spread) if spread else "open"
     units: dict[str, Unit] = {"after_steps": "steps"}
-    quantities = [Quantity(name, number, unit=units.get(name, "nats")) for name, number in agreement.items()]
+    bounds = {"difference_in_loss": spread}
+    quantities = [
+        Quantity(k, number, unit=units.get(k, "nats"), bound=bounds.get(k)) for k, number in agreement.items()
+    ]
     return [Claim("tf32-stands-for-fp32", text, outcome, tuple(quantities))]
 
 

@@ -1,0 +1,124 @@
+"""The first screen of a notebook: what it found, in sentences, a table of verdicts and the picture that decides."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from IPython.display import display, update_display
+
+from hybridlab.charts.display import Chart, Panels
+from hybridlab.charts.tables import Table, table
+from hybridlab.results.claims import Claim, Quantity, Verdict
+from hybridlab.results.words import bound_in_words, in_words, quantities_in_words
+from hybridlab.study.comparison import Comparison
+
+PLACES = ("hybridlab-answer", "hybridlab-answer-picture")
+"""The display ids of the answer's two outputs."""
+
+ALONE = 2
+"""More claims than these of one kind and verdict are one row of the answer."""
+
+NAMED = 3
+"""A sentence names so many claims; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Sentences above a table of verdicts; without a table, the sentences alone."""
+
+    sentences: tuple[str, ...]
+    verdicts: Table | None = None
+
+    def __str__(self) -> str:
+        return "\n".join([*self.sentences, *([str(self.verdicts)] if self.verdicts else [])])
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        paragraphs = "".join(f"<p>{html.escape(sentence)}</p>\n" for sentence in self.sentences)
+        return {"text/html": paragraphs + (self.verdicts.html() if self.verdicts else ""), "text/plain": str(self)}
+
+
+def answer_place() -> None:
+    """Keep a notebook's first screen for what `show_answer` writes there when every cell has run."""
+    display(Answer(("The answer is shown here when every cell has run.",)), display_id=PLACES[0])  # type: ignore[no-untyped-call]
+    display(Answer(()), display_id=PLACES[1])  # type: ignore[no-untyped-call]
+
+
+def show_answer(sentences: Iterable[str], claims: Sequence[Claim], picture: Chart | Panels | str | None = None) -> None:
+    """Write the answer at the top: one to three sentences, the verdicts, and the picture that decides, if there is."""
+    verdicts = table(answer_rows(claims), "Every claim with what decides it") if claims else None
+    update_display(Answer(tuple(sentences), verdicts), display_id=PLACES[0])  # type: ignore[no-untyped-call]
+    if not isinstance(picture, str | None):
+        update_display(picture, display_id=PLACES[1])  # type: ignore[no-untyped-call]
+
+
+def claims_table(claims: Iterable[Claim]) -> Table:
+    """Every claim with its verdict and all of its numbers, times and memory included; these differ from run to run."""
+    rows = [{"verdict": c.verdict, "claim": c.text, "numbers": quantities_in_words(c.quantities)} for c in claims]
+    return table(rows or [{"verdict": None, "claim": "nothing is claimed: see the table above", "numbers": None}])
+
+
+def answer_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
+    """A row per claim, what was decided first; many claims of one kind and verdict are one row with their range."""
+    alike: dict[tuple[str, str], list[Claim]] = defaultdict(list)
+    for claim in claims:
+        alike[claim.verdict, claim.kind].append(claim)
+    order = get_args(Verdict)
+    groups = sorted(alike.values(), key=lambda group: order.index(group[0].verdict))
+    return [row for group in groups for row in ([_range(group)] if len(group) > ALONE else map(_row, group))]
+
+
+def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
+    """How many claims hold, and which do not, with the numbers that decide."""
+    by = {verdict: [c for c in claims if c.verdict == verdict] for verdict in get_args(Verdict)}
+    count = f"{len(by['holds'])} of {len(claims)} claims hold"
+    kept = [count + (f", such as: {_named(by['holds'][:1])}." if by["holds"] else ".")]
+    words = {"fails": "Fails", "open": "Open, these numbers cannot tell"}
+    return kept + [f"{word}: {_named(by[verdict])}." for verdict, word in words.items() if by[verdict]]
+
+
+def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    """Whether predicting pays: how many arms beat stopping earlier, the best of them, and those that never did."""
+    predicted = [c for c in comparisons if c.predicted_steps]
+    idle = [c.name for c in comparisons if not c.predicted_steps]
+    sentences = []
+    if predicted:
+        paying, best = [c for c in predicted if c.pays], min(predicted, key=lambda c: c.to_control.mean)
+        sentences = [
+            f"Prediction beats stopping earlier in {len(paying)} of {len(predicted)} arms that predicted anything.",
+            f"The lowest loss against its control: {best.sentence}",
+        ]
+    if idle:
+        sentences.append(f"Predicted nothing, every step was a gradient step: {'; '.join(idle)}.")
+    return sentences
+
+
+def _named(claims: Sequence[Claim]) -> str:
+    named = [f"{c.text} ({quantities_in_words([c.deciding])})" if c.deciding else c.text for c in claims[:NAMED]]
+    return "; ".join([*named, *([f"and {len(claims) - NAMED} more"] if len(claims) > NAMED else [])])
+
+
+def _row(claim: Claim) -> dict[str, Any]:
+    return _cells(claim.text, claim.deciding, claim.verdict)
+
+
+def _range(group: Sequence[Claim]) -> dict[str, Any]:
+    """Claims of one kind and verdict in one row: the least and the greatest of what decides them."""
+    decided = [c.deciding for c in group if c.deciding and c.deciding.value is not None]
+    what = group[0].text.partition(": ")[2] if group[0].arm else group[0].text
+    row = _cells(f"{what} ({len(group)} arms)", None, group[0].verdict)
+    if decided:
+        ordered = sorted(decided, key=lambda q: q.value or 0.0)
+        row["value"] = f"{in_words(ordered[0])} … {in_words(ordered[-1])}"
+        row["bound"] = bound_in_words(ordered[0]) if len({q.bound for q in decided}) == 1 else None
+    return row
+
+
+def _cells(what: str, q: Quantity | None, verdict: str) -> dict[str, Any]:
+    value, bound = (in_words(q), bound_in_words(q)) if q else (None, None)
+    return {"claim": what, "value": value, "bound": bound, "verdict": verdict}

@@ -1,0 +1,83 @@
+"""Quantities as notebooks and documents write them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from hybridlab.results.claims import Quantity, Unit
+
+NAMES = {
+    "loss_to_control": "loss against a plain run with as many gradient steps",
+    "loss_to_baseline": "loss against the full baseline",
+    "loss_change": "loss against the control",
+    "perplexity_change": "perplexity",
+    "perplexity_gap": "perplexity",
+    "error_share": "error",
+    "time_over_baseline": "time over the baseline's",
+    "busy_ratio": "step ratio, of the time in which the GPU was busy",
+    "p_value": "p, corrected",
+    "step_value": "worth of a predicted step",
+    "gpu_busy": "GPU busy",
+    "control_gpu_busy": "control's GPU busy",
+}
+"""Names of quantities that read better in other words."""
+
+FORMATS: dict[Unit, tuple[float, str, str]] = {
+    "count": (1, ".0f", ""),
+    "steps": (1, ".1f", ""),
+    "nats": (1, ".3f", " nats"),
+    "share": (100, "+.1f", " %"),
+    "bytes": (1e-9, ".2f", " GB"),
+    "ms": (1, ".3f", " ms"),
+    "s": (1, ".3f", " s"),
+    "percent": (1, ".0f", " %"),
+    "time ratio": (1, ".3f", ""),
+    "probability": (1, ".2g", ""),
+    "rate": (1, "g", ""),
+}
+"""By unit: what a value is multiplied with, its format, and what stands behind it."""
+
+
+def quantities_in_words(quantities: Iterable[Quantity]) -> str:
+    """A claim's quantities with units, the bounds of an interval behind its value."""
+    return "; ".join(f"{NAMES.get(q.name, q.name.replace('_', ' '))} {in_words(q)}" for q in quantities)
+
+
+def bound_in_words(q: Quantity) -> str | None:
+    """The bound that decides, in the quantity's unit; None where it has none."""
+    scale, spec, unit = FORMATS[q.unit]
+    return None if q.bound is None else f"{scale * q.bound:{spec.lstrip('+')}}{unit}"
+
+
+def in_words(q: Quantity) -> str:
+    """A quantity with its unit, the bounds of an interval behind its value."""
+    if q.value is not None and not math.isfinite(q.value):
+        return "not finite"
+    if q.value is None and q.low is None and q.high is None:
+        return "open" if q.name.startswith("step_value") else "not finite"
+    scale, spec, unit = FORMATS[q.unit]
+    if q.value is not None and q.low is None and q.high is None:
+        return f"{scale * q.value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
+    value, low, high = (None if number is None else scale * number for number in (q.value, q.low, q.high))
+    signed = spec if q.unit in ("time ratio", "share") else "+.3f"
+    return f"{interval(value, low, high, signed)}{unit}"
+
+
+def quantity_interval(quantity: Quantity | None, *, digits: int = 3) -> str | None:
+    """A signed value with its bounds, as `interval` writes it, without a unit; None where there is no quantity."""
+    if quantity is None:
+        return None
+    return interval(quantity.value, quantity.low, quantity.high, f"+.{digits}f") or "open"
+
+
+def interval(value: float | None, low: float | None, high: float | None, spec: str = "+.3f") -> str | None:
+    """A value with its bounds, "+0.115 [-0.120, +0.349]"; None where nothing was measured.
+
+    Of a value with one bound, what is missing is open: "+0.940 [+0.800, open]", "open [+1.000, open]". Bounds that are
+    the value itself (one seed) are left out.
+    """
+    if value is None and low is None and high is None:
+        return None
+    first, *ends = ("open" if number is None else format(number, spec) for number in (value, low, high))
+    return first if low == high and low in (None, value) else f"{first} [{', '.join(ends)}]"

@@ -1,0 +1,60 @@
+"""A notebook's first screen: sentences, verdicts and the picture that decides."""
+
+from __future__ import annotations
+
+import re
+
+import nbformat
+import pytest
+
+from hybridlab.batch.run import run_notebook
+from hybridlab.notebook.views.answer import answer_rows, claims_in_sentences
+from hybridlab.results.claims import Claim, Quantity, Verdict
+from tests.notebook_maker import project, save, tiny_notebook
+
+PLACE = "from hybridlab.notebook import answer_place\nanswer_place()"
+END = """\
+from hybridlab.charts.builders import interval_chart
+from hybridlab.notebook import Claim, Quantity, show_answer
+loss = Quantity("loss", 2.5, 2.4, 2.6, "nats", bound=2.0)
+picture = interval_chart("Which is lower?", "nats", [("hybrid", 2.5, 2.4, 2.6)])
+show_answer(["It fails at 2.5 nats."], [Claim("low", "the loss is low", "fails", (loss,))], picture)
+"""
+
+
+def claim(verdict: Verdict, value: float, arm: str = "") -> Claim:
+    text = f"{arm}: it is low" if arm else "it is low"
+    return Claim("low", text, verdict, (Quantity("seeds", 3), Quantity("loss", value, unit="nats", bound=1.0)), arm)
+
+
+def test_the_answer_stands_at_the_top_of_an_executed_copy(tmp_path, monkeypatch):
+    """Written by the last cell, kept in the first output; its table of verdicts needs no JavaScript."""
+    monkeypatch.chdir(project(tmp_path))
+    run_notebook(save(tiny_notebook(PLACE, END), tmp_path / "tiny.ipynb"), tmp_path / "out" / "tiny.ipynb")
+    cells = nbformat.read(tmp_path / "out" / "tiny.ipynb", as_version=4).cells
+    answer, picture = next(cell for cell in cells if "answer_place()" in cell.source).outputs
+    assert "It fails at 2.5 nats." in answer.data["text/plain"]
+    assert re.search(r"<td style=\"[^\"]*color: #\w+[^\"]*\">fails</td>", answer.data["text/html"])
+    assert re.search(
+        r"the loss is low +\+2\.500 \[\+2\.400, \+2\.600\] nats +2\.000 nats +fails", answer.data["text/plain"]
+    )
+    assert {"image/png", "application/vnd.plotly.v1+json"} <= picture.data.keys()
+    assert [output for cell in cells if "show_answer" in cell.source for output in cell.outputs] == []
+
+
+def test_what_was_decided_comes_first_and_many_arms_are_one_row():
+    idle = [claim("predicted nothing", value, f"arm {value}") for value in (0.5, 2.0, 1.5)]
+    rows = answer_rows([*idle, claim("open", 1.0, "a"), claim("fails", 3.0, "b"), claim("holds", 0.5, "c")])
+    assert [row["verdict"] for row in rows] == ["holds", "fails", "open", "predicted nothing"]
+    assert rows[1] == {"claim": "b: it is low", "value": "3.000 nats", "bound": "1.000 nats", "verdict": "fails"}
+    assert (rows[3]["claim"], rows[3]["value"]) == ("it is low (3 arms)", "0.500 nats … 2.000 nats")
+
+
+@pytest.mark.parametrize("failed", [0, 1, 5])
+def test_sentences_count_what_holds_and_name_what_fails(failed):
+    claims = [claim("holds", 0.5), *(claim("fails", 3.0, f"arm {i}") for i in range(failed))]
+    count, *fails = claims_in_sentences(claims)
+    assert count == f"1 of {1 + failed} claims hold, such as: it is low (loss 0.500 nats)."
+    assert len(fails) == min(failed, 1)
+    assert "".join(fails).count("3.000 nats") == min(failed, 3)
+    assert ("and 2 more" in "".join(fails)) == (failed == 5)
