@@ -140,3 +140,14 @@ def test_a_record_says_what_was_meant_where_nothing_is_given() -> None:
     record = RunConfig("run", ImageTaskConfig(), 10, OptimizerConfig("adam"), device="cpu").record()
     assert Schedule(**record["schedule"]) == Schedule().fitted_to(10)
     assert record["optimizer"]["weight_decay"] == 0
+
+
+def test_numpy_scalars_become_plain_numbers_and_nan_is_refused() -> None:
+    import numpy as np
+
+    from hybridlab.optimizers import OptimizerConfig
+
+    config = OptimizerConfig.tuned(lr=np.float64(1e-3), betas=(np.float64(0.9), 0.99))
+    assert type(config.lr) is float and type(config.betas[0]) is float
+    with pytest.raises(ValueError, match="lr is nan: it must be finite"):
+        OptimizerConfig.tuned(lr=np.float64("nan"))

@@ -9,6 +9,8 @@ from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from hybridlab.base.errors import nearest
 
 if TYPE_CHECKING:
@@ -16,10 +18,20 @@ if TYPE_CHECKING:
 
 
 def check_types(settings: DataclassInstance) -> None:
-    """Hold every field against its annotation; a bool is no int, an int is a float. Raises TypeError."""
+    """Hold every field against its annotation; a bool is no int, an int is a float.
+
+    numpy's scalars become plain numbers in place, since a checkpoint holds no others.
+    Raises TypeError, and ValueError for NaN and the infinities.
+    """
     kinds = _kinds(type(settings))
     for field in fields(settings):
-        value = getattr(settings, field.name)
+        given = getattr(settings, field.name)
+        value = _plain(given)
+        if value is not given:
+            object.__setattr__(settings, field.name, value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} is {number}: it must be finite")
         if not fits(value, kinds[field.name]):
             is_text = isinstance(value, str) and "float" in str(field.type)
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if is_text else ""
@@ -70,6 +82,15 @@ def check_choice(what: str, name: str, known: Iterable[str]) -> None:
 
 
 _kinds = cache(get_type_hints)
+
+
+def _plain(value: Any) -> Any:
+    """The value with numpy's scalars as Python's, inside a tuple too; the value itself where there are none."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is tuple and any(isinstance(item, np.generic) for item in value):
+        return tuple(_plain(item) for item in value)
+    return value
 
 
 def fits(value: object, kind: Any) -> bool:
