@@ -148,6 +148,7 @@ def test_numpy_scalars_become_plain_numbers_and_nan_is_refused() -> None:
     from hybridlab.optimizers import OptimizerConfig
 
     config = OptimizerConfig.tuned(lr=np.float64(1e-3), betas=(np.float64(0.9), 0.99))
-    assert type(config.lr) is float and type(config.betas[0]) is float
+    assert type(config.lr) is float
+    assert type(config.betas[0]) is float
     with pytest.raises(ValueError, match="lr is nan: it must be finite"):
         OptimizerConfig.tuned(lr=np.float64("nan"))

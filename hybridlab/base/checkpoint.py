@@ -160,7 +160,8 @@ def _is_whole(file: Path) -> bool:
     """Whether the file is an archive, and every part of it has the checksum that was written with it."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())  # torch packs none
+            return stored and archive.testzip() is None
     except Exception:  # a damaged archive makes its reader fail in a dozen ways
         return False
 

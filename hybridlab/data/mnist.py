@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import io
 import struct
 import urllib.request
 import warnings
@@ -31,6 +32,7 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
 LARGEST_FILE_BYTES = 20_000_000
+LARGEST_CONTENT_BYTES = 100_000_000  # MNIST's largest file has 47 MB
 TIMEOUT_S = 20
 IDX_OF_BYTES = bytes([0, 0, 8])  # how a file of unsigned bytes begins
 
@@ -73,6 +75,8 @@ def read_idx(path: Path) -> Images:
     if len(content) < 4 or not content.startswith(IDX_OF_BYTES):
         raise UserError(f"{path}: not an IDX file of unsigned bytes (it starts with {content[:4].hex()}).")
     dimensions = content[3]
+    if not 1 <= dimensions <= 4:
+        raise UserError(f"{path}: {dimensions} dimensions; MNIST's files have 1 or 3.")
     header_bytes = 4 + 4 * dimensions
     if len(content) < header_bytes:
         raise UserError(f"{path}: the file ends inside its header: fetch it again.")
@@ -88,9 +92,12 @@ def _decompressed(content: bytes, name: str) -> bytes:
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
-        return gzip.decompress(content)
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_CONTENT_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name}: the gzip file is damaged: fetch it again.") from error
+    if len(unpacked) > LARGEST_CONTENT_BYTES:
+        raise UserError(f"{name}: unpacks to more than {LARGEST_CONTENT_BYTES:,} bytes: that is not MNIST.")
+    return unpacked
 
 
 def _ensure(path: Path, sha256: str) -> None:

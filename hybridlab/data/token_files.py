@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,10 @@ def load_token_files(argument: str, *, vocab_size: int, max_bytes: int | None, c
 
 def read_tokens(path: Path) -> Tokens:
     """Map one token file into memory, with or without a header."""
+    if not path.is_file():
+        raise UserError(f"{path} is a folder: a token file is wanted.")
     size_bytes = path.stat().st_size
+    _refuse_other_formats(path)
     header = np.fromfile(path, dtype="<i4", count=3)
     has_header = size_bytes >= HEADER_BYTES and header[0] == MAGIC
     offset = HEADER_BYTES if has_header else 0
@@ -62,11 +66,52 @@ def read_tokens(path: Path) -> Tokens:
     return np.memmap(path, dtype="<u2", mode="r", offset=offset)
 
 
+def _refuse_other_formats(path: Path) -> None:
+    """Raise UserError for a file that begins as something other than uint16 tokens, by what it is."""
+    with path.open("rb") as file:
+        start = file.read(8192)
+    magic, version = np.frombuffer(start[:8].ljust(8, b"\0"), "<i4").tolist()
+    if magic == MAGIC:
+        return
+    if kind := _other_format(start, magic, version):
+        raise UserError(f"{path}: {kind}; only little-endian uint16 tokens are read: convert it to those.")
+
+
+def _other_format(start: bytes, magic: int, version: int) -> str | None:
+    if magic == 20240801:
+        return "an llm.c file of Llama-3 tokens (uint32): write it with llm.c's GPT-2 tokenizer"
+    if 20_200_000 <= magic < 20_400_000 and 0 <= version < 100:
+        return f"a header with the unknown magic {magic}"
+    if start.startswith(b"\x93NUMPY"):
+        return "a .npy array"
+    if len(start) >= 64 and _is_text(start):
+        return "text"
+    words = np.frombuffer(start[: len(start) // 8 * 8], "<u2")
+    if len(words) < 32 or words.max() <= 1:
+        return None
+    if words[1::2].max() <= 1 < words[::2].max():
+        return "64-bit integers" if not words[2::4].any() else "32-bit integers"
+    if not (words & 0xFF).any():
+        return "big-endian tokens"
+    size = np.abs(words.view("<f4").astype(np.float64))
+    return "32-bit floats" if ((size > 1e-8) & (size < 1e4)).all() and len(np.unique(words)) > 16 else None
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        text, _ = codecs.utf_8_decode(start, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return all(letter.isprintable() or letter in "\n\r\t" for letter in text)
+
+
 def _found(argument: str) -> tuple[list[Path], list[Path]]:
     path = Path(argument).expanduser()
     if path.is_dir():
         if (path / "train.bin").exists() and (path / "val.bin").exists():
             return [path / "train.bin"], [path / "val.bin"]
+        if (path / "train.bin").exists() and (path / "validation.bin").exists():
+            raise UserError(f"{path / 'validation.bin'}: rename it to val.bin.")
         files = sorted(path.glob("*.bin"))
     else:
         files = sorted(map(Path, glob.glob(str(path))))

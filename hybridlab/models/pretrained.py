@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # Masks of older versions, and the head, which is the token embedding again.
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 # A config.json may leave any of these out; another value is another architecture.
+LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000}
 ARCHITECTURE: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -44,6 +46,10 @@ def read_settings(folder: Path) -> dict[str, int]:
         raise UserError(f"{path} is not readable JSON ({error}): save the checkpoint again") from error
     except KeyError as error:
         raise UserError(f"{path} does not say {error}: save the checkpoint again") from error
+    for name, value in settings.items():
+        most = LARGEST.get(name, 1_000_000)
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(f"{path} has {name}={value!r}: a whole number from 1 to {most:,} is wanted")
     _refuse_variants(stored, path)
     return settings
 
@@ -56,10 +62,12 @@ def load_pretrained_(model: nn.Module, folder: Path) -> None:
     path, stored = _read_weights(folder)
     weights = {}
     for name, tensor in stored.items():
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
         if not name.endswith(IGNORED):
             kept = tensor.t() if name.endswith(TRANSPOSED) else tensor
             own = kept.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             weights[name.removeprefix("transformer.")] = own
+    _refuse_untied_head(stored, path)
     _refuse_misfits(weights, model.state_dict(), path)
     model.load_state_dict(weights, assign=True)
 
@@ -73,19 +81,45 @@ def _refuse_variants(stored: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path} has {name}={stored[name]!r}: only GPT-2's own {allowed[0]!r} is read")
 
 
+def _refuse_untied_head(stored: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError where the head is not the token embedding again: GPT-2 here has one tensor for both."""
+    head, embedding = (
+        next((tensor for name, tensor in stored.items() if name.endswith(end)), None)
+        for end in ("lm_head.weight", "wte.weight")
+    )
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(
+            f"{path} has an lm_head.weight {list(head.shape)} that is not wte.weight {list(embedding.shape)}: "
+            "only checkpoints with a tied head are read"
+        )
+
+
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = folder / name
         if path.is_file():
+            _refuse_pointer(path)
             try:
                 if path.suffix == ".safetensors":
                     return path, load_file(path)
                 return path, torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise UserError(
+                    f"{path} is damaged, or holds more than tensors and may run code: refused; save it as safetensors"
+                ) from error
             except Exception as error:  # each format raises its own, none of them documented
                 raise UserError(f"{path} is broken ({first_line(error)}): copy or download it again") from error
+    if (folder / "model.safetensors.index.json").is_file():
+        raise UserError(f"{folder} is sharded (model.safetensors.index.json): save it with max_shard_size='100GB'")
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: add one of them")
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise UserError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` there")
 
 
 def _refuse_misfits(given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
