@@ -81,9 +81,16 @@ def checkpoint_meta(path: Path) -> dict[str, Any] | None:
     """
     for file in (path, _previous(path)):
         with suppress(Exception):  # a damaged file makes its reader fail in a dozen ways
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            return dict(content["meta"])
+            if not is_compressed(file):
+                return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["meta"])
     return None
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether a file is an archive with compressed parts: torch writes none, and reading one may fill all memory."""
+    with suppress(Exception), zipfile.ZipFile(file) as archive:
+        return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+    return False
 
 
 def has_checkpoint(path: Path) -> bool:
@@ -160,8 +167,7 @@ def _is_whole(file: Path) -> bool:
     """Whether the file is an archive, and every part of it has the checksum that was written with it."""
     try:
         with zipfile.ZipFile(file) as archive:
-            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())  # torch packs none
-            return stored and archive.testzip() is None
+            return not is_compressed(file) and archive.testzip() is None
     except Exception:  # a damaged archive makes its reader fail in a dozen ways
         return False
 

@@ -17,44 +17,34 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+LARGEST = 1e18
+"""Of any setting: torch takes whole numbers up to 2**63, and float32 what is below 3.4e38."""
+
+
 def check_types(settings: DataclassInstance) -> None:
     """Hold every field against its annotation; a bool is no int, an int is a float.
 
-    numpy's scalars become plain numbers in place, since a checkpoint holds no others.
-    Raises TypeError, and ValueError for NaN and the infinities.
+    numpy's scalars become plain numbers in place, since a checkpoint holds no others. Raises TypeError.
     """
     kinds = _kinds(type(settings))
     for field in fields(settings):
-        given = getattr(settings, field.name)
-        value = _plain(given)
-        if value is not given:
-            object.__setattr__(settings, field.name, value)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{field.name} is {number}: it must be finite")
+        value = _plain(getattr(settings, field.name))
+        object.__setattr__(settings, field.name, value)
         if not fits(value, kinds[field.name]):
             is_text = isinstance(value, str) and "float" in str(field.type)
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if is_text else ""
             raise TypeError(f"{field.name} is {value!r}: {field.type} is wanted{hint}")
 
 
-def check_bounds(
-    settings: DataclassInstance,
-    *names: str,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-    below: float = math.inf,
-) -> None:
-    """Hold fields of numbers, or of tuples of them, between bounds; None passes. Raises ValueError.
+def check_bounds(settings: DataclassInstance, *names: str, **bounds: float) -> None:
+    """Hold fields of numbers, or of tuples of them, between bounds as `broken_bound` takes them; None passes.
 
-    Whatever the bounds, NaN and the infinities are refused: no setting means anything by them.
+    Raises ValueError.
     """
     for name in names:
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
-            said = None if number is None else broken_bound(number, least=least, above=above, most=most, below=below)
-            if said:
+            if number is not None and (said := broken_bound(number, **bounds)):
                 off = ", or None" if "None" in str(settings.__dataclass_fields__[name].type) else ""
                 raise ValueError(f"{name} is {number}: it must be {said}{off}")
 
@@ -67,12 +57,16 @@ def broken_bound(
     most: float = math.inf,
     below: float = math.inf,
 ) -> str | None:
-    """Say what a number outside of its bounds must be, as "at least 1"; None where it is inside and finite."""
+    """Say what a number outside of its bounds must be, as "at least 1"; None where it is inside.
+
+    Whatever the bounds, NaN, the infinities and what is above LARGEST are outside: no setting means anything by them.
+    """
+    most = min(most, LARGEST if number > LARGEST else math.inf)
     if least <= number <= most and above < number < below:
         return None
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     said = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
-    return " and ".join(said if math.isfinite(number) else ["finite", *said])
+    return " and ".join(said if abs(number) < math.inf else ["finite", *said])
 
 
 def check_choice(what: str, name: str, known: Iterable[str]) -> None:
@@ -86,11 +80,9 @@ _kinds = cache(get_type_hints)
 
 def _plain(value: Any) -> Any:
     """The value with numpy's scalars as Python's, inside a tuple too; the value itself where there are none."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is tuple and any(isinstance(item, np.generic) for item in value):
-        return tuple(_plain(item) for item in value)
-    return value
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def fits(value: object, kind: Any) -> bool:

@@ -1,7 +1,7 @@
 """What a parameter may be beyond its type: bounds, choices, and what must hold between two of them.
 
-A parameter's name means the same in every notebook, so that one table serves all. Names stand here as text, since a
-refusal must not wait for torch; tests hold them against what the library knows.
+A parameter's name means the same in every notebook, so that one table serves all. What needs torch stands here as text
+or a number, since a refusal must not wait for it; tests hold these against what the library knows.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import Any
 
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.settings import broken_bound
+from hybridlab.predictors import PREDICTORS
 
-PREDICTORS = ("null", "linear", "adam_coast", "ema_nesterov", "snoo", "river", "dmd", "rre", "rssm")
 TEXTS = ("python", "markov", "uniform", "file:PATH", "bin:PATH", "hf:NAME")
-FIRST_JUMP = 102
-"""Gradient steps before the first jump of `jumping_with`: two of warmup, and the path that its predictor needs."""
 IMAGES = ("digits", "mnist", "mnist:PATH")
+JUMP_WARMUP_STEPS = 2
+"""Of `benchmarks.memory_arms.jumping_with`."""
+IMAGES = ("digits", "mnist", "mnist:PATH")
+JUMP_WARMUP_STEPS = 2
+"""Of `benchmarks.memory_arms.jumping_with`."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ LIMITS = {
     "device": _choice("auto", "cuda", "cpu"),
     "evaluate_every": COUNT,
     "full_steps": COUNT,
-    "lr": _bounds(above=0),
-    "lr_factors": _bounds(above=0),
+    "lr": _bounds(above=0, most=1000),
+    "lr_factors": _bounds(above=0, most=1000),
     "max_bytes": COUNT_OR_NONE,
     "model": _choice("nano", "tiny", "small", "medium", "large", "xl"),
     "noise_seeds": COUNT,
@@ -155,9 +158,16 @@ def _something_predicts(values: Mapping[str, Any]) -> str | None:
 
 def _jumps(values: Mapping[str, Any]) -> str | None:
     """Runs that jump must come to a jump; the memory study, which has several seeds, cannot leave them out."""
-    steps, studied = values.get("predict_steps"), "seeds" in values
-    if studied and steps == 0:
-        return "predict_steps: 0 must be at least 1, since strategies are compared on these runs"
-    if isinstance(steps, int) and not studied and 0 < steps <= FIRST_JUMP:
-        return f"predict_steps: {steps} must be above {FIRST_JUMP}, where the first jump comes, or 0 to run none"
-    return None
+    steps, block, studied = values.get("predict_steps"), values.get("full_steps"), "seeds" in values
+    if steps is None or block is None or not (steps or studied):
+        return None
+    first = first_jump("linear" if studied else "ema_nesterov", block)
+    if steps > first:
+        return None
+    otherwise = ", since strategies are compared on these runs" if studied else ", or 0 to run none"
+    return f"predict_steps: {steps} must be above {first}, where the first jump comes{otherwise}"
+
+
+def first_jump(predictor: str, full_steps: int) -> int:
+    """Steps of a run of `jumping_with` before its first jump."""
+    return JUMP_WARMUP_STEPS + PREDICTORS[predictor]().needs(full_steps).first_asked(full_steps)

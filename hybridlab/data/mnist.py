@@ -6,11 +6,15 @@ import gzip
 import hashlib
 import http.client
 import io
+import math
 import struct
 import urllib.request
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from filelock import FileLock
@@ -69,35 +73,39 @@ def read_idx(path: Path) -> Images:
     """Read an IDX file of unsigned bytes, compressed or not.
 
     The file holds two zero bytes, the type of its numbers (0x08), how many dimensions, each dimension as a
-    big-endian 32-bit integer, and the numbers. Raises UserError when it does not.
+    big-endian 32-bit integer, and the numbers. Raises UserError when it does not, and, before they are unpacked, when
+    there are more of them than MNIST has.
     """
-    content = _decompressed(path.read_bytes(), str(path))
-    if len(content) < 4 or not content.startswith(IDX_OF_BYTES):
-        raise UserError(f"{path}: not an IDX file of unsigned bytes (it starts with {content[:4].hex()}).")
-    dimensions = content[3]
-    if not 1 <= dimensions <= 4:
-        raise UserError(f"{path}: {dimensions} dimensions; MNIST's files have 1 or 3.")
-    header_bytes = 4 + 4 * dimensions
-    if len(content) < header_bytes:
-        raise UserError(f"{path}: the file ends inside its header: fetch it again.")
-    shape = struct.unpack(f">{dimensions}I", content[4:header_bytes])
-    numbers = np.frombuffer(content, np.uint8, offset=header_bytes)
-    if numbers.size != np.prod(shape, dtype=np.int64):
-        raise UserError(f"{path}: {numbers.size:,} bytes do not make the shape {shape}: fetch it again.")
+    with _unpacked(path) as file:
+        mark = file.read(4)
+        if len(mark) < 4 or not mark.startswith(IDX_OF_BYTES):
+            raise UserError(f"{path}: not an IDX file of unsigned bytes (it starts with {mark.hex()}).")
+        if not 1 <= mark[3] <= 4:
+            raise UserError(f"{path}: {mark[3]} dimensions; MNIST's files have 1 or 3.")
+        sizes = file.read(4 * mark[3])
+        if len(sizes) < 4 * mark[3]:
+            raise UserError(f"{path}: the file ends inside its header: fetch it again.")
+        shape = struct.unpack(f">{mark[3]}I", sizes)
+        if math.prod(shape) > LARGEST_CONTENT_BYTES:
+            raise UserError(f"{path}: its header names {math.prod(shape):,} numbers: that is not MNIST.")
+        numbers = np.frombuffer(file.read(math.prod(shape) + 1), np.uint8)
+    if numbers.size != math.prod(shape):
+        raise UserError(f"{path}: its bytes do not make the shape {shape}: fetch it again.")
     return numbers.reshape(shape)
 
 
-def _decompressed(content: bytes, name: str) -> bytes:
-    """The content of a file, unpacked where it is gzip; `name` is for the error message."""
-    if not content.startswith(b"\x1f\x8b"):
-        return content
+@contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """The file, unpacked as it is read where it is gzip."""
     try:
-        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_CONTENT_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: the gzip file is damaged: fetch it again.") from error
-    if len(unpacked) > LARGEST_CONTENT_BYTES:
-        raise UserError(f"{name}: unpacks to more than {LARGEST_CONTENT_BYTES:,} bytes: that is not MNIST.")
-    return unpacked
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            yield gzip.GzipFile(fileobj=file) if packed else file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: the gzip file is damaged: fetch it again.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _ensure(path: Path, sha256: str) -> None:
@@ -125,10 +133,12 @@ def _fetched(url: str) -> bytes:
 
 
 def _is_right(content: bytes, sha256: str) -> bool:
+    """Whether the content of a gzip file has this checksum."""
     try:
-        return hashlib.sha256(_decompressed(content, "")).hexdigest() == sha256
-    except UserError:
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGEST_CONTENT_BYTES)
+    except (OSError, EOFError, zlib.error):
         return False
+    return hashlib.sha256(unpacked).hexdigest() == sha256
 
 
 def _labeled(folder: Path, part: str) -> tuple[Images, Labels]:

@@ -167,8 +167,7 @@ class JumpController:
 
     def _block_ended(self, steps: int) -> bool:
         """Whether this record is the first since a Full block was completed, on a path that is full."""
-        block = self.config.full_steps
-        return self._trajectory.is_full and steps >= block and steps % block < self._needs.every
+        return self._trajectory.is_full and self._needs.ends_block(steps, self.config.full_steps)
 
     def _confirm_jump(self) -> None:
         """A whole block of gradient steps has followed the last jump: it can no longer be rolled back."""

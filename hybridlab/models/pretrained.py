@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hybridlab.base.checkpoint import is_compressed
 from hybridlab.base.errors import UserError, first_line
 
+# What wraps a model, or a block, puts into its names: DataParallel, PEFT, the language model's own class, torch.compile.
+WRAPPERS = r"^(module\.|base_model\.model\.|transformer\.|_orig_mod\.)*|_orig_mod\."
 # Stored transposed: transformers' Conv1D keeps [in out], nn.Linear keeps [out in].
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# Masks of older versions, and the head, which is the token embedding again.
-IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-# A config.json may leave any of these out; another value is another architecture.
+# Masks of older versions.
+IGNORED = (".attn.bias", ".attn.masked_bias")
+HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
 LARGEST = {"n_layer": 1000, "n_head": 1000, "n_embd": 100_000}
+# A config.json may leave any of these out; another value is another architecture.
 ARCHITECTURE: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -50,6 +55,8 @@ def read_settings(folder: Path) -> dict[str, int]:
         most = LARGEST.get(name, 1_000_000)
         if type(value) is not int or not 1 <= value <= most:
             raise UserError(f"{path} has {name}={value!r}: a whole number from 1 to {most:,} is wanted")
+    if settings["n_embd"] % settings["n_head"]:
+        raise UserError(f"{path} has n_embd={settings['n_embd']}, which n_head={settings['n_head']} does not divide")
     _refuse_variants(stored, path)
     return settings
 
@@ -57,18 +64,21 @@ def read_settings(folder: Path) -> dict[str, int]:
 def load_pretrained_(model: nn.Module, folder: Path) -> None:
     """Put the weights of a checkpoint folder, as fp32, in the place of the model's own (of any device).
 
-    Raises UserError where the file is missing or broken, or its names or shapes are not the model's.
+    Raises UserError where the file is missing or broken, its names or shapes are not the model's, its numbers are no
+    weights, or its head is another tensor than the token embedding.
     """
     path, stored = _read_weights(folder)
-    weights = {}
-    for name, tensor in stored.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        if not name.endswith(IGNORED):
-            kept = tensor.t() if name.endswith(TRANSPOSED) else tensor
-            own = kept.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            weights[name.removeprefix("transformer.")] = own
-    _refuse_untied_head(stored, path)
-    _refuse_misfits(weights, model.state_dict(), path)
+    named = {re.sub(WRAPPERS, "", name): tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
+    _refuse_untied_head(named.pop(HEAD, None), named.get(EMBEDDING), path)
+    given = {name: tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in named.items()}
+    _refuse_misfits(given, model.state_dict(), path)
+    weights = {
+        name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in given.items()
+    }
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds numbers in {name} that are not finite: take a checkpoint from before")
     model.load_state_dict(weights, assign=True)
 
 
@@ -81,39 +91,42 @@ def _refuse_variants(stored: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path} has {name}={stored[name]!r}: only GPT-2's own {allowed[0]!r} is read")
 
 
-def _refuse_untied_head(stored: dict[str, Tensor], path: Path) -> None:
+def _refuse_untied_head(head: Tensor | None, embedding: Tensor | None, path: Path) -> None:
     """Raise UserError where the head is not the token embedding again: GPT-2 here has one tensor for both."""
-    head, embedding = (
-        next((tensor for name, tensor in stored.items() if name.endswith(end)), None)
-        for end in ("lm_head.weight", "wte.weight")
-    )
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise UserError(
-            f"{path} has an lm_head.weight {list(head.shape)} that is not wte.weight {list(embedding.shape)}: "
-            "only checkpoints with a tied head are read"
+            f"{path} has an {HEAD} {list(head.shape)} that is not {EMBEDDING} {list(embedding.shape)}: "
+            "only checkpoints with a tied head are read; tie it and save again"
         )
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path := folder / name).is_file():
+            _refuse_pointer(path)
+            return path, _tensors(path)
+    for index in folder.glob("*.index.json"):
+        raise UserError(f"{folder} is sharded ({index.name}): save it whole, with max_shard_size='100GB'")
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: add one of them")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path = folder / name
-        if path.is_file():
-            _refuse_pointer(path)
-            try:
-                if path.suffix == ".safetensors":
-                    return path, load_file(path)
-                return path, torch.load(path, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise UserError(
-                    f"{path} is damaged, or holds more than tensors and may run code: refused; save it as safetensors"
-                ) from error
-            except Exception as error:  # each format raises its own, none of them documented
-                raise UserError(f"{path} is broken ({first_line(error)}): copy or download it again") from error
-    if (folder / "model.safetensors.index.json").is_file():
-        raise UserError(f"{folder} is sharded (model.safetensors.index.json): save it with max_shard_size='100GB'")
-    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: add one of them")
+    if is_compressed(path):
+        raise UserError(f"{path} is a compressed archive, as torch writes none: refused; save it as safetensors")
+    try:
+        is_safe = path.suffix == ".safetensors"
+        stored = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors and may run code: refused; save it as safetensors"
+        ) from error
+    except Exception as error:  # each format raises its own, none of them documented
+        raise UserError(f"{path} is broken ({first_line(error)}): copy or download it again") from error
+    if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
+        raise UserError(f"{path} is no mapping of names to tensors: save it with transformers' save_pretrained")
+    return stored
 
 
 def _refuse_pointer(path: Path) -> None:
@@ -133,3 +146,6 @@ def _refuse_misfits(given: dict[str, Tensor], wanted: dict[str, Tensor], path: P
                 f"{path} holds {name} as {list(tensor.shape)}, config.json asks for "
                 f"{list(wanted[name].shape)}: mend config.json or take the file that belongs to it"
             )
+        if not tensor.is_floating_point() or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {name} as {kind} that are no weights: save it in fp32, bf16 or fp16")

@@ -17,6 +17,7 @@ OPTIMIZERS = ("adamw", "adam", "muon", "sgd")
 SCHEDULES = ("constant", "wsd", "cosine")
 OUTPUT_HEADS = ("head", "lm_head", "classifier", "score")
 COMPANION_LR = 3e-4  # AdamW's, beside Muon
+LARGEST_LR = 1000
 
 ParamGroup = dict[str, Any]
 
@@ -50,7 +51,8 @@ class OptimizerConfig:
             object.__setattr__(self, "betas", tuple(self.betas))
         check_types(self)
         check_choice("optimizer", self.name, OPTIMIZERS)
-        check_bounds(self, "lr", "eps", "adamw_lr", above=0)
+        check_bounds(self, "lr", "adamw_lr", above=0, most=LARGEST_LR)
+        check_bounds(self, "eps", above=0)
         check_bounds(self, "weight_decay", least=0)
         check_bounds(self, "betas", "momentum", least=0, below=1)
         if self.name == "adam" and self.weight_decay:

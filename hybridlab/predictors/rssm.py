@@ -12,14 +12,12 @@ import numpy as np
 from jaxtyping import Float
 
 from hybridlab.predictors.base import Proposal, Signals, along_newest, path_confidence
-from hybridlab.predictors.rssm_model import WINDOW_STEPS, Dynamics
 from hybridlab.weights.gram import Gram, PathNeeds
 
 SMOOTHING = 0.1
 REMEMBERED_STEPS = 256
 EARLY_FIT_EVERY_STEPS, FIT_EVERY_STEPS = 8, 16
 """Observations from one fit to the next: while the memory fills, and once it is full."""
-FIRST_FIT_STEPS = 2 * WINDOW_STEPS
 SAMPLES = 16
 MAX_ROLLOUT_STEPS = 128
 """A forecast further ahead stays where this one ends."""
@@ -98,6 +96,8 @@ class Rssm:
     """
 
     def __init__(self, seed: int = 0) -> None:
+        from hybridlab.predictors.rssm_model import Dynamics  # torch, which the list of predictors need not wait for
+
         self._dynamics = Dynamics(signals=3, seed=seed)
         self._signals: deque[list[float]] = deque(maxlen=REMEMBERED_STEPS)
         self._level: float | None = None
@@ -120,7 +120,7 @@ class Rssm:
             self._squared_errors.append([(guess - log_loss) ** 2 for guess in self._pending[1]])
             self._pending = None
         every = FIT_EVERY_STEPS if len(self._signals) == REMEMBERED_STEPS else EARLY_FIT_EVERY_STEPS
-        if self._count >= FIRST_FIT_STEPS and self._count % every == 0:
+        if self._count >= self._dynamics.first_fit_steps and self._count % every == 0:
             self._fit(log_loss)
 
     def _remember(self, log_loss: float, log_gradient_norm: float, lr_share: float) -> None:

@@ -132,6 +132,8 @@ class Dynamics:
     signals: how many there are; seed: of the first weights, the windows and the noise
     """
 
+    first_fit_steps = 2 * WINDOW_STEPS
+
     def __init__(self, signals: int, seed: int = 0) -> None:
         self._seed = seed
         self._generator = torch.Generator("cpu").manual_seed(seed)

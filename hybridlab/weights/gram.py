@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from jaxtyping import Float64
@@ -37,6 +38,15 @@ class PathNeeds:
     def span(self) -> int:
         """Gradient steps that a full path covers."""
         return self.rows * self.every
+
+    def ends_block(self, steps: int, full_steps: int) -> bool:
+        """Whether a displacement recorded after so many steps of Full is the first since a block was completed."""
+        return steps >= full_steps and steps % full_steps < self.every
+
+    def first_asked(self, full_steps: int) -> int:
+        """Gradient steps of Full after which the predictor is asked for the first time."""
+        records = count(max(self.rows, -(-full_steps // self.every)))
+        return next(n * self.every for n in records if self.ends_block(n * self.every, full_steps))
 
 
 @dataclass(frozen=True)
