@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hybridlab import HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
 
@@ -19,6 +20,18 @@ torch.set_num_threads(1)
 os.environ.pop("JPY_SESSION_NAME", None)  # started from a notebook, tests still take the way without a panel
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as whatever a shell starts in the background inherits it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+EAGER = HybridTrainerConfig(
+    warmup_steps=10,
+    full_steps=8,
+    max_predict_steps=10,
+    correction_interval=4,
+    correct_steps=2,
+    confidence_threshold=0.0,
+    gate=False,
+)
+"""Jumps at every occasion, unasked."""
 
 
 class Problem:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -153,6 +155,20 @@ def test_a_file_of_something_else_is_refused(path: Path, content: object) -> Non
     torch.save(content, path)
     with pytest.raises(UserError, match="is not a checkpoint of hybridlab"):
         load_checkpoint(path, expect=META)
+
+
+def test_a_compressed_archive_is_refused_and_not_unpacked(path: Path) -> None:
+    save(path.with_name("plain.pt"), 1)
+    with ZipFile(path.with_name("plain.pt")) as plain, ZipFile(path, "w", ZIP_DEFLATED) as packed:
+        for part in plain.namelist():
+            packed.writestr(part, plain.read(part))
+        packed.writestr("checkpoint/data/9", bytes(50_000_000))
+    tracemalloc.start()
+    assert checkpoint_meta(path) is None
+    with pytest.raises(UserError, match="is no checkpoint, or is damaged: delete it"):
+        load_checkpoint(path, expect=META)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
 
 
 class Stranger:

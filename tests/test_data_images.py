@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import struct
+import tracemalloc
 import urllib.error
 import urllib.request
 from io import BytesIO
@@ -29,6 +30,9 @@ SHAPES = {
 
 def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+HUGE = bytes([0, 0, 8, 3]) + struct.pack(">3I", 40_000, 1000, 100)
 
 
 @pytest.fixture
@@ -96,13 +100,26 @@ def test_idx_files_give_back_their_arrays(folder, tiny, style):
         ("train-labels-idx1-ubyte", idx(np.zeros(6, np.uint8)), "for 7 images"),
         ("train-labels-idx1-ubyte", idx(np.full(7, 10, np.uint8)), "the label 10"),
         ("t10k-labels-idx1-ubyte", gzip.compress(idx(np.zeros(3, np.uint8)), mtime=0)[:-9], "gzip file is damaged"),
+        ("train-images-idx3-ubyte", HUGE, "its header names 4,000,000,000 numbers: that is not MNIST"),
+        ("train-images-idx3-ubyte", gzip.compress(HUGE + bytes(10**6)), "its header names 4,000,000,000 numbers"),
+        ("train-images-idx3-ubyte", gzip.compress(idx(np.zeros((7, 28, 28), np.uint8)) + bytes(10**7)), "do not make"),
+        ("train-images-idx3-ubyte", bytes([0, 0, 8, 255]) + bytes(255 * 4), "255 dimensions"),
     ],
-    ids=["no IDX", "short header", "short data", "wrong shape", "labels missing", "no digit", "cut gzip"],
 )
 def test_damaged_files_are_named_with_what_is_wrong(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}.*{message}"):
         load_images(f"mnist:{folder}")
+
+
+def test_a_compressed_file_is_unpacked_no_further_than_its_header_says(folder):
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(gzip.compress(idx(np.zeros((7, 28, 28), np.uint8)) + bytes(50_000_000)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="do not make the shape"):
+        load_images(f"mnist:{folder}")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
 
 
 def test_a_missing_file_is_named(folder):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import io
 import json
 import math
 import multiprocessing
@@ -302,6 +304,70 @@ def test_token_files_that_contradict_themselves_are_refused(tmp_path):
     shard(tmp_path / "val.bin", [1, 2], version=7)
     with pytest.raises(UserError, match="version 7"):
         load_text(f"bin:{tmp_path}")
+
+
+RNG = np.random.default_rng(0)
+GPT2_TOKENS, LLAMA_TOKENS, LETTERS = (RNG.integers(size, size=600) for size in (50257, 128256, 65))
+LLAMA_FILE = np.array([20240801, 7, 600, *[0] * 253], "<i4").tobytes() + LLAMA_TOKENS.astype("<u4").tobytes()
+NPY = io.BytesIO()
+np.save(NPY, GPT2_TOKENS.astype("<u2"))
+OTHER_FILES = {
+    "uint32": (GPT2_TOKENS.astype("<u4").tobytes(), "holds 32-bit integers: convert it to little-endian uint16"),
+    "uint32 of a large vocabulary": (LLAMA_TOKENS.astype("<u4").tobytes(), "holds 32-bit integers: convert"),
+    "int64": (GPT2_TOKENS.tobytes(), "holds 64-bit integers: convert"),
+    "int64 letters": (LETTERS.tobytes(), "holds 64-bit integers: convert"),
+    "float32": (RNG.random(600).astype("<f4").tobytes(), "holds 32-bit floats: convert"),
+    "float64": (RNG.random(600).tobytes(), "holds 64-bit floats: convert"),
+    "big-endian": (GPT2_TOKENS.astype(">u2").tobytes(), "holds big-endian tokens, or bytes: convert"),
+    "big-endian letters": (LETTERS.astype(">u2").tobytes(), "holds big-endian tokens: convert"),
+    "bytes": (LETTERS.astype(np.uint8).tobytes(), "holds big-endian tokens, or bytes: convert"),
+    "text": ("Grüße, world.\n".encode() * 9, "holds text: convert it .* or name its folder as hf:FOLDER"),
+    "npy": (NPY.getvalue(), r"is a .npy array: convert it .*tofile"),
+    "npz": (b"PK\3\4" + bytes(60), "is a zip archive: unpack it"),
+    "gzip": (gzip.compress(b"a"), "is a gzip file: unpack it"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer.*run `git lfs pull` there"),
+    "llm.c's Llama-3": (LLAMA_FILE, "holds llm.c's Llama-3 tokens.*--model gpt-2"),
+    "another header": (
+        np.array([20240900, 1], "<i4").tobytes(),
+        "has a header with the unknown magic 20240900",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_files_that_are_no_uint16_tokens_are_told_by_what_they_are(tmp_path, kind, name):
+    nanogpt(tmp_path, [1, 2, 3], [4, 5])
+    content, message = OTHER_FILES[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} {message}") as refused:
+        load_text(f"bin:{tmp_path}", vocab_size=65536)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 3, 65, 256, 300, 4096, 50257, 65536])
+@pytest.mark.parametrize("count", [3, 33, 300, 5000])
+def test_uint16_tokens_of_any_vocabulary_are_no_other_format(tmp_path, vocab_size, count):
+    for source in ("uniform", "markov"):
+        tokens = load_text(source, vocab_size=vocab_size, max_bytes=2 * count).train.tolist()
+        nanogpt(tmp_path, tokens, tokens)
+        assert load_text(f"bin:{tmp_path}", vocab_size=vocab_size).train.tolist() == tokens
+
+
+def test_token_files_by_another_name_or_kind_are_refused_or_found(tmp_path):
+    nanogpt(tmp_path, [1, 2], [4, 5])
+    (tmp_path / "val.bin").rename(tmp_path / "validation.bin")
+    with pytest.raises(UserError, match=r"validation.bin: the validation tokens are looked for as val.bin: rename it"):
+        load_text(f"bin:{tmp_path}")
+    (tmp_path / "val.bin").mkdir()
+    with pytest.raises(UserError, match=r"val.bin is a folder: a file of tokens is wanted there"):
+        load_text(f"bin:{tmp_path}")
+    with pytest.raises(UserError, match=r"train.bin: no training tokens there: it is a file: name its folder"):
+        load_text(f"bin:{tmp_path / 'train.bin'}")
+    for part, file in (("train", "train.bin"), ("val", "validation.bin")):
+        (tmp_path / "shakespeare").mkdir(exist_ok=True)
+        (tmp_path / file).rename(tmp_path / "shakespeare" / f"tiny_{part}.bin")
+    assert load_text(f"bin:{tmp_path / 'shakespeare'}").validation.tolist() == [4, 5]
 
 
 def test_missing_token_files_are_named(tmp_path):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import hybridlab
+from hybridlab import HybridTrainer, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.batch import limits
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import read_document
 from hybridlab.batch.run import prepared
+from hybridlab.benchmarks.memory_arms import jumping_with
 from hybridlab.data.images import SOURCES as IMAGE_SOURCES
 from hybridlab.data.text import SOURCES as TEXT_SOURCES
+from hybridlab.memory import MemoryConfig
 from hybridlab.memory.precision import PRECISIONS
 from hybridlab.models.gpt2 import SIZES
-from hybridlab.predictors import PREDICTORS
+from tests.conftest import Problem
 from tests.notebook_maker import project, save, tiny_notebook
 
 ROOT = Path(hybridlab.__file__).parents[1]
@@ -63,8 +67,13 @@ def root(tmp_path, monkeypatch):
         ("06", "full_steps -1", "full_steps: -1 after -p: it must be at least 1"),
         ("06", "noise_seeds -1", "noise_seeds: -1 after -p: it must be at least 1"),
         ("06", "predict_steps 60", "predict_steps: 60 must be above 102, where the first jump comes, or 0"),
+        ("06", "predict_steps 127 full_steps 60", "predict_steps: 127 must be above 127, where the first jump comes"),
+        ("04", "predict_steps 14", "predict_steps: 14 must be above 14, where the first jump comes"),
+        ("03", "lr 1e38", "lr: 1e+38 after -p: it must be above 0 and at most 1000"),
+        ("03", "steps 99999999999999999999", "it must be at least 1 and at most 1e+18"),
+        ("03", "results s3://bucket/x", "an address is no place to write to: name a file or folder"),
         ("05", "full_steps 220", "full_steps: 220 must be below predict_steps, which is 220"),
-        ("04", "predict_steps 0", "predict_steps: 0 must be at least 1"),
+        ("04", "predict_steps 0", "predict_steps: 0 must be above 14, where the first jump comes, since"),
         ("07", "predictors []", "predictors: none is left: name one at least"),
         ("07", "predictors [linear,linear]", "'linear' is named twice: keep one"),
         ("07", 'predictors ["null"] guarded false', "predictors: none of them makes an arm"),
@@ -89,6 +98,15 @@ def test_a_value_that_a_notebook_cannot_mean_is_refused(root, notebook, settings
         ("lr: .nan", "lr: .nan is no finite number"),
         ("lr_factors: [0.5, 010]", "lr_factors: YAML reads ['0.5', '010'] as [0.5, 8]"),
         ("steps: -1", "steps: -1 in params.yaml: it must be at least 1"),
+        ("lr: 1.0e+400", "lr: inf in params.yaml: it must be finite"),
+        ("steps: on", "steps: YAML reads on as True, a whole number is wanted"),
+        ("data: no", "data: YAML reads no as False, text is wanted: write 'no' in quotes"),
+        ("steps: 12:30", "steps: YAML reads 12:30 as 750"),
+        ("steps: !!int '0200'", "YAML reads 0200 as 128"),
+        ("a: &a [1]\nlr_factors: *a", "aliases and merges (*name, <<) are not read: write the values themselves"),
+        ("<<: {steps: 5}", "aliases and merges (*name, <<) are not read"),
+        ("steps: " + "[" * 1000 + "]" * 1000, "nested too deeply"),
+        ("steps: !!python/object:os.system x", "not valid YAML"),
     ],
 )
 def test_a_number_that_is_no_plain_decimal_in_yaml_is_refused(root, yaml, message):
@@ -123,8 +141,17 @@ def test_every_limit_is_of_a_parameter_that_some_notebook_has():
     assert set(limits.LIMITS) <= {name for declared in documents for name in declared}
 
 
+@pytest.mark.parametrize("full_steps", [7, 10, 25, 30, 60])
+@pytest.mark.parametrize("predictor", ["linear", "ema_nesterov"])
+def test_the_first_jump_comes_where_the_limits_say(predictor, full_steps):
+    config = replace(jumping_with(MemoryConfig(), full_steps=full_steps, predictor=predictor), path_device="same")
+    task, first = Problem(), limits.first_jump(predictor, full_steps)
+    trainer = HybridTrainer(task.model, task.adamw(), config)
+    phases = [trainer.step(task.closure(step)).phase for step in range(first + 1)]
+    assert phases.index(Phase.PREDICT) == first
+
+
 def test_choices_are_those_that_the_library_knows():
-    assert tuple(PREDICTORS) == limits.PREDICTORS
     assert tuple(TEXT_SOURCES.values()) == limits.TEXTS
     assert {form.partition(":")[0] for form in limits.IMAGES} == {name.partition(":")[0] for name in IMAGE_SOURCES}
     assert limits.LIMITS["model"].choices == SIZES
@@ -136,9 +163,9 @@ def test_a_name_that_means_something_else_in_a_notebook_is_let_be(root):
     assert prepared(Path("own.ipynb"), Path("out/own.ipynb"), [], [("model", "other.pt")]).parameters["model"]
 
 
-@pytest.mark.parametrize("output", ["s3://bucket/out.ipynb", "https://host/out.ipynb"])
+@pytest.mark.parametrize("output", ["s3://bucket/out.ipynb", "https://host/out.ipynb", "hdfs+x://a/out.ipynb"])
 def test_an_address_is_no_output(root, output):
-    with pytest.raises(UserError, match="an address is no place for the output"):
+    with pytest.raises(UserError, match="an address is no place to write to"):
         prepared(NOTEBOOKS["03"], Path(output))
 
 

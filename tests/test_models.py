@@ -5,10 +5,13 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
@@ -286,6 +289,89 @@ def test_missing_and_broken_files_are_refused(reference: tuple[nn.Module, Path],
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"not readable JSON"):
         GPT2.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def weights(reference: tuple[nn.Module, Path]) -> dict[str, Tensor]:
+    """What the folder's model.safetensors holds."""
+    return load_file(reference[1] / "model.safetensors")
+
+
+def with_weights(reference: tuple[nn.Module, Path], to: Path, weights: object) -> Path:
+    shutil.copy(reference[1] / "config.json", to)
+    torch.save(weights, to / "pytorch_model.bin")
+    return to
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_orig_mod.module.", "base_model.model."])
+def test_names_that_a_wrapper_gave_are_read(
+    reference: tuple[nn.Module, Path], weights: dict[str, Tensor], tmp_path: Path, wrapper: str
+) -> None:
+    wrapped = {wrapper + name.replace(".h.1.", ".h.1._orig_mod."): tensor for name, tensor in weights.items()}
+    ours = GPT2.from_pretrained(with_weights(reference, tmp_path, wrapped))
+    assert torch.equal(ours.h[1].mlp.c_fc.weight, GPT2.from_pretrained(reference[1]).h[1].mlp.c_fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lm_head.weight": torch.ones(97, 32)}, r"lm_head.weight \[97, 32\] that is not wte.weight .*: only .* tied"),
+        ({"module.lm_head.weight": torch.ones(97, 32)}, r"lm_head.weight \[97, 32\] that is not wte.weight"),
+        ({"lm_head.weight": torch.ones(99, 32)}, r"lm_head.weight \[99, 32\] that is not wte.weight \[97, 32\]"),
+        ({"transformer.wpe.weight": torch.ones(16, 32, dtype=torch.int8)}, r"wpe.weight as int8 .*: save it in fp32"),
+        ({"transformer.wpe.weight": torch.zeros(1, 1).expand(16, 32)}, r"wpe.weight as float32 that are no weights"),
+        ({"transformer.wpe.weight": torch.full((16, 32), torch.nan)}, r"in wpe.weight that are not finite"),
+        ({"transformer.wpe.weight": 3}, r"no mapping of names to tensors: save it with"),
+        ({"transformer.wpe.weight": Path()}, r"holds more than tensors and may run code: refused; save it as safet"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused(
+    reference: tuple[nn.Module, Path], weights: dict[str, Tensor], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"pytorch_model.bin .*{message}") as refused:
+        GPT2.from_pretrained(with_weights(reference, tmp_path, weights | change))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 10**9}, r"config.json has n_layer=1000000000: a whole number from 1 to 1,000 is wanted"),
+        ({"n_layer": 1e9}, r"config.json has n_layer=1000000000.0: a whole number"),
+        ({"n_embd": "32"}, r"config.json has n_embd='32': a whole number"),
+        ({"vocab_size": 10**12}, r"config.json has vocab_size=1000000000000: a whole number from 1 to 1,000,000"),
+        ({"n_head": 3}, r"config.json has n_embd=32, which n_head=3 does not divide"),
+        ({"tie_word_embeddings": False}, r"config.json has tie_word_embeddings=False: only GPT-2's own True is read"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(
+    reference: tuple[nn.Module, Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        GPT2.from_pretrained(edited(reference[1], tmp_path, **changes))
+
+
+def test_pointers_shards_and_compressed_archives_are_named(
+    reference: tuple[nn.Module, Path], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    shutil.copy(reference[1] / "config.json", tmp_path)
+    for index in ("pytorch_model.bin.index.json", "model.safetensors.index.json"):
+        (tmp_path / index).write_text("{}")
+        with pytest.raises(UserError, match=rf"is sharded \({index}\): save it whole, with max_shard_size"):
+            GPT2.from_pretrained(tmp_path)
+        (tmp_path / index).unlink()
+    torch.save(weights, tmp_path / "plain.bin")
+    with ZipFile(tmp_path / "plain.bin") as plain, ZipFile(tmp_path / "pytorch_model.bin", "w", ZIP_DEFLATED) as packed:
+        for part in plain.namelist():
+            packed.writestr(part, plain.read(part))
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin is a compressed archive.*: refused; save it as safetensors"
+    ):
+        GPT2.from_pretrained(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n")
+        with pytest.raises(UserError, match=rf"{name} is a git-lfs pointer, not the weights: run `git lfs pull`"):
+            GPT2.from_pretrained(tmp_path)
 
 
 # --- compilation ------------------------------------------------------------------------------------

@@ -23,17 +23,10 @@ from hybridlab.engine.trainer import DivergenceError
 from hybridlab.memory import MemoryConfig, optimizer_for
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig
+from tests import conftest
 from tests.conftest import Problem
 
-EAGER = HybridTrainerConfig(
-    warmup_steps=4,
-    full_steps=6,
-    max_predict_steps=6,
-    correction_interval=3,
-    correct_steps=2,
-    confidence_threshold=0.0,
-    gate=False,
-)
+EAGER = replace(conftest.EAGER, warmup_steps=4, full_steps=6, max_predict_steps=6, correction_interval=3)
 GATED = replace(EAGER, gate=True)
 PLAIN = HybridTrainerConfig.plain()
 

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import hybridlab
@@ -94,7 +95,7 @@ def test_a_value_of_another_type_is_refused(settings: Any, name: str, kind: str)
     ids=[name for name, field in zip(IDS, FIELDS, strict=True) if field in NUMBERS],
 )
 def test_a_number_out_of_place_is_refused(settings: Any, name: str, kind: str) -> None:
-    refused = [-1, *([0] if name in ABOVE_ZERO.split() else []), *([1] if name in BELOW_ONE else [])]
+    refused = [-1, 10**19, *([0] if name in ABOVE_ZERO.split() else []), *([1] if name in BELOW_ONE else [])]
     refused += [1.5] if name in UP_TO_ONE else []
     refused += [math.nan, math.inf, -math.inf] if "float" in kind else []
     for number in refused:
@@ -142,13 +143,25 @@ def test_a_record_says_what_was_meant_where_nothing_is_given() -> None:
     assert record["optimizer"]["weight_decay"] == 0
 
 
-def test_numpy_scalars_become_plain_numbers_and_nan_is_refused() -> None:
-    import numpy as np
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: type(settings).__name__)
+def test_numpy_scalars_become_plain_numbers(settings: Any) -> None:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if field.init and numbers and all(isinstance(number, int | float | str) for number in numbers):
+            given = tuple(np.asarray(number)[()] for number in numbers)
+            assert all(isinstance(number, np.generic) for number in given)
+            changed = replace(settings, **{field.name: given if isinstance(value, tuple) else given[0]})
+            kept = getattr(changed, field.name)
+            assert kept == value
+            assert not any(isinstance(number, np.generic) for number in (kept if isinstance(kept, tuple) else (kept,)))
 
-    from hybridlab.optimizers import OptimizerConfig
 
-    config = OptimizerConfig.tuned(lr=np.float64(1e-3), betas=(np.float64(0.9), 0.99))
-    assert type(config.lr) is float
-    assert type(config.betas[0]) is float
-    with pytest.raises(ValueError, match="lr is nan: it must be finite"):
-        OptimizerConfig.tuned(lr=np.float64("nan"))
+def test_a_numpy_nan_is_refused() -> None:
+    said = refusal(lambda: OptimizerConfig(lr=np.float64("nan")), ValueError)
+    assert said == "lr is nan: it must be finite and above 0 and at most 1000"
+
+
+@pytest.mark.parametrize("lr", [1e38, 1e39, 1001])
+def test_a_learning_rate_that_overflows_is_refused(lr: float) -> None:
+    assert f"lr is {lr}: it must be above 0 and at most 1000" in refusal(lambda: OptimizerConfig(lr=lr), ValueError)

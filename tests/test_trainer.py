@@ -23,17 +23,8 @@ from hybridlab.predictors import PREDICTORS, Proposal
 from hybridlab.weights.gram import Gram
 from hybridlab.weights.path import optimizer_direction
 from hybridlab.weights.snapshot import Weights
-from tests.conftest import Problem
+from tests.conftest import EAGER, Problem
 
-EAGER = HybridTrainerConfig(
-    warmup_steps=10,
-    full_steps=8,
-    max_predict_steps=10,
-    correction_interval=4,
-    correct_steps=2,
-    confidence_threshold=0.0,
-    gate=False,
-)
 GATED = replace(EAGER, gate=True)
 
 

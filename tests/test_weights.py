@@ -26,6 +26,7 @@ from hybridlab.weights import bf16_resident, motion
 from hybridlab.weights.motion import PIECE, chunks_of
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
+from tests import conftest
 from tests.conftest import CountedArenas, Problem
 
 
@@ -324,10 +325,7 @@ def test_float32_weights_that_find_no_room_stay_where_they_are(arenas: CountedAr
 
 # --- in training -----------------------------------------------------------------------------------------
 
-EAGER = HybridTrainerConfig(
-    warmup_steps=10, full_steps=8, max_predict_steps=6, correction_interval=3, correct_steps=2,
-    confidence_threshold=0.0, path_device="host",
-)  # fmt: skip
+EAGER = replace(conftest.EAGER, max_predict_steps=6, correction_interval=3, gate=True, path_device="host")
 
 
 def run(config: HybridTrainerConfig, steps: int = 120) -> tuple[Tensor, HybridTrainer]:

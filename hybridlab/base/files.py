@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,13 +63,20 @@ def writing_to(folder: Path, *, otherwise: str = "choose another folder") -> Ite
 
     otherwise: what helps where there is no room to make
 
-    Raises UserError for any OSError of the block.
+    Raises UserError for any OSError of the block, and for an address.
     """
+    refuse_address(folder)
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"cannot write in the folder {folder}: {reason}; make room there or {otherwise}") from error
+
+
+def refuse_address(place: Path) -> None:
+    """Raise UserError for an address, such as s3://bucket: what is written goes to a disk."""
+    if re.search(r"(^|/)[A-Za-z][\w+.-]+:/", place.as_posix()):
+        raise UserError(f"{place}: an address is no place to write to: name a file or folder on this machine")
 
 
 def missing(path: Path, what: str, pattern: str) -> UserError:

@@ -33,13 +33,18 @@ class Given:
 def values_in_file(path: Path) -> list[Given]:
     """Read a YAML mapping of parameters, keeping each value as it was written.
 
-    Raises UserError where the file is missing, unreadable, not a mapping, or names a parameter twice.
+    Raises UserError where the file is missing, unreadable, not a mapping, or names a parameter twice, and for an alias:
+    a few lines of them can stand for a list that fills all memory.
     """
     text = _text_of(path)
     try:
+        if any(_stands_for_others(event) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{path}: aliases and merges (*name, <<) are not read: write the values themselves")
         root, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_yaml_problem(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply: write one 'name: value' per line") from None
     if root is None:
         return []
     if not isinstance(values, dict):
@@ -51,6 +56,10 @@ def values_in_file(path: Path) -> list[Given]:
         if name not in values:
             raise UserError(f"{path}: YAML reads the key {name} as {yaml.safe_load(name)!r}: write '{name}' in quotes")
     return [Given(key.value, values[key.value], _written(node), f"in {path}") for key, node in root.value]
+
+
+def _stands_for_others(event: yaml.Event) -> bool:
+    return isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<")
 
 
 def _text_of(path: Path) -> str:

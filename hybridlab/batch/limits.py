@@ -18,9 +18,6 @@ TEXTS = ("python", "markov", "uniform", "file:PATH", "bin:PATH", "hf:NAME")
 IMAGES = ("digits", "mnist", "mnist:PATH")
 JUMP_WARMUP_STEPS = 2
 """Of `benchmarks.memory_arms.jumping_with`."""
-IMAGES = ("digits", "mnist", "mnist:PATH")
-JUMP_WARMUP_STEPS = 2
-"""Of `benchmarks.memory_arms.jumping_with`."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import project_root
+from hybridlab.base.files import project_root, refuse_address
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import clean_, read_document, read_notebook, stopping_place, unfinished, write_or_rescue
 from hybridlab.batch.given import checked_values, from_options, value_on_command_line, values_in_file
@@ -132,8 +131,6 @@ def prepared(
 
 
 def _check_name(notebook: Path, output: Path) -> None:
-    if re.match(r"\w+:/\w", output.as_posix()) and not output.drive:
-        raise UserError(f"{output}: an address is no place for the output: name a file on this machine")
     if output.suffix != ".ipynb" or output.is_dir():
         raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
     if output.resolve() == notebook.resolve():
@@ -143,6 +140,7 @@ def _check_name(notebook: Path, output: Path) -> None:
 def _make_folders(*files: Path) -> None:
     """Make the folders of what is written when the run is over; none is made where one of them is refused."""
     for file in files:
+        refuse_address(file)
         there = next(place for place in file.absolute().parents if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"{file}: cannot write into {there}: choose another folder")

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from filelock import FileLock
@@ -95,7 +94,7 @@ def read_idx(path: Path) -> Images:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
     """The file, unpacked as it is read where it is gzip."""
     try:
         with path.open("rb") as file:

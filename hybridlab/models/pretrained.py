@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hybridlab.base.checkpoint import is_compressed
 from hybridlab.base.errors import UserError, first_line
 
-# What wraps a model, or a block, puts into its names: DataParallel, PEFT, the language model's own class, torch.compile.
+# What wraps a model or a block puts this into its names: DataParallel, PEFT, transformers' own class, torch.compile.
 WRAPPERS = r"^(module\.|base_model\.model\.|transformer\.|_orig_mod\.)*|_orig_mod\."
 # Stored transposed: transformers' Conv1D keeps [in out], nn.Linear keeps [out in].
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
