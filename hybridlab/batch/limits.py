@@ -66,7 +66,7 @@ LIMITS = {
     "lr": _bounds(above=0, most=1000),
     "lr_factors": _bounds(above=0, most=1000),
     "max_bytes": COUNT_OR_NONE,
-    "model": _choice("nano", "tiny", "small", "medium", "large", "xl"),
+    "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
     "noise_seeds": COUNT,
     "overhead_rounds": COUNT,
     "panel_rounds": COUNT,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from IPython import get_ipython
 from rich.console import Console
@@ -27,7 +27,9 @@ from tqdm.std import tqdm
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
-from hybridlab.study.record import Run
+
+if TYPE_CHECKING:
+    from hybridlab.study.record import Run
 
 PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 SHOW_EVERY_SECONDS = 0.25
