@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import platform
 import re
 import sqlite3
 import sys
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ import pandas as pd
 import pytest
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.lock import locked
 from hybridlab.cli import main
 from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
 from hybridlab.panel import progress
@@ -130,7 +134,7 @@ def test_what_is_no_record_of_ours_is_left_out_and_said(
 
 def test_a_name_cannot_steer_the_terminal() -> None:
     record(Path("runs/one/evil"), "\x1b[31mred\nline", 0, 3.0)
-    assert r"\x1b[31mred\nline" in str(runs_table("runs"))
+    assert r"\x1b[31mred\nline" in str(runs_table("runs").table)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,32 @@ def test_an_unfinished_run_shows_how_far_it_came() -> None:
     assert (row["nominal_steps"], row["gradient_steps"], row["predicted_steps"]) == (4, 3, 1)
     assert row["validation_loss"] == pytest.approx(3.45)
     assert row["peak_gb"] is None
+
+
+def test_the_text_fits_a_terminal_and_shows_loss_and_settings() -> None:
+    folder = Path("runs/03_a_notebook_with_a_long_name") / "control_of_aggressive_unguarded_3fa9c1_seed_0"
+    record(folder, "control of aggressive, unguarded", 0, 3.25)
+    settings = {"task": {"model": "small", "data": "hf:a_long_name/of_a_data_set"}, "optimizer": {"lr": 3e-4}}
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    summary = json.loads((folder / "summary.json").read_text())
+    (Path("runs/two/bold_seed_0") / "summary.json").write_text(json.dumps(summary | {"validation_loss": math.nan}))
+    lines = str(runs_table("runs")).splitlines()
+    assert max(map(len, lines)) <= 120
+    shown = next(line for line in lines if "3fa9c1_seed_0" in line)
+    for part in ("small", "0.0003", "finished", "3+1", "3.2500", f"{datetime.now():%m-}"):
+        assert part in shown
+    assert "nan" not in "\n".join(lines).lower()
+    assert json.dumps([row["validation_loss"] for row in runs_table("runs").table.rows]).count("null") == 1  # type: ignore[union-attr]
+
+
+def test_a_run_that_a_process_trains_is_running() -> None:
+    with locked(Path("runs/two/bold_seed_0")):
+        assert found(where=["state=running"]) == ["two/bold_seed_0"]
+    assert found(where=["state=running"]) == []
+    gone = {"pid": 2**22 + 1, "host": platform.node()}  # above any process's number
+    (Path("runs/two/bold_seed_0") / ".lock").write_text(json.dumps(gone))
+    assert found(where=["state=unfinished"]) == ["two/bold_seed_0"], "a lock that a killed process left"
 
 
 def test_the_table_is_plain_in_batch_and_live_in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:

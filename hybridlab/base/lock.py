@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import writing_to
 
@@ -23,6 +25,14 @@ LOCK = ".lock"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What a file system without locks answers: nothing is locked there."""
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process trains in a folder, as its lock says; one of another host is believed to live."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        held = json.loads((folder / LOCK).read_text())
+        return held["host"] != platform.node() or psutil.pid_exists(held["pid"])
+    return False
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from fnmatch import fnmatchcase
 from numbers import Real
 from pathlib import Path
@@ -13,6 +15,7 @@ import pandas as pd
 
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.files import project_root
+from hybridlab.base.lock import in_use
 from hybridlab.charts.tables import table
 from hybridlab.notebook.live_table import LiveTable
 from hybridlab.notebook.run_details import tags_of
@@ -25,11 +28,16 @@ if TYPE_CHECKING:
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""
 
-TYPES = dict.fromkeys(("run", "name", "state"), str) | dict.fromkeys(("predictor", "tags"), str | None)
+TYPES: dict[str, Any] = dict.fromkeys(("run", "started", "name", "state"), str)
+TYPES |= dict.fromkeys(("model", "data", "predictor", "tags"), str | None)
 """Of the columns that hold text; all others hold numbers or nothing."""
 
-COLUMNS = ("run", "name", "predictor", "seed", "state", *COUNTED, "step_ms", "peak_gb", "tags")
-FORMATS = {"seconds": ".1f", "step_ms": ".1f", "peak_gb": ".2f"}
+SETTINGS = ("model", "data", "lr", "predictor", "seed")
+COLUMNS = ("run", "started", "name", *SETTINGS, "state", *COUNTED, "step_ms", "peak_gb", "tags")
+FORMATS = {"lr": "g", "seconds": ".1f", "step_ms": ".1f", "peak_gb": ".2f"}
+BRIEF = ("run", "started", "model", "data", "lr", "predictor", "state", "steps", "loss", "seconds")
+TEXT_WIDTH = 120
+"""Characters of a line of the table as text."""
 
 
 def find_runs(folder: str | Path = "runs", *, sort: str = "run", where: Iterable[str] = ()) -> list[Run]:
@@ -71,19 +79,24 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
 
     Raises an error of some kind where the record holds something else than a run's.
     """
-    summary = run.summary or _so_far(run)
+    summary, task = run.summary or _so_far(run), run.config.get("task", {})
     peak = summary.get("peak_memory_bytes")
     row = {
         "run": str(run.folder.relative_to(root)),
+        "started": f"{datetime.fromtimestamp((run.folder / 'config.json').stat().st_mtime):%Y-%m-%d %H:%M}",
         "name": run.config.get("name"),
+        "model": _text(task.get("model")),
+        "data": _text(task.get("data")),
+        "lr": run.config.get("optimizer", {}).get("lr"),
         "predictor": _predictor(run.config.get("hybrid", {})),
         "seed": run.config.get("seed"),
-        "state": "finished" if run.summary else "unfinished",
+        "state": "finished" if run.summary else "running" if in_use(run.folder) else "unfinished",
         **{name: summary.get(name) for name in COUNTED},
         "step_ms": summary.get("gradient_step_ms"),
         "peak_gb": None if peak is None else peak / 1e9,
         "tags": ", ".join(tags_of(run)) or None,
     }
+    row = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
     for name, value in row.items():
         if not isinstance(value, TYPES.get(name, Real | None)):
             raise TypeError(f"{name} is {value!r}")
@@ -91,11 +104,47 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
 
 
 def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterable[str] = ()) -> LiveTable:
-    """The runs below a folder with their key figures; arguments and errors as for `find_runs`."""
+    """The runs below a folder with their key figures; arguments and errors as for `find_runs`.
+
+    As text it has what fits into 120 columns.
+    """
     root = project_root() / folder
     rows = [key_figures(run, root) for run in find_runs(folder, sort=sort, where=where)]
     shown = table(rows, f"{len(rows)} runs in {root.name}", FORMATS) if rows else None
-    return LiveTable(shown, f"no run in {folder} fits: loosen the conditions, or train one with `make run`")
+    empty = f"no run in {folder} fits: loosen the conditions, or train one with `make run`"
+    return LiveTable(shown, empty, _brief(rows, shown.caption) if shown else "")
+
+
+def _brief(rows: Sequence[Mapping[str, Any]], caption: str | None) -> str:
+    """Some columns of the table as text, with names shortened in their middle so that they fit."""
+
+    def told(row: Mapping[str, Any], longest: int) -> dict[str, Any]:
+        predicted = f"+{row['predicted_steps']}" if row["predicted_steps"] else ""
+        steps = None if row["gradient_steps"] is None else f"{row['gradient_steps']}{predicted}"
+        shown = dict(row) | {"steps": steps, "loss": row["validation_loss"], "started": row["started"][5:]}
+        return {name: _shortened(shown[name], longest if name == "run" else 14) for name in BRIEF}
+
+    formats = {name: FORMATS[name] for name in BRIEF if name in FORMATS}
+    for longest in (70, 60, 50, 44, 40, 36, 33, 30, 26, 22):
+        text = str(table([told(row, longest) for row in rows], caption, formats))
+        if max(map(len, text.splitlines())) <= TEXT_WIDTH:
+            break
+    return text
+
+
+def _shortened(value: Any, longest: int) -> Any:
+    """A name without most of its folder, or its middle: the end has the hash and the seed that tell runs apart."""
+    if not isinstance(value, str) or len(value) <= longest:
+        return value
+    folder, slash, name = value.rpartition("/")
+    folder = f"{folder[:2]}…/" if slash else ""
+    room = longest - len(folder)
+    end = min(room * 2 // 3, len("123abc_seed_0"))
+    return folder + (name if len(name) <= room else f"{name[: room - end - 1]}…{name[-end:]}")
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:

@@ -20,13 +20,15 @@ class LiveTable:
     """Shows a table through DataTables in JupyterLab; in batch as plain HTML, which needs no JavaScript.
 
     table: None where there is nothing to show; empty: the sentence that says so
+    brief: the table as text, where it has fewer columns
     """
 
     table: Table | None
     empty: str
+    brief: str = ""
 
     def __str__(self) -> str:
-        return str(self.table) if self.table else self.empty
+        return self.brief or (str(self.table) if self.table else self.empty)
 
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
