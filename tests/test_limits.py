@@ -69,6 +69,11 @@ def root(tmp_path, monkeypatch):
         ("06", "predict_steps 60", "predict_steps: 60 must be above 102, where the first jump comes, or 0"),
         ("06", "predict_steps 127 full_steps 60", "predict_steps: 127 must be above 127, where the first jump comes"),
         ("04", "predict_steps 14", "predict_steps: 14 must be above 14, where the first jump comes"),
+        (
+            "03",
+            "batch_size 1000000000000",
+            "batch_size: 1000000000000 after -p: it must be at least 1 and at most 1e+06",
+        ),
         ("03", "lr 1e38", "lr: 1e+38 after -p: it must be above 0 and at most 1000"),
         ("03", "steps 99999999999999999999", "it must be at least 1 and at most 1e+18"),
         ("03", "results s3://bucket/x", "an address is no place to write to: name a file or folder"),

@@ -14,7 +14,7 @@ class UserError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback."""
-        return [str(self)]
+        return [printable(str(self))]
 
 
 def first_line(error: BaseException) -> str:

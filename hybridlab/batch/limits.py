@@ -53,11 +53,11 @@ def _choice(*names: str) -> Limit:
     return Limit({}, names)
 
 
-ANY, COUNT, COUNT_OR_NONE = _bounds(), _bounds(least=1), _bounds(least=0)
+ANY, COUNT, COUNT_OR_NONE, SIZE = _bounds(), _bounds(least=1), _bounds(least=0), _bounds(least=1, most=10**6)
 LIMITS = {
-    "batch_size": COUNT,
+    "batch_size": SIZE,
     "beta2": _bounds(least=0, below=1),
-    "block_size": COUNT,
+    "block_size": SIZE,
     "card_gb": COUNT_OR_NONE,
     "cpu_threads": _bounds(least=0, most=1024),
     "device": _choice("auto", "cuda", "cpu"),
@@ -67,19 +67,19 @@ LIMITS = {
     "lr_factors": _bounds(above=0, most=1000),
     "max_bytes": COUNT_OR_NONE,
     "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
-    "noise_seeds": COUNT,
-    "overhead_rounds": COUNT,
-    "panel_rounds": COUNT,
-    "panel_turn_steps": COUNT,
+    "noise_seeds": SIZE,
+    "overhead_rounds": SIZE,
+    "panel_rounds": SIZE,
+    "panel_turn_steps": SIZE,
     "precision": _choice("fp32", "tf32", "bf16"),
     "predict_steps": COUNT_OR_NONE,
     "predictor": _choice(*PREDICTORS),
     "predictors": _choice(*PREDICTORS),
     "reference_steps": COUNT_OR_NONE,
-    "seeds": COUNT,
+    "seeds": SIZE,
     "steps": COUNT,
     "strict_steps": COUNT,
-    "validation_batches": COUNT,
+    "validation_batches": SIZE,
     "vocab_size": _bounds(least=2, most=2**16),
     "warmup_steps": COUNT_OR_NONE,
 }
