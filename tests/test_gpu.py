@@ -727,3 +727,38 @@ def test_adam_coast_jumps_with_8_bit_moments() -> None:
     for step in range(20):
         trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
     assert trainer.statistics().predicted_steps > 0
+
+
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+def test_muon_compiled_on_the_gpu_equals_torchs_within_the_rounding_of_bf16(state: str) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, device=CUDA)) for shape in ((64, 256), (256, 64), (64, 64)) for _ in "ab"]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    model = nn.ParameterList(params)
+    ours = optimizer_for(model, OptimizerConfig("muon", lr=1e-2), MemoryConfig(optimizer_state=state))
+    theirs = torch.optim.Muon(twins, lr=1e-2, adjust_lr_fn="match_rms_adamw")
+    before = [p.detach().clone() for p in params]
+    for _ in range(3):
+        for p, twin in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, twin, start in zip(params, twins, before, strict=True):
+        assert (p - twin).norm() < (0.02 if state == "fp32" else 0.2) * (twin - start).norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_and_its_gradients_on_the_gpu_equal_torchs(compiled: bool) -> None:
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.nano(vocab_size=500)).to(CUDA)
+    tokens = batch(0) % 500
+    run = torch.compile(model) if compiled else model
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        expected = nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+        (theirs,) = torch.autograd.grad(expected, [model.wte.weight])
+        loss = run(tokens, tokens)
+    (ours,) = torch.autograd.grad(loss, [model.wte.weight])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-3)
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert not ours[500:].any()

@@ -296,7 +296,8 @@ def test_parts_add_up_and_the_record_is_json():
     [
         ((0, 8), {}, "adamw", "is empty"),
         ((3, 8), {"gradient_accumulation": GradientAccumulationConfig(2)}, "adamw", "do not split into 2"),
-        ((2, 8), {"optimizer_state": "int8"}, "muon", "goes with AdamW"),
+        ((2, 8), {"optimizer_state": "int8"}, "sgd", "goes with AdamW"),
+        ((2, 8), {"state_on_host": True}, "muon", "goes with AdamW"),
         ((2, 8), {"state_on_host": True}, "sgd", "goes with AdamW"),
         ((2, 80), {}, "adamw", "cut it to 64"),
     ],

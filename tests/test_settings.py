@@ -56,9 +56,9 @@ NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) 
 
 ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ABOVE_ZERO = (
-    "adamw_lr batch_size block_size clip_in_backward clip_norm control_fractions correction_interval "
-    "decay_fraction divergence_threshold eps evaluate_every every full_steps gate_batches lr micro_batches "
-    "n_embd n_head n_layer rows seeds steps total_steps validation_batches vocab_size"
+    "batch_size block_size clip_in_backward clip_norm control_fractions correction_interval "
+    "decay_fraction divergence_threshold embedding_multiple eps evaluate_every every full_steps gate_batches lr "
+    "micro_batches n_embd n_head n_layer rows seeds steps total_steps validation_batches vector_multiple vocab_size"
 )
 BELOW_ONE = {"betas", "control_fractions", "dropout", "momentum", "skip_share", "velocity"}
 UP_TO_ONE = {"confidence_threshold", "decay_fraction", "final_fraction", "gate_budget"}

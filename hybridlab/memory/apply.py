@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from torch.optim import Optimizer
 from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import buckets_of, checkpoint_blocks_, is_checkpointed
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups
+from hybridlab.optim import OptimizerConfig, build_optimizer
+from hybridlab.optim.build import MuonWithAdamW, ParamGroup, build_muon, rate_groups
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.optim.low_bit import InFewCalls, low_bit_adamw
@@ -35,7 +38,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
     Raises UserError where the method knows no such state, torchao is not installed, or nothing can compile its update.
     """
-    if (memory.state_on_host or memory.optimizer_state != "fp32") and config.name != "adamw":
+    if not memory.takes_optimizer(config.name):
         asked = "state_on_host" if memory.state_on_host else f"optimizer_state={memory.optimizer_state!r}"
         raise UserError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {config.name!r}")
     optimizer = _method(model, config, memory)
@@ -50,7 +53,7 @@ def refuse_unprepared(model: nn.Module, optimizer: Optimizer, memory: MemoryConf
     built = {
         "step_in_backward": not memory.step_in_backward or isinstance(optimizer, StepInBackward),
         "state_on_host": not memory.state_on_host or isinstance(method, HostAdamW),
-        "optimizer_state": memory.optimizer_state == "fp32" or isinstance(method, InFewCalls),
+        "optimizer_state": memory.optimizer_state == "fp32" or isinstance(method, InFewCalls | MuonWithAdamW),
     }
     for name, is_so in built.items():
         if not is_so:
@@ -70,9 +73,19 @@ def refuse_unprepared(model: nn.Module, optimizer: Optimizer, memory: MemoryConf
 def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> Optimizer:
     if memory.optimizer_state == "fp32" and not memory.state_on_host:
         return build_optimizer(model, config)
-    groups = decay_groups((p for p in model.parameters() if p.requires_grad), config.decay)
+    params = [p for p in model.parameters() if p.requires_grad]
     if memory.state_on_host:
-        return HostAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return HostAdamW(rate_groups(model, config, params), lr=config.lr, betas=config.betas, eps=config.eps)
+    low_bit = partial(_low_bit_adamw, model, config, memory)
+    if config.name == "adamw":
+        return low_bit(rate_groups(model, config, params))
+    formats: Any = low_bit(rate_groups(model, config, params))  # it steps nothing: it knows the format
+    return build_muon(model, config, low_bit, lambda p: formats._new_buffer(p, True))
+
+
+def _low_bit_adamw(
+    model: nn.Module, config: OptimizerConfig, memory: MemoryConfig, groups: list[ParamGroup]
+) -> Optimizer:
     return low_bit_adamw(
         groups,
         buckets_of(model),

@@ -251,6 +251,12 @@ class MemoryConfig:
         """What becomes of the optimizer's state in Predict."""
         return self.predict_aware.strategy if self.predict_aware else "none"
 
+    def takes_optimizer(self, name: str) -> bool:
+        """Whether the state's format and place are made for a method; Muon has its momentum in few bits too."""
+        plain = self.optimizer_state == "fp32" and not self.state_on_host
+        in_few_bits = not self.state_on_host and self.weights == "fp32"
+        return plain or name == "adamw" or (name == "muon" and in_few_bits)
+
     @property
     def offloads_weights(self) -> bool:
         """Whether in Predict the GPU has only bf16 weights."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
-from hybridlab.optim import OptimizerConfig, build_optimizer
+from hybridlab.optim import OptimizerConfig, build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
@@ -247,7 +247,9 @@ class DryRun:
             return []
         bits = FORMATS[self._memory.optimizer_state]
         vectors = [torch.empty_like(p, dtype=torch.float32) for p in self._params if p.ndim < 2 for _ in range(2)]
-        return vectors + [t for p in self._params if p.ndim > 1 for _ in range(2) for t in _moment(p, bits)]
+        muons = set(hidden_matrices(self._model)) if self._spec.optimizer.name == "muon" else set()
+        moments = [p for p in self._params if p.ndim > 1 for _ in range(1 if p in muons else 2)]
+        return vectors + [t for p in moments for t in _moment(p, bits)]
 
     def _offload_state(self) -> None:
         """Leave on the GPU what Predict's strategy keeps there of the state."""

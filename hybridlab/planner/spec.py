@@ -87,7 +87,7 @@ class TrainingSpec:
             )
         if windows % memory.micro_batches:
             raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches")
-        if self.optimizer.name != "adamw" and (memory.state_on_host or memory.optimizer_state != "fp32"):
+        if not memory.takes_optimizer(self.optimizer.name):
             asked = "state_on_host" if memory.state_on_host else f"optimizer_state={memory.optimizer_state!r}"
             name = self.optimizer.name
             raise ValueError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {name!r}")

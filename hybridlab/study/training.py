@@ -17,6 +17,7 @@ from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_
 from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
+from hybridlab.optim.build import MuonWithAdamW
 from hybridlab.study.compilation import compile_
 from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import Batch, in_parts, judging
@@ -51,6 +52,8 @@ class Training:
                 loss()
             self.evaluate()
         self.task.model.zero_grad(set_to_none=True)
+        if isinstance(self._optimizer, MuonWithAdamW):
+            self._optimizer.warm_up_()
 
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""

@@ -1,0 +1,195 @@
+"""Muon, stepping all matrices of one shape together."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hybridlab.base.compiler import require_compiler
+from hybridlab.base.errors import UserError
+
+Quintic = tuple[float, float, float]
+
+TORCHS: tuple[Quintic, ...] = ((3.4445, -4.7750, 2.0315),) * 5
+"""`torch.optim.Muon`'s coefficients, those of Keller Jordan."""
+
+_BEST = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+POLAR_EXPRESS: tuple[Quintic, ...] = tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _BEST)
+"""The best polynomial for each step in turn, for singular values from 0.001 to 1, with 1 % to spare for rounding.
+
+Source: Amsel et al. 2025 (arXiv 2505.16932), Algorithm 1.
+"""
+
+COEFFICIENTS = {"torch": TORCHS, "polar_express": POLAR_EXPRESS}
+
+EPS = 1e-7
+
+STACKED_NUMBERS = 2**26
+"""Of the matrices that are stepped together: their copies in bf16, a few at a time, take 128 MiB each."""
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are made orthogonal, many of one shape at a time.
+
+        m <- momentum m + (1 - momentum) g
+        u  = orthogonal((1 - momentum) g + momentum m)
+        w <- (1 - lr weight_decay) w - lr 0.2 sqrt(max(rows, columns)) u
+
+    The last scale gives an update about the size of AdamW's. `state[p]["momentum_buffer"]` is the parameter's own m;
+    matrices are stacked for the length of a step. Tall ones are turned, so that they go with the wide. On a GPU with a
+    compiler the update is compiled, once for each stack; memory of a step: about 6 copies in bf16 of `STACKED_NUMBERS`.
+
+    params: matrices, or groups of them; lr may be a tensor
+    coefficients: "torch" or "polar_express", of the Newton-Schulz iteration
+    new_buffer: makes a momentum of low-bit format for a parameter; None is the parameter's own format
+
+    Raises ValueError for a parameter that is no matrix.
+
+    Source: https://kellerjordan.github.io/posts/muon/; the scale, https://arxiv.org/abs/2502.16982.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.2e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        coefficients: str = "torch",
+        new_buffer: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "coefficients": coefficients}
+        super().__init__(params, defaults)
+        self.new_buffer = new_buffer or torch.zeros_like
+        if wrong := [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]:
+            raise ValueError(f"Muon steps matrices, and one parameter is {wrong[0]}: give it to AdamW")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step every matrix that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for params in stacks([p for p in group["params"] if p.grad is not None]):
+                weights, gradients = [p.detach() for p in params], [p.grad for p in params if p.grad is not None]
+                self._step_together_(weights, gradients, [self._momentum_of(p) for p in params], group)
+        return loss
+
+    @torch.no_grad()
+    def warm_up_(self, groups: list[dict[str, Any]]) -> None:
+        """Compile, on a GPU, what a step of these groups will need, on zeros; nothing is trained."""
+        for group in groups:
+            for params in stacks([p for p in group["params"] if p.requires_grad and p.is_cuda]):
+                zeros = [torch.zeros_like(p) for p in params]
+                self._step_together_(zeros, zeros, [self.new_buffer(p) for p in params], group)
+
+    def _step_together_(
+        self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        like = weights[0]
+        settings = (_scalar(group[name], like) for name in ("lr", "weight_decay", "momentum"))
+        update = _update(compiled=like.is_cuda and _can_compile(like.device.type))
+        with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
+            update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"new_buffer": self.new_buffer}
+
+    def _momentum_of(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = self.new_buffer(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+def stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The matrices by shape, turned or not, device and format, in stacks of at most `STACKED_NUMBERS`."""
+    alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for p in params:
+        alike[(*sorted(p.shape), p.device, p.dtype)].append(p)
+    for members in alike.values():
+        count = max(1, STACKED_NUMBERS // members[0].numel())
+        yield from (members[i : i + count] for i in range(0, len(members), count))
+
+
+def orthogonalize(
+    stack: Float[Tensor, "matrix rows columns"], coefficients: tuple[Quintic, ...]
+) -> Float[Tensor, "matrix rows columns"]:
+    """The nearest orthogonal matrices, about, in bf16: all singular values come near 1.
+
+    X <- X / |X|, then for each (a, b, c)    G = X X^T;  X <- a X + (b G + c G^2) X
+    """
+    x = stack.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for a, b, c in coefficients:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _update_all(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    lr: Tensor,
+    decay: Tensor,
+    momentum: Tensor,
+    coefficients: tuple[Quintic, ...],
+) -> None:
+    directions = []
+    for gradient, buffer in zip(gradients, buffers, strict=True):
+        wide = gradient.to(buffer.dtype)
+        mean = wide.lerp(_plain(buffer), momentum)
+        buffer.copy_(mean)
+        directions.append(_turned(wide.lerp(mean, momentum)).bfloat16())
+    for weight, update in zip(weights, orthogonalize(torch.stack(directions), coefficients), strict=True):
+        step = lr * (0.2 * math.sqrt(max(weight.shape)))
+        turned = update.mT if weight.shape[0] > weight.shape[1] else update
+        weight.copy_(weight * (1 - lr * decay) - step * turned.to(weight.dtype))
+
+
+def _plain(buffer: Tensor) -> Tensor:
+    """The numbers of a momentum, of a low-bit format too."""
+    return buffer.dequantize() if is_traceable_wrapper_subclass(buffer) else buffer
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor beside the parameter, so that what is compiled or captured around it sees it change."""
+    if isinstance(value, Tensor):
+        return value.to(like.device)
+    return torch.full((), value, device=like.device)
+
+
+@lru_cache
+def _can_compile(device_type: str) -> bool:
+    try:
+        require_compiler(device_type, "Muon")
+    except UserError:
+        return False
+    return True
+
+
+@lru_cache
+def _update(compiled: bool) -> Callable[..., None]:
+    return torch.compile(_update_all, fullgraph=True, dynamic=False) if compiled else _update_all
