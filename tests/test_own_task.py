@@ -137,6 +137,11 @@ def test_a_hugging_face_config_learns_a_text_file(config: dict[str, object], min
         ("{", "not readable JSON"),
         ("{}", 'has no "model_type"'),
         ('{"model_type": "gtp2"}', "transformers refuses the config with model_type='gtp2'"),
+        (
+            '{"model_type": "qwen2", "num_hidden_layers": 1e9}',
+            "has num_hidden_layers=1000000000.0: a whole number up to",
+        ),
+        ('{"model_type": "gpt2", "n_layer": 1000000000}', "has n_layer=1000000000: a whole number up to 1,000"),
     ],
 )
 def test_a_config_that_is_none_is_one_line(model: str, message: str) -> None:

@@ -20,6 +20,9 @@ from hybridlab.study.tasks import Batch, TextTask, load_text_once
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """The special tokens of a config's own tokenizer mean nothing here, and may lie outside the vocabulary."""
 
+LARGEST = {("_layer", "_layers"): 1000, ("_head", "_heads"): 1000, ("hidden_size", "n_embd", "d_model"): 100_000}
+"""Ends of names in a config -> the largest size that a model may have."""
+
 
 @dataclass(frozen=True)
 class HuggingFaceTaskConfig:
@@ -51,6 +54,7 @@ class HuggingFaceTaskConfig:
         """The config as transformers has it, with this vocabulary."""
         settings = read_config(self.model) | {"vocab_size": self.vocab_size, "use_cache": False}
         kind = settings.pop("model_type", None)
+        _refuse_sizes(settings)
         try:
             from transformers import AutoConfig
 
@@ -94,7 +98,7 @@ def read_config(model: str) -> dict[str, Any]:
         path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
         if not path.is_file():
             raise UserError(f"{path}: no such config: give a config.json, its folder, or its JSON text")
-        text, place = path.read_text(encoding="utf-8"), str(path)
+        text, place = path.read_text(encoding="utf-8", errors="replace"), str(path)
     try:
         settings = json.loads(text)
     except ValueError as error:
@@ -102,3 +106,11 @@ def read_config(model: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise UserError(f'{place} has no "model_type": write one, such as {{"model_type": "gpt2"}}')
     return settings
+
+
+def _refuse_sizes(settings: dict[str, Any]) -> None:
+    """Raise UserError for a size that no model has, under whatever name, before anything of that size is made."""
+    for name, value in settings.items():
+        most = next((most for ends, most in LARGEST.items() if name.endswith(ends)), None)
+        if most and type(value) in (int, float) and value > most:
+            raise UserError(f"the config has {name}={value!r}: a whole number up to {most:,} is wanted")
