@@ -131,7 +131,7 @@ class Lab:
     @property
     def height(self) -> float:
         """Of the panel with its buttons, in pixels."""
-        panel = self.page.locator(".jp-OutputArea-output", has=self.page.locator(".hl")).last
+        panel = self.page.locator(".jp-OutputArea-output", has=self.page.locator(".hl")).first
         return panel.evaluate("element => element.offsetHeight")
 
     def hover(self) -> None:
@@ -166,9 +166,10 @@ class Lab:
         """Whether the time line shows a stretch of Predict, which itself may pass between two drawings."""
         return self.page.locator(".hl").last.locator(".hl-band.hl-predict").count() > 0
 
-    def shot(self, name: str) -> None:
+    def shot(self, name: str, *, scroll: bool = True) -> None:
+        """A picture of the page, by default of the panel in it."""
         if self._shots:
-            if self.page.locator(".hl").count():
+            if scroll and self.page.locator(".hl").count():
                 self.page.locator(".widget-html", has=self.page.locator(".hl")).last.evaluate(SCROLL)
             self.page.screenshot(path=Path(self._shots) / f"{name}_{self._theme}.png")
 
@@ -222,6 +223,15 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     assert lab.height == height, "nothing below the panel moved, from the first run to the end"
     assert lab.page.locator(".hl-arm b", has_text=re.compile(r"\d\.\d{3}")).count() >= 7, "every arm's final loss stays"
     assert lab.page.locator(".hl polyline[stroke='var(--baseline)']").count() == 1, "the baseline lies behind"
+
+    chart = lab.page.locator(".js-plotly-plot").first
+    chart.evaluate(SCROLL)
+    ground = chart.locator(".main-svg").first.evaluate("element => getComputedStyle(element).backgroundColor")
+    assert ground == "rgba(0, 0, 0, 0)", "no white box"
+    assert "drag to zoom" in chart.inner_text()
+    lab.shot("8_chart", scroll=False)
+    lab.page.locator("caption", has_text="The control is a plain run").last.evaluate(SCROLL)
+    lab.shot("9_table", scroll=False)
     assert lab.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert lab.page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"\[[ *]\]")).count() == 0
 

@@ -7,6 +7,7 @@ import enum
 import io
 import itertools
 import json
+import re
 from typing import Any
 
 import matplotlib
@@ -345,6 +346,14 @@ def test_table_is_readable_html_and_text() -> None:
     assert '<td style="text-align: right">3.0124</td>' in page
     assert "<b>" not in page
     assert "id=" not in page
+
+
+def test_a_table_colors_its_verdicts() -> None:
+    rows = [{"arm": "open (air)", "answer": "better than stopping earlier (p = 0.01, corrected for 4 arms)"}]
+    page = table([*rows, {"arm": "b", "answer": "open (1 of 3 seeds)"}, {"arm": "c", "answer": "opened"}]).html()
+    colored = re.findall(r"color: (#\w+); font-weight: 600\">([\w ]+)", page)
+    assert ("#2a9d4a", "better than stopping earlier ") in colored
+    assert "opened" not in [text for _, text in colored]
 
 
 def test_table_has_no_negative_zero() -> None:

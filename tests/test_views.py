@@ -181,7 +181,7 @@ def test_the_best_arm_comes_first_and_idle_ones_are_named_apart() -> None:
     losses = {name: shown.rows[0][name] for name in ("final loss (nats)", "its control's", "the baseline's loss")}
     assert losses == pytest.approx({"final loss (nats)": 3.0, "its control's": 3.11, "the baseline's loss": 3.0})
     assert comparison_chart(arms[1:2]) == "no arm predicted anything"
-    assert comparison_table(arms[1:2]).rows[0]["answer"] == "nothing predicted"
+    assert comparison_table(arms[1:2]).rows[0]["answer"] == "predicted nothing"
 
 
 def test_curves_leave_out_what_predicted_nothing_and_pair_controls_with_their_arms() -> None:

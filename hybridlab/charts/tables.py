@@ -15,6 +15,8 @@ from hybridlab.base.errors import printable
 MISSING = "–"
 
 COLORS = {"holds": "#2a9d4a", "fails": "#d64545", "open": "#b8860b", "predicted nothing": "#808890"}
+COLORS |= {"better than stopping earlier": COLORS["holds"], "worse than stopping earlier": COLORS["fails"]}
+COLORS |= {"no difference shown": COLORS["open"]}
 """Of cells that are a verdict; readable on white and on black."""
 
 
@@ -105,7 +107,8 @@ def _row(cells: Sequence[str], sides: Sequence[str]) -> str:
 
 def _tag(name: str, text: str, side: str, scope: str = "") -> str:
     scoped = f' scope="{scope}"' if scope else ""
-    color = f"; color: {COLORS[text]}; font-weight: 600" if text in COLORS else ""
+    verdict = text.partition(" (")[0]
+    color = f"; color: {COLORS[verdict]}; font-weight: 600" if verdict in COLORS else ""
     return f'<{name}{scoped} style="{_style(side)}{color}">{html.escape(text)}</{name}>'
 
 

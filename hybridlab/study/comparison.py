@@ -82,7 +82,7 @@ class Comparison:
     def answer(self) -> str:
         """The answer to: did predicting pay, against simply training for fewer steps?"""
         if not self.predicted_steps:
-            return "nothing predicted"
+            return "predicted nothing"
         if self.base.lacks:
             return f"open ({', '.join(self.base.lacks)})"
         words = {-1: "better than stopping earlier", 0: "no difference shown", 1: "worse than stopping earlier"}
