@@ -22,12 +22,16 @@ MEDIUM, XL = "05_gpt2_medium", "06_gpt2_xl"
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece of evidence on one criterion: about what, how it came out, in which numbers, from where."""
+    """One piece of evidence on one criterion: about what, how it came out, in which numbers, from where.
+
+    emulated: it rests on memory of a larger GPU that gave no more than the smaller one has
+    """
 
     about: str
     outcome: Outcome
     words: str
     notebook: str | None
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,17 @@ class Claims:
         if not claims and self.kind == "speedup" and self._predicted_nothing(arm, evidence):
             return [Finding(arm_in_words(arm or "", self.notebook), "predicted nothing", "", self.notebook)]
         about = f"{arm or ''} {self.kind.replace('-', ' ')}".strip()
-        return [self._finding(claim) for claim in claims] or [_absent(self.notebook, about, evidence)]
+        return [self._finding(claim, evidence) for claim in claims] or [_absent(self.notebook, about, evidence)]
 
     def _predicted_nothing(self, arm: str | None, evidence: Evidence) -> bool:
         pays = evidence.claims(self.notebook, kind="pays", arm=arm)
         return bool(pays) and all(claim.is_idle for claim in pays)
 
-    def _finding(self, claim: Published) -> Finding:
-        return Finding(claim.about, self._outcome(claim), quantities_in_words(claim.quantities), claim.notebook)
+    def _finding(self, claim: Published, evidence: Evidence) -> Finding:
+        of_memory = claim.kind == "completes" or any(q.unit == "bytes" for q in claim.quantities)
+        emulated = of_memory and evidence.is_emulated(claim.notebook)
+        words = quantities_in_words(claim.quantities)
+        return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
 
     def _outcome(self, claim: Published) -> Outcome:
         if self.below is None or claim.is_idle:
@@ -88,7 +95,8 @@ class Ran:
             return [_absent(self.notebook, "run", evidence)]
         steps = int(entry["parameters"].get("steps", 0))
         outcome: Outcome = "holds" if steps >= self.steps else "fails"
-        return [Finding("run", outcome, f"{steps} nominal steps, whole", self.notebook)]
+        whole = f"{steps} nominal steps, whole"
+        return [Finding("run", outcome, whole, self.notebook, evidence.is_emulated(self.notebook))]
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ class Peak:
         if peak is None:
             return [_absent(self.notebook, self.arm, evidence)]
         words = f"peak memory {gigabytes(peak)}"
-        return [Finding(self.arm, "holds" if peak < self.bound else "fails", words, self.notebook)]
+        outcome: Outcome = "holds" if peak < self.bound else "fails"
+        return [Finding(self.arm, outcome, words, self.notebook, evidence.is_emulated(self.notebook))]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from hybridlab.report.criteria import BASELINE, MEMORY, XL, Claims, Criterion, o
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, same_picture, signed
-from hybridlab.report.validation import devices, notebook_link, validation_document
-from hybridlab.report.words import render, verdict_word
+from hybridlab.report.validation import criterion_verdict, devices, notebook_link, validation_document
+from hybridlab.report.words import render
 from hybridlab.results.words import quantity_interval
 
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
@@ -96,9 +96,9 @@ def readme_section(evidence: Evidence) -> str:
 
 def headline(text: str, rule: Claims, evidence: Evidence) -> dict[str, str]:
     """A sentence with its verdict and where it was measured."""
-    outcome = Criterion(text, (rule,)).outcome(evidence)
-    where = rule.notebook if outcome == "not run yet" else notebook_link(rule.notebook, docs="")
-    return {"claim": text, "verdict": verdict_word(outcome), "notebook": where}
+    criterion = Criterion(text, (rule,))
+    where = rule.notebook if criterion.outcome(evidence) == "not run yet" else notebook_link(rule.notebook, docs="")
+    return {"claim": text, "verdict": criterion_verdict(criterion, evidence), "notebook": where}
 
 
 def _scale(evidence: Evidence, profile: str, where: str) -> dict[str, Any]:

@@ -106,7 +106,12 @@ class Evidence:
 
     def devices(self, profile: str) -> list[str]:
         """What a profile was measured on."""
-        return sorted({entry["device"] for entry in self.entries.get(profile, {}).values()})
+        named = {entry["device"].replace("GB card", "GB GPU") for entry in self.entries.get(profile, {}).values()}
+        return sorted(named)
+
+    def is_emulated(self, notebook: str, profile: str = MAIN) -> bool:
+        """Whether a larger GPU stood for a smaller one when this notebook ran."""
+        return "emulated" in str((self.entry(notebook, profile) or {}).get("device", ""))
 
     def sha256(self) -> str:
         """The hash of everything that documents are written from."""

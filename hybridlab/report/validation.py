@@ -16,6 +16,9 @@ from hybridlab.results.words import interval, quantities_in_words, quantity_inte
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
 
+EMULATED = " (emulated)"
+"""Beside a verdict that rests on a larger GPU standing for one of 16 GB."""
+
 Cells = dict[str, Any]
 """A row of a document's table: heading -> what stands below it."""
 
@@ -34,6 +37,7 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         glance=at_a_glance(evidence),
         least=LEAST,
         significance=f"{100 * SIGNIFICANCE:.0f} %",
+        verdicts=[_verdict(title, criterion, evidence) for title, group in CRITERIA.items() for criterion in group],
         criteria=[(title, list(_criteria(group, evidence))) for title, group in CRITERIA.items()],
         speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
         idle=[_idle(claim) for claim in pays if claim.is_idle],
@@ -69,6 +73,17 @@ def at_a_glance(evidence: Evidence) -> str:
     return f"The plan's {counts.total()} criteria: {', '.join(words)}."
 
 
+def _verdict(title: str, criterion: Criterion, evidence: Evidence) -> Cells:
+    """A row of the first page."""
+    return {"of": title, "criterion": criterion.text, "verdict": criterion_verdict(criterion, evidence)}
+
+
+def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
+    """A criterion's outcome as documents set it, "emulated" beside it where it rests on that."""
+    emulated = any(finding.emulated for finding in criterion.findings(evidence))
+    return verdict_word(criterion.outcome(evidence)) + (EMULATED if emulated else "")
+
+
 def _criteria(group: Iterable[Criterion], evidence: Evidence) -> Iterator[Cells]:
     """Each criterion with its verdict, then, where there are several findings, a row per finding."""
     for criterion in group:
@@ -77,7 +92,7 @@ def _criteria(group: Iterable[Criterion], evidence: Evidence) -> Iterator[Cells]
 
 def _criterion(criterion: Criterion, evidence: Evidence) -> Iterator[Cells]:
     findings = criterion.findings(evidence)
-    whole = {"criterion": f"**{criterion.text}**", "verdict": verdict_word(criterion.outcome(evidence))}
+    whole = {"criterion": f"**{criterion.text}**", "verdict": criterion_verdict(criterion, evidence)}
     if len(findings) == 1:
         yield whole | _numbers(findings[0])
         return
@@ -85,7 +100,9 @@ def _criterion(criterion: Criterion, evidence: Evidence) -> Iterator[Cells]:
     mixed = len({finding.notebook for finding in findings}) > 1
     for finding in findings:
         about = f"{_model_and_topic(finding.notebook or '')}: {finding.about}" if mixed else finding.about
-        yield {"criterion": about, "verdict": finding.outcome} | _numbers(finding)
+        yield {"criterion": about, "verdict": finding.outcome + (EMULATED if finding.emulated else "")} | _numbers(
+            finding
+        )
 
 
 def _model_and_topic(notebook: str) -> str:

@@ -112,7 +112,7 @@ class RunConfig:
 
     def describe_device(self) -> str:
         """The name of the GPU, with what it emulates, or of the processor."""
-        emulated = f" as an emulated {self.card_gb} GB card" if self.emulates_card() else ""
+        emulated = f" as an emulated {self.card_gb} GB GPU" if self.emulates_card() else ""
         return device_name(find_device(self.device)) + emulated
 
     def emulates_card(self) -> bool:
