@@ -23,9 +23,10 @@ REPORT_OUT := $(if $(filter executed/$(PROFILE),$(OUT)),executed/cpu,$(OUT))
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-run: .venv/run ## train baseline, hybrids and controls on real text; leaves an executed notebook
+run: .venv/run ## train baseline, hybrids and controls on real text; leaves an executed notebook, and opens it
 	$(HYBRIDLAB) run notebooks/$(FIRST).ipynb -f params/cpu/$(FIRST).yaml -p device auto \
 	  -o runs/first/$(FIRST).ipynb
+	@if [ -t 1 ] && [ "$$(id -u)" -ne 0 ]; then $(MAKE) lab; fi
 
 test: .venv/test ## every test, the notebooks' included
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -35,8 +36,9 @@ check: .venv/dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lab: .venv/run ## JupyterLab with the notebooks
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/$(FIRST).ipynb $(LAB_FLAGS)
+lab: .venv/run ## JupyterLab, on the latest executed copy in runs/
+	@latest=$$(ls -t runs/*.ipynb runs/*/*.ipynb 2>/dev/null | grep -v '\.failed\.ipynb$$' | head -n 1); \
+	$(BIN)/jupyter lab --LabApp.default_url="/lab/tree/$${latest:-notebooks/$(FIRST).ipynb}" $(LAB_FLAGS)
 
 milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080; OUT=folder RESUME=--resume
 	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }

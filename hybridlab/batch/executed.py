@@ -56,6 +56,14 @@ def write_notebook(notebook: NotebookNode, path: Path) -> None:
         nbformat.write(notebook, beside)  # type: ignore[no-untyped-call]
 
 
+def trust(notebook: NotebookNode) -> None:
+    """Sign outputs that we made, so that JupyterLab shows their tables alive; a disk that cannot keep it is no error."""
+    from nbformat.sign import NotebookNotary
+
+    with suppress(Exception):
+        NotebookNotary().sign(notebook)  # type: ignore[no-untyped-call]
+
+
 def write_or_rescue(notebook: NotebookNode, path: Path, working_copy: Path) -> None:
     """Write a notebook file; where that cannot be, keep it in a folder of its own among the temporary files.
 

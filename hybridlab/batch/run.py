@@ -15,7 +15,15 @@ from rich.console import Console
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root, refuse_address
 from hybridlab.batch.declared import declared_parameters, defaults
-from hybridlab.batch.executed import clean_, read_document, read_notebook, stopping_place, unfinished, write_or_rescue
+from hybridlab.batch.executed import (
+    clean_,
+    read_document,
+    read_notebook,
+    stopping_place,
+    trust,
+    unfinished,
+    write_or_rescue,
+)
 from hybridlab.batch.given import checked_values, from_options, value_on_command_line, values_in_file
 from hybridlab.batch.limits import check_limits
 from hybridlab.panel.progress import watched
@@ -99,6 +107,7 @@ def run_notebook(
             write_or_rescue(executed, job.output, folder / WORK)
         except UserError as error:
             raise RunFailed(f"every cell has run, but {error}") from None
+    trust(executed)
     job.partial.unlink(missing_ok=True)
     return summary_of(job)
 
