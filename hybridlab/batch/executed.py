@@ -57,7 +57,7 @@ def write_notebook(notebook: NotebookNode, path: Path) -> None:
 
 
 def trust(notebook: NotebookNode) -> None:
-    """Sign outputs that we made, so that JupyterLab shows their tables alive; a disk that cannot keep it is no error."""
+    """Sign outputs that we made, so that JupyterLab shows their tables alive; without a place to keep it, nothing."""
     from nbformat.sign import NotebookNotary
 
     with suppress(Exception):
