@@ -22,7 +22,7 @@ from hybridlab.cli import main
 from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
 from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE
-from hybridlab.study.record import RunRecorder
+from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.tensorboard import export_tensorboard
 from tests.conftest import full_disk
 from tests.notebook_maker import project
@@ -336,3 +336,10 @@ def test_without_tensorboard_it_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[tensorboard\]'"):
         export_tensorboard(find_runs("runs")[0], tmp_path)
+
+
+def test_runs_on_different_data_are_not_drawn_together(tmp_path: Path) -> None:
+    empty = pd.DataFrame()
+    one, other = (Run(tmp_path / name, {"data": {"sha256": name}}, empty, empty, None) for name in "ab")
+    with pytest.raises(UserError, match="b was trained on other data than a"):
+        overlay([one, other])

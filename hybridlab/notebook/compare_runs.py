@@ -151,13 +151,19 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     """Draw any runs' validation losses together, each named by its arm, seed and, where need be, its folder.
 
     Plain runs (baselines and controls) are drawn as controls. Raises ValueError without runs, and UserError for a run
-    that was not evaluated yet.
+    that was not evaluated yet or has other data.
     """
     from hybridlab.charts.builders import loss_curves
     from hybridlab.study.study import is_plain
 
     if not runs:
         raise ValueError("there is nothing to draw: give at least one run")
+    for run in runs[1:]:
+        if run.config.get("data") != runs[0].config.get("data"):
+            raise UserError(
+                f"{run.folder.name} was trained on other data than {runs[0].folder.name}: their losses cannot be compared; "
+                "choose runs with equal data"
+            )
     curves = dict(zip(_names(runs), (run.steps for run in runs), strict=True))
     for run in runs:
         if "validation_loss" not in run.steps or run.steps["validation_loss"].dropna().empty:
