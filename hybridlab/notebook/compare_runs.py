@@ -161,8 +161,8 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     for run in runs[1:]:
         if run.config.get("data") != runs[0].config.get("data"):
             raise UserError(
-                f"{run.folder.name} was trained on other data than {runs[0].folder.name}: their losses cannot be compared; "
-                "choose runs with equal data"
+                f"{run.folder.name} was trained on other data than {runs[0].folder.name}: "
+                "their losses cannot be compared; choose runs with equal data"
             )
     curves = dict(zip(_names(runs), (run.steps for run in runs), strict=True))
     for run in runs:
