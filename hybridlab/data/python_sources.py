@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hybridlab.base.errors import UserError
-from hybridlab.data.cache import append_tokens, cache_folder, cache_key, cached_tokens, largest_validation_bytes
+from hybridlab.data.cache import (
+    CachedTokens,
+    append_tokens,
+    cache_folder,
+    cache_key,
+    cached_tokens,
+    largest_validation_bytes,
+)
 from hybridlab.data.token_batches import TextData
 
 DESCRIPTION = "Python sources of this machine (standard library and torch)"
@@ -41,15 +49,23 @@ def load_python(
             f"validate with at max_bytes={max_bytes}: raise max_bytes, or name another source."
         )
 
-    def build(folder: Path) -> dict[str, Any]:
-        tokenizer = train_tokenizer(corpus.train, vocab_size)
-        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-        write_encoded(corpus.train, tokenizer, folder / "train.bin")
-        validation_tokens = write_encoded(corpus.validation, tokenizer, folder / "validation.bin")
-        return {"bytes_per_token": sum(len(text.encode()) for text in corpus.validation) / validation_tokens}
-
     folder = cache_folder(cache) / "text" / cache_key("python", vocab_size, corpus.digest)
-    return cached_tokens(folder, build).text_data("python", DESCRIPTION, vocab_size)
+    return learned_tokens(corpus.train, corpus.validation, vocab_size, folder).text_data(
+        "python", DESCRIPTION, vocab_size
+    )
+
+
+def learned_tokens(train: list[str], validation: list[str], vocab_size: int, folder: Path) -> CachedTokens:
+    """Both halves of a text in tokens of a tokenizer that is learned from the first, kept in a folder of the cache."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        tokenizer = train_tokenizer(train, vocab_size)
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        write_encoded(train, tokenizer, folder / "train.bin")
+        validation_tokens = write_encoded(validation, tokenizer, folder / "validation.bin")
+        return {"bytes_per_token": sum(len(text.encode()) for text in validation) / validation_tokens}
+
+    return cached_tokens(folder, build)
 
 
 def installed_sources() -> list[Path]:
@@ -114,16 +130,10 @@ def _contents(roots: Sequence[Path]) -> Iterator[bytes]:
             for name in names:
                 if name.endswith(".py"):
                     content = Path(folder, name).read_bytes()
-                    if content.strip() and _is_utf8(content):
-                        yield content
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+                    with suppress(UnicodeDecodeError):
+                        content.decode()
+                        if content.strip():
+                            yield content
 
 
 # --- byte-level byte-pair encoding -------------------------------------------------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
-from hybridlab.data.cache import cache_folder, cache_key, cached_tokens
-from hybridlab.data.python_sources import train_tokenizer, write_encoded
+from hybridlab.data.cache import cache_folder, cache_key
+from hybridlab.data.python_sources import learned_tokens
 from hybridlab.data.token_batches import TextData
 
 VALIDATION_SHARE = 0.1
@@ -24,7 +23,8 @@ def load_text_file(path: Path, *, vocab_size: int, max_bytes: int | None, cache:
     """
     path = path if path.exists() else project_root() / path
     try:
-        content = path.read_bytes()[:max_bytes]
+        with path.open("rb") as file:
+            content = file.read(max_bytes or -1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a text file, as file:my_text.txt") from None
     try:
@@ -36,12 +36,6 @@ def load_text_file(path: Path, *, vocab_size: int, max_bytes: int | None, cache:
     if not train.strip() or not validation.strip():
         raise UserError(f"{path} has {len(text)} characters, too few to train and to validate on")
 
-    def build(folder: Path) -> dict[str, Any]:
-        tokenizer = train_tokenizer([train], vocab_size)
-        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-        write_encoded([train], tokenizer, folder / "train.bin")
-        tokens = write_encoded([validation], tokenizer, folder / "validation.bin")
-        return {"bytes_per_token": len(validation.encode()) / tokens}
-
     folder = cache_folder(cache) / "text" / cache_key("file", vocab_size, hashlib.sha256(text.encode()).hexdigest())
-    return cached_tokens(folder, build).text_data(f"file:{path}", f"the file {path.name}", vocab_size)
+    tokens = learned_tokens([train], [validation], vocab_size, folder)
+    return tokens.text_data(f"file:{path}", f"the file {path.name}", vocab_size)
