@@ -227,6 +227,33 @@ def tag(
 
 
 @app.command()
+def rates(
+    model: Annotated[str, typer.Option(help="A GPT-2 size.")] = "tiny",
+    data: Annotated[str, typer.Option(help="A source of text, as `hybridlab data` takes it.")] = "python",
+    steps: Annotated[int, typer.Option(min=1, help="Of each trial: the length of the run that you plan.")] = 200,
+    batch: Annotated[str, typer.Option(metavar="WINDOWSxTOKENS", help="Of the run that you plan.")] = "8x64",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
+    lr: Annotated[float | None, typer.Option(help="Where to begin; by default the method's best known rate.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "fp32",
+    most: Annotated[int, typer.Option(min=3, help="Trials at most.")] = 7,
+    folder: Annotated[Path, typer.Option(help="Where the trials are recorded.")] = Path("runs/rates"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the trials that have finished.")] = False,
+) -> None:
+    """Bracket the learning rate of a run by trials at its own length and batch, and say where the best one is."""
+    from hybridlab.models import GPT2Config
+    from hybridlab.optim import OptimizerConfig
+    from hybridlab.planner.text_report import read_batch
+    from hybridlab.study import RunConfig, TextTaskConfig, bracket_rates
+
+    windows, tokens = read_batch(batch)
+    vocab_size = GPT2Config.named(model).vocab_size
+    task = TextTaskConfig(model, data, vocab_size=vocab_size, block_size=tokens, batch_size=windows)
+    method = OptimizerConfig.tuned(optimizer, **({} if lr is None else {"lr": lr}))
+    run = RunConfig(f"{model}, {optimizer}", task, steps, optimizer=method, precision=precision)
+    print(bracket_rates([run], folder, most=most, resume=resume)[run.name])
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(help="A GPT-2 size: nano, tiny, small, medium, large or xl.")] = "small",
     task: Annotated[

@@ -99,4 +99,5 @@ def test_few_files_write_parameters_in_place() -> None:
     """Beside them, models draw their first weights, and optimizers scale gradients or write what they have rounded."""
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
     optimizers = {ROOT / "optim" / f"{name}.py" for name in ("in_backward", "low_bit")}
-    assert writers == {ROOT / "weights" / f"{name}.py" for name in ("motion", "snapshot", "bf16_resident")} | optimizers
+    weights = ("motion", "snapshot", "bf16_resident", "tail_average")
+    assert writers == {ROOT / "weights" / f"{name}.py" for name in weights} | optimizers

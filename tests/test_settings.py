@@ -52,7 +52,7 @@ SETTINGS: list[Any] = [
 ]
 FIELDS = [(settings, field.name, str(field.type)) for settings in SETTINGS for field in fields(settings) if field.init]
 IDS = [f"{type(settings).__name__}.{name}" for settings, name, _ in FIELDS]
-NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) and field[1] != "stages"]
+NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) and field[1] not in ("stages", "rates")]
 
 ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ABOVE_ZERO = (

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
+from itertools import repeat
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -86,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of a type; a bool is no int, an int is a float, the items of a tuple are all of one type."""
+    """Whether a value is of a type; a bool is no int, an int is a float."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(fits(value, one) for one in inner)
@@ -97,7 +98,7 @@ def fits(value: object, kind: Any) -> bool:
         return (
             isinstance(value, origin)
             and (any_length or len(value) == len(inner))
-            and all(fits(item, inner[0]) for item in value)
+            and all(map(fits, value, repeat(inner[0]) if any_length else inner))
         )
     if isinstance(value, bool):
         return kind is bool

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hybridlab.study.config import RunConfig
     from hybridlab.study.huggingface_task import HuggingFaceTaskConfig
     from hybridlab.study.own_task import OwnTaskConfig, find_task
+    from hybridlab.study.rates import bracket_rates, bracket_study
     from hybridlab.study.run import train
     from hybridlab.study.study import Study, StudyResult
     from hybridlab.study.tasks import ImageTaskConfig, TextTaskConfig
@@ -22,6 +23,8 @@ __all__ = [
     "Study",
     "StudyResult",
     "TextTaskConfig",
+    "bracket_rates",
+    "bracket_study",
     "compare",
     "find_task",
     "train",

@@ -29,6 +29,9 @@ class RunConfig:
     device: "auto" (CUDA where there is one), "cuda" or "cpu"
     clock: which steps drive the schedule: "nominal", "gradient" or "worth" (`HybridTrainer.steps_by`)
     card_gb: take no more memory than a GPU of so many decimal gigabytes would give; 0 takes what there is
+    tail_average: share of the run, at its end, over whose gradient steps the weights are averaged too: evaluations then
+        say what the mean is worth beside the weights themselves; 0 averages nothing. It takes 4 bytes per weight
+    tail_decay: of an exponential mean; 0 is the uniform one
     cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
     checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
 
@@ -51,10 +54,13 @@ class RunConfig:
     card_gb: int = 0
     cpu_threads: int = 0
     checkpoint_every: int = 0
+    tail_average: float = 0.0
+    tail_decay: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         check_types(self)
+        check_bounds(self, "tail_average", "tail_decay", least=0, below=1)
         check_bounds(self, "steps", "evaluate_every", least=1)
         check_bounds(self, "seed", "card_gb", "cpu_threads", "checkpoint_every", least=0)
         check_choice("precision", self.precision, PRECISIONS)

@@ -42,6 +42,7 @@ class Study:
     base: the baseline's run; every other arm is this run with one thing changed
     hybrids: name -> settings of each hybrid arm
     control_fractions: lengths, as fractions of the baseline's, of further plain runs for the control curve
+    rates: (arm, learning rate) of each hybrid whose rate is not the base's; `bracket_study` finds them
     seeds: each arm runs once with each of the seeds 0 ... seeds - 1: same data, same first weights
     """
 
@@ -49,6 +50,7 @@ class Study:
     hybrids: Mapping[str, HybridTrainerConfig]
     seeds: int = 3
     control_fractions: tuple[float, ...] = (0.5, 0.75)
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
@@ -109,8 +111,13 @@ class Study:
             arms = [replace(self.base, name=BASELINE, seed=seed)]
             for fraction in self.control_fractions:
                 arms.append(self._shortened(length_name(fraction), round(fraction * self.base.steps), seed))
-            arms += [replace(self.base, name=name, seed=seed, hybrid=hybrid) for name, hybrid in self.hybrids.items()]
+            arms += [replace(self.hybrid_run(name), seed=seed) for name in self.hybrids]
             yield from reversed(arms) if seed % 2 else arms
+
+    def hybrid_run(self, name: str) -> RunConfig:
+        """A hybrid arm's run, at its own rate where it has one."""
+        run = replace(self.base, name=name, hybrid=self.hybrids[name])
+        return with_rate(run, dict(self.rates).get(name, run.optimizer.lr))
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
         """For each hybrid that predicted something, a plain run of as many gradient steps."""
@@ -216,6 +223,11 @@ def _locked(folder: Path, what: str, configs: Sequence[RunConfig]) -> AbstractCo
     """Refuse a second start of the same runs: it would replace those that have finished."""
     names = " ".join(folder_name(config) for config in configs)
     return locked(folder, f".{what}_{hashlib.sha256(names.encode()).hexdigest()[:6]}.lock")
+
+
+def with_rate(config: RunConfig, rate: float) -> RunConfig:
+    """The same run at another rate of its matrices; the others keep their multiples of it."""
+    return replace(config, optimizer=replace(config.optimizer, lr=rate))
 
 
 def label(name: str, seed: int) -> str:

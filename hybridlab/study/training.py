@@ -12,6 +12,7 @@ from torch import Tensor
 from hybridlab.base.device import gpus
 from hybridlab.base.errors import UserError
 from hybridlab.engine.closures import Closure
+from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_
@@ -21,6 +22,7 @@ from hybridlab.optim.build import MuonWithAdamW
 from hybridlab.study.compilation import compile_
 from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import Batch, in_parts, judging
+from hybridlab.weights.tail_average import TailAverage
 
 WARM_UP_PASSES = 3
 
@@ -40,6 +42,8 @@ class Training:
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
         self.trainer = HybridTrainer(self.task.model, self._optimizer, config.trainer)
         self.evaluation: dict[str, float] = {}
+        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._average = TailAverage(trained, config.tail_decay)
 
     def warm_up_(self) -> None:
         """Compile forward, backward and the forward without gradients, and fill caches; nothing is trained."""
@@ -58,17 +62,33 @@ class Training:
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""
         set_lr_(self._optimizer, self._config.lr_schedule(self.trainer.steps_by(self._config.clock)))
-        return self.trainer.step(self._losses(number))
+        result = self.trainer.step(self._losses(number))
+        if result.rolled_back:
+            self._average.begin_anew()
+        if number >= (1 - self._config.tail_average) * self._config.steps and result.phase is not Phase.PREDICT:
+            self._average.add_()
+        return result
 
     def evaluate(self) -> dict[str, float]:
-        """Validation figures of the model as it is; "validation_loss", in nats, is one."""
+        """Validation figures of the model as it is; "validation_loss", in nats, is one.
+
+        Once the weights are averaged, those of the mean are there too, as "averaged_validation_loss", with its bytes.
+        """
         self.trainer.materialize_()
+        self.evaluation = self._figures()
+        if self._average.count:
+            with self._average.in_place():
+                averaged = self._figures()
+            self.evaluation |= {f"averaged_{name}": value for name, value in averaged.items()}
+            self.evaluation["averaged_bytes"] = self._average.nbytes
+        return self.evaluation
+
+    def _figures(self) -> dict[str, float]:
         with judging(self._model), autocast(self._config.training_precision, self._device):
             figures = self.task.evaluate(self._model)
         if "validation_loss" not in figures:
             raise UserError(f'evaluate() of the task gave no "validation_loss", but {sorted(figures)}: add it, in nats')
-        self.evaluation = {name: float(value) for name, value in figures.items()}
-        return self.evaluation
+        return {name: float(value) for name, value in figures.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on, random streams aside."""
@@ -84,7 +104,8 @@ class Training:
     @property
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own, in the order in which it is loaded."""
-        return {"model": self.task.model, "optimizer": self._optimizer, "trainer": self.trainer}
+        parts = {"model": self.task.model, "optimizer": self._optimizer, "trainer": self.trainer}
+        return parts | ({"average": self._average} if self._config.tail_average else {})
 
     def _losses(self, number: int) -> list[Closure]:
         """The losses of a step's batch, part by part; the batch is made once, when one of them is asked for."""

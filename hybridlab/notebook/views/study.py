@@ -107,7 +107,10 @@ def gradient_chart(result: StudyResult, arm: str) -> Chart:
 
 def final_table(result: StudyResult) -> Table:
     """The figures that every run ended with, as means over seeds."""
-    figures = ["validation_loss", *{"perplexity", "accuracy"}.intersection(result.summaries.columns)]
+    figures = [
+        "validation_loss",
+        *{"perplexity", "accuracy", "averaged_validation_loss"}.intersection(result.summaries.columns),
+    ]
     means = result.summaries.groupby("name", sort=False)[["gradient_steps", *figures]].mean()
     rows = [
         {"arm": name, "gradient steps": row["gradient_steps"]} | {_words(figure): row[figure] for figure in figures}

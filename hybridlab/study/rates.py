@@ -1,0 +1,102 @@
+"""The learning rate of a run, bracketed by runs at other rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hybridlab.engine.trainer import DivergenceError
+from hybridlab.study.config import RunConfig
+from hybridlab.study.study import BASELINE, OnStep, Study, ignore, run_arms, with_rate
+
+FACTOR = 2.0
+"""Between two rates that are tried."""
+
+
+@dataclass
+class RateTrials:
+    """The rates that one arm was tried at, and the validation loss of each; infinite where the run diverged."""
+
+    losses: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The rate with the lowest loss."""
+        return min(self.losses, key=lambda rate: self.losses[rate])
+
+    @property
+    def edge(self) -> str:
+        """Whether the best rate is the "lowest" or "highest" of all: a better one may lie beyond; else nothing."""
+        if self.best == min(self.losses):
+            return "lowest"
+        return "highest" if self.best == max(self.losses) else ""
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in sorted(self.losses.items()))
+        told = f"the {self.edge} that was tried: a better one may lie beyond" if self.edge else "bracketed"
+        return f"best rate {self.best:.3g} ({told}); losses in nats at {tried}"
+
+
+def bracket_rates(
+    configs: Sequence[RunConfig],
+    folder: Path,
+    on_step: OnStep = ignore,
+    *,
+    most: int = 7,
+    resume: bool = False,
+    isolated: bool = False,
+) -> dict[str, RateTrials]:
+    """Train each run at half, once and twice its rate, and further while the best of any is at an edge; by name.
+
+    Each trial has the run's own length, schedule, batch and seed. All runs are tried at as many rates, relative to
+    their own, so that none is tuned better than another; differences of a trial that are within the noise of a seed say
+    nothing.
+
+    most: trials of a run, at least 3; the rest as in `Study.run`
+
+    Raises ValueError for fewer trials.
+    """
+    if most < 3:
+        raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
+    trials = {config.name: RateTrials() for config in configs}
+    powers = [-1, 0, 1]
+    wanted = list(powers)
+    while wanted:
+        for power in wanted:
+            for config in configs:
+                trial = _at(config, FACTOR**power)
+                trials[config.name].losses[trial.optimizer.lr] = _loss_of(trial, folder, on_step, resume, isolated)
+        edges = {trial.edge for trial in trials.values()}
+        beyond = [min(powers) - 1] * ("lowest" in edges) + [max(powers) + 1] * ("highest" in edges)
+        wanted = beyond[: max(0, most - len(powers))]
+        powers += wanted
+    return trials
+
+
+def bracket_study(
+    study: Study, folder: Path, on_step: OnStep = ignore, *, most: int = 7, resume: bool = False, isolated: bool = False
+) -> tuple[Study, dict[str, RateTrials]]:
+    """The study with the best rate of each arm, after equally many trials of each; the controls take the baseline's.
+
+    The settings are those of `bracket_rates`.
+    """
+    runs = [replace(study.base, name=BASELINE), *map(study.hybrid_run, study.hybrids)]
+    trials = bracket_rates(runs, folder, on_step, most=most, resume=resume, isolated=isolated)
+    rates = {name: trial.best for name, trial in trials.items()}
+    return replace(study, base=with_rate(study.base, rates.pop(BASELINE)), rates=tuple(rates.items())), trials
+
+
+def _at(config: RunConfig, factor: float) -> RunConfig:
+    trial = with_rate(config, factor * config.optimizer.lr)
+    return replace(trial, name=f"{config.name}, rate {trial.optimizer.lr:.3g}", evaluate_every=config.steps)
+
+
+def _loss_of(config: RunConfig, folder: Path, on_step: OnStep, resume: bool, isolated: bool) -> float:
+    try:
+        result = run_arms([config], folder, on_step, resume=resume, isolated=isolated)
+    except DivergenceError:
+        return math.inf
+    loss = result.runs[config.name, config.seed].closing_figures.get("validation_loss")
+    return math.inf if loss is None or not math.isfinite(loss) else float(loss)

@@ -1,0 +1,114 @@
+"""Learning rates by bracketing, and the mean of the weights over a run's tail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridlab.cli import main
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.models import GPT2Config
+from hybridlab.optim import OptimizerConfig
+from hybridlab.study import RunConfig, Study, TextTaskConfig, bracket_rates, bracket_study, rates, train
+from hybridlab.weights.tail_average import TailAverage
+
+TASK = TextTaskConfig("nano", "markov", vocab_size=512, block_size=16, batch_size=2, validation_batches=2)
+RUN = RunConfig("run", TASK, steps=6, optimizer=OptimizerConfig(lr=1e-3), evaluate_every=3, device="cpu")
+HYBRID = HybridTrainerConfig(warmup_steps=2)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, best: dict[str, float]) -> list[tuple[str, float]]:
+    """Each trial's loss is its distance from the best rate of its arm; returns what was tried."""
+    tried: list[tuple[str, float]] = []
+
+    def loss_of(config: RunConfig, *_: object) -> float:
+        name = config.name.partition(",")[0]
+        tried.append((name, config.optimizer.lr))
+        return abs(config.optimizer.lr - best[name])
+
+    monkeypatch.setattr(rates, "_loss_of", loss_of)
+    return tried
+
+
+def test_a_bracket_widens_while_the_best_is_at_an_edge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(monkeypatch, {"run": 4e-3})
+    trial = bracket_rates([RUN], tmp_path)["run"]
+    assert sorted(trial.losses) == pytest.approx([5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    assert trial.best == pytest.approx(4e-3)
+    assert not trial.edge
+    assert "bracketed" in str(trial)
+
+
+def test_a_bracket_that_ends_at_an_edge_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(monkeypatch, {"run": 1.0})
+    trial = bracket_rates([RUN], tmp_path, most=4)["run"]
+    assert len(trial.losses) == 4
+    assert "the highest that was tried: a better one may lie beyond" in str(trial)
+    with pytest.raises(ValueError, match="most is 2: a bracket takes at least 3 trials"):
+        bracket_rates([RUN], tmp_path, most=2)
+
+
+def test_a_study_tries_each_arm_at_as_many_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried = pretend(monkeypatch, {"baseline": 1e-3, "hybrid": 4e-3})
+    study, trials = bracket_study(Study(RUN, {"hybrid": HYBRID}), tmp_path)
+    assert {name: sum(arm == name for arm, _ in tried) for name in trials} == {"baseline": 5, "hybrid": 5}
+    planned = {run.name: run.optimizer.lr for run in study._planned()}
+    assert planned["hybrid"] == pytest.approx(4e-3)
+    assert {lr for name, lr in planned.items() if name != "hybrid"} == {1e-3}
+
+
+def test_a_diverged_trial_is_the_worst(tmp_path: Path) -> None:
+    unclipped = HybridTrainerConfig.plain(clip_norm=None)
+    run = replace(RUN, steps=12, optimizer=OptimizerConfig("sgd", lr=400.0), hybrid=unclipped)
+    trial = bracket_rates([run, replace(RUN, name="other")], tmp_path, most=3)
+    assert math.isinf(trial["run"].losses[800.0])
+    assert all(math.isfinite(loss) for loss in trial["other"].losses.values())
+
+
+def test_the_command_brackets_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model=nano", "--data=markov", "--steps=2", "--batch=2x16", "--optimizer=muon", "--most=3"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["rates", *options, "--folder", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("best rate 0.00")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_mean_of_the_tail_is_that_of_its_weights(decay: float) -> None:
+    weight = torch.zeros(3)
+    average = TailAverage([weight], decay)
+    for value in (1.0, 2.0, 6.0):
+        weight.fill_(value)
+        average.add_()
+    with average.in_place():
+        assert weight.tolist() == [3.0 if not decay else 3.75] * 3
+    assert weight.tolist() == [6.0] * 3
+    assert average.nbytes == 12
+
+
+def test_a_run_shows_the_averaged_readout_beside_the_plain_one(tmp_path: Path) -> None:
+    plain = train(RUN, tmp_path / "plain").closing_figures
+    run = train(replace(RUN, tail_average=0.5), tmp_path / "averaged")
+    figures = run.closing_figures
+    assert figures["validation_loss"] == plain["validation_loss"], "the run itself is unchanged"
+    assert figures["averaged_validation_loss"] != figures["validation_loss"]
+    assert figures["averaged_bytes"] == 4 * GPT2Config.nano(block_size=16).parameter_count
+    assert "averaged_validation_loss" not in plain
+    assert run.steps["averaged_validation_loss"].notna().sum() == 1
+
+
+def test_an_averaged_run_that_was_interrupted_ends_the_same(tmp_path: Path) -> None:
+    config = replace(RUN, tail_average=0.5, checkpoint_every=5)
+
+    def stop(_: object, record: object) -> None:
+        if record.result.nominal_step == 5:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    whole = train(config, tmp_path / "whole").closing_figures
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", watch=stop)
+    parts = train(config, tmp_path / "parts", resume=True).closing_figures
+    assert parts["averaged_validation_loss"] == whole["averaged_validation_loss"]
