@@ -6,10 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from hybridlab.engine.aftermath import Aftermath, certain_rise
 from hybridlab.engine.corrector import MAX_LENGTH, MIN_LENGTH, JumpOutcome, ResidualStore, wanted_length
 from hybridlab.engine.divergence import PATIENCE, Action, DivergenceMonitor
 from hybridlab.engine.gate import Gate, best_length
+from hybridlab.engine.jump_state import Trial
+from hybridlab.predictors import Proposal
 
 # --- gate ----------------------------------------------------------------------------------------
 
@@ -80,6 +84,69 @@ def test_the_acceptance_probability_follows_the_gates_own_outcomes() -> None:
         {"acceptance_probability": 0.5, "accepted_share": 1.0, "proposals": 1},
         {"acceptance_probability": pytest.approx(1.25 / 1.5), "accepted_share": 0.0, "proposals": 1},
     ]
+
+
+@pytest.mark.parametrize(("price", "length"), [(0.0, 1.0), (0.03, 0.5), (0.1, 0.0)])
+def test_a_jump_has_to_be_worth_its_price(price: float, length: float) -> None:
+    losses = {0.0: [3.0, 3.5], 0.5: [2.97, 3.47], 1.0: [2.96, 3.46]}
+    assert best_length(losses, price).length == length
+
+
+def test_what_jumps_cost_is_charged_to_later_ones_and_forgotten_by_and_by() -> None:
+    gate = Gate(budget=0.02, max_horizon=50, horizon=50.0)
+    gate.learn_cost(-1.0)
+    assert (gate.price, gate.horizon) == (0.0, 50.0)
+    gate.learn_cost(0.004)
+    assert (gate.price, gate.horizon) == (0.004, 25.0)
+    gate.record(best_length({0.0: [3.0, 3.0], 1.0: [3.1, 3.1]}), confidence=0.9, forward_passes=20)
+    gate.learn_cost(-0.1)
+    assert gate.price == 0.001
+
+
+def trial(along: list[float], around_mean: list[float]) -> Trial:
+    """Losses at lengths 0, 1/2 and 1, and at the path's mean and a jump beyond it; alike in four batches."""
+    motion = np.ones((1, 1))
+    losses = [torch.tensor(along + around_mean) + batch for batch in range(4)]
+    return Trial(Proposal(motion, 0.9, 0.0), 50.0, 1.0, motion, losses)
+
+
+def test_the_gate_asks_both_at_the_weights_and_at_the_mean_of_the_path() -> None:
+    assert trial([3.0, 2.95, 2.9], [3.0, 2.9]).result(price=0.0).length == 1.0
+    ahead_of_a_lagging_mean = trial([3.0, 3.1, 3.2], [3.4, 3.1])
+    assert not ahead_of_a_lagging_mean.result(price=0.0).accepted
+    back_to_the_mean = trial([3.0, 2.9, 2.8], [2.8, 2.8])
+    assert not back_to_the_mean.result(price=0.0).accepted
+
+
+# --- aftermath -----------------------------------------------------------------------------------
+
+
+def test_a_loss_that_goes_on_as_before_has_not_risen_for_certain() -> None:
+    rng = np.random.default_rng(0)
+    rises = []
+    for _ in range(400):
+        losses = 3.0 - 0.01 * np.arange(60) + 0.1 * rng.standard_normal(60)
+        rises.append(certain_rise(losses[:35], losses[35:]) > 0)
+    assert np.mean(rises) < 0.05
+
+
+def test_a_loss_above_its_line_is_told_by_predicted_step() -> None:
+    aftermath, line = Aftermath(), [3.0 - 0.01 * i + 0.001 * (-1) ** i for i in range(60)]
+    for loss in line[:29]:
+        aftermath.observe(loss, before_jump=False)
+    aftermath.begin()
+    aftermath.predicted_steps = 20
+    aftermath.observe(line[29], before_jump=True)
+    for loss in [*line[30:], math.inf]:
+        aftermath.observe(loss + 0.4, before_jump=False)
+    assert aftermath.end() == pytest.approx(0.4 / 20, rel=0.05)
+    assert aftermath.after is None
+    assert len(aftermath.before) == 30, "the line goes on from the jump"
+
+
+def test_too_few_losses_tell_nothing() -> None:
+    assert certain_rise([3.0, 2.9, 2.8], [9.0]) == -math.inf
+    assert certain_rise([3.0] * 10, []) == -math.inf
 
 
 # --- corrector -----------------------------------------------------------------------------------

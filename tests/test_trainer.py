@@ -132,7 +132,8 @@ def test_the_gate_refuses_a_harmful_jump_and_puts_the_weights_back_exactly(scrip
     plain, _ = trained(HybridTrainerConfig.plain(), 40)
     counts = trainer.statistics()
     assert (counts.proposals_rejected, counts.predicted_steps) == (1, 0)
-    assert counts.forward_only_passes == len(LENGTHS) * EAGER.gate_batches + 1, "and one to look at the closure"
+    per_batch = len(LENGTHS) + 2  # the lengths from the weights, and two from the path's mean
+    assert counts.forward_only_passes == per_batch * EAGER.gate_batches + 1, "and one to look at the closure"
     assert torch.equal(gated.weights(), plain.weights())
 
 

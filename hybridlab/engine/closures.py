@@ -101,7 +101,7 @@ def calls_next(closure: Closure) -> bool:
 def warn_of_drawing() -> None:
     """The closure draws its own batch."""
     warnings.warn(
-        "the closure draws a batch of its own, and is called up to five times a step, so that lengths of a jump are "
+        "the closure draws a batch of its own, and is called up to six times a step, so that lengths of a jump are "
         "compared on different data: draw it before the step, as in "
         "batch = next(batches); trainer.step(lambda: loss_of(model, batch))",
         stacklevel=1,  # one place for all who call: Python shows it once

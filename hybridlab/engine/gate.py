@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-LENGTHS = (0.0, 0.5, 1.0, 2.0)
+LENGTHS = (0.0, 0.5, 1.0)
 """Lengths that are tried, in units of the proposed jump; the others are compared with 0."""
 
 FORWARD_COST = 1 / 3
@@ -17,7 +17,8 @@ RELIABILITY_BINS = 5
 """Of a reliability table, over predictions from 0 to 1."""
 
 FORGETTING = 0.5
-"""Weight of an outcome in the acceptance probability, relative to the one after it."""
+"""Weight of an outcome in the acceptance probability, relative to the one after it; and what is left of the price of
+predicted steps after one more outcome."""
 
 PRIOR_WEIGHT = 0.5
 """Of an acceptance probability of 1/2 before any outcome, in outcomes."""
@@ -40,22 +41,24 @@ class GateResult:
         return self.length > 0
 
 
-def best_length(losses: Mapping[float, Sequence[float]]) -> GateResult:
-    """The length with the lowest mean loss, if its paired change is below zero by two standard errors.
+def best_length(losses: Mapping[float, Sequence[float]], price: float = 0.0) -> GateResult:
+    """The length with the lowest mean loss, its price included, if that is below zero by two standard errors.
 
         change[l] = mean_b (loss[l][b] - loss[0][b])        error[l] = std_b(...) / sqrt(batches)
+        accepted where change[l] + price l < -2 error[l]
 
     losses: from length to losses on the same fresh batches, in nats; length 0 among them. A length with a loss that is
     not finite is no candidate. With one batch there is no error estimate, and any decrease is accepted.
+    price: what a jump of length 1 has to be better by, in nats
     """
     changes = {length: _paired(losses[length], losses[0.0]) for length in losses if length > 0}
     changes = {length: change for length, change in changes.items() if math.isfinite(change[0])}
     if not changes:
         return GateResult(0.0, math.nan)
-    best = min(changes, key=lambda length: changes[length][0])
+    best = min(changes, key=lambda length: changes[length][0] + price * length)
     mean, error = changes[best]
-    significant = mean < -2 * error if math.isfinite(error) else mean < 0
-    return GateResult(best if significant else 0.0, mean)
+    margin = 2 * error if math.isfinite(error) else 0.0
+    return GateResult(best if mean + price * best < -margin else 0.0, mean)
 
 
 def _paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
@@ -79,6 +82,7 @@ class Gate:
     max_horizon, horizon: nominal steps, longest and of the next proposal. It grows by half when the whole of it or more
         was accepted, and halves when it was rejected, within [1, max_horizon]
     rejected_passes: forward passes of rejected trials
+    price: what a predicted step has to lower the loss by, in nats, because earlier ones were found to raise it
     outcomes: (confidence, accepted) of every proposal, for the reliability table
     """
 
@@ -86,6 +90,7 @@ class Gate:
     max_horizon: int
     horizon: float
     rejected_passes: int = 0
+    price: float = 0.0
     outcomes: list[tuple[float, bool]] = field(default_factory=list)
 
     def within_budget(self, gradient_steps: int) -> bool:
@@ -97,9 +102,22 @@ class Gate:
         self.outcomes.append((confidence, result.accepted))
         if not result.accepted:
             self.rejected_passes += forward_passes
+            self.price *= FORGETTING
             self.halve_horizon()
         elif result.length >= 1:
             self.horizon = min(float(self.max_horizon), 1.5 * self.horizon)
+
+    def learn_cost(self, cost: float) -> None:
+        """Take note of what an accepted jump cost for certain, in nats per predicted step; below 0 where nothing.
+
+        price <- max(price, cost)       and half the horizon, where it cost something
+        price <- FORGETTING price       where it did not, and after each rejection
+        """
+        if cost > 0:
+            self.price = max(self.price, cost)
+            self.halve_horizon()
+        else:
+            self.price *= FORGETTING
 
     def halve_horizon(self) -> None:
         """Propose half as far next time."""

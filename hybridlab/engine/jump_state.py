@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -47,25 +47,33 @@ class _Record:
 class Trial(_Record):
     """A proposal that the gate is trying, one fresh batch per step, while training goes on.
 
-    to_mean: [group, row], motion from the current weights to the mean of the path. The lengths are compared around
-        that mean: averaging lowers a noisy loss by itself, and that is no progress
-    losses: one tensor [length] per batch, in nats, on the device; slopes: one per gradient step
+    to_mean: [group, row], motion from the current weights to the mean of the path
+    losses: one tensor [motion] per batch, in nats, on the device; slopes: one per gradient step
     repeated: two losses of one batch at the same weights, where the closure was put to the test
     """
 
     to_mean: Coefficients
-    losses: list[Float[Tensor, " length"]] = field(default_factory=list)
+    losses: list[Float[Tensor, " motion"]] = field(default_factory=list)
     slopes: list[Slopes] = field(default_factory=list)
     repeated: list[Float[Tensor, " call"]] = field(default_factory=list)
 
     @property
     def motions(self) -> list[Coefficients]:
-        """From the current weights to where each length is tried, [group, row] each."""
-        return [self.to_mean + length * self.proposal.coefficients for length in LENGTHS]
+        """From the current weights to where losses are compared, [group, row] each: every length, and twice the mean.
 
-    def result(self) -> GateResult:
-        """What the losses say; waits for the device."""
-        return best_length(dict(zip(LENGTHS, torch.stack(self.losses, dim=1).tolist(), strict=True)))
+        The lengths count from the current weights, where the jump will begin. A jump that leads back to the mean of the
+        path lowers a noisy loss by averaging alone, and that is no progress: so the whole jump is tried from there too.
+        The mean itself lags behind on a path that goes somewhere, and is no place to measure a length from.
+        """
+        jump = self.proposal.coefficients
+        return [*(length * jump for length in LENGTHS), self.to_mean, self.to_mean + jump]
+
+    def result(self, price: float) -> GateResult:
+        """The best length, if the jump is progress; price: of a predicted step, in nats. Waits for the device."""
+        *along, mean, beyond = torch.stack(self.losses, dim=1).tolist()
+        found = best_length(dict(zip(LENGTHS, along, strict=True)), price * self.horizon)
+        is_progress = best_length({0.0: mean, 1.0: beyond}).accepted
+        return found if is_progress else replace(found, length=0.0)
 
     def differs_when_repeated(self) -> bool:
         """Whether one batch had two losses at the same weights, further apart than rounding explains; waits."""

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hybridlab.base.ranks import refuse_ranks
+from hybridlab.engine.aftermath import Aftermath
 from hybridlab.engine.closures import warn_of_drawing
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.corrector import JumpOutcome, ResidualStore, wanted_length
 from hybridlab.engine.divergence import Action, Divergence, DivergenceMonitor
-from hybridlab.engine.gate import LENGTHS, Gate
+from hybridlab.engine.gate import Gate
 from hybridlab.engine.jump_state import Jump, Slopes, Trial
 from hybridlab.engine.phases import Phase, may_propose
 from hybridlab.engine.result import StepResult
@@ -92,7 +93,7 @@ class JumpController:
         self._trajectory = self._new_trajectory()
         self._monitor = DivergenceMonitor(config.divergence_threshold)
         self.gate = Gate(config.gate_budget, config.max_predict_steps, float(config.max_predict_steps))
-        self._residuals = ResidualStore()
+        self._residuals, self._aftermath = ResidualStore(), Aftermath()
         self._jump: Jump | None = None
         self._trial: Trial | None = None
         self._snapshot: Snapshot | None = None
@@ -105,7 +106,7 @@ class JumpController:
 
     def begin_path(self) -> None:
         """Other weights are trained from here: the path begins anew, and no earlier jump can be rolled back."""
-        self._trajectory, self._trial = self._new_trajectory(), None
+        self._trajectory, self._trial, self._aftermath = self._new_trajectory(), None, Aftermath()
         self._confirm_jump()
 
     def begin_growth(self, snapshot: Snapshot) -> None:
@@ -124,9 +125,9 @@ class JumpController:
             self._trajectory.anchor()
 
     def probe_(self, forward: Callable[[], Tensor]) -> list[Tensor]:
-        """Try every length of the trial on this step's batch, before it is trained on; put the weights back.
+        """Try every motion of the trial on this step's batch, before it is trained on; put the weights back.
 
-        Returns the losses by length: none where no trial is under way, and once in a training one more, of length 0
+        Returns the losses by motion: none where no trial is under way, and once in a training one more, of length 0
         again: a closure that draws its own batch is told by it.
         """
         if self._trial is None:
@@ -171,8 +172,14 @@ class JumpController:
 
     def _confirm_jump(self) -> None:
         """A whole block of gradient steps has followed the last jump: it can no longer be rolled back."""
+        self._learn_cost()
         self._equivalent_steps += self._unconfirmed_equivalent_steps
         self._snapshot, self._unconfirmed_equivalent_steps = None, 0.0
+
+    def _learn_cost(self) -> None:
+        """What became of the loss since the last jump is charged to the next ones."""
+        if self._aftermath.after is not None:
+            self.gate.learn_cost(self._aftermath.end())
 
     def _propose(self, result: StepResult) -> StepResult:
         gram, horizon = self._trajectory.gram(), self.gate.horizon
@@ -181,7 +188,8 @@ class JumpController:
         if not may_propose(proposal.confidence, self.config):
             return result
         scale = self._residuals.expected_length(proposal.confidence)
-        proposal = replace(proposal, coefficients=scale * proposal.coefficients)
+        coefficients, loss_change = scale * proposal.coefficients, scale * proposal.loss_change
+        proposal = replace(proposal, coefficients=coefficients, loss_change=loss_change)
         if proposal.is_empty:
             return replace(result, event="rejected: the proposal is empty or not finite", jump_accepted=False)
         trial = Trial(proposal, max(1.0, scale * horizon), scale, gram.to_mean())
@@ -193,18 +201,18 @@ class JumpController:
 
     def _continue_trial(self, trial: Trial, probed: list[Tensor], result: StepResult) -> StepResult:
         """Record losses and slopes along the jump; decide when enough batches were tried."""
-        losses = torch.stack(probed).flatten()
-        trial.losses.append(losses[: len(LENGTHS)])
-        if len(losses) > len(LENGTHS):
+        losses, count = torch.stack(probed).flatten(), len(trial.motions)
+        trial.losses.append(losses[:count])
+        if len(losses) > count:
             trial.repeated.append(losses[[0, -1]])
         trial.slopes.append(self._slopes(trial.proposal, result))
         if len(trial.losses) < self.config.gate_batches:
             return result
-        self._trial, found = None, trial.result()
+        self._trial, found = None, trial.result(self.gate.price)
         if trial.differs_when_repeated():
             warn_of_drawing()
         self._closure_tested = True
-        self.gate.record(found, trial.proposal.confidence, forward_passes=len(LENGTHS) * len(trial.losses))
+        self.gate.record(found, trial.proposal.confidence, forward_passes=count * len(trial.losses))
         if found.accepted:
             return self._accept(trial, found.length, found.loss_change, result)
         self._trajectory.anchor()
@@ -221,6 +229,8 @@ class JumpController:
         equivalent = self._monitor.equivalent_gradient_steps(change, steps) / steps
         self._snapshot = self._weights.snapshot()  # raises where memory is short: there is no jump without a snapshot
         self._weights.fp32.set_base()
+        if self.config.gate:
+            self._aftermath.begin()
         self._jump = Jump(
             trial.proposal, trial.horizon, trial.scale, steps, self._monitor.mean, change, equivalent, slopes
         )
@@ -250,6 +260,7 @@ class JumpController:
         """The step that `advance_` began has been taken."""
         jump = self._current_jump()
         jump.taken += 1
+        self._aftermath.predicted_steps += 1
         self._unconfirmed_equivalent_steps += jump.equivalent_steps_per_step
 
     def correct_(self, result: StepResult) -> None:
@@ -285,6 +296,8 @@ class JumpController:
             return Decision()
         if norm is not None:
             self.predictor.observe(Signals(loss, norm, self._lr_share()))
+            before_jump = self._jump is not None and measured.phase is Phase.FULL
+            self._aftermath.observe(loss, before_jump=before_jump)
         elif self._jump is not None and predicted is not None:
             self._jump.loss_error = loss - predicted
         divergence = self._monitor.check(loss, norm, predicted)
@@ -318,6 +331,7 @@ class JumpController:
             self._monitor.restart_warmup()
             return Decision(divergence=divergence)
         decision = Decision(Action.ROLL_BACK, divergence, self._snapshot)
+        self._learn_cost()
         self._snapshot = self._trial = None
         self._unconfirmed_equivalent_steps = 0.0
         self.gate.halve_horizon()
@@ -378,4 +392,5 @@ class JumpController:
             "monitor": self._monitor,
             "gate": self.gate,
             "residuals": self._residuals,
+            "aftermath": self._aftermath,
         }

@@ -47,7 +47,7 @@ class HybridTrainer:
     trainer decides whether a backward pass follows. At the end of a Full block the predictor may propose a jump; the
     gate tries it on the next few batches while training goes on, and an accepted jump replaces steps.
 
-    The closure is called up to five times per step (six once), and not at all in most predicted ones: draw the batch
+    The closure is called up to six times per step (seven once), and not at all in most predicted ones: draw the batch
     before the step, not inside it. What it draws from the global random streams of torch, NumPy and Python is the same
     in all calls of a step. It computes in float32 or bfloat16: float16 with a GradScaler is not supported.
 

@@ -197,7 +197,7 @@ def propose(groups, path, norm, recent, trend, past, s):
     steps = max(1, min(longest, round(horizon)))
     time, recent = np.arange(len(recent)) - (len(recent) - 1) / 2, np.array(recent)
     pace_of_loss = float(time @ recent / (time @ time))  # slope of the least-squares line, in nats per step
-    change = pace_of_loss * longest * min(1.0, steps / horizon)
+    change = scale * (pace_of_loss * longest) * min(1.0, steps / horizon)
     slope = slope_along(groups, newest, pace, norm, s)
     return Jump(newest, pace, scale, horizon, steps, confidence, trend.mean, change, slope)
 
