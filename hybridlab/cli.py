@@ -259,7 +259,7 @@ def plan(
     task: Annotated[
         str | None, typer.Option(metavar="MODULE:OBJECT", help="A task of your own, in place of model and batch.")
     ] = None,
-    card: Annotated[str, typer.Option(help="Its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
+    card: Annotated[str, typer.Option(help="The GPU: its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
     taken: Annotated[float, typer.Option(min=0, help="GB of it that other programs hold, such as a desktop.")] = 0.0,
     batch: Annotated[
         str | None, typer.Option(metavar="WINDOWSxTOKENS", help="By default 8x512, or what the model takes.")

@@ -257,7 +257,7 @@ def test_predict_is_judged_by_what_torch_holds() -> None:
 def test_step_times_of_two_runs_are_held_against_each_other() -> None:
     assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.4), measured())] == ["holds"]
     assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.6), measured())] == ["fails"]
-    waiting, busy = replace(measured(step_ms=1.6), card_busy_percent=50.0), replace(measured(), card_busy_percent=80.0)
+    waiting, busy = replace(measured(step_ms=1.6), gpu_busy_percent=50.0), replace(measured(), gpu_busy_percent=80.0)
     (claim,) = step_time_claims(waiting, busy)
     assert (claim.verdict, claim.value("busy_ratio")) == ("fails", pytest.approx(1.0))
     assert "50%" in str(cost_table([waiting, busy], "arm"))

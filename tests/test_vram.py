@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hybridlab.base.errors import UserError
-from hybridlab.study.memory_log import card_busy_percent, export_csv, growth_bytes
+from hybridlab.study.memory_log import export_csv, gpu_busy_percent, growth_bytes
 from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, exceeds, meter, sampler
@@ -423,9 +423,9 @@ def test_a_card_is_as_busy_as_its_settled_gradient_steps_keep_it(tmp_path: Path)
 
     compiling, jump = sample(1, "warmup", 0), sample(30, "predict", 7)
     steps = [sample(20, "warmup", 50), sample(25, "full", 60), sample(31, "correct", 70), sample(40, "full", None)]
-    assert card_busy_percent(recorded(tmp_path, [compiling, *steps, jump])) == 60
-    assert card_busy_percent(recorded(tmp_path, [compiling, sample(40, "full", None)])) is None
-    assert card_busy_percent(recorded(tmp_path, [])) is None
+    assert gpu_busy_percent(recorded(tmp_path, [compiling, *steps, jump])) == 60
+    assert gpu_busy_percent(recorded(tmp_path, [compiling, sample(40, "full", None)])) is None
+    assert gpu_busy_percent(recorded(tmp_path, [])) is None
 
 
 def test_samples_are_written_as_nvidia_smi_writes_them_in_local_time(tmp_path: Path) -> None:

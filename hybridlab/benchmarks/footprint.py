@@ -14,7 +14,7 @@ from hybridlab.planner.plan import Plan
 from hybridlab.study.base import Base
 from hybridlab.study.comparison import base_of
 from hybridlab.study.config import RunConfig
-from hybridlab.study.memory_log import card_busy_percent
+from hybridlab.study.memory_log import gpu_busy_percent
 from hybridlab.study.planning import plan_of
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval
@@ -28,10 +28,10 @@ class Footprint:
     predicted: its plan, made without a GPU
     measured_allocated_bytes: peak of live tensors in the measured run; None without a GPU
     peak_memory_bytes: the run's peak as the GPU counts it, or the process's without a GPU
-    step_ms: median gradient step of the measured run; None where it was too short to have settled
+    step_ms: median gradient step of the measured run; None where it was too short for a stable step time
     validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
     base: how much training `change` rests on; None where there is none
-    card_busy_percent: of the time of gradient steps; the rest the GPU waits for the host. None where nobody says it
+    gpu_busy_percent: of the time of gradient steps; the rest the GPU waits for the host. None where nobody says it
     """
 
     arm: str
@@ -42,7 +42,7 @@ class Footprint:
     validation_loss: float
     change: Interval | None
     base: Base | None = None
-    card_busy_percent: float | None = None
+    gpu_busy_percent: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -61,7 +61,7 @@ class Footprint:
             "measured_allocated_bytes": self.measured_allocated_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "step_ms": self.step_ms,
-            "card_busy_percent": self.card_busy_percent,
+            "gpu_busy_percent": self.gpu_busy_percent,
             "estimated_5080_ms": step_time_ms(self.predicted, GPUS["rtx5080"]),
             "validation_loss": self.validation_loss,
             "loss_change": change.mean if change else None,
@@ -92,7 +92,7 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
         validation_loss=sum(losses) / len(losses),
         change=Interval.of(change) if judged else None,
         base=replace(base_of(result, control, at_step), seeds=len(change)) if judged else None,
-        card_busy_percent=card_busy_percent(run),
+        gpu_busy_percent=gpu_busy_percent(run),
     )
 
 

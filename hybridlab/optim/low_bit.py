@@ -149,7 +149,7 @@ def _settings(group: ParamGroup) -> tuple[Tensor | float, ...]:
     return (rate, *group["betas"], torch.as_tensor(decay) if changed else decay, group["eps"])
 
 
-class Moment(NamedTuple):
+class StoredState(NamedTuple):
     """A moment in plain tensors, which compiled code takes at a fraction of a wrapper's cost.
 
     kind, context: the wrapper's class, and what it is made with beside the parts; None for a plain tensor
@@ -172,8 +172,8 @@ class Member(NamedTuple):
 
     param: Tensor
     gradient: Tensor
-    mean: Moment
-    square: Moment
+    mean: StoredState
+    square: StoredState
 
 
 def _taken(param: nn.Parameter, mean: Tensor, square: Tensor) -> Member:
@@ -190,14 +190,14 @@ def _taken(param: nn.Parameter, mean: Tensor, square: Tensor) -> Member:
     return Member(weights.view(rows), gradient.view(rows), _moment(mean, shape, rows), _moment(square, shape, rows))
 
 
-def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> Moment:
+def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> StoredState:
     """Taken apart; whatever has the parameter's shape, or tells it, takes on that of `rows`."""
     if not is_traceable_wrapper_subclass(tensor):
-        return Moment({"itself": tensor})
+        return StoredState({"itself": tensor})
     names, context = tensor.__tensor_flatten__()
     parts = {name: getattr(tensor, name) for name in names}
     parts = {name: part.view(rows) if part.shape == shape else part for name, part in parts.items()}
-    return Moment(parts, type(tensor), tuple(rows if told == shape else told for told in context))
+    return StoredState(parts, type(tensor), tuple(rows if told == shape else told for told in context))
 
 
 def _float32_zeros(like: Tensor, _: bool) -> Tensor:

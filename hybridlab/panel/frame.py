@@ -16,7 +16,7 @@ from hybridlab.panel.html import Losses, Position, Proposals, Speed, State, Trai
 from hybridlab.panel.instruments import decision_of, memory_of, work_of
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
-from hybridlab.study.memory_log import card_busy_percent
+from hybridlab.study.memory_log import gpu_busy_percent
 from hybridlab.study.record import Run
 from hybridlab.study.study import label
 
@@ -83,7 +83,7 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
         losses=Losses(
             _latest(steps["measured_loss"]), _latest(steps["predicted_loss"]), summary.get("validation_loss")
         ),
-        speed=Speed(work * summary["gradient_steps"] / summary["seconds"], unit, step_ms, card_busy_percent(run)),
+        speed=Speed(work * summary["gradient_steps"] / summary["seconds"], unit, step_ms, gpu_busy_percent(run)),
         training=Training(
             gradient_norm=_latest(steps["gradient_norm"]),
             work=work * summary["gradient_steps"],

@@ -30,6 +30,9 @@ REPORT = "09_report"
 PRESETS = ("conservative", "aggressive")
 """Names that the presets of prediction and those of memory share."""
 
+EARLIER_NAMES = {"card_busy_percent": "gpu_busy_percent"}
+"""Columns of tables by their names in older results, and what they are called now."""
+
 Entry = Mapping[str, Any]
 
 
@@ -102,7 +105,7 @@ class Evidence:
     def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
         """Rows by notebook, for every notebook of a profile that published a table of this name."""
         found = {n: entry.get("tables", {}).get(name) for n, entry in self.entries.get(profile, {}).items()}
-        return {notebook: rows for notebook, rows in found.items() if rows}
+        return {notebook: [_renamed(row) for row in rows] for notebook, rows in found.items() if rows}
 
     def devices(self, profile: str) -> list[str]:
         """What a profile was measured on."""
@@ -116,6 +119,11 @@ class Evidence:
     def sha256(self) -> str:
         """The hash of everything that documents are written from."""
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table with today's names; older results have some by earlier ones."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in row.items()}
 
 
 def _claims(profile: str, notebook: str, entry: Entry) -> list[Published]:

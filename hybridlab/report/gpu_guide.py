@@ -35,7 +35,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         emulated=any("emulated" in device for device in evidence.devices(MAIN)),
         mebibytes=f"{GPU_BYTES / 2**20:.0f}",
         ratios=[_bf16_over_float32(name) for name in ("h100", "rtx5080")],
-        waiting=any(row.get("card_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
+        waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
         memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
         hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),

@@ -168,7 +168,7 @@ def _memory(notebook: str, row: MemoryRow) -> Cells:
 def step_time(row: MemoryRow) -> Cells:
     """What a row of the table "memory" says of a step's time."""
     step = f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None
-    return {"step time": step, "GPU busy": percent(row.get("card_busy_percent"))}
+    return {"step time": step, "GPU busy": percent(row.get("gpu_busy_percent"))}
 
 
 def loss_change(row: MemoryRow) -> str | None:

@@ -29,15 +29,15 @@ def growth_bytes(run: Run, early: int = 50, late: int = 1000) -> int:
     return round(_median_used(run, late - early + 1, late) - _median_used(run, early, 2 * early - 1))
 
 
-def card_busy_percent(run: Run) -> float | None:
+def gpu_busy_percent(run: Run) -> float | None:
     """Mean share of the time of gradient steps in which the GPU computed; None without NVML, or for a short run.
 
     What is missing to 100 the GPU spent waiting for the host. Steps that compile or settle do not count.
     """
     if run.vram.empty or "utilization_percent" not in run.vram:
         return None
-    settled = run.vram[(run.vram["nominal_step"] > UNSETTLED_STEPS) & (run.vram["phase"] != str(Phase.PREDICT))]
-    known = settled["utilization_percent"].dropna()
+    stable = run.vram[(run.vram["nominal_step"] > UNSETTLED_STEPS) & (run.vram["phase"] != str(Phase.PREDICT))]
+    known = stable["utilization_percent"].dropna()
     return float(known.mean()) if len(known) else None
 
 

@@ -77,7 +77,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             "step (ms)": f.step_ms,
             f"step over {fast}'s": f.step_ms / base if base and f.step_ms else None,
         }
-        | ({} if f.card_busy_percent is None else {"GPU busy": f"{f.card_busy_percent:.0f}%"})
+        | ({} if f.gpu_busy_percent is None else {"GPU busy": f"{f.gpu_busy_percent:.0f}%"})
         for f in footprints
     ]
     formats = {"step (ms)": ".1f", f"step over {fast}'s": ".2f"}
@@ -244,7 +244,7 @@ def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
 
 def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...]:
     """How busy the GPU was with each, and the ratio of its busy times; nothing where this was not measured."""
-    mine, other = fits.card_busy_percent, free.card_busy_percent
+    mine, other = fits.gpu_busy_percent, free.gpu_busy_percent
     if not (mine and other):
         return ()
     return (
