@@ -23,7 +23,7 @@ LAYERS = [
     {"benchmarks", "charts", "results"},
     {"panel"},
     {"batch", "notebook"},
-    {"report"},
+    {"report", "integrations"},
     {"cli"},
 ]
 """The folders of the library, from the bottom up. Those of one layer do not import each other."""

@@ -1,0 +1,165 @@
+"""Record and panel of a training whose loop is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from hybridlab.base.device import device_name
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.phases import Phase
+from hybridlab.engine.result import StepResult
+from hybridlab.engine.trainer import HybridTrainer
+from hybridlab.notebook.session import runs_folder
+from hybridlab.panel.controls import Controls
+from hybridlab.panel.live import Live
+from hybridlab.panel.progress import in_jupyterlab
+from hybridlab.study.code_version import code_version
+from hybridlab.study.record import Run
+from hybridlab.study.run import TrainingRun
+from hybridlab.study.run_memory import RunMemory
+from hybridlab.study.step_log import StepLog, StepRecord
+from hybridlab.study.timer import TrainingTimer
+from hybridlab.vram import MemoryReading
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the panel and the record say of a loop: a name, a seed, nominal steps, and what else is to be kept."""
+
+    name: str
+    steps: int
+    seed: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
+    task: Any = field(default_factory=SimpleNamespace)
+    gpu_bytes: int = 0
+
+    def emulates_card(self) -> bool:
+        """No smaller GPU is emulated."""
+        return False
+
+
+class RecordedLoop:
+    """Follows a `HybridTrainer` that any loop drives: a record in `runs/<folder>`, gauges and buttons in JupyterLab.
+
+        loop = RecordedLoop(trainer, "my_run", steps=1000)
+        for batch in batches:
+            loop.note(trainer.step(lambda: loss_of(model, batch)))
+        loop.finish({"validation_loss": ...})
+
+    The buttons pause and take single steps; `stopping` says that Stop was pressed, and the loop should end then.
+
+    trainer: whose steps are noted; folder: below `runs`; a record that lies there is replaced
+    steps: nominal steps that the loop takes; seed, more: kept in the record
+    """
+
+    def __init__(
+        self, trainer: HybridTrainer, folder: str, steps: int, seed: int = 0, more: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config = LoopConfig(folder, steps, seed, more or {})
+        self.folder = runs_folder(folder)
+        self._trainer, device = trainer, next(trainer.model.parameters()).device
+        self._memory, self._timer = RunMemory(device), TrainingTimer(device)
+        self._memory.begin(self._progress)
+        self._log = StepLog(self.folder, self._settings(device), self._memory, keep_steps=0)
+        self._recording = self._log.open()
+        self._recording.__enter__()
+        self._evaluation: dict[str, float] = {}
+        self._changes: dict[str, float] = {}
+        self._live = Live(Controls(), steps, settings=trainer.config) if in_jupyterlab() else None
+        if self._live:
+            self._live.__enter__()
+        self._start()
+
+    def note(self, result: StepResult, evaluation: Mapping[str, float] | None = None) -> None:
+        """Record a step, and what was evaluated after it; do what the buttons ask."""
+        changes, self._changes = self._changes, {}
+        self._evaluation |= evaluation or {}
+        record = StepRecord(result, self._trainer.statistics(), self._timer.seconds, dict(evaluation or {}), changes)
+        self._log.add(record)
+        if self._live:
+            self._live.step(self.config.name, self.config.steps)
+            self._live.watch(cast(TrainingRun, self), record)
+        self._start()
+
+    def finish(self, evaluation: Mapping[str, float] | None = None) -> Run:
+        """Close the record with the last figures; the run counts as finished."""
+        self._timer.pause()
+        self._log.catch_up()
+        statistics = asdict(self._trainer.statistics())
+        seconds_by_phase = statistics.pop("seconds_by_phase")
+        summary = {"name": self.config.name, "seed": self.config.seed, "code": code_version()} | statistics
+        summary |= {f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()}
+        summary |= self._evaluation | dict(evaluation or {}) | {"seconds": self._timer.seconds}
+        self._log.finish(summary | self._memory.summary())
+        self.close()
+        return self.record
+
+    def close(self) -> None:
+        """Keep what was recorded, without calling the run finished."""
+        if self._live:
+            self._live.__exit__(None)
+        self._recording.__exit__(None, None, None)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a person asked to stop."""
+        return bool(self._live and self._live.controls.stopping)
+
+    # --- what the panel asks of a run --------------------------------------------------------------------
+
+    @property
+    def record(self) -> Run:
+        """Everything that reached the disk so far."""
+        return Run.load(self.folder)
+
+    @property
+    def settings(self) -> HybridTrainerConfig:
+        """The trainer's settings as they are now."""
+        return self._trainer.config
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return self._trainer.current_phase
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the optimizer's first group."""
+        return float(self._trainer.optimizer.param_groups[0]["lr"])
+
+    def memory(self) -> tuple[MemoryReading, int]:
+        """The last sample, and the peak so far in bytes."""
+        return self._memory.latest()
+
+    def change(self, **settings: float) -> None:
+        """Change settings of the trainer from the next step on; the record says so."""
+        self._trainer.change(**settings)
+        self._changes |= settings
+
+    def pause(self) -> None:
+        """Stop the clock, and bring what was recorded to the disk."""
+        self._timer.pause()
+        self._log.flush()
+
+    def save(self) -> None:
+        """Bring the record to the disk; checkpoints are the loop's own."""
+        self._log.flush()
+
+    def _start(self) -> None:
+        self._timer.start()
+        self._memory.sampler.start()
+        self._memory.enter(str(self._trainer.current_phase))
+
+    def _progress(self) -> dict[str, Any]:
+        done = self._trainer.statistics().nominal_steps
+        return {"nominal_step": done + 1, "phase": str(self._trainer.current_phase), "seconds": self._timer.seconds}
+
+    def _settings(self, device: torch.device) -> dict[str, Any]:
+        config = self.config
+        facts = {"name": config.name, "seed": config.seed, "steps": config.steps, "task": {}}
+        return facts | {"hybrid": asdict(self._trainer.config), "device": device_name(device)} | dict(config.more)
