@@ -28,7 +28,7 @@ from hybridlab.vram import MemoryReading
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopSettings:
     """What the panel and the record say of a loop: a name, a seed, nominal steps, and what else is to be kept."""
 
     name: str
@@ -60,7 +60,7 @@ class RecordedLoop:
     def __init__(
         self, trainer: HybridTrainer, folder: str, steps: int, seed: int = 0, more: Mapping[str, Any] | None = None
     ) -> None:
-        self.config = LoopConfig(folder, steps, seed, more or {})
+        self.config = LoopSettings(folder, steps, seed, more or {})
         self.folder = runs_folder(folder)
         self._trainer, device = trainer, next(trainer.model.parameters()).device
         self._memory, self._timer = RunMemory(device), TrainingTimer(device)
