@@ -18,6 +18,7 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
+from hybridlab.charts import display
 from hybridlab.charts.builders import bars, interval_chart, loss_curves, phase_bands, phase_chart
 from hybridlab.charts.display import Chart, Panels
 from hybridlab.charts.model import Band, Line, Series
@@ -78,6 +79,11 @@ def test_bundle_is_plotly_png_and_text(chart: Chart | Panels) -> None:
     assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n")
     assert len(chart.png()) < 60_000
     assert bundle["text/plain"].startswith(chart.title)
+
+
+def test_in_jupyterlab_a_chart_is_interactive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "in_jupyterlab", lambda: True)
+    assert set(CHARTS["line"]._repr_mimebundle_()) == {PLOTLY, "text/plain"}, "a picture would be shown first"
 
 
 def test_bundle_is_the_same_twice(chart: Chart | Panels) -> None:

@@ -20,7 +20,6 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.lock import locked
 from hybridlab.cli import main
 from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
-from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE
 from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.tensorboard import export_tensorboard
@@ -191,7 +190,7 @@ def test_the_table_is_plain_in_batch_and_live_in_jupyterlab(monkeypatch: pytest.
     assert "<script" not in runs_table("runs")._repr_mimebundle_()["text/html"]
     monkeypatch.setenv("JPY_SESSION_NAME", "x.ipynb")
     assert "<script" not in runs_table("runs")._repr_mimebundle_()["text/html"], "a script that a notebook started"
-    monkeypatch.setattr(progress, "get_ipython", lambda: SimpleNamespace(kernel=True))
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=True))
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
     live = runs_table("runs")._repr_mimebundle_()
     assert "<script" in live["text/html"]

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridlab.base.front_end import in_jupyterlab
 from hybridlab.charts.model import ChartData
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class _Displayed:
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, Any]:
         figure = self.plotly().to_plotly_json() | {"config": {"responsive": True, "displaylogo": False}}
+        if in_jupyterlab():  # which shows a picture first where there is one, and saves its own
+            return {"application/vnd.plotly.v1+json": figure, "text/plain": str(self)}
         picture = base64.b64encode(self.png()).decode("ascii")
         return {"application/vnd.plotly.v1+json": figure, "image/png": picture, "text/plain": str(self)}
 

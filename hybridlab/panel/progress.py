@@ -1,10 +1,4 @@
-"""Progress of training, where somebody looks: gauges in JupyterLab, a bar in a terminal, a file in batch.
-
-Two environment variables say where a kernel was started, and nothing else is asked:
-
-HYBRIDLAB_PROGRESS: set by `hybridlab run`: the file that progress is written to, for the terminal that started the run
-JPY_SESSION_NAME: set by a Jupyter server, such as JupyterLab's, for the kernels of its notebooks
-"""
+"""Progress of training, where somebody looks: gauges in JupyterLab, a bar in a terminal, a file in batch."""
 
 from __future__ import annotations
 
@@ -19,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from IPython import get_ipython
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
@@ -27,11 +20,12 @@ from tqdm.std import tqdm
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
+from hybridlab.base.front_end import PROGRESS_FILE as PROGRESS_FILE
+from hybridlab.base.front_end import in_jupyterlab as in_jupyterlab
 
 if TYPE_CHECKING:
     from hybridlab.study.record import Run
 
-PROGRESS_FILE = "HYBRIDLAB_PROGRESS"
 SHOW_EVERY_SECONDS = 0.25
 LOG_EVERY_SECONDS = 15.0
 INSTALL = (
@@ -112,12 +106,6 @@ def seconds_left(done: int, total: int, seconds: float) -> float | None:
     """The time left at the pace so far; None during the first steps, which include loading data and compilation."""
     known = done and done >= LEAST_SHARE * total
     return seconds / done * max(total - done, 0) if known else None
-
-
-def in_jupyterlab() -> bool:
-    """Whether this is the kernel of a notebook that a person has open, and no batch run."""
-    by_a_server = "JPY_SESSION_NAME" in os.environ and PROGRESS_FILE not in os.environ
-    return by_a_server and hasattr(get_ipython(), "kernel")  # a script that the kernel starts has none
 
 
 def shows_panel() -> bool:
