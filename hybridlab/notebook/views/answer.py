@@ -114,7 +114,7 @@ def _range(group: Sequence[Claim]) -> dict[str, Any]:
     row = _cells(f"{what} ({len(group)} arms)", None, group[0].verdict)
     if decided:
         ordered = sorted(decided, key=lambda q: q.value or 0.0)
-        row["value"] = f"{in_words(ordered[0])} … {in_words(ordered[-1])}"
+        row["value"] = " … ".join(dict.fromkeys(map(in_words, (ordered[0], ordered[-1]))))
         row["bound"] = bound_in_words(ordered[0]) if len({q.bound for q in decided}) == 1 else None
     return row
 
