@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,9 @@ from hybridlab.depth.growth import positions, sources
 from hybridlab.depth.stack import BlockStack
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, prepare_model_
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optim import OptimizerConfig
+from hybridlab.notebook import pays_claim
+from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare
 
 BLOCKS, GROWS_AT = 6, 8
 GROWING = DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)))
@@ -380,3 +383,110 @@ def test_checkpointed_blocks_and_chunked_losses_change_no_result(memory: MemoryC
 def test_state_on_the_host_is_refused_when_the_settings_are_made() -> None:
     with pytest.raises(ValueError, match="state_on_host"):
         HybridTrainerConfig.plain(depth=GROWING, memory=MemoryConfig(state_on_host=True))
+
+
+# --- costs and controls -----------------------------------------------------------------------------------
+
+
+def test_a_step_says_what_it_cost() -> None:
+    model = gpt2()
+    trainer = trainer_of(model, DepthSchedule(((0, 2), (3, BLOCKS)), skip_share=0.5, skip_until=5))
+    tokens = batch(0)
+    trainer.weigh_blocks_(lambda: model(tokens[:, :-1], tokens[:, 1:]))
+    results = run(trainer, range(6))
+    assert [result.depth for result in results] == [1, 1, 1, 3, 3, BLOCKS]
+    block, head = 12 * 16**2, 32 * 16  # multiplications per token; attention's products are small beside them
+    expected = [(result.depth * block + head) / (BLOCKS * block + head) for result in results]
+    assert [result.cost for result in results] == pytest.approx(expected, rel=0.05)
+    assert trainer.statistics().cost_in_full_steps == pytest.approx(sum(result.cost for result in results))
+
+
+def test_a_step_without_a_schedule_costs_one_and_a_predicted_one_nothing() -> None:
+    settings = {"max_predict_steps": 6, "confidence_threshold": 0.0, "gate": False, "correct_steps": 1}
+    results = run(trainer_of(gpt2(), None, **settings), range(14))
+    assert {result.cost for result in results if result.phase is Phase.PREDICT} == {0.0}
+    assert {result.cost for result in results if result.phase is not Phase.PREDICT} == {1.0}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    """Few blocks first, at a length at which depth does not pay yet; the shallow control beside it."""
+    task = TextTaskConfig("micro", "markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=4)
+    plain = HybridTrainerConfig.plain(clip_norm=1.0)
+    base = RunConfig("baseline", task, 100, OptimizerConfig(lr=3e-3), Schedule("wsd", 10, 100), plain, device="cpu")
+    arms = {
+        "grown": replace(plain, depth=DepthSchedule.shares(((0.0, 1), (0.6, 6)))),
+        "shallow": replace(plain, depth=DepthSchedule.constant(1)),
+    }
+    study = Study(replace(base, cpu_threads=1, evaluate_every=100), arms, seeds=3, control_fractions=(0.75, 1.25))
+    return study.run(tmp_path_factory.mktemp("depth"))
+
+
+def test_a_grown_arm_is_held_against_a_plain_run_of_as_much_computation(study: StudyResult) -> None:
+    grown = compare(study, "grown")
+    for seed in study.seeds:
+        steps = study.gradient_steps(study.control_of("grown", seed), seed)
+        assert steps == round(study.cost("grown", seed)) < 100
+    assert grown.grown
+    assert grown.tested == 1
+    assert "grown to full depth" in grown.sentence
+    assert study.control_of("shallow", 0) == "baseline"
+    assert study.cost("shallow", 0) < study.cost("grown", 0)
+
+
+def test_growing_beats_as_much_computation_where_the_budget_is_small(study: StudyResult) -> None:
+    grown = compare(study, "grown")
+    assert grown.to_control.high < 0
+    assert grown.compute_to_loss is not None
+    assert grown.compute_to_loss.value is None or grown.compute_to_loss.low > 1
+
+
+def test_a_grown_arms_claim_holds_the_numbers_that_decide(study: StudyResult) -> None:
+    claim = pays_claim(compare(study, "grown"))
+    names = {quantity.name for quantity in claim.quantities}
+    assert {"loss_to_control", "p_value", "cost_in_full_steps", "compute_to_loss", "time_to_loss"} <= names
+    assert "growing beats a plain run of as much computation" in claim.text
+
+
+def test_a_run_records_its_depth(study: StudyResult) -> None:
+    table = study.runs["grown", 0].steps
+    assert table["depth"].tolist() == [1] * 60 + [6] * 40
+    assert study.runs["baseline", 0].steps["depth"].isna().all()
+    assert study.runs["grown", 0].config["hybrid"]["depth"]["rule"] == "interleave"
+
+
+def test_a_control_of_the_baselines_own_length_is_refused() -> None:
+    base = RunConfig("baseline", TextTaskConfig("nano"), 10)
+    with pytest.raises(ValueError, match="the baseline's own length"):
+        Study(base, {}, control_fractions=(0.5, 1.0))
+
+
+# --- other people's models --------------------------------------------------------------------------------
+
+LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+HUGGING_FACE = {
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": BLOCKS, "n_positions": 16},
+    "llama": LLAMA | {"num_hidden_layers": BLOCKS},
+    "qwen2": LLAMA | {"num_hidden_layers": BLOCKS},
+    "qwen3": LLAMA | {"num_hidden_layers": BLOCKS, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+@pytest.mark.parametrize("rule", ["interleave", "fresh"])
+def test_a_hugging_face_model_grows_in_place(kind: str, rule: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=32, **HUGGING_FACE[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    names = list(model.state_dict())
+    trainer = trainer_of(model, DepthSchedule(((0, 2), (4, BLOCKS)), rule=rule))
+    results = []
+    for step in range(8):
+        tokens = batch(step)[:, :16]
+        results.append(trainer.step(lambda tokens=tokens: model(input_ids=tokens, labels=tokens).loss))
+    assert [result.depth for result in results] == [2] * 4 + [BLOCKS] * 4
+    assert results[-1].loss < results[0].loss
+    assert list(model.state_dict()) == names
+    blocks = BlockStack(model).blocks
+    assert all(p.grad is not None for block in blocks for p in block.parameters())

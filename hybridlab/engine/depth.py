@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlab.base.errors import UserError
 from hybridlab.depth.growth import forget_, grow_, positions
@@ -27,6 +29,7 @@ class DepthController:
     def __init__(self, model: nn.Module, optimizer: Optimizer, schedule: DepthSchedule | None, wait: int) -> None:
         self._optimizer, self._schedule, self._wait = optimizer, schedule, wait
         self._stage, self._grown_at, self._not_before = 0, -(10**9), 0
+        self._block_share = 0.0
         if schedule is None:
             restore_blocks_(model)
             return
@@ -39,6 +42,37 @@ class DepthController:
     def depth(self) -> int | None:
         """Blocks that take part; None without a schedule."""
         return None if self._schedule is None else len(self._stack.active)
+
+    def weigh_(self, forward: Callable[[], Tensor]) -> None:
+        """Count the floating-point operations of a forward pass with all blocks, and with all but one.
+
+        cost of a step = 1 - (blocks left out) (1 - operations without one / operations with all)
+        """
+        if self._schedule is None:
+            return
+        active, everything = self._stack.active, range(len(self._stack))
+        self._stack.activate_(everything[:-1])
+        _operations(forward)  # the first time, a bypassed block runs all the same, to see what it returns
+        without_one = _operations(forward)
+        self._stack.activate_(everything)
+        self._block_share = 1.0 - without_one / _operations(forward)
+        self._stack.activate_(active)
+
+    def taking_part(self, step: int) -> dict[str, Any]:
+        """Blocks of a gradient step, and its cost, as a step's result has them."""
+        if self._schedule is None:
+            return {"cost": 1.0}
+        depth = len(self._stack.active) - len(self._drawn(self._schedule, step))
+        return {"depth": depth, "cost": 1.0 - (len(self._stack) - depth) * self._block_share}
+
+    def stages_(self) -> Iterator[int | None]:
+        """Show the model as each stage has it, deepest last, then as it was: for whoever warms it up."""
+        for stage in self._positions if self._schedule else [()]:
+            if self._schedule:
+                self._stack.activate_(stage)
+            yield self.depth
+        if self._schedule:
+            self._stack.activate_(self._positions[self._stage])
 
     def is_due(self, step: int) -> bool:
         """Whether blocks join at this step, counted from 0."""
@@ -84,11 +118,13 @@ class DepthController:
 
     def state_dict(self) -> dict[str, Any]:
         """The stage, and when it began."""
-        return {"stage": self._stage, "grown_at": self._grown_at, "not_before": self._not_before}
+        names = ("stage", "grown_at", "not_before", "block_share")
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in a stage: weights and optimizer state of its blocks have been loaded."""
-        self._stage, self._grown_at, self._not_before = (state[k] for k in ("stage", "grown_at", "not_before"))
+        for name, value in state.items():
+            setattr(self, f"_{name}", value)
         if self._schedule is not None:
             self._stack.activate_(self._positions[self._stage])
 
@@ -102,6 +138,13 @@ def _refuse_misfit(schedule: DepthSchedule, stack: BlockStack) -> None:
             f"the depth schedule ends at {last} blocks and the model has {total}: let the last stage have {total}, or "
             "set shallow=True for a control that never grows to full depth"
         )
+
+
+def _operations(forward: Callable[[], Tensor]) -> int:
+    """Floating-point operations of a forward pass: products of matrices, convolutions and attention."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
 
 
 @contextmanager

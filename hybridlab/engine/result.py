@@ -50,6 +50,7 @@ class StepResult:
     jump_accepted: whether the proposal that was decided at this step was accepted; None where none was
     diverged: whether training had gone wrong; rolled_back: whether a jump, or a growth, was rolled back for it
     depth: blocks that took part; None without a depth schedule; grown: whether blocks joined at this step
+    cost: of a gradient step, its floating-point operations over those of one with all blocks; 0 of a predicted step
 
     Reading the loss or the norm of a step after the next one has begun does not stall the device.
     """
@@ -68,6 +69,7 @@ class StepResult:
     rolled_back: bool = False
     depth: int | None = None
     grown: bool = False
+    cost: float = 0.0
 
     @cached_property
     def measured_loss(self) -> float | None:
@@ -109,7 +111,8 @@ class Statistics:
     """Counts over finished steps; nothing else writes them.
 
     nominal_steps = gradient_steps + predicted_steps; forward_only_passes counts forwards without backward,
-    those of the gate included; seconds_by_phase is wall time, in seconds.
+    those of the gate included; cost_in_full_steps adds up what gradient steps cost, where blocks were left out;
+    seconds_by_phase is wall time, in seconds.
     """
 
     nominal_steps: int = 0
@@ -121,6 +124,7 @@ class Statistics:
     rollbacks: int = 0
     divergences: int = 0
     growths: int = 0
+    cost_in_full_steps: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=lambda: {str(phase): 0.0 for phase in Phase})
 
     def count(self, result: StepResult, seconds: float) -> None:
@@ -134,4 +138,5 @@ class Statistics:
         self.divergences += result.diverged
         self.rollbacks += result.rolled_back
         self.growths += result.grown
+        self.cost_in_full_steps += result.cost
         self.seconds_by_phase[str(result.phase)] += seconds

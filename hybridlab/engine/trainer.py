@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -127,7 +127,9 @@ class HybridTrainer:
             loss = self._passes.backward_(batch)
             norm = self._passes.clip_(self.config.clip_norm)
             self.optimizer.step()
-        return self._result(loss, async_norm=AsyncScalar(norm))
+        return self._result(
+            loss, async_norm=AsyncScalar(norm), **self._depth.taking_part(self._statistics.nominal_steps)
+        )
 
     def _predicted_step(self, batch: MicroBatches) -> StepResult:
         """The weights move at the start of a chunk; its last step measures the loss on the user's own batch."""
@@ -140,8 +142,8 @@ class HybridTrainer:
 
     def _result(self, loss: Tensor | None, **more: Any) -> StepResult:
         async_loss = None if loss is None else AsyncScalar(loss)
-        step = self._statistics.nominal_steps + 1
-        return StepResult(step, self._phase, async_loss=async_loss, depth=self._depth.depth, **more)
+        step, depth = self._statistics.nominal_steps + 1, {"depth": self._depth.depth}
+        return StepResult(step, self._phase, async_loss=async_loss, **depth | more)
 
     def _grow_(self) -> str | None:
         """Let blocks join where the schedule says so, between jumps; what was done, in words."""
@@ -296,6 +298,20 @@ class HybridTrainer:
             "worth": self._statistics.gradient_steps + self._jumps.equivalent_gradient_steps,
         }
         return by_clock[clock]
+
+    def stages_(self) -> Iterator[int | None]:
+        """Show the model at each depth of its schedule, one after the other, then as it was; nothing is trained.
+
+        For whoever compiles, captures or measures before training starts: exhaust the iterator. Yields the depths.
+        """
+        yield from self._depth.stages_()
+
+    def weigh_blocks_(self, closure: Closure) -> None:
+        """Count what one block costs, so that each step's result says what the step did (`StepResult.cost`).
+
+        closure: the loss of any batch; it runs twice, without gradients. Without a depth schedule nothing is run
+        """
+        self._depth.weigh_(closure)
 
     def check_finite(self) -> None:
         """Raise DivergenceError where a weight is NaN or infinite; waits for the device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybridlab.study.base import Base
@@ -26,6 +27,9 @@ class Comparison:
     step_value: what a predicted step is worth in real ones, to read beside the verdict; None where nothing was
         predicted, or the control runs have one length only
     time_ratio: training time over the baseline's of the same seed, all that happens between two steps included
+    cost: of its gradient steps, in steps with all blocks, by floating-point operations
+    compute_to_loss, time_to_loss: of an arm that predicted depth: how many times its own computation, or its own time,
+        a plain run takes to its final loss; above 1, it pays. None of others
     peak_vram_bytes: the greatest peak of its runs; None without a GPU
     """
 
@@ -47,11 +51,26 @@ class Comparison:
     step_value: StepValue | None
     time_ratio: Interval
     peak_vram_bytes: int | None = None
+    cost: float = 0.0
+    grown: bool = False
+    compute_to_loss: StepValue | None = None
+    time_to_loss: StepValue | None = None
+
+    @property
+    def predicted(self) -> bool:
+        """Whether it predicted weights, in time or in depth."""
+        return self.grown or self.predicted_steps > 0
 
     @property
     def sentence(self) -> str:
         """What was found for this arm."""
         time = f"in {self.time_ratio.mean:.2f} times the baseline's time"
+        if self.grown:
+            return (
+                f"{self.name}: grown to full depth {time}; final loss {self.to_baseline} nats against the baseline, "
+                f"{self.to_control} nats against a plain run of as much computation: {self.answer}. A plain run needs "
+                f"{self.compute_to_loss or 'open'} times its computation for the same loss."
+            )
         if not self.predicted_steps:
             return f"{self.name}: predicted nothing ({self.asked}), {time}."
         return (
@@ -63,7 +82,7 @@ class Comparison:
     @property
     def sign(self) -> int:
         """-1 or 1 where the loss is below or above the control's, corrected for all arms of the study; 0 otherwise."""
-        decided = self.predicted_steps and not self.base.lacks and self.p_value < SIGNIFICANCE
+        decided = self.predicted and not self.base.lacks and self.p_value < SIGNIFICANCE
         return int(math.copysign(1, self.to_control.mean)) if decided else 0
 
     @property
@@ -81,7 +100,7 @@ class Comparison:
     @property
     def answer(self) -> str:
         """The answer to: did predicting pay, against simply training for fewer steps?"""
-        if not self.predicted_steps:
+        if not self.predicted:
             return "predicted nothing"
         if self.base.lacks:
             return f"open ({', '.join(self.base.lacks)})"
@@ -106,6 +125,7 @@ def compare(result: StudyResult, name: str) -> Comparison:
         mine / result.value("seconds", BASELINE, s) for mine, s in zip(over_seeds("seconds"), seeds, strict=True)
     ]
     p_values = _p_values(result)
+    grown = any(result.grew(name, seed) for seed in seeds)
     return Comparison(
         name=name,
         gradient_steps=mean("gradient_steps"),
@@ -125,6 +145,10 @@ def compare(result: StudyResult, name: str) -> Comparison:
         step_value=StepValue.of([_seed_runs(result, name, seed) for seed in seeds]),
         time_ratio=Interval.of(time_ratios),
         peak_vram_bytes=_peak_vram_bytes(result, name),
+        cost=sum(result.cost(name, seed) for seed in seeds) / len(seeds),
+        grown=grown,
+        compute_to_loss=_to_loss(result, name, [result.cost(name, seed) for seed in seeds]) if grown else None,
+        time_to_loss=_to_loss(result, name, _full_steps_in_its_time(result, name)) if grown else None,
     )
 
 
@@ -157,7 +181,7 @@ def _difference(result: StudyResult, name: str, controls: list[str], column: str
 def _p_values(result: StudyResult) -> dict[str, float]:
     """Of every arm that predicted anything, corrected for all of them."""
     arms = dict.fromkeys(name for name, _ in result.runs if not is_plain(name))
-    predicted = [name for name in arms if any(result.value("predicted_steps", name, s) for s in result.seeds)]
+    predicted = [name for name in arms if any(result.predicted(name, seed) for seed in result.seeds)]
     return holm({name: _to_control(result, name).p_value for name in predicted})
 
 
@@ -167,12 +191,29 @@ def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
     return max(int(summary["peak_memory_bytes"]) for summary in summaries) if on_gpu else None
 
 
-def _seed_runs(result: StudyResult, name: str, seed: int) -> SeedRuns:
+def _to_loss(result: StudyResult, name: str, costs: Sequence[float]) -> StepValue | None:
+    """Full steps that a plain run takes to an arm's loss, over the arm's own cost in full steps, seed by seed."""
+    runs = [_seed_runs(result, name, seed, (0.0, cost)) for seed, cost in zip(result.seeds, costs, strict=True)]
+    return StepValue.of(runs)
+
+
+def _full_steps_in_its_time(result: StudyResult, name: str) -> list[float]:
+    """How many of the baseline's steps take the time of an arm, seed by seed."""
+    return [
+        result.value("seconds", name, seed) / result.value("seconds", BASELINE, seed) * result.cost(BASELINE, seed)
+        for seed in result.seeds
+    ]
+
+
+def _seed_runs(result: StudyResult, name: str, seed: int, steps: tuple[float, float] | None = None) -> SeedRuns:
+    """steps: gradient and predicted ones; None takes those of the run."""
     controls = result.controls_beside(name, seed)
+    own = (result.gradient_steps(name, seed), result.value("predicted_steps", name, seed))
+    gradient_steps, predicted_steps = steps or own
     return SeedRuns(
         loss=result.value("validation_loss", name, seed),
-        gradient_steps=result.gradient_steps(name, seed),
-        predicted_steps=int(result.value("predicted_steps", name, seed)),
+        gradient_steps=gradient_steps,
+        predicted_steps=predicted_steps,
         control_steps=tuple(result.gradient_steps(control, seed) for control in controls),
         control_losses=tuple(result.value("validation_loss", control, seed) for control in controls),
     )

@@ -37,13 +37,14 @@ POINTS = 513
 class SeedRuns:
     """What one seed contributes: its hybrid, and the plain runs that it is held against.
 
-    loss: the hybrid's final loss, in nats; gradient_steps, predicted_steps: those it took
+    loss: the hybrid's final loss, in nats; gradient_steps, predicted_steps: those it took. Of an arm whose cost is
+        valued as a whole: 0, and that cost in full steps
     control_steps, control_losses: lengths and final losses of the plain runs, in the same order for each seed
     """
 
     loss: float
-    gradient_steps: int
-    predicted_steps: int
+    gradient_steps: float
+    predicted_steps: float
     control_steps: tuple[int, ...]
     control_losses: tuple[float, ...]
 

@@ -41,7 +41,8 @@ class Study:
 
     base: the baseline's run; every other arm is this run with one thing changed
     hybrids: name -> settings of each hybrid arm
-    control_fractions: lengths, as fractions of the baseline's, of further plain runs for the control curve
+    control_fractions: lengths, as fractions of the baseline's, of further plain runs for the control curve; above 1
+        where an arm may end below the baseline
     rates: (arm, learning rate) of each hybrid whose rate is not the base's; `bracket_study` finds them
     seeds: each arm runs once with each of the seeds 0 ... seeds - 1: same data, same first weights
     """
@@ -56,7 +57,9 @@ class Study:
         """Refuse what cannot be compared."""
         check_types(self)
         check_bounds(self, "seeds", least=1)
-        check_bounds(self, "control_fractions", above=0, below=1)
+        check_bounds(self, "control_fractions", above=0, most=4)
+        if 1 in self.control_fractions:
+            raise ValueError("control_fractions has 1, which is the baseline's own length: leave it out")
 
     def run(
         self,
@@ -69,6 +72,9 @@ class Study:
         on_run: OnRun = ignore,
     ) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
+
+        The control of an arm that predicts in time takes as many gradient steps; that of one that predicts depth takes
+        as many full steps as its shallow and its full ones cost together.
 
         on_step: called after every nominal step
         resume: keep the runs that have finished, and go on with the one that was interrupted from its last
@@ -120,14 +126,14 @@ class Study:
         return with_rate(run, dict(self.rates).get(name, run.optimizer.lr))
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
-        """For each hybrid that predicted something, a plain run of as many gradient steps."""
+        """For each arm that predicted weights, in time or in depth, a plain run of as much computation."""
         for name in self.hybrids:
             for seed in range(self.seeds):
-                if result.value("predicted_steps", name, seed):
-                    yield self._shortened(control_name(name), result.gradient_steps(name, seed), seed)
+                if result.predicted(name, seed):
+                    yield self._shortened(control_name(name), round(result.cost(name, seed)), seed)
 
     def _shortened(self, name: str, steps: int, seed: int) -> RunConfig:
-        """The truncated control: fewer steps, the schedule fitted to them."""
+        """A plain run of another length, the schedule fitted to it: shorter ones are truncated controls."""
         return replace(self.base, name=name, seed=seed, steps=steps, schedule=self.base.lr_schedule.fitted_to(steps))
 
 
@@ -163,8 +169,21 @@ class StudyResult:
         """How many backward passes a run took."""
         return int(self.value("gradient_steps", name, seed))
 
+    def predicted(self, name: str, seed: int) -> bool:
+        """Whether a run predicted weights: in time, or those of blocks that joined."""
+        return bool(self.value("predicted_steps", name, seed)) or self.grew(name, seed)
+
+    def grew(self, name: str, seed: int) -> bool:
+        """Whether blocks joined in a run."""
+        return bool(self.runs[name, seed].closing_figures.get("growths"))
+
+    def cost(self, name: str, seed: int) -> float:
+        """What a run's gradient steps cost, in steps with all blocks, by floating-point operations."""
+        figures = self.runs[name, seed].closing_figures
+        return float(figures.get("cost_in_full_steps") or figures["gradient_steps"])
+
     def control_of(self, name: str, seed: int) -> str:
-        """The plain run with as many gradient steps as this hybrid took: the baseline, if it took them all."""
+        """The plain run of as much computation as this arm took: the baseline, if it took as many full steps."""
         return control_name(name) if (control_name(name), seed) in self.runs else BASELINE
 
     def controls_beside(self, name: str, seed: int) -> list[str]:

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybridlab.base.device import gpus
 from hybridlab.base.errors import UserError
@@ -46,15 +46,17 @@ class Training:
         self._average = TailAverage(trained, config.tail_decay)
 
     def warm_up_(self) -> None:
-        """Compile forward, backward and the forward without gradients, and fill caches; nothing is trained."""
-        loss = self._losses(0)[0]
+        """Compile forward, backward and the forward without gradients, at each depth; nothing is trained."""
+        loss = self._losses(0, self._model)[0]
         precision = autocast(self._config.training_precision, self._device)
         with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), precision:
-            for _ in range(WARM_UP_PASSES):
-                loss().backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                loss()
-            self.evaluate()
+            self.trainer.weigh_blocks_(self._losses(0, self.task.model)[0])
+            for _ in self.trainer.stages_():
+                for _ in range(WARM_UP_PASSES):
+                    loss().backward()  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    loss()
+                self.evaluate()
         self.task.model.zero_grad(set_to_none=True)
         if isinstance(self._optimizer, MuonWithAdamW):
             self._optimizer.warm_up_()
@@ -62,8 +64,8 @@ class Training:
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""
         set_lr_(self._optimizer, self._config.lr_schedule(self.trainer.steps_by(self._config.clock)))
-        result = self.trainer.step(self._losses(number))
-        if result.rolled_back:
+        result = self.trainer.step(self._losses(number, self._model))
+        if result.rolled_back or result.grown:
             self._average.begin_anew()
         if number >= (1 - self._config.tail_average) * self._config.steps and result.phase is not Phase.PREDICT:
             self._average.add_()
@@ -107,12 +109,12 @@ class Training:
         parts = {"model": self.task.model, "optimizer": self._optimizer, "trainer": self.trainer}
         return parts | ({"average": self._average} if self._config.tail_average else {})
 
-    def _losses(self, number: int) -> list[Closure]:
+    def _losses(self, number: int, model: nn.Module) -> list[Closure]:
         """The losses of a step's batch, part by part; the batch is made once, when one of them is asked for."""
         count = self._config.memory.micro_batches
         parts = cache(lambda: in_parts(self.task.batch(number), count))
-        return [partial(self._loss, parts, part) for part in range(count)]
+        return [partial(self._loss, model, parts, part) for part in range(count)]
 
-    def _loss(self, parts: Callable[[], list[Batch]], part: int) -> Tensor:
+    def _loss(self, model: nn.Module, parts: Callable[[], list[Batch]], part: int) -> Tensor:
         with autocast(self._config.precision, self._device):
-            return self.task.loss(self._model, parts()[part])
+            return self.task.loss(model, parts()[part])

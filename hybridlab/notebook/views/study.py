@@ -56,7 +56,7 @@ def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
 def _is_idle(result: StudyResult, name: str) -> bool:
     """Whether an arm was to predict, and did not with any seed."""
     asked = any(result.runs[name, s].config.get("hybrid", {}).get("max_predict_steps") for s in result.seeds)
-    return asked and not any(result.value("predicted_steps", name, s) for s in result.seeds)
+    return asked and not any(result.predicted(name, s) for s in result.seeds)
 
 
 def _control_of(names: Iterable[str]) -> dict[str, str]:
@@ -84,7 +84,7 @@ def losses_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | str:
     """Each hybrid that predicted anything, seed by seed, beside its truncated control."""
-    names = [c.name for c in comparisons if c.predicted_steps]
+    names = [c.name for c in comparisons if c.predicted]
     controls = {name: control for name in names for control in result.controls([name])}
     if not controls:
         return "no arm predicted anything"
@@ -170,8 +170,8 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
         {
             "arm": c.name,
             "final loss (nats)": c.validation_loss.mean,
-            "its control's": _control_loss(c).mean if c.predicted_steps else None,
-            "difference (nats)": str(c.to_control) if c.predicted_steps else None,
+            "its control's": _control_loss(c).mean if c.predicted else None,
+            "difference (nats)": str(c.to_control) if c.predicted else None,
             "answer": c.answer,
             "the baseline's loss": c.validation_loss.mean - c.to_baseline.mean,
             "difference to it (nats)": str(c.to_baseline),
@@ -191,7 +191,7 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
 
 def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Those that predicted anything, by the difference to their control, the best first."""
-    predicted = [c for c in comparisons if c.predicted_steps]
+    predicted = [c for c in comparisons if c.predicted]
     return sorted(predicted, key=lambda c: c.to_control.mean)
 
 
@@ -245,7 +245,8 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
 
 def run_rows(result: StudyResult) -> list[dict[str, Any]]:
     """The table "runs" of a results file: what every comparison of the study can be computed from again."""
-    columns = ("gradient_steps", "predicted_steps", "validation_loss", "accuracy", "seconds")
+    figures = ("validation_loss", "accuracy", "seconds", "growths", "cost_in_full_steps")
+    columns = ("gradient_steps", "predicted_steps", *figures)
     return [
         {"arm": name, "seed": seed, "first_loss": float(run.steps["measured_loss"].iloc[0])}
         | {column: run.closing_figures[column] for column in columns if column in run.closing_figures}
@@ -305,10 +306,10 @@ def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
 
 
 def pays_claim(comparison: Comparison) -> Claim:
-    """That predicting beats a plain run with as many gradient steps, corrected for all arms of the study."""
+    """That predicting beats a plain run of as much computation, corrected for all arms of the study."""
     c, change, worth = comparison, comparison.to_control, comparison.step_value
     quantities = [Quantity.over_seeds("loss_to_control", change, "nats", 0.0), Quantity("seeds", change.seeds)]
-    if c.predicted_steps:
+    if c.predicted:
         quantities += [Quantity("p_value", c.p_value, unit="probability"), Quantity("arms_corrected_for", c.tested)]
     if worth:
         quantities.append(_worth("step_value", worth))
@@ -317,7 +318,17 @@ def pays_claim(comparison: Comparison) -> Claim:
     quantities.append(_time_over_baseline(c))
     words: dict[int, Verdict] = {-1: "holds", 0: "open", 1: "fails"}
     text = "predicting beats a plain run with as many gradient steps"
+    if c.grown:
+        text = "growing beats a plain run of as much computation"
+        quantities.append(Quantity("cost_in_full_steps", c.cost, unit="steps"))
+        quantities += _to_loss(c)
     return _on_losses("pays", c, text, words[c.sign], quantities)
+
+
+def _to_loss(c: Comparison) -> list[Quantity]:
+    """How many times an arm's computation, and its time, a plain run takes to its loss."""
+    compute = [replace(_worth("compute_to_loss", c.compute_to_loss), unit="share")] if c.compute_to_loss else []
+    return compute + ([replace(_worth("time_to_loss", c.time_to_loss), unit="time ratio")] if c.time_to_loss else [])
 
 
 def rate_table(by_rate: Mapping[float, Comparison]) -> Table:
@@ -369,7 +380,7 @@ def _worth(name: str, worth: StepValue) -> Quantity:
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
     """A claim on a hybrid's loss; where it predicted nothing, its loss is the baseline's and shows nothing."""
-    if not c.predicted_steps:
+    if not c.predicted:
         return Claim(kind, f"{c.name}: {text}", "predicted nothing", tuple(quantities), c.name)
     return on_losses(kind, c.name, f"{c.name}: {text}", decided, quantities, c.base)
 
