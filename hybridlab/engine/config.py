@@ -65,6 +65,11 @@ class HybridTrainerConfig:
         return PREDICTORS[self.predictor]().needs(self.full_steps) if self.max_predict_steps else None
 
     @property
+    def predicts(self) -> bool:
+        """Whether weights may be predicted, in time or in depth."""
+        return self.max_predict_steps > 0 or (self.depth is not None and self.depth.grows)
+
+    @property
     def path_storage(self) -> PathStorage:
         """Where the path is kept, and in which type."""
         dtype = torch.bfloat16 if self.path_dtype == "bf16" else torch.float32

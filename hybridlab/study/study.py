@@ -108,8 +108,8 @@ class Study:
 
     def _control_length(self, result: StudyResult, name: str, seed: int) -> int:
         if (name, seed) not in result.runs:
-            return self.base.steps if self.hybrids[name].max_predict_steps else 0
-        return result.gradient_steps(name, seed) if result.value("predicted_steps", name, seed) else 0
+            return self.base.steps if self.hybrids[name].predicts else 0
+        return round(result.cost(name, seed)) if result.predicted(name, seed) else 0
 
     def _planned(self) -> Iterator[RunConfig]:
         """Seed by seed, every second one in reverse, so that a drift of the machine falls on all arms alike."""
