@@ -123,7 +123,7 @@ def _order(values: Mapping[str, Any]) -> str | None:
 
 def _data(values: Mapping[str, Any]) -> str | None:
     """The source is one of text where there is a language model, else one of images."""
-    source, forms = values.get("data"), TEXTS if "model" in values else IMAGES
+    source, forms = values.get("data"), TEXTS if "vocab_size" in values else IMAGES
     if not isinstance(source, str) or "batch_size" not in values:
         return None
     kind, colon, rest = source.partition(":")

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         time_table,
     )
     from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
+    from hybridlab.notebook.views.your_model import best_arm, blocks_in, fit_report, fits_claim, recipe, steps_within
     from hybridlab.panel.cost import panel_overhead
     from hybridlab.panel.frame import Frame, final_frame
     from hybridlab.results.bounds import GPU_BYTES

@@ -101,7 +101,7 @@ def code_of(settings: object) -> str:
     """Settings as Python makes them again: only those that are not at their default."""
     if not is_dataclass(settings):
         return repr(settings)
-    values = ((field, getattr(settings, field.name)) for field in fields(settings))
+    values = ((field, getattr(settings, field.name)) for field in fields(settings) if field.init)
     changed = (f"{field.name}={code_of(value)}" for field, value in values if value != field.default)
     return f"{type(settings).__name__}({', '.join(changed)})"
 
