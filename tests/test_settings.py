@@ -60,7 +60,7 @@ ABOVE_ZERO = (
     "decay_fraction divergence_threshold embedding_multiple eps evaluate_every every full_steps gate_batches lr "
     "micro_batches n_embd n_head n_layer rows seeds steps total_steps validation_batches vector_multiple vocab_size"
 )
-BELOW_ONE = {"betas", "control_fractions", "dropout", "momentum", "skip_share", "velocity"}
+BELOW_ONE = {"betas", "dropout", "momentum", "skip_share", "velocity"}
 UP_TO_ONE = {"confidence_threshold", "decay_fraction", "final_fraction", "gate_budget"}
 
 
