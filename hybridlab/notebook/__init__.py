@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         comparisons_in_sentences,
         show_answer,
     )
+    from hybridlab.notebook.views.depth import depth_table, shallow_claim
     from hybridlab.notebook.views.memory import (
         agreement_claims,
         below_claim,
