@@ -30,8 +30,13 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
     base, older = _base(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(claim, p_values[claim.id], len(older)) if claim in older else claim for claim in claims]
-    idle = {claim.arm for claim in claims if claim.kind == "pays" and not claim.value("predicted_steps")}
+    idle = {claim.arm for claim in claims if claim.kind == "pays" and not _predicted(claim)}
     return [_judged(claim, base, claim.arm in idle) if claim.kind in ON_LOSSES else claim for claim in corrected]
+
+
+def _predicted(claim: Claim) -> bool:
+    """Whether an arm predicted weights, in time or in depth: others are tested against nothing."""
+    return bool(claim.value("predicted_steps")) or claim.quantity("p_value") is not None
 
 
 def _base(parameters: Mapping[str, Any]) -> Base:

@@ -84,8 +84,8 @@ def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
 
 def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """Whether predicting pays: how many arms beat stopping earlier, the best of them, and those that never did."""
-    predicted = [c for c in comparisons if c.predicted_steps]
-    idle = [c.name for c in comparisons if not c.predicted_steps]
+    predicted = [c for c in comparisons if c.predicted]
+    idle = [c.name for c in comparisons if not c.predicted]
     sentences = []
     if predicted:
         paying, best = [c for c in predicted if c.pays], min(predicted, key=lambda c: c.to_control.mean)
