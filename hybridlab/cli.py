@@ -259,6 +259,10 @@ def plan(
     task: Annotated[
         str | None, typer.Option(metavar="MODULE:OBJECT", help="A task of your own, in place of model and batch.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A Hugging Face config.json, or its folder, instead of a GPT-2 size."),
+    ] = None,
     card: Annotated[str, typer.Option(help="The GPU: its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
     taken: Annotated[float, typer.Option(min=0, help="GB of it that other programs hold, such as a desktop.")] = 0.0,
     batch: Annotated[
@@ -269,20 +273,34 @@ def plan(
     predictor: Annotated[str, typer.Option(help="Whose path is remembered; none trains without jumps.")] = "none",
     path_device: Annotated[str, typer.Option(help="Where the path is kept: same or host.")] = "same",
     path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
+    stages: Annotated[
+        str, typer.Option(metavar="BLOCKS,...", help="Active blocks of each stage of depth, as 3,12.")
+    ] = "",
+    find: Annotated[str, typer.Option(help="batch or sequence: the largest one that fits.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of text.")] = False,
 ) -> None:
-    """Say what a training takes of a GPU, without one, and if it does not fit the least to switch on."""
+    """Say what a training takes of a GPU, without one, and if it does not fit what to switch on, the fastest first."""
     from hybridlab.engine.config import HybridTrainerConfig
     from hybridlab.optim import OptimizerConfig
+    from hybridlab.planner.architectures import causal_lm
     from hybridlab.planner.gpu_specs import find_gpu
     from hybridlab.planner.spec import TrainingSpec
-    from hybridlab.planner.text_report import default_batch, memory_named, read_batch, report_lines
+    from hybridlab.planner.text_report import (
+        Question,
+        default_batch,
+        memory_named,
+        read_batch,
+        read_stages,
+        report_lines,
+    )
 
     card_bytes, rates = find_gpu(card)
     if taken * 1e9 >= card_bytes:
         raise UserError(f"other programs hold {taken:g} GB, all of a GPU of {card_bytes / 1e9:g} GB: close some")
     card_bytes -= round(taken * 1e9)
-    settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(model)
-    spec = TrainingSpec(model, size, settings, OptimizerConfig(optimizer))
+    chosen = causal_lm(config) if config else model
+    settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(chosen)
+    spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer))
     if task:
         from hybridlab.study import RunConfig, find_task
         from hybridlab.study.planning import training_spec_of
@@ -294,7 +312,11 @@ def plan(
             predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings
         )
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
-    for line in report_lines(spec, card_bytes, rates):
+    question = Question(spec, card_bytes, rates, read_stages(stages), find)
+    if as_json:
+        print(json.dumps(question.record(), indent=2))
+        return
+    for line in report_lines(question):
         print(line)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
 
+from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
 from hybridlab.optim import OptimizerConfig, build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
@@ -71,6 +73,7 @@ class Rehearsal:
     predict: list[Segment]
     costs: StepCosts
     host_memory: dict[str, int]
+    trained_numbers: int
 
 
 def rehearse(spec: TrainingSpec) -> Rehearsal:
@@ -80,6 +83,10 @@ def rehearse(spec: TrainingSpec) -> Rehearsal:
             return DryRun(spec, shortened=True).rehearse()
         except (NotRepeated, IndexError):  # IndexError: the model counts its blocks itself
             return DryRun(spec, shortened=False).rehearse()
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UserError(
+                f"what the model computes depends on its numbers, so it cannot be planned: {error}"
+            ) from error
 
 
 class DryRun:
@@ -104,19 +111,21 @@ class DryRun:
             costs, host_memory = self._costs(step), self._host_memory(step)
             offload = self._stretch("offload", self._offload)
             predict = self._unfolded(self._stretch("predict", self._forward_alone))
-            return Rehearsal(setup, step, state, path, offload, predict, costs, host_memory)
+            return Rehearsal(setup, step, state, path, offload, predict, costs, host_memory, self._size)
 
     # --- phases ------------------------------------------------------------------------------------------
 
     def _set_up(self) -> list[Segment]:
         self._model = model = self._spec.build()
+        self._weights = list(model.parameters())
         self._trace.logit_widths = _vocabulary(model)
         if self._memory.checkpointing:
             checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))
         if self._memory.weights == "bf16":
             _lower_(model.parameters())
-        self._trace.tag({*model.parameters(), *model.buffers()}, "weights")
-        self._weights = list(model.parameters())
+        if self._spec.active_blocks is not None:
+            _deactivate_(model, self._spec.active_blocks)
+        self._trace.tag({*self._weights, *model.buffers()}, "weights")
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._size = sum(p.numel() for p in self._params)
         self._left_out = self._countable()
@@ -340,6 +349,17 @@ def _optimizer_on_cuda(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         if "fused" in group:
             group.update(fused=True, foreach=False)
     return optimizer
+
+
+def _deactivate_(model: nn.Module, active: int) -> None:
+    """Bypass all blocks but so many; what is left out trains nothing. Raises UserError for more than there are."""
+    blocks = blocks_of(model)
+    if not 1 <= active <= len(blocks):
+        raise UserError(f"{active} blocks cannot be active: {type(model).__name__} has {len(blocks)}")
+    kept = keep_blocks_(model, active - 1, 1)
+    for block in blocks:
+        if all(block is not other for other in kept):
+            block.requires_grad_(False)
 
 
 def _mark(blocks: list[nn.Module], trace: Trace) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig
+from hybridlab.planner.any_module import example_loss, rebuilt, shape_of
 from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
@@ -24,6 +27,7 @@ class Plan:
     overhead: what the GPU takes beside tensors
     costs: of a gradient step: operations, and traffic on the GPU, the bus and the host
     host_memory: use -> bytes of host memory that the training takes and keeps
+    trained_numbers: parameters that are trained
     """
 
     phases: dict[str, dict[str, int]]
@@ -31,6 +35,7 @@ class Plan:
     overhead: GpuOverhead
     costs: StepCosts
     host_memory: dict[str, int]
+    trained_numbers: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -67,23 +72,32 @@ def _total(parts: dict[str, int]) -> int:
 
 
 def plan(
-    model: Model,
-    batch: BatchShape,
+    model: Model | nn.Module,
+    batch: BatchShape | Any,
     memory: MemoryConfig | None = None,
     optimizer: str | OptimizerConfig = "adamw",
     **others: Any,
 ) -> Plan:
     """Predict peak memory, as `plan_training` does, of a training given by its settings.
 
-    model, batch: see `TrainingSpec`
+    model: see `TrainingSpec`, or a module; its weights are not touched, and no memory is taken for others
+    batch: (windows, tokens), or an example of what the module is called with: a tensor, or a tuple or dict of tensors
     memory: None is plain float32 training
     optimizer: its settings, or its name
     others: further fields of `TrainingSpec`, such as `path` and `loss`
 
     Raises ValueError for settings that make no training; the message says what would.
     """
+    if isinstance(model, nn.Module):
+        model = rebuilt(model)
+    if not _is_shape(batch):
+        batch, others = shape_of(batch), {"loss": example_loss(batch)} | others
     settings = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
     return plan_training(TrainingSpec(model, batch, memory or MemoryConfig(), settings, **others))
+
+
+def _is_shape(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and all(isinstance(length, int) for length in batch)
 
 
 def plan_training(spec: TrainingSpec) -> Plan:
@@ -109,7 +123,7 @@ def plan_training(spec: TrainingSpec) -> Plan:
     workspace = {"workspace": spec.overhead.workspace_bytes}
     by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}
     reserved = _reserved(training) + spec.overhead.workspace_bytes
-    return Plan(by_part, reserved, spec.overhead, training.costs, training.host_memory)
+    return Plan(by_part, reserved, spec.overhead, training.costs, training.host_memory, training.trained_numbers)
 
 
 def _reserved(training: Rehearsal) -> int:

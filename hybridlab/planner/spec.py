@@ -13,14 +13,15 @@ from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig
+from hybridlab.planner.architectures import CausalLM, language_model_loss
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 
 BatchShape = tuple[int, int]
 """Windows, and tokens in each."""
 
-Model = str | GPT2Config | Callable[[], nn.Module]
-"""The name of a GPT-2 size, its settings, or what builds any module."""
+Model = str | GPT2Config | CausalLM | Callable[[], nn.Module]
+"""The name of a GPT-2 size, its settings, a configuration of transformers, or what builds any module."""
 
 Loss = Callable[[nn.Module, BatchShape], Tensor]
 
@@ -51,11 +52,12 @@ def next_token_loss(module: nn.Module, batch: BatchShape) -> Tensor:
 class TrainingSpec:
     """A training whose memory is to be planned.
 
-    model: the name of a GPT-2 size, its settings, or a function that builds any module
+    model: the name of a GPT-2 size, its settings, `causal_lm(...)`, or a function that builds any module
     batch: (windows, tokens); with gradient accumulation, one part of it is computed at a time
     memory, optimizer: their settings
     path, path_storage: what a predictor remembers and where (`predictor.needs(full_steps)`); None never predicts
-    loss: makes the inputs and the loss of a module and a batch
+    loss: makes the inputs and the loss of a module and a batch; None takes the model's own
+    active_blocks: of a stage of predicted depth: how many blocks train; the others hold weights alone. None: all
     weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
     overhead: what the GPU takes beside tensors
     """
@@ -66,7 +68,8 @@ class TrainingSpec:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     path: PathNeeds | None = None
     path_storage: PathStorage = field(default_factory=PathStorage)
-    loss: Loss = next_token_loss
+    loss: Loss | None = None
+    active_blocks: int | None = None
     weight_cache: bool = False
     overhead: GpuOverhead = field(default_factory=GpuOverhead)
 
@@ -79,10 +82,10 @@ class TrainingSpec:
         memory, (windows, tokens) = self.memory, self.batch
         if min(self.batch) < 1:
             raise ValueError(f"batch={self.batch} is empty: give windows and tokens, such as (8, 512)")
-        if isinstance(self._model, GPT2Config) and tokens > self._model.block_size:
-            longest = self._model.block_size
+        if (longest := self.longest) is not None and tokens > longest:
+            name = "block_size" if isinstance(self._model, GPT2Config) else "max_position_embeddings"
             raise ValueError(
-                f"a window of {tokens} tokens is longer than block_size={longest}: cut it to {longest}, as in "
+                f"a window of {tokens} tokens is longer than {name}={longest}: cut it to {longest}, as in "
                 f"batch=({windows}, {longest}), on the command line --batch {windows}x{longest}"
             )
         if windows % memory.micro_batches:
@@ -101,8 +104,25 @@ class TrainingSpec:
     def part_loss(self, module: nn.Module) -> Tensor:
         """The loss of one micro batch."""
         windows, tokens = self.batch
-        return self.loss(module, (windows // self.memory.micro_batches, tokens))
+        own = language_model_loss if isinstance(self.model, CausalLM) else next_token_loss
+        return (self.loss or own)(module, (windows // self.memory.micro_batches, tokens))
 
     @property
-    def _model(self) -> GPT2Config | Callable[[], nn.Module]:
+    def longest(self) -> int | None:
+        """Tokens per window that the model takes; None where it sets no limit, or it is unknown."""
+        if isinstance(self._model, GPT2Config):
+            return self._model.block_size
+        return self._model.longest if isinstance(self._model, CausalLM) else None
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether the model is ours, so that its loss can be chunked and its vocabulary padded."""
+        return isinstance(self._model, GPT2Config)
+
+    def resized(self, batch: BatchShape) -> TrainingSpec:
+        """The same with another batch."""
+        return replace(self, batch=batch)
+
+    @property
+    def _model(self) -> GPT2Config | CausalLM | Callable[[], nn.Module]:
         return GPT2Config.named(self.model) if isinstance(self.model, str) else self.model

@@ -1,8 +1,8 @@
-"""The least that must be switched on for a training to fit a GPU."""
+"""What to switch on for a training to fit a GPU, and the largest training that fits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,47 +14,64 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
+from hybridlab.planner.gpu_specs import GpuSpec, nearest_gpu, step_time_ms
 from hybridlab.planner.plan import Plan, plan_training
 from hybridlab.planner.spec import TrainingSpec
 from hybridlab.weights.residency import Residency
+
+Change = Callable[[TrainingSpec], TrainingSpec | None]
+"""Switches a feature on; None where it is on already, or does not go with the training."""
 
 CHUNK_TOKENS, PAD_VOCAB_TO = 1024, 128
 
 
 @dataclass(frozen=True)
 class Option:
-    """One more feature than the option before: its name, the training with it, and what that takes."""
+    """A training with some features switched on.
 
-    name: str
+    features: their names; none for the training as it is
+    exact: whether all of them leave the result as it is, but for rounding
+    step_ms: estimated, on the GPU that it was planned for
+    """
+
+    features: tuple[str, ...]
+    exact: bool
     spec: TrainingSpec
     plan: Plan
+    step_ms: float
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return ", ".join(self.features) or "as it is"
 
 
-def options(spec: TrainingSpec) -> Iterator[Option]:
-    """The training as it is, then one feature after the other switched on, from harmless to costly.
+def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0) -> list[Option]:
+    """The training as it is, and with each combination of features that goes with it, from fast to slow.
 
-    Each option keeps what the ones before it switched on. A feature that is on already, or that does not go with the
-    training, gives no option.
+    gpu_bytes: left out is a combination that holds one which fits, since it can only be slower, and one whose weights,
+        gradients and state alone do not fit; 0 keeps all
     """
-    yield Option("as it is", spec, plan_training(spec))
-    for name, change in FEATURES:
-        if (changed := change(spec)) is None:
+    found: list[Option] = []
+    for changes in ((), *COMBINATIONS):
+        features, changed = _switched_on(spec, changes)
+        fitting = (set(o.features) for o in found if o.plan.fits(gpu_bytes))
+        if any(set(features) == set(o.features) for o in found) or any(fits <= set(features) for fits in fitting):
+            continue
+        if found and gpu_bytes and _least_bytes(changed, found[0].plan.trained_numbers) > gpu_bytes:
             continue
         try:
-            yield Option(name, changed, plan_training(changed))
+            plan = plan_training(changed)
         except UserError:  # a model without blocks cannot be checkpointed
             continue
-        spec = changed
+        exact = not any(name in INEXACT for name in features)
+        found.append(Option(features, exact, changed, plan, step_time_ms(plan, gpu)))
+    return sorted(found, key=lambda option: option.step_ms)
 
 
-def smallest_fit(spec: TrainingSpec, gpu_bytes: int) -> list[Option]:
-    """The options up to the first that fits the GPU; all of them where none does."""
-    tried: list[Option] = []
-    for option in options(spec):
-        tried.append(option)
-        if option.plan.fits(gpu_bytes):
-            break
-    return tried
+def best_fit(options: list[Option], gpu_bytes: int) -> Option | None:
+    """The fastest of those that fit."""
+    return next((option for option in options if option.plan.fits(gpu_bytes)), None)
 
 
 def nearest_fit(spec: TrainingSpec, gpu_bytes: int) -> str:
@@ -62,13 +79,68 @@ def nearest_fit(spec: TrainingSpec, gpu_bytes: int) -> str:
 
     gpu_bytes: of the GPU, its context included
     """
-    _, *changes = tried = smallest_fit(spec, gpu_bytes)
-    last = tried[-1].plan
-    peak = f"{last.peak_on_gpu_bytes / 1e9:.1f} GB of {gpu_bytes / 1e9:.1f} on the GPU"
-    if not last.fits(gpu_bytes):
-        return f"no setting makes it fit: with all of them it takes {peak}; take a shorter batch or a smaller model"
-    names = ", ".join(option.name for option in changes) or "the settings as they are"
+    tried = options(spec, nearest_gpu(gpu_bytes), gpu_bytes)
+    best = best_fit(tried, gpu_bytes)
+    least = best or min(tried, key=lambda option: option.plan.peak_on_gpu_bytes)
+    peak = f"{least.plan.peak_on_gpu_bytes / 1e9:.1f} GB of {gpu_bytes / 1e9:.1f} on the GPU"
+    if best is None:
+        return f"no setting makes it fit: the least that it takes is {peak}; take a shorter batch or a smaller model"
+    names = ", ".join(best.features) or "the settings as they are"
     return f"nearest fitting setting: {names} (expected peak {peak})"
+
+
+def largest_batch(spec: TrainingSpec, gpu_bytes: int) -> int:
+    """The most windows of these tokens that fit; 0 where not one per micro batch does."""
+    parts, tokens = spec.memory.micro_batches, spec.batch[1]
+    return parts * _largest(lambda count: plan_training(spec.resized((parts * count, tokens))), gpu_bytes)
+
+
+def longest_sequence(spec: TrainingSpec, gpu_bytes: int, grain: int = 64) -> int:
+    """The most tokens per window, in steps of `grain`, that fit with as many windows, and that the model takes."""
+    windows, most = spec.batch[0], spec.longest
+    at_most = None if most is None else most // grain
+    return grain * _largest(lambda count: plan_training(spec.resized((windows, grain * count))), gpu_bytes, at_most)
+
+
+def _largest(plan_of: Callable[[int], Plan], gpu_bytes: int, at_most: int | None = None) -> int:
+    """The largest number whose plan fits; 0 where 1 does not."""
+    peaks: dict[int, int] = {}
+    fits, too_many, guess = 0, None if at_most is None else at_most + 1, 1
+    while too_many is None or too_many - fits > 1:
+        peaks[guess] = plan_of(guess).peak_on_gpu_bytes
+        fits, too_many = (guess, too_many) if peaks[guess] <= gpu_bytes else (fits, guess)
+        most = (too_many or 8 * fits + 1) - 1
+        guess = max(fits + 1, min(most, _on_the_line(peaks, fits, gpu_bytes) or (fits + most) // 2))
+    return fits
+
+
+def _on_the_line(peaks: dict[int, int], fits: int, gpu_bytes: int) -> int | None:
+    """Where a line through the two largest numbers known meets the GPU's size, since peaks rise about in line."""
+    if len(peaks) < 2 or len(peaks) > 8 or not fits:
+        return None
+    low, high = sorted(peaks)[-2:]
+    slope = max(1.0, (peaks[high] - peaks[low]) / (high - low))
+    return int(fits + (gpu_bytes - peaks[fits]) / slope)
+
+
+def _least_bytes(spec: TrainingSpec, numbers: int) -> int:
+    """Weights, gradients and AdamW's state on the GPU, of so many numbers that are trained."""
+    memory = spec.memory
+    weight = 2 if memory.weights == "bf16" else 4
+    gradient = 0 if memory.step_in_backward or memory.state_on_host else weight
+    moments = {"fp32": 8, "int4": 1}.get(memory.optimizer_state, 2)
+    state = 0 if memory.state_on_host or spec.optimizer.name != "adamw" else moments
+    return numbers * (weight + gradient + state) + spec.overhead.context_bytes
+
+
+def _switched_on(spec: TrainingSpec, changes: Sequence[Change]) -> tuple[tuple[str, ...], TrainingSpec]:
+    """The names of the changes that can be made, and the training with them."""
+    names = []
+    for change in changes:
+        if (changed := change(spec)) is not None:
+            names.append(NAMES[change])
+            spec = changed
+    return tuple(names), spec
 
 
 # --- the features, from harmless to costly ---------------------------------------------------------------
@@ -82,7 +154,7 @@ def _autocast(spec: TrainingSpec) -> TrainingSpec | None:
 
 
 def _chunked_loss(spec: TrainingSpec) -> TrainingSpec | None:
-    is_on = callable(spec.model) or spec.memory.loss_chunk_tokens
+    is_on = not spec.is_gpt2 or spec.memory.loss_chunk_tokens
     return None if is_on else spec.changed(loss_chunk_tokens=CHUNK_TOKENS)
 
 
@@ -141,7 +213,9 @@ def _micro_batches(count: int, spec: TrainingSpec) -> TrainingSpec | None:
     return spec.changed(gradient_accumulation=GradientAccumulationConfig(count))
 
 
-FEATURES: tuple[tuple[str, Callable[[TrainingSpec], TrainingSpec | None]], ...] = (
+_TWO, _FOUR, _EIGHT = (partial(_micro_batches, count) for count in (2, 4, 8))
+
+FEATURES: tuple[tuple[str, Change], ...] = (
     ("bf16 autocast", _autocast),
     (f"loss in chunks of {CHUNK_TOKENS} tokens", _chunked_loss),
     ("path on the host", _path_on_host),
@@ -151,5 +225,25 @@ FEATURES: tuple[tuple[str, Callable[[TrainingSpec], TrainingSpec | None]], ...] 
     ("inputs of checkpointed blocks on the host", _inputs_on_host),
     ("gradients and fp32 state on the host instead of int8 state", _state_on_host),
     ("bf16 weights, their fp32 masters on the host", _bf16_weights),
-    *((f"{count} micro batches", partial(_micro_batches, count)) for count in (2, 4, 8)),
+    *((f"{count} micro batches", change) for count, change in ((2, _TWO), (4, _FOUR), (8, _EIGHT))),
+)
+NAMES = {change: name for name, change in FEATURES}
+INEXACT = {NAMES[change] for change in (_low_bit, _in_backward, _bf16_weights)}
+
+_HARMLESS = (_autocast, _chunked_loss, _path_on_host)
+_LEAN = (*_HARMLESS, _checkpointing)
+COMBINATIONS: tuple[tuple[Change, ...], ...] = (
+    (_path_on_host,),
+    (_autocast,),
+    _HARMLESS,
+    *((*_HARMLESS, change) for change in (_TWO, _FOUR, _EIGHT, _low_bit)),
+    (*_HARMLESS, _low_bit, _in_backward),
+    _LEAN,
+    (*_LEAN, _FOUR),
+    (*_LEAN, _low_bit),
+    (*_LEAN, _low_bit, _EIGHT),
+    (*_LEAN, _low_bit, _in_backward),
+    (*_LEAN, _low_bit, _in_backward, _inputs_on_host),
+    (*_LEAN, _state_on_host),
+    (*_LEAN, _inputs_on_host, _state_on_host, _bf16_weights, _EIGHT),
 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.settings import check_choice
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.models import GPT2Config
-from hybridlab.planner.gpu_specs import GpuSpec, step_time_ms
-from hybridlab.planner.plan import PARTS, Plan
-from hybridlab.planner.spec import BatchShape, TrainingSpec
-from hybridlab.planner.suggest import Option, smallest_fit
+from hybridlab.planner.gpu_specs import OF_MEASURED, GpuSpec, nearest_gpu, step_time_ms
+from hybridlab.planner.plan import PARTS, Plan, plan_training
+from hybridlab.planner.spec import BatchShape, Model, TrainingSpec
+from hybridlab.planner.suggest import Option, best_fit, largest_batch, longest_sequence, options
 
 MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
     "none": MemoryConfig,
@@ -25,28 +26,138 @@ MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
 NAME, NUMBER = 60, 12
 """Widths of a line's columns."""
 
+FINDS = ("batch", "sequence")
+
 WINDOWS, TOKENS = 8, 512
 """The batch, unless one is given."""
 
 
-def report_lines(spec: TrainingSpec, gpu_bytes: int, gpu: GpuSpec) -> Iterator[str]:
-    """Memory by part and phase, whether the GPU holds it, the least to switch on if not, and times per step.
+@dataclass(frozen=True)
+class Question:
+    """What `hybridlab plan` is asked.
+
+    spec: the training; gpu_bytes: of the GPU, less what others hold; gpu: its data sheet, where it is known by name
+    stages: active blocks of each stage of a growing model; empty trains all blocks from the start
+    find: "batch" or "sequence": the largest that fits is to be found; "" asks for neither
+    """
+
+    spec: TrainingSpec
+    gpu_bytes: int
+    gpu: GpuSpec | None = None
+    stages: tuple[int, ...] = ()
+    find: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("find", self.find or "batch", FINDS)
+
+    @cached_property
+    def asked(self) -> Plan:
+        """The training as it is, a growing one at its last stage."""
+        return plan_training(self.spec)
+
+    @cached_property
+    def by_stage(self) -> dict[int, Plan]:
+        """Active blocks -> plan of that stage."""
+        return {blocks: plan_training(replace(self.spec, active_blocks=blocks)) for blocks in self.stages}
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU holds all stages."""
+        return all(plan.fits(self.gpu_bytes) for plan in (self.asked, *self.by_stage.values()))
+
+    @cached_property
+    def options(self) -> list[Option]:
+        """What can be switched on, from fast to slow; nothing where it fits as it is."""
+        return [] if self.fits else options(self.spec, self.gpu or nearest_gpu(self.gpu_bytes), self.gpu_bytes)
+
+    @cached_property
+    def found(self) -> int | None:
+        """The largest batch, in windows, or the longest sequence, in tokens, that fits."""
+        search = {"batch": largest_batch, "sequence": longest_sequence}.get(self.find)
+        return search(self.spec, self.gpu_bytes) if search else None
+
+    def record(self) -> dict[str, Any]:
+        """The answer, for JSON."""
+        plan, best = self.asked, best_fit(self.options, self.gpu_bytes)
+        return {
+            "fits": self.fits,
+            **plan.record(),
+            "gpu_bytes": self.gpu_bytes,
+            "step_ms": step_time_ms(plan, self.gpu) if self.gpu else None,
+            "settings": {
+                "model": getattr(self.spec.model, "name", str(self.spec.model)),
+                "batch": list(self.spec.batch),
+                "optimizer": asdict(self.spec.optimizer),
+                "memory": asdict(self.spec.memory),
+            },
+            "stages": {str(blocks): stage.record() for blocks, stage in self.by_stage.items()},
+            "options": [self._option(option) for option in self.options],
+            "fastest_fit": self._option(best) if best else None,
+            **({f"largest_{self.find}": self.found} if self.find else {}),
+        }
+
+    def _option(self, option: Option) -> dict[str, Any]:
+        return {
+            "features": list(option.features),
+            "exact": option.exact,
+            "fits": option.plan.fits(self.gpu_bytes),
+            "peak_allocated_bytes": option.plan.peak_allocated_bytes,
+            "peak_on_gpu_bytes": option.plan.peak_on_gpu_bytes,
+            "step_ms": option.step_ms if self.gpu else None,
+            "memory": asdict(option.spec.memory),
+        }
+
+
+def report_lines(question: Question) -> Iterator[str]:
+    """Memory by part and phase, whether the GPU holds it, what to switch on if not, and times per step if it is known.
 
     Where something must be switched on, and that is enough, the last lines are the Python that does it.
     """
-    options = smallest_fit(spec, gpu_bytes)
-    asked, last = options[0], options[-1]
-    yield from _by_part(asked.plan)
+    asked, best = question.asked, best_fit(question.options, question.gpu_bytes)
+    yield from _by_part(asked)
+    yield from _by_stage(question)
     yield ""
-    yield _verdict(asked.plan, last.plan, gpu_bytes)
-    yield ""
-    yield from _by_option(options, gpu_bytes, gpu)
-    if last.plan.host_memory != asked.plan.host_memory:
-        yield from _host_memory(last.plan, "With all of these, ")
-    yield f"Times per step are estimated, apart from the memory, from the data sheet of a {gpu.name}; measure to know."
-    if last is not asked and last.plan.fits(gpu_bytes):
+    yield _verdict(question, best)
+    if question.found is not None:
+        yield _found(question)
+    if question.options:
         yield ""
-        yield from _in_python(spec, last.spec)
+        yield from _by_option(question)
+    if best and best.plan.host_memory != asked.host_memory:
+        yield from _host_memory(best.plan, "With the fastest that fits, ")
+    yield from _times(question)
+    if best and best.features:
+        yield ""
+        yield from _in_python(question.spec, best.spec)
+
+
+def _by_stage(question: Question) -> Iterator[str]:
+    if question.stages:
+        yield ""
+        yield _line("stage: blocks that are active", "allocated", "on GPU")
+    for blocks, plan in question.by_stage.items():
+        yield _line(str(blocks), _size(plan.peak_allocated_bytes), _size(plan.peak_on_gpu_bytes))
+
+
+def _found(question: Question) -> str:
+    windows, tokens = question.spec.batch
+    if not question.found:
+        return f"No {question.find} fits."
+    if question.find == "batch":
+        return f"The largest batch that fits: {question.found} windows of {tokens} tokens."
+    return f"The longest sequence that fits: {question.found} tokens, in {windows} windows."
+
+
+def _times(question: Question) -> Iterator[str]:
+    if question.gpu is None:
+        yield "No times: a size alone names no GPU. Give one, as --card rtx5080."
+        return
+    low, high = OF_MEASURED
+    yield (
+        f"A step is estimated to take {_ms(step_time_ms(question.asked, question.gpu))}, from the data sheet of a "
+        f"{question.gpu.name}; where it was measured, on an H200, the estimate was {low:g} to {high:g} times the "
+        "measured time."
+    )
 
 
 def _by_part(plan: Plan) -> Iterator[str]:
@@ -69,22 +180,30 @@ def _host_memory(plan: Plan, begin: str = "") -> Iterator[str]:
         yield line[0].upper() + line[1:]
 
 
-def _verdict(asked: Plan, last: Plan, gpu_bytes: int) -> str:
-    size = f"{gpu_bytes / 1e9:g} GB"
-    if asked.fits(gpu_bytes):
-        return f"It fits a GPU of {size}: {_size(gpu_bytes - asked.peak_on_gpu_bytes)} are left."
-    excess = f"It does not fit a GPU of {size}: {_size(asked.peak_on_gpu_bytes - gpu_bytes)} too much."
-    if last.fits(gpu_bytes):
-        return f"{excess} The least to switch on, from harmless to costly:"
+def _verdict(question: Question, best: Option | None) -> str:
+    peaks = [plan.peak_on_gpu_bytes for plan in (question.asked, *question.by_stage.values())]
+    left, size = question.gpu_bytes - max(peaks), f"{question.gpu_bytes / 1e9:g} GB"
+    if question.fits:
+        return f"It fits a GPU of {size}: {_size(left)} are left."
+    excess = f"It does not fit a GPU of {size}: {_size(-left)} too much."
+    if best:
+        return f"{excess} What to switch on, the fastest first:"
     return f"{excess} Nor does it with everything switched on; take a shorter batch or a smaller model:"
 
 
-def _by_option(options: list[Option], gpu_bytes: int, gpu: GpuSpec) -> Iterator[str]:
-    yield _line("each with those above it", "allocated", "on GPU", "est. step")
-    for i, option in enumerate(options):
-        mark = "  fits" if option.plan.fits(gpu_bytes) else ""
-        peaks = (_size(option.plan.peak_allocated_bytes), _size(option.plan.peak_on_gpu_bytes))
-        yield _line(f"{'+ ' if i else ''}{option.name}", *peaks, _ms(step_time_ms(option.plan, gpu))) + mark
+def _by_option(question: Question) -> Iterator[str]:
+    times = ["est. step"] if question.gpu else []
+    yield "".join(column.rjust(NUMBER) for column in ("allocated", "on GPU", *times)) + "        with"
+    for option in question.options:
+        columns = [_size(option.plan.peak_allocated_bytes), _size(option.plan.peak_on_gpu_bytes)]
+        columns += [_ms(option.step_ms)] if question.gpu else []
+        mark = "  fits  " if option.plan.fits(question.gpu_bytes) else "        "
+        yield (
+            "".join(column.rjust(NUMBER) for column in columns)
+            + mark
+            + option.name
+            + ("" if option.exact else " (inexact)")
+        )
 
 
 def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
@@ -121,9 +240,18 @@ def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2g} ms"
 
 
-def default_batch(model: str) -> BatchShape:
+def default_batch(model: Model) -> BatchShape:
     """Windows of 512 tokens, or of as many as the model takes. Raises ValueError for an unknown size."""
-    return WINDOWS, min(TOKENS, GPT2Config.named(model).block_size)
+    longest = TrainingSpec(model, (1, 1)).longest
+    return WINDOWS, TOKENS if longest is None else min(TOKENS, longest)
+
+
+def read_stages(text: str) -> tuple[int, ...]:
+    """(3, 12) of "3,12"; nothing of "". Raises UserError for anything else."""
+    numbers = [number.strip() for number in text.split(",")] if text else []
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"stages {text!r} are none: give the active blocks of each, such as 3,12")
+    return tuple(map(int, numbers))
 
 
 def read_batch(text: str) -> BatchShape:
