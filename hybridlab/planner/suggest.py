@@ -50,7 +50,7 @@ def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0) -> list[Option
     """The training as it is, and with each combination of features that goes with it, from fast to slow.
 
     gpu_bytes: left out is a combination that holds one which fits, since it can only be slower, and one whose weights,
-        gradients and state alone do not fit; 0 keeps all
+        gradients and state alone do not fit, but for the one that takes the least; 0 keeps all
     """
     found: list[Option] = []
     for changes in ((), *COMBINATIONS):
@@ -58,7 +58,8 @@ def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0) -> list[Option
         fitting = (set(o.features) for o in found if o.plan.fits(gpu_bytes))
         if any(set(features) == set(o.features) for o in found) or any(fits <= set(features) for fits in fitting):
             continue
-        if found and gpu_bytes and _least_bytes(changed, found[0].plan.trained_numbers) > gpu_bytes:
+        hopeless = found and gpu_bytes and _least_bytes(changed, found[0].plan.trained_numbers) > gpu_bytes
+        if hopeless and changes is not COMBINATIONS[-1]:
             continue
         try:
             plan = plan_training(changed)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import psutil
 import torch
@@ -17,6 +15,7 @@ from hybridlab.base.device import find_device
 from hybridlab.base.pinned_memory import host_holds
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
+from hybridlab.planner.any_module import rebuilt
 from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import Batch, Task, TextTaskConfig
@@ -84,19 +83,9 @@ def training_spec_of(config: RunConfig) -> TrainingSpec:
     task = config.task.build(config.seed, torch.device("cpu"), memory)
     sizes = (config.task.batch_size, getattr(config.task, "block_size", 1))
     loss = partial(_loss_like, task, task.batch(0))
-    return replace(spec, model=partial(_copied, task.model), batch=sizes, loss=loss)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are new tensors of the same shapes: fake ones on a fake GPU."""
-    made: dict[int, Any] = {id(p): nn.Parameter(_like(p), p.requires_grad) for p in model.parameters()}
-    return deepcopy(model, made | {id(b): _like(b) for b in model.buffers()})
+    return replace(spec, model=rebuilt(task.model), batch=sizes, loss=loss)
 
 
 def _loss_like(task: Task, batch: Batch, model: nn.Module, sizes: BatchShape) -> Tensor:
     """The task's loss on so many examples of this batch's shapes."""
     return task.loss(model, tree_map_only(Tensor, lambda t: torch.empty(sizes[0], *t.shape[1:], dtype=t.dtype), batch))
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
