@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
+from hybridlab.benchmarks import architectures
 from hybridlab.cli import main
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.config import (
@@ -621,7 +622,8 @@ MEASURED = {
 
 @pytest.mark.parametrize("arm", MEASURED, ids=", ".join)
 def test_memory_and_time_are_as_near_to_the_measured_as_the_plan_says(arm):
-    measured, planned = measured_arms()[arm], plan(arm[0], (8, 512), MEASURED[arm])
+    loss = partial(_torchs_loss, MEASURED[arm].loss_chunk_tokens)  # these runs computed their loss so
+    measured, planned = measured_arms()[arm], plan(arm[0], (8, 512), MEASURED[arm], loss=loss)
     assert planned.peak_allocated_bytes == pytest.approx(measured["measured_allocated_bytes"], rel=0.03)
     assert planned.peak_on_gpu_bytes == pytest.approx(measured["peak_memory_bytes"], rel=0.05)
     low, high = OF_MEASURED
@@ -659,3 +661,13 @@ def test_host_memory_is_counted_by_what_it_keeps() -> None:
     on_host = plan("nano", (2, 32), MemoryConfig(state_on_host=True))
     assert on_host.host_memory_bytes == 4 * weights
     assert plan("nano", (2, 32)).host_memory == {}
+
+
+def test_the_script_that_measures_architectures_runs_without_a_gpu(tmp_path, capsys):
+    architectures.main([CONFIGS / "llama_tied.json"], "2x32", "cpu", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        assert 0 < row["planned_allocated_bytes"] < row["planned_on_gpu_bytes"]
+        assert row["allocated_error"] is None
+    assert len(capsys.readouterr().out.splitlines()) == 2
