@@ -31,7 +31,13 @@ def planned_and_measured(model: CausalLM, batch: BatchShape, precision: str, dev
     What a machine without a GPU cannot measure is None.
     """
     expected, measured = plan(model, batch, PRECISIONS[precision]), measure(model, batch, precision, device)
-    row = {"model": model.name, "precision": precision, "batch": list(batch), **_peaks(expected), **measured}
+    row: dict[str, Any] = {
+        "model": model.name,
+        "precision": precision,
+        "batch": list(batch),
+        **_peaks(expected),
+        **measured,
+    }
     for name in ("allocated", "on_gpu"):
         found = measured[f"measured_{name}_bytes"]
         row[f"{name}_error"] = row[f"planned_{name}_bytes"] / found - 1 if found else None

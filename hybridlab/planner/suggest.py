@@ -75,18 +75,22 @@ def best_fit(options: list[Option], gpu_bytes: int) -> Option | None:
     return next((option for option in options if option.plan.fits(gpu_bytes)), None)
 
 
+def fit_or_least(spec: TrainingSpec, gpu_bytes: int) -> Option:
+    """The fastest option that fits, and where none does the one that takes the least."""
+    tried = options(spec, nearest_gpu(gpu_bytes), gpu_bytes)
+    return best_fit(tried, gpu_bytes) or min(tried, key=lambda option: option.plan.peak_on_gpu_bytes)
+
+
 def nearest_fit(spec: TrainingSpec, gpu_bytes: int) -> str:
     """One line for who has run out of memory: what to switch on, and the peak that it is expected to have.
 
     gpu_bytes: of the GPU, its context included
     """
-    tried = options(spec, nearest_gpu(gpu_bytes), gpu_bytes)
-    best = best_fit(tried, gpu_bytes)
-    least = best or min(tried, key=lambda option: option.plan.peak_on_gpu_bytes)
+    least = fit_or_least(spec, gpu_bytes)
     peak = f"{least.plan.peak_on_gpu_bytes / 1e9:.1f} GB of {gpu_bytes / 1e9:.1f} on the GPU"
-    if best is None:
+    if not least.plan.fits(gpu_bytes):
         return f"no setting makes it fit: the least that it takes is {peak}; take a shorter batch or a smaller model"
-    names = ", ".join(best.features) or "the settings as they are"
+    names = ", ".join(least.features) or "the settings as they are"
     return f"nearest fitting setting: {names} (expected peak {peak})"
 
 

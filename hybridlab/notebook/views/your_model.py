@@ -13,8 +13,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.planner.gpu_specs import find_gpu
-from hybridlab.planner.suggest import smallest_fit
-from hybridlab.planner.text_report import code_of, report_lines
+from hybridlab.planner.suggest import fit_or_least
+from hybridlab.planner.text_report import Question, code_of, report_lines
 from hybridlab.results.claims import Claim, Quantity, holds_if
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import Comparison
@@ -49,8 +49,8 @@ def steps_within(minutes: float, study: Study) -> int:
 
 
 def fit_report(config: RunConfig, card: str) -> str:
-    """Memory by part and phase on that GPU, and the least to switch on where the run does not fit."""
-    return "\n".join(report_lines(training_spec_of(config), *find_gpu(card)))
+    """Memory by part and phase on that GPU, and what to switch on where the run does not fit."""
+    return "\n".join(report_lines(Question(training_spec_of(config), *find_gpu(card))))
 
 
 def fits_claim(config: RunConfig, card: str) -> Claim:
@@ -70,7 +70,7 @@ def best_arm(comparisons: Iterable[Comparison]) -> str | None:
 
 def recipe(base: RunConfig, arm: str | None, hybrids: Mapping[str, HybridTrainerConfig], card: str) -> str:
     """Python to paste: the run that the study speaks for, with what it takes to fit that GPU."""
-    memory = smallest_fit(training_spec_of(base), find_gpu(card)[0])[-1].spec.memory
+    memory = fit_or_least(training_spec_of(base), find_gpu(card)[0]).spec.memory
     hybrid = hybrids[arm] if arm else base.hybrid
     if memory != base.memory and not (hybrid.depth and memory.state_on_host):
         clip = None if memory.step_in_backward else hybrid.clip_norm
