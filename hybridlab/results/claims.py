@@ -101,7 +101,11 @@ class Claim:
     def record(self) -> dict[str, Any]:
         """As results.json has it: `from_record` gives it back. Ends and seeds that are not there are left out."""
         quantities = [
-            {key: part for key, part in asdict(q).items() if key in ("name", "value", "unit") or part not in (None, ())}
+            {
+                key: part
+                for key, part in asdict(q).items()
+                if key in ("name", "value", "unit") or not (part is None or isinstance(part, tuple) and not part)
+            }
             for q in self.quantities
         ]
         return asdict(self) | {"quantities": quantities}

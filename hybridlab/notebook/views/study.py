@@ -257,7 +257,7 @@ def run_rows(result: StudyResult) -> list[dict[str, Any]]:
 def baseline_claims(result: StudyResult) -> list[Claim]:
     """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
     final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
-    first = result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0]
+    first = float(result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0])
     neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
     losses = tuple(Quantity(f"{name.replace(' ', '_')}_loss", loss, unit="nats") for name, loss in final.items())
     falls = holds_if(final[BASELINE] < first)
