@@ -104,7 +104,7 @@ class Claim:
             {
                 key: part
                 for key, part in asdict(q).items()
-                if key in ("name", "value", "unit") or not (part is None or isinstance(part, tuple) and not part)
+                if key in ("name", "value", "unit") or not (part is None or (isinstance(part, tuple) and not part))
             }
             for q in self.quantities
         ]
