@@ -295,7 +295,8 @@ def test_a_card_runs_what_it_can_hold_and_the_rest_is_named(monkeypatch: pytest.
     monkeypatch.setattr(planning, "gpu_bytes_of", lambda _: between)
     held, left_out = room_for([small, large])
     assert held == [small]
-    assert left_out == {"large": "needs 1.0 GB, this GPU has 1.0"}
+    needed = plan_of(large).peak_on_gpu_bytes
+    assert left_out == {"large": f"needs {needed / 1e9:.1f} GB, this GPU has {between / 1e9:.1f}"}
 
 
 def test_what_the_host_cannot_keep_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
