@@ -365,7 +365,7 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test(rounds: int, ends: tu
 def test_a_run_s_record_tells_the_device_from_the_card_that_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SHORT, card_gb=16)
     monkeypatch.setattr(run_config, "device_name", lambda _: "NVIDIA H100")
-    for larger, described in ((True, "NVIDIA H100 as an emulated 16 GB card"), (False, "NVIDIA H100")):
+    for larger, described in ((True, "NVIDIA H100 as an emulated 16 GB GPU"), (False, "NVIDIA H100")):
         monkeypatch.setattr(run_config, "exceeds", lambda device, gpu_bytes, larger=larger: larger)
         record = config.record()
         assert (record["device"], record["emulates_card"]) == ("NVIDIA H100", larger)
