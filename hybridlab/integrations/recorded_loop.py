@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from hybridlab.base.device import device_name
-from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.notebook.session import runs_folder
@@ -20,11 +19,10 @@ from hybridlab.panel.live import Live
 from hybridlab.panel.progress import in_jupyterlab
 from hybridlab.study.code_version import code_version
 from hybridlab.study.record import Run
-from hybridlab.study.run import TrainingRun
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.study.step_log import StepLog, StepRecord
 from hybridlab.study.timer import TrainingTimer
-from hybridlab.vram import MemoryReading
+from hybridlab.study.watched_run import WatchedRun, progress
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class LoopSettings:
         return False
 
 
-class RecordedLoop:
+class RecordedLoop(WatchedRun):
     """Follows a `HybridTrainer` that any loop drives: a record in `runs/<folder>`, gauges and buttons in JupyterLab.
 
         loop = RecordedLoop(trainer, "my_run", steps=1000)
@@ -64,7 +62,7 @@ class RecordedLoop:
         self.folder = runs_folder(folder)
         self._trainer, device = trainer, next(trainer.model.parameters()).device
         self._memory, self._timer = RunMemory(device), TrainingTimer(device)
-        self._memory.begin(self._progress)
+        self._memory.begin(partial(progress, trainer, self._timer, steps))
         self._log = StepLog(self.folder, self._settings(device), self._memory, keep_steps=0)
         self._recording = self._log.open()
         self._recording.__enter__()
@@ -83,19 +81,14 @@ class RecordedLoop:
         self._log.add(record)
         if self._live:
             self._live.step(self.config.name, self.config.steps)
-            self._live.watch(cast(TrainingRun, self), record)
+            self._live.watch(self, record)
         self._start()
 
     def finish(self, evaluation: Mapping[str, float] | None = None) -> Run:
         """Close the record with the last figures; the run counts as finished."""
         self._timer.pause()
         self._log.catch_up()
-        statistics = asdict(self._trainer.statistics())
-        seconds_by_phase = statistics.pop("seconds_by_phase")
-        summary = {"name": self.config.name, "seed": self.config.seed, "code": code_version()} | statistics
-        summary |= {f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()}
-        summary |= self._evaluation | dict(evaluation or {}) | {"seconds": self._timer.seconds}
-        self._log.finish(summary | self._memory.summary())
+        self._log.finish({**self._closing_figures(), "code": code_version(), **self._evaluation, **(evaluation or {})})
         self.close()
         return self.record
 
@@ -113,33 +106,9 @@ class RecordedLoop:
     # --- what the panel asks of a run --------------------------------------------------------------------
 
     @property
-    def record(self) -> Run:
-        """Everything that reached the disk so far."""
-        return Run.load(self.folder)
-
-    @property
-    def settings(self) -> HybridTrainerConfig:
-        """The trainer's settings as they are now."""
-        return self._trainer.config
-
-    @property
-    def phase(self) -> Phase:
-        """The phase of the next step."""
-        return self._trainer.current_phase
-
-    @property
     def learning_rate(self) -> float:
         """Of the optimizer's first group."""
         return float(self._trainer.optimizer.param_groups[0]["lr"])
-
-    def memory(self) -> tuple[MemoryReading, int]:
-        """The last sample, and the peak so far in bytes."""
-        return self._memory.latest()
-
-    def change(self, **settings: float) -> None:
-        """Change settings of the trainer from the next step on; the record says so."""
-        self._trainer.change(**settings)
-        self._changes |= settings
 
     def pause(self) -> None:
         """Stop the clock, and bring what was recorded to the disk."""
@@ -154,10 +123,6 @@ class RecordedLoop:
         self._timer.start()
         self._memory.sampler.start()
         self._memory.enter(str(self._trainer.current_phase))
-
-    def _progress(self) -> dict[str, Any]:
-        done = self._trainer.statistics().nominal_steps
-        return {"nominal_step": done + 1, "phase": str(self._trainer.current_phase), "seconds": self._timer.seconds}
 
     def _settings(self, device: torch.device) -> dict[str, Any]:
         config = self.config

@@ -26,6 +26,7 @@ from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
 from hybridlab.study.run import TrainingRun, Watch
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import OnRun, OnStep, Study, StudyResult, folder_name, label, run_arms
+from hybridlab.study.watched_run import WatchedRun
 
 
 class Stopped(UserError):
@@ -257,7 +258,7 @@ def _watching(
     stopped = _was_stopped(what, notebook)
     live = Live(Controls(), total, arms=arms)
 
-    def watch(run: TrainingRun, record: StepRecord) -> None:
+    def watch(run: WatchedRun, record: StepRecord) -> None:
         live.watch(run, record)
         if live.controls.stopping:
             run.save()

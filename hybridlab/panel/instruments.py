@@ -14,9 +14,9 @@ import psutil
 
 from hybridlab.panel.html import Losses, Memory, Position, Proposals, Speed, State, Training
 from hybridlab.panel.timeline import timeline_of
-from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import label
+from hybridlab.study.watched_run import WatchedRun
 from hybridlab.vram import MemoryReading
 
 RATE_READINGS = 20
@@ -26,7 +26,7 @@ RATE_READINGS = 20
 class Instruments:
     """Follows one run. A step's loss is read one step late, when it costs no wait."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: WatchedRun) -> None:
         self.run, config = run, run.config
         self.timeline = timeline_of(run.record, config.steps)  # with the earlier steps of a resumed run
         self.latest: StepRecord | None = None

@@ -24,9 +24,9 @@ from hybridlab.panel.progress import INSTALL, Progress, seconds_left
 from hybridlab.panel.reload import answering_new_pages
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.record import Run
-from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import BASELINE
+from hybridlab.study.watched_run import WatchedRun
 
 LEAST_SECONDS = 0.25
 """Between two drawings: at most four per second."""
@@ -90,14 +90,14 @@ class Live:
         """Keep the final loss of a run that has finished."""
         self._finals.note(run)
 
-    def watch(self, run: TrainingRun, record: StepRecord) -> None:
+    def watch(self, run: WatchedRun, record: StepRecord) -> None:
         """Note a step, then do what is asked."""
         if self._instruments is None or self._instruments.run is not run:
             self._instruments = Instruments(run)
         self._instruments.note(record)
         self.between_steps(run)
 
-    def between_steps(self, run: TrainingRun) -> None:
+    def between_steps(self, run: WatchedRun) -> None:
         """Do what is asked, draw when it is time, wait while paused."""
         if self.controls.have_requests:
             self._obey(run)
@@ -128,7 +128,7 @@ class Live:
         followed = self._instruments
         return bool(followed and followed.latest and followed.latest.result.nominal_step == followed.run.config.steps)
 
-    def _obey(self, run: TrainingRun) -> None:
+    def _obey(self, run: WatchedRun) -> None:
         if self.controls.take_save():
             run.save()
             if self._instruments:
@@ -137,7 +137,7 @@ class Live:
         if run.phase is not Phase.PREDICT and (settings := self.controls.take_settings()):
             run.change(**settings)
 
-    def _pause(self, run: TrainingRun) -> None:
+    def _pause(self, run: WatchedRun) -> None:
         """Wait while paused, with the clocks stopped."""
         paused = self._clock()
         run.pause()

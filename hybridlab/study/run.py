@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -20,9 +19,7 @@ from hybridlab.base.checkpoint import (
 )
 from hybridlab.base.device import find_device
 from hybridlab.base.lock import locked
-from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.phases import Phase
-from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.study.compilation import drop_compiled
 from hybridlab.study.config import RunConfig
 from hybridlab.study.out_of_memory import report_oom
@@ -33,9 +30,9 @@ from hybridlab.study.run_memory import RunMemory
 from hybridlab.study.step_log import StepLog, StepRecord
 from hybridlab.study.timer import TrainingTimer
 from hybridlab.study.training import Training
-from hybridlab.vram import MemoryReading
+from hybridlab.study.watched_run import WatchedRun, progress
 
-Watch = Callable[["TrainingRun", StepRecord], None]
+Watch = Callable[[WatchedRun, StepRecord], None]
 """Called between two steps, with the run and what its last step did."""
 
 UNSETTLED_STEPS = 10
@@ -86,7 +83,7 @@ def _readable_run(config: RunConfig, folder: Path) -> Run | None:
         return None
 
 
-class TrainingRun:
+class TrainingRun(WatchedRun):
     """One run, driven step by step. It goes on from the checkpoint in `folder`, if there is one.
 
     Whoever drives it, through `steps`, may between two of them `pause` it, `save` a checkpoint and `change` settings.
@@ -97,7 +94,7 @@ class TrainingRun:
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self._folder = config, folder
+        self.config, self.folder = config, folder
         self._device = find_device(config.device)
         if not config.compiled:
             drop_compiled()
@@ -126,8 +123,8 @@ class TrainingRun:
         with self._process.applied():
             self._training.warm_up_()
             self._first = self._restore()
-        self._memory.begin(partial(_progress, self._trainer, self._timer, self.config.steps))
-        self._log = StepLog(self._folder, self.config.record(), self._memory, keep_steps=self._first)
+        self._memory.begin(partial(progress, self._trainer, self._timer, self.config.steps))
+        self._log = StepLog(self.folder, self.config.record(), self._memory, keep_steps=self._first)
         return self._first
 
     def steps(self) -> Generator[StepRecord]:
@@ -154,39 +151,15 @@ class TrainingRun:
             self._log.catch_up()
             self._trainer.check_finite()
             self._log.finish(self._summary())
-        remove_checkpoint(self._folder / CHECKPOINT)
+        remove_checkpoint(self.folder / CHECKPOINT)
 
     # --- between two steps -------------------------------------------------------------------------------
-
-    @property
-    def record(self) -> Run:
-        """Everything that reached the disk so far."""
-        return Run.load(self._folder)
-
-    @property
-    def settings(self) -> HybridTrainerConfig:
-        """The trainer's settings as they are now."""
-        return self._trainer.config
 
     @property
     def learning_rate(self) -> float:
         """The base learning rate of the latest step."""
         steps = max(self._trainer.steps_by(self.config.clock) - 1, 0)
         return self.config.optimizer.lr * self.config.lr_schedule(steps)
-
-    @property
-    def phase(self) -> Phase:
-        """The phase of the next step."""
-        return self._trainer.current_phase
-
-    def memory(self) -> tuple[MemoryReading, int]:
-        """Memory at the last sample, and the run's peak so far, in bytes; stalls nothing."""
-        return self._memory.latest()
-
-    def change(self, **settings: float) -> None:
-        """Change settings as `HybridTrainer.change` does; the next step's row says so, under "changed"."""
-        self._trainer.change(**settings)
-        self._changes |= settings
 
     def pause(self) -> None:
         """Stop the clock and the sampling until the next step, and bring what was measured to the disk."""
@@ -199,7 +172,7 @@ class TrainingRun:
         self._timer.pause()
         self._log.flush()
         with self._process.applied():
-            save_checkpoint(self._folder / CHECKPOINT, self._state(), meta=self._identity)
+            save_checkpoint(self.folder / CHECKPOINT, self._state(), meta=self._identity)
 
     # --- within a step -----------------------------------------------------------------------------------
 
@@ -244,7 +217,7 @@ class TrainingRun:
 
     def _restore(self) -> int:
         """Take up the last checkpoint, if there is one, and return the nominal steps that were done."""
-        state = load_checkpoint(self._folder / CHECKPOINT, expect=self._identity)
+        state = load_checkpoint(self.folder / CHECKPOINT, expect=self._identity)
         if state is None:
             return 0
         self._training.load_state_dict(state)
@@ -256,28 +229,12 @@ class TrainingRun:
 
     def _summary(self) -> dict[str, Any]:
         """What a comparison of runs needs, in one flat record."""
-        statistics = asdict(self._trainer.statistics())
-        seconds_by_phase = statistics.pop("seconds_by_phase")
         return {
-            "name": self.config.name,
-            "seed": self.config.seed,
+            **self._closing_figures(),
             "code": self._identity["code"],
-            **statistics,
             "reliability": self._trainer.reliability(),
             "acceptance_reliability": self._trainer.acceptance_reliability(),
             "forecast_skill": self._trainer.forecast_skill(),
             **self._training.evaluation,
-            **{f"seconds_in_{phase}": seconds for phase, seconds in seconds_by_phase.items()},
-            "seconds": self._timer.seconds,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
-            **self._memory.summary(),
         }
-
-
-def _progress(trainer: HybridTrainer, timer: TrainingTimer, steps: int) -> dict[str, Any]:
-    """Where a run of so many nominal steps stands: the step under way, its phase, and the training time so far."""
-    return {
-        "nominal_step": min(trainer.statistics().nominal_steps + 1, steps),
-        "phase": str(trainer.current_phase),
-        "seconds": timer.seconds,
-    }
