@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.optim.closure import run_closure
 from hybridlab.optim.muon import COEFFICIENTS, Muon
 
 OPTIMIZERS = ("adamw", "adam", "muon", "sgd")
@@ -219,10 +219,7 @@ class MuonWithAdamW(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of each method on its own groups."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for name, method in self.methods.items():
             groups = [group for group in self.param_groups if group["method"] == name]
             step_with_(method, [_with_cycled_beta1(group) for group in groups], self.state)

@@ -16,6 +16,7 @@ from hybridlab.base.device import wait_for
 from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.base.weak_hook import weak_hook
 from hybridlab.optim.build import step_with_
+from hybridlab.optim.closure import run_closure
 from hybridlab.weights.path import MOMENTS
 
 LEAVING_BYTES = 128_000_000
@@ -132,10 +133,7 @@ class HostAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Move the weights of all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         self._wait()
         self._follow_weights_()
         for group in self.param_groups:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
+from hybridlab.optim.closure import run_closure
 
 Quintic = tuple[float, float, float]
 
@@ -81,10 +82,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step every matrix that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = run_closure(closure)
         for group in self.param_groups:
             for params in stacks([p for p in group["params"] if p.grad is not None]):
                 weights, gradients = [p.detach() for p in params], [p.grad for p in params if p.grad is not None]
