@@ -91,15 +91,21 @@ DAMAGED = [
 ]
 
 
+def listed(sort: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What `hybridlab runs` prints, and what it says beside it."""
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "--sort", sort])
+    assert ended.value.code == 0
+    out, said = capsys.readouterr()
+    return out, said
+
+
 @pytest.mark.parametrize(("name", "content"), DAMAGED)
 def test_one_damaged_file_is_named_in_one_line_and_hides_no_other_run(
     name: str, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path("runs/one/bold_seed_0") / name).write_bytes(content)
-    with pytest.raises(SystemExit) as ended:
-        main(["runs", "--sort", "name"])
-    assert ended.value.code == 0
-    out, said = capsys.readouterr()
+    out, said = listed("name", capsys)
     assert "3 runs in runs" in out
     assert said.count("\n") == 1
     assert said.startswith("hybridlab: ")
@@ -122,10 +128,7 @@ def test_what_is_no_record_of_ours_is_left_out_and_said(
 ) -> None:
     """As a Hugging Face model that was saved below `runs`."""
     (Path("runs/one/bold_seed_0") / name).write_text(content)
-    with pytest.raises(SystemExit) as ended:
-        main(["runs", "--sort", "-validation_loss"])
-    assert ended.value.code == 0
-    out, said = capsys.readouterr()
+    out, said = listed("-validation_loss", capsys)
     assert "3 runs in runs" in out
     assert said.endswith("runs/one/bold_seed_0 holds no record of ours: it is left out\n")
     assert said.count("\n") == 1

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from hybridlab.base.errors import UserError, first_line
 from hybridlab.base.settings import check_bounds, check_types
-from hybridlab.data import TextData
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.study.tasks import Batch, TextTask, load_text_once
+from hybridlab.study.tasks import Batch, TextTask, TokenWindows
 
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """The special tokens of a config's own tokenizer mean nothing here, and may lie outside the vocabulary."""
@@ -25,24 +24,16 @@ LARGEST = {("_layer", "_layers"): 1000, ("_head", "_heads"): 1000, ("hidden_size
 
 
 @dataclass(frozen=True)
-class HuggingFaceTaskConfig:
+class HuggingFaceTaskConfig(TokenWindows):
     """A model of transformers with fresh weights; nothing is downloaded.
 
     model: a config as JSON text, such as '{"model_type": "llama", "num_hidden_layers": 4}', or the path of a
         config.json or of a folder that holds one
-    data, vocab_size, block_size, batch_size, validation_batches, max_bytes: as `TextTaskConfig` has them; the config's
+    data, vocab_size, block_size, batch_size, validation_batches, max_bytes: as `TokenWindows` has them; the config's
         own vocabulary gives way to `vocab_size`
 
     Raises UserError for a config that is not readable or that transformers refuses, and where it is not installed.
     """
-
-    model: str
-    data: str = "python"
-    vocab_size: int = 2048
-    block_size: int = 64
-    batch_size: int = 8
-    validation_batches: int = 16
-    max_bytes: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,10 +54,6 @@ class HuggingFaceTaskConfig:
             raise UserError("transformers is not installed: .venv/bin/pip install transformers") from None
         except (ValueError, TypeError) as error:
             raise UserError(f"transformers refuses the config with model_type={kind!r}: {first_line(error)}") from None
-
-    def load_text(self) -> TextData:
-        """The tokens, read once per process."""
-        return load_text_once(self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes or None)
 
     def build(self, seed: int, device: torch.device, memory: MemoryConfig | None = None) -> HuggingFaceTask:
         """A fresh model in training mode, and batches drawn by the same seed; loss chunks and padding are GPT-2's."""

@@ -66,23 +66,38 @@ class TaskConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class TextTaskConfig:
-    """A GPT-2 on tokens.
+class TokenWindows:
+    """A language model's text, in windows of tokens.
 
-    model: a name that `GPT2Config.named` knows; dropout: its dropout, in training
+    model: says which model, as each kind of task has it
     data: a source that `load_text` knows; vocab_size: of the tokenizer trained on it, and of the model
     block_size: tokens per window; batch_size: windows per step
     validation_batches: batches, evenly spaced over the validation tokens, on which a model is judged
     max_bytes: cap on the training text; 0 takes all
     """
 
-    model: str = "tiny"
+    model: str
     data: str = "python"
     vocab_size: int = 2048
     block_size: int = 64
     batch_size: int = 8
     validation_batches: int = 16
     max_bytes: int = 0
+
+    def load_text(self) -> TextData:
+        """The tokens, read once per process."""
+        return load_text_once(self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes or None)
+
+
+@dataclass(frozen=True)
+class TextTaskConfig(TokenWindows):
+    """A GPT-2 on tokens.
+
+    model: a name that `GPT2Config.named` knows; dropout: its dropout, in training
+    others: as `TokenWindows` has them
+    """
+
+    model: str = "tiny"
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -91,10 +106,6 @@ class TextTaskConfig:
         check_bounds(self, "batch_size", "validation_batches", least=1)
         check_bounds(self, "max_bytes", least=0)
         _ = self.model_config  # refuses its own part
-
-    def load_text(self) -> TextData:
-        """The tokens, read once per process."""
-        return load_text_once(self.data, vocab_size=self.vocab_size, max_bytes=self.max_bytes or None)
 
     @property
     def model_config(self) -> GPT2Config:
