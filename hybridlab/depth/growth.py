@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
-from hybridlab.depth.schedule import RULES
 from hybridlab.depth.stack import BlockStack, tensors_of
 from hybridlab.weights.snapshot import inside
-
-__all__ = ["RULES", "forget_", "grow_", "positions"]
 
 OUTPUTS = ("c_proj", "o_proj", "out_proj", "down_proj", "fc2", "w2", "wo", "dense", "dense_4h_to_h")
 """Usual names of the layers that write into the residual stream."""
@@ -29,12 +26,8 @@ def positions(rule: str, depths: Sequence[int], total: int) -> list[tuple[int, .
         stack        the first ones
         all others   spread evenly, from the first one on: block j of L lies at ceil(j total / L)
 
-    depths: blocks of each stage, rising; total: of the model
-
-    Raises ValueError for a stage that is deeper than the model.
+    depths: blocks of each stage, rising; total: of the model, at least as many
     """
-    if depths[-1] > total:
-        raise ValueError(f"the last stage has {depths[-1]} blocks and the model {total}: set it to {total}")
     outer, stages = tuple(range(total)), []
     for depth in reversed(depths):
         spread = [-(-j * len(outer) // depth) for j in range(depth)]

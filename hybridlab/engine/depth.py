@@ -67,12 +67,13 @@ class DepthController:
 
     def stages_(self) -> Iterator[int | None]:
         """Show the model as each stage has it, deepest last, then as it was: for whoever warms it up."""
-        for stage in self._positions if self._schedule else [()]:
-            if self._schedule:
-                self._stack.activate_(stage)
+        if self._schedule is None:
+            yield None
+            return
+        for stage in self._positions:
+            self._stack.activate_(stage)
             yield self.depth
-        if self._schedule:
-            self._stack.activate_(self._positions[self._stage])
+        self._stack.activate_(self._positions[self._stage])
 
     def is_due(self, step: int) -> bool:
         """Whether blocks join at this step, counted from 0."""
