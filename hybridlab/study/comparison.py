@@ -68,8 +68,8 @@ class Comparison:
         if self.grown:
             return (
                 f"{self.name}: grown to full depth {time}; final loss {self.to_baseline} nats against the baseline, "
-                f"{self.to_control} nats against a plain run of as much computation: {self.answer}. A plain run needs "
-                f"{self.compute_to_loss or 'open'} times its computation for the same loss."
+                f"{self.to_control} nats against a plain run of as much computation: {self.answer}. Computation of a "
+                f"plain run to the same loss, over its own: {self.compute_to_loss or 'open'}."
             )
         if not self.predicted_steps:
             return f"{self.name}: predicted nothing ({self.asked}), {time}."

@@ -200,11 +200,13 @@ def comparison_chart(comparisons: Iterable[Comparison]) -> Chart | str:
 
     Arms that predicted nothing are left out; a sentence says so where that are all.
     """
-    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in _by_difference(comparisons)]
+    compared = _by_difference(comparisons)
+    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in compared]
     if not rows:
         return "no arm predicted anything"
     zero = (Line(0.0, "as good as stopping earlier"),)
-    title = "Hybrid minus control, equal gradient steps: right of the line is worse"
+    equal = "computation" if any(c.grown for c in compared) else "gradient steps"
+    title = f"Hybrid minus control, equal {equal}: right of the line is worse"
     return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
 
 
