@@ -277,3 +277,17 @@ def test_claims_of_two_runs_are_compared_at_four_decimals_without_times(tiny):
         "hybrid_wins.more was missing, is now 1",
         "hybrid_wins.verdict was fails, is now holds",
     ]
+
+
+def test_a_verdict_that_a_time_decides_may_differ_between_two_runs_and_others_may_not(tiny):
+    def slower(bounded: str) -> list[str]:
+        entry = json.loads(json.dumps(tiny.entry))
+        for quantity in entry["claims"][0]["quantities"]:
+            quantity["bound"] = 1.0 if quantity["name"] == bounded else None
+        again = json.loads(json.dumps(entry))
+        again["claims"][0]["verdict"] = "open"
+        return claim_differences(entry, again)
+
+    loss, _, wall = (quantity["name"] for quantity in tiny.entry["claims"][0]["quantities"])
+    assert slower(wall) == []
+    assert slower(loss) == ["hybrid_wins.verdict was fails, is now open"]
