@@ -248,7 +248,7 @@ def study_of(rows: list[dict[str, Any]], parameters: dict[str, Any]) -> StudyRes
         {
             (row["arm"], row["seed"]): Run(
                 Path(),
-                {"task": task},
+                {"task": task, "hybrid": {"max_predict_steps": not row["arm"].startswith(("baseline", "control"))}},
                 pd.DataFrame({"measured_loss": [row["first_loss"]]}),
                 pd.DataFrame(),
                 never | row,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import re
 import sys
@@ -22,7 +23,9 @@ from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks import interleaved as turns
 from hybridlab.benchmarks.step_overhead import step_overhead
+from hybridlab.engine.trainer import DivergenceError
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
+from hybridlab.notebook.views.study import comparison_chart, hybrid_claims
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study import config as run_config
@@ -30,7 +33,7 @@ from hybridlab.study.base import Base
 from hybridlab.study.compilation import compile_, drop_compiled
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
-from hybridlab.study.study import folder_name, is_plain, run_arms
+from hybridlab.study.study import folder_name, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
@@ -123,6 +126,58 @@ def test_runs_under_other_settings_lie_apart_and_each_resumes_its_own(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 2
 
 
+DIVERGES = replace(SHORT, name="diverges", steps=4, evaluate_every=2, optimizer=OptimizerConfig(lr=1e30))
+
+
+@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])  # starts processes
+def test_an_arm_that_diverges_is_recorded_as_that_and_named_and_the_others_go_on(
+    tmp_path: Path, isolated: bool
+) -> None:
+    arms = [replace(DIVERGES, name=name, optimizer=OptimizerConfig(lr=1e-3)) for name in ("baseline", "after")]
+    for resume in (False, True):
+        with pytest.warns(UserWarning, match="'diverges', seed 0 diverged: .*; the other runs go on"):
+            result = run_arms([arms[0], DIVERGES, arms[1]], tmp_path, isolated=isolated, resume=resume)
+        diverged = result.runs["diverges", 0]
+        assert "not finite" in str(diverged.diverged) or "nan" in str(diverged.diverged)
+        assert diverged.closing_figures["validation_loss"] == diverged.validation_loss(at_step=4) == math.inf
+        assert diverged.closing_figures["divergences"] == 1
+        assert result.runs["after", 0].validation_loss() < 10
+        assert result.has_diverged("diverges")
+        assert not result.has_diverged("after")
+    assert json.loads((diverged.folder / "summary.json").read_text())["validation_loss"] is None
+
+
+def test_a_run_that_diverges_by_itself_ends_with_an_error_that_names_it(tmp_path: Path) -> None:
+    for resume in (False, True):
+        with pytest.raises(DivergenceError, match="'diverges', seed 0 diverged"):
+            train(DIVERGES, tmp_path, resume=resume)
+
+
+def test_a_hybrid_that_diverges_loses_and_says_so() -> None:
+    result = with_hybrids(0.1, 0.1)
+    result.runs["1", 1].closing_figures["validation_loss"] = math.inf
+    kept, diverged = compare(result, "0"), compare(result, "1")
+    assert kept.to_control.mean == pytest.approx(-0.1)
+    assert (diverged.sign, diverged.answer, str(diverged.to_baseline)) == (1, "diverged", "diverged")
+    assert diverged.sentence == "1: diverged with 1 of 3 seeds."
+    assert diverged.step_value is None
+    verdicts = {claim.kind: claim.verdict for claim in hybrid_claims(diverged)}
+    assert (verdicts["pays"], verdicts["quality"], verdicts["speed"]) == ("fails", "fails", "fails")
+    chart = comparison_chart([kept, diverged])
+    assert list(chart.names or ()) == ["0"]
+    assert chart.title.endswith("(diverged: 1)")
+
+
+def test_what_an_arm_is_does_not_go_by_its_name() -> None:
+    """A hybrid called "baseline + snoo" is no control."""
+    result = with_hybrids(0.1)
+    renamed = {("baseline + snoo" if name == "0" else name, seed): run for (name, seed), run in result.runs.items()}
+    assert not StudyResult(renamed).is_plain("baseline + snoo")
+    assert "baseline + snoo" not in StudyResult(renamed).controls_beside("baseline + snoo", 0)
+    with pytest.raises(ValueError, match="hybrids: a plain arm is called 'baseline' already"):
+        Study(SHORT, {"baseline": JUMPY})
+
+
 def test_a_folder_s_name_tells_arm_settings_and_seed() -> None:
     names = [folder_name(replace(SHORT, name="lr x 2", seed=seed)) for seed in (0, 1)]
     assert re.fullmatch(r"lr_x_2_[0-9a-f]{6}_seed_0", names[0])
@@ -144,10 +199,11 @@ def made_up(losses: list[dict[str, float]], steps: int = 400) -> StudyResult:
     runs = {}
     for seed, by_arm in enumerate(losses):
         for name, loss in by_arm.items():
-            share, predicts = shares.get(name, 0.7), name not in shares and not is_plain(name)
+            share, predicts = shares.get(name, 0.7), name not in shares and not name.startswith("control of")
             counts = {"gradient_steps": round(share * steps), "predicted_steps": round(0.3 * steps * predicts)}
             summary = plain | counts | {"validation_loss": loss}
-            runs[name, seed] = Run(Path(), config, pd.DataFrame({"measured_loss": [6.0]}), pd.DataFrame(), summary)
+            settings = config | {"hybrid": {"max_predict_steps": 8 * predicts}}
+            runs[name, seed] = Run(Path(), settings, pd.DataFrame({"measured_loss": [6.0]}), pd.DataFrame(), summary)
     return StudyResult(runs)
 
 

@@ -219,7 +219,8 @@ def run(name: str, loss: float, seed: int = 0, **summary: Any) -> Run:
         }
     )
     figures = {"name": name, "seed": seed, "validation_loss": loss, "memory_source": "process", "reliability": []}
-    return Run(Path(name), {"name": name, "seed": seed}, steps, pd.DataFrame(), figures | summary)
+    hybrid = {"max_predict_steps": not name.startswith(("baseline", "control"))}
+    return Run(Path(name), {"name": name, "seed": seed, "hybrid": hybrid}, steps, pd.DataFrame(), figures | summary)
 
 
 def study(*runs: Run) -> StudyResult:

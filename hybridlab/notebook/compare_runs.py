@@ -154,7 +154,6 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     that was not evaluated yet or has other data.
     """
     from hybridlab.charts.builders import loss_curves
-    from hybridlab.study.study import is_plain
 
     if not runs:
         raise ValueError("there is nothing to draw: give at least one run")
@@ -168,7 +167,7 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     for run in runs:
         if "validation_loss" not in run.steps or run.steps["validation_loss"].dropna().empty:
             raise UserError(f"{run.folder.name} has no validation_loss yet: leave it out, or wait")
-    plain = [name for name in curves if is_plain(name)]
+    plain = [name for name, run in zip(curves, runs, strict=True) if run.is_plain]
     return loss_curves(curves, against=against, control=plain)
 
 

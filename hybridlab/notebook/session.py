@@ -143,7 +143,7 @@ class Session:
         return between_steps and self._saved_at < self.steps_done < self.config.steps
 
     def _refuse_resume(self, earlier: Run) -> None:
-        if earlier.summary is not None:
+        if earlier.summary is not None and not earlier.diverged:
             raise UserError(f"{self.folder} has finished: show final_frame of its run, or start afresh without resume")
         if len(earlier.steps) and not has_checkpoint(self.folder / CHECKPOINT):
             raise UserError(

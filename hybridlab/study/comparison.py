@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval, holm
 from hybridlab.study.step_value import SeedRuns, StepValue
-from hybridlab.study.study import BASELINE, StudyResult, is_plain
+from hybridlab.study.study import BASELINE, StudyResult
 
 SIGNIFICANCE = 0.05
 """The chance, over all arms of a study together, of seeing a difference where there is none."""
@@ -64,6 +64,10 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """What was found for this arm."""
+        if self.validation_loss.mean == math.inf:
+            return (
+                f"{self.name}: diverged with {self.validation_loss.values.count(math.inf)} of {self.base.seeds} seeds."
+            )
         time = f"in {self.time_ratio.mean:.2f} times the baseline's time"
         if self.grown:
             return (
@@ -81,7 +85,12 @@ class Comparison:
 
     @property
     def sign(self) -> int:
-        """-1 or 1 where the loss is below or above the control's, corrected for all arms of the study; 0 otherwise."""
+        """-1 or 1 where the loss is below or above the control's, corrected for all arms of the study; 0 otherwise.
+
+        1 of an arm that diverged.
+        """
+        if self.to_control.mean == math.inf:
+            return 1
         decided = self.predicted and not self.base.lacks and self.p_value < SIGNIFICANCE
         return int(math.copysign(1, self.to_control.mean)) if decided else 0
 
@@ -100,6 +109,8 @@ class Comparison:
     @property
     def answer(self) -> str:
         """The answer to: did predicting pay, against simply training for fewer steps?"""
+        if self.validation_loss.mean == math.inf:
+            return "diverged"
         if not self.predicted:
             return "predicted nothing"
         if self.base.lacks:
@@ -180,7 +191,7 @@ def _difference(result: StudyResult, name: str, controls: list[str], column: str
 
 def _p_values(result: StudyResult) -> dict[str, float]:
     """Of every arm that predicted anything, corrected for all of them."""
-    arms = dict.fromkeys(name for name, _ in result.runs if not is_plain(name))
+    arms = dict.fromkeys(name for name, _ in result.runs if not result.is_plain(name))
     predicted = [name for name in arms if any(result.predicted(name, seed) for seed in result.seeds)]
     return holm({name: _to_control(result, name).p_value for name in predicted})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,10 @@ FLUSH_SHARE = 0.02
 
 
 T = TypeVar("T")
+
+
+WORST = {"validation_loss": math.inf, "perplexity": math.inf, "accuracy": -math.inf}
+"""What counts for a run that diverged: worse than any other."""
 
 
 class DamagedRecordError(UserError):
@@ -94,7 +99,9 @@ class RunRecorder:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read from its folder. `summary` is None while it has not finished."""
+    """A run as read from its folder. `summary` is None while it has not finished; of one that diverged it has
+    `WORST`.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -108,13 +115,27 @@ class Run:
 
         Raises FileNotFoundError where there is no config.json, and DamagedRecordError for a file that cannot be read.
         """
+        summary = _read(path, _mapping) if (path := folder / "summary.json").exists() else None
+        if summary and summary.get("diverged"):
+            summary |= {name: worst for name, worst in WORST.items() if name in summary}
         return cls(
             folder=folder,
             config=_read(folder / "config.json", _mapping),
             steps=_read_table(folder / "steps.parquet"),
             vram=_read_table(folder / "vram.parquet"),
-            summary=_read(path, _mapping) if (path := folder / "summary.json").exists() else None,
+            summary=summary,
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it trains all blocks from the start and predicts nothing: a baseline, or one of its controls."""
+        hybrid = self.config.get("hybrid", {})
+        return not hybrid.get("max_predict_steps") and not hybrid.get("depth")
+
+    @property
+    def diverged(self) -> str | None:
+        """Why the run ended early, with a loss or weights that are not finite; None where it did not."""
+        return (self.summary or {}).get("diverged")
 
     @property
     def closing_figures(self) -> dict[str, Any]:
@@ -125,7 +146,7 @@ class Run:
 
     def validation_loss(self, at_step: int | None = None) -> float:
         """In nats: at its end, or after `at_step` nominal steps. Raises UserError if none was measured there."""
-        if at_step is None:
+        if at_step is None or self.diverged:
             return float(self.closing_figures["validation_loss"])
         measured = self.steps.loc[self.steps["nominal_step"] == at_step, "validation_loss"].dropna()
         if measured.empty:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from hybridlab.base.checkpoint import (
 from hybridlab.base.device import find_device
 from hybridlab.base.lock import locked
 from hybridlab.engine.phases import Phase
+from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.compilation import drop_compiled
 from hybridlab.study.config import RunConfig
 from hybridlab.study.out_of_memory import report_oom
@@ -55,8 +57,8 @@ def train(
         two programs. So is a run whose record is damaged, with a warning. By default, what lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
 
-    Raises UserError when `resume` meets a run of another configuration, when another process trains in `folder`, and
-    when memory runs out.
+    Raises DivergenceError, and leaves a record that says so, when the run diverges; UserError when `resume` meets a run
+    of another configuration, when another process trains in `folder`, and when memory runs out.
     """
     with locked(folder):
         return _train(config, folder, on_step, resume=resume, watch=watch)
@@ -67,6 +69,8 @@ def _train(config: RunConfig, folder: Path, on_step: Callable[[], None], *, resu
     if not earlier or earlier.summary is not None or other_code(folder):
         remove_checkpoint(folder / CHECKPOINT)
     if earlier and can_stand(earlier):
+        if earlier.diverged:
+            raise DivergenceError(f"{_name(config)} diverged: {earlier.diverged}")
         for _ in range(config.steps):
             on_step()
         return earlier
@@ -79,8 +83,12 @@ def _readable_run(config: RunConfig, folder: Path) -> Run | None:
     try:
         return earlier_run(config, folder)
     except DamagedRecordError as error:
-        warnings.warn(f"{error}; training {config.name!r}, seed {config.seed}, afresh", stacklevel=4)
+        warnings.warn(f"{error}; training {_name(config)}, afresh", stacklevel=4)
         return None
+
+
+def _name(config: RunConfig) -> str:
+    return f"{config.name!r}, seed {config.seed}"
 
 
 class TrainingRun(WatchedRun):
@@ -133,7 +141,7 @@ class TrainingRun(WatchedRun):
         Call `start` first. Closing the iterator keeps what was measured; the run then counts as interrupted.
         """
         settled_from = self._first + UNSETTLED_STEPS
-        with self._log.open(), gc_frozen():
+        with self._log.open(), gc_frozen(), self._divergence_recorded():
             for step in range(self._first, self.config.steps):
                 if step == settled_from:
                     self._timer.pause()
@@ -149,7 +157,7 @@ class TrainingRun(WatchedRun):
                     self._log.catch_up()
                     raise
             self._log.catch_up()
-            self._trainer.check_finite()
+            self._check_finite()
             self._log.finish(self._summary())
         remove_checkpoint(self.folder / CHECKPOINT)
 
@@ -173,6 +181,24 @@ class TrainingRun(WatchedRun):
         self._log.flush()
         with self._process.applied():
             save_checkpoint(self.folder / CHECKPOINT, self._state(), meta=self._identity)
+
+    # --- where it diverges ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _divergence_recorded(self) -> Iterator[None]:
+        """A run that diverges has ended: its record says why, its figures are none, and the error names it."""
+        try:
+            yield
+        except DivergenceError as error:
+            self._log.catch_up()
+            ended = {"diverged": str(error), "divergences": self._trainer.statistics().divergences + 1}
+            self._log.finish(self._summary() | dict.fromkeys(self._training.evaluation) | ended)
+            raise DivergenceError(f"{_name(self.config)} diverged: {error}") from None
+
+    def _check_finite(self) -> None:
+        self._trainer.check_finite()
+        if not math.isfinite(loss := self._training.evaluation["validation_loss"]):
+            raise DivergenceError(f"the validation loss is {loss} after the last step: lower the learning rate")
 
     # --- within a step -----------------------------------------------------------------------------------
 
@@ -229,7 +255,7 @@ class TrainingRun(WatchedRun):
 
     def _summary(self) -> dict[str, Any]:
         """What a comparison of runs needs, in one flat record."""
-        return {
+        summary = {
             **self._closing_figures(),
             "code": self._identity["code"],
             "reliability": self._trainer.reliability(),
@@ -238,3 +264,9 @@ class TrainingRun(WatchedRun):
             **self._training.evaluation,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
+        return {name: None if is_not_finite(figure) else figure for name, figure in summary.items()}
+
+
+def is_not_finite(figure: Any) -> bool:
+    """Whether a figure is NaN or infinite, as a perplexity that overflows, which no JSON holds."""
+    return isinstance(figure, float) and not math.isfinite(figure)

@@ -14,6 +14,8 @@ import scipy
 class Interval:
     """A mean over seeds with its 95 % confidence interval (Student's t); infinitely wide for one seed.
 
+    Where a run diverged, its loss is infinite, and so are the mean and both ends; with its control, the mean is NaN.
+
     values: what it was computed from, in the order of the seeds
     """
 
@@ -25,8 +27,11 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         """From one value per seed."""
-        mean, count = float(np.mean(values)), len(values)
-        if count < 2:
+        finite, count = all(map(math.isfinite, values)), len(values)
+        mean = float(np.mean(values)) if finite else float(sum(values))
+        if math.isinf(mean):
+            return cls(mean, mean, mean, tuple(values))
+        if count < 2 or math.isnan(mean):
             return cls(mean, -math.inf, math.inf, tuple(values))
         half = float(scipy.stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
         return cls(mean, mean - half, mean + half, tuple(values))
@@ -55,6 +60,8 @@ class Interval:
         return int(self.low > 0) - int(self.high < 0)
 
     def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return "diverged"
         if self.seeds < 2:
             return f"{self.mean:+.3f} (one seed: no interval)"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"

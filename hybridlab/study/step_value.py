@@ -68,8 +68,10 @@ class StepValue:
 
     @classmethod
     def of(cls, runs: Sequence[SeedRuns]) -> Self | None:
-        """From the runs of each seed. None where no seed predicted, or its control runs have one length only."""
+        """From the runs of each seed. None where no seed predicted, one diverged, or controls have one length."""
         runs = [run for run in runs if run.predicted_steps]
+        if not all(math.isfinite(loss) for run in runs for loss in (run.loss, *run.control_losses)):
+            return None
         if not runs or any(len(set(run.control_steps)) < 2 for run in runs):
             return None
         test = PairedTest.of(runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import pandas as pd
 from hybridlab.base.lock import locked
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.record import Run
@@ -60,6 +62,8 @@ class Study:
         check_bounds(self, "control_fractions", above=0, most=4)
         if 1 in self.control_fractions:
             raise ValueError("control_fractions has 1, which is the baseline's own length: leave it out")
+        if taken := set(self.hybrids).intersection(arm for arm in self.arms() if self.arms().count(arm) > 1):
+            raise ValueError(f"hybrids: a plain arm is called {sorted(taken)[0]!r} already: choose another name")
 
     def run(
         self,
@@ -86,6 +90,8 @@ class Study:
 
         A run under other settings lies in another folder, which is left alone.
 
+        A run that diverges is told in a warning and recorded as that; the others go on.
+
         Raises UserError where another process trains the same study.
         """
         trained = partial(
@@ -109,7 +115,8 @@ class Study:
     def _control_length(self, result: StudyResult, name: str, seed: int) -> int:
         if (name, seed) not in result.runs:
             return self.base.steps if self.hybrids[name].predicts else 0
-        return round(result.cost(name, seed)) if result.predicted(name, seed) else 0
+        compared = result.predicted(name, seed) and not result.runs[name, seed].diverged
+        return round(result.cost(name, seed)) if compared else 0
 
     def _planned(self) -> Iterator[RunConfig]:
         """Seed by seed, every second one in reverse, so that a drift of the machine falls on all arms alike."""
@@ -126,11 +133,13 @@ class Study:
         return with_rate(run, dict(self.rates).get(name, run.optimizer.lr))
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
-        """For each arm that predicted weights, in time or in depth, a plain run of as much computation."""
+        """For each arm that predicted weights, in time or in depth, and did not diverge: a plain run of as much
+        computation.
+        """
         for name in self.hybrids:
             for seed in range(self.seeds):
-                if result.predicted(name, seed):
-                    yield self._shortened(control_name(name), round(result.cost(name, seed)), seed)
+                if steps := self._control_length(result, name, seed):
+                    yield self._shortened(control_name(name), steps, seed)
 
     def _shortened(self, name: str, steps: int, seed: int) -> RunConfig:
         """A plain run of another length, the schedule fitted to it: shorter ones are truncated controls."""
@@ -160,6 +169,14 @@ class StudyResult:
     def steps(self, name: str) -> list[pd.DataFrame]:
         """The step tables of one arm, one per seed."""
         return [self.runs[name, seed].steps for seed in self.seeds]
+
+    def is_plain(self, name: str) -> bool:
+        """Whether an arm predicts nothing, in time or in depth, whatever it is called."""
+        return all(run.is_plain for (arm, _), run in self.runs.items() if arm == name)
+
+    def has_diverged(self, name: str) -> bool:
+        """Whether any run of an arm ended with a loss or weights that are not finite."""
+        return any(run.diverged for (arm, _), run in self.runs.items() if arm == name)
 
     def value(self, column: str, name: str, seed: int) -> float:
         """One closing figure of one run."""
@@ -191,8 +208,9 @@ class StudyResult:
 
         Other hybrids' controls are left out, so that no value depends on which other hybrids a study has.
         """
-        plain = [arm for arm, its_seed in self.runs if its_seed == seed and is_plain(arm)]
-        fixed = [arm for arm in plain if not arm.startswith(control_name(""))]
+        hybrid = self.runs[BASELINE, seed].config.get("hybrid")
+        alike = [arm for (arm, s), run in self.runs.items() if s == seed and run.config.get("hybrid") == hybrid]
+        fixed = [arm for arm in alike if not arm.startswith(control_name(""))]
         own = self.control_of(name, seed)
         fixed.sort(key=lambda arm: self.gradient_steps(arm, seed))
         return fixed if own in fixed else [*fixed, own]
@@ -232,10 +250,20 @@ def run_arms(
         for config in configs:
             total = steps_before + _steps(configs) + steps_after(result)
             step = partial(on_step, label(config.name, config.seed), total)
-            run = how(config, folder / folder_name(config), step, resume=resume)
+            place = folder / folder_name(config)
+            run = _trained_or_diverged(partial(how, config, place, step, resume=resume), place)
             result.runs[config.name, config.seed] = run
             on_run(run)
     return result
+
+
+def _trained_or_diverged(train: Callable[[], Run], folder: Path) -> Run:
+    """A run, also where it diverged: what is left of its study goes on."""
+    try:
+        return train()
+    except DivergenceError as error:
+        warnings.warn(f"{error}; the other runs go on", stacklevel=3)
+        return Run.load(folder)
 
 
 def _locked(folder: Path, what: str, configs: Sequence[RunConfig]) -> AbstractContextManager[None]:
@@ -263,11 +291,6 @@ def folder_name(config: RunConfig) -> str:
     settings = config.record() | {"seed": None}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     return re.sub(r"\W+", "_", f"{config.name} {key} seed {config.seed}")
-
-
-def is_plain(name: str) -> bool:
-    """Whether an arm of that name predicts nothing: the baseline, or one of its controls."""
-    return name.startswith((BASELINE, CONTROL))
 
 
 def length_name(fraction: float) -> str:

@@ -21,7 +21,7 @@ from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, hold
 from hybridlab.study.comparison import Comparison
 from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
-from hybridlab.study.study import BASELINE, StudyResult, control_name, is_plain
+from hybridlab.study.study import BASELINE, StudyResult, control_name
 
 PROMISED_SAVING = 0.4
 """Share of the time that the plan promises to save at least."""
@@ -45,12 +45,20 @@ def record_table(record: dict[str, Any], caption: str) -> Table:
 
 
 def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
-    """Validation loss of the arms, the plain runs drawn as controls; hybrids that predicted nothing are left out."""
-    idle = [name for name in arms if _is_idle(result, name)]
-    runs = {name: result.steps(name) for name in arms if name not in idle}
+    """Validation loss of the arms, plain runs as controls; what predicted nothing, or diverged, is named instead."""
+    diverged = [name for name in arms if result.has_diverged(name)]
+    idle = [name for name in arms if name not in diverged and _is_idle(result, name)]
+    runs = {name: result.steps(name) for name in arms if name not in [*idle, *diverged]}
     title = f"Validation loss over {AXES[against]}" + (f"; predicted nothing: {', '.join(idle)}" if idle else "")
-    plain = [name for name in runs if is_plain(name)]
-    return loss_curves(runs, against=against, control=plain, control_of=_control_of(runs), title=title)
+    plain = [name for name in runs if result.is_plain(name)]
+    return loss_curves(
+        runs, against=against, control=plain, control_of=_control_of(runs), title=title + _left_out(diverged)
+    )
+
+
+def _left_out(diverged: Sequence[str]) -> str:
+    """What a title says of arms that cannot be drawn."""
+    return f" (diverged: {', '.join(diverged)})" if diverged else ""
 
 
 def _is_idle(result: StudyResult, name: str) -> bool:
@@ -198,15 +206,17 @@ def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
 def comparison_chart(comparisons: Iterable[Comparison]) -> Chart | str:
     """The differences to the controls, with intervals; right of zero is worse than stopping earlier.
 
-    Arms that predicted nothing are left out; a sentence says so where that are all.
+    Arms that predicted nothing, or diverged, are left out; a sentence says so where that are all.
     """
     compared = _by_difference(comparisons)
-    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in compared]
+    drawn = [c for c in compared if math.isfinite(c.to_control.mean)]
+    diverged = [c.name for c in compared if c not in drawn]
+    rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in drawn]
     if not rows:
-        return "no arm predicted anything"
+        return f"no arm predicted anything{_left_out(diverged)}"
     zero = (Line(0.0, "as good as stopping earlier"),)
-    equal = "computation" if any(c.grown for c in compared) else "gradient steps"
-    title = f"Hybrid minus control, equal {equal}: right of the line is worse"
+    equal = "computation" if any(c.grown for c in drawn) else "gradient steps"
+    title = f"Hybrid minus control, equal {equal}: right of the line is worse{_left_out(diverged)}"
     return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
 
 
