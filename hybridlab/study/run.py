@@ -264,9 +264,9 @@ class TrainingRun(WatchedRun):
             **self._training.evaluation,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
-        return {name: None if is_not_finite(figure) else figure for name, figure in summary.items()}
+        return {name: None if _is_not_finite(figure) else figure for name, figure in summary.items()}
 
 
-def is_not_finite(figure: Any) -> bool:
+def _is_not_finite(figure: Any) -> bool:
     """Whether a figure is NaN or infinite, as a perplexity that overflows, which no JSON holds."""
     return isinstance(figure, float) and not math.isfinite(figure)
