@@ -26,7 +26,8 @@ from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import parameters_from, parameters_sha256
-from hybridlab.results.publish import environment, git_commit, load_results, publish
+from hybridlab.results.publish import environment, git_commit, publish
+from hybridlab.results.reading import load_results
 from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 

@@ -41,7 +41,7 @@ from hybridlab.notebook.views.memory import (
 )
 from hybridlab.optim import Schedule
 from hybridlab.planner import plan
-from hybridlab.results.publish import load_results
+from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, TextTaskConfig, planning, train
 from hybridlab.study.base import Base
 from hybridlab.study.planning import plan_of, room_for

@@ -12,7 +12,8 @@ import nbformat
 import pytest
 
 from hybridlab.batch.run import run_notebook
-from hybridlab.results.publish import environment, load_results
+from hybridlab.results.publish import environment
+from hybridlab.results.reading import load_results
 from tests.hygiene import claim_differences
 from tests.notebook_maker import project, save, tiny_notebook
 

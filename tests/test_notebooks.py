@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_output
 from hybridlab.notebook.views.answer import claims_table
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import HOW_IT_RUNS, parameters_sha256
-from hybridlab.results.publish import load_results
+from hybridlab.results.reading import load_results
 from tests.hygiene import (
     claim_differences,
     executed_problems,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -21,12 +23,13 @@ from hybridlab.report.criteria import CRITERIA, OURS, Claims, Criterion, Peak, R
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, PROFILES, REPORT, Evidence
 from hybridlab.report.gpu_guide import gpu_guide
-from hybridlab.report.pictures import charts_of, same_picture, signed, vram_frame
+from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.recommendation import by_model, recommended
 from hybridlab.report.validation import at_a_glance, validation_document
 from hybridlab.report.words import markdown_table
 from hybridlab.results.claims import Claim, Quantity, Verdict
-from hybridlab.results.publish import load_results, publish
+from hybridlab.results.publish import publish
+from hybridlab.results.reading import load_results
 from hybridlab.results.words import interval, quantities_in_words
 from tests.notebook_maker import project
 from tests.test_memory_charts import MEMORY_ROWS, vram
@@ -142,11 +145,134 @@ def test_without_results_or_markers_it_says_what_to_do(tmp_path: Path) -> None:
         report_files(tmp_path)
 
 
+# What is no results file of ours, and what cannot be written.
+
+GOOD = {HYBRID: entry(pays("a", "holds", 100.0, 900.0, Quantity("loss_to_control", -0.1, -0.2, -0.05, "nats")))}
+
+
+def changed(*place: str | int, to: Any) -> str:
+    """A results file with the value at one place replaced."""
+    results = json.loads(json.dumps(GOOD))
+    *way, last = (HYBRID, *place)
+    inner = results
+    for key in way:
+        inner = inner[key]
+    inner[last] = to
+    return json.dumps(results)
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ('{"a', "not valid JSON"),
+        ("", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1, 2]", "the whole: Input should be an object"),
+        ("null", "the whole: Input should be an object, not None"),
+        (json.dumps({HYBRID: None}), f"{HYBRID}: Input should be an object"),
+        (json.dumps({"../../x <script>": entry()}), "should match pattern"),
+        (changed("device", to=None), f"{HYBRID}.device"),
+        (changed("claims", to=None), f"{HYBRID}.claims"),
+        (changed("claims", 0, "note", to="x"), f"{HYBRID}.claims[0].note"),
+        (changed("claims", 0, "verdict", to="maybe"), "verdict: Input should be 'holds'"),
+        (changed("claims", 0, "quantities", 0, "value", to="many"), "claims[0].quantities[0].value"),
+        (changed("claims", 0, "quantities", 0, "value", to=[1]), "claims[0].quantities[0].value"),
+        (changed("claims", 0, "quantities", 0, "value", to=10**400), "its predicted_steps must be a number"),
+        (changed("claims", 0, "quantities", 0, "value", to=1e308), "its predicted_steps must be a number"),
+        (changed("claims", 0, "quantities", 0, "value", to=float("nan")), "its predicted_steps must be a number"),
+        (changed("parameters", "steps", to="many"), "parameters.steps"),
+        (changed("tables", to={"memory": [{"arm": "x"}]}), "tables.memory[0].model: Field required"),
+        (changed("tables", to={"vram": [{"run": "", "seconds": [1], "used_gb": [], "phase": []}]}), "one length"),
+    ],
+)
+def test_a_file_that_is_no_results_file_is_refused_in_one_line(
+    content: str | bytes, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = tmp_path / "executed" / MAIN / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    monkeypatch.chdir(project(tmp_path))
+    assert main(["report"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hybridlab: {path}: ")
+    assert wrong in line
+    assert len(line) < len(str(path)) + 400
+
+
+def test_what_is_missing_is_left_out_of_a_chart_and_said() -> None:
+    def arm(name: str, *ends: float | None) -> Claim:
+        return pays(name, "open", 100.0, 900.0, Quantity("loss_to_control", *ends, unit="nats"))
+
+    found = evidence(n07=entry(arm("whole", -0.1, -0.2, -0.05), arm("one seed", 0.3, None, None), arm("lost", None)))
+    text = str(charts_of(found)[f"against_control_{MAIN}.png"])
+    assert "right is worse (not measured: lost (07))" in text
+    assert "whole (07): -0.1000 [-0.2000, -0.0500]" in text
+    assert "one seed (07): 0.3000 [0.3000, 0.3000]" in text
+    assert "lost (07):" not in text
+    assert charts_of(evidence(n07=entry(arm("lost", None)))) == {}
+
+
+def test_an_arm_whose_loss_is_missing_is_no_second_control() -> None:
+    rows = [XL | {"loss_change": None}, LARGE | {"loss_change": 0.1}, CONTROL]
+    text = str(charts_of(rows_of(*rows))[f"quality_against_memory_{MEMORY}.png"])
+    assert "not measured: fit_16gb, fp32" in text
+    assert "no limits: 1 point" in text
+    assert "fit_16gb: 1" not in text
+
+
+def test_counts_that_are_missing_are_no_zeros() -> None:
+    loss = Quantity("loss_to_control", 0.5, 0.4, 0.6, "nats")
+    unknown = claim("pays", "fails", Quantity("predicted_steps", None, unit="steps"), loss, arm="a")
+    page = validation_document(evidence(n03=entry(unknown)), {})
+    assert "| a | – | – | – | +0.500" in page
+    (ran,) = Ran(HYBRID, 1000).findings(evidence(n03=entry(parameters={})))
+    assert ran.outcome == "not measured"
+
+
+def test_texts_of_results_mark_nothing_in_a_document() -> None:
+    evil = "<img src=x> [x](javascript:y) ![x][y] | *a* `b`\n\n# Heading \x1b[31m"
+    shown = r"&lt;img src=x&gt; [x]\(javascript:y) ![x]\[y] \| \*a\* \`b\` # Heading \\x1b[31m"
+    found = evidence(n03=entry(Claim("pays", evil, "open", (), evil, "id"), device=evil))
+    page = validation_document(found, {"against_control.png": evil})
+    assert page.count(shown) >= 4
+    assert not re.search(r"<img|(?<!\\)\]\(javascript|^# Heading|\x1b", page, re.MULTILINE)
+    assert "<img" not in gpu_guide(found, {}) + readme_section(found)
+
+
+@pytest.mark.parametrize("fails", ["write_bytes", "replace"])
+def test_documents_are_replaced_all_or_none(copy: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """Where the third file finds no room, or its name cannot be taken: in use, on Windows."""
+    texts = [copy / "README.md", copy / "docs" / "VALIDATION_RESULTS.md", copy / "docs" / "RTX_5080_GUIDE.md"]
+    monkeypatch.setattr("hybridlab.report.documents.report_files", lambda _: dict.fromkeys(texts, "new"))
+    before, calls = {path: path.read_bytes() for path in texts}, iter(range(100))
+    owner, original = (Path, Path.write_bytes) if fails == "write_bytes" else (os, os.replace)
+
+    def third_time(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, fails, third_time)
+    with pytest.raises(UserError, match="cannot write"):
+        write_report(copy)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in texts} == before
+    assert not list(copy.rglob("*.tmp"))
+
+
+def test_a_picture_that_is_none_is_drawn_anew(memory: Path) -> None:
+    write_report(memory)
+    picture = memory / "docs" / "images" / f"vram_{MEMORY}_0.png"
+    picture.write_bytes(b"half")
+    assert write_report(memory) == [picture]
+
+
 def test_links_lead_to_what_is_there() -> None:
     files = report_files(ROOT)
     for path, content in files.items():
-        if path.suffix == ".md":
-            for link in re.findall(r"\]\(([^)#:]+)\)", content.decode()):
+        if isinstance(content, str):
+            for link in re.findall(r"\]\(([^)#:]+)\)", content):
                 target = (path.parent / link).resolve()
                 assert target.exists() or target in files, f"{path.name}: {link}"
 
@@ -479,9 +605,9 @@ def test_arms_of_one_name_are_told_apart_where_a_criterion_mixes_notebooks() -> 
 
 def test_a_picture_is_known_by_its_numbers(memory: Path) -> None:
     chart = charts_of(Evidence.read(memory))[f"vram_{MEMORY}_0.png"]
-    picture = signed(chart)
-    assert same_picture(picture, signed(chart))
-    assert not same_picture(picture, chart.png())
+    assert shows(signed(chart), chart)
+    assert not shows(signed(chart), replace(chart, title="another"))
+    assert not shows(chart.png(), chart)
     (rows,) = vram_rows({"everything": vram()})
     frame = vram_frame(rows)
     assert frame["used_bytes"].max() == pytest.approx(vram()["used_bytes"].max())

@@ -16,7 +16,8 @@ from scipy import stats
 from hybridlab.notebook import pays_claim, run_rows
 from hybridlab.report.evidence import PROFILES
 from hybridlab.results.claims import Claim
-from hybridlab.results.publish import load_results, plain
+from hybridlab.results.publish import plain
+from hybridlab.results.reading import load_results
 from hybridlab.study import StudyResult, compare
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval, holm

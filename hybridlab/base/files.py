@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from hybridlab.base.errors import UserError, nearest
@@ -44,6 +44,34 @@ def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def replace_all(contents: Mapping[Path, bytes]) -> None:
+    """Write several files, all or none: the first one is replaced when all are on the disk.
+
+    Raises UserError where the disk is full or cannot be written; then each is as it was, or is not there as before.
+    """
+    before: dict[Path, bytes | None] = {}
+    try:
+        with ExitStack() as written:
+            for path, content in contents.items():
+                beside = written.enter_context(replaced(path, lasting=False))
+                beside.write_bytes(content)
+                _content_to_disk(beside)
+            before |= {path: path.read_bytes() if path.exists() else None for path in contents}
+    except BaseException:
+        for path, earlier in before.items():
+            _put_back(path, earlier)
+        raise
+
+
+def _put_back(path: Path, content: bytes | None) -> None:
+    """Give a file what it held before; None: it was not there."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        with replaced(path, lasting=False) as beside:
+            beside.write_bytes(content)
 
 
 def remove(*paths: Path) -> None:

@@ -208,7 +208,7 @@ def _as_it_ran(job: Job, work: Path) -> NotebookNode:
 
 def summary_of(job: Job) -> list[str]:
     """The closing sentences that a finished run published; empty when it published none."""
-    from hybridlab.results.publish import load_results
+    from hybridlab.results.reading import load_results
 
     entry = load_results(job.results).get(job.notebook.stem, {}) if job.results else {}
     fresh = entry.get("parameters_sha256") == parameters_sha256(job.parameters)

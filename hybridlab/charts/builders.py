@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -135,20 +136,38 @@ def phase_chart(steps: pd.DataFrame, title: str) -> Chart:
 def interval_chart(
     title: str,
     x_label: str,
-    rows: Sequence[tuple[str, float, float, float]],
+    rows: Sequence[tuple[str, float | None, float | None, float | None]],
     *,
     lines: tuple[Line, ...] = (Line(0.0, "zero"),),
 ) -> Chart:
     """Draw a value with its interval per row.
 
-    rows: (name, value, low, high), drawn from top to bottom
+    rows: (name, value, low, high), drawn from top to bottom; without both ends, finite ones, a value has no interval,
+        and a row without a finite value is left out, which the title says
     lines: the reference values the intervals are judged by
+
+    Raises ValueError where no row has a value.
     """
-    if not rows:
+    drawn = [
+        (name, value, *((low, high) if _is_finite(low) and _is_finite(high) else (value, value)))
+        for name, value, low, high in rows
+        if _is_finite(value)
+    ]
+    if not drawn:
         raise ValueError(f"chart {title!r} has no rows: give at least one (name, value, low, high)")
-    names, values, low, high = zip(*rows, strict=True)
-    series = Series("value and interval", values, range(len(rows)), low, high, kind="points")
-    return Chart(title, x_label, "", (series,), names=names, lines=lines)
+    names, values, low, high = zip(*drawn, strict=True)
+    series = Series("value and interval", values, range(len(drawn)), low, high, kind="points")
+    said = without(title, [name for name, value, *_ in rows if not _is_finite(value)])
+    return Chart(said, x_label, "", (series,), names=names, lines=lines)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def without(title: str, names: Sequence[str]) -> str:
+    """A title that says what was not measured, and is left out."""
+    return f"{title} (not measured: {', '.join(names)})" if names else title
 
 
 def bars(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from hybridlab.base.errors import printable
 from hybridlab.charts.points import finite, kept, rounded, shown
 
 Kind = Literal["line", "points", "bar"]
@@ -213,7 +214,9 @@ class ChartData:
             for axis, lines in (("", self.lines), ("x ", self.x_lines))
             for line in lines
         ]
-        return "\n".join(head + [line for lines in body for line in lines] + _bands_text(self.bands) + tail)
+        return "\n".join(
+            map(printable, head + [line for lines in body for line in lines] + _bands_text(self.bands) + tail)
+        )
 
     def _row_text(self, series: Series) -> list[str]:
         values = [shown(v) for v in rounded(series.x)]

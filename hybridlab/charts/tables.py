@@ -67,11 +67,11 @@ class Table:
         return f"<table>\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
     def __str__(self) -> str:
-        grid = [self.columns, *self.cells()]
+        grid = [list(map(printable, self.columns)), *self.cells()]
         widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
         grid.insert(1, ["-" * width for width in widths])
         lines = ["  ".join(_aligned(row, widths, self._sides())).rstrip() for row in grid]
-        return "\n".join([self.caption, *lines] if self.caption else lines)
+        return "\n".join([printable(self.caption), *lines] if self.caption else lines)
 
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None

@@ -93,7 +93,9 @@ class Ran:
         entry = evidence.entry(self.notebook)
         if entry is None:
             return [_absent(self.notebook, "run", evidence)]
-        steps = int(entry["parameters"].get("steps", 0))
+        steps = entry["parameters"].get("steps")
+        if steps is None:
+            return [Finding("run", "not measured", "its steps are not among its parameters", self.notebook)]
         outcome: Outcome = "holds" if steps >= self.steps else "fails"
         whole = f"{steps} nominal steps, whole"
         return [Finding("run", outcome, whole, self.notebook, evidence.is_emulated(self.notebook))]
@@ -110,9 +112,8 @@ class Peak:
     def findings(self, evidence: Evidence) -> list[Finding]:
         """What the GPU counted, its context included; nothing without one."""
         rows = evidence.tables("memory").get(self.notebook, [])
-        peak = next(
-            (r["peak_memory_bytes"] for r in rows if r["arm"] == self.arm and r["measured_allocated_bytes"]), None
-        )
+        mine = (row for row in rows if row["arm"] == self.arm and row["measured_allocated_bytes"])
+        peak = next((row["peak_memory_bytes"] for row in mine), None)
         if peak is None:
             return [_absent(self.notebook, self.arm, evidence)]
         words = f"peak memory {gigabytes(peak)}"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import replaced
+from hybridlab.base.files import replace_all
+from hybridlab.charts.display import Chart
 from hybridlab.report.criteria import BASELINE, MEMORY, XL, Claims, Criterion, of_presets
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
-from hybridlab.report.pictures import charts_of, same_picture, signed
+from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.validation import criterion_verdict, devices, notebook_link, validation_document
 from hybridlab.report.words import render
 from hybridlab.results.words import quantity_interval
@@ -37,10 +38,10 @@ SCALES = {"rtx5080": "GPT-2 Small on a GPU", "cpu_long": "A nano GPT-2 on a CPU"
 """Where every predictor was tried, by profile."""
 
 
-def report_files(root: Path) -> dict[Path, bytes]:
-    """What `hybridlab report` writes: from path to content, for the project at `root`.
+def report_files(root: Path) -> dict[Path, str | Chart]:
+    """What `hybridlab report` writes for the project at `root`: from path to text, or to the chart that is drawn.
 
-    Raises UserError where README.md, its markers or every results file is missing.
+    Raises UserError where README.md, its markers or every results file is missing, and for a damaged one.
     """
     evidence = Evidence.read(root)
     if not evidence.entries:
@@ -52,30 +53,26 @@ def report_files(root: Path) -> dict[Path, bytes]:
         docs / "VALIDATION_RESULTS.md": validation_document(evidence, titles),
         docs / "RTX_5080_GUIDE.md": gpu_guide(evidence, titles),
     }
-    pictures = {docs / "images" / name: signed(chart) for name, chart in charts.items()}
-    return {path: text.encode() for path, text in texts.items()} | pictures
+    return texts | {docs / "images" / name: chart for name, chart in charts.items()}
 
 
 def stale_files(root: Path) -> list[Path]:
     """The documents and pictures on disk that are missing, or say something else than the results."""
-    return [path for path, content in report_files(root).items() if not _up_to_date(path, content)]
+    return [path for path, content in report_files(root).items() if not _is_up_to_date(path, content)]
 
 
 def write_report(root: Path) -> list[Path]:
-    """Write every document that follows from the results, each as a whole; returns those that changed."""
-    files = report_files(root)
-    changed = [path for path, content in files.items() if not _up_to_date(path, content)]
-    for path in changed:
-        with replaced(path) as beside:
-            beside.write_bytes(files[path])
-    return changed
+    """Write every document that follows from the results, all or none; returns those that changed."""
+    changed = {path: content for path, content in report_files(root).items() if not _is_up_to_date(path, content)}
+    replace_all({path: signed(c) if isinstance(c, Chart) else c.encode() for path, c in changed.items()})
+    return list(changed)
 
 
-def _up_to_date(path: Path, content: bytes) -> bool:
+def _is_up_to_date(path: Path, content: str | Chart) -> bool:
     if not path.exists():
         return False
-    before = path.read_bytes()
-    return same_picture(before, content) if path.suffix == ".png" else before == content
+    there = path.read_bytes()
+    return shows(there, content) if isinstance(content, Chart) else there == content.encode()
 
 
 def _with_section(readme: Path, section: str) -> str:
@@ -106,7 +103,8 @@ def _scale(evidence: Evidence, profile: str, where: str) -> dict[str, Any]:
     claims = evidence.claims(PREDICTORS, kind="pays", profile=profile)
     tried = [claim for claim in claims if not claim.is_idle]
     paying = [claim for claim in tried if claim.verdict == "holds"]
-    best = max(paying, key=lambda claim: claim.value("step_value") or 0.0, default=None)
+    valued = [claim for claim in paying if claim.value("step_value") is not None]
+    best = max(valued, key=lambda claim: claim.value("step_value") or 0.0, default=next(iter(paying), None))
     return {
         "where": where,
         "link": notebook_link(PREDICTORS, profile, docs=""),

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from hybridlab.report.judged import judged
 from hybridlab.results.claims import Claim
-from hybridlab.results.publish import load_results
+from hybridlab.results.reading import load_results
 
 PROFILES = {
     "rtx5080": "the plan's scale, on a GPU",
@@ -53,11 +53,6 @@ class Published(Claim):
     def about(self) -> str:
         """Its arm in words, or where it has none, its id."""
         return arm_in_words(self.arm, self.notebook) or self.id
-
-    @property
-    def predicted_steps(self) -> float:
-        """Of a claim on predicting; 0 of any other."""
-        return self.value("predicted_steps") or 0.0
 
     @property
     def is_idle(self) -> bool:

@@ -13,7 +13,7 @@ from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import devices, p_value, predicted_share
-from hybridlab.report.words import gigabytes, known_columns, render, verdict_word
+from hybridlab.report.words import Markdown, gigabytes, known_columns, render, verdict_word
 from hybridlab.results.bounds import GPU_BYTES
 from hybridlab.results.words import quantity_interval
 
@@ -54,7 +54,8 @@ def _bf16_over_float32(gpu: str) -> str:
 def _settings(presets: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:
     """One row per setting, one column per preset."""
     return [
-        {"setting": f"`{name}`"} | {preset: _setting(getattr(config, name)) for preset, config in presets.items()}
+        {"setting": Markdown(f"`{name}`")}
+        | {preset: _setting(getattr(config, name)) for preset, config in presets.items()}
         for name in names
     ]
 

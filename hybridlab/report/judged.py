@@ -35,15 +35,15 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
 
 
 def _predicted(claim: Claim) -> bool:
-    """Whether an arm predicted weights, in time or in depth: others are tested against nothing."""
-    return bool(claim.value("predicted_steps")) or claim.quantity("p_value") is not None
+    """Whether an arm predicted weights, in time or in depth, as far as was published."""
+    return claim.value("predicted_steps") != 0 or claim.quantity("p_value") is not None
 
 
 def _base(parameters: Mapping[str, Any]) -> Base:
     """What the notebook trained; how far the losses fell is not among its parameters."""
-    steps = parameters.get("reference_steps") or parameters.get("steps", 0)
-    tokens = steps * parameters.get("batch_size", 0) * parameters.get("block_size", 1)
-    return Base(steps, parameters.get("seeds", 1), tokens, math.inf)
+    steps = parameters.get("reference_steps") or parameters.get("steps") or 0
+    tokens = steps * (parameters.get("batch_size") or 0) * (parameters.get("block_size") or 1)
+    return Base(steps, parameters.get("seeds") or 1, tokens, math.inf)
 
 
 def _is_older(claim: Claim) -> bool:

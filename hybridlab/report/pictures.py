@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pandas as pd
 from PIL import Image
@@ -17,6 +19,7 @@ from hybridlab.charts.model import Line
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
 from hybridlab.notebook.views.study import losses_chart
 from hybridlab.report.evidence import PROFILES, Evidence, Published
+from hybridlab.results.claims import Quantity
 
 DIGEST = "chart-sha256"
 """Which numbers a picture was drawn from; its pixels depend on the fonts and libraries of a machine, too."""
@@ -30,7 +33,7 @@ def charts_of(evidence: Evidence) -> dict[str, Chart]:
 def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
     for profile in evidence.entries:
         claims = [claim for claim in evidence.claims(kind="pays", profile=profile) if not claim.is_idle]
-        if claims:
+        if any(claim.value("loss_to_control") is not None for claim in claims):
             yield f"against_control_{profile}.png", against_control(claims, PROFILES[profile])
         for notebook, rows in evidence.tables("losses", profile).items():
             yield f"{notebook}_{profile}.png", losses_chart(rows)
@@ -42,15 +45,18 @@ def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
     for notebook, rows in evidence.tables("vram").items():
         for number, row in enumerate(rows):
             title = f"{notebook}, {row['run']}: memory over time"
-            limit = SAFE_PEAK if max(row["used_gb"]) > SAFE_PEAK.value / 2 else None
-            yield f"vram_{notebook}_{number}.png", memory_timeline(vram_frame(row), title, limit=limit)
+            frame = vram_frame(row)
+            limit = SAFE_PEAK if frame["used_bytes"].max() > 1e9 * SAFE_PEAK.value / 2 else None
+            if frame["used_bytes"].notna().any():
+                yield f"vram_{notebook}_{number}.png", memory_timeline(frame, title, limit=limit)
 
 
 def against_control(claims: list[Published], where: str) -> Chart:
     """Each arm's final loss against its truncated control, with the interval over seeds."""
-    found = [(f"{claim.about} ({claim.notebook[:2]})", claim.quantity("loss_to_control")) for claim in claims]
-    rows = [(name, q.value or 0.0, q.low or 0.0, q.high or 0.0) for name, q in found if q]
-    rows.sort(key=lambda row: row[1])
+    nothing = Quantity("loss_to_control", None)
+    found = [(f"{c.about} ({c.notebook[:2]})", c.quantity("loss_to_control") or nothing) for c in claims]
+    rows = [(name, q.value, q.low, q.high) for name, q in found]
+    rows.sort(key=lambda row: math.inf if row[1] is None else row[1])
     title = f"Hybrid minus control, {where}: right is worse"
     zero = (Line(0.0, "as good as stopping earlier"),)
     return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
@@ -58,20 +64,25 @@ def against_control(claims: list[Published], where: str) -> Chart:
 
 def vram_frame(row: dict[str, list[float]]) -> pd.DataFrame:
     """A row of the table "vram" as the frame that a run records."""
-    used = [1e9 * gigabytes for gigabytes in row["used_gb"]]
+    used = 1e9 * pd.Series(row["used_gb"], dtype=float)
     return pd.DataFrame({"seconds": row["seconds"], "phase": row["phase"], "used_bytes": used})
 
 
 def signed(chart: Chart) -> bytes:
     """The chart's picture, with the hash of what it shows written into it."""
     note = PngInfo()
-    note.add_text(DIGEST, hashlib.sha256(json.dumps(chart.plotly().to_plotly_json()).encode()).hexdigest())
+    note.add_text(DIGEST, _digest(chart))
     buffer = io.BytesIO()
     Image.open(io.BytesIO(chart.png())).save(buffer, format="PNG", optimize=True, pnginfo=note)
     return buffer.getvalue()
 
 
-def same_picture(one: bytes, other: bytes) -> bool:
-    """Whether two pictures show the same numbers: by their hashes where both have one, else byte by byte."""
-    hashes = [Image.open(io.BytesIO(picture)).info.get(DIGEST) for picture in (one, other)]
-    return hashes[0] == hashes[1] if all(hashes) else one == other
+def shows(picture: bytes, chart: Chart) -> bool:
+    """Whether a picture was drawn from the chart's numbers, by the hash in it."""
+    with suppress(OSError):  # no picture, or half of one
+        return Image.open(io.BytesIO(picture)).info.get(DIGEST) == _digest(chart)
+    return False
+
+
+def _digest(chart: Chart) -> str:
+    return hashlib.sha256(json.dumps(chart.plotly().to_plotly_json()).encode()).hexdigest()

@@ -8,10 +8,10 @@ from typing import Any
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.report.evidence import Evidence, arm_in_words
 from hybridlab.report.validation import Cells, loss_change, notebook_link, step_time
-from hybridlab.report.words import gigabytes, known_columns, render
+from hybridlab.report.words import Markdown, gigabytes, known_columns, render
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 
-TAKE, WATCH = "**take this**", "**take this, watch its loss**"
+TAKE, WATCH = Markdown("**take this**"), Markdown("**take this, watch its loss**")
 
 
 def by_model(evidence: Evidence) -> str:
@@ -73,9 +73,10 @@ def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) 
     if control is None:
         return None
     asked = (evidence.entry(row["notebook"]) or {}).get("parameters", {})
-    steps, seeds = asked.get("reference_steps") or asked.get("steps"), asked.get("seeds", 1)
+    steps, seeds = asked.get("reference_steps") or asked.get("steps"), asked.get("seeds") or 1
     length = [f"{steps} steps", f"{seeds} seed{'s' if seeds > 1 else ''}"] if steps else []
-    return ", ".join([*length, f"to a loss of {control['validation_loss']:.2f}"])
+    loss = control.get("validation_loss")
+    return ", ".join([*length, *([] if loss is None else [f"to a loss of {loss:.2f}"])])
 
 
 def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:

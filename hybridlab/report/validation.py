@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
+from urllib.parse import quote
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, OURS, Criterion, Finding, Outcome
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
-from hybridlab.report.words import gigabytes, known_columns, percent, render, verdict_word
+from hybridlab.report.words import Markdown, escaped, gigabytes, known_columns, percent, render, verdict_word
 from hybridlab.results.words import interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
@@ -49,9 +50,10 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
     )
 
 
-def predicted_share(claim: Published) -> str:
+def predicted_share(claim: Published) -> str | None:
     """How many of an arm's nominal steps were predicted, from its claim that it pays."""
-    return f"{claim.predicted_steps:.0f} of {claim.predicted_steps + _gradient_steps(claim):.0f}"
+    predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
+    return None if predicted is None or gradient is None else f"{predicted:.0f} of {predicted + gradient:.0f}"
 
 
 def devices(evidence: Evidence) -> str:
@@ -59,9 +61,10 @@ def devices(evidence: Evidence) -> str:
     return "; ".join(evidence.devices(MAIN)) or "nothing yet"
 
 
-def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", short: bool = False) -> str:
+def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", short: bool = False) -> Markdown:
     """A link to an executed notebook; docs: the way from the document to the project's root; short: by its number."""
-    return f"[{notebook[:2] if short else notebook}]({docs}executed/{profile}/{notebook}.ipynb)"
+    file = quote(f"{docs}executed/{profile}/{notebook}.ipynb")
+    return Markdown(f"[{notebook[:2] if short else notebook}]({file})")
 
 
 def at_a_glance(evidence: Evidence) -> str:
@@ -81,7 +84,7 @@ def _verdict(title: str, criterion: Criterion, evidence: Evidence) -> Cells:
 def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
     """A criterion's outcome as documents set it, "emulated" beside it where it rests on that."""
     emulated = any(finding.emulated for finding in criterion.findings(evidence))
-    return verdict_word(criterion.outcome(evidence)) + (EMULATED if emulated else "")
+    return Markdown(verdict_word(criterion.outcome(evidence)) + (EMULATED if emulated else ""))
 
 
 def _criteria(group: Iterable[Criterion], evidence: Evidence) -> Iterator[Cells]:
@@ -92,7 +95,7 @@ def _criteria(group: Iterable[Criterion], evidence: Evidence) -> Iterator[Cells]
 
 def _criterion(criterion: Criterion, evidence: Evidence) -> Iterator[Cells]:
     findings = criterion.findings(evidence)
-    whole = {"criterion": f"**{criterion.text}**", "verdict": criterion_verdict(criterion, evidence)}
+    whole = {"criterion": Markdown(f"**{escaped(criterion.text)}**"), "verdict": criterion_verdict(criterion, evidence)}
     if len(findings) == 1:
         yield whole | _numbers(findings[0])
         return
@@ -116,10 +119,6 @@ def _numbers(finding: Finding) -> Cells:
     return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran else where[:2]}
 
 
-def _gradient_steps(claim: Published) -> float:
-    return claim.value("gradient_steps") or 0.0
-
-
 def p_value(claim: Published) -> str | None:
     """Of a claim that an arm pays, corrected for the other arms of its study."""
     p = claim.value("p_value")
@@ -129,12 +128,12 @@ def p_value(claim: Published) -> str | None:
 def _speedup(claim: Published, evidence: Evidence) -> Cells:
     speed = evidence.beside(claim, "speed")
     time = claim.value("time_over_baseline") or (speed.value("time_over_baseline") if speed else None)
-    gradient = _gradient_steps(claim)
+    predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
     return {
         "arm": claim.about,
         "steps predicted": predicted_share(claim),
         "time over the baseline's": None if time is None else f"{time:.2f}",
-        "control: share of the steps": f"{gradient / (claim.predicted_steps + gradient):.2f}",
+        "control: share of the steps": f"{gradient / (predicted + gradient):.2f}" if predicted and gradient else None,
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
         "p, corrected": p_value(claim),
         "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
@@ -190,7 +189,7 @@ def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cel
         where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
         claims = evidence.claims(notebook, profile=profile)
         rows = [_claim(claim, "claim", claim.text, claim.verdict, link=False) for claim in claims]
-        yield f"{notebook_link(notebook, profile)}: {where}", rows
+        yield Markdown(f"{notebook_link(notebook, profile)}: {escaped(where)}"), rows
 
 
 def _claim(claim: Published, heading: str, about: str, outcome: str, *, link: bool = True) -> Cells:

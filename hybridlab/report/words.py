@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,29 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-VERDICTS = {"holds": "**holds**", "fails": "**fails**", "predicted nothing": "*predicted nothing*"}
+from hybridlab.base.errors import printable
 
 
-def render(template: str, **context: Any) -> str:
-    """Fill in a file of `templates/`.
+class Markdown(str):
+    """Text of ours that may hold marks, links and tables; any other is escaped where a document shows it."""
+
+    __slots__ = ()
+
+
+VERDICTS = {"holds": Markdown("**holds**"), "fails": Markdown("**fails**")}
+VERDICTS |= {"predicted nothing": Markdown("*predicted nothing*")}
+
+
+def escaped(value: Any) -> str:
+    """What a document shows of a value: on one line, where no sign of it marks, links, tags or ends a cell."""
+    if isinstance(value, Markdown):
+        return value
+    line = html.escape(printable(" ".join(str(value).split())), quote=False)
+    return re.sub(r"[\\`*|]|(?<=\])(?=[(\[])", r"\\\g<0>", line)
+
+
+def render(template: str, **context: Any) -> Markdown:
+    """Fill in a file of `templates/`; all that is no `Markdown` is escaped.
 
     There, `rows | table` is a Markdown table, or "Not run yet."; `pictures | beginning("vram")` shows the pictures
     whose names begin so, or nothing. Of several empty lines one stays.
@@ -21,12 +40,13 @@ def render(template: str, **context: Any) -> str:
     Raises jinja2's UndefinedError for a name that `context` lacks.
     """
     folder = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(loader=folder, finalize=escaped, **how)
     environment.filters |= {"table": _table_or_not_run, "beginning": _pictures_beginning}
-    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context))
+    return Markdown(re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)))
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
     """Records as a table, a column for each key; None is a dash; texts stand left, numbers right.
 
     Raises ValueError without rows.
@@ -34,9 +54,10 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         raise ValueError("a table needs at least one row")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    heads = [escaped(column) for column in columns]
+    cells = [["–" if (cell := row.get(column)) is None else escaped(cell) for column in columns] for row in rows]
     sides = ["---" if any(isinstance(row.get(column), str) for row in rows) else "---:" for column in columns]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, sides, *cells])
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in [heads, sides, *cells]))
 
 
 def known_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -60,15 +81,11 @@ def verdict_word(verdict: str) -> str:
     return VERDICTS.get(verdict, verdict)
 
 
-def _table_or_not_run(rows: Sequence[Mapping[str, Any]]) -> str:
-    return markdown_table(rows) if rows else "Not run yet."
+def _table_or_not_run(rows: Sequence[Mapping[str, Any]]) -> Markdown:
+    return markdown_table(rows) if rows else Markdown("Not run yet.")
 
 
-def _pictures_beginning(pictures: Mapping[str, str], name: str) -> str:
+def _pictures_beginning(pictures: Mapping[str, str], name: str) -> Markdown:
     """pictures: file name below docs/images -> its title"""
-    shown = [f"![{title}](images/{file})" for file, title in pictures.items() if file.startswith(name)]
-    return "\n\n".join(shown)
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else str(value).replace("|", "\\|")
+    shown = [f"![{escaped(title)}](images/{file})" for file, title in pictures.items() if file.startswith(name)]
+    return Markdown("\n\n".join(shown))

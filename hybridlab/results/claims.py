@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval
@@ -15,6 +15,8 @@ VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
 
 DIGITS = 6
+AS_READ = {"strict": True, "extra": "forbid"}
+"""How a results file is held against these classes (`reading.py`)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Quantity:
     unit: Unit = "count"
     per_seed: tuple[float, ...] = ()
     bound: float | None = None
+    __pydantic_config__: ClassVar[dict[str, Any]] = AS_READ
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
@@ -80,6 +83,7 @@ class Claim:
     quantities: tuple[Quantity, ...] = ()
     arm: str = ""
     id: str = ""
+    __pydantic_config__: ClassVar[dict[str, Any]] = AS_READ
 
     def __post_init__(self) -> None:
         if not self.id:

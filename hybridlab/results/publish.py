@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,11 @@ from filelock import FileLock
 
 from hybridlab import __version__
 from hybridlab.base.device import device_name, find_device
-from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root, replaced
+from hybridlab.base.settings import LARGEST
 from hybridlab.results.claims import Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
+from hybridlab.results.reading import load_results
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """name -> rows: what documents draw and tabulate beside the claims, such as "memory" and "vram"."""
@@ -74,23 +74,11 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def load_results(path: Path) -> dict[str, Any]:
-    """Read a `results.json`: notebook slug -> entry; empty when there is no file.
-
-    Raises UserError for a file that is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON: delete it, or restore it with git checkout") from None
-
-
 def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
     """Turn a value into JSON's types, floats at six significant digits.
 
-    A NaN or an infinity becomes None, and its place is added to `not_finite`.
+    A NaN, an infinity or what is larger than any number here can be becomes None, and its place is added to
+    `not_finite`.
 
     Raises TypeError where something inside is neither a number, text, list nor mapping.
     """
@@ -99,7 +87,7 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
         return {str(k): plain(v, f"{where}.{k}".lstrip("."), not_finite=not_finite) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v, f"{where}[{i}]", not_finite=not_finite) for i, v in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not abs(value) <= LARGEST:
         not_finite.append(f"{where} was {value}")
         return None
     if isinstance(value, float):

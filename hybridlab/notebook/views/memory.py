@@ -162,22 +162,22 @@ def _quality(arm: str, change: Interval, base: Base, bound: float) -> Claim:
     return on_losses("quality", arm, text, holds_below(*change.ends, bound), quantities, base)
 
 
-def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | int) -> list[Claim]:
+def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | None) -> list[Claim]:
     """That a measured number of bytes lies below a bound; nothing where it could not be measured.
 
-    more: further numbers of bytes, by name
+    more: further numbers of bytes, by name; None where one could not be measured
     """
     if value is None:
         return []
     measured = Quantity("measured", int(value), unit="bytes", bound=int(bound))
-    further = tuple(Quantity(name, size, unit="bytes") for name, size in more.items())
+    further = tuple(Quantity(name, size, unit="bytes") for name, size in more.items() if size is not None)
     return [Claim(kind, text, holds_if(value < bound), (measured, *further))]
 
 
 def predict_claim(phase: PredictPhase) -> list[Claim]:
     """That XL's Predict leaves most of the GPU to others; CUDA's context, which no setting changes, is apart."""
     text = "between what leaves and what returns, Predict holds less than 3.7 GB, forward passes included"
-    more = {"live": phase.allocated_bytes or 0, "with_context": phase.occupied_bytes or 0}
+    more = {"live": phase.allocated_bytes, "with_context": phase.occupied_bytes}
     return below_claim("predict-phase", text, phase.reserved_bytes, PREDICT_BYTES, **more)
 
 

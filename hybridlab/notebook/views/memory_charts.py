@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from hybridlab.charts.builders import phase_bands
+from hybridlab.charts.builders import phase_bands, without
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Line, Series
 from hybridlab.charts.points import kept
@@ -72,30 +72,31 @@ def memory_breakdown(rows: Sequence[MemoryRow], title: str) -> Chart:
         for part in shown
     ]
     known = [(number, row["measured_allocated_bytes"] / 1e9) for number, row in enumerate(rows) if _measured(row)]
+    names, label = tuple(row["arm"] for row in rows), "peak of allocated memory (GB), predicted by part above measured"
     if known:
         at, measured = zip(*known, strict=True)
         stacked.append(Series("measured", measured, at, kind="bar", control=True))
-    names = tuple(row["arm"] for row in rows)
-    return Chart(
-        title, "peak of allocated memory (GB), predicted by part above measured", "", tuple(stacked), names=names
-    )
+        title = without(title, [row["arm"] for row in rows if not _measured(row)])
+    return Chart(title, label, "", tuple(stacked), names=names)
 
 
 def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
     """Draw each arm's change of the loss over its peak memory; down and to the left is better.
 
-    rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`; a change of None
-        marks the control; 0 is an arm that is exact
+    rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`. The only one without
+        a change is the control; of several, none is known to be it, and they are left out. 0 is an arm that is exact
 
-    Raises ValueError without rows.
+    Raises ValueError where no row is left.
     """
+    lacking = [row["arm"] for row in rows if row["loss_change"] is None]
     series = []
-    for row in rows:
-        change = row.get("loss_change") or 0.0
+    for row in rows if len(lacking) < 2 else (row for row in rows if row["arm"] not in lacking):
+        change = 0.0 if row["loss_change"] is None else row["loss_change"]
         bounds = [row.get("loss_change_low"), row.get("loss_change_high")]
         low, high = (change if bound is None else bound for bound in bounds)
         where = ([row["peak_memory_bytes"] / 1e9], [change], [low], [high])
         series.append(Series(row["arm"], *where, kind="points", control=row["loss_change"] is None))
+    title = without(title, lacking if len(lacking) > 1 else ())
     label = "change of the final loss (nats)"
     zero = (Line(0.0, "as good as the control"),)
     near = max(row["peak_memory_bytes"] for row in rows) / 1e9 > SAFE_PEAK.value / 2
