@@ -18,7 +18,7 @@ from hybridlab.depth.growth import positions, sources
 from hybridlab.depth.stack import BlockStack
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, prepare_model_
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.notebook import pays_claim
+from hybridlab.notebook import budget_chart, depth_figures, depth_table, pays_claim, shallow_claim
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare
 
@@ -446,6 +446,29 @@ def test_a_grown_arms_claim_holds_the_numbers_that_decide(study: StudyResult) ->
     names = {quantity.name for quantity in claim.quantities}
     assert {"loss_to_control", "p_value", "cost_in_full_steps", "compute_to_loss", "time_to_loss"} <= names
     assert "growing beats a plain run of as much computation" in claim.text
+
+
+def test_the_sweep_shows_each_arm_beside_the_plain_run_and_the_shallow_control(study: StudyResult) -> None:
+    rows = depth_table({1.5: study}, ["grown", "shallow"]).rows
+    assert {row["arm"]: (row["blocks"], row["answer"] == "a control") for row in rows} == {
+        "grown": ("1 -> 6", False),
+        "shallow": ("1", True),
+    }
+    chart = budget_chart({1.5: study}, ["grown", "shallow"])
+    drawn = {series.name: series.y for series in chart.series}
+    assert drawn["shallow"] == pytest.approx([compare(study, "shallow").to_baseline.mean])
+    claim = shallow_claim(study, "grown", "shallow", "100 steps")
+    assert claim.id == "grown-100-steps-depth-pays"
+    assert claim.verdict == "open"
+    assert "100 of 200 steps" in claim.text
+
+
+def test_a_ratio_of_times_is_named_for_the_results(study: StudyResult) -> None:
+    grown = compare(study, "grown")
+    assert grown.time_to_loss is not None
+    figure = {"value": grown.time_to_loss.value, "low": grown.time_to_loss.low, "high": grown.time_to_loss.high}
+    assert depth_figures("toy", grown) == {"depth_time_ratio_toy": figure | {"seeds": 3}}
+    assert depth_figures("", grown) == depth_figures("toy", compare(study, "shallow")) == {}
 
 
 def test_a_run_records_its_depth(study: StudyResult) -> None:

@@ -68,7 +68,7 @@ def test_a_second_start_of_a_study_leaves_its_finished_runs_alone(tmp_path: Path
 
     def again(label: str, total: int) -> None:
         if label.startswith("control"):
-            for start in (lambda: study.run(tmp_path), lambda: run_arms(list(study._planned()), tmp_path)):
+            for start in (lambda: study.run(tmp_path), lambda: run_arms(list(study.planned()), tmp_path)):
                 before = files(tmp_path / folder_name(CONFIG))
                 with pytest.raises(UserError, match="is in use: this process trains there already"):
                     start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hybridlab.cli import main
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.models import GPT2Config
 from hybridlab.optim import OptimizerConfig
-from hybridlab.study import RunConfig, Study, TextTaskConfig, bracket_rates, bracket_study, rates, train
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, bracket_rates, bracket_study, rates, train
 from hybridlab.weights.tail_average import TailAverage
 
 TASK = TextTaskConfig("nano", "markov", vocab_size=512, block_size=16, batch_size=2, validation_batches=2)
@@ -21,16 +22,22 @@ RUN = RunConfig("run", TASK, steps=6, optimizer=OptimizerConfig(lr=1e-3), evalua
 HYBRID = HybridTrainerConfig(warmup_steps=2)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, best: dict[str, float]) -> list[tuple[str, float]]:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, best: dict[str, float], cost: dict[str, float] | None = None
+) -> list[tuple[str, float]]:
     """Each trial's loss is its distance from the best rate of its arm; returns what was tried."""
     tried: list[tuple[str, float]] = []
 
-    def loss_of(config: RunConfig, *_: object) -> float:
-        name = config.name.partition(",")[0]
-        tried.append((name, config.optimizer.lr))
-        return abs(config.optimizer.lr - best[name])
+    def run_arms(configs: list[RunConfig], **_: object) -> StudyResult:
+        return StudyResult({(config.name, config.seed): ended(config) for config in configs})
 
-    monkeypatch.setattr(rates, "_loss_of", loss_of)
+    def ended(config: RunConfig) -> SimpleNamespace:
+        name = config.name.partition(", rate")[0]
+        tried.append((name, config.optimizer.lr))
+        figures = {"validation_loss": abs(config.optimizer.lr - best[name]), "gradient_steps": config.steps}
+        return SimpleNamespace(closing_figures=figures | {"cost_in_full_steps": (cost or {}).get(name)})
+
+    monkeypatch.setattr(rates, "run_arms", run_arms)
     return tried
 
 
@@ -52,13 +59,20 @@ def test_a_bracket_that_ends_at_an_edge_says_so(monkeypatch: pytest.MonkeyPatch,
         bracket_rates([RUN], tmp_path, most=2)
 
 
-def test_a_study_tries_each_arm_at_as_many_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tried = pretend(monkeypatch, {"baseline": 1e-3, "hybrid": 4e-3})
-    study, trials = bracket_study(Study(RUN, {"hybrid": HYBRID}), tmp_path)
-    assert {name: sum(arm == name for arm, _ in tried) for name in trials} == {"baseline": 5, "hybrid": 5}
-    planned = {run.name: run.optimizer.lr for run in study._planned()}
-    assert planned["hybrid"] == pytest.approx(4e-3)
-    assert {lr for name, lr in planned.items() if name != "hybrid"} == {1e-3}
+def test_a_study_tries_each_arm_and_control_at_as_many_rates_at_its_own_length(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    best = {"baseline": 1e-3, "hybrid": 4e-3, "control, 50% of the steps": 2e-3, "control of hybrid": 5e-4}
+    tried = pretend(monkeypatch, best, cost={"hybrid": 4.0})
+    study, trials = bracket_study(Study(RUN, {"hybrid": HYBRID}, control_fractions=(0.5,)), tmp_path, most=5)
+    assert {name: sum(arm == name for arm, _ in tried) for name in trials} == dict.fromkeys(best, 5) | {
+        "control of hybrid": 4  # bracketed by then
+    }
+    assert {name: trial.best for name, trial in trials.items()} == pytest.approx(best)
+    planned = {run.name: run.optimizer.lr for run in study.planned()}
+    assert planned == pytest.approx({name: rate for name, rate in best.items() if name != "control of hybrid"})
+    control = study.shortened("control of hybrid", 4)
+    assert (control.optimizer.lr, control.lr_schedule.total_steps) == (pytest.approx(5e-4), 4)
 
 
 def test_a_diverged_trial_is_the_worst(tmp_path: Path) -> None:

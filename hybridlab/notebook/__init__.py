@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
     from hybridlab.benchmarks.step_overhead import step_overhead
     from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
-    from hybridlab.notebook.session import Session, run_configs, run_study
+    from hybridlab.notebook.session import Session, find_rates, run_configs, run_study
     from hybridlab.notebook.views.answer import (
         answer_place,
         claims_in_sentences,
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         comparisons_in_sentences,
         show_answer,
     )
-    from hybridlab.notebook.views.depth import depth_table, shallow_claim
+    from hybridlab.notebook.views.depth import budget_chart, depth_figures, depth_table, rates_table, shallow_claim
     from hybridlab.notebook.views.memory import (
         agreement_claims,
         below_claim,

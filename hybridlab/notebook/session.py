@@ -21,6 +21,7 @@ from hybridlab.panel.live import Live, LiveBar, interrupts
 from hybridlab.panel.progress import Progress, in_jupyterlab, shows_panel
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
+from hybridlab.study.rates import RateTrials, bracket_study
 from hybridlab.study.record import Run
 from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
 from hybridlab.study.run import TrainingRun, Watch
@@ -203,6 +204,18 @@ def run_study(study: Study, notebook: str, *, resume: bool = False) -> StudyResu
     arms = [(name, seed) for name in study.arms() for seed in range(study.seeds)]
     with _watching(study.base.steps, study, arms, notebook) as (on_step, watch, on_run, stopped):
         return study.run(runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
+
+
+def find_rates(
+    study: Study, notebook: str, *, most: int = 7, resume: bool = False
+) -> tuple[Study, dict[str, RateTrials]]:
+    """Bracket the rate of every arm and control of a study, as `bracket_study` does; records go to `runs/<notebook>`.
+
+    Returns the study at the best rates, and what was tried.
+    """
+    arms = [(name, 0) for name in study.arms()]
+    with _watching(study.base.steps, (study, most), arms, notebook) as (on_step, watch, _, stopped):
+        return bracket_study(study, runs_folder(notebook), on_step, most=most, resume=resume or stopped, watch=watch)
 
 
 def run_configs(

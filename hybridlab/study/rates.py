@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.config import RunConfig
-from hybridlab.study.study import BASELINE, OnStep, Study, ignore, run_arms, with_rate
+from hybridlab.study.run import Watch
+from hybridlab.study.study import BASELINE, OnStep, Study, StudyResult, control_name, ignore, run_arms, with_rate
 
 FACTOR = 2.0
 """Between two rates that are tried."""
@@ -17,9 +18,20 @@ FACTOR = 2.0
 
 @dataclass
 class RateTrials:
-    """The rates that one arm was tried at, and the validation loss of each; infinite where the run diverged."""
+    """The rates that one arm was tried at.
+
+    losses: rate -> validation loss in nats, infinite where the run diverged
+    costs: rate -> what the run took, in steps with all blocks
+    """
 
     losses: dict[float, float] = field(default_factory=dict)
+    costs: dict[float, float] = field(default_factory=dict)
+
+    def note(self, trial: RunConfig, result: StudyResult) -> None:
+        """Take down how a trial ended."""
+        loss = result.value("validation_loss", trial.name, trial.seed)
+        self.losses[trial.optimizer.lr] = math.inf if loss is None or not math.isfinite(loss) else float(loss)
+        self.costs[trial.optimizer.lr] = result.cost(trial.name, trial.seed)
 
     @property
     def best(self) -> float:
@@ -46,6 +58,7 @@ def bracket_rates(
     *,
     most: int = 7,
     resume: bool = False,
+    watch: Watch | None = None,
     isolated: bool = False,
 ) -> dict[str, RateTrials]:
     """Train each run at half, once and twice its rate, and further while the best of any is at an edge; by name.
@@ -61,13 +74,14 @@ def bracket_rates(
     if most < 3:
         raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
     trials = {config.name: RateTrials() for config in configs}
-    powers = [-1, 0, 1]
-    wanted = list(powers)
+    powers, wanted, done = [-1, 0, 1], [-1, 0, 1], 0
+    train = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
     while wanted:
-        for power in wanted:
-            for config in configs:
-                trial = _at(config, FACTOR**power)
-                trials[config.name].losses[trial.optimizer.lr] = _loss_of(trial, folder, on_step, resume, isolated)
+        tried = {(config.name, power): _at(config, FACTOR**power) for power in wanted for config in configs}
+        result = train(list(tried.values()), steps_before=done)
+        for (name, _), trial in tried.items():
+            trials[name].note(trial, result)
+        done += sum(trial.steps for trial in tried.values())
         edges = {trial.edge for trial in trials.values()}
         beyond = [min(powers) - 1] * ("lowest" in edges) + [max(powers) + 1] * ("highest" in edges)
         wanted = beyond[: max(0, most - len(powers))]
@@ -76,14 +90,26 @@ def bracket_rates(
 
 
 def bracket_study(
-    study: Study, folder: Path, on_step: OnStep = ignore, *, most: int = 7, resume: bool = False, isolated: bool = False
+    study: Study,
+    folder: Path,
+    on_step: OnStep = ignore,
+    *,
+    most: int = 7,
+    resume: bool = False,
+    watch: Watch | None = None,
+    isolated: bool = False,
 ) -> tuple[Study, dict[str, RateTrials]]:
-    """The study with the best rate of each arm, after equally many trials of each; the controls take the baseline's.
+    """The study with the best rate of each arm and of each plain control, all bracketed at their own lengths.
 
-    The settings are those of `bracket_rates`.
+    A control's length is what its arm cost at the arm's best rate. The settings are those of `bracket_rates`.
     """
-    runs = [replace(study.base, name=BASELINE), *map(study.hybrid_run, study.hybrids)]
-    trials = bracket_rates(runs, folder, on_step, most=most, resume=resume, isolated=isolated)
+    bracket = partial(
+        bracket_rates, folder=folder, on_step=on_step, most=most, resume=resume, watch=watch, isolated=isolated
+    )
+    trials = bracket([run for run in study.planned() if not run.seed])
+    costs = {name: round(trials[name].costs[trials[name].best]) for name in study.hybrids}
+    predicted = {name: cost for name, cost in costs.items() if study.hybrids[name].predicts and cost < study.base.steps}
+    trials |= bracket([study.shortened(control_name(name), cost) for name, cost in predicted.items()])
     rates = {name: trial.best for name, trial in trials.items()}
     return replace(study, base=with_rate(study.base, rates.pop(BASELINE)), rates=tuple(rates.items())), trials
 
@@ -91,12 +117,3 @@ def bracket_study(
 def _at(config: RunConfig, factor: float) -> RunConfig:
     trial = with_rate(config, factor * config.optimizer.lr)
     return replace(trial, name=f"{config.name}, rate {trial.optimizer.lr:.3g}", evaluate_every=config.steps)
-
-
-def _loss_of(config: RunConfig, folder: Path, on_step: OnStep, resume: bool, isolated: bool) -> float:
-    try:
-        result = run_arms([config], folder, on_step, resume=resume, isolated=isolated)
-    except DivergenceError:
-        return math.inf
-    loss = result.runs[config.name, config.seed].closing_figures.get("validation_loss")
-    return math.inf if loss is None or not math.isfinite(loss) else float(loss)

@@ -45,7 +45,8 @@ class Study:
     hybrids: name -> settings of each hybrid arm
     control_fractions: lengths, as fractions of the baseline's, of further plain runs for the control curve; above 1
         where an arm may end below the baseline
-    rates: (arm, learning rate) of each hybrid whose rate is not the base's; `bracket_study` finds them
+    rates: (arm, learning rate) of each arm whose rate is not the base's, controls by their names; `bracket_study`
+        finds them
     seeds: each arm runs once with each of the seeds 0 ... seeds - 1: same data, same first weights
     """
 
@@ -97,7 +98,7 @@ class Study:
         trained = partial(
             run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated, on_run=on_run
         )
-        planned = list(self._planned())
+        planned = list(self.planned())
         with _locked(folder, "study", planned):
             result = trained(planned, steps_after=self._control_steps)
             controls = list(self._controls(result))
@@ -118,19 +119,21 @@ class Study:
         compared = result.predicted(name, seed) and not result.runs[name, seed].diverged
         return round(result.cost(name, seed)) if compared else 0
 
-    def _planned(self) -> Iterator[RunConfig]:
-        """Seed by seed, every second one in reverse, so that a drift of the machine falls on all arms alike."""
+    def planned(self) -> Iterator[RunConfig]:
+        """What runs first: seed by seed, every second one in reverse, so that a drift of the machine is spread."""
         for seed in range(self.seeds):
             arms = [replace(self.base, name=BASELINE, seed=seed)]
             for fraction in self.control_fractions:
-                arms.append(self._shortened(length_name(fraction), round(fraction * self.base.steps), seed))
+                arms.append(self.shortened(length_name(fraction), round(fraction * self.base.steps), seed))
             arms += [replace(self.hybrid_run(name), seed=seed) for name in self.hybrids]
             yield from reversed(arms) if seed % 2 else arms
 
     def hybrid_run(self, name: str) -> RunConfig:
         """A hybrid arm's run, at its own rate where it has one."""
-        run = replace(self.base, name=name, hybrid=self.hybrids[name])
-        return with_rate(run, dict(self.rates).get(name, run.optimizer.lr))
+        return self._at_its_rate(replace(self.base, name=name, hybrid=self.hybrids[name]))
+
+    def _at_its_rate(self, run: RunConfig) -> RunConfig:
+        return with_rate(run, dict(self.rates).get(run.name, run.optimizer.lr))
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
         """For each arm that predicted weights, in time or in depth, and did not diverge: a plain run of as much
@@ -139,11 +142,12 @@ class Study:
         for name in self.hybrids:
             for seed in range(self.seeds):
                 if steps := self._control_length(result, name, seed):
-                    yield self._shortened(control_name(name), steps, seed)
+                    yield self.shortened(control_name(name), steps, seed)
 
-    def _shortened(self, name: str, steps: int, seed: int) -> RunConfig:
+    def shortened(self, name: str, steps: int, seed: int = 0) -> RunConfig:
         """A plain run of another length, the schedule fitted to it: shorter ones are truncated controls."""
-        return replace(self.base, name=name, seed=seed, steps=steps, schedule=self.base.lr_schedule.fitted_to(steps))
+        fitted = self.base.lr_schedule.fitted_to(steps)
+        return self._at_its_rate(replace(self.base, name=name, seed=seed, steps=steps, schedule=fitted))
 
 
 @dataclass

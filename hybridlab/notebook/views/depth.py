@@ -2,52 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybridlab.charts.display import Chart
+from hybridlab.charts.model import Kind, Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
-from hybridlab.study.comparison import Comparison, base_of
+from hybridlab.study.comparison import Comparison, base_of, compare
+from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Interval
 from hybridlab.study.study import StudyResult
 
 
-def depth_table(result: StudyResult, comparisons: Sequence[Comparison]) -> Table:
-    """Each arm's loss and cost beside the baseline's, the lowest loss first."""
-    ordered = sorted(comparisons, key=lambda c: c.validation_loss.mean)
-    rows: list[dict[str, Any]] = [
-        {
-            "arm": c.name,
-            "blocks": _blocks(result, c.name),
-            "final loss (nats)": c.validation_loss.mean,
-            "against the baseline (nats)": str(c.to_baseline),
-            "against as much computation (nats)": str(c.to_control) if c.grown else None,
-            "answer": c.answer if c.grown else "a control",
-            "cost (full steps)": round(c.cost),
-            "computation to its loss": str(c.compute_to_loss) if c.compute_to_loss else None,
-            "time to its loss": str(c.time_to_loss) if c.time_to_loss else None,
-            "time over the baseline's": c.time_ratio.mean,
-        }
-        for c in ordered
+def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Table:
+    """Each arm's loss and cost beside the baseline's, budget by budget, the lowest loss first.
+
+    results: tokens per parameter -> the study of that budget
+    """
+    rows = [
+        {"tokens per parameter": budget} | _depth_row(result, comparison)
+        for budget, result in results.items()
+        for comparison in sorted((compare(result, arm) for arm in arms), key=lambda c: c.validation_loss.mean)
     ]
     caption = (
         "A difference below 0 is better. Computation and time to its loss are those of a plain run over the arm's own: "
         "above 1, growing pays. They are open where the loss lies outside those of the plain runs"
     )
-    return table(rows, caption, {"cost (full steps)": ",d", "time over the baseline's": ".2f"})
+    formats = {"tokens per parameter": ".3g", "cost (full steps)": ",d", "time over the baseline's": ".2f"}
+    return table(rows, caption, formats)
 
 
-def shallow_claim(result: StudyResult, grown: str, shallow: str) -> Claim:
-    """That the grown model ends below the shallow one that it began as: that depth pays at this budget."""
+def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
+    return {
+        "arm": c.name,
+        "blocks": _blocks(result, c.name),
+        "final loss (nats)": c.validation_loss.mean,
+        "against the baseline (nats)": str(c.to_baseline),
+        "against as much computation (nats)": str(c.to_control) if c.grown else None,
+        "answer": c.answer if c.grown else "a control",
+        "cost (full steps)": round(c.cost),
+        "computation to its loss": str(c.compute_to_loss) if c.compute_to_loss else None,
+        "time to its loss": str(c.time_to_loss) if c.time_to_loss else None,
+        "time over the baseline's": c.time_ratio.mean,
+    }
+
+
+def budget_chart(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Chart:
+    """Each arm's final loss against the plain run of as many steps, over the budget; results: as for `depth_table`."""
+    series = []
+    for arm in arms:
+        changes = [compare(result, arm).to_baseline for result in results.values()]
+        low, high = zip(*(change.ends for change in changes), strict=True)
+        kind: Kind = "line" if len(results) > 1 else "points"
+        series.append(Series(arm, list(results), [change.mean for change in changes], low, high, kind=kind))
+    zero = (Line(0.0, "the plain run of as many steps"),)
+    return Chart(
+        "Where depth pays", "tokens per parameter", "loss above a plain run's (nats)", tuple(series), lines=zero
+    )
+
+
+def rates_table(trials: Mapping[str, RateTrials]) -> Table:
+    """The learning rates that each arm was tried at, and where the best one is."""
+    rows = [
+        {"arm": arm, "best rate": tried.best, "loss there (nats)": min(tried.losses.values()), "trials": str(tried)}
+        for arm, tried in trials.items()
+    ]
+    return table(rows, "Learning rates, each arm at its own length, one seed", {"best rate": ".3g"})
+
+
+def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, float | int | None]]:
+    """Time of a plain run to a grown arm's loss, over the arm's own, with its interval, for results.json."""
+    ratio = comparison.time_to_loss
+    if not name or ratio is None:
+        return {}
+    figure = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "seeds": ratio.seeds}
+    return {f"depth_time_ratio_{name}": figure}
+
+
+def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str) -> Claim:
+    """That the grown model ends below the shallow one that it began as: that depth pays at this budget.
+
+    budget: of the study, in words, for the claim's name
+    """
     pairs = (
         (result.value("validation_loss", grown, s), result.value("validation_loss", shallow, s)) for s in result.seeds
     )
     change = Interval.of([mine - other for mine, other in pairs])
     quantities = (Quantity.over_seeds("loss_to_shallow", change, "nats", 0.0), Quantity("seeds", change.seeds))
-    text = (
-        f"{grown}: depth pays at this budget, as the grown model ends below the {shallow.replace(',', ' control of')}"
-    )
-    return on_losses("depth-pays", grown, text, holds_below(*change.ends, 0.0), quantities, base_of(result))
+    arm = f"{grown}, {budget}"
+    text = f"{arm}: depth pays at this budget, as the grown model ends below the {shallow.replace(',', ' control of')}"
+    return on_losses("depth-pays", arm, text, holds_below(*change.ends, 0.0), quantities, base_of(result))
 
 
 def _blocks(result: StudyResult, name: str) -> str:
