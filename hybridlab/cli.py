@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hybridlab import __version__
 from hybridlab.base.errors import UserError, printable
+from hybridlab.batch.terminal import guarded_output, signals_as_interrupts
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -70,7 +71,6 @@ def run(
     """
     from hybridlab.batch.run import run_notebook
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings, console = [_pair(text) for text in parameter or []], Console()
     for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
@@ -321,15 +321,32 @@ def plan(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; a person's mistake gives one line on standard error and exit code 2."""
+    """Run the command line; a person's mistake gives one line on standard error and exit code 2.
+
+    A signal that ends the command, and a standard output that is full, give one line too; one whose reader has gone
+    gives none. What was not printed makes the exit code 1.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _warn
+    with signals_as_interrupts(), guarded_output() as output:
+        code = _ended(arguments)
+    if output.error and code == 0:
+        code = EXIT_FAILED
+        if output.error.errno != errno.EPIPE:
+            _say(f"standard output: {output.error.strerror}", code)
+    return code
+
+
+def _ended(arguments: list[str]) -> int:
+    """Run the command line to its end, however that comes."""
     try:
         app(_joined(arguments), prog_name="hybridlab")
-    except (UserError, ValueError) as error:
-        return _say(error, EXIT_REFUSED)
+    except SystemExit as end:
+        return _say("stopped", EXIT_INTERRUPTED) if end.code == EXIT_INTERRUPTED else int(end.code or 0)
     except KeyboardInterrupt:
         return _say("stopped", EXIT_INTERRUPTED)
+    except (UserError, ValueError) as error:
+        return _say(error, EXIT_REFUSED)
     except Exception as error:
         return _say(error, _exit_code(error))
     return 0

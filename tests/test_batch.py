@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -348,23 +349,29 @@ def test_an_early_exit_in_the_last_cell_is_not_a_whole_run(root):
     assert unfinished(notebook) == "the notebook ended early with SystemExit"
 
 
-def test_an_interrupted_run_says_where_and_ends_with_130(root):
-    source = "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(60)"
+def test_an_interrupted_run_says_where_ends_with_130_and_leaves_no_temporary_files(root, tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
+    source = (
+        "import pathlib, tempfile, time\nkept = tempfile.TemporaryDirectory()\n"
+        "pathlib.Path('started').touch()\ntime.sleep(60)"
+    )
     save(tiny_notebook(source), root / "slow.ipynb")
     command = [sys.executable, "-c", "import sys; from hybridlab.cli import main; sys.exit(main())"]
     command += ["run", "slow.ipynb", "-o", "out/slow.ipynb"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     while not (root / "started").exists() and run.poll() is None:
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(signal.SIGHUP)  # a closed terminal; Ctrl-C goes the same way
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130
     assert said.splitlines() == [
-        "hybridlab: code cell 3, `import pathlib, time`: stopped (Ctrl-C or a signal) "
+        "hybridlab: code cell 3, `import pathlib, tempfile, time`: stopped (Ctrl-C or a signal) "
         f"(partial copy: out/slow.failed.ipynb); {GO_ON}"
     ]
     assert not (root / "out" / "slow.ipynb").exists()
     assert (root / "out" / "slow.failed.ipynb").exists()
+    assert list(temporary.iterdir()) == []
 
 
 def test_cleaning_takes_out_timings_widgets_and_paths(root):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -157,6 +159,37 @@ def test_the_library_runs_as_a_module_and_completes_in_the_shell():
 def test_the_version_is_said(capsys):
     assert ended("--version") == 0
     assert capsys.readouterr().out == f"hybridlab {hybridlab.__version__}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["data python", "report"])
+def test_a_signal_ends_any_command_with_one_line(root, monkeypatch, capsys, number, command):
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr("hybridlab.data.load_text", interrupted)
+    monkeypatch.setattr("hybridlab.base.files.project_root", interrupted)
+    before = signal.getsignal(number)
+    assert ended(command) == 130
+    assert capsys.readouterr() == ("", "hybridlab: stopped\n")
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "data uniform --vocab-size 16"])
+def test_an_output_that_is_full_or_closed_ends_with_1_and_one_line_at_most(root, monkeypatch, capsys, command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream, said in (
+        (open("/dev/full", "w"), "hybridlab: standard output: No space left on device\n"),  # noqa: SIM115
+        (os.fdopen(writer, "w"), ""),
+        (None, "hybridlab: standard output: Bad file descriptor\n"),
+    ):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert ended(command) == 1
+        assert capsys.readouterr().err == said
+        if stream:
+            stream.close()
 
 
 def test_data_prints_the_record_of_a_source(capsys):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import papermill
+import psutil
 import zmq
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.manager import KernelManager
@@ -35,8 +37,7 @@ def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: P
     Raises UserError where there is no Python kernel.
     """
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
-    options = {"engine_name": ENGINE, "kernel_name": "python3", "progress_bar": False}
-    options |= {"env": os.environ | {PROGRESS_FILE: str(progress)}}
+    options = {"engine_name": ENGINE, "kernel_name": "python3", "progress_bar": False, "env": _environment(progress)}
     try:
         with _quiet():
             papermill.execute_notebook(source, target, overrides, **options)
@@ -51,6 +52,13 @@ def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: P
     except OSError as error:
         return f"cannot write {output}: {error.strerror}; make room there, or name another folder in TMPDIR"
     return None
+
+
+def _environment(progress: Path) -> dict[str, str]:
+    """The kernel's: its temporary files lie beside the progress file and go with it, compiled kernels are kept."""
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{psutil.Process().username()}"  # as torch has it
+    ours = {PROGRESS_FILE: str(progress), "TMPDIR": str(progress.parent)}
+    return {"TORCHINDUCTOR_CACHE_DIR": str(compiled)} | os.environ | ours
 
 
 class _Client(PapermillNotebookClient):  # type: ignore[misc]
