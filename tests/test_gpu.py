@@ -610,7 +610,7 @@ def test_clipping_by_the_estimate_ends_near_clipping_by_the_norm() -> None:
     ):
         torch.manual_seed(0)
         model = GPT2(GPT2Config.nano(n_layer=12)).to(CUDA)
-        optimizer = optimizer_for(model, OptimizerConfig.tuned(lr=3e-3), memory)
+        optimizer = optimizer_for(model, OptimizerConfig(lr=3e-3), memory)
         trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.plain(clip_norm=clip_norm, memory=memory))
         for step in range(60):
             result = trainer.step(lambda step=step, model=model: model(batch(step % 2), batch(step % 2)))  # type: ignore[misc]

@@ -60,7 +60,7 @@ def trained(model: GPT2, optimizer: Optimizer, steps: int = 4) -> Tensor:
 
 
 def adamw(model: nn.Module, memory: MemoryConfig | None = None) -> Optimizer:
-    return optimizer_for(model, OptimizerConfig.tuned(lr=1e-2), memory or MemoryConfig())
+    return optimizer_for(model, OptimizerConfig(lr=1e-2), memory or MemoryConfig())
 
 
 # --- exact where they must be ----------------------------------------------------------------------------

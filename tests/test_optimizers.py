@@ -235,7 +235,8 @@ def test_each_kind_of_parameter_has_its_multiple_of_the_rate() -> None:
 
 def test_a_rate_of_ones_own_is_that_of_all_parameters() -> None:
     assert (OptimizerConfig.tuned().lr, OptimizerConfig.tuned().embedding_multiple) == (3e-4, 4.0)
-    assert OptimizerConfig.tuned(lr=1e-3).embedding_multiple == 1.0
+    assert OptimizerConfig.tuned(lr=1e-3).embedding_multiple == 4.0
+    assert OptimizerConfig.tuned(lr=1e-3, embedding_multiple=1.0).embedding_multiple == 1.0
     assert OptimizerConfig.tuned("muon") == OptimizerConfig("muon", lr=1.2e-3)
     assert len(build_optimizer(mini(), OptimizerConfig(lr=1e-3)).param_groups) == 2
 

@@ -45,7 +45,7 @@ def of_library(s: reference.Settings, schedule: Schedule | None = None) -> tuple
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), start.parameters(), strict=True):
             mine.copy_(theirs)
-    optimizer = build_optimizer(model, OptimizerConfig.tuned(lr=s.lr, weight_decay=s.weight_decay))
+    optimizer = build_optimizer(model, OptimizerConfig(lr=s.lr, weight_decay=s.weight_decay))
     schedule = schedule or schedule_of(s)
     trainer = HybridTrainer(model, optimizer, unguarded(s))
     results = []

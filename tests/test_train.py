@@ -408,7 +408,7 @@ def test_without_resume_the_run_starts_afresh_and_its_old_checkpoint_is_gone(
 def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path) -> None:
     interrupted(PLAIN, tmp_path, 10)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    other = replace(PLAIN, steps=40, optimizer=OptimizerConfig.tuned(lr=1e-3, embedding_multiple=4.0))
+    other = replace(PLAIN, steps=40, optimizer=OptimizerConfig.tuned(lr=1e-3))
     with pytest.raises(UserError) as caught:
         train(other, tmp_path, resume=True)
     assert str(caught.value) == (

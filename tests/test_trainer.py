@@ -427,7 +427,7 @@ def test_adam_coast_reads_moments_that_are_kept_in_8_bits() -> None:
     for state in ("fp32", "int8"):
         torch.manual_seed(0)
         model = nn.Linear(128, 64, bias=False)
-        optimizer = optimizer_for(model, OptimizerConfig.tuned(lr=1e-2), MemoryConfig(optimizer_state=state))
+        optimizer = optimizer_for(model, OptimizerConfig(lr=1e-2), MemoryConfig(optimizer_state=state))
         for step in range(3):
             optimizer.zero_grad()
             model(torch.randn(8, 128, generator=torch.Generator().manual_seed(step))).square().mean().backward()

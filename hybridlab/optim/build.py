@@ -22,7 +22,6 @@ LARGEST_LR = 1000
 TUNED: dict[str, dict[str, float]] = {
     "adamw": {"lr": 3e-4, "embedding_multiple": 4.0},
     "muon": {"lr": 1.2e-3},
-    "adam": {"lr": 3e-4},
 }
 """The best rates found by bracketing for GPT-2 Small, 4 million tokens in 1000 steps; none at an edge."""
 
@@ -79,10 +78,9 @@ class OptimizerConfig:
     def tuned(cls, name: str = "adamw", **changes: Any) -> OptimizerConfig:
         """The best settings found of a method: AdamW at 3e-4, its embedding at 4 times that; Muon, all at 1.2e-3.
 
-        With a rate of your own, all parameters train at it, unless you give multiples too.
+        A rate of your own is that of the matrices; the embedding keeps its multiple of it, unless you give that too.
         """
-        rates = {} if "lr" in changes else TUNED.get(name, {})
-        return cls(name=name, **rates | changes)
+        return cls(name=name, **TUNED.get(name, {}) | changes)
 
     @classmethod
     def vanilla(cls, **changes: Any) -> OptimizerConfig:
