@@ -245,6 +245,18 @@ def test_every_optimizer_is_planned_with_the_state_it_really_has(name):
 
 
 @pytest.mark.parametrize(
+    "memory",
+    [{}, {"optimizer_state": "int8"}, {"step_in_backward": True}, IN_BACKWARD],
+    ids=["at the end", "int8", "in backward", "int8 in backward"],
+)
+def test_what_muons_update_takes_while_it_lasts_is_counted(memory):
+    phases = plan(*LITTLE, MemoryConfig(**memory), "muon").phases
+    largest_stack = 2 * 4 * HEAVY_WEIGHTS.n_embd**2 * (1 if "step_in_backward" in memory else HEAVY_WEIGHTS.n_layer)
+    copies = (phases["Full"]["optimizer"] - phases["Predict"]["optimizer"]) / (2 * largest_stack)
+    assert 4 < copies < 7, "of the stack, in bf16"
+
+
+@pytest.mark.parametrize(
     ("strategy", "least", "most"),
     [("none", 1, 1), ("cpu", 0, 0), ("pinned", 0, 0), ("drop", 0, 0), ("compress", 0.2, 0.3)],
 )

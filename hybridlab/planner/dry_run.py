@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
-from hybridlab.optim import OptimizerConfig, build_optimizer, hidden_matrices
+from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
+from hybridlab.optim.muon import Muon
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
 from hybridlab.planner.trace import Segment, Trace
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
+from hybridlab.weights.tail_average import TailAverage
 
 UPDATE = "update"
 """The name of the segment in which the optimizer steps."""
@@ -182,7 +183,7 @@ class DryRun:
 
     def _costs(self, step: list[Segment]) -> StepCosts:
         """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
-        weights, state = _bytes(self._params), _bytes(self._state)
+        weights, state = _bytes(self._params), _bytes(self._states())
         on_host, work = self._memory.state_on_host, _work(step)
         moved, sent, kernels = (work.pop(name) for name in ("moved", "sent", "kernels"))
         return StepCosts(
@@ -202,7 +203,7 @@ class DryRun:
         if path and self._spec.path_storage.on_host:
             rows = path.rows + (path.velocity is not None)
             uses["path"] = rows * self._size * self._spec.path_storage.dtype.itemsize + weights
-            uses["rollback snapshot"] = weights + _bytes(self._model.buffers()) + _bytes(self._state)
+            uses["rollback snapshot"] = weights + _bytes(self._model.buffers()) + _bytes(self._states())
         return {use: size for use, size in uses.items() if size}
 
     def _whole(self, counted: int) -> int:
@@ -216,25 +217,40 @@ class DryRun:
     # --- optimizer ---------------------------------------------------------------------------------------
 
     def _set_up_optimizer(self) -> tuple[list[Segment], list[Segment]]:
-        """What an update makes for good, and what each further one makes and frees."""
-        steps_on_gpu = self._memory.optimizer_state == "fp32" and not self._memory.state_on_host
-        self._optimizer = _optimizer_on_cuda(self._model, self._spec.optimizer) if steps_on_gpu else None
+        """What the first update makes for good, and what each update makes and frees, where it waits for the end."""
+        self._muons = set(hidden_matrices(self._model)) if self._spec.optimizer.name == "muon" else set()
         with self._trace.counting_as("optimizer"):
-            if self._optimizer is None:
-                self._state = self._low_bit_state()
-                return self._trace.take(), []
-            fused = all(group.get("fused") for group in self._optimizer.param_groups)
-            examples = self._examples() if fused else {}
-            with self._trace.counting_as(None):
-                for p in self._params:
-                    p.grad = None if p in examples else torch.empty_like(p)
-            made = self._stretch("first update", self._optimizer.step)
-            update = [] if fused else self._stretch(UPDATE, self._optimizer.step)
-            self._state = [t for p in self._params for t in self._state_of(p, examples.get(p))]
-            made += self._trace.take()
+            self._state = self._new_state()
+        made = self._trace.take()
+        with self._trace.counting_as(None):
+            for p in self._muons:
+                p.grad = torch.empty_like(p)
+        update = self._stretch(UPDATE, partial(self._step_muon, self._params))
         self._drop_gradients()
-        self._trace.take()
         return made, [] if self._memory.step_in_backward else update
+
+    def _new_state(self) -> dict[nn.Parameter, list[Tensor]]:
+        """What the optimizer keeps on the GPU of each parameter."""
+        if self._memory.state_on_host:
+            return {}
+        if self._memory.optimizer_state != "fp32":
+            return {p: self._low_bit_state(p) for p in self._params}
+        with self._trace.counting_as(None):
+            kept = self._stepped_state()
+        return {p: [torch.empty_like(value) for value in state] for p, state in kept.items()}
+
+    def _stepped_state(self) -> dict[nn.Parameter, list[Tensor]]:
+        """The state that torch's optimizer makes at its first step, in the form that it takes on a CUDA GPU."""
+        optimizer, examples = build_optimizer(self._model, self._spec.optimizer), self._examples()
+        for group in optimizer.param_groups:
+            if "fused" in group:
+                group.update(fused=True, foreach=False)
+        for p in self._params:
+            p.grad = None if p in examples else torch.empty_like(p)
+        optimizer.step()
+        self._drop_gradients()
+        states = {p: optimizer.state[examples.get(p, p)] for p in self._params}
+        return {p: [v for v in state.values() if isinstance(v, Tensor)] for p, state in states.items()}
 
     def _examples(self) -> dict[nn.Parameter, nn.Parameter]:
         """Parameter of a block that others stand for -> the one whose state it shares in kind."""
@@ -244,32 +260,33 @@ class DryRun:
         left_out = blocks[FIRST : FIRST + self._left_out]
         return {p: blocks[EXAMPLE][name] for block in left_out for name, p in block.items() if p.requires_grad}
 
-    def _state_of(self, p: nn.Parameter, example: nn.Parameter | None) -> list[Tensor]:
-        """What the optimizer keeps of a parameter, or as much as it keeps of its example."""
-        assert self._optimizer
-        state = self._optimizer.state[p if example is None else example]
-        kept = [value for value in state.values() if isinstance(value, Tensor)]
-        return kept if example is None else [torch.empty_like(value) for value in kept]
+    def _step_muon(self, params: Iterable[nn.Parameter]) -> None:
+        """What Muon's update of these parameters takes for its length; AdamW's takes nothing, and is none."""
+        mine = [p for p in params if p in self._muons and p.grad is not None]
+        if not mine:
+            return
+        with self._trace.counting_as(None):
+            momenta = {p: torch.empty_like(p) for p in mine}
+        with self._trace.counting_as("optimizer"):
+            Muon(mine, new_buffer=momenta.__getitem__).step()
 
-    def _low_bit_state(self) -> list[Tensor]:
-        if self._memory.state_on_host:
-            return []
+    def _low_bit_state(self, p: nn.Parameter) -> list[Tensor]:
+        if p.ndim < 2:
+            return [torch.empty_like(p, dtype=torch.float32) for _ in range(2)]
         bits = FORMATS[self._memory.optimizer_state]
-        vectors = [torch.empty_like(p, dtype=torch.float32) for p in self._params if p.ndim < 2 for _ in range(2)]
-        muons = set(hidden_matrices(self._model)) if self._spec.optimizer.name == "muon" else set()
-        moments = [p for p in self._params if p.ndim > 1 for _ in range(1 if p in muons else 2)]
-        return vectors + [t for p in moments for t in _moment(p, bits)]
+        return [t for _ in range(1 if p in self._muons else 2) for t in _moment(p, bits)]
 
     def _offload_state(self) -> None:
         """Leave on the GPU what Predict's strategy keeps there of the state."""
         strategy = self._memory.predict_strategy
         if strategy == "none":
             return
-        moments = [t for t in self._state if t.numel() > 1] if strategy == "compress" else []
-        self._state = [piece for moment in moments for piece in _moment(moment, FORMATS["int8"])]
-        if self._optimizer:
-            self._optimizer.state.clear()
-        self._trace.tag(self._state, "optimizer")
+        kept = self._state.items() if strategy == "compress" else ()
+        self._state = {p: [c for t in state if t.numel() > 1 for c in _moment(t, FORMATS["int8"])] for p, state in kept}
+        self._trace.tag(self._states(), "optimizer")
+
+    def _states(self) -> list[Tensor]:
+        return [t for state in self._state.values() for t in state]
 
     # --- gradients ---------------------------------------------------------------------------------------
 
@@ -287,6 +304,7 @@ class DryRun:
             self._send(gradient)
             p.grad = None
         elif self._memory.step_in_backward and all(member.grad is not None for member in bucket):
+            self._step_muon(bucket)
             for member in bucket:
                 if member.ndim > 1:  # the others wait for the step's end
                     member.grad = None
@@ -316,7 +334,7 @@ class DryRun:
             return made
         made += [torch.empty(path.rows + (path.velocity is not None), self._size, dtype=storage.dtype)]
         made += [torch.empty(self._size, dtype=self._params[0].dtype)]
-        return made + [torch.empty_like(t) for t in (*self._params, *self._model.buffers(), *self._state)]
+        return made + [torch.empty_like(t) for t in (*self._params, *self._model.buffers(), *self._states())]
 
     def _read_slopes(self) -> None:
         """Each group's gradients in one piece and, if it lies elsewhere or in bf16, the row that they multiply."""
@@ -340,15 +358,6 @@ class DryRun:
         numbers = getattr(self._memory.mixed_precision, phase, "fp32")
         cached = self._spec.weight_cache
         return torch.autocast("cpu", torch.bfloat16, enabled=numbers != "fp32", cache_enabled=cached)
-
-
-def _optimizer_on_cuda(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer in the form that it takes on a CUDA GPU."""
-    optimizer = build_optimizer(model, config)
-    for group in optimizer.param_groups:
-        if "fused" in group:
-            group.update(fused=True, foreach=False)
-    return optimizer
 
 
 def _deactivate_(model: nn.Module, active: int) -> None:
