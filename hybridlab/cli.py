@@ -300,19 +300,22 @@ def plan(
     card_bytes -= round(taken * 1e9)
     chosen = causal_lm(config) if config else model
     settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(chosen)
-    spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer))
+    depth = read_stages(stages)
+    spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer), depth=depth)
     if task:
         from hybridlab.study import RunConfig, find_task
         from hybridlab.study.planning import training_spec_of
 
         plain = HybridTrainerConfig.plain(memory=settings)
-        spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
+        spec = replace(
+            training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain)), depth=depth
+        )
     if predictor != "none":
         hybrid = HybridTrainerConfig(
             predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings
         )
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
-    question = Question(spec, card_bytes, rates, read_stages(stages), find)
+    question = Question(spec, card_bytes, rates, find)
     if as_json:
         print(json.dumps(question.record(), indent=2))
         return

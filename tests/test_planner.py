@@ -20,6 +20,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
 from hybridlab.benchmarks import architectures
 from hybridlab.cli import main
+from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.config import (
     INPUTS,
@@ -566,13 +567,44 @@ def test_a_module_and_an_example_batch_are_planned_and_left_alone():
 
 
 def test_a_stage_of_few_blocks_holds_weights_of_all_and_the_rest_of_its_own():
-    stages = {blocks: plan(*LITTLE, active_blocks=blocks).phases["Full"] for blocks in (2, 4, 8)}
+    constant = {blocks: plan(*LITTLE, schedule=DepthSchedule.constant(blocks)) for blocks in (2, 4, 8)}
+    stages = {blocks: planned.phases["Full"] for blocks, planned in constant.items()}
     assert stages[2]["weights"] == stages[8]["weights"]
     assert stages[8] == plan(*LITTLE).phases["Full"]
     state = {blocks: parts["optimizer"] for blocks, parts in stages.items()}
     assert (state[8] - state[4]) == pytest.approx(2 * (state[4] - state[2]), rel=0.01)
     with pytest.raises(UserError, match="9 blocks cannot be active: GPT2 has 8"):
-        plan(*LITTLE, active_blocks=9)
+        plan(*LITTLE, schedule=DepthSchedule.constant(9))
+
+
+def test_a_depth_schedule_is_planned_stage_by_stage():
+    schedule = DepthSchedule(((0, 2), (50, 8)))
+    grown = plan(*LITTLE, schedule=schedule)
+    few, all_blocks = grown.stages.values()
+    assert list(grown.stages) == [2, 8]
+    assert few == plan(*LITTLE, schedule=DepthSchedule.constant(2)).stages[2]
+    copies = few.parts["weights"] * few.trained_numbers / all_blocks.trained_numbers + few.parts["optimizer"]
+    assert all_blocks.parts["path"] == pytest.approx(copies, rel=0.02), "the snapshot to go back to"
+    on_host = plan(*LITTLE, schedule=schedule, path_storage=PathStorage(Residency.OFFLOADED))
+    assert on_host.parts["path"] == 0
+    assert on_host.host_memory["rollback snapshot"] == pytest.approx(copies, rel=0.02)
+    shown = [f"{stage.peak_allocated_bytes / 1e9:.2f}" for stage in (few, all_blocks)]
+    assert re.search(rf"blocks that are active +allocated +on GPU\n2 +{shown[0]} GB .*\n8 +{shown[1]} GB ", str(grown))
+
+
+def test_a_stage_without_blocks_trains_what_lies_around_them():
+    grown = plan(*LITTLE, schedule=DepthSchedule(((0, 0), (50, 8)), rule="fresh"))
+    around = HEAVY_WEIGHTS.n_embd * (HEAVY_WEIGHTS.vocab_size + HEAVY_WEIGHTS.block_size + 2)
+    assert grown.stages[0].trained_numbers == around
+
+
+@pytest.mark.parametrize("memory", [{}, {"step_in_backward": True}], ids=["plain", "in backward"])
+def test_the_mean_of_the_weights_counts_once_beside_them_and_once_more_while_it_is_judged(plain, memory):
+    weights = plain.parts["weights"]
+    before, after = (plan(*LITTLE, MemoryConfig(**memory), averages=averages) for averages in (False, True))
+    held = {phase: parts["weights"] / weights for phase, parts in after.phases.items()}
+    assert held == {name: pytest.approx(n, rel=0.01) for name, n in zip(after.phases, (2, 2, 2, 3), strict=True)}
+    assert after.peak_allocated_bytes > before.peak_allocated_bytes + 0.99 * weights
 
 
 def test_the_command_plans_a_configuration_and_answers_in_json(capsys):

@@ -23,7 +23,8 @@ TUNED: dict[str, dict[str, float]] = {
     "adamw": {"lr": 3e-4, "embedding_multiple": 4.0},
     "muon": {"lr": 1.2e-3},
 }
-"""The best rates found by bracketing for GPT-2 Small, 4 million tokens in 1000 steps; none at an edge."""
+"""The best rates found by bracketing for GPT-2 Small, 4 million tokens in 1000 steps; none at an edge. Adam, whose own
+rate was not bracketed, and SGD train at `OptimizerConfig`'s default."""
 
 ParamGroup = dict[str, Any]
 

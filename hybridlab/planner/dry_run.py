@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from hybridlab.base.errors import UserError
+from hybridlab.depth import DepthSchedule
 from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
 from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
@@ -61,7 +63,8 @@ class Rehearsal:
     """A training's events, in stretches that can be put one behind the other.
 
     setup: the model; step: forward, backward and update, gradients freed at the end; state: the optimizer's, which the
-        first update makes; path: what a predictor keeps on the GPU
+        first update makes; path: what is kept on the GPU of the weights' past: a predictor's path, a snapshot, a mean
+    evaluation: a forward pass of the mean of the weights, if there is one
     offload: what leaves in Predict; predict: a forward pass
     costs: of a gradient step; host_memory: use -> bytes that the training takes of the host and keeps
     """
@@ -70,6 +73,7 @@ class Rehearsal:
     step: list[Segment]
     state: list[Segment]
     path: list[Segment]
+    evaluation: list[Segment]
     offload: list[Segment]
     predict: list[Segment]
     costs: StepCosts
@@ -107,12 +111,13 @@ class DryRun:
             self._free_gradients_early()
             self._shorten_()
             step = self._unfolded(self._gradient_step()) + update
-            slopes, end = self._stretch("slopes", self._read_slopes), self._stretch("end", self._drop_gradients)
-            step += self._unfolded(slopes + end)
+            after = self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
+            step += self._unfolded(after + self._stretch("end", self._drop_gradients))
             costs, host_memory = self._costs(step), self._host_memory(step)
+            evaluation = self._unfolded(self._stretch("evaluation", self._evaluate))
             offload = self._stretch("offload", self._offload)
-            predict = self._unfolded(self._stretch("predict", self._forward_alone))
-            return Rehearsal(setup, step, state, path, offload, predict, costs, host_memory, self._size)
+            predict = self._unfolded(self._stretch("predict", partial(self._forward_alone, "predict")))
+            return Rehearsal(setup, step, state, path, evaluation, offload, predict, costs, host_memory, self._size)
 
     # --- phases ------------------------------------------------------------------------------------------
 
@@ -124,8 +129,8 @@ class DryRun:
             checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))
         if self._memory.weights == "bf16":
             _lower_(model.parameters())
-        if self._spec.active_blocks is not None:
-            _deactivate_(model, self._spec.active_blocks)
+        self._mean = TailAverage([p for p in self._weights if p.requires_grad]) if self._spec.averages else None
+        self._joined = _deactivate_(model, self._spec.depth) if self._spec.depth else set()
         self._trace.tag({*self._weights, *model.buffers()}, "weights")
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._size = sum(p.numel() for p in self._params)
@@ -160,9 +165,23 @@ class DryRun:
         return self._trace.take()
 
     @torch.no_grad()
-    def _forward_alone(self) -> None:
-        with self._precision("predict"):
+    def _forward_alone(self, phase: str) -> None:
+        with self._precision(phase):
             self._spec.part_loss(self._model)
+
+    def _average(self) -> None:
+        """A step more in the mean of the weights."""
+        if self._mean:
+            self._mean.add_()
+
+    def _evaluate(self) -> None:
+        """The mean of the weights takes their place, and they wait beside it."""
+        if not self._mean:
+            return
+        with ExitStack() as exit_stack:
+            with self._trace.counting_as("weights"):
+                exit_stack.enter_context(self._mean.in_place())
+            self._forward_alone("training")
 
     def _offload(self) -> None:
         """Leave on the GPU what Predict keeps there of state and weights."""
@@ -183,7 +202,7 @@ class DryRun:
 
     def _costs(self, step: list[Segment]) -> StepCosts:
         """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
-        weights, state = _bytes(self._params), _bytes(self._states())
+        weights, state = _bytes(self._params), _bytes(self._states(self._params))
         on_host, work = self._memory.state_on_host, _work(step)
         moved, sent, kernels = (work.pop(name) for name in ("moved", "sent", "kernels"))
         return StepCosts(
@@ -203,7 +222,8 @@ class DryRun:
         if path and self._spec.path_storage.on_host:
             rows = path.rows + (path.velocity is not None)
             uses["path"] = rows * self._size * self._spec.path_storage.dtype.itemsize + weights
-            uses["rollback snapshot"] = weights + _bytes(self._model.buffers()) + _bytes(self._states())
+        if self._spec.path_storage.on_host:
+            uses["rollback snapshot"] = _bytes(self._in_snapshot())
         return {use: size for use, size in uses.items() if size}
 
     def _whole(self, counted: int) -> int:
@@ -266,7 +286,7 @@ class DryRun:
         if not mine:
             return
         with self._trace.counting_as(None):
-            momenta = {p: torch.empty_like(p) for p in mine}
+            momenta: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in mine}
         with self._trace.counting_as("optimizer"):
             Muon(mine, new_buffer=momenta.__getitem__).step()
 
@@ -283,10 +303,10 @@ class DryRun:
             return
         kept = self._state.items() if strategy == "compress" else ()
         self._state = {p: [c for t in state if t.numel() > 1 for c in _moment(t, FORMATS["int8"])] for p, state in kept}
-        self._trace.tag(self._states(), "optimizer")
+        self._trace.tag(self._states(self._params), "optimizer")
 
-    def _states(self) -> list[Tensor]:
-        return [t for state in self._state.values() for t in state]
+    def _states(self, params: Iterable[nn.Parameter]) -> list[Tensor]:
+        return [t for p in params for t in self._state.get(p, ())]
 
     # --- gradients ---------------------------------------------------------------------------------------
 
@@ -324,17 +344,26 @@ class DryRun:
 
     def _set_up_path(self) -> list[Segment]:
         with self._trace.counting_as("path"):
-            self._path = self._new_path(self._spec.path, self._spec.path_storage) if self._spec.path else []
+            self._path = self._new_path(self._spec.path, self._spec.path_storage)
+        with self._trace.counting_as("weights"):
+            self._average()
         return self._trace.take()
 
-    def _new_path(self, path: PathNeeds, storage: PathStorage) -> list[Tensor]:
-        """Rows, last weights, velocity and direction, and the copy of weights and state that a jump can go back to."""
-        made = [torch.empty(self._size)] if path.direction else []
+    def _new_path(self, path: PathNeeds | None, storage: PathStorage) -> list[Tensor]:
+        """Rows, last weights, velocity and direction, and the rollback snapshot."""
+        made = [torch.empty(self._size)] if path and path.direction else []
         if storage.on_host:
             return made
-        made += [torch.empty(path.rows + (path.velocity is not None), self._size, dtype=storage.dtype)]
-        made += [torch.empty(self._size, dtype=self._params[0].dtype)]
-        return made + [torch.empty_like(t) for t in (*self._params, *self._model.buffers(), *self._states())]
+        if path:
+            made += [torch.empty(path.rows + (path.velocity is not None), self._size, dtype=storage.dtype)]
+            made += [torch.empty(self._size, dtype=self._params[0].dtype)]
+        return made + [torch.empty_like(t) for t in self._in_snapshot()]
+
+    def _in_snapshot(self) -> list[Tensor]:
+        """What a rollback snapshot copies: before a jump all that is trained, before a growth all but what joins."""
+        grown = self._spec.depth is not None and self._spec.depth.grows
+        params = [p for p in self._params if self._spec.path or (grown and p not in self._joined)]
+        return [*params, *self._model.buffers(), *self._states(params)] if params else []
 
     def _read_slopes(self) -> None:
         """Each group's gradients in one piece and, if it lies elsewhere or in bf16, the row that they multiply."""
@@ -360,15 +389,19 @@ class DryRun:
         return torch.autocast("cpu", torch.bfloat16, enabled=numbers != "fp32", cache_enabled=cached)
 
 
-def _deactivate_(model: nn.Module, active: int) -> None:
-    """Bypass all blocks but so many; what is left out trains nothing. Raises UserError for more than there are."""
-    blocks = blocks_of(model)
-    if not 1 <= active <= len(blocks):
+def _deactivate_(model: nn.Module, depth: DepthSchedule) -> set[nn.Parameter]:
+    """Bypass all blocks that take no part in the last stage; gives the parameters of those that join in it.
+
+    Raises UserError for more than there are.
+    """
+    active, blocks = depth.depths[-1], blocks_of(model)
+    if active > len(blocks):
         raise UserError(f"{active} blocks cannot be active: {type(model).__name__} has {len(blocks)}")
-    kept = keep_blocks_(model, active - 1, 1)
+    kept = keep_blocks_(model, max(active - 1, 0), min(active, 1))
     for block in blocks:
         if all(block is not other for other in kept):
             block.requires_grad_(False)
+    return {p for block in kept[(0, *depth.depths)[-2] :] for p in block.parameters()}
 
 
 def _mark(blocks: list[nn.Module], trace: Trace) -> None:

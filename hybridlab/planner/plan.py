@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
+from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner.any_module import example_loss, rebuilt, shape_of
@@ -22,12 +25,16 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "
 class Plan:
     """Predicted memory of a training, in bytes, and the work of a step.
 
-    phases: "Full" (Warmup is Full without the path), "Predict" and "Correct": part -> bytes at that phase's peak
+    phases: "Full" (Warmup is Full without the path), "Predict" and "Correct", and "Evaluation" where weights are
+        averaged: part -> bytes at that phase's peak
     reserved_bytes: what torch's allocator then holds of the GPU
     overhead: what the GPU takes beside tensors
     costs: of a gradient step: operations, and traffic on the GPU, the bus and the host
     host_memory: use -> bytes of host memory that the training takes and keeps
     trained_numbers: parameters that are trained
+    stages: blocks that take part -> plan of that stage of a growing model, whose last one this is of
+
+    As text it says all of this, in a table by part and phase, and one by stage.
     """
 
     phases: dict[str, dict[str, int]]
@@ -36,6 +43,7 @@ class Plan:
     costs: StepCosts
     host_memory: dict[str, int]
     trained_numbers: int
+    stages: dict[int, Plan] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -53,18 +61,55 @@ class Plan:
         return self.reserved_bytes + self.overhead.context_bytes
 
     @property
+    def most_on_gpu_bytes(self) -> int:
+        """`peak_on_gpu_bytes` of the stage that needs the most."""
+        return max(plan.peak_on_gpu_bytes for plan in (self, *self.stages.values()))
+
+    @property
     def host_memory_bytes(self) -> int:
         """Host memory in all, beside the process itself and its data."""
         return _total(self.host_memory)
 
     def fits(self, gpu_bytes: int) -> bool:
-        """Whether a GPU of this size holds it all."""
-        return self.peak_on_gpu_bytes <= gpu_bytes
+        """Whether a GPU of this size holds it all, in every stage."""
+        return self.most_on_gpu_bytes <= gpu_bytes
 
     def record(self) -> dict[str, Any]:
         """Everything, for JSON."""
         peaks = {name: getattr(self, name) for name in ("peak_allocated_bytes", "peak_on_gpu_bytes", "parts")}
-        return peaks | asdict(self)
+        stages = {str(blocks): stage.record() for blocks, stage in self.stages.items()}
+        return peaks | asdict(replace(self, stages={})) | {"stages": stages}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        phases = pd.DataFrame(self.phases)
+        phases.loc["allocated"] = phases.sum()
+        yield phases.map(in_gigabytes).rename_axis("at the peak of", axis="columns").to_string()
+        yield (
+            f"On the GPU: {in_gigabytes(self.peak_on_gpu_bytes)}: {in_gigabytes(self.reserved_bytes)} that torch's "
+            f"allocator holds, and {in_gigabytes(self.overhead.context_bytes)} of CUDA context (assumed)."
+        )
+        if self.host_memory:
+            yield f"Host memory, {self.in_host_memory}."
+        if self.stages:
+            peaks = [(p.peak_allocated_bytes, p.peak_on_gpu_bytes) for p in self.stages.values()]
+            stages = pd.DataFrame(peaks, list(self.stages), ["allocated", "on GPU"]).map(in_gigabytes)
+            yield "\n" + stages.rename_axis("stage: blocks that are active", axis="columns").to_string()
+
+    @property
+    def in_host_memory(self) -> str:
+        """What the training keeps in host memory, in words."""
+        uses = ", ".join(f"{use} {in_gigabytes(size)}" for use, size in self.host_memory.items())
+        return f"most of it page-locked: {in_gigabytes(self.host_memory_bytes)} ({uses})"
+
+
+def in_gigabytes(size: int) -> str:
+    """Bytes as text; in megabytes, or less, where two digits behind the point would not show them."""
+    if size >= 10**7:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if size >= 10**4 else f"{size} B" if size else "0"
 
 
 def _total(parts: dict[str, int]) -> int:
@@ -76,6 +121,7 @@ def plan(
     batch: BatchShape | Any,
     memory: MemoryConfig | None = None,
     optimizer: str | OptimizerConfig = "adamw",
+    schedule: DepthSchedule | None = None,
     **others: Any,
 ) -> Plan:
     """Predict peak memory, as `plan_training` does, of a training given by its settings.
@@ -84,6 +130,7 @@ def plan(
     batch: (windows, tokens), or an example of what the module is called with: a tensor, or a tuple or dict of tensors
     memory: None is plain float32 training
     optimizer: its settings, or its name
+    schedule: of predicted depth; each of its stages is planned
     others: further fields of `TrainingSpec`, such as `path` and `loss`
 
     Raises ValueError for settings that make no training; the message says what would.
@@ -93,11 +140,17 @@ def plan(
     if not _is_shape(batch):
         batch, others = shape_of(batch), {"loss": example_loss(batch)} | others
     settings = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
-    return plan_training(TrainingSpec(model, batch, memory or MemoryConfig(), settings, **others))
+    return plan_stages(TrainingSpec(model, batch, memory or MemoryConfig(), settings, depth=schedule, **others))
 
 
 def _is_shape(batch: Any) -> bool:
     return isinstance(batch, tuple | list) and all(isinstance(length, int) for length in batch)
+
+
+def plan_stages(spec: TrainingSpec) -> Plan:
+    """As `plan_training`, with the plans of all stages of a growing model."""
+    stages = {blocks: plan_training(stage) for blocks, stage in spec.stages.items()}
+    return replace(stages[max(stages)], stages=stages) if stages else plan_training(spec)
 
 
 def plan_training(spec: TrainingSpec) -> Plan:
@@ -117,9 +170,11 @@ def plan_training(spec: TrainingSpec) -> Plan:
     live.follow(training.setup + training.state + training.path)
     live.reset_peak()
     step = live.follow(training.step)
+    live.reset_peak()
+    evaluation = {"Evaluation": live.follow(training.evaluation)} if spec.averages else {}
     live.follow(training.offload)
     live.reset_peak()
-    phases = {"Full": step, "Predict": live.follow(training.predict), "Correct": step}
+    phases = {"Full": step, "Predict": live.follow(training.predict), "Correct": step, **evaluation}
     workspace = {"workspace": spec.overhead.workspace_bytes}
     by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}
     reserved = _reserved(training) + spec.overhead.workspace_bytes
@@ -131,4 +186,5 @@ def _reserved(training: Rehearsal) -> int:
     forward_backward = [segment for segment in training.step if segment.name != UPDATE]
     *step, end = training.step
     first = [*step, *training.state, end, *training.path]
-    return CachingAllocator().follow([*training.setup, *forward_backward, *first, *training.step, *training.step])
+    later = [*training.step, *training.step, *training.evaluation]
+    return CachingAllocator().follow([*training.setup, *forward_backward, *first, *later])

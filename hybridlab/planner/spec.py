@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.settings import check_bounds, check_types
+from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig
@@ -57,7 +58,9 @@ class TrainingSpec:
     memory, optimizer: their settings
     path, path_storage: what a predictor remembers and where (`predictor.needs(full_steps)`); None never predicts
     loss: makes the inputs and the loss of a module and a batch; None takes the model's own
-    active_blocks: of a stage of predicted depth: how many blocks train; the others hold weights alone. None: all
+    depth: its last stage is planned, with the snapshot of the stage before where there is one; blocks that take no
+        part hold weights alone. None trains all from the start
+    averages: whether the weights of the last steps are averaged (`hybridlab.weights.tail_average`)
     weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
     overhead: what the GPU takes beside tensors
     """
@@ -69,7 +72,8 @@ class TrainingSpec:
     path: PathNeeds | None = None
     path_storage: PathStorage = field(default_factory=PathStorage)
     loss: Loss | None = None
-    active_blocks: int | None = None
+    depth: DepthSchedule | None = None
+    averages: bool = False
     weight_cache: bool = False
     overhead: GpuOverhead = field(default_factory=GpuOverhead)
 
@@ -113,6 +117,15 @@ class TrainingSpec:
         if isinstance(self._model, GPT2Config):
             return self._model.block_size
         return self._model.longest if isinstance(self._model, CausalLM) else None
+
+    @property
+    def stages(self) -> dict[int, TrainingSpec]:
+        """Blocks that take part in each stage of its depth -> the same, as it is from there on."""
+        if self.depth is None:
+            return {}
+        ends = range(1, len(self.depth.stages) + 1)
+        begun = [replace(self.depth, stages=self.depth.stages[:end], shallow=True) for end in ends]
+        return {depth.depths[-1]: replace(self, depth=depth) for depth in begun}
 
     @property
     def is_gpt2(self) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.settings import check_choice
+from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.planner.gpu_specs import OF_MEASURED, GpuSpec, nearest_gpu, step_time_ms
-from hybridlab.planner.plan import PARTS, Plan, plan_training
+from hybridlab.planner.plan import Plan, in_gigabytes, plan_stages
 from hybridlab.planner.spec import BatchShape, Model, TrainingSpec
 from hybridlab.planner.suggest import Option, best_fit, largest_batch, longest_sequence, options
 
@@ -22,9 +23,6 @@ MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
     "aggressive": MemoryConfig.aggressive,
     "fit_16gb": MemoryConfig.fit_16gb,
 }
-
-NAME, NUMBER = 60, 12
-"""Widths of a line's columns."""
 
 FINDS = ("batch", "sequence")
 
@@ -37,14 +35,12 @@ class Question:
     """What `hybridlab plan` is asked.
 
     spec: the training; gpu_bytes: of the GPU, less what others hold; gpu: its data sheet, where it is known by name
-    stages: active blocks of each stage of a growing model; empty trains all blocks from the start
     find: "batch" or "sequence": the largest that fits is to be found; "" asks for neither
     """
 
     spec: TrainingSpec
     gpu_bytes: int
     gpu: GpuSpec | None = None
-    stages: tuple[int, ...] = ()
     find: str = ""
 
     def __post_init__(self) -> None:
@@ -53,17 +49,12 @@ class Question:
     @cached_property
     def asked(self) -> Plan:
         """The training as it is, a growing one at its last stage."""
-        return plan_training(self.spec)
-
-    @cached_property
-    def by_stage(self) -> dict[int, Plan]:
-        """Active blocks -> plan of that stage."""
-        return {blocks: plan_training(replace(self.spec, active_blocks=blocks)) for blocks in self.stages}
+        return plan_stages(self.spec)
 
     @property
     def fits(self) -> bool:
         """Whether the GPU holds all stages."""
-        return all(plan.fits(self.gpu_bytes) for plan in (self.asked, *self.by_stage.values()))
+        return self.asked.fits(self.gpu_bytes)
 
     @cached_property
     def options(self) -> list[Option]:
@@ -90,7 +81,6 @@ class Question:
                 "optimizer": asdict(self.spec.optimizer),
                 "memory": asdict(self.spec.memory),
             },
-            "stages": {str(blocks): stage.record() for blocks, stage in self.by_stage.items()},
             "options": [self._option(option) for option in self.options],
             "fastest_fit": self._option(best) if best else None,
             **({f"largest_{self.find}": self.found} if self.find else {}),
@@ -114,29 +104,19 @@ def report_lines(question: Question) -> Iterator[str]:
     Where something must be switched on, and that is enough, the last lines are the Python that does it.
     """
     asked, best = question.asked, best_fit(question.options, question.gpu_bytes)
-    yield from _by_part(asked)
-    yield from _by_stage(question)
-    yield ""
+    yield f"{asked}\n"
     yield _verdict(question, best)
     if question.found is not None:
         yield _found(question)
     if question.options:
         yield ""
         yield from _by_option(question)
-    if best and best.plan.host_memory != asked.host_memory:
-        yield from _host_memory(best.plan, "With the fastest that fits, ")
+    if best and best.plan.host_memory not in ({}, asked.host_memory):
+        yield f"With the fastest that fits, host memory, {best.plan.in_host_memory}."
     yield from _times(question)
     if best and best.features:
         yield ""
         yield from _in_python(question.spec, best.spec)
-
-
-def _by_stage(question: Question) -> Iterator[str]:
-    if question.stages:
-        yield ""
-        yield _line("stage: blocks that are active", "allocated", "on GPU")
-    for blocks, plan in question.by_stage.items():
-        yield _line(str(blocks), _size(plan.peak_allocated_bytes), _size(plan.peak_on_gpu_bytes))
 
 
 def _found(question: Question) -> str:
@@ -160,50 +140,27 @@ def _times(question: Question) -> Iterator[str]:
     )
 
 
-def _by_part(plan: Plan) -> Iterator[str]:
-    yield _line("at the peak of", *plan.phases)
-    for part in PARTS:
-        yield _line(part, *(_size(parts[part]) for parts in plan.phases.values()))
-    yield _line("allocated", *(_size(sum(parts.values())) for parts in plan.phases.values()))
-    yield (
-        f"On the GPU: {_size(plan.peak_on_gpu_bytes)}: {_size(plan.reserved_bytes)} that torch's allocator holds, "
-        f"and {_size(plan.overhead.context_bytes)} of CUDA context (assumed)."
-    )
-    yield from _host_memory(plan)
-
-
-def _host_memory(plan: Plan, begin: str = "") -> Iterator[str]:
-    """What the training keeps in host memory, if it keeps anything there."""
-    if plan.host_memory:
-        uses = ", ".join(f"{use} {_size(size)}" for use, size in plan.host_memory.items())
-        line = f"{begin}host memory, most of it page-locked: {_size(plan.host_memory_bytes)} ({uses})."
-        yield line[0].upper() + line[1:]
-
-
 def _verdict(question: Question, best: Option | None) -> str:
-    peaks = [plan.peak_on_gpu_bytes for plan in (question.asked, *question.by_stage.values())]
-    left, size = question.gpu_bytes - max(peaks), f"{question.gpu_bytes / 1e9:g} GB"
+    left, size = question.gpu_bytes - question.asked.most_on_gpu_bytes, f"{question.gpu_bytes / 1e9:g} GB"
     if question.fits:
-        return f"It fits a GPU of {size}: {_size(left)} are left."
-    excess = f"It does not fit a GPU of {size}: {_size(-left)} too much."
+        return f"It fits a GPU of {size}: {in_gigabytes(left)} are left."
+    excess = f"It does not fit a GPU of {size}: {in_gigabytes(-left)} too much."
     if best:
         return f"{excess} What to switch on, the fastest first:"
     return f"{excess} Nor does it with everything switched on; take a shorter batch or a smaller model:"
 
 
 def _by_option(question: Question) -> Iterator[str]:
-    times = ["est. step"] if question.gpu else []
-    yield "".join(column.rjust(NUMBER) for column in ("allocated", "on GPU", *times)) + "        with"
+    yield _columns(["allocated", "on GPU", *(["est. step"] if question.gpu else [])]) + "        with"
     for option in question.options:
-        columns = [_size(option.plan.peak_allocated_bytes), _size(option.plan.peak_on_gpu_bytes)]
-        columns += [_ms(option.step_ms)] if question.gpu else []
-        mark = "  fits  " if option.plan.fits(question.gpu_bytes) else "        "
-        yield (
-            "".join(column.rjust(NUMBER) for column in columns)
-            + mark
-            + option.name
-            + ("" if option.exact else " (inexact)")
-        )
+        peaks = (option.plan.peak_allocated_bytes, option.plan.peak_on_gpu_bytes)
+        columns = [*map(in_gigabytes, peaks), *([_ms(option.step_ms)] if question.gpu else [])]
+        mark = "fits" if option.plan.fits(question.gpu_bytes) else ""
+        yield f"{_columns(columns)}  {mark:6}{option.name}{'' if option.exact else ' (inexact)'}"
+
+
+def _columns(texts: Iterable[str]) -> str:
+    return "".join(text.rjust(12) for text in texts)
 
 
 def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
@@ -225,17 +182,6 @@ def code_of(settings: object) -> str:
     return f"{type(settings).__name__}({', '.join(changed)})"
 
 
-def _line(name: str, *columns: str) -> str:
-    return name.ljust(NAME) + "".join(column.rjust(NUMBER) for column in columns)
-
-
-def _size(size: int) -> str:
-    """In gigabytes; in megabytes, or less, where two digits behind the point would not show it."""
-    if size >= 10**7:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.2f} MB" if size >= 10**4 else f"{size} B" if size else "0"
-
-
 def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.2g} ms"
 
@@ -246,12 +192,13 @@ def default_batch(model: Model) -> BatchShape:
     return WINDOWS, TOKENS if longest is None else min(TOKENS, longest)
 
 
-def read_stages(text: str) -> tuple[int, ...]:
-    """(3, 12) of "3,12"; nothing of "". Raises UserError for anything else."""
+def read_stages(text: str) -> DepthSchedule | None:
+    """Stages of 3 and then 12 blocks of "3,12"; None of "". Raises UserError for anything else."""
     numbers = [number.strip() for number in text.split(",")] if text else []
     if not all(number.isdecimal() and int(number) for number in numbers):
         raise UserError(f"stages {text!r} are none: give the active blocks of each, such as 3,12")
-    return tuple(map(int, numbers))
+    stages = tuple((start, int(number)) for start, number in enumerate(numbers))
+    return DepthSchedule(stages, shallow=True) if stages else None
 
 
 def read_batch(text: str) -> BatchShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import psutil
 import torch
@@ -77,7 +78,9 @@ def training_spec_of(config: RunConfig) -> TrainingSpec:
     hybrid, memory = config.hybrid, config.memory
     if config.precision == "bf16":
         memory = replace(memory, mixed_precision=MixedPrecisionConfig.conservative())
-    spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, hybrid.path_needs, hybrid.path_storage)
+    past: dict[str, Any] = {"path": hybrid.path_needs, "path_storage": hybrid.path_storage}
+    past |= {"depth": config.trainer.depth, "averages": config.tail_average > 0}
+    spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, **past)
     if isinstance(config.task, TextTaskConfig):
         return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))
     task = config.task.build(config.seed, torch.device("cpu"), memory)
