@@ -46,8 +46,13 @@ def _options(
 
 @app.command()
 def run(
-    notebook: Annotated[Path, typer.Argument(metavar="NOTEBOOK", help="As notebooks/03_gpt2_small_hybrid.ipynb.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where the executed copy goes.")],
+    notebook: Annotated[
+        Path, typer.Argument(metavar="NOTEBOOK", help="A file, or a notebook of ours, as 03_gpt2_small_hybrid.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="Where the executed copy goes; by default into runs/."),
+    ] = None,
     file: Annotated[
         list[Path] | None,
         typer.Option("--file", "-f", metavar="PARAMS", help="YAML file of parameters; may repeat, the last wins."),
@@ -69,13 +74,16 @@ def run(
 
     Exit codes: 0 done, 1 a cell failed or OUT could not be written, 2 refused before the start, 130 stopped.
     """
+    from hybridlab.base.files import marked_root, shipped
     from hybridlab.batch.run import run_notebook
 
+    output = output or Path("runs") / f"{notebook.stem}.ipynb"
     settings, console = [_pair(text) for text in parameter or []], Console()
     for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
-    console.print("Open it:  make lab", highlight=False)
+    look = "make lab" if marked_root() == shipped() else f"jupyter lab {output}"
+    console.print(f"Open it:  {look}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -159,7 +167,9 @@ def runs(
 
     root = project_root() / folder
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}: name another after --folder, or train a run with `make run`")
+        raise UserError(
+            f"there is no folder {root}: name another after --folder, or train a run: hybridlab run NOTEBOOK"
+        )
     shown = runs_table(folder, sort=sort, where=where or [])
     if not shown.table:
         raise UserError(shown.empty)

@@ -39,5 +39,5 @@ def save(notebook: NotebookNode, path: Path) -> Path:
 
 def project(folder: Path) -> Path:
     """Make `folder` a project's root."""
-    (folder / "pyproject.toml").touch()
+    (folder / "pyproject.toml").write_text("[tool.hybridlab]\n")
     return folder

@@ -57,6 +57,13 @@ def refusal(notebook: Path, yaml: str | None = None, *settings: tuple[str, str],
     return str(refused.value)
 
 
+def test_results_that_are_damaged_are_refused_before_the_run(notebook: Path) -> None:
+    Path("kept").mkdir()
+    Path("kept/results.json").write_text("{")
+    with pytest.raises(UserError, match=r"kept/results\.json: not valid JSON"):
+        prepared(notebook, Path("kept/tiny.ipynb"))
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [

@@ -14,6 +14,7 @@ import pytest
 import hybridlab
 import hybridlab.notebook
 import hybridlab.study
+from hybridlab.base.files import project_root
 from hybridlab.cli import main
 from tests.notebook_maker import project, save, tiny_notebook
 
@@ -64,10 +65,15 @@ def test_a_mistake_gives_one_line_and_exit_code_2(root, capsys, arguments, messa
     assert not Path("out.ipynb").exists()
 
 
-def test_outside_a_project_it_says_where_to_start(root, capsys):
-    Path("pyproject.toml").unlink()
-    assert ended("run tiny.ipynb -o out.ipynb") == 2
-    assert "no pyproject.toml" in capsys.readouterr().err
+def test_a_stranger_s_project_gets_nothing_for_having_a_pyproject(root, capsys, monkeypatch):
+    """Only a marked one is the root of the folders in it."""
+    (root / "mine").mkdir()
+    monkeypatch.chdir(root / "mine")
+    assert project_root() == root
+    (root / "pyproject.toml").write_text("[project]\nname = 'theirs'\n")
+    assert project_root() == root / "mine"
+    assert ended("runs") == 2
+    assert f"no folder {root / 'mine' / 'runs'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_a_wrong_file_name_suggests_one_of_the_project(root, capsys, arguments, 
 def test_a_whole_run_ends_with_0_and_says_where_the_notebook_is(root, capfd):
     assert ended("run tiny.ipynb -o out/tiny.ipynb -p steps 4 -p lr 1e-4") == 0
     said, errors = capfd.readouterr()
-    assert said.splitlines() == ["Notebook: out/tiny.ipynb", "Open it:  make lab"]
+    assert said.splitlines() == ["Notebook: out/tiny.ipynb", "Open it:  jupyter lab out/tiny.ipynb"]
     assert errors == ""
     assert '"4\\n"' in Path("out/tiny.ipynb").read_text(encoding="utf-8")
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,21 @@ def test_a_report_replaces_its_own_section_only(tmp_path: Path) -> None:
     assert write_report(tmp_path) == []
 
 
-def test_without_results_or_markers_it_says_what_to_do(tmp_path: Path) -> None:
+def test_without_results_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `make milestones` first"):
         report_files(tmp_path)
+
+
+@pytest.mark.parametrize("readme", [None, b"a stranger's, \xff"])
+def test_a_readme_without_the_markers_stays_as_it_is(tmp_path: Path, readme: bytes | None) -> None:
     (tmp_path / "executed" / MAIN).mkdir(parents=True)
     (tmp_path / "executed" / MAIN / "results.json").write_text(json.dumps({HYBRID: entry()}))
-    with pytest.raises(UserError, match="lacks the lines"):
-        report_files(tmp_path)
+    if readme:
+        (tmp_path / "README.md").write_bytes(readme)
+    with pytest.warns(UserWarning, match="lacks the lines") if readme else nullcontext():
+        changed = write_report(tmp_path)
+    assert {path.name for path in changed} == {"VALIDATION_RESULTS.md", "RTX_5080_GUIDE.md"}
+    assert not readme or (tmp_path / "README.md").read_bytes() == readme
 
 
 # What is no results file of ours, and what cannot be written.

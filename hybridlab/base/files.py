@@ -11,6 +11,14 @@ from pathlib import Path
 
 from hybridlab.base.errors import UserError, nearest
 
+SHIPPED = "shipped"
+"""Of the installed package: the folder that the wheel's notebooks and params are in."""
+
+NOTEBOOKS, PARAMS = "notebooks/*.ipynb", "params/*/*.yaml"
+
+MARK = "[tool.hybridlab]"
+"""The line of a `pyproject.toml` that makes its folder a project of hybridlab's."""
+
 ON_WINDOWS = os.name == "nt"
 """There no folder can be opened, and the system itself brings names to the disk."""
 
@@ -107,25 +115,52 @@ def refuse_address(place: Path) -> None:
         raise UserError(f"{place}: an address is no place to write to: name a file or folder on this machine")
 
 
-def missing(path: Path, what: str, pattern: str) -> UserError:
-    """The error for a file that is not there, with the likeliest of those beside it or in the project.
+def find_source(path: Path, pattern: str) -> Path:
+    """A notebook or parameter file: at `path`, or else of that name among those that came with hybridlab.
 
-    what: as "parameter file"; pattern: where the project has such files, as "params/*/*.yaml"
+    pattern: where those are, as "notebooks/*.ipynb"; folder and suffix may be left out of `path`
+    """
+    named = path if path.suffix == Path(pattern).suffix else path.with_name(path.name + Path(pattern).suffix)
+    places = (path, shipped() / named, shipped() / Path(pattern).parts[0] / named)
+    return next((place for place in places if place.is_file()), path)
+
+
+def missing(path: Path, what: str, pattern: str) -> UserError:
+    """The error for a file that is not there, with the likeliest of those beside it, in the project or of hybridlab.
+
+    what: as "parameter file"; pattern: as for `find_source`
     """
     known = {str(file) for file in path.parent.glob(f"*{Path(pattern).suffix}")}
-    with suppress(UserError):
-        known |= {os.path.relpath(file) for file in project_root().glob(pattern)}
+    known |= {os.path.relpath(file) for file in project_root().glob(pattern)}
+    known |= {str(file.relative_to(shipped())) for file in shipped().glob(pattern)}
     likeliest = difflib.get_close_matches(str(path), known, n=4, cutoff=0.0)
     return UserError(f"{path}: no such {what}{f': {nearest(path, likeliest)}' if likeliest else ''}")
 
 
+def shipped() -> Path:
+    """The folder with the notebooks and params of hybridlab itself: the checkout, or inside an installed package."""
+    package = Path(__file__).parents[1]
+    return package / SHIPPED if (package / SHIPPED).is_dir() else package.parent
+
+
 def project_root() -> Path:
-    """Find the folder with `pyproject.toml`, from the working folder upward. Raises UserError where there is none."""
+    """Where runs, results and documents lie: the marked project around the working folder, or else that folder."""
+    return marked_root() or Path.cwd().resolve()
+
+
+def marked_root() -> Path | None:
+    """The folder whose `pyproject.toml` has a table [tool.hybridlab], from the working folder upward, if any.
+
+    A project of somebody else's has none, and gets nothing written into it for having a `pyproject.toml`.
+    """
     here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    raise UserError(f"no pyproject.toml in {here} or above it: start inside the project's folder")
+    return next((folder for folder in (here, *here.parents) if _is_marked(folder / "pyproject.toml")), None)
+
+
+def _is_marked(file: Path) -> bool:
+    with suppress(OSError):
+        return MARK in file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return False
 
 
 def _beside(path: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import missing, replaced
+from hybridlab.base.files import NOTEBOOKS, missing, replaced
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -41,7 +41,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise missing(path, "notebook", "notebooks/*.ipynb") from None
+        raise missing(path, "notebook", NOTEBOOKS) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.files import missing
+from hybridlab.base.files import PARAMS, missing
 from hybridlab.batch.declared import Parameter
 
 PLAIN = r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
@@ -66,7 +66,7 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise missing(path, "parameter file", "params/*/*.yaml") from None
+        raise missing(path, "parameter file", PARAMS) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8: a YAML file is wanted") from None
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import project_root, refuse_address
+from hybridlab.base.files import NOTEBOOKS, PARAMS, find_source, project_root, refuse_address
 from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import (
     clean_,
@@ -80,7 +80,7 @@ def run_notebook(
 ) -> list[str]:
     """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
 
-    notebook: the source; it is only read
+    notebook: the source, as `find_source` takes it; it is only read
     output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`.
         The notebook's parameter `results`, if it has one, becomes the folder of `output`
     files: YAML mappings of parameters; a later file wins
@@ -124,9 +124,9 @@ def prepared(
 
     Raises UserError with what to mend.
     """
+    notebook, root = find_source(notebook, NOTEBOOKS), project_root()
     declared = declared_parameters(read_document(notebook), notebook.name)
-    root = project_root()
-    given = [item for file in files for item in values_in_file(file)]
+    given = [item for file in files for item in values_in_file(find_source(file, PARAMS))]
     given += from_options(output, resume, declared, root)
     given += [value_on_command_line(name, text, declared) for name, text in settings]
     overrides = checked_values(given, declared, notebook.name)
@@ -136,6 +136,10 @@ def prepared(
     folder = parameters.get("results")
     results = root / folder / "results.json" if isinstance(folder, str) else None
     _make_folders(output, *([results] if results else []))
+    if results and results.exists():
+        from hybridlab.results.reading import load_results
+
+        load_results(results)  # a damaged one would refuse what was found, hours later
     return Job(notebook, output, overrides, asked(parameters), results, root, "resume" in declared)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.report.criteria import BASELINE, MEMORY, XL, Claims, Criterion, of_presets
-from hybridlab.report.evidence import Evidence
+from hybridlab.report.evidence import PROFILES, Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.validation import criterion_verdict, devices, notebook_link, validation_document
 from hybridlab.report.words import render
 from hybridlab.results.words import quantity_interval
+
+FIRST = "run `make milestones` first, or `hybridlab run NAME -o executed/cpu/NAME.ipynb`"
+FOREIGN = "surrogateescape"
+"""Bytes of a README that are no UTF-8 are written as they were read."""
 
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
 
@@ -41,15 +46,15 @@ SCALES = {"rtx5080": "GPT-2 Small on a GPU", "cpu_long": "A nano GPT-2 on a CPU"
 def report_files(root: Path) -> dict[Path, str | Chart]:
     """What `hybridlab report` writes for the project at `root`: from path to text, or to the chart that is drawn.
 
-    Raises UserError where README.md, its markers or every results file is missing, and for a damaged one.
+    Raises UserError where every results file is missing, and for a damaged one.
     """
     evidence = Evidence.read(root)
     if not evidence.entries:
-        raise UserError(f"{root / 'executed'} holds no results.json: run `make milestones` first")
+        raise UserError(f"{root / 'executed'} holds no results.json of a profile ({', '.join(PROFILES)}): {FIRST}")
     docs, charts = root / "docs", charts_of(evidence)
     titles = {name: chart.title for name, chart in charts.items()}
     texts = {
-        root / "README.md": _with_section(root / "README.md", readme_section(evidence)),
+        **_with_section(root / "README.md", readme_section(evidence)),
         docs / "VALIDATION_RESULTS.md": validation_document(evidence, titles),
         docs / "RTX_5080_GUIDE.md": gpu_guide(evidence, titles),
     }
@@ -64,7 +69,7 @@ def stale_files(root: Path) -> list[Path]:
 def write_report(root: Path) -> list[Path]:
     """Write every document that follows from the results, all or none; returns those that changed."""
     changed = {path: content for path, content in report_files(root).items() if not _is_up_to_date(path, content)}
-    replace_all({path: signed(c) if isinstance(c, Chart) else c.encode() for path, c in changed.items()})
+    replace_all({path: signed(c) if isinstance(c, Chart) else c.encode(errors=FOREIGN) for path, c in changed.items()})
     return list(changed)
 
 
@@ -72,16 +77,19 @@ def _is_up_to_date(path: Path, content: str | Chart) -> bool:
     if not path.exists():
         return False
     there = path.read_bytes()
-    return shows(there, content) if isinstance(content, Chart) else there == content.encode()
+    return shows(there, content) if isinstance(content, Chart) else there == content.encode(errors=FOREIGN)
 
 
-def _with_section(readme: Path, section: str) -> str:
-    """The document with what lies between the two markers replaced."""
-    document = readme.read_text(encoding="utf-8") if readme.exists() else ""
+def _with_section(readme: Path, section: str) -> dict[Path, str]:
+    """The README with what lies between the two markers replaced; without these it is left as it is, and told."""
+    if not readme.exists():
+        return {}
+    document = readme.read_text(encoding="utf-8", errors=FOREIGN)
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(document):
-        raise UserError(f"{readme} lacks the lines {BEGIN!r} and {END!r} between which results are written")
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{section}\n\n{END}", document)
+        warnings.warn(f"{readme} lacks the lines {BEGIN!r} and {END!r}, and is left as it is", stacklevel=2)
+        return {}
+    return {readme: pattern.sub(lambda _: f"{BEGIN}\n\n{section}\n\n{END}", document)}
 
 
 def readme_section(evidence: Evidence) -> str:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from hybridlab import __version__
 from hybridlab.base.device import device_name, find_device
-from hybridlab.base.files import project_root, replaced
+from hybridlab.base.files import marked_root, project_root, replaced
 from hybridlab.base.settings import LARGEST
 from hybridlab.results.claims import Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
@@ -119,17 +119,18 @@ def git_commit() -> str:
     What runs write themselves (`executed/`, `docs/`) does not count as a difference. Where the sources travel without
     their history, a file `COMMIT` beside them names it: `git describe --always --dirty=+dirty > COMMIT`.
     """
-    if commit := _git("rev-parse", "--short", "HEAD"):
-        changed = _git("status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
+    if not (root := marked_root()):
+        return "unknown"
+    if commit := _git(root, "rev-parse", "--short", "HEAD"):
+        changed = _git(root, "status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
         return f"{commit}+dirty" if changed else commit
-    named = project_root() / "COMMIT"
+    named = root / "COMMIT"
     return named.read_text(encoding="utf-8").strip() if named.is_file() else "unknown"
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(project_root()), *arguments]
+def _git(root: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -119,8 +119,7 @@ def _import(place: str) -> Any:
 def _folders() -> Iterator[Path]:
     """Where a module of the user's own may lie."""
     yield Path.cwd()
-    with suppress(UserError):
-        yield project_root()
+    yield project_root()
 
 
 def _public(module: Any) -> list[str]:
