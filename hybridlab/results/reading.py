@@ -59,8 +59,8 @@ class _LossesRow(_OfEqualLength):
     control: bool
     gradient_steps: list[Number]
     loss: list[Number]
-    low: list[Number]
-    high: list[Number]
+    low: list[Number] | None
+    high: list[Number] | None
 
 
 class _Tables(_Part):
