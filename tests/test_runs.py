@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pandas as pd
 import pytest
 
 from hybridlab.base.errors import UserError
+from hybridlab.study import growing_table
 from hybridlab.study import record as runs
+from hybridlab.study.growing_table import GrowingTable
 from hybridlab.study.record import Run, RunRecorder, write_json
 from tests.conftest import full_disk
 
@@ -72,13 +75,12 @@ def test_rows_reach_the_disk_by_themselves_and_seldom(tmp_path: Path, monkeypatc
 def test_writing_takes_its_share_of_the_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
-    def slow(frame: pd.DataFrame, path: Path, **_: Any) -> None:
+    def slow(table: GrowingTable) -> None:
         nonlocal now
-        now += 1.0
-        path.touch()
+        now += 1.0 if table else 0.0
 
     monkeypatch.setattr(runs.time, "monotonic", lambda: now)
-    monkeypatch.setattr(runs.pd.DataFrame, "to_parquet", slow)
+    monkeypatch.setattr(GrowingTable, "write", slow)
     recorder = RunRecorder(tmp_path, {})
     for step in range(1, 401):
         now += 1.0
@@ -160,6 +162,12 @@ def test_a_kill_leaves_what_had_reached_the_disk(tmp_path: Path) -> None:
 # --- gone on with ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[growing_table.GROUP_ROWS, 3], ids=["one row group", "groups of 3"])
+def group_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing_table, "GROUP_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("group_rows")
 def test_rows_up_to_the_step_are_kept_and_later_ones_dropped(tmp_path: Path) -> None:
     with RunRecorder(tmp_path, {}) as recorder:
         add(recorder, range(1, 8))
@@ -171,6 +179,7 @@ def test_rows_up_to_the_step_are_kept_and_later_ones_dropped(tmp_path: Path) -> 
     assert Run.load(tmp_path).vram["nominal_step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.usefixtures("group_rows")
 def test_a_broken_record_equals_an_unbroken_one_columns_types_and_gaps_included(tmp_path: Path) -> None:
     def rows(first: int, last: int) -> list[dict[str, Any]]:
         evaluated = {step: {"validation_loss": step / 3} for step in (4, 8)}
@@ -193,6 +202,23 @@ def test_a_broken_record_equals_an_unbroken_one_columns_types_and_gaps_included(
         folder = tmp_path / f"broken_{stop}"
         record(folder, rows(1, 8))
         pd.testing.assert_frame_equal(record(folder, rows(stop + 1, 9), keep_steps=stop), unbroken, check_exact=True)
+
+
+def test_a_long_run_s_rows_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing_table, "GROUP_ROWS", 500)
+
+    def held_bytes(steps: range, keep_steps: int) -> int:
+        tracemalloc.start()
+        recorder = RunRecorder(tmp_path, {}, keep_steps=keep_steps)
+        add(recorder, steps)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        recorder.flush()
+        return held
+
+    assert held_bytes(range(1, 5500), 0) < 300_000
+    assert held_bytes(range(5200, 5300), 5199) < 300_000, "nor after a resume"
+    assert steps_of(tmp_path) == list(range(1, 5300))
 
 
 @pytest.mark.parametrize("lost", ["some rows", "the table"])

@@ -5,11 +5,11 @@ Started as a program with a folder, this file trains the study of the kill test,
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -452,24 +453,26 @@ def test_a_damaged_record_is_named_and_trained_afresh(
     assert_same(run, unbroken("plain"))
 
 
-def test_a_disk_that_fills_up_is_told_in_one_line_and_the_run_goes_on_later(
-    tmp_path: Path, unbroken: Callable[[str], Run]
+def test_a_checkpoint_that_finds_the_disk_full_leaves_the_one_before_and_training_goes_on(
+    tmp_path: Path, unbroken: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No file may grow beyond a size: what a write meets on a full disk, with another number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    steps = iter(range(1, STEPS))
+    def full(content: object, file: BinaryIO) -> None:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fills_up() -> None:
-        if next(steps) == 25:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-
-    try:
-        with pytest.raises(UserError, match="cannot write in the folder") as caught:
-            train(PLAIN, tmp_path, fills_up)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(caught.value)
-    assert names(tmp_path) == RECORD - {"summary.json"} | {"checkpoint.pt", "checkpoint.previous.pt"}
+    interrupted(PLAIN, tmp_path, 25)
+    checkpoints = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "checkpoint.previous.pt")}
+    save = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="no checkpoint") as told:
+        interrupted(PLAIN, tmp_path, 31, resume=True)
+    room = f"cannot write in the folder {tmp_path}: No space left on device; make room there or choose another folder"
+    assert [str(warning.message) for warning in told] == [
+        f"'baseline', seed 0: no checkpoint at step {step}, the one before stays: {room}" for step in (27, 30)
+    ]
+    assert {name: (tmp_path / name).read_bytes() for name in checkpoints} == checkpoints
+    assert names(tmp_path) == RECORD - {"summary.json"} | set(checkpoints)
+    monkeypatch.setattr(torch, "save", save)
     assert_same(train(PLAIN, tmp_path, resume=True), unbroken("plain"))
 
 

@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import remove, replaced
+from hybridlab.study.growing_table import GrowingTable
 
 FLUSH_SHARE = 0.02
 """Writing the record may take this share of a run's time."""
@@ -50,35 +50,32 @@ class RunRecorder:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, keep_steps: int = 0) -> None:
         self.folder = folder
-        self._tables = {name: _rows_up_to(folder / f"{name}.parquet", keep_steps) for name in ("steps", "vram")}
-        if keep_steps and (not self._tables["steps"] or self._tables["steps"][-1]["nominal_step"] < keep_steps):
+        self._tables = {name: GrowingTable(folder / f"{name}.parquet", keep_steps) for name in ("steps", "vram")}
+        if self._tables["steps"].last_step < keep_steps:
             raise UserError(
                 f"{folder / 'steps.parquet'} does not reach step {keep_steps}, where its checkpoint is: "
                 "start afresh without resume"
             )
-        remove(
-            folder / "summary.json", *[folder / f"{name}.parquet" for name, rows in self._tables.items() if not rows]
-        )
+        remove(folder / "summary.json", *[table.path for table in self._tables.values() if not table])
         write_json(folder / "config.json", config)
         self.flush()
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
         """Append a row to "steps" or "vram"; what was added reaches the disk a few seconds later."""
-        self._tables[table].append(dict(row))
-        if time.monotonic() - self._flushed_at > max(2.0, self._flush_seconds / FLUSH_SHARE):
+        self.extend(table, [row])
+        pause = max(2.0, self._flush_seconds / FLUSH_SHARE)
+        if time.monotonic() - self._flushed_at > pause or any(kept.is_full for kept in self._tables.values()):
             self.flush()
 
     def extend(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows; they reach the disk with the next one that is added, or the next flush."""
-        self._tables[table].extend(map(dict, rows))
+        self._tables[table].extend(rows)
 
     def flush(self) -> None:
         """Write all rows to disk."""
         started = time.monotonic()
-        for name, rows in self._tables.items():
-            if rows:
-                with replaced(self.folder / f"{name}.parquet") as beside:
-                    pd.DataFrame(rows).to_parquet(beside, index=False)
+        for table in self._tables.values():
+            table.write()
         self._flushed_at = time.monotonic()
         self._flush_seconds = self._flushed_at - started
 
@@ -186,9 +183,3 @@ def _read(path: Path, reader: Callable[[Path], T]) -> T:
         raise DamagedRecordError(
             f"{path} is damaged, or no run's record: delete it, or train that run afresh"
         ) from None
-
-
-def _rows_up_to(path: Path, nominal_step: int) -> list[dict[str, Any]]:
-    """The rows of a table up to a nominal step, those that are there."""
-    rows = pq.read_table(path).to_pylist() if nominal_step and path.exists() else []
-    return [row for row in rows if row["nominal_step"] <= nominal_step]

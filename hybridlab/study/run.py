@@ -19,6 +19,7 @@ from hybridlab.base.checkpoint import (
     save_checkpoint,
 )
 from hybridlab.base.device import find_device
+from hybridlab.base.errors import UserError
 from hybridlab.base.lock import locked
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.trainer import DivergenceError
@@ -150,7 +151,7 @@ class TrainingRun(WatchedRun):
                     record = self._step(step, settled=step >= settled_from)
                 self._log.add(record)
                 if self._wants_checkpoint(step + 1):
-                    self.save()
+                    self._save_or_warn()
                 try:
                     yield record
                 except GeneratorExit:
@@ -181,6 +182,18 @@ class TrainingRun(WatchedRun):
         self._log.flush()
         with self._process.applied():
             save_checkpoint(self.folder / CHECKPOINT, self._state(), meta=self._identity)
+
+    def _save_or_warn(self) -> None:
+        """Training does not end for a checkpoint that finds no room."""
+        try:
+            self.save()
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            step = self._trainer.statistics().nominal_steps
+            warnings.warn(
+                f"{_name(self.config)}: no checkpoint at step {step}, the one before stays: {error}", stacklevel=2
+            )
 
     # --- where it diverges ---------------------------------------------------------------------------------
 
