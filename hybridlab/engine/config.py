@@ -9,7 +9,7 @@ import torch
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
 from hybridlab.depth import DepthSchedule
-from hybridlab.memory.config import Conflict, MemoryConfig, refuse_conflicts
+from hybridlab.memory.config import MemoryConfig, refuse_conflicts
 from hybridlab.predictors import PREDICTORS
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
@@ -102,29 +102,18 @@ class HybridTrainerConfig:
         check_choice("path_dtype", self.path_dtype, ("fp32", "bf16"))
         refuse_conflicts(self._memory_conflicts())
 
-    def _memory_conflicts(self) -> list[Conflict]:
-        """What the memory features and the trainer's own settings cannot do together."""
+    def _memory_conflicts(self) -> dict[str, bool]:
+        """What the memory features and the trainer's own settings cannot do together, why, and whether they are to."""
         memory, jumps = self.memory or MemoryConfig(), self.max_predict_steps > 0
         leaves = memory.predict_strategy in ("cpu", "pinned") or memory.offloads_weights
-        return [
-            (
-                memory.step_in_backward and self.clip_norm is not None,
-                ("step_in_backward", "clip_norm"),
-                "the norm of all gradients is not known before the first of them is used; set memory.clip_in_backward",
-            ),
-            (
-                jumps and memory.weights == "bf16",
-                ("weights='bf16'", "max_predict_steps above 0"),
-                "a prediction would drown in the rounding; use float32 weights, or max_predict_steps=0",
-            ),
-            (
-                jumps and leaves and self.path_device == "same",
-                ("leaving the GPU in Predict", "path_device='same'"),
-                "the path and the rollback snapshot, larger than what leaves, would stay on it; set path_device='host'",
-            ),
-            (
-                self.depth is not None and memory.state_on_host,
-                ("depth", "state_on_host"),
-                "the optimizer on the host holds the state of all blocks from the start; leave one of them off",
-            ),
-        ]
+        stays = jumps and leaves and self.path_device == "same"
+        return {
+            "step_in_backward does not go with clip_norm: the norm of all gradients is not known before the first of "
+            "them is used; set memory.clip_in_backward": memory.step_in_backward and self.clip_norm is not None,
+            "weights='bf16' does not go with max_predict_steps above 0: a prediction would drown in the rounding; use "
+            "float32 weights, or max_predict_steps=0": jumps and memory.weights == "bf16",
+            "leaving the GPU in Predict does not go with path_device='same': the path and the rollback snapshot, "
+            "larger than what leaves, would stay on it; set path_device='host'": stays,
+            "depth does not go with state_on_host: the optimizer on the host holds the state of all blocks from the "
+            "start; leave one of them off": self.depth is not None and memory.state_on_host,
+        }

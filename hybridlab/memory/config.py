@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -199,52 +199,28 @@ class MemoryConfig:
         check_choice("weights", self.weights, WEIGHTS)
         refuse_conflicts(self._conflicts())
 
-    def _conflicts(self) -> list[Conflict]:
-        """Settings that cannot work together."""
-        low_bit, bf16 = self.optimizer_state != "fp32", self.weights == "bf16"
-        strategy = self.predict_strategy
-        return [
-            (
-                self.step_in_backward and self.gradient_accumulation is not None,
-                ("step_in_backward", "gradient_accumulation"),
-                "gradients are gone before they could add up; leave one of them off",
-            ),
-            (
-                self.step_in_backward and self.state_on_host,
-                ("step_in_backward", "state_on_host"),
-                "the host steps when all gradients have arrived; leave one of them off",
-            ),
-            (
-                self.clip_in_backward is not None and not self.step_in_backward,
-                ("clip_in_backward", "step_in_backward=False"),
-                "with all gradients at hand, clip by their own norm: set the trainer's clip_norm",
-            ),
-            (
-                self.state_on_host and low_bit,
-                ("state_on_host", f"optimizer_state={self.optimizer_state!r}"),
-                "host memory is large enough for float32; leave one of them off",
-            ),
-            (
-                self.state_on_host and strategy in ("cpu", "pinned", "compress"),
-                ("state_on_host", f"predict_aware strategy={strategy!r}"),
-                "the state has left the GPU already; leave one of them off",
-            ),
-            (
-                low_bit and strategy == "compress",
-                (f"optimizer_state={self.optimizer_state!r}", "predict_aware strategy='compress'"),
-                "the state is compressed already; use strategy='pinned' or 'none'",
-            ),
-            (
-                bf16 and self.offloads_weights,
-                ("weights='bf16'", "mixed_precision predict='bf16_weights'"),
-                "there are no float32 weights on the GPU to offload; use predict='bf16'",
-            ),
-            (
-                bf16 and not low_bit and not self.state_on_host,
-                ("weights='bf16'", "optimizer_state='fp32'"),
-                "plain rounding would swallow small updates; use optimizer_state='int8', or state_on_host=True",
-            ),
-        ]
+    def _conflicts(self) -> dict[str, bool]:
+        """Which settings cannot work together, why, and whether they are set."""
+        state, strategy = self.optimizer_state, self.predict_strategy
+        low_bit, bf16 = state != "fp32", self.weights == "bf16"
+        return {
+            "step_in_backward does not go with gradient_accumulation: gradients are gone before they could add up; "
+            "leave one of them off": self.step_in_backward and self.gradient_accumulation is not None,
+            "step_in_backward does not go with state_on_host: the host steps when all gradients have arrived; "
+            "leave one of them off": self.step_in_backward and self.state_on_host,
+            "clip_in_backward does not go with step_in_backward=False: with all gradients at hand, clip by their own "
+            "norm: set the trainer's clip_norm": self.clip_in_backward is not None and not self.step_in_backward,
+            f"state_on_host does not go with optimizer_state={state!r}: host memory is large enough for float32; "
+            "leave one of them off": self.state_on_host and low_bit,
+            f"state_on_host does not go with predict_aware strategy={strategy!r}: the state has left the GPU already; "
+            "leave one of them off": self.state_on_host and strategy in ("cpu", "pinned", "compress"),
+            f"optimizer_state={state!r} does not go with predict_aware strategy='compress': the state is compressed "
+            "already; use strategy='pinned' or 'none'": low_bit and strategy == "compress",
+            "weights='bf16' does not go with mixed_precision predict='bf16_weights': there are no float32 weights on "
+            "the GPU to offload; use predict='bf16'": bf16 and self.offloads_weights,
+            "weights='bf16' does not go with optimizer_state='fp32': plain rounding would swallow small updates; use "
+            "optimizer_state='int8', or state_on_host=True": bf16 and not low_bit and not self.state_on_host,
+        }
 
     @property
     def predict_strategy(self) -> str:
@@ -274,12 +250,7 @@ class MemoryConfig:
         return {name: value for name, value in asked.items() if value}
 
 
-Conflict = tuple[bool, tuple[str, str], str]
-"""Whether two settings are in each other's way, which two, and why, with what to do."""
-
-
-def refuse_conflicts(conflicts: Iterable[Conflict]) -> None:
-    """Raise ValueError for the first conflict that is one."""
-    for conflict, (first, second), why in conflicts:
-        if conflict:
-            raise ValueError(f"{first} does not go with {second}: {why}")
+def refuse_conflicts(conflicts: Mapping[str, bool]) -> None:
+    """Raise ValueError that says the first of these sentences that is true."""
+    for sentence in (sentence for sentence, is_so in conflicts.items() if is_so):
+        raise ValueError(sentence)

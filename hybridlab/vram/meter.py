@@ -104,9 +104,7 @@ class MemoryMeter:
             other_bytes=_beyond(on_gpu.used_bytes, counted.reserved),
             context_bytes=_beyond(mine or on_gpu.held_bytes, counted.reserved),
             device_total_bytes=on_gpu.total_bytes,
-            utilization_percent=self._gpu.utilization_percent(),
-            power_watts=self._gpu.power_watts(),
-            temperature_celsius=self._gpu.temperature_celsius(),
+            **self._gpu.load(),
         )
 
     def allocator(self) -> Allocator | None:

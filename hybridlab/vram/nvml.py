@@ -31,7 +31,10 @@ class NvmlGpu:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._handle = _read(lambda: _handle(device))
+        self._gpu = _read(lambda: _handle(device))
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        return None if self._gpu is None else _read(lambda: question(self._gpu))
 
     def memory(self) -> GpuMemory:
         """By all processes together."""
@@ -42,23 +45,16 @@ class NvmlGpu:
         found: int | None = self._ask(_process_bytes)
         return found
 
-    def utilization_percent(self) -> int | None:
-        """Share of the last moments in which a kernel ran."""
-        found: int | None = self._ask(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
-        return found
-
-    def power_watts(self) -> float | None:
-        """What the GPU draws."""
-        found: int | None = self._ask(pynvml.nvmlDeviceGetPowerUsage)
-        return None if found is None else found / 1000
-
-    def temperature_celsius(self) -> int | None:
-        """Of the GPU's chip."""
-        found: int | None = self._ask(lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU))
-        return found
-
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        return None if self._handle is None else _read(lambda: question(self._handle))
+    def load(self) -> dict[str, Any]:
+        """How busy and how hot the GPU is, in the fields of `MemoryReading`."""
+        milliwatts = self._ask(pynvml.nvmlDeviceGetPowerUsage)
+        return {
+            "utilization_percent": self._ask(lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
+            "power_watts": None if milliwatts is None else milliwatts / 1000,
+            "temperature_celsius": self._ask(
+                lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)
+            ),
+        }
 
 
 def _read(read: Callable[[], Any]) -> Any:
