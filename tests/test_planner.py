@@ -619,9 +619,9 @@ def test_the_command_plans_a_configuration_and_answers_in_json(capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no config.json of a model"),
-        ("[1]", "names no model_type"),
-        ('{"model_type": "nonsense"}', "transformers cannot read it"),
+        (None, "no such config"),
+        ("[1]", 'has no "model_type"'),
+        ('{"model_type": "nonsense"}', "transformers refuses the config"),
         ('{"model_type": "t5"}', "a 't5' is no causal language model"),
     ],
 )
@@ -637,7 +637,7 @@ def test_a_configuration_of_no_causal_language_model_is_refused(tmp_path, capsys
 def test_without_transformers_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert ended(f"--config {CONFIGS / 'llama.json'}", size="") == 2
-    assert "--config needs transformers: pip install 'hybridlab[hf]'" in capsys.readouterr().err
+    assert "transformers is not installed: pip install 'hybridlab[hf]'" in capsys.readouterr().err
 
 
 # --- against what was measured ---------------------------------------------------------------------------
