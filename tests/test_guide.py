@@ -1,43 +1,115 @@
-"""The user's guide: its worked example runs as it stands there."""
+"""README and guide: every block of Python runs as it stands there, and every command exists with its options."""
 
 from __future__ import annotations
 
-import math
+import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import torch
+import typer
+from torch import nn
 
+from hybridlab.batch.declared import declared_parameters
+from hybridlab.benchmarks import architectures
+from hybridlab.cli import app
 from hybridlab.predictors import PREDICTORS
+from tests.notebook_maker import project
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs" / "guide.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
-def test_the_worked_example_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a page's blocks share: their names, in a project of their own."""
+    monkeypatch.chdir(project(tmp_path))
+    yield {}
+    PREDICTORS.pop("mean_path", None)
+
+
+def run_blocks(page: Path, names: dict[str, Any]) -> None:
+    for block in blocks(page, "python"):
+        code = compile(block, page.name, "exec")
+        if "# needs a GPU" not in block or torch.cuda.is_available():
+            exec(code, names)
+
+
+@pytest.mark.slow  # two of its blocks train a small GPT-2 by transformers, three seeds of hybrid and control
+def test_the_blocks_of_the_guide_run_in_order(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("transformers", "accelerate", "pytorch_lightning"):
+        pytest.importorskip(package)
     Path("my_text.txt").write_bytes(GUIDE.read_bytes())
-    names: dict[str, Any] = {}
-    try:
-        for block in blocks():
-            exec(block, names)
-    finally:
-        PREDICTORS.pop("mean_path", None)
-    said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"[1-9]\d* of 120 steps predicted", said[0])
-    assert re.fullmatch(r"hybrid \d\.\d{3}, plain run of as many gradient steps \d\.\d{3}", said[1])
+    run_blocks(GUIDE, names)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^seed \d: [1-9]\d* of 120 steps predicted$", said, re.MULTILINE)) == 3
+    interval = r"hybrid minus control, in nats, with its 95 % interval: [+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]"
+    assert re.search(interval, said)
     assert names["mean_path_counts"].predicted_steps
-    assert names["control_loss"] < math.log(256)
-    assert names["mean_path_loss"] < math.log(256)
+    assert names["session"].step == 100
+    assert {path.parent.name for path in Path("runs").glob("*/summary.json")} == {"my_trainer", "my_module"}
+
+
+def test_the_blocks_of_the_readme_run(names: dict[str, Any]) -> None:
+    """Model, optimizer, batches and loss are the reader's own."""
+    model = nn.Linear(4, 1)
+    names |= {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "batches": torch.randn(140, 8, 4)}
+    names["loss_of"] = lambda model, batch: model(batch).square().mean()
+    run_blocks(ROOT / "README.md", names)
+    assert names["trainer"].statistics().predicted_steps
+
+
+def test_a_block_of_python_is_marked_as_one() -> None:
+    assert [page.name for page in PAGES if blocks(page, "py")] == []
+
+
+def commands(page: Path) -> list[list[str]]:
+    """What a page says to type: in blocks of shell, and in the middle of a sentence."""
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    inline = re.findall(r"`((?:\.venv/bin/)?(?:hybridlab|python -m hybridlab|make) [^`]+)`", text.replace("\n", " "))
+    split = [shlex.split(line, comments=True) for line in [*lines, *inline]]
+    return [[words[0].removeprefix(".venv/bin/"), *words[1:]] for words in split if words]
+
+
+def parse(command: click.Command, words: list[str]) -> None:
+    """Refuse what the command would refuse."""
+    context = command.make_context(command.name, list(words), resilient_parsing=False)
+    if isinstance(command, click.Group) and (rest := [*context.protected_args, *context.args]):
+        _, inner, rest = command.resolve_command(context, rest)
+        parse(inner, rest)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_names_exists_with_its_options(page: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for words in commands(page):
+        match words:
+            case ["hybridlab", *rest] | ["python", "-m", "hybridlab", *rest]:
+                parse(typer.main.get_command(app), rest)
+            case ["python", "-m", "hybridlab.benchmarks.architectures", *rest]:
+                program = typer.Typer()
+                program.command()(architectures.main)
+                parse(typer.main.get_command(program), rest)
+            case ["make", *rest]:
+                assert {word for word in rest if "=" not in word} <= {*targets}, words
+        given = {words[at + 1] for at, word in enumerate(words) if word == "-p"}
+        for word in words:
+            assert not word.startswith(("notebooks/", "params/")) or (ROOT / word).exists(), words
+            if word.startswith("notebooks/"):
+                assert given <= {*declared_parameters(json.loads((ROOT / word).read_text()), word)}, words
 
 
 def test_links_of_the_guide_lead_somewhere() -> None:
@@ -48,7 +120,7 @@ def test_links_of_the_guide_lead_somewhere() -> None:
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_milestones_go_where_they_are_told_to_and_go_on_if_asked() -> None:
     asked = ["make", "--dry-run", "milestones", "PROFILE=rtx5080", "OUT=runs/mine", "RESUME=--resume"]
-    plan = subprocess.run(asked, cwd=GUIDE.parents[1], capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     runs = re.findall(r"run notebooks/(\S+)\.ipynb -f \S+ -o runs/mine/(\S+)\.ipynb ?(\S*)", plan)
     assert len(runs) == plan.count(" run notebooks/")
     assert all(name == copy for name, copy, _ in runs)
