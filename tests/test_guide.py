@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ import click
 import pytest
 import torch
 import typer
+from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
 from hybridlab.batch.declared import declared_parameters
@@ -41,10 +43,16 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def run_blocks(page: Path, names: dict[str, Any]) -> None:
+    """Run them as cells: what the last line gives is shown."""
     for block in blocks(page, "python"):
-        code = compile(block, page.name, "exec")
-        if "# needs a GPU" not in block or torch.cuda.is_available():
-            exec(code, names)
+        *body, last = ast.parse(block).body
+        if "# needs a GPU" in block and not torch.cuda.is_available():
+            continue
+        if not isinstance(last, ast.Expr):
+            exec(block, names)
+            continue
+        exec(compile(ast.Module(body, []), page.name, "exec"), names)
+        DisplayFormatter().format(eval(compile(ast.Expression(last.value), page.name, "eval"), names))
 
 
 @pytest.mark.slow  # two of its blocks train a small GPT-2 by transformers, three seeds of hybrid and control
@@ -54,11 +62,11 @@ def test_the_blocks_of_the_guide_run_in_order(names: dict[str, Any], capsys: pyt
     Path("my_text.txt").write_bytes(GUIDE.read_bytes())
     run_blocks(GUIDE, names)
     said = capsys.readouterr().out
-    assert len(re.findall(r"^seed \d: [1-9]\d* of 120 steps predicted$", said, re.MULTILINE)) == 3
+    assert len(re.findall(r"^seed \d: [1-9]\d* of 80 steps predicted$", said, re.MULTILINE)) == 3
     interval = r"hybrid minus control, in nats, with its 95 % interval: [+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]"
     assert re.search(interval, said)
     assert names["mean_path_counts"].predicted_steps
-    assert names["session"].step == 100
+    assert names["session"].steps_done == 100
     assert {path.parent.name for path in Path("runs").glob("*/summary.json")} == {"my_trainer", "my_module"}
 
 
