@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 import typer
@@ -20,7 +19,7 @@ from torch import nn
 
 from hybridlab.batch.declared import declared_parameters
 from hybridlab.benchmarks import architectures
-from hybridlab.cli import app
+from hybridlab.cli import _joined, app
 from hybridlab.predictors import PREDICTORS
 from tests.notebook_maker import project
 
@@ -92,12 +91,18 @@ def commands(page: Path) -> list[list[str]]:
     return [[words[0].removeprefix(".venv/bin/"), *words[1:]] for words in split if words]
 
 
-def parse(command: click.Command, words: list[str]) -> None:
+def parse(command: Any, words: list[str]) -> None:
     """Refuse what the command would refuse."""
-    context = command.make_context(command.name, list(words), resilient_parsing=False)
-    if isinstance(command, click.Group) and (rest := [*context.protected_args, *context.args]):
+    context = command.make_context(command.name, list(words))
+    if rest := [*getattr(context, "_protected_args", []), *context.args]:
         _, inner, rest = command.resolve_command(context, rest)
         parse(inner, rest)
+
+
+def test_a_command_that_does_not_exist_is_seen() -> None:
+    for wrong in ("runs --nope", "runs show", "plan --modle x", "bogus"):
+        with pytest.raises(Exception, match="No such|Missing"):
+            parse(typer.main.get_command(app), wrong.split())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -106,7 +111,7 @@ def test_every_command_that_a_page_names_exists_with_its_options(page: Path) -> 
     for words in commands(page):
         match words:
             case ["hybridlab", *rest] | ["python", "-m", "hybridlab", *rest]:
-                parse(typer.main.get_command(app), rest)
+                parse(typer.main.get_command(app), _joined(rest))
             case ["python", "-m", "hybridlab.benchmarks.architectures", *rest]:
                 program = typer.Typer()
                 program.command()(architectures.main)
