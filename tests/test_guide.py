@@ -101,7 +101,7 @@ def parse(command: Any, words: list[str]) -> None:
 
 def test_a_command_that_does_not_exist_is_seen() -> None:
     for wrong in ("runs --nope", "runs show", "plan --modle x", "bogus"):
-        with pytest.raises(Exception, match="No such|Missing"):
+        with pytest.raises(Exception, match=r"No such|Missing"):
             parse(typer.main.get_command(app), wrong.split())
 
 
