@@ -350,11 +350,14 @@ def test_files_that_are_no_uint16_tokens_are_told_by_what_they_are(tmp_path, kin
 def test_uint16_tokens_of_any_vocabulary_are_no_other_format(tmp_path, vocab_size, count):
     for source in ("uniform", "markov"):
         tokens = load_text(source, vocab_size=vocab_size, max_bytes=2 * count).train.tolist()
-        nanogpt(tmp_path, tokens, tokens)
+        nanogpt(tmp_path, tokens, tokens[1:])
         assert load_text(f"bin:{tmp_path}", vocab_size=vocab_size).train.tolist() == tokens
 
 
 def test_token_files_by_another_name_or_kind_are_refused_or_found(tmp_path):
+    nanogpt(tmp_path, [1, 2], [1, 2])
+    with pytest.raises(UserError, match=r"val.bin holds the training tokens again: validate with others"):
+        load_text(f"bin:{tmp_path}")
     nanogpt(tmp_path, [1, 2], [4, 5])
     (tmp_path / "val.bin").rename(tmp_path / "validation.bin")
     with pytest.raises(UserError, match=r"validation.bin: the validation tokens are looked for as val.bin: rename it"):

@@ -40,10 +40,13 @@ def load_token_files(argument: str, *, vocab_size: int, max_bytes: int | None, c
 
     `max_bytes` caps the training tokens at two bytes per token.
 
-    Raises UserError for missing files, a file that contradicts its header, and tokens >= `vocab_size`.
+    Raises UserError for missing files, a file that contradicts its header, validation tokens that are the training
+    tokens, and tokens >= `vocab_size`.
     """
     train_paths, validation_paths = _found(argument)
     train, validation = _joined(train_paths, validation_paths, cache)
+    if len(train) == len(validation) and np.array_equal(train, validation):
+        raise UserError(f"{validation_paths[0]} holds the training tokens again: validate with others")
     if max_bytes is not None:
         train = train[: max(1, max_bytes // train.itemsize)]
     _check_range(train, vocab_size, train_paths[0])
