@@ -585,6 +585,33 @@ def test_an_arm_that_predicted_nothing_stands_with_what_asking_cost_it() -> None
     assert "rssm, conservative (07; 4.40 times the baseline's time)" in page
 
 
+def test_the_documents_tell_how_well_acceptance_was_told() -> None:
+    """Pooled over runs; a bin of few proposals says nothing."""
+    few = {"confidence": 0.75, "accepted_share": 1.0, "proposals": 2}
+    sure = {"acceptance_probability": 0.9, "accepted_share": 0.5, "proposals": 24}
+    known = {"acceptance_probability": 0.1, "accepted_share": 0.0, "proposals": 10}
+    rows = [{"reliability": [few]}, {"acceptance_reliability": [sure, known]}, {"acceptance_reliability": [known]}]
+    page = validation_document(evidence(n07=entry(tables={"runs": rows})), {})
+    assert "| rtx5080 | confidence | 0.75 | 1.00 | 2 | too few |" in page
+    assert "| rtx5080 | acceptance probability | 0.90 | 0.50 | 24 | no |" in page
+    assert "| rtx5080 | acceptance probability | 0.10 | 0.00 | 20 | yes |" in page
+
+
+def test_a_jump_s_time_stands_in_the_documents_with_its_proposal() -> None:
+    times = [Quantity(n, v, unit="ms") for n, v in (("whole_jump", 1950.0), ("of_that_proposing", 1070.0))]
+    jumping = claim("transition", "holds", *times, Quantity("gradient_step", 325.0, unit="ms"), arm="all away")
+    page = validation_document(evidence(n04=entry(jumping)), {})
+    assert "| all away | 1950.000 ms | 1070.000 ms | 6.0 | [04]" in page
+
+
+def test_presets_of_one_name_are_told_apart_in_every_claim() -> None:
+    same = claim("stable", "holds", arm="conservative")
+    page = validation_document(evidence(n03=entry(same), n04=entry(same)), {})
+    every = page[page.index("## Every claim") :]
+    assert "| conservative (prediction preset): a sentence |" in every
+    assert "| conservative (memory preset): a sentence |" in every
+
+
 def test_open_ends_are_told() -> None:
     assert interval(0.5, 0.1, None) == "+0.500 [+0.100, open]"
     assert interval(None, 1.0, None) == "open [+1.000, open]"

@@ -141,9 +141,12 @@ class Gate:
         return _acceptance_probability([accepted for _, accepted in self.outcomes])
 
     def acceptance_reliability(self) -> list[dict[str, float]]:
-        """The acceptance probability told before each proposal beside the share accepted, a row per bin in use."""
+        """The acceptance probability told before each proposal beside the share accepted, a row per bin in use.
+
+        The first proposal is left out: nothing was known before it.
+        """
         accepted = [outcome for _, outcome in self.outcomes]
-        told = [(_acceptance_probability(accepted[:i]), outcome) for i, outcome in enumerate(accepted)]
+        told = [(_acceptance_probability(accepted[:i]), accepted[i]) for i in range(1, len(accepted))]
         return _binned(told, "acceptance_probability")
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class Published(Claim):
         return arm_in_words(self.arm, self.notebook) or self.id
 
     @property
+    def sentence(self) -> str:
+        """Its text, its arm in words."""
+        return self.text.replace(f"{self.arm}: ", f"{self.about}: ", 1) if self.arm else self.text
+
+    @property
     def is_idle(self) -> bool:
         """Whether it is about a hybrid that took gradient steps only."""
         return self.verdict == "predicted nothing"

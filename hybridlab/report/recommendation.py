@@ -37,7 +37,7 @@ def recommended(rows: Sequence[MemoryRow]) -> MemoryRow | None:
 def why_none(rows: Sequence[MemoryRow]) -> tuple[str, list[str]]:
     """Why none of one model's arms is recommended ("too large", "not judged" or "worse"), and those that are safe."""
     safe = [row for row in rows if _is_safe(row)]
-    arms = [row["arm"] for row in safe]
+    arms = [arm_in_words(row["arm"], row.get("notebook", "")) for row in safe]
     if not safe:
         return "too large", arms
     unjudged = all(row.get("loss_change") is None and control_of(row, rows) is None for row in safe)

@@ -8,17 +8,22 @@ from typing import Any, get_args
 from urllib.parse import quote
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
+from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, OURS, Criterion, Finding, Outcome
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
 from hybridlab.report.words import Markdown, escaped, gigabytes, known_columns, percent, render, verdict_word
-from hybridlab.results.words import interval, quantities_in_words, quantity_interval
+from hybridlab.results.claims import Quantity
+from hybridlab.results.words import in_words, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
 
 EMULATED = " (emulated)"
 """Beside a verdict that rests on a larger GPU standing for one of 16 GB."""
+
+WELL_TOLD, ENOUGH_PROPOSALS = 0.15, 20
+"""How near a bin's acceptance must be to what was told before, and of how many proposals that is asked."""
 
 Cells = dict[str, Any]
 """A row of a document's table: heading -> what stands below it."""
@@ -42,6 +47,9 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         criteria=[(title, list(_criteria(group, evidence))) for title, group in CRITERIA.items()],
         speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
         idle=[_idle(claim) for claim in pays if claim.is_idle],
+        jumps=[_jump(claim) for claim in evidence.claims(kind="transition") if claim.value("whole_jump")],
+        reliability=[row for profile in evidence.entries for row in _reliability(evidence, profile)],
+        well_told=WELL_TOLD,
         quality=[_claim(claim, "arm", claim.about, claim.verdict) for claim in evidence.claims(kind="quality")],
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
         parts=[_parts(notebook, row) for notebook, row in memory],
@@ -142,6 +150,35 @@ def _speedup(claim: Published, evidence: Evidence) -> Cells:
     }
 
 
+def _jump(claim: Published) -> Cells:
+    """What a jump took, from the claim on offloading for it."""
+    whole, step = claim.value("whole_jump"), claim.value("gradient_step")
+    return {
+        "arm": claim.about,
+        "a jump": in_words(Quantity("", whole, unit="ms")),
+        "of that proposing": in_words(Quantity("", claim.value("of_that_proposing"), unit="ms")),
+        "in gradient steps": f"{whole / step:.1f}" if whole and step else None,
+        "notebook": notebook_link(claim.notebook, short=True),
+    }
+
+
+def _reliability(evidence: Evidence, profile: str) -> Iterator[Cells]:
+    """What was told before the gate's trials beside how they ended, over all runs of a profile."""
+    runs = [run for rows in evidence.tables("runs", profile).values() for run in rows]
+    for by, figure in RELIABILITIES.items():
+        for row in pooled_reliability([outcome for run in runs for outcome in run.get(figure, [])], by):
+            told, accepted, proposals = row.values()
+            near = "yes" if abs(told - accepted) <= WELL_TOLD else "no"
+            yield {
+                "profile": profile,
+                "what was told": by.replace("_", " "),
+                "told": f"{told:.2f}",
+                "accepted": f"{accepted:.2f}",
+                "proposals": proposals,
+                f"within {WELL_TOLD}": near if proposals >= ENOUGH_PROPOSALS else "too few",
+            }
+
+
 def _idle(claim: Published) -> str:
     """An arm that predicted nothing, with what asking cost it."""
     time = claim.value("time_over_baseline")
@@ -188,7 +225,7 @@ def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cel
         versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", {}).items())
         where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
         claims = evidence.claims(notebook, profile=profile)
-        rows = [_claim(claim, "claim", claim.text, claim.verdict, link=False) for claim in claims]
+        rows = [_claim(claim, "claim", claim.sentence, claim.verdict, link=False) for claim in claims]
         yield Markdown(f"{notebook_link(notebook, profile)}: {escaped(where)}"), rows
 
 

@@ -30,7 +30,7 @@ def claims_browser(evidence: Evidence) -> LiveTable:
         {
             "profile": profile,
             "notebook": claim.notebook,
-            "claim": claim.text,
+            "claim": claim.sentence,
             "verdict": claim.verdict,
             "numbers": quantities_in_words(claim.quantities),
         }

@@ -63,11 +63,23 @@ class _LossesRow(_OfEqualLength):
     high: list[Number] | None
 
 
+class _Bin(_Part):
+    accepted_share: Number
+    proposals: Number
+    __pydantic_extra__: dict[str, Number]
+
+
+class _RunsRow(_Part):
+    reliability: list[_Bin] = []
+    acceptance_reliability: list[_Bin] = []
+
+
 class _Tables(_Part):
     memory: list[_MemoryRow] = []
     predict: list[_PredictRow] = []
     vram: list[_VramRow] = []
     losses: list[_LossesRow] = []
+    runs: list[_RunsRow] = []
     __pydantic_extra__: dict[str, list[dict[str, Any]]]
 
 

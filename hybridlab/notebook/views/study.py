@@ -35,6 +35,9 @@ ACCURACY_TOLERANCE = 0.002
 VRAM_BOUND_BYTES = 5e9
 """The plan's bound for GPT-2 Small."""
 
+RELIABILITIES = {"confidence": "reliability", "acceptance_probability": "acceptance_reliability"}
+"""What is told before a proposal, and the closing figure that holds it against how proposals ended."""
+
 MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
 """What the trainer may cost: its step over the bare loop's, and the share that recording the path adds."""
 
@@ -153,18 +156,26 @@ def reliability_table(result: StudyResult, by: str = "confidence") -> Table:
 
     by: "confidence", the path's, or "acceptance_probability", the gate's
     """
-    figure, said = ("reliability" if by == "confidence" else "acceptance_reliability"), by.replace("_", " ")
-    outcomes = pd.DataFrame([row for run in result.runs.values() for row in run.closing_figures.get(figure, [])])
-    rows: list[dict[str, Any]] = [{said: None, "accepted share": None, "proposals": 0}]
-    if len(outcomes):
-        bins = (outcomes[by] * RELIABILITY_BINS).astype(int).clip(upper=RELIABILITY_BINS - 1)
-        totals = outcomes[[by, "accepted_share"]].mul(outcomes["proposals"], axis=0).groupby(bins).sum()
-        proposals = outcomes["proposals"].groupby(bins).sum()
-        rows = [
-            {said: mean[by], "accepted share": mean["accepted_share"], "proposals": int(count)}
-            for (_, mean), count in zip(totals.div(proposals, axis=0).iterrows(), proposals, strict=True)
-        ]
-    return table(rows, f"Trials of the gate by {said}; calibrated means that the two columns agree")
+    outcomes = [row for run in result.runs.values() for row in run.closing_figures.get(RELIABILITIES[by], [])]
+    nothing: list[dict[str, Any]] = [{by.replace("_", " "): None, "accepted share": None, "proposals": 0}]
+    return table(
+        pooled_reliability(outcomes, by) or nothing,
+        f"Trials of the gate by {by.replace('_', ' ')}; calibrated means that the two columns agree",
+    )
+
+
+def pooled_reliability(outcomes: Sequence[Mapping[str, float]], by: str) -> list[dict[str, Any]]:
+    """Rows of several runs' reliability tables as one, in the gate's own bins; `by` as for `reliability_table`."""
+    frame = pd.DataFrame([row for row in outcomes if by in row])
+    if frame.empty:
+        return []
+    bins = (frame[by] * RELIABILITY_BINS).astype(int).clip(upper=RELIABILITY_BINS - 1)
+    totals = frame[[by, "accepted_share"]].mul(frame["proposals"], axis=0).groupby(bins).sum()
+    proposals = frame["proposals"].groupby(bins).sum()
+    return [
+        {by.replace("_", " "): mean[by], "accepted share": mean["accepted_share"], "proposals": int(count)}
+        for (_, mean), count in zip(totals.div(proposals, axis=0).iterrows(), proposals, strict=True)
+    ]
 
 
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
@@ -258,10 +269,10 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
 def run_rows(result: StudyResult) -> list[dict[str, Any]]:
     """The table "runs" of a results file: what every comparison of the study can be computed from again."""
     figures = ("validation_loss", "accuracy", "seconds", "growths", "cost_in_full_steps")
-    columns = ("gradient_steps", "predicted_steps", *figures)
+    columns = ("gradient_steps", "predicted_steps", *figures, *RELIABILITIES.values())
     return [
         {"arm": name, "seed": seed, "first_loss": float(run.steps["measured_loss"].iloc[0])}
-        | {column: run.closing_figures[column] for column in columns if column in run.closing_figures}
+        | {column: run.closing_figures[column] for column in columns if run.closing_figures.get(column, []) != []}
         for (name, seed), run in result.runs.items()
     ]
 
