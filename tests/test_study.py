@@ -72,6 +72,15 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     return study.run(tmp_path_factory.mktemp("study"))
 
 
+def test_arms_take_turns_so_that_a_drift_of_the_machine_falls_on_all() -> None:
+    """Seed by seed, and every second seed in reverse."""
+    planned = [(run.seed, run.name) for run in Study(SHORT, {"jumpy": JUMPY}, seeds=3).planned()]
+    by_seed = [[name for seed, name in planned if seed == s] for s in range(3)]
+    assert [seed for seed, _ in planned] == sorted(seed for seed, _ in planned)
+    assert by_seed[0] == by_seed[2] == by_seed[1][::-1]
+    assert {"baseline", "jumpy"} < {*by_seed[0]}
+
+
 def test_every_hybrid_that_predicted_has_a_control_of_as_many_gradient_steps(result: StudyResult) -> None:
     for seed in (0, 1):
         control = result.control_of("jumpy", seed)

@@ -24,6 +24,7 @@ from hybridlab.notebook import (
     rate_claims,
     rate_table,
     reliability_table,
+    time_table,
 )
 from hybridlab.study import Comparison, StudyResult
 from hybridlab.study.base import Base
@@ -110,6 +111,13 @@ def at_rate(hybrid: float, control: float, worth: float | None) -> Comparison:
     value = StepValue(worth, -1.0, 1.0, 3) if worth is not None else StepValue(None, -math.inf, math.inf, 3)
     change = always(hybrid - control)
     return compared(validation_loss=Interval.of(losses), to_control=change, step_value=value)
+
+
+def test_a_table_of_times_shows_how_far_the_machine_drifted() -> None:
+    times = {"gradient_step_ms": 20.0, "peak_memory_bytes": 10**9}
+    runs = [run("baseline", 3.0, seed, seconds=10.0 + seed, **times) for seed in range(2)]
+    shown = str(time_table([], study(*runs)))
+    assert "the baseline's seconds, seed by seed, show how far this machine drifted meanwhile: 10.0, 11.0" in shown
 
 
 def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> None:
