@@ -16,9 +16,10 @@ from hybridlab.base.device import find_device
 from hybridlab.memory import MemoryConfig, MixedPrecisionConfig
 from hybridlab.memory.precision import autocast
 from hybridlab.optim import OptimizerConfig, build_optimizer
-from hybridlab.planner import Plan, plan
+from hybridlab.planner import plan
 from hybridlab.planner.architectures import CausalLM, causal_lm, language_model_loss
 from hybridlab.planner.spec import BatchShape
+from hybridlab.planner.text_report import read_batch
 from hybridlab.vram.meter import MemoryMeter
 
 STEPS = 4
@@ -30,21 +31,19 @@ def planned_and_measured(model: CausalLM, batch: BatchShape, precision: str, dev
 
     What a machine without a GPU cannot measure is None.
     """
-    expected, measured = plan(model, batch, PRECISIONS[precision]), measure(model, batch, precision, device)
-    row: dict[str, Any] = {
-        "model": model.name,
-        "precision": precision,
-        "batch": list(batch),
-        **_peaks(expected),
-        **measured,
+    expected, peak = plan(model, batch, PRECISIONS[precision]), measure(model, batch, precision, device)
+    row: dict[str, Any] = {"model": model.name, "precision": precision, "batch": list(batch)}
+    pairs = {
+        "allocated": (expected.peak_allocated_bytes, peak.get("peak_allocated_bytes")),
+        "on_gpu": (expected.peak_on_gpu_bytes, peak["peak_memory_bytes"] if device.type == "cuda" else None),
     }
-    for name in ("allocated", "on_gpu"):
-        found = measured[f"measured_{name}_bytes"]
-        row[f"{name}_error"] = row[f"planned_{name}_bytes"] / found - 1 if found else None
+    for name, (planned, found) in pairs.items():
+        row |= {f"planned_{name}_bytes": planned, f"measured_{name}_bytes": found}
+        row[f"{name}_error"] = planned / found - 1 if found else None
     return row
 
 
-def measure(model: CausalLM, batch: BatchShape, precision: str, device: torch.device) -> dict[str, int | None]:
+def measure(model: CausalLM, batch: BatchShape, precision: str, device: torch.device) -> dict[str, Any]:
     """Peaks of a few steps, in a process that should have nothing else on the GPU."""
     meter = MemoryMeter(device)
     meter.reset_peak()
@@ -57,20 +56,7 @@ def measure(model: CausalLM, batch: BatchShape, precision: str, device: torch.de
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    if device.type != "cuda":
-        return {"measured_allocated_bytes": None, "measured_on_gpu_bytes": None}
-    peak = meter.peak()
-    return {
-        "measured_allocated_bytes": peak["peak_allocated_bytes"],
-        "measured_on_gpu_bytes": peak["peak_memory_bytes"],
-    }
-
-
-def _peaks(expected: Plan) -> dict[str, int]:
-    return {
-        "planned_allocated_bytes": expected.peak_allocated_bytes,
-        "planned_on_gpu_bytes": expected.peak_on_gpu_bytes,
-    }
+    return meter.peak()
 
 
 def main(
@@ -80,11 +66,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the rows go, as JSON.")] = None,
 ) -> None:
     """Plan and train each model for a few steps, in fp32 and in bf16 autocast."""
-    windows, tokens = map(int, batch.split("x"))
     rows = []
     for config in configs:
         for precision in PRECISIONS:
-            rows.append(planned_and_measured(causal_lm(config), (windows, tokens), precision, find_device(device)))
+            rows.append(planned_and_measured(causal_lm(config), read_batch(batch), precision, find_device(device)))
             print(json.dumps(rows[-1]), flush=True)
     if out:
         out.write_text(json.dumps(rows, indent=2) + "\n")

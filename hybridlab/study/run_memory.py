@@ -43,10 +43,8 @@ class RunMemory:
 
     def note_predict(self) -> None:
         """Keep the most that is on the GPU while it holds nothing but what Predict needs: call it then."""
-        now = self._meter.allocator()  # not the driver, which would keep the training waiting
-        if now is None:
-            return
-        here = {"predict_allocated_bytes": now.allocated, "predict_reserved_bytes": now.reserved}
+        now = self._meter.in_torch()  # not the driver, which would keep the training waiting
+        here = dict(zip(("predict_allocated_bytes", "predict_reserved_bytes"), now or (), strict=False))
         self._in_predict = {name: max(value, self._in_predict.get(name, 0)) for name, value in here.items()}
 
     def latest(self) -> tuple[MemoryReading, int]:

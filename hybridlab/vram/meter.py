@@ -12,7 +12,7 @@ import torch
 
 from hybridlab.base.errors import UserError
 from hybridlab.vram.nvml import NvmlGpu
-from hybridlab.vram.peaks import Allocator, PhasePeaks
+from hybridlab.vram.peaks import PhasePeaks, allocator_stats
 
 SAME_GPU = 1.1
 """A GPU up to this much larger than the one to emulate is taken for that GPU: 16 GB GPUs differ by the gigabyte."""
@@ -94,22 +94,26 @@ class MemoryMeter:
         """Memory at this moment; never waits for the device."""
         if not self._device or not self._gpu:
             return MemoryReading("process", psutil.Process().memory_info().rss)
-        counted, on_gpu, mine = Allocator.read(self._device), self._gpu.memory(), self._gpu.process_bytes()
+        counted, on_gpu, mine = allocator_stats(self._device), self._gpu.memory(), self._gpu.process_bytes()
+        reserved = counted["reserved_bytes.all.current"]
         return MemoryReading(
             source="torch" if on_gpu.used_bytes is None else "nvml",
-            used_bytes=counted.reserved,
-            allocated_bytes=counted.allocated,
+            used_bytes=reserved,
+            allocated_bytes=counted["allocated_bytes.all.current"],
             device_used_bytes=on_gpu.used_bytes,
             process_used_bytes=mine,
-            other_bytes=_beyond(on_gpu.used_bytes, counted.reserved),
-            context_bytes=_beyond(mine or on_gpu.held_bytes, counted.reserved),
+            other_bytes=_beyond(on_gpu.used_bytes, reserved),
+            context_bytes=_beyond(mine or on_gpu.held_bytes, reserved),
             device_total_bytes=on_gpu.total_bytes,
             **self._gpu.load(),
         )
 
-    def allocator(self) -> Allocator | None:
-        """What torch's allocator counts at this moment; None without a GPU. Asks nothing of the driver."""
-        return Allocator.read(self._device) if self._device else None
+    def in_torch(self) -> tuple[int, int] | None:
+        """Bytes in live tensors and bytes reserved at this moment; None without a GPU. Asks nothing of the driver."""
+        if not self._device:
+            return None
+        counted = allocator_stats(self._device)
+        return counted["allocated_bytes.all.current"], counted["reserved_bytes.all.current"]
 
     def other_processes_bytes(self) -> int | None:
         """Used on the GPU by other processes; None without a GPU, or where NVML does not say whose it is.
@@ -120,7 +124,7 @@ class MemoryMeter:
         if not self._device or not self._gpu or (used := self._gpu.memory().used_bytes) is None:
             return None
         mine = self._gpu.process_bytes()
-        if mine is None and Allocator.read(self._device).peak_reserved:
+        if mine is None and allocator_stats(self._device)["reserved_bytes.all.peak"]:
             return None
         return max(0, used - (mine or 0))
 
@@ -135,7 +139,7 @@ class MemoryMeter:
             "peak_allocated_bytes": self._peaks.allocated_bytes(),
             "peak_reserved_bytes": self._peaks.reserved_bytes(),
             "context_bytes": now.context_bytes,
-            "allocator_retries": Allocator.read(self._device).retries,
+            "allocator_retries": allocator_stats(self._device)["num_alloc_retries"],
             **{f"peak_allocated_bytes_in_{phase}": peak for phase, peak in self._peaks.by_phase().items()},
         }
 

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from collections import Counter
 
 import torch
 
 
-@dataclass(frozen=True)
-class Allocator:
-    """Everything at one look, in bytes: asking torch for each figure apart takes as long each time.
+def allocator_stats(device: torch.device) -> Counter[str]:
+    """Everything that torch's allocator counts, under the names of `torch.cuda.memory_stats`, at one look.
 
-    allocated: in live tensors; reserved: held of the GPU; peak_allocated, peak_reserved: since they were last reset
-    retries: how often memory was short and everything unused was given back, since they were last reset
+    Asking torch for each figure apart takes as long each time. All are 0 while the process has not touched the GPU.
     """
-
-    allocated: int
-    reserved: int
-    peak_allocated: int
-    peak_reserved: int
-    retries: int
-
-    @classmethod
-    def read(cls, device: torch.device) -> Self:
-        """As it stands; all zero while the process has not touched the GPU."""
-        stats = torch.cuda.memory_stats(device)
-        return cls(
-            allocated=stats.get("allocated_bytes.all.current", 0),
-            reserved=stats.get("reserved_bytes.all.current", 0),
-            peak_allocated=stats.get("allocated_bytes.all.peak", 0),
-            peak_reserved=stats.get("reserved_bytes.all.peak", 0),
-            retries=stats.get("num_alloc_retries", 0),
-        )
+    return Counter(torch.cuda.memory_stats(device))
 
 
 class PhasePeaks:
@@ -78,6 +58,7 @@ class PhasePeaks:
         return {phase: peak for phase, peak in self._allocated.items() if phase}
 
     def _note(self) -> None:
-        now = Allocator.read(self._device)
-        self._allocated[self._phase] = max(now.peak_allocated, self._allocated.get(self._phase, 0))
-        self._reserved = max(self._reserved, now.peak_reserved)
+        now = allocator_stats(self._device)
+        peak = now["allocated_bytes.all.peak"]
+        self._allocated[self._phase] = max(peak, self._allocated.get(self._phase, 0))
+        self._reserved = max(self._reserved, now["reserved_bytes.all.peak"])
