@@ -322,7 +322,7 @@ def test_parts_add_up_and_the_record_is_json():
     ],
 )
 def test_what_makes_no_training_is_refused(batch, memory, optimizer, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, UserError), match=message):
         plan("nano", batch, MemoryConfig(**memory), optimizer)
 
 

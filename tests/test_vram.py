@@ -21,7 +21,7 @@ from hybridlab.study.memory_log import export_csv, gpu_busy_percent, growth_byte
 from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, exceeds, meter, sampler
-from hybridlab.vram.peaks import PhasePeaks
+from hybridlab.vram.meter import PhasePeaks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DRIVER = ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetUtilizationRates")

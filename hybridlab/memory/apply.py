@@ -38,9 +38,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
     Raises UserError where the method knows no such state, torchao is not installed, or nothing can compile its update.
     """
-    if not memory.takes_optimizer(config.name):
-        asked = "state_on_host" if memory.state_on_host else f"optimizer_state={memory.optimizer_state!r}"
-        raise UserError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {config.name!r}")
+    memory.refuse_optimizer(config.name)
     optimizer = _method(model, config, memory)
     if memory.step_in_backward:
         return StepInBackward(optimizer, buckets_of(model), memory.clip_in_backward)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from hybridlab.base.errors import UserError
 from hybridlab.base.settings import check_bounds, check_choice, check_types
 
 TRAINING_FORMATS = ("fp32", "bf16")
@@ -227,11 +228,16 @@ class MemoryConfig:
         """What becomes of the optimizer's state in Predict."""
         return self.predict_aware.strategy if self.predict_aware else "none"
 
-    def takes_optimizer(self, name: str) -> bool:
-        """Whether the state's format and place are made for a method; Muon has its momentum in few bits too."""
+    def refuse_optimizer(self, name: str) -> None:
+        """Raise UserError for a method that the state's format and place are not made for.
+
+        They are made for AdamW; Muon has its momentum in few bits too.
+        """
         plain = self.optimizer_state == "fp32" and not self.state_on_host
-        in_few_bits = not self.state_on_host and self.weights == "fp32"
-        return plain or name == "adamw" or (name == "muon" and in_few_bits)
+        muon_in_few_bits = name == "muon" and not self.state_on_host and self.weights == "fp32"
+        if not (plain or name == "adamw" or muon_in_few_bits):
+            asked = "state_on_host" if self.state_on_host else f"optimizer_state={self.optimizer_state!r}"
+            raise UserError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {name!r}")
 
     @property
     def offloads_weights(self) -> bool:

@@ -133,7 +133,7 @@ def plan(
     schedule: of predicted depth; each of its stages is planned
     others: further fields of `TrainingSpec`, such as `path` and `loss`
 
-    Raises ValueError for settings that make no training; the message says what would.
+    Raises ValueError or UserError for settings that make no training; the message says what would.
     """
     if isinstance(model, nn.Module):
         model = rebuilt(model)
@@ -162,7 +162,7 @@ def plan_training(spec: TrainingSpec) -> Plan:
     birth to death. torchao's state is counted by its format: its compiled step takes next to nothing besides.
     A gradient that has not reached its parameter yet counts among the activations.
 
-    Raises ValueError for settings that make no training; the message says what would.
+    Raises ValueError or UserError for settings that make no training; the message says what would.
     """
     spec.check()
     training = rehearse(spec)

@@ -82,7 +82,7 @@ class TrainingSpec:
         return replace(self, memory=replace(self.memory, **settings))
 
     def check(self) -> None:
-        """Raise ValueError for settings that make no training; the message says what would."""
+        """Raise ValueError or UserError for settings that make no training; the message says what would."""
         memory, (windows, tokens) = self.memory, self.batch
         if min(self.batch) < 1:
             raise ValueError(f"batch={self.batch} is empty: give windows and tokens, such as (8, 512)")
@@ -94,10 +94,7 @@ class TrainingSpec:
             )
         if windows % memory.micro_batches:
             raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches")
-        if not memory.takes_optimizer(self.optimizer.name):
-            asked = "state_on_host" if memory.state_on_host else f"optimizer_state={memory.optimizer_state!r}"
-            name = self.optimizer.name
-            raise ValueError(f"{asked} goes with AdamW: set the optimizer's name to 'adamw', not {name!r}")
+        memory.refuse_optimizer(self.optimizer.name)
 
     def build(self) -> nn.Module:
         """The module, a GPT-2 with what `memory` asks of it."""
