@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from hybridlab.base.errors import UserError
 
 
@@ -23,22 +25,21 @@ def weak_hook(method: Callable[..., Any], *first: Any) -> Callable[..., None]:
     return call
 
 
-def register_weak_hook(owner: Any, moment: str, method: Callable[[], Any]) -> None:
-    """Have `owner.register_MOMENT_hook` call a bound method for as long as its object is alive, and no longer.
+def register_hook(owner: Any, moment: str, call: Callable[..., None]) -> RemovableHandle:
+    """Have `owner.register_MOMENT_hook` call this.
 
     owner: a model or an optimizer; moment: such as "step_pre"
 
     Raises UserError where the owner, such as a wrapper around an optimizer, takes no hooks.
     """
-    alive = weakref.WeakMethod(method)
-
-    def call(*_: object) -> None:
-        if (bound := alive()) is not None:
-            bound()
-
     try:
-        handle = getattr(owner, f"register_{moment}_hook")(call)
+        return getattr(owner, f"register_{moment}_hook")(call)
     except AttributeError:
         name = type(owner).__name__
         raise UserError(f"{name} takes no hooks, so its state cannot leave the GPU: give the optimizer in it") from None
+
+
+def register_weak_hook(owner: Any, moment: str, method: Callable[..., Any]) -> None:
+    """As `register_hook`, for as long as a bound method's object is alive, and no longer."""
+    handle = register_hook(owner, moment, weak_hook(method))
     weakref.finalize(method.__self__, handle.remove).atexit = False  # type: ignore[attr-defined]

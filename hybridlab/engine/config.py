@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -74,6 +74,10 @@ class HybridTrainerConfig:
         """Where the path is kept, and in which type."""
         dtype = torch.bfloat16 if self.path_dtype == "bf16" else torch.float32
         return PathStorage(Residency.OFFLOADED if self.path_device == "host" else Residency.DEVICE, dtype)
+
+    def fitted_to(self, steps: int) -> Self:
+        """The same settings for a run of this length: a depth schedule in shares of it becomes one in steps."""
+        return replace(self, depth=self.depth.fitted_to(steps)) if self.depth else self
 
     @classmethod
     def conservative(cls, **changes: Any) -> Self:

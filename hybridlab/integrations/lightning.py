@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
-from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.trainer import HybridTrainer
-from hybridlab.integrations.held import hold_
-from hybridlab.integrations.recorded_loop import RecordedLoop
+from hybridlab.integrations.hybrid_loop import HybridLoop
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -23,7 +19,7 @@ STATE = "hybridlab"
 """Its key in a Lightning checkpoint."""
 
 
-class HybridModule(LightningModule):
+class HybridModule(HybridLoop, LightningModule):
     """Mixin that lets a LightningModule take hybrid steps, by Lightning's manual optimization.
 
         class Mine(HybridModule, MyModule): ...
@@ -35,22 +31,14 @@ class HybridModule(LightningModule):
     `configure_optimizers` gives one optimizer; its schedulers step with each nominal step, or with each epoch.
     Gradients are clipped to `hybrid.clip_norm`.
 
-    hybrid: the settings; None is plain training. A depth schedule in shares is fitted to the run's length
-    record: folder below `runs` for a record, and gauges in JupyterLab; None keeps none
+    hybrid, record: as for `HybridLoop`
 
     Raises UserError for several optimizers and for float16; Lightning refuses accumulation.
     """
 
-    def __init__(
-        self, *args: Any, hybrid: HybridTrainerConfig | None = None, record: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
-        self.hybrid_config = hybrid or HybridTrainerConfig.plain()
-        self.hybrid_trainer: HybridTrainer | None = None
-        self._record = record
-        self._loop: RecordedLoop | None = None
-        self._restored: dict[str, Any] | None = None
         self._latest: Tensor | None = None
 
     def on_train_start(self) -> None:
@@ -61,14 +49,7 @@ class HybridModule(LightningModule):
             raise UserError("configure_optimizers gives several optimizers, and hybrid steps take one: give one")
         if str(self.trainer.precision).startswith("16"):
             raise UserError("hybrid steps take no float16, which needs a GradScaler: set precision='bf16-mixed'")
-        steps, config = int(self.trainer.estimated_stepping_batches), self.hybrid_config
-        config = replace(config, depth=config.depth.fitted_to(steps)) if config.depth else config
-        self.hybrid_trainer = HybridTrainer(self, optimizer, config)
-        self._stepping = hold_(optimizer)
-        if self._restored:
-            self.hybrid_trainer.load_state_dict(self._restored)
-        if self._record:
-            self._loop = RecordedLoop(self.hybrid_trainer, self._record, steps)
+        self._begin(self, optimizer, self.hybrid_config, int(self.trainer.estimated_stepping_batches))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Take a nominal step; returns the loss that was computed last."""
@@ -124,7 +105,3 @@ class HybridModule(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if config.interval == interval:
                 config.scheduler.step()  # type: ignore[call-arg]
-
-    def _materialize(self) -> None:
-        if self.hybrid_trainer:
-            self.hybrid_trainer.materialize_()

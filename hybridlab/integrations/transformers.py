@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
-from hybridlab.integrations.held import hold_
-from hybridlab.integrations.recorded_loop import RecordedLoop
+from hybridlab.integrations.hybrid_loop import HybridLoop
 
 HYBRID_STATE = "hybrid.pt"
 """In a checkpoint's folder, beside the optimizer's state."""
@@ -27,7 +25,7 @@ else:
     Trainer = object
 
 
-class HybridTraining(Trainer):
+class HybridTraining(HybridLoop, Trainer):
     """Mixin that lets a `transformers.Trainer` take hybrid steps.
 
         class MyTrainer(HybridTraining, transformers.Trainer): ...
@@ -38,25 +36,15 @@ class HybridTraining(Trainer):
     whether a backward pass is run is decided by the `HybridTrainer`. Gradients are clipped to the arguments'
     `max_grad_norm`. With accumulation the loss of a step is the mean over its parts, as the Trainer has it.
 
-    hybrid: the settings; None is plain training. A depth schedule in shares is fitted to the run's length
-    record: folder below `runs` for a record, and gauges in JupyterLab; None keeps none
-
-    hybrid_trainer: the `HybridTrainer`, once the first step was taken
+    hybrid, record: as for `HybridLoop`
 
     Raises UserError for fp16, whose GradScaler is not supported, and for steps on several GPUs by DataParallel.
     """
 
-    def __init__(
-        self, *args: Any, hybrid: HybridTrainerConfig | None = None, record: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.fp16 or self.args.n_gpu > 1:
             raise UserError("hybrid steps take neither fp16 nor DataParallel: set bf16=True, or name one GPU")
-        self.hybrid_config = hybrid or HybridTrainerConfig.plain()
-        self.hybrid_trainer: HybridTrainer | None = None
-        self._record = record
-        self._loop: RecordedLoop | None = None
-        self._restored: dict[str, Any] | None = None
         self._parts: list[Callable[[], Tensor]] = []
         self._losses: dict[int, Tensor] = {}
         self._result: StepResult | None = None
@@ -69,7 +57,7 @@ class HybridTraining(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         parts, self._parts = self._parts, []
-        trainer = self.hybrid_trainer or self._begin(model)
+        trainer = self.hybrid_trainer or self._begin_with(model)
         with self._stepping():
             self._result = trainer.step(parts, weights=[1.0] * len(parts) if len(parts) > 1 else None)
         if self._loop:
@@ -86,18 +74,11 @@ class HybridTraining(Trainer):
         self._losses[part] = loss.detach()
         return loss
 
-    def _begin(self, model: nn.Module) -> HybridTrainer:
+    def _begin_with(self, model: nn.Module) -> HybridTrainer:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper steps the same one
-        steps, config = self.state.max_steps, self.hybrid_config
-        config = replace(config, clip_norm=self.args.max_grad_norm or None)
-        config = replace(config, depth=config.depth.fitted_to(steps)) if config.depth else config
-        self.hybrid_trainer = HybridTrainer(self.accelerator.unwrap_model(model), optimizer, config)
-        self._stepping = hold_(optimizer)
-        if self._restored:
-            self.hybrid_trainer.load_state_dict(self._restored)
-        if self._record:
-            self._loop = RecordedLoop(self.hybrid_trainer, self._record, steps, self.args.seed)
-        return self.hybrid_trainer
+        config = replace(self.hybrid_config, clip_norm=self.args.max_grad_norm or None)
+        inner = self.accelerator.unwrap_model(model)
+        return self._begin(inner, optimizer, config, self.state.max_steps, self.args.seed)
 
     def _clip_grad_norm(self, model: nn.Module) -> float:
         """Gradients were clipped within the step: their norm, for the Trainer's log; 0 where none were computed."""
@@ -144,7 +125,3 @@ class HybridTraining(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and (path := Path(checkpoint) / HYBRID_STATE).exists():
             self._restored = torch.load(path, map_location="cpu", weights_only=True)
-
-    def _materialize(self) -> None:
-        if self.hybrid_trainer:
-            self.hybrid_trainer.materialize_()

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
 from hybridlab.base.device import reserve_contiguous
-from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_empty_like
+from hybridlab.base.weak_hook import register_hook
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.optim.low_bit import torchao_optim
 from hybridlab.weights.residency import Residency
@@ -121,21 +121,8 @@ class StateOffload:
 
     def _hook_(self) -> None:
         """While the state is away, whoever uses the optimizer has it brought back, and keeps this object alive."""
-        optimizer = self._optimizer
-        try:
-            self._hooks += [
-                ask_first(lambda *_: self.restore_())  # type: ignore[operator]
-                for ask_first in (
-                    optimizer.register_step_pre_hook,
-                    optimizer.register_state_dict_pre_hook,
-                    optimizer.register_load_state_dict_pre_hook,
-                )
-            ]
-        except AttributeError:
-            name = type(optimizer).__name__
-            raise UserError(
-                f"{name} takes no hooks, so its state cannot leave the GPU: give the optimizer in it"
-            ) from None
+        for moment in ("step_pre", "state_dict_pre", "load_state_dict_pre"):
+            self._hooks.append(register_hook(self._optimizer, moment, lambda *_: self.restore_()))
 
     def _unhook_(self) -> None:
         while self._hooks:

@@ -89,8 +89,7 @@ class RunConfig:
     @property
     def trainer(self) -> HybridTrainerConfig:
         """The trainer's settings, a depth schedule in shares of the run as steps."""
-        depth = self.hybrid.depth
-        return replace(self.hybrid, depth=depth.fitted_to(self.steps)) if depth else self.hybrid
+        return self.hybrid.fitted_to(self.steps)
 
     @property
     def training_precision(self) -> str:
