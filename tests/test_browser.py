@@ -30,7 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SMALLER = {"steps": "240", "seeds": "1", "warmup_steps": "30", "data": '"markov"', "validation_batches": "4"}
+SMALLER = {
+    "steps": "240",
+    "seeds": "1",
+    "warmup_steps": "30",
+    "predict_after": "30",
+    "data": '"markov"',
+    "validation_batches": "4",
+}
 SESSION = """\
 from hybridlab import HybridTrainerConfig
 from hybridlab.notebook import Session

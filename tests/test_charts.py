@@ -364,3 +364,10 @@ def test_a_table_colors_its_verdicts() -> None:
 
 def test_table_has_no_negative_zero() -> None:
     assert table([{"difference": -1e-9}]).cells() == [["0.0000"]]
+
+
+@pytest.mark.parametrize(("ends", "side"), [((0.1, 0.2), "left"), ((-0.2, -0.1), "right"), ((-0.1, 0.1), "center")])
+def test_a_reference_at_the_end_of_an_axis_keeps_its_whole_label(ends: tuple[float, float], side: str) -> None:
+    chart = interval_chart("losses", "nats", [("hybrid", sum(ends) / 2, *ends)], lines=(Line(0.0, "as good"),))
+    notes = chart._repr_mimebundle_()[PLOTLY]["layout"]["annotations"]
+    assert [note["xanchor"] for note in notes if note["text"] == "as good"] == [side]

@@ -1,9 +1,12 @@
-"""Packages that import what they export only when it is asked for, so that commands start without torch."""
+"""Imports: late, so that commands start without torch, and without the messages of other packages."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,3 +33,15 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get, lambda: sorted(homes)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Inside, packages are imported without messages: torchao lists the kernels that a machine cannot use."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)

@@ -193,6 +193,12 @@ class ChartData:
         xs += [line.value for line in self.x_lines]
         return _padded(xs, below=0.02 * (not self.bands), above=0.02 * (not self.bands))
 
+    def anchor(self, value: float) -> str:
+        """The side of a label that stands at a value of the horizontal axis, so that the axis's end does not cut it."""
+        start, end = self.x_limits()
+        share = (value - start) / (end - start)
+        return "left" if share < 0.25 else "right" if share > 0.75 else "center"
+
     def y_limits(self) -> Limits:
         """What the vertical axis shows; a list of names runs downward."""
         if self.names:

@@ -233,7 +233,7 @@ def _band_notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], colum
 
 def _reference(figure: go.Figure, chart: ChartData, cell: dict[str, int], value: float, label: str) -> None:
     if chart.names:
-        where = {"x": value, "y": 1, "yref": "y domain", "xanchor": "center", "yanchor": "bottom"}
+        where = {"x": value, "y": 1, "yref": "y domain", "xanchor": chart.anchor(value), "yanchor": "bottom"}
         figure.add_vline(value, line=REFERENCE, **cell)
     else:
         height = math.log10(value) if chart.log_y else value

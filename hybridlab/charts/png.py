@@ -75,7 +75,7 @@ def _chart(axes: Axes, chart: ChartData, styles: dict[str, Look], columns: int) 
     _axes(axes, chart, columns)
     handles = _bands(axes, chart, columns)
     for line in chart.lines:
-        _reference(axes, line.value, line.label, rows=bool(chart.names))
+        _reference(axes, line.value, line.label, chart.anchor(line.value) if chart.names else None)
     for line in chart.x_lines:
         _x_reference(axes, line.value, line.label)
     for place in chart.places():
@@ -140,12 +140,12 @@ def _bands(axes: Axes, chart: ChartData, columns: int) -> Handles:
     return handles
 
 
-def _reference(axes: Axes, value: float, label: str, *, rows: bool) -> None:
+def _reference(axes: Axes, value: float, label: str, anchor: str | None) -> None:
     line: dict[str, Any] = {"color": look.INK, "linewidth": 1, "linestyle": ":"}
     text: dict[str, Any] = {"va": "bottom", "fontsize": 8.5}
-    if rows:
+    if anchor:
         axes.axvline(value, zorder=2.5, **line)
-        axes.text(value, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", **text)
+        axes.text(value, 1.01, label, transform=axes.get_xaxis_transform(), ha=anchor, **text)
     else:
         axes.axhline(value, **line)
         axes.text(1, value, label, transform=axes.get_yaxis_transform(), ha="right", clip_on=True, **text)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hybridlab.base.errors import UserError, first_line
+from hybridlab.base.lazy import quiet_imports
 
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 """The special tokens of a config's own tokenizer mean nothing here, and may lie outside the vocabulary."""
@@ -58,7 +59,8 @@ def causal_config(settings: dict[str, Any]) -> Any:
 
 def fresh_model(config: Any) -> nn.Module:
     """The model of a config, in float32 whatever its weights are published in, and in training mode."""
-    from transformers import AutoModelForCausalLM
+    with quiet_imports():  # transformers imports torchao with its models
+        from transformers import AutoModelForCausalLM, modeling_utils  # noqa: F401
 
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()  # type: ignore[no-untyped-call]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -18,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
+from hybridlab.base.lazy import quiet_imports
 from hybridlab.optim.build import ParamGroup
 from hybridlab.weights.motion import views
 
@@ -239,13 +238,9 @@ def torchao_optim(wanted_by: str) -> ModuleType:
 
     Raises UserError where torchao is not installed.
     """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it lists the kernels that a machine cannot use; no optimizer needs them
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with quiet_imports():
             import torchao.optim
     except ImportError as error:
         raise UserError(f"{wanted_by} needs torchao: .venv/bin/pip install torchao") from error
-    finally:
-        logging.disable(disabled)
     return torchao.optim
