@@ -170,36 +170,6 @@ def without(title: str, names: Sequence[str]) -> str:
     return f"{title} (not measured: {', '.join(names)})" if names else title
 
 
-def bars(
-    title: str,
-    x_label: str,
-    groups: Mapping[str, Mapping[str, float]],
-    *,
-    control: Collection[str] = (),
-    predicted: Collection[str] = (),
-    lines: tuple[Line, ...] = (),
-) -> Chart:
-    """Draw a bar per row and group, such as the time of a step or peak memory, with its value at its end.
-
-    groups: group -> row -> value, such as `{"measured": {"fp32": 6.05, "bf16": 5.28}}`; rows run from top
-        to bottom in order of appearance, and a group may lack some
-    control, predicted: the groups drawn as the control, and as predicted (hatched)
-    """
-    names = tuple(dict.fromkeys(row for values in groups.values() for row in values))
-    series = tuple(
-        Series(
-            group,
-            list(values.values()),
-            [names.index(row) for row in values],
-            kind="bar",
-            dash=group in predicted,
-            control=group in control,
-        )
-        for group, values in groups.items()
-    )
-    return Chart(title, x_label, "", series, names=names, lines=lines)
-
-
 def _arm(arm: str, frames: Frames, against: str, value: str, smooth: int, control: bool) -> Series:
     seeds = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
     clean = [_finite_rows(frame, against, value, f"arm {arm!r}") for frame in seeds]

@@ -63,15 +63,11 @@ class Series:
         """The lower and the upper bounds, if the series has them."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
-    def drawn(self, *, logarithmic: bool = False) -> Series:
+    def drawn(self) -> Series:
         """The series as drawn: thinned to at most 300 points, then rounded."""
-        keep = kept(self.y)
-
-        def of(column: Sequence[float] | None, log: bool = logarithmic) -> list[float] | None:
-            return None if column is None else rounded([column[i] for i in keep], logarithmic=log)
-
-        x, y = of(self.x, log=False) or (), of(self.y) or ()
-        return replace(self, x=x, y=y, low=of(self.low), high=of(self.high))
+        keep, columns = kept(self.y), (self.x, self.y, self.low, self.high)
+        x, y, low, high = (None if column is None else rounded([column[i] for i in keep]) for column in columns)
+        return replace(self, x=x or (), y=y or (), low=low, high=high)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,6 @@ class ChartData:
     y_label: str
     series: tuple[Series, ...]
     bands: tuple[Band, ...] = ()
-    log_y: bool = False
     lines: tuple[Line, ...] = ()
     names: tuple[str, ...] = ()
     y_zoom: Limits | None = None
@@ -144,8 +139,8 @@ class ChartData:
         self._check_names() if self.names else self._check_axes()
 
     def _check_names(self) -> None:
-        if self.log_y or self.bands or self.y_zoom or self.x_lines:
-            raise ValueError(f"chart {self.title!r}: names go without log_y, bands, y_zoom and x_lines")
+        if self.bands or self.y_zoom or self.x_lines:
+            raise ValueError(f"chart {self.title!r}: names go without bands, y_zoom and x_lines")
         if any(row not in range(len(self.names)) for s in self.series for row in s.y):
             raise ValueError(f"chart {self.title!r}: y must be row numbers 0 to {len(self.names) - 1}")
         if any(s.kind == "line" for s in self.series):
@@ -154,9 +149,7 @@ class ChartData:
     def _check_axes(self) -> None:
         if any(s.kind == "bar" for s in self.series):
             raise ValueError(f"chart {self.title!r}: bars need names, one per row")
-        if self.log_y and min(self._values()) <= 0:
-            raise ValueError(f"chart {self.title!r}: a logarithmic axis needs values above 0; set log_y=False")
-        if self.y_zoom and not (0 if self.log_y else -math.inf) < self.y_zoom[0] < self.y_zoom[1] < math.inf:
+        if self.y_zoom and not -math.inf < self.y_zoom[0] < self.y_zoom[1] < math.inf:
             raise ValueError(f"chart {self.title!r}: y_zoom must be (low, high), not {self.y_zoom}")
 
     def places(self) -> list[Place]:
@@ -206,15 +199,12 @@ class ChartData:
         if self.y_zoom:
             return self.y_zoom
         above = 0.12 if self.bands else 0.05  # room for the bands' labels
-        if not self.log_y:
-            return _padded(self._values(), below=0.05, above=above)
-        low, high = _padded([math.log10(v) for v in self._values()], below=0.05, above=above)
-        return float(f"{10**low:.4g}"), float(f"{10**high:.4g}")
+        return _padded(self._values(), below=0.05, above=above)
 
     def __str__(self) -> str:
         """Title, axes, and a line for each series, band label and reference line."""
         head = [self.title, f"  x: {self.x_label}" + (f"; y: {self.y_label}" if self.y_label else "")]
-        body = [self._row_text(s) if self.names else [_line_text(s, self.log_y)] for s in self.series]
+        body = [self._row_text(s) if self.names else [_line_text(s)] for s in self.series]
         tail = [
             f"  line at {axis}{shown(rounded([line.value])[0])}: {line.label}"
             for axis, lines in (("", self.lines), ("x ", self.x_lines))
@@ -246,8 +236,8 @@ def _padded(values: list[float], *, below: float, above: float, stick: bool = Fa
     return float(f"{start:.6g}"), float(f"{end:.6g}")
 
 
-def _line_text(series: Series, logarithmic: bool) -> str:
-    y = rounded(series.y, logarithmic=logarithmic)
+def _line_text(series: Series) -> str:
+    y = rounded(series.y)
     count = f"{len(y)} point" + "s" * (len(y) > 1)
     return f"  {series.name}: {count}, first {shown(y[0])}, min {shown(min(y))}, last {shown(y[-1])}"
 

@@ -57,7 +57,7 @@ def _label(figure: go.Figure, chart: ChartData, styles: dict[str, Look], places:
     for s in chart.series:
         where: dict[str, Any] = {"x": 1, "xref": "paper", "y": places.get(s.name, 0), "yref": "paper"}
         if look.is_point(s):
-            where = {"x": s.x[0], "y": math.log10(s.y[0]) if chart.log_y else s.y[0]}
+            where = {"x": s.x[0], "y": s.y[0]}
         font = {"size": 11.5, "color": styles[s.name].color}
         beside = {"xanchor": "left", "yanchor": "middle", "xshift": 7, "showarrow": False}
         figure.add_annotation(text=_plain(look.label_of(s)), font=font, **beside, **where)
@@ -97,7 +97,7 @@ def _layout(title: str, height: int, legend_below: bool, panels: bool) -> dict[s
 def _traces(chart: ChartData, styles: dict[str, Look]) -> list[Any]:
     traces = _bands(chart)
     for place in chart.places():
-        drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
+        drawn, style = place.series.drawn(), styles[place.series.name]
         if chart.names:
             traces += _row_traces(chart, drawn, style, place)
         else:
@@ -196,8 +196,6 @@ def _axes(figure: go.Figure, chart: ChartData, cell: dict[str, int]) -> None:
         return AXIS | {"title": {"text": _plain(label), "standoff": 8}}
 
     y: dict[str, Any] = {"range": list(chart.y_limits())}
-    if chart.log_y:
-        y = {"type": "log", "range": [round(math.log10(v), 4) for v in chart.y_limits()]}
     if chart.names:
         ticks = {"tickvals": list(range(len(chart.names))), "ticktext": [_plain(n) for n in chart.names]}
         y |= ticks | {"showgrid": False, "ticks": ""}
@@ -236,8 +234,7 @@ def _reference(figure: go.Figure, chart: ChartData, cell: dict[str, int], value:
         where = {"x": value, "y": 1, "yref": "y domain", "xanchor": chart.anchor(value), "yanchor": "bottom"}
         figure.add_vline(value, line=REFERENCE, **cell)
     else:
-        height = math.log10(value) if chart.log_y else value
-        where = {"x": 1, "y": height, "xref": "x domain", "xanchor": "right", "yanchor": "bottom"}
+        where = {"x": 1, "y": value, "xref": "x domain", "xanchor": "right", "yanchor": "bottom"}
         figure.add_hline(value, line=REFERENCE, **cell)
     _note(figure, cell, label, **where)
 

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from hybridlab.charts import style as look
@@ -79,7 +78,7 @@ def _chart(axes: Axes, chart: ChartData, styles: dict[str, Look], columns: int) 
     for line in chart.x_lines:
         _x_reference(axes, line.value, line.label)
     for place in chart.places():
-        drawn, style = place.series.drawn(logarithmic=chart.log_y), styles[place.series.name]
+        drawn, style = place.series.drawn(), styles[place.series.name]
         handles["series", drawn.name] = _rows(axes, drawn, style, place) if chart.names else _curve(axes, drawn, style)
     return handles
 
@@ -99,8 +98,6 @@ def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
     )
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
-    if chart.log_y:
-        _log_scale(axes, *chart.y_limits())
     axes.set_xlim(*chart.x_limits())
     axes.set_ylim(*chart.y_limits())
     axes.grid(axis="x" if chart.names else "both")
@@ -111,15 +108,6 @@ def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
 
 def _size(columns: int) -> float:
     return 12 if columns == 1 else 10.5
-
-
-def _log_scale(axes: Axes, low: float, high: float) -> None:
-    """Plain numbers on a logarithmic axis, also where it spans less than a decade."""
-    axes.set_yscale("log")
-    wide = high / low >= 10
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _bands(axes: Axes, chart: ChartData, columns: int) -> Handles:

@@ -19,14 +19,11 @@ def finite(values: Iterable[float], what: str) -> tuple[float, ...]:
     return result
 
 
-def rounded(values: Sequence[float], *, logarithmic: bool = False) -> list[float]:
+def rounded(values: Sequence[float]) -> list[float]:
     """Round for display, so that runs that agree to four decimals give the same chart.
 
-    Four decimals; three significant digits of the largest value where that is below 0.01 (learning
-    rates); four significant digits of each value on a logarithmic axis.
+    Four decimals; three significant digits of the largest value where that is below 0.01 (learning rates).
     """
-    if logarithmic:
-        return [float(f"{value:.4g}") for value in values]
     largest = max(abs(value) for value in values)
     decimals = 4 if largest >= 0.01 or largest == 0 else 2 - math.floor(math.log10(largest))
     return [round(value, decimals) + 0.0 for value in values]  # + 0.0: no negative zero

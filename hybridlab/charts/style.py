@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -95,9 +94,8 @@ def end_labels(chart: ChartData) -> dict[str, float]:
     """
     if chart.names or not 1 < len(chart.series) <= MOST_LABELS:
         return {}
-    log = math.log10 if chart.log_y else float
-    low, high = map(log, chart.y_limits())
-    ends = {s.name: (log(s.y[-1]) - low) / (high - low) for s in chart.series if not is_point(s)}
+    low, high = chart.y_limits()
+    ends = {s.name: (s.y[-1] - low) / (high - low) for s in chart.series if not is_point(s)}
     ordered, gap = sorted(ends, key=ends.__getitem__), 1 / MOST_LABELS
     places: dict[str, float] = {}
     least = 0.0
