@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words
-from hybridlab.report.words import gigabytes
 from hybridlab.results.claims import Unit
-from hybridlab.results.words import quantities_in_words
+from hybridlab.results.words import amount, quantities_in_words
 
 Outcome = Literal["holds", "fails", "open", "predicted nothing", "not measured", "not run yet"]
 """A claim's verdict; or its notebook has run without making the claim; or it has not run."""
@@ -116,7 +115,7 @@ class Peak:
         peak = next((row["peak_memory_bytes"] for row in mine), None)
         if peak is None:
             return [_absent(self.notebook, self.arm, evidence)]
-        words = f"peak memory {gigabytes(peak)}"
+        words = f"peak memory {amount(peak, 'bytes')}"
         outcome: Outcome = "holds" if peak < self.bound else "fails"
         return [Finding(self.arm, outcome, words, self.notebook, evidence.is_emulated(self.notebook))]
 

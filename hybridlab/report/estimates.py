@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hybridlab.report.evidence import Evidence
-from hybridlab.report.words import gigabytes
+from hybridlab.results.words import amount
 
 WITHIN = 0.10
 """The plan's bound on how far a saving may be from its estimate, as a share of the estimate."""
@@ -62,8 +62,8 @@ class Estimate:
         return {
             "model": self.model,
             "what": self.what,
-            "expected": gigabytes(1e9 * self.expected),
-            "measured": gigabytes(self.measured_bytes(evidence)),
+            "expected": amount(1e9 * self.expected, "bytes"),
+            "measured": amount(self.measured_bytes(evidence), "bytes"),
             "saving expected": None if self.saving is None else f"{100 * self.saving:.0f} %",
             "saving measured": None if measured is None else f"{100 * measured:.1f} %",
             "verdict": words[self.is_right(evidence)],

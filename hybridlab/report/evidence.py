@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -77,10 +77,6 @@ class Evidence:
         read = {profile: load_results(root / "executed" / profile / "results.json") for profile in PROFILES}
         own = {profile: {k: v for k, v in entries.items() if k != REPORT} for profile, entries in read.items()}
         return cls({profile: dict(sorted(entries.items())) for profile, entries in own.items() if entries})
-
-    def __iter__(self) -> Iterator[tuple[str, str, Entry]]:
-        """Every entry with its profile and notebook."""
-        return ((p, notebook, entry) for p, entries in self.entries.items() for notebook, entry in entries.items())
 
     def entry(self, notebook: str, profile: str = MAIN) -> Entry | None:
         """What a notebook published, or None where it has not run."""

@@ -13,9 +13,9 @@ from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import devices, p_value, predicted_share
-from hybridlab.report.words import Markdown, gigabytes, known_columns, render, verdict_word
+from hybridlab.report.words import Markdown, known_columns, render, verdict_word
 from hybridlab.results.bounds import GPU_BYTES
-from hybridlab.results.words import quantity_interval
+from hybridlab.results.words import amount, quantity_interval
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -75,6 +75,6 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
         "steps predicted": predicted_share(claim),
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
         "p, corrected": p_value(claim),
-        "peak VRAM": gigabytes(vram.value("peak_memory")) if vram else None,
+        "peak VRAM": amount(vram.value("peak_memory"), "bytes") if vram else None,
         "pays": verdict_word(claim.verdict),
     }

@@ -8,8 +8,9 @@ from typing import Any
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.report.evidence import Evidence, arm_in_words
 from hybridlab.report.validation import Cells, loss_change, notebook_link, step_time
-from hybridlab.report.words import Markdown, gigabytes, known_columns, render
+from hybridlab.report.words import Markdown, known_columns, render
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
+from hybridlab.results.words import amount
 
 TAKE, WATCH = Markdown("**take this**"), Markdown("**take this, watch its loss**")
 
@@ -84,7 +85,7 @@ def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:
     return {
         "model": row["model"],
         "arm": arm_in_words(row["arm"], row["notebook"]),
-        "peak VRAM": gigabytes(row["peak_memory_bytes"]),
+        "peak VRAM": amount(row["peak_memory_bytes"], "bytes"),
         "below 14 GB": "yes" if _is_safe(row) else "no",
         **step_time(row),
         "est. on a 5080": f"{estimated:.0f} ms" if estimated else None,

@@ -13,9 +13,8 @@ from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, OURS, Criterion, Finding, Outcome
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
-from hybridlab.report.words import Markdown, escaped, gigabytes, known_columns, percent, render, verdict_word
-from hybridlab.results.claims import Quantity
-from hybridlab.results.words import in_words, interval, quantities_in_words, quantity_interval
+from hybridlab.report.words import Markdown, escaped, known_columns, render, verdict_word
+from hybridlab.results.words import amount, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
 
@@ -155,8 +154,8 @@ def _jump(claim: Published) -> Cells:
     whole, step = claim.value("whole_jump"), claim.value("gradient_step")
     return {
         "arm": claim.about,
-        "a jump": in_words(Quantity("", whole, unit="ms")),
-        "of that proposing": in_words(Quantity("", claim.value("of_that_proposing"), unit="ms")),
+        "a jump": amount(whole, "ms"),
+        "of that proposing": amount(claim.value("of_that_proposing"), "ms"),
         "in gradient steps": f"{whole / step:.1f}" if whole and step else None,
         "notebook": notebook_link(claim.notebook, short=True),
     }
@@ -191,10 +190,10 @@ def _memory(notebook: str, row: MemoryRow) -> Cells:
     return {
         "model": row["model"],
         "arm": arm_in_words(row["arm"], notebook),
-        "predicted": gigabytes(predicted),
-        "measured": gigabytes(measured),
+        "predicted": amount(predicted, "bytes"),
+        "measured": amount(measured, "bytes"),
         "predicted over measured": f"{predicted / measured:.3f}" if predicted and measured else None,
-        "peak VRAM": gigabytes(row["peak_memory_bytes"]),
+        "peak VRAM": amount(row["peak_memory_bytes"], "bytes"),
         **step_time(row),
         "loss against the control": loss_change(row),
         "notebook": notebook_link(notebook, short=True),
@@ -204,7 +203,7 @@ def _memory(notebook: str, row: MemoryRow) -> Cells:
 def step_time(row: MemoryRow) -> Cells:
     """What a row of the table "memory" says of a step's time."""
     step = f"{row['step_ms']:.1f} ms" if row.get("step_ms") else None
-    return {"step time": step, "GPU busy": percent(row.get("gpu_busy_percent"))}
+    return {"step time": step, "GPU busy": amount(row.get("gpu_busy_percent"), "percent")}
 
 
 def loss_change(row: MemoryRow) -> str | None:
@@ -215,7 +214,7 @@ def loss_change(row: MemoryRow) -> str | None:
 def _parts(notebook: str, row: MemoryRow) -> Cells:
     parts = row.get("parts", {})
     return {"model": row["model"], "arm": arm_in_words(row["arm"], notebook)} | {
-        part: gigabytes(parts.get(part)) for part in PARTS
+        part: amount(parts.get(part), "bytes") for part in PARTS
     }
 
 

@@ -66,16 +66,6 @@ def known_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key in known} for row in rows]
 
 
-def gigabytes(count: float | None) -> str | None:
-    """Bytes in decimal gigabytes, None as it is."""
-    return None if count is None else f"{count / 1e9:.2f} GB"
-
-
-def percent(value: float | None) -> str | None:
-    """A share in percent, None as it is."""
-    return None if value is None else f"{value:.0f} %"
-
-
 def verdict_word(verdict: str) -> str:
     """A verdict as documents set it: what decides stands out."""
     return VERDICTS.get(verdict, verdict)

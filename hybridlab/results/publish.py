@@ -53,7 +53,8 @@ def publish(
     with FileLock(project_root() / "runs" / ".results.lock"):
         everything = load_results(path) | {notebook: entry}
         with replaced(path) as beside:
-            beside.write_text(_as_json(everything), encoding="utf-8")
+            text = json.dumps(everything, indent=1, sort_keys=True, allow_nan=False)
+            beside.write_text(f"{text}\n", encoding="utf-8")
     return path
 
 
@@ -68,10 +69,6 @@ def _entry(claims: Sequence[Claim], summary: list[str], record: dict[str, Any]) 
     not_finite: list[str] = []
     entry = plain(whole, not_finite=not_finite)
     return entry | {"parameters": record["parameters"]} | ({"not_finite": not_finite} if not_finite else {})
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:

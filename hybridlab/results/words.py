@@ -46,8 +46,14 @@ def quantities_in_words(quantities: Iterable[Quantity]) -> str:
 
 def bound_in_words(q: Quantity) -> str | None:
     """The bound that decides, in the quantity's unit; None where it has none."""
-    scale, spec, unit = FORMATS[q.unit]
-    return None if q.bound is None else f"{scale * q.bound:{spec.lstrip('+')}}{unit}"
+    said = amount(q.bound, q.unit)
+    return said and said.lstrip("+")
+
+
+def amount(value: float | None, unit: Unit) -> str | None:
+    """A number with its unit, None as it is."""
+    scale, spec, behind = FORMATS[unit]
+    return None if value is None else f"{scale * value:{spec}}{behind}"
 
 
 def in_words(q: Quantity) -> str:
