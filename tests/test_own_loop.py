@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
@@ -485,20 +484,3 @@ def test_a_trial_leaves_every_random_stream_as_a_plain_step_does(problem: Proble
         return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
 
     assert drawn(GATED) == drawn(PLAIN)
-
-
-# --- several processes -----------------------------------------------------------------------------------
-
-
-def test_several_ranks_may_train_and_not_predict() -> None:
-    model, inputs, wanted = regression()
-    early = HybridTrainer(model, SGD(model.parameters(), lr=0.1), EAGER)
-    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        HybridTrainer(model, SGD(model.parameters(), lr=0.1), PLAIN).step(lambda: F.mse_loss(model(inputs), wanted))
-        with pytest.raises(UserError, match="2 ranks"):
-            HybridTrainer(model, SGD(model.parameters(), lr=0.1), EAGER)
-        with pytest.raises(UserError, match="2 ranks"):
-            steps_until(early, Phase.PREDICT, lambda: F.mse_loss(model(inputs), wanted))
-    finally:
-        distributed.destroy_process_group()

@@ -1,17 +1,133 @@
-"""The only file that talks to a process group."""
+"""Several processes that train one model: what each holds, and what they must agree on. No other file knows a group."""
 
 from __future__ import annotations
 
-from torch import distributed
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
 
 from hybridlab.base.errors import UserError
 
 
-def refuse_ranks() -> None:
-    """Raise UserError where several processes train one model: each would decide by its own batches about jumps."""
-    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if ranks > 1:
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model together; one process is a group of its own, and communicates nothing.
+
+    count: how many; rank: which one this is
+    sharded: each holds a part of the weights (`fully_shard`); else each holds all of them
+    """
+
+    count: int = 1
+    rank: int = 0
+    sharded: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Ranks:
+        """The ranks that train a model: all, where it is sharded or wrapped in DistributedDataParallel."""
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        count = running()
+        if count == 1 or not (sharded or isinstance(model, DistributedDataParallel)):
+            return cls()
+        return cls(count, distributed.get_rank(), sharded)
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """Mean over the ranks, each of which has as large a part of the batch: every rank decides by one number."""
+        if self.count == 1:
+            return loss
+        mean = loss.clone()
+        distributed.all_reduce(mean)
+        return mean.div_(self.count)
+
+    def total(self, part: Tensor) -> Tensor:
+        """Sum of what each rank makes out of its shards (`holds`); where each has all of the weights, as it is."""
+        if self.sharded:
+            distributed.all_reduce(part)
+        return part
+
+    def all(self, here: bool) -> bool:
+        """Whether something is so on every rank."""
+        if self.count == 1:
+            return here
+        agreed = torch.tensor(int(here), device=_device_of_group())
+        distributed.all_reduce(agreed, distributed.ReduceOp.MIN)
+        return bool(agreed)
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether this rank counts a weight, or its shard of it: what several ranks hold, the first of them counts."""
+        if not self.sharded:
+            return True
+        if not isinstance(param, DTensor):
+            return self.rank == 0
+        place: Sequence[int] = param.device_mesh.get_coordinate() or ()
+        copies = [at for at, how in zip(place, param.placements, strict=True) if isinstance(how, Replicate)]
+        return not any(copies)
+
+
+def running() -> int:
+    """How many processes `torch.distributed` runs; 1 without it."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """The part of a tensor that lies on this rank; a plain one is its own."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def whole(scalar: Tensor) -> Tensor:
+    """A number that is spread over ranks, put together."""
+    return scalar.full_tensor() if isinstance(scalar, DTensor) else scalar
+
+
+def reshard_(model: nn.Module) -> None:
+    """Give up whole weights that a forward pass has gathered: what is written to a shard would not reach them."""
+    for module in model.modules():
+        if isinstance(module, _sharded_module()):
+            module.reshard()  # type: ignore[operator]
+
+
+def without_reduction(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if isinstance(model, _sharded_module()):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+    return nullcontext()
+
+
+def refuse_lone_ranks(model: nn.Module) -> None:
+    """Raise UserError where several processes run and nothing says that they train one model."""
+    if running() > 1 and Ranks.of(model).count == 1:
         raise UserError(
-            f"torch.distributed runs {ranks} ranks, and each would decide alone whether to predict: "
-            "set max_predict_steps=0 (HybridTrainerConfig.plain()), or train in one process"
+            f"torch.distributed runs {running()} ranks, and the model is neither sharded (fully_shard) nor in "
+            "DistributedDataParallel: each would decide alone about jumps. Give the trainer the wrapped model, or set "
+            "max_predict_steps=0"
         )
+
+
+def refuse_on_ranks(model: nn.Module, features: Sequence[str]) -> None:
+    """Raise UserError for features that work in one process only."""
+    ranks = Ranks.of(model)
+    if ranks.count > 1 and features:
+        raise UserError(f"on {ranks.count} ranks these do not work yet: {', '.join(features)}. Leave them off")
+
+
+def _sharded_module() -> type:
+    from torch.distributed.fsdp import FSDPModule
+
+    return FSDPModule
+
+
+def _device_of_group() -> torch.device:
+    backend = distributed.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")

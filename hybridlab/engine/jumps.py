@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hybridlab.base.ranks import refuse_ranks
 from hybridlab.engine.aftermath import Aftermath
 from hybridlab.engine.closures import warn_of_drawing
 from hybridlab.engine.config import HybridTrainerConfig
@@ -121,7 +120,6 @@ class JumpController:
         """A Full block begins: the path goes on from here."""
         self._jump = None
         if self.config.max_predict_steps:
-            refuse_ranks()
             self._trajectory.anchor()
 
     def probe_(self, forward: Callable[[], Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import local, without_reduction
 from hybridlab.engine.closures import (
     MicroBatches,
     calls_next,
@@ -40,8 +41,8 @@ class Passes:
     optimizer: clips by itself where it steps inside backward
     """
 
-    def __init__(self, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
-        self._weights, self._optimizer = weights, optimizer
+    def __init__(self, model: nn.Module, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
+        self._model, self._weights, self._optimizer = model, weights, optimizer
         self._precision, self._accumulation = memory.mixed_precision, memory.gradient_accumulation
         self._first_backward = self._first_probe = True
         self._unequal: AsyncScalar | None = None
@@ -78,10 +79,11 @@ class Passes:
                 self._first_backward = False
             if len(batch.closures) > 1 and batch.shares is None:
                 counts.append(counted_targets(loss))
-            batch.share_of(loss, part).backward()  # type: ignore[no-untyped-call]
+            with without_reduction(self._model, last=part == len(batch.closures) - 1):
+                batch.share_of(loss, part).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         self._compare(counts)
-        return batch.mean(losses)
+        return self._weights.ranks.mean(batch.mean(losses))
 
     def _compare(self, counts: list[Tensor | None]) -> None:
         """Whether the parts count equally many targets: known at once, or by the next step."""
@@ -116,17 +118,21 @@ class Passes:
         streams = same_noise(self._weights.device) if probing else nullcontext()
         with torch.no_grad(), streams, self._format(predicting):
             losses = [loss_of(closure) for closure in batch.closures]
+        self._weights.reshard_()
         if any(p.grad is not g for p, g in zip(self._weights.params, gradients, strict=True)):
             self._refuse_gradients()
-        return batch.mean(losses)
+        return self._weights.ranks.mean(batch.mean(losses))
 
     def clip_(self, limit: float | None) -> Tensor:
         """The norm of all gradients, a scalar; gradients are scaled down where it exceeds `limit`."""
         if isinstance(self._optimizer, _ClipsItself):  # it has taken the gradients away
             return self._optimizer.clip_(limit)
-        params = self._weights.params
-        gradients = [p.grad for p in params if p.grad is not None]
+        params, ranks = self._weights.params, self._weights.ranks
+        gradients = [local(p.grad) for p in params if p.grad is not None and ranks.holds(p)]
         norm = nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+        if ranks.sharded:
+            parts = norm.to(self._weights.device, torch.float64).square()  # 0 of a rank that counts no weight
+            norm = ranks.total(parts).sqrt().to(params[0].dtype)
         if limit is not None:
             nn.utils.clip_grads_with_norm_(params, limit, norm)
         return norm

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from hybridlab.base.checkpoint import differences
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.ranks import refuse_ranks
+from hybridlab.base.ranks import Ranks, refuse_lone_ranks, refuse_on_ranks
 from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.depth import DepthController
@@ -57,6 +57,10 @@ class HybridTrainer:
     Weights may be frozen, unfrozen or added between steps: a jump under way ends, and the path begins anew. A step
     whose closure raises an error counts nothing, and can be tried again.
 
+    Several ranks train one model under `torch.distributed`: give the trainer the model after `fully_shard`, or in
+    DistributedDataParallel, and each rank an equal part of every batch. Losses, norms and products of the path are
+    reduced before anything is decided, so that all ranks do the same.
+
     model: any `torch.nn.Module`
     optimizer: a torch optimizer over the model's parameters whose step needs no closure
     config: with `max_predict_steps=0` training equals the plain loop bit for bit. Of its memory settings the trainer
@@ -64,8 +68,8 @@ class HybridTrainer:
         `hybridlab.memory.prepare_model_` and `optimizer_for` apply the rest
 
     Raises UserError for an optimizer that wants a closure or holds other weights than the model's, for memory settings
-    that the model or the optimizer was not prepared for, and, where it may predict, for complex weights and for several
-    processes under `torch.distributed`. `step` raises DivergenceError when the loss is NaN or
+    that the model or the optimizer was not prepared for, for what several ranks cannot do together, and, where it may
+    predict, for complex weights. `step` raises DivergenceError when the loss is NaN or
     infinite and there is no jump to roll back; UserError when the closure runs backward by itself, when the batch does
     not come in the parts that the settings ask for, and, at the first proposal, when the optimizer keeps a copy of the
     weights.
@@ -81,7 +85,7 @@ class HybridTrainer:
         self._statistics = Statistics()
         self._depth = DepthController(model, optimizer, config.depth, wait=config.full_steps)
         self._weights = Weights(model, optimizer, snapshots=config.path_storage.residency)
-        self._passes = Passes(self._weights, optimizer, memory)
+        self._passes = Passes(model, self._weights, optimizer, memory)
         self._offload = PredictOffload(model, self._weights, optimizer, memory)
         self._jumps = JumpController(self._weights, optimizer, config)
         self._delayed_result: StepResult | None = None
@@ -97,6 +101,7 @@ class HybridTrainer:
         started = time.perf_counter()
         batch = MicroBatches.of(closure, weights)
         self._passes.check_parts(batch)
+        self._weights.reshard_()
         if self._weights.have_changed:
             self._take_up_changes_()
         grown = self._grow_()
@@ -233,6 +238,8 @@ class HybridTrainer:
         else:
             self._offload.restore_weights_()
         if phase is Phase.FULL:
+            if self.config.max_predict_steps:
+                refuse_lone_ranks(self.model)
             self._jumps.begin_block()
 
     # --- steering from outside ---------------------------------------------------------------------------
@@ -312,6 +319,7 @@ class HybridTrainer:
         closure: the loss of any batch; it runs twice, without gradients. Without a depth schedule nothing is run
         """
         self._depth.weigh_(closure)
+        self._weights.reshard_()
 
     def check_finite(self) -> None:
         """Raise DivergenceError where a weight is NaN or infinite; waits for the device.
@@ -383,14 +391,31 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
             "the optimizer holds weights that are not the model's: build it over model.parameters(), after the model; "
             "several modules go together in one nn.ModuleList, and load_state_dict goes without assign=True"
         )
+    refuse_on_ranks(model, _of_one_process(model, optimizer, config))
     if config.max_predict_steps:
         refuse_unreachable(optimizer, given)
-        refuse_ranks()
+        refuse_lone_ranks(model)
         if any(p.is_complex() for p in given):
             raise UserError(
                 "complex weights cannot be predicted: keep them as real ones (torch.view_as_real), or set "
                 "max_predict_steps=0"
             )
+
+
+def _of_one_process(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig) -> list[str]:
+    """What of these works in one process only, by name."""
+    memory, sharded = config.memory or MemoryConfig(), Ranks.of(model).sharded
+    features = {
+        "memory.predict_aware": memory.predict_aware is not None,
+        "memory.step_in_backward": memory.step_in_backward,
+        "memory.state_on_host": memory.state_on_host,
+        f"memory.optimizer_state={memory.optimizer_state!r}": memory.optimizer_state != "fp32",
+        f"memory.weights={memory.weights!r}": memory.weights != "fp32",
+        "Muon on shards (it needs whole matrices: use AdamW, or DistributedDataParallel)": sharded
+        and "muon" in type(optimizer).__name__.lower(),
+        "a depth schedule in DistributedDataParallel (use fully_shard)": not sharded and config.depth is not None,
+    }
+    return [name for name, wanted in features.items() if wanted]
 
 
 def _restored_result(phase: str, loss: float, norm: float) -> StepResult:

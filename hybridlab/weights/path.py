@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_empty_like, to_device_async
+from hybridlab.base.ranks import local
 from hybridlab.base.settings import check_types
 from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, PathRow
 from hybridlab.weights.motion import PIECE, Flat
@@ -132,8 +133,9 @@ class Trajectory:
         rows = [PathRow("displacement", self._needs.every)] * len(self._slots)
         rows += [PathRow("velocity", 1)] * bool(self._velocity) + [PathRow("direction", 1)] * bool(self._direction)
         device = self._weights.device
-        products = torch.stack([_products(self._row_vectors(g), device) for g in range(len(self._weights.groups))])
-        return Gram(products.cpu().numpy(), tuple(rows))
+        groups = range(len(self._weights.groups))
+        products = [_products(self._row_vectors(g), self._weights.counted(g), device) for g in groups]
+        return Gram(self._weights.ranks.total(torch.stack(products)).cpu().numpy(), tuple(rows))
 
     @torch.no_grad()
     def slopes(self, coefficients: Coefficients) -> Float64[Tensor, " group"]:
@@ -145,14 +147,19 @@ class Trajectory:
         slopes = torch.zeros(len(self._weights.groups), dtype=torch.float64, device=device)
         if all(p.grad is None for p in self._weights.params):
             return slopes.fill_(torch.nan)
-        for g, group in enumerate(self._weights.groups):
-            gradient = torch.cat(
-                [torch.zeros_like(p).flatten() if p.grad is None else p.grad.to_dense().flatten() for p in group]
-            )
+        for g, group in enumerate(self._weights.trained):
+            gradient = torch.cat([self._counted_gradient(p).flatten() for p in group])
             for row in np.flatnonzero(coefficients[g]):
                 along = to_device_async(self._row_vectors(g)[row], device, gradient.dtype)
                 slopes[g] += float(coefficients[g, row]) * _dot(gradient, along)
-        return slopes
+        return self._weights.ranks.total(slopes)
+
+    def _counted_gradient(self, param: Tensor) -> Tensor:
+        """What this rank counts of a gradient, in the shape of its part of the weight; zeros where it counts none."""
+        if param.grad is None or not self._weights.ranks.holds(param):
+            return torch.zeros_like(local(param))
+        gradient: Tensor = local(param.grad).to_dense()
+        return gradient
 
     @property
     def _slots(self) -> list[int]:
@@ -167,8 +174,8 @@ class Trajectory:
 
     def _optimizer_directions(self) -> list[Flat]:
         return [
-            torch.cat([optimizer_direction(self._optimizer, p, settings).flatten() for p in group])
-            for group, settings in zip(self._weights.groups, self._weights.settings, strict=True)
+            torch.cat([local(optimizer_direction(self._optimizer, p, settings)).flatten() for p in group])
+            for group, settings in zip(self._weights.trained, self._weights.settings, strict=True)
         ]
 
     # --- moving ------------------------------------------------------------------------------------------
@@ -245,11 +252,13 @@ def _average_(mean: Flat, row: Flat, keep: float, weight: float, device: torch.d
     wait_for_stream(device)
 
 
-def _products(rows: Sequence[Flat], device: torch.device) -> Float64[Tensor, "row row"]:
-    """Inner products of rows, copied to the device piece by piece."""
+def _products(rows: Sequence[Flat], stretches: Sequence[slice], device: torch.device) -> Float64[Tensor, "row row"]:
+    """Inner products of stretches of rows, copied to the device piece by piece."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for start in range(0, rows[0].numel() if rows else 0, PIECE):
-        pieces = [to_device_async(row[start : start + PIECE], device, torch.float32) for row in rows]
+    starts = [(start, part.stop) for part in stretches for start in range(part.start, part.stop, PIECE)]
+    for start, stop in starts if rows else []:
+        piece = slice(start, min(start + PIECE, stop))
+        pieces = [to_device_async(row[piece], device, torch.float32) for row in rows]
         for i, j in itertools.combinations_with_replacement(range(len(rows)), 2):
             total[i, j] += torch.dot(pieces[i], pieces[j])
     return torch.triu(total) + torch.triu(total, diagonal=1).T

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import whole
 
 KEEP_WEIGHTS = ("CPUOffloadOptimizer", "Lookahead", "ScheduleFree", "Ranger", "MADGRAD", "AccSGD")
 """Parts of the names of published optimizers that keep a copy of the weights, or the trained weights themselves."""
@@ -105,4 +106,5 @@ def _lie_near(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     if not alike:
         return False
     distance = torch.nn.utils.get_total_norm([value - weight for value, weight in alike])
-    return bool(distance < NEAR * torch.nn.utils.get_total_norm([weight for _, weight in alike]))
+    norm = torch.nn.utils.get_total_norm([weight for _, weight in alike])
+    return bool(whole(distance) < NEAR * whole(norm))

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.pinned_memory import ArenaPool, to_device_async
+from hybridlab.base.ranks import Ranks, is_sharded, local, reshard_
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.motion import Flat, Motion, move_along_, views
 from hybridlab.weights.reach import notify_weights_moved
@@ -53,7 +54,9 @@ class Weights:
     snapshots: where they are kept: DEVICE, beside the weights, or OFFLOADED, in (pinned) host memory, which is used
         again when neither the snapshot nor a tensor of it is in use any more
 
-    groups: the parameters that require gradients, by optimizer group; params: all of them; device: where they lie
+    params: the parameters that require gradients, by optimizer group, all in one list; device: where they lie
+    groups: by group, the part of each that lies on this rank: the parameter itself, unless it is sharded
+    trained: by group, the parameters; ranks: the processes that train the model
     fp32: offloads and restores the float32 weights; motions are added to the exact ones, so that no rounding adds up
 
     `snapshot` raises UserError where host memory is short or cannot be pinned; nothing has been changed then.
@@ -67,8 +70,11 @@ class Weights:
     def list_again_(self) -> None:
         """List weights and buffers as they are now, all on the device; earlier snapshots are of others."""
         groups = [[p for p in group["params"] if p.requires_grad] for group in self._optimizer.param_groups]
-        self.groups = [group for group in groups if group]
-        self.params = [p for group in self.groups for p in group]
+        self.trained = [group for group in groups if group]
+        self.params = [p for group in self.trained for p in group]
+        self.ranks = Ranks.of(self._model)
+        self.groups = [[local(p) for p in group] for group in self.trained]
+        self._parts = [p for group in self.groups for p in group]
         self.device = self.params[0].device
         self._modules = dict(self._model.named_modules())
         self._registers = [r for m in self._modules.values() for r in (m._parameters, m._modules)]
@@ -87,8 +93,21 @@ class Weights:
         return [*trained, *chain.from_iterable(map(dict.values, self._registers))]
 
     def are_finite(self) -> bool:
-        """Whether no weight is NaN or infinite; waits for the device."""
-        return bool(nn.utils.get_total_norm(self.params).isfinite())
+        """Whether no weight is NaN or infinite, on any rank; waits for the device."""
+        return self.ranks.all(bool(nn.utils.get_total_norm(self._parts).isfinite()))
+
+    def reshard_(self) -> None:
+        """Put the model's shards in the place of whole weights that a forward pass has gathered."""
+        if self.ranks.sharded:
+            reshard_(self._model)
+
+    def counted(self, g: int) -> list[slice]:
+        """Stretches of a group's flat piece of memory that this rank counts; others count what they hold too."""
+        ends = list(accumulate((part.numel() for part in self.groups[g]), initial=0))
+        held = [self.ranks.holds(param) for param in self.trained[g]]
+        if all(held):
+            return [slice(0, ends[-1])]
+        return [slice(start, end) for (start, end), mine in zip(pairwise(ends), held, strict=True) if mine]
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -155,7 +174,7 @@ class Weights:
     def snapshot(self, *, optimizer: bool = True) -> Snapshot:
         """A copy of weights and buffers, and of the optimizer's state unless told otherwise."""
         states, buffers = self._states if optimizer else {}, self._buffers
-        tensors = tuple(self._copies([*self.params, *buffers.values()]))
+        tensors = tuple(self._copies([*self._parts, *buffers.values()]))
         copies = iter(self._copies([value for state in states.values() for value in _tensors_of(state).values()]))
         saved = {i: {**state, **{key: next(copies) for key in _tensors_of(state)}} for i, state in states.items()}
         beside = {
@@ -176,7 +195,7 @@ class Weights:
     def restore_(self, snapshot: Snapshot) -> None:
         """Put everything that a snapshot holds back exactly as it was. The float32 weights must be on the device."""
         buffers = self._place_buffers_(dict(zip(snapshot.buffers, snapshot.tensors[len(self.params) :], strict=True)))
-        torch._foreach_copy_([*self.params, *buffers], list(snapshot.tensors))
+        torch._foreach_copy_([*self._parts, *buffers], list(snapshot.tensors))
         if snapshot.optimizer is not None:
             for i, param in enumerate(self.params):
                 _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i), snapshot.beside.get(i, []))
@@ -224,14 +243,14 @@ def plain_tensors(value: Any) -> Iterator[Tensor]:
 
 def inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `change` to a tensor, or to the plain tensors that a wrapper such as a quantized state is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if is_sharded(tensor) or not is_traceable_wrapper_subclass(tensor):
         return change(tensor.detach())
     whole: Tensor = transform_subclass(tensor, lambda _, part: inside(part, change))
     return whole
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: local(value) for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, beside: Sequence[str]) -> None:
@@ -246,7 +265,7 @@ def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, be
         if not isinstance(value, Tensor):
             state[key] = value
         elif isinstance(state.get(key), Tensor):
-            state[key].copy_(value)
+            local(state[key]).copy_(value)
         else:
             device = param.device if key in beside else value.device
             state[key] = inside(value, partial(Tensor.to, device=device, copy=True))

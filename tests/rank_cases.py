@@ -1,0 +1,161 @@
+"""Trainings that several processes run together, to be held against one process; torchrun starts this file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
+from hybridlab.base.ranks import whole
+from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
+from hybridlab.models import GPT2, GPT2Config
+
+WINDOWS = 12
+UNGUARDED = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "clip_norm": 0.5}
+UNGUARDED |= {"confidence_threshold": 0.0, "gate": False}
+GROWING = DepthSchedule(((0, 1), (12, 2)), rule="interleave")
+PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    spoilt_at: a step at which the loss of the last rank's part of the batch is huge
+    resumed_at: a step before which model, optimizer and trainer are made anew from their states
+    """
+
+    config: HybridTrainerConfig
+    steps: int = 36
+    spoilt_at: int | None = None
+    resumed_at: int | None = None
+
+
+def jumping(predictor: str = "linear", steps: int = 36, **settings: Any) -> Case:
+    """Without guards, so that jumps happen at the same steps whatever they are worth."""
+    return Case(HybridTrainerConfig(predictor=predictor, **UNGUARDED | settings), steps)
+
+
+CASES: dict[str, Case] = {
+    "plain": Case(HybridTrainerConfig.plain(clip_norm=0.5)),
+    **{name: jumping(name) for name in ("linear", "adam_coast", "dmd", "rre", "rssm")},
+    **{name: jumping(name, steps=130, full_steps=24) for name in ("ema_nesterov", "snoo")},
+    "river": jumping("river", steps=210, full_steps=24),  # its window is 200 steps long
+    "gated": jumping(gate=True, gate_budget=1.0),
+    "path on the host": jumping(path_device="host"),
+    "parts": jumping(memory=PARTS),
+    "grown": Case(HybridTrainerConfig.plain(clip_norm=0.5, depth=GROWING)),
+    "grown and jumping": jumping(depth=GROWING),
+    "rolled back": Case(jumping().config, spoilt_at=28),
+    "resumed": Case(jumping().config, resumed_at=20),
+    "resumed in a jump": Case(jumping().config, resumed_at=14),
+}
+BY_WRAP = {
+    "sharded": tuple(CASES),
+    "sharded in two dimensions": ("linear", "grown"),
+    "replicated": ("adam_coast", "gated", "parts", "rolled back"),
+}
+
+
+def sharded(net: GPT2) -> nn.Module:
+    """Each block, then what is left."""
+    for block in net.h:
+        fully_shard(block)
+    return fully_shard(net)
+
+
+def sharded_in_two_dimensions(net: GPT2) -> nn.Module:
+    """Copies along one dimension of the ranks, shards along the other."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(), 1), mesh_dim_names=("copies", "shards"))
+    for block in net.h:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+WRAPS: dict[str, Callable[[GPT2], nn.Module]] = {
+    "one process": lambda net: net,
+    "sharded": sharded,
+    "sharded in two dimensions": sharded_in_two_dimensions,
+    "replicated": DistributedDataParallel,
+}
+
+
+@dataclass
+class Training:
+    """A wrapped model with its optimizer and trainer."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    trainer: HybridTrainer
+
+    @classmethod
+    def of(cls, wrap: str, case: Case) -> Training:
+        torch.manual_seed(0)
+        size = GPT2Config(n_layer=2, n_head=2, n_embd=10, vocab_size=31, block_size=7, pad_vocab_to=0)
+        net = WRAPS[wrap](GPT2(size).double())  # few of its shapes divide by two or three
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        return cls(net, optimizer, HybridTrainer(net, optimizer, case.config))
+
+    def resumed(self, wrap: str, case: Case) -> Training:
+        """Another one that goes on from this one's states."""
+        anew = Training.of(wrap, case)
+        for name in ("net", "optimizer", "trainer"):
+            getattr(anew, name).load_state_dict(getattr(self, name).state_dict())
+        return anew
+
+
+def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of this rank, its part of each global batch."""
+    ranks, rank = place()
+    stream = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        tokens = torch.randint(0, 31, (WINDOWS, 8), generator=stream) // 2 * 2
+        mine = tokens.chunk(ranks)[rank]
+        yield mine[:, :-1], mine[:, 1:]
+
+
+def place() -> tuple[int, int]:
+    """How many ranks there are, and which one this is."""
+    return (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
+
+
+def train(wrap: str, name: str) -> dict[str, Any]:
+    """What a training did, and where its weights ended, put together from all ranks."""
+    case, (ranks, rank) = CASES[name], place()
+    training, results = Training.of(wrap, case), []
+    for step, (tokens, targets) in enumerate(batches(case.steps)):
+        if step == case.resumed_at:
+            training = training.resumed(wrap, case)
+        halves = zip(tokens.chunk(2), targets.chunk(2), strict=True)
+        parts = halves if case.config.memory else [(tokens, targets)]
+        extra = 100.0 * ranks if step == case.spoilt_at and rank == ranks - 1 else 0.0
+        closures = [lambda x=x, y=y: training.net(x, targets=y) + extra for x, y in parts]  # noqa: B023
+        results.append(training.trainer.step(closures if case.config.memory else closures[0]))
+    named = training.net.named_parameters()
+    return {
+        "did": [(str(r.phase), r.depth, r.rolled_back, r.event is None) for r in results],
+        "losses": torch.tensor([float("nan") if r.measured_loss is None else r.measured_loss for r in results]),
+        "weights": {key.removeprefix("module."): whole(p).detach().clone() for key, p in named},
+    }
+
+
+def main(folder: Path, *only: str) -> None:
+    """Train cases in every form, or sharded the ones that are named, and leave what came of it."""
+    distributed.init_process_group("gloo")
+    for wrap, names in ({"sharded": only} if only else BY_WRAP).items():
+        for name in names:
+            torch.save(train(wrap, name), folder / f"{wrap}, {name}, {distributed.get_rank()}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
