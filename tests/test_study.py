@@ -27,6 +27,8 @@ from hybridlab.engine.trainer import DivergenceError
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.notebook.views.study import comparison_chart, hybrid_claims
 from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.results.publish import publish
+from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study import config as run_config
 from hybridlab.study.base import Base
@@ -162,9 +164,12 @@ def test_a_run_that_diverges_by_itself_ends_with_an_error_that_names_it(tmp_path
             train(DIVERGES, tmp_path, resume=resume)
 
 
-def test_a_hybrid_that_diverges_loses_and_says_so() -> None:
+@pytest.mark.parametrize("predicts", [True, False])
+def test_a_hybrid_that_diverges_loses_and_says_so(tmp_path: Path, predicts: bool) -> None:
     result = with_hybrids(0.1, 0.1)
     result.runs["1", 1].closing_figures["validation_loss"] = math.inf
+    for seed in result.seeds:
+        result.runs["1", seed].closing_figures["predicted_steps"] *= predicts
     kept, diverged = compare(result, "0"), compare(result, "1")
     assert kept.to_control.mean == pytest.approx(-0.1)
     assert (diverged.sign, diverged.answer, str(diverged.to_baseline)) == (1, "diverged", "diverged")
@@ -172,6 +177,10 @@ def test_a_hybrid_that_diverges_loses_and_says_so() -> None:
     assert diverged.step_value is None
     verdicts = {claim.kind: claim.verdict for claim in hybrid_claims(diverged)}
     assert (verdicts["pays"], verdicts["quality"], verdicts["speed"]) == ("fails", "fails", "fails")
+    publish("a_study", claims=hybrid_claims(diverged), summary=[], record={"parameters": {}}, folder=tmp_path)
+    (pays, *_) = load_results(tmp_path / "results.json")["a_study"]["claims"]
+    assert pays["quantities"][0]["value"] is None
+    assert pays["quantities"][0]["per_seed"] == [-0.11, None, -0.09]
     chart = comparison_chart([kept, diverged])
     assert list(chart.names or ()) == ["0"]
     assert chart.title.endswith("(diverged: 1)")

@@ -27,7 +27,8 @@ class Quantity:
     value: a mean where there are several seeds; None where it was not finite
     low, high: ends of its 95 % interval; None where there is none, and one alone where that end is open
     unit: "share" is a part of 1, "percent" of 100; a "time ratio" is one time over another
-    per_seed: the values that value and interval are computed from, in the order of the seeds
+    per_seed: the values that value and interval are computed from, in the order of the seeds; in a results file None
+        where a run diverged
     bound: what the value is held against, where this quantity decides its claim
 
     Raises ValueError for an unknown unit.
@@ -38,7 +39,7 @@ class Quantity:
     low: float | None = None
     high: float | None = None
     unit: Unit = "count"
-    per_seed: tuple[float, ...] = ()
+    per_seed: tuple[float | None, ...] = ()
     bound: float | None = None
     __pydantic_config__: ClassVar[dict[str, Any]] = AS_READ
 

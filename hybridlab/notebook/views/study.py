@@ -214,14 +214,13 @@ def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return sorted(predicted, key=lambda c: c.to_control.mean)
 
 
-def comparison_chart(comparisons: Iterable[Comparison]) -> Chart | str:
+def comparison_chart(comparisons: Sequence[Comparison]) -> Chart | str:
     """The differences to the controls, with intervals; right of zero is worse than stopping earlier.
 
     Arms that predicted nothing, or diverged, are left out; a sentence says so where that are all.
     """
-    compared = _by_difference(comparisons)
-    drawn = [c for c in compared if math.isfinite(c.to_control.mean)]
-    diverged = [c.name for c in compared if c not in drawn]
+    drawn = _by_difference(c for c in comparisons if math.isfinite(c.to_control.mean))
+    diverged = [c.name for c in comparisons if not math.isfinite(c.to_control.mean)]
     rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in drawn]
     if not rows:
         return f"no arm predicted anything{_left_out(diverged)}"
@@ -403,7 +402,7 @@ def _worth(name: str, worth: StepValue) -> Quantity:
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
     """A claim on a hybrid's loss; where it predicted nothing, its loss is the baseline's and shows nothing."""
-    if not c.predicted:
+    if not c.predicted and math.isfinite(c.validation_loss.mean):
         return Claim(kind, f"{c.name}: {text}", "predicted nothing", tuple(quantities), c.name)
     return on_losses(kind, c.name, f"{c.name}: {text}", decided, quantities, c.base)
 
