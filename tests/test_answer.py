@@ -48,6 +48,8 @@ def test_what_was_decided_comes_first_and_many_arms_are_one_row():
     assert [row["verdict"] for row in rows] == ["holds", "fails", "open", "predicted nothing"]
     assert rows[1] == {"claim": "b: it is low", "value": "3.000 nats", "bound": "1.000 nats", "verdict": "fails"}
     assert (rows[3]["claim"], rows[3]["value"]) == ("it is low (3 arms)", "0.500 nats … 2.000 nats")
+    asked = Claim("pays", "a: it pays", "open", (), "a")
+    assert answer_rows([claim("holds", 0.5, "c"), asked])[0]["claim"] == "a: it pays"
 
 
 @pytest.mark.parametrize("failed", [0, 1, 5])

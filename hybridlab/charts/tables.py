@@ -58,10 +58,11 @@ class Table:
         """What the table shows, row by row."""
         return [[self._cell(row.get(c), self.formats.get(c)) for c in self.columns] for row in self.rows]
 
-    def html(self) -> str:
-        """A plain `<table>` that inherits the page's colors."""
+    def html(self, unbroken: Collection[str] = ()) -> str:
+        """A plain `<table>` that inherits the page's colors; cells of the `unbroken` columns stay on one line."""
         caption = f'<caption style="{_style("left")}">{html.escape(self.caption)}</caption>\n' if self.caption else ""
-        sides = self._sides()
+        lines = ["; white-space: nowrap" if c in unbroken else "" for c in self.columns]
+        sides = [side + line for side, line in zip(self._sides(), lines, strict=True)]
         head = "".join(_tag("th", c, side, "col") for c, side in zip(self.columns, sides, strict=True))
         body = "\n".join(f"<tr>{_row(cells, sides)}</tr>" for cells in self.cells())
         return f"<table>\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
@@ -101,7 +102,7 @@ def _is_number(value: Any) -> bool:
 
 def _row(cells: Sequence[str], sides: Sequence[str]) -> str:
     """One row; its first cell, if it is text, heads the row."""
-    first = _tag("th", cells[0], sides[0], "row") if sides[0] == "left" else _tag("td", cells[0], sides[0])
+    first = _tag("th", cells[0], sides[0], "row") if sides[0].startswith("left") else _tag("td", cells[0], sides[0])
     return first + "".join(_tag("td", c, side) for c, side in zip(cells[1:], sides[1:], strict=True))
 
 

@@ -19,8 +19,14 @@ from hybridlab.study.comparison import Comparison
 PLACES = ("hybridlab-answer", "hybridlab-answer-picture")
 """The display ids of the answer's two outputs."""
 
+SHORT = ("value", "bound", "verdict")
+"""Columns of the answer's table whose cells stay on one line."""
+
 ALONE = 2
 """More claims than these of one kind and verdict are one row of the answer."""
+
+IDLE = "predicted nothing"
+"""The verdict on an arm that did."""
 
 NAMED = 3
 """A sentence names so many claims; the others are counted."""
@@ -40,7 +46,7 @@ class Answer:
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
         paragraphs = "".join(f"<p>{html.escape(sentence)}</p>\n" for sentence in self.sentences)
-        return {"text/html": paragraphs + (self.verdicts.html() if self.verdicts else ""), "text/plain": str(self)}
+        return {"text/html": paragraphs + (self.verdicts.html(unbroken=SHORT) if self.verdicts else ""), "text/plain": str(self)}
 
 
 def answer_place() -> None:
@@ -64,13 +70,23 @@ def claims_table(claims: Iterable[Claim]) -> Table:
 
 
 def answer_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
-    """A row per claim, what was decided first; many claims of one kind and verdict are one row with their range."""
+    """A row per claim; many claims of one kind and verdict, and all that predicted nothing, are one with their range.
+
+    What the notebook asks, whether predicting pays, comes first; then what was decided.
+    """
     alike: dict[tuple[str, str], list[Claim]] = defaultdict(list)
     for claim in claims:
         alike[claim.verdict, claim.kind].append(claim)
     order = get_args(Verdict)
-    groups = sorted(alike.values(), key=lambda group: order.index(group[0].verdict))
-    return [row for group in groups for row in ([_range(group)] if len(group) > ALONE else map(_row, group))]
+
+    def place(group: Sequence[Claim]) -> tuple[bool, bool, int]:
+        return group[0].verdict == IDLE, group[0].kind != "pays", order.index(group[0].verdict)
+
+    def is_one_row(group: Sequence[Claim]) -> bool:
+        return len(group) > (1 if group[0].verdict == IDLE else ALONE)
+
+    groups = sorted(alike.values(), key=place)
+    return [row for group in groups for row in ([_range(group)] if is_one_row(group) else map(_row, group))]
 
 
 def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
