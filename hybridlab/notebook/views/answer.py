@@ -46,7 +46,8 @@ class Answer:
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
         paragraphs = "".join(f"<p>{html.escape(sentence)}</p>\n" for sentence in self.sentences)
-        return {"text/html": paragraphs + (self.verdicts.html(unbroken=SHORT) if self.verdicts else ""), "text/plain": str(self)}
+        verdicts = self.verdicts.html(unbroken=SHORT) if self.verdicts else ""
+        return {"text/html": paragraphs + verdicts, "text/plain": str(self)}
 
 
 def answer_place() -> None:
