@@ -21,6 +21,7 @@ from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.criteria import CRITERIA, OURS, Claims, Criterion, Peak, Ran, Savings
+from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, PROFILES, REPORT, Evidence
 from hybridlab.report.gpu_guide import gpu_guide
@@ -682,3 +683,37 @@ def test_a_table_keeps_its_shape_whatever_the_cells_hold() -> None:
     text = markdown_table([{"a": "x | y", "b": None}, {"a": "z", "c": 1}])
     assert text.splitlines()[0] == "| a | b | c |"
     assert text.splitlines()[2] == "| x \\| y | – | – |"
+
+
+@pytest.mark.parametrize(
+    ("growing", "depth", "advice"),
+    [
+        ("holds", "holds", "grow it: that beats as much computation, and the depth pays"),
+        ("holds", "fails", "train the shallow model: growing beats as much computation, and depth does not pay yet"),
+        ("fails", "holds", "train all blocks from the start"),
+        ("open", "holds", "open: these runs cannot tell"),
+    ],
+)
+def test_what_to_run_follows_from_growing_and_from_the_shallow_control(growing: str, depth: str, advice: str) -> None:
+    base = {"seeds": 3, "steps": 800}
+    parameters = {"model": "micro", "batch_size": 8, "block_size": 64, "budgets": [800], "seeds": 3}
+    arm, difference = "grown from 3, 800 steps", {"name": "d", "value": -0.2, "low": -0.3, "high": -0.1, "unit": "nats"}
+    claims = [
+        {
+            "id": f"{kind}",
+            "kind": kind,
+            "arm": arm,
+            "text": f"{arm}: {kind}",
+            "verdict": verdict,
+            "quantities": [
+                difference | {"name": name, "bound": 0.0},
+                {"name": "seeds", "value": base["seeds"], "unit": "count"},
+            ],
+        }
+        for kind, name, verdict in (("pays", "loss_to_control", growing), ("depth-pays", "loss_to_shallow", depth))
+    ]
+    entry = {"claims": claims, "parameters": parameters, "device": "a CPU"}
+    (row,) = depth_advice(Evidence({"cpu": {"10_predicted_depth": entry}}))
+    assert row["what to run"] == advice
+    assert row["against as much computation"] == "-0.200 [-0.300, -0.100]"
+    assert row["computation to its loss"] == "open"

@@ -12,6 +12,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.report.criteria import BASELINE, MEMORY, XL, Claims, Criterion, of_presets
+from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import PROFILES, Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
@@ -41,6 +42,10 @@ HEADLINES: dict[str, Claims] = {
 PREDICTORS = "07_step_value"
 SCALES = {"rtx5080": "GPT-2 Small on a GPU", "cpu_long": "A nano GPT-2 on a CPU"}
 """Where every predictor was tried, by profile."""
+
+
+DEPTH_COLUMNS = ("model", "arm", "growing pays", "depth pays", "computation to its loss", "what to run")
+"""Of the advice on depth, what the README shows."""
 
 
 def report_files(root: Path) -> dict[Path, str | Chart]:
@@ -96,7 +101,8 @@ def readme_section(evidence: Evidence) -> str:
     """The README's section between its markers: the questions that matter most, and what the results answer."""
     rows = [headline(text, rule, evidence) for text, rule in HEADLINES.items()]
     scales = [_scale(evidence, profile, where) for profile, where in SCALES.items()]
-    return render("README_section.md", headlines=rows, scales=scales, devices=devices(evidence))
+    depths = [{key: row[key] for key in DEPTH_COLUMNS} for row in depth_advice(evidence)]
+    return render("README_section.md", headlines=rows, scales=scales, depths=depths, devices=devices(evidence))
 
 
 def headline(text: str, rule: Claims, evidence: Evidence) -> dict[str, str]:

@@ -10,6 +10,7 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.text_report import MEMORY_PRESETS
+from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import devices, p_value, predicted_share
@@ -37,6 +38,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         ratios=[_bf16_over_float32(name) for name in ("h100", "rtx5080")],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
+        depths=depth_advice(evidence),
         memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
         hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),
         hybrids=known_columns([_hybrid(claim, evidence) for claim in hybrids]),

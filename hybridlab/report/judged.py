@@ -41,7 +41,8 @@ def _predicted(claim: Claim) -> bool:
 
 def _base(parameters: Mapping[str, Any]) -> Base:
     """What the notebook trained; how far the losses fell is not among its parameters."""
-    steps = parameters.get("reference_steps") or parameters.get("steps") or 0
+    budgets = parameters.get("budgets") or [0]  # of several, the notebook has judged each
+    steps = parameters.get("reference_steps") or parameters.get("steps") or max(budgets)
     tokens = steps * (parameters.get("batch_size") or 0) * (parameters.get("block_size") or 1)
     return Base(steps, parameters.get("seeds") or 1, tokens, math.inf)
 
