@@ -14,7 +14,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import buckets_of, checkpoint_blocks_, is_checkpointed
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, build_optimizer
-from hybridlab.optim.build import MuonWithAdamW, ParamGroup, build_muon, rate_groups
+from hybridlab.optim.build import MuonWithAdamW, build_muon, rate_groups
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.optim.low_bit import InFewCalls, low_bit_adamw
@@ -74,25 +74,19 @@ def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> 
     params = [p for p in model.parameters() if p.requires_grad]
     if memory.state_on_host:
         return HostAdamW(rate_groups(model, config, params), lr=config.lr, betas=config.betas, eps=config.eps)
-    low_bit = partial(_low_bit_adamw, model, config, memory)
-    if config.name == "adamw":
-        return low_bit(rate_groups(model, config, params))
-    formats: Any = low_bit(rate_groups(model, config, params))  # it steps nothing: it knows the format
-    return build_muon(model, config, low_bit, lambda p: formats._new_buffer(p, True))
-
-
-def _low_bit_adamw(
-    model: nn.Module, config: OptimizerConfig, memory: MemoryConfig, groups: list[ParamGroup]
-) -> Optimizer:
-    return low_bit_adamw(
-        groups,
-        buckets_of(model),
+    low_bit = partial(
+        low_bit_adamw,
+        buckets=buckets_of(model),
         state=memory.optimizer_state,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         stochastic_rounding=memory.weights == "bf16",
     )
+    if config.name == "adamw":
+        return low_bit(rate_groups(model, config, params))
+    formats: Any = low_bit(rate_groups(model, config, params))  # it steps nothing: it knows the format
+    return build_muon(model, config, low_bit, lambda p: formats._new_buffer(p, True))
 
 
 def no_step(optimizer: Optimizer) -> AbstractContextManager[None]:

@@ -163,12 +163,10 @@ def _embeddings(model: nn.Module) -> set[int]:
 
 def rate_groups(model: nn.Module, config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> list[ParamGroup]:
     """Groups, each with its rate and decay: matrices, vectors, and embeddings that have a rate of their own."""
-    at_own_rate = _embeddings(model) if config.embedding_multiple != 1 else set()
-    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for parameter in parameters:
-        parts[id(parameter) in at_own_rate].append(parameter)
+    at_own_rate, parameters = _embeddings(model) if config.embedding_multiple != 1 else set(), list(parameters)
     groups = []
-    for part, multiple in zip(parts, (1.0, config.embedding_multiple), strict=True):
+    for is_own, multiple in ((False, 1.0), (True, config.embedding_multiple)):
+        part = [p for p in parameters if (id(p) in at_own_rate) is is_own]
         for group in decay_groups(part, config.decay):
             vectors = group["params"][0].ndim < 2
             groups.append(group | {"lr": config.lr * (config.vector_multiple if vectors else multiple)})
@@ -177,14 +175,9 @@ def rate_groups(model: nn.Module, config: OptimizerConfig, parameters: Iterable[
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[ParamGroup]:
     """Two optimizer groups: matrices, which decay, and vectors, which do not."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    given = list(parameters)
+    matrices, vectors = ([p for p in given if (p.ndim > 1) is are_matrices] for are_matrices in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
