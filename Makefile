@@ -12,6 +12,7 @@ LAB_FLAGS ?=
 BIN := .venv/bin
 HYBRIDLAB := $(BIN)/hybridlab
 FIRST := 03_gpt2_small_hybrid
+DEPTH := 10_predicted_depth
 ALL := $(patsubst params/$(PROFILE)/%.yaml,%,$(sort $(wildcard params/$(PROFILE)/[0-9]*.yaml)))
 # The report reads what the others found, and runs after them.
 MILESTONES := $(filter-out 09_report,$(ALL))
@@ -23,9 +24,11 @@ REPORT_OUT := $(if $(filter executed/$(PROFILE),$(OUT)),executed/cpu,$(OUT))
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-run: .venv/run ## train baseline, hybrids and controls on real text; leaves an executed notebook, and opens it
+run: .venv/run ## prediction in time, then in depth, each with its controls, on real text; opens the executed notebooks
 	$(HYBRIDLAB) run notebooks/$(FIRST).ipynb -f params/cpu/$(FIRST).yaml -p device auto \
 	  -o runs/first/$(FIRST).ipynb
+	$(HYBRIDLAB) run notebooks/$(DEPTH).ipynb -f params/cpu/$(DEPTH).yaml -p device auto \
+	  -o runs/first/$(DEPTH).ipynb
 	@if [ -t 1 ] && [ "$$(id -u)" -ne 0 ]; then $(MAKE) lab; fi
 
 test: .venv/test ## every test, the notebooks' included
