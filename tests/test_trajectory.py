@@ -178,6 +178,5 @@ def test_a_path_survives_a_checkpoint(tmp_path: Path, storage: PathStorage) -> N
 
 def test_products_of_long_rows_are_exact_to_float32() -> None:
     rows = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        _products(list(rows), [slice(0, 2000), slice(2000, 5000)], torch.device("cpu")), rows.double() @ rows.double().T, rtol=1e-5, atol=1e-3
-    )
+    products = _products(list(rows), [slice(0, 2000), slice(2000, 5000)], torch.device("cpu"))
+    torch.testing.assert_close(products, rows.double() @ rows.double().T, rtol=1e-5, atol=1e-3)
