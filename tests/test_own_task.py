@@ -97,7 +97,7 @@ def test_a_module_may_hold_settings_of_a_task(mine: Path) -> None:
         ("no_such_task:Bytes", "there is no module 'no_such_task'"),
         ("none.py:Bytes", "none.py: no such file"),
         ("my_task:Byte", "my_task has no 'Byte': it has Bytes"),
-        ("my_task:TEXT", "my_task:TEXT is no task: give a class with batch_size"),
+        ("my_task:TEXT", "my_task:TEXT is not a task: give a class with batch_size"),
         ("broken:Bytes", r"broken cannot be imported: ZeroDivisionError: division by zero \(line 2\)"),
         ("json.py:x", "another module is called 'json'"),
     ],

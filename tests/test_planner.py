@@ -481,7 +481,7 @@ def test_the_default_batch_is_one_that_the_model_takes(capsys):
     ("arguments", "message"),
     [
         ("--card 16", "GPU '16' is unknown: give its memory, such as 16GB"),
-        ("--batch 8*512", "batch '8*512' is none: give windows and tokens, such as 8x512"),
+        ("--batch 8*512", "batch '8*512' cannot be read: give windows and tokens, such as 8x512"),
         ("--batch 0x512", "such as 8x512"),
         ("--model nan", "did you mean 'nano'?"),
         ("--optimizer adamx", "optimizer 'adamx' is unknown: did you mean 'adam'?"),
@@ -622,7 +622,7 @@ def test_the_command_plans_a_configuration_and_answers_in_json(capsys):
         (None, "no such config"),
         ("[1]", 'has no "model_type"'),
         ('{"model_type": "nonsense"}', "transformers refuses the config"),
-        ('{"model_type": "t5"}', "a 't5' is no causal language model"),
+        ('{"model_type": "t5"}', "a 't5' is not a causal language model"),
     ],
 )
 def test_a_configuration_of_no_causal_language_model_is_refused(tmp_path, capsys, content, message):

@@ -30,7 +30,7 @@ def load_text_file(path: Path, *, vocab_size: int, max_bytes: int | None, cache:
     try:
         text = content.decode(errors="ignore" if max_bytes else "strict")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text (byte {error.start}): convert it") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     cut = round(len(text) * (1 - VALIDATION_SHARE))
     train, validation = text[:cut], text[cut:]
     if not train.strip() or not validation.strip():

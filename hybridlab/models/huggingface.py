@@ -53,7 +53,7 @@ def causal_config(settings: dict[str, Any]) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"transformers refuses the config with model_type={kind!r}: {first_line(error)}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"a {kind!r} is no causal language model: give the config of one")
+        raise UserError(f"a {kind!r} is not a causal language model: give the config of one")
     return config
 
 

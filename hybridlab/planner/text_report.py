@@ -130,7 +130,7 @@ def _found(question: Question) -> str:
 
 def _times(question: Question) -> Iterator[str]:
     if question.gpu is None:
-        yield "No times: a size alone names no GPU. Give one, as --card rtx5080."
+        yield "No times: a size alone names no GPU. Name one instead, such as rtx5080."
         return
     low, high = OF_MEASURED
     yield (
@@ -196,7 +196,7 @@ def read_stages(text: str) -> DepthSchedule | None:
     """Stages of 3 and then 12 blocks of "3,12"; None of "". Raises UserError for anything else."""
     numbers = [number.strip() for number in text.split(",")] if text else []
     if not all(number.isdecimal() and int(number) for number in numbers):
-        raise UserError(f"stages {text!r} are none: give the active blocks of each, such as 3,12")
+        raise UserError(f"stages {text!r} cannot be read: give the active blocks of each, such as 3,12")
     stages = tuple((start, int(number)) for start, number in enumerate(numbers))
     return DepthSchedule(stages, shallow=True) if stages else None
 
@@ -205,7 +205,7 @@ def read_batch(text: str) -> BatchShape:
     """(8, 512) of "8x512". Raises UserError for anything else."""
     windows, sign, tokens = text.lower().partition("x")
     if not (sign and windows.isdecimal() and tokens.isdecimal() and int(windows) and int(tokens)):
-        raise UserError(f"batch {text!r} is none: give windows and tokens, such as 8x512")
+        raise UserError(f"batch {text!r} cannot be read: give windows and tokens, such as 8x512")
     return int(windows), int(tokens)
 
 

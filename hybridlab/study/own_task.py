@@ -53,7 +53,7 @@ class OwnTaskConfig:
         check_types(self)
         made_by = load_object(self.name)
         if not callable(made_by) or not hasattr(made_by, "batch_size"):
-            raise UserError(f"{self.name} is no task: give a class with batch_size, {', '.join(PARTS)}")
+            raise UserError(f"{self.name} is not a task: give a class with batch_size, {', '.join(PARTS)}")
         object.__setattr__(self, "batch_size", made_by.batch_size)
         object.__setattr__(self, "block_size", getattr(made_by, "block_size", 1))
         check_bounds(self, "batch_size", "block_size", least=1)
@@ -88,7 +88,7 @@ def load_object(name: str) -> Any:
     """What "module:object" or "file.py:object" names. Raises UserError where there is no such thing."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise UserError(f"{name!r} names no task: write module:object or file.py:object, such as my_task.py:MyTask")
+        raise UserError(f"{name!r} does not name a task: write module:object or file.py:object, such as my_task.py:MyTask")
     module = _import(place)
     if not hasattr(module, attribute):
         raise UserError(f"{place} has no {attribute!r}: it has {', '.join(_public(module)) or 'nothing of its own'}")
