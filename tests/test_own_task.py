@@ -155,7 +155,7 @@ def test_a_text_file_is_split_and_what_is_none_is_refused(mine: Path) -> None:
     assert len(text.train) == pytest.approx(9 * len(text.validation), rel=0.1)
     (mine / "binary").write_bytes(b"abc\xff" * 100)
     (mine / "short").write_text("a")
-    for name, message in {"binary": "no UTF-8", "short": "too few", "absent": "cannot be read"}.items():
+    for name, message in {"binary": "not UTF-8", "short": "too few", "absent": "cannot be read"}.items():
         with pytest.raises(UserError, match=message):
             load_text(f"file:{name}", vocab_size=300)
 

@@ -88,7 +88,9 @@ def load_object(name: str) -> Any:
     """What "module:object" or "file.py:object" names. Raises UserError where there is no such thing."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise UserError(f"{name!r} does not name a task: write module:object or file.py:object, such as my_task.py:MyTask")
+        raise UserError(
+            f"{name!r} does not name a task: write module:object or file.py:object, such as my_task.py:MyTask"
+        )
     module = _import(place)
     if not hasattr(module, attribute):
         raise UserError(f"{place} has no {attribute!r}: it has {', '.join(_public(module)) or 'nothing of its own'}")
