@@ -20,7 +20,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from tests.notebook_maker import KERNEL, save
+from tests.notebook_maker import KERNEL, project, save
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is missing: .venv/bin/pip install -e '.[browser]'"
@@ -75,7 +75,7 @@ def theme(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def lab(browser: sync_api.Browser, theme: str, tmp_path: Path) -> Iterator[Lab]:
     """A JupyterLab of its own, on a project that holds the notebooks alone."""
-    (tmp_path / "pyproject.toml").touch()
+    project(tmp_path)
     settings = {
         "apputils-extension/themes": {"theme": theme},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
