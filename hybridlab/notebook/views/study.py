@@ -43,8 +43,9 @@ MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
 
 
 def record_table(record: dict[str, Any], caption: str) -> Table:
-    """A flat record, one row per fact."""
-    return table([{"fact": key.replace("_", " "), "value": str(value)} for key, value in record.items()], caption)
+    """A flat record, one row per fact; one that is None is a dash."""
+    said = {key.replace("_", " "): value if value is None else str(value) for key, value in record.items()}
+    return table([{"fact": fact, "value": value} for fact, value in said.items()], caption)
 
 
 def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
