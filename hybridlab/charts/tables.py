@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,7 +50,7 @@ class Table:
         if unknown := set(self.formats) - set(self.columns):
             raise ValueError(f"formats name {sorted(unknown)}, the columns are {self.columns}")
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """The headings, in order of appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
@@ -62,7 +63,7 @@ class Table:
         """A plain `<table>` that inherits the page's colors; cells of the `unbroken` columns stay on one line."""
         caption = f'<caption style="{_style("left")}">{html.escape(self.caption)}</caption>\n' if self.caption else ""
         lines = ["; white-space: nowrap" if c in unbroken else "" for c in self.columns]
-        sides = [side + line for side, line in zip(self._sides(), lines, strict=True)]
+        sides = [side + line for side, line in zip(self._sides, lines, strict=True)]
         head = "".join(_tag("th", c, side, "col") for c, side in zip(self.columns, sides, strict=True))
         body = "\n".join(f"<tr>{_row(cells, sides)}</tr>" for cells in self.cells())
         return f"<table>\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
@@ -71,7 +72,7 @@ class Table:
         grid = [list(map(printable, self.columns)), *self.cells()]
         widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
         grid.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(_aligned(row, widths, self._sides())).rstrip() for row in grid]
+        lines = ["  ".join(_aligned(row, widths, self._sides)).rstrip() for row in grid]
         return "\n".join([printable(self.caption), *lines] if self.caption else lines)
 
     def _repr_mimebundle_(
@@ -79,6 +80,7 @@ class Table:
     ) -> dict[str, str]:
         return {"text/html": self.html(), "text/plain": str(self)}
 
+    @cached_property
     def _sides(self) -> list[str]:
         columns = ([row.get(c) for row in self.rows] for c in self.columns)
         return ["right" if all(v is None or _is_number(v) for v in values) else "left" for values in columns]
