@@ -39,6 +39,7 @@ def _row(model: str | None, pays: Published, depth: Published) -> Cells:
     shown = {name: None if q is None or q.value is None else quantity_interval(q) for name, q in numbers.items()}
     shallow = depth.quantity("loss_to_shallow")
     return {
+        "profile": pays.profile,
         "model": model,
         "arm": pays.arm,
         "against as much computation": shown["loss_to_control"],

@@ -44,7 +44,7 @@ SCALES = {"rtx5080": "GPT-2 Small on a GPU", "cpu_long": "A nano GPT-2 on a CPU"
 """Where every predictor was tried, by profile."""
 
 
-DEPTH_COLUMNS = ("model", "arm", "growing pays", "depth pays", "computation to its loss", "what to run")
+DEPTH_COLUMNS = ("profile", "model", "arm", "growing pays", "depth pays", "computation to its loss", "what to run")
 """Of the advice on depth, what the README shows."""
 
 

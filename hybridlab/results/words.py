@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hybridlab.results.claims import Quantity, Unit
+from hybridlab.results.claims import Quantity, Unit, rounded
 
 NAMES = {
     "loss_to_control": "loss against a plain run with as many gradient steps",
@@ -63,9 +63,10 @@ def in_words(q: Quantity) -> str:
     if q.value is None and q.low is None and q.high is None:
         return "open" if q.name.startswith("step_value") else "not finite"
     scale, spec, unit = FORMATS[q.unit]
-    if q.value is not None and q.low is None and q.high is None:
-        return f"{scale * q.value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
-    value, low, high = (None if number is None else scale * number for number in (q.value, q.low, q.high))
+    kept = (None if number is None else scale * rounded(number) for number in (q.value, q.low, q.high))
+    value, low, high = kept  # as results.json has them, so that both show the same last digit
+    if value is not None and low is None and high is None:
+        return f"{value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
     signed = spec if q.unit in ("time ratio", "share") else "+.3f"
     return f"{interval(value, low, high, signed)}{unit}"
 
