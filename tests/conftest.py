@@ -18,8 +18,9 @@ from hybridlab.base.errors import UserError
 
 torch.set_num_threads(1)
 os.environ.pop("JPY_SESSION_NAME", None)  # started from a notebook, tests still take the way without a panel
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as whatever a shell starts in the background inherits it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as whatever a shell or nohup starts in the background inherits it
+        signal.signal(number, handler)
 
 
 EAGER = HybridTrainerConfig(
