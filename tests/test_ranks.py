@@ -76,6 +76,13 @@ def test_three_ranks_with_uneven_shards_train_as_one_process_does(on_three: Path
 
 
 @pytest.mark.slow
+def test_one_rank_with_shards_trains_as_one_process_does(tmp_path: Path) -> None:
+    trained_on(1, tmp_path, *FEW)
+    for name in FEW:
+        refuse_differences(tmp_path, 1, "sharded", name)
+
+
+@pytest.mark.slow
 def test_the_cases_do_what_they_are_named_for() -> None:
     did: Mapping[str, Any] = {name: alone(name)["did"] for name in CASES}
     assert all(any(phase == "predict" for phase, *_ in did[name]) for name in CASES if "plain" not in name != "grown")

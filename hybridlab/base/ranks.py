@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from hybridlab.base.errors import UserError
@@ -30,11 +29,10 @@ class Ranks:
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
         """The ranks that train a model: all, where it is sharded or wrapped in DistributedDataParallel."""
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
-        count = running()
-        if count == 1 or not (sharded or isinstance(model, DistributedDataParallel)):
+        sharded = any(map(is_sharded, model.parameters()))
+        if not sharded and (running() == 1 or not isinstance(model, DistributedDataParallel)):
             return cls()
-        return cls(count, distributed.get_rank(), sharded)
+        return cls(running(), distributed.get_rank(), sharded)
 
     def mean(self, loss: Tensor) -> Tensor:
         """Mean over the ranks, each of which has as large a part of the batch: every rank decides by one number."""
@@ -62,64 +60,67 @@ class Ranks:
         """Whether this rank counts a weight, or its shard of it: what several ranks hold, the first of them counts."""
         if not self.sharded:
             return True
-        if not isinstance(param, DTensor):
+        if not is_sharded(param):
             return self.rank == 0
-        place: Sequence[int] = param.device_mesh.get_coordinate() or ()
-        copies = [at for at, how in zip(place, param.placements, strict=True) if isinstance(how, Replicate)]
-        return not any(copies)
+        place = zip(param.device_mesh.get_coordinate(), param.placements, strict=True)  # type: ignore[attr-defined]
+        return not any(at for at, placement in place if placement.is_replicate())
+
+    def reshard_(self, model: nn.Module) -> None:
+        """Give up whole weights that a forward pass has gathered: what is written to a shard would not reach them."""
+        for module in model.modules() if self.sharded else ():
+            if isinstance(module, _sharded_module()):
+                module.reshard()  # type: ignore[operator]
+
+    def without_reduction(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
+        if self.sharded and isinstance(model, _sharded_module()):
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    def refuse(self, features: Sequence[str]) -> None:
+        """Raise UserError for features that work on whole weights in one process only."""
+        if features and self != Ranks():
+            ranks = f"{self.count} rank{'s' if self.count > 1 else ''}"
+            raise UserError(f"on {ranks} these do not work yet: {', '.join(features)}. Leave them off")
+
+    def refuse_alone(self) -> None:
+        """Raise UserError where several processes run and nothing says that they train one model."""
+        if running() > self.count:
+            raise UserError(
+                f"torch.distributed runs {running()} ranks, and the model is neither sharded (fully_shard) nor in "
+                "DistributedDataParallel: each would decide alone about jumps. Give the trainer the wrapped model, or "
+                "set max_predict_steps=0"
+            )
 
 
 def running() -> int:
     """How many processes `torch.distributed` runs; 1 without it."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return distributed.get_world_size() if _is_initialized() else 1
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over ranks."""
+    """Whether a tensor is spread over ranks. Without a process group none is, and nothing is imported to see it."""
+    if not _is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Any) -> Any:
     """The part of a tensor that lies on this rank; a plain one is its own."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def whole(scalar: Tensor) -> Tensor:
     """A number that is spread over ranks, put together."""
-    return scalar.full_tensor() if isinstance(scalar, DTensor) else scalar
+    return scalar.full_tensor() if is_sharded(scalar) else scalar  # type: ignore[attr-defined, no-any-return]
 
 
-def reshard_(model: nn.Module) -> None:
-    """Give up whole weights that a forward pass has gathered: what is written to a shard would not reach them."""
-    for module in model.modules():
-        if isinstance(module, _sharded_module()):
-            module.reshard()  # type: ignore[operator]
-
-
-def without_reduction(model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
-    if isinstance(model, DistributedDataParallel):
-        return nullcontext() if last else model.no_sync()
-    if isinstance(model, _sharded_module()):
-        model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    return nullcontext()
-
-
-def refuse_lone_ranks(model: nn.Module) -> None:
-    """Raise UserError where several processes run and nothing says that they train one model."""
-    if running() > 1 and Ranks.of(model).count == 1:
-        raise UserError(
-            f"torch.distributed runs {running()} ranks, and the model is neither sharded (fully_shard) nor in "
-            "DistributedDataParallel: each would decide alone about jumps. Give the trainer the wrapped model, or set "
-            "max_predict_steps=0"
-        )
-
-
-def refuse_on_ranks(model: nn.Module, features: Sequence[str]) -> None:
-    """Raise UserError for features that work in one process only."""
-    ranks = Ranks.of(model)
-    if ranks.count > 1 and features:
-        raise UserError(f"on {ranks.count} ranks these do not work yet: {', '.join(features)}. Leave them off")
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _sharded_module() -> type:

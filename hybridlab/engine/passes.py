@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.ranks import local, without_reduction
+from hybridlab.base.ranks import local
 from hybridlab.engine.closures import (
     MicroBatches,
     calls_next,
@@ -41,8 +41,8 @@ class Passes:
     optimizer: clips by itself where it steps inside backward
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
-        self._model, self._weights, self._optimizer = model, weights, optimizer
+    def __init__(self, weights: Weights, optimizer: Optimizer, memory: MemoryConfig) -> None:
+        self._weights, self._optimizer = weights, optimizer
         self._precision, self._accumulation = memory.mixed_precision, memory.gradient_accumulation
         self._first_backward = self._first_probe = True
         self._unequal: AsyncScalar | None = None
@@ -79,7 +79,7 @@ class Passes:
                 self._first_backward = False
             if len(batch.closures) > 1 and batch.shares is None:
                 counts.append(counted_targets(loss))
-            with without_reduction(self._model, last=part == len(batch.closures) - 1):
+            with self._weights.without_reduction(last=part == len(batch.closures) - 1):
                 batch.share_of(loss, part).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         self._compare(counts)

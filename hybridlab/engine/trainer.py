@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from hybridlab.base.checkpoint import differences
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.ranks import Ranks, refuse_lone_ranks, refuse_on_ranks
+from hybridlab.base.ranks import Ranks
 from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.depth import DepthController
@@ -85,7 +85,7 @@ class HybridTrainer:
         self._statistics = Statistics()
         self._depth = DepthController(model, optimizer, config.depth, wait=config.full_steps)
         self._weights = Weights(model, optimizer, snapshots=config.path_storage.residency)
-        self._passes = Passes(model, self._weights, optimizer, memory)
+        self._passes = Passes(self._weights, optimizer, memory)
         self._offload = PredictOffload(model, self._weights, optimizer, memory)
         self._jumps = JumpController(self._weights, optimizer, config)
         self._delayed_result: StepResult | None = None
@@ -239,7 +239,7 @@ class HybridTrainer:
             self._offload.restore_weights_()
         if phase is Phase.FULL:
             if self.config.max_predict_steps:
-                refuse_lone_ranks(self.model)
+                self._weights.ranks.refuse_alone()
             self._jumps.begin_block()
 
     # --- steering from outside ---------------------------------------------------------------------------
@@ -391,10 +391,11 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
             "the optimizer holds weights that are not the model's: build it over model.parameters(), after the model; "
             "several modules go together in one nn.ModuleList, and load_state_dict goes without assign=True"
         )
-    refuse_on_ranks(model, _of_one_process(model, optimizer, config))
+    ranks = Ranks.of(model)
+    ranks.refuse(_of_one_process(ranks, optimizer, config))
     if config.max_predict_steps:
         refuse_unreachable(optimizer, given)
-        refuse_lone_ranks(model)
+        ranks.refuse_alone()
         if any(p.is_complex() for p in given):
             raise UserError(
                 "complex weights cannot be predicted: keep them as real ones (torch.view_as_real), or set "
@@ -402,18 +403,18 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
             )
 
 
-def _of_one_process(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig) -> list[str]:
+def _of_one_process(ranks: Ranks, optimizer: Optimizer, config: HybridTrainerConfig) -> list[str]:
     """What of these works in one process only, by name."""
-    memory, sharded = config.memory or MemoryConfig(), Ranks.of(model).sharded
+    memory = config.memory or MemoryConfig()
     features = {
         "memory.predict_aware": memory.predict_aware is not None,
         "memory.step_in_backward": memory.step_in_backward,
         "memory.state_on_host": memory.state_on_host,
         f"memory.optimizer_state={memory.optimizer_state!r}": memory.optimizer_state != "fp32",
         f"memory.weights={memory.weights!r}": memory.weights != "fp32",
-        "Muon on shards (it needs whole matrices: use AdamW, or DistributedDataParallel)": sharded
+        "Muon on shards (it needs whole matrices: use AdamW, or DistributedDataParallel)": ranks.sharded
         and "muon" in type(optimizer).__name__.lower(),
-        "a depth schedule in DistributedDataParallel (use fully_shard)": not sharded and config.depth is not None,
+        "a depth schedule in DistributedDataParallel (use fully_shard)": not ranks.sharded and config.depth is not None,
     }
     return [name for name, wanted in features.items() if wanted]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, pairwise
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.pinned_memory import ArenaPool, to_device_async
-from hybridlab.base.ranks import Ranks, is_sharded, local, reshard_
+from hybridlab.base.ranks import Ranks, is_sharded, local
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.motion import Flat, Motion, move_along_, views
 from hybridlab.weights.reach import notify_weights_moved
@@ -98,8 +99,11 @@ class Weights:
 
     def reshard_(self) -> None:
         """Put the model's shards in the place of whole weights that a forward pass has gathered."""
-        if self.ranks.sharded:
-            reshard_(self._model)
+        self.ranks.reshard_(self._model)
+
+    def without_reduction(self, *, last: bool) -> AbstractContextManager[object]:
+        """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
+        return self.ranks.without_reduction(self._model, last=last)
 
     def counted(self, g: int) -> list[slice]:
         """Stretches of a group's flat piece of memory that this rank counts; others count what they hold too."""
