@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shlex
 import sys
 import warnings
 from dataclasses import replace
@@ -74,15 +76,15 @@ def run(
 
     Exit codes: 0 done, 1 a cell failed or OUT could not be written, 2 refused before the start, 130 stopped.
     """
-    from hybridlab.base.files import marked_root, shipped
+    from hybridlab.base.files import marked_root, project_root, shipped
     from hybridlab.batch.run import run_notebook
 
-    output = output or Path("runs") / f"{notebook.stem}.ipynb"
+    output = output or Path(os.path.relpath(project_root() / "runs" / f"{notebook.stem}.ipynb"))
     settings, console = [_pair(text) for text in parameter or []], Console()
     for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
-    look = "make lab" if marked_root() == shipped() else f"jupyter lab {output}"
+    look = "make lab" if marked_root() == shipped() else f"jupyter lab {shlex.quote(str(output))}"
     console.print(f"Open it:  {look}", markup=False, highlight=False, soft_wrap=True)
 
 

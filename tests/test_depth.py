@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
+from hybridlab.charts.display import Chart
 from hybridlab.depth.growth import positions, sources
 from hybridlab.depth.stack import BlockStack
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, prepare_model_
@@ -455,12 +457,23 @@ def test_the_sweep_shows_each_arm_beside_the_plain_run_and_the_shallow_control(s
         "shallow": ("1", True),
     }
     chart = budget_chart({1.5: study}, ["grown", "shallow"])
+    assert isinstance(chart, Chart)
     drawn = {series.name: series.y for series in chart.series}
     assert drawn["shallow"] == pytest.approx([compare(study, "shallow").to_baseline.mean])
     claim = shallow_claim(study, "grown", "shallow", "100 steps")
     assert claim.id == "grown-100-steps-depth-pays"
     assert claim.verdict == "open"
     assert "100 of 200 steps" in claim.text
+
+
+def test_a_sweep_whose_arm_diverged_is_told_and_not_drawn(study: StudyResult) -> None:
+    run = study.runs["shallow", 1]
+    spoilt = replace(run, summary=run.closing_figures | {"validation_loss": math.inf, "diverged": "the loss is nan"})
+    chart = budget_chart({1.5: StudyResult(study.runs | {("shallow", 1): spoilt})}, ["grown", "shallow"])
+    assert isinstance(chart, Chart)
+    assert [series.name for series in chart.series] == ["grown"]
+    without = StudyResult(study.runs | {("baseline", 1): spoilt})
+    assert budget_chart({1.5: without}, ["grown", "shallow"]) == "at every budget an arm or its baseline diverged"
 
 
 def test_a_ratio_of_times_is_named_for_the_results(study: StudyResult) -> None:

@@ -695,26 +695,16 @@ def test_a_table_keeps_its_shape_whatever_the_cells_hold() -> None:
         ("open", "holds", "open: these runs cannot tell"),
     ],
 )
-def test_what_to_run_follows_from_growing_and_from_the_shallow_control(growing: str, depth: str, advice: str) -> None:
-    base = {"seeds": 3, "steps": 800}
-    parameters = {"model": "micro", "batch_size": 8, "block_size": 64, "budgets": [800], "seeds": 3}
-    arm, difference = "grown from 3, 800 steps", {"name": "d", "value": -0.2, "low": -0.3, "high": -0.1, "unit": "nats"}
+def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
+    growing: Verdict, depth: Verdict, advice: str
+) -> None:
+    arm, parameters = "grown from 3, 800 steps", {"model": "micro", "batch_size": 8, "block_size": 64, "budgets": [800]}
     claims = [
-        {
-            "id": f"{kind}",
-            "kind": kind,
-            "arm": arm,
-            "text": f"{arm}: {kind}",
-            "verdict": verdict,
-            "quantities": [
-                difference | {"name": name, "bound": 0.0},
-                {"name": "seeds", "value": base["seeds"], "unit": "count"},
-            ],
-        }
+        claim(kind, verdict, Quantity(name, -0.2, -0.3, -0.1, "nats", bound=0.0), Quantity("seeds", 3), arm=arm)
         for kind, name, verdict in (("pays", "loss_to_control", growing), ("depth-pays", "loss_to_shallow", depth))
     ]
-    entry = {"claims": claims, "parameters": parameters, "device": "a CPU"}
-    (row,) = depth_advice(Evidence({"cpu": {"10_predicted_depth": entry}}))
+    published = entry(*claims, parameters=parameters | {"seeds": 3})
+    (row,) = depth_advice(Evidence({"cpu": {"10_predicted_depth": published}}))
     assert row["what to run"] == advice
     assert row["against as much computation"] == "-0.200 [-0.300, -0.100]"
     assert row["computation to its loss"] == "open"

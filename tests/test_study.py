@@ -23,6 +23,7 @@ from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks import interleaved as turns
 from hybridlab.benchmarks.step_overhead import step_overhead
+from hybridlab.charts.display import Chart
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.notebook.views.study import comparison_chart, hybrid_claims
@@ -35,6 +36,7 @@ from hybridlab.study.base import Base
 from hybridlab.study.compilation import compile_, drop_compiled
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
+from hybridlab.study.statistics import Interval
 from hybridlab.study.study import folder_name, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
 
@@ -184,6 +186,11 @@ def test_a_hybrid_that_diverges_loses_and_says_so(tmp_path: Path, predicts: bool
     chart = comparison_chart([kept, diverged])
     assert list(chart.names or ()) == ["0"]
     assert chart.title.endswith("(diverged: 1)")
+    beside = replace(kept, to_control=Interval.of([-math.inf, 0.1, 0.1]))
+    assert beside.sentence == "0: the plain run that it is compared with diverged."
+    chart = comparison_chart([kept, beside])
+    assert isinstance(chart, Chart)
+    assert chart.title.endswith("(diverged: control of 0)")
 
 
 def test_what_an_arm_is_does_not_go_by_its_name() -> None:
@@ -192,6 +199,8 @@ def test_what_an_arm_is_does_not_go_by_its_name() -> None:
     renamed = {("baseline + snoo" if name == "0" else name, seed): run for (name, seed), run in result.runs.items()}
     assert not StudyResult(renamed).is_plain("baseline + snoo")
     assert "baseline + snoo" not in StudyResult(renamed).controls_beside("baseline + snoo", 0)
+    with pytest.raises(ValueError, match="control_fractions: a plain arm is called 'control, 50%"):
+        Study(SHORT, {}, control_fractions=(0.5, 0.504))
     with pytest.raises(ValueError, match="hybrids: a plain arm is called 'baseline' already"):
         Study(SHORT, {"baseline": JUMPY})
 

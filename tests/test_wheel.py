@@ -49,11 +49,7 @@ IN_TURN = """
 import sys
 from hybridlab.cli import main
 for command in sys.argv[1].splitlines():
-    try:
-        code = main(command.split())
-    except SystemExit as end:
-        code = end.code or 0
-    print(f"ended with {code}", flush=True)
+    print(f"ended with {main(command.split())}", flush=True)
 """
 
 

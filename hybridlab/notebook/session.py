@@ -215,7 +215,9 @@ def find_rates(
     """
     arms = [(name, 0) for name in study.arms()]
     with _watching(study.base.steps, (study, most), arms, notebook) as (on_step, watch, _, stopped):
-        return bracket_study(study, runs_folder(notebook), on_step, most=most, resume=resume or stopped, watch=watch)
+        return bracket_study(
+            study, runs_folder(notebook), on_step=on_step, most=most, resume=resume or stopped, watch=watch
+        )
 
 
 def run_configs(

@@ -68,6 +68,8 @@ class Comparison:
             return (
                 f"{self.name}: diverged with {self.validation_loss.values.count(math.inf)} of {self.base.seeds} seeds."
             )
+        if not math.isfinite(self.to_control.mean):
+            return f"{self.name}: the plain run that it is compared with diverged."
         time = f"in {self.time_ratio.mean:.2f} times the baseline's time"
         if self.grown:
             return (

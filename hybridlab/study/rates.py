@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hybridlab.study.config import RunConfig
 from hybridlab.study.run import Watch
@@ -60,6 +61,7 @@ def bracket_rates(
     resume: bool = False,
     watch: Watch | None = None,
     isolated: bool = False,
+    steps_before: int = 0,
 ) -> dict[str, RateTrials]:
     """Train each run at half, once and twice its rate, and further while the best of any is at an edge; by name.
 
@@ -67,14 +69,14 @@ def bracket_rates(
     their own, so that none is tuned better than another; differences of a trial that are within the noise of a seed say
     nothing.
 
-    most: trials of a run, at least 3; the rest as in `Study.run`
+    most: trials of a run, at least 3; steps_before: as in `run_arms`; the rest as in `Study.run`
 
     Raises ValueError for fewer trials.
     """
     if most < 3:
         raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
     trials = {config.name: RateTrials() for config in configs}
-    powers, wanted, done = [-1, 0, 1], [-1, 0, 1], 0
+    powers, wanted, done = [-1, 0, 1], [-1, 0, 1], steps_before
     train = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
     while wanted:
         tried = {(config.name, power): _at(config, FACTOR**power) for power in wanted for config in configs}
@@ -89,27 +91,18 @@ def bracket_rates(
     return trials
 
 
-def bracket_study(
-    study: Study,
-    folder: Path,
-    on_step: OnStep = ignore,
-    *,
-    most: int = 7,
-    resume: bool = False,
-    watch: Watch | None = None,
-    isolated: bool = False,
-) -> tuple[Study, dict[str, RateTrials]]:
+def bracket_study(study: Study, folder: Path, **how: Any) -> tuple[Study, dict[str, RateTrials]]:
     """The study with the best rate of each arm and of each plain control, all bracketed at their own lengths.
 
-    A control's length is what its arm cost at the arm's best rate. The settings are those of `bracket_rates`.
+    A control's length is what its arm cost at the arm's best rate. how: further settings of `bracket_rates`
     """
-    bracket = partial(
-        bracket_rates, folder=folder, on_step=on_step, most=most, resume=resume, watch=watch, isolated=isolated
-    )
-    trials = bracket([run for run in study.planned() if not run.seed])
+    planned = [run for run in study.planned() if not run.seed]
+    trials = bracket_rates(planned, folder, **how)
+    done = sum(len(trials[run.name].losses) * run.steps for run in planned)
     costs = {name: round(trials[name].costs[trials[name].best]) for name in study.hybrids}
     predicted = {name: cost for name, cost in costs.items() if study.hybrids[name].predicts and cost < study.base.steps}
-    trials |= bracket([study.shortened(control_name(name), cost) for name, cost in predicted.items()])
+    controls = [study.shortened(control_name(name), cost) for name, cost in predicted.items()]
+    trials |= bracket_rates(controls, folder, steps_before=done, **how)
     rates = {name: trial.best for name, trial in trials.items()}
     return replace(study, base=with_rate(study.base, rates.pop(BASELINE)), rates=tuple(rates.items())), trials
 

@@ -70,10 +70,10 @@ def _train(config: RunConfig, folder: Path, on_step: Callable[[], None], *, resu
     if not earlier or earlier.summary is not None or other_code(folder):
         remove_checkpoint(folder / CHECKPOINT)
     if earlier and can_stand(earlier):
-        if earlier.diverged:
-            raise DivergenceError(f"{_name(config)} diverged: {earlier.diverged}")
         for _ in range(config.steps):
             on_step()
+        if earlier.diverged:
+            raise DivergenceError(f"{_name(config)} diverged: {earlier.diverged}")
         return earlier
     with report_oom(config, folder):
         return TrainingRun(config, folder).run(on_step, watch)

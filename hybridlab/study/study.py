@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -63,8 +64,9 @@ class Study:
         check_bounds(self, "control_fractions", above=0, most=4)
         if 1 in self.control_fractions:
             raise ValueError("control_fractions has 1, which is the baseline's own length: leave it out")
-        if taken := set(self.hybrids).intersection(arm for arm in self.arms() if self.arms().count(arm) > 1):
-            raise ValueError(f"hybrids: a plain arm is called {sorted(taken)[0]!r} already: choose another name")
+        if twice := [name for name, times in Counter(self.arms()).items() if times > 1]:
+            setting, choose = ("hybrids", "name") if twice[0] in self.hybrids else ("control_fractions", "fraction")
+            raise ValueError(f"{setting}: a plain arm is called {twice[0]!r} already: choose another {choose}")
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,14 +49,20 @@ def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
     }
 
 
-def budget_chart(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Chart:
-    """Each arm's final loss against the plain run of as many steps, over the budget; results: as for `depth_table`."""
+def budget_chart(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Chart | str:
+    """Each arm's final loss against the plain run of as many steps, over the budget; results: as for `depth_table`.
+
+    Where an arm or the baseline diverged, nothing is drawn; a sentence says so where that is everywhere.
+    """
     series = []
+    kind: Kind = "line" if len(results) > 1 else "points"
     for arm in arms:
-        changes = [compare(result, arm).to_baseline for result in results.values()]
-        low, high = zip(*(change.ends for change in changes), strict=True)
-        kind: Kind = "line" if len(results) > 1 else "points"
-        series.append(Series(arm, list(results), [change.mean for change in changes], low, high, kind=kind))
+        changes = {budget: compare(result, arm).to_baseline for budget, result in results.items()}
+        if drawn := {budget: change for budget, change in changes.items() if math.isfinite(change.mean)}:
+            low, high = zip(*(change.ends for change in drawn.values()), strict=True)
+            series.append(Series(arm, list(drawn), [change.mean for change in drawn.values()], low, high, kind=kind))
+    if not series:
+        return "at every budget an arm or its baseline diverged"
     zero = (Line(0.0, "the plain run of as many steps"),)
     return Chart(
         "Where depth pays", "tokens per parameter", "loss above a plain run's (nats)", tuple(series), lines=zero

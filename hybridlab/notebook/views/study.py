@@ -221,7 +221,8 @@ def comparison_chart(comparisons: Sequence[Comparison]) -> Chart | str:
     Arms that predicted nothing, or diverged, are left out; a sentence says so where that are all.
     """
     drawn = _by_difference(c for c in comparisons if math.isfinite(c.to_control.mean))
-    diverged = [c.name for c in comparisons if not math.isfinite(c.to_control.mean)]
+    compared = {c.name: c for c in comparisons if not math.isfinite(c.to_control.mean)}
+    diverged = [n if c.validation_loss.mean == math.inf else control_name(n) for n, c in compared.items()]
     rows = [(c.name, c.to_control.mean, *c.to_control.ends) for c in drawn]
     if not rows:
         return f"no arm predicted anything{_left_out(diverged)}"
