@@ -19,6 +19,7 @@ from hybridlab.report.evidence import PROFILES
 from hybridlab.results.claims import Claim
 from hybridlab.results.publish import plain
 from hybridlab.results.reading import load_results
+from hybridlab.results.words import MAY_BE_OPEN
 from hybridlab.study import StudyResult, compare
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval, holm
@@ -206,9 +207,6 @@ MEMORY = ("04_gpt2_small_memory", "05_gpt2_medium", "06_gpt2_xl")
 OLDER = set(product(("rtx5080",), (*STUDIES, *MEMORY)))
 """Copies that ran before results carried their seeds' values (CHANGELOG, Known): take out what has run again."""
 
-FROM_CURVES = {"step_value", "p_value", "compute_to_loss", "time_to_loss"}
-"""Quantities that are no means: what six digits of a loss leave open is larger in them."""
-
 OVER_SEEDS = {"loss_to_control", "loss_to_baseline", "loss_change", "perplexity_gap"}
 """Quantities whose intervals are over seeds; others are over the rounds of a benchmark."""
 
@@ -242,7 +240,7 @@ def test_every_committed_comparison_follows_from_the_runs_beside_it(profile: str
         for old in claim.quantities:
             new = again.quantity(old.name)
             assert new is not None
-            tolerance = 0.01 if old.name in FROM_CURVES else 1e-4  # figures keep six digits
+            tolerance = 0.01 if old.name in ("p_value", *MAY_BE_OPEN) else 1e-4  # figures keep six digits
             pair = [np.array((q.value, q.low, q.high), dtype=float) for q in (new, old)]  # None becomes NaN
             np.testing.assert_allclose(*pair, rtol=1e-5, atol=tolerance)
 

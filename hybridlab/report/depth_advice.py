@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hybridlab.report.evidence import Evidence, Published
 from hybridlab.report.validation import Cells, notebook_link
-from hybridlab.results.words import quantity_interval
+from hybridlab.results.words import in_words, quantity_interval
 
 NOTEBOOK = "10_predicted_depth"
 
@@ -35,19 +35,17 @@ def _rows(evidence: Evidence, profile: str) -> Iterator[Cells]:
 
 
 def _row(model: str | None, pays: Published, depth: Published) -> Cells:
-    numbers = {name: pays.quantity(name) for name in ("loss_to_control", "compute_to_loss", "time_to_loss")}
-    shown = {name: None if q is None or q.value is None else quantity_interval(q) for name, q in numbers.items()}
-    shallow = depth.quantity("loss_to_shallow")
+    ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
     return {
         "profile": pays.profile,
         "model": model,
         "arm": pays.arm,
-        "against as much computation": shown["loss_to_control"],
+        "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
         "growing pays": pays.verdict,
-        "against the shallow model": shallow and quantity_interval(shallow),
+        "against the shallow model": quantity_interval(depth.quantity("loss_to_shallow")),
         "depth pays": depth.verdict,
-        "computation to its loss": shown["compute_to_loss"] or "open",
-        "time to its loss": shown["time_to_loss"] or "open",
+        "computation to its loss": ratios["compute_to_loss"] or "open",
+        "time to its loss": ratios["time_to_loss"] or "open",
         "what to run": ADVICE.get((pays.verdict, depth.verdict), "open: these runs cannot tell"),
         "notebook": notebook_link(NOTEBOOK, pays.profile, short=True),
     }

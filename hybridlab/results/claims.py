@@ -10,7 +10,9 @@ from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval
 
 Verdict = Literal["holds", "fails", "open", "predicted nothing"]
-Unit = Literal["count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "time ratio", "probability", "rate"]
+Unit = Literal[
+    "count", "steps", "nats", "share", "bytes", "ms", "s", "percent", "ratio", "time ratio", "probability", "rate"
+]
 VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
 

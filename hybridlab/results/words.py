@@ -18,10 +18,16 @@ NAMES = {
     "busy_ratio": "step ratio, of the time in which the GPU was busy",
     "p_value": "p, corrected",
     "step_value": "worth of a predicted step",
+    "loss_to_shallow": "loss against the shallow model",
+    "compute_to_loss": "computation to its loss",
+    "time_to_loss": "time to its loss",
     "gpu_busy": "GPU busy",
     "control_gpu_busy": "control's GPU busy",
 }
 """Names of quantities that read better in other words."""
+
+MAY_BE_OPEN = ("step_value", "compute_to_loss", "time_to_loss")
+"""How the names of quantities begin that plain runs of several lengths may leave open."""
 
 FORMATS: dict[Unit, tuple[float, str, str]] = {
     "count": (1, ".0f", ""),
@@ -32,6 +38,7 @@ FORMATS: dict[Unit, tuple[float, str, str]] = {
     "ms": (1, ".3f", " ms"),
     "s": (1, ".3f", " s"),
     "percent": (1, ".0f", " %"),
+    "ratio": (1, ".3f", ""),
     "time ratio": (1, ".3f", ""),
     "probability": (1, ".2g", ""),
     "rate": (1, "g", ""),
@@ -61,13 +68,13 @@ def in_words(q: Quantity) -> str:
     if q.value is not None and not math.isfinite(q.value):
         return "not finite"
     if q.value is None and q.low is None and q.high is None:
-        return "open" if q.name.startswith("step_value") else "not finite"
+        return "open" if q.name.startswith(MAY_BE_OPEN) else "not finite"
     scale, spec, unit = FORMATS[q.unit]
     kept = (None if number is None else scale * rounded(number) for number in (q.value, q.low, q.high))
     value, low, high = kept  # as results.json has them, so that both show the same last digit
     if value is not None and low is None and high is None:
         return f"{value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
-    signed = spec if q.unit in ("time ratio", "share") else "+.3f"
+    signed = spec if q.unit in ("ratio", "time ratio", "share") else "+.3f"
     return f"{interval(value, low, high, signed)}{unit}"
 
 

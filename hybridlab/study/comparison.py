@@ -72,10 +72,11 @@ class Comparison:
             return f"{self.name}: the plain run that it is compared with diverged."
         time = f"in {self.time_ratio.mean:.2f} times the baseline's time"
         if self.grown:
+            computation = self.compute_to_loss.as_ratio if self.compute_to_loss else "open"
             return (
                 f"{self.name}: grown to full depth {time}; final loss {self.to_baseline} nats against the baseline, "
                 f"{self.to_control} nats against a plain run of as much computation: {self.answer}. Computation of a "
-                f"plain run to the same loss, over its own: {self.compute_to_loss or 'open'}."
+                f"plain run to the same loss, over its own: {computation}."
             )
         if not self.predicted_steps:
             return f"{self.name}: predicted nothing ({self.asked}), {time}."

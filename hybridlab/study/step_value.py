@@ -87,6 +87,11 @@ class StepValue:
         """Whether the control runs leave the value or an end of its interval open."""
         return self.value is None or not (math.isfinite(self.low) and math.isfinite(self.high))
 
+    @property
+    def as_ratio(self) -> str:
+        """As text without signs, of a value that is a ratio."""
+        return str(self).replace("+", "")
+
     def __str__(self) -> str:
         if self.seeds < 2 and self.value is not None:
             return f"{self.value:+.3f} (one seed: no interval)"

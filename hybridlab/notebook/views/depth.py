@@ -43,8 +43,8 @@ def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
         "against as much computation (nats)": str(c.to_control) if c.grown else None,
         "answer": c.answer if c.grown else "a control",
         "cost (full steps)": round(c.cost),
-        "computation to its loss": str(c.compute_to_loss) if c.compute_to_loss else None,
-        "time to its loss": str(c.time_to_loss) if c.time_to_loss else None,
+        "computation to its loss": c.compute_to_loss.as_ratio if c.compute_to_loss else None,
+        "time to its loss": c.time_to_loss.as_ratio if c.time_to_loss else None,
         "time over the baseline's": c.time_ratio.mean,
     }
 

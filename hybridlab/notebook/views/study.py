@@ -351,7 +351,7 @@ def pays_claim(comparison: Comparison) -> Claim:
 
 def _to_loss(c: Comparison) -> list[Quantity]:
     """How many times an arm's computation, and its time, a plain run takes to its loss."""
-    compute = [replace(_worth("compute_to_loss", c.compute_to_loss), unit="share")] if c.compute_to_loss else []
+    compute = [replace(_worth("compute_to_loss", c.compute_to_loss), unit="ratio")] if c.compute_to_loss else []
     return compute + ([replace(_worth("time_to_loss", c.time_to_loss), unit="time ratio")] if c.time_to_loss else [])
 
 
