@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from hybridlab import HybridTrainer, HybridTrainerConfig
+from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import HostArena, arena_bytes
@@ -36,6 +36,7 @@ from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, decay_gr
 from hybridlab.optim import host_adamw as host_optimizer
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.speed import CudaGraphs
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.isolated import train_isolated
 from hybridlab.study.memory_log import growth_bytes
@@ -762,3 +763,103 @@ def test_the_loss_and_its_gradients_on_the_gpu_equal_torchs(compiled: bool) -> N
     assert loss.item() == pytest.approx(expected.item(), abs=1e-3)
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
     assert not ours[500:].any()
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------
+
+
+JUMPS = HybridTrainerConfig(
+    warmup_steps=10, full_steps=10, max_predict_steps=8, gate=False, predictor="linear", confidence_threshold=0.0
+)
+GRAPHED = {
+    "plain": HybridTrainerConfig.plain(clip_norm=1.0),
+    "jumps": JUMPS,
+    "gated jumps": replace(JUMPS, gate=True),
+    "growth": HybridTrainerConfig.plain(depth=DepthSchedule(stages=((0, 1), (20, 2)))),
+    "growth and jumps": replace(JUMPS, depth=DepthSchedule(stages=((0, 1), (25, 2)))),
+}
+
+
+def with_graphs(config: HybridTrainerConfig, graphs: bool, loss_at: dict[int, float] | None = None) -> list[Any]:
+    """Losses, events and final weights of a nano GPT-2, its passes replayed or not; some losses are made up."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.nano()).to(CUDA)
+    run = CudaGraphs(model) if graphs else model
+    optimizer = build_optimizer(model, OptimizerConfig())
+    trainer, results = HybridTrainer(model, optimizer, config), []
+    for step in range(60):
+        x, factor = batch(step), (loss_at or {}).get(step, 1.0)
+        results.append(trainer.step(lambda x=x, factor=factor: run(x, x) * factor))  # type: ignore[misc]
+    told = [(r.measured_loss, r.gradient_norm, r.event, r.depth) for r in results]
+    return [told, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()]
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_replayed_passes_are_the_ordinary_ones_bit_for_bit(name: str) -> None:
+    told, weights = with_graphs(GRAPHED[name], graphs=True)
+    assert [told, weights] == with_graphs(GRAPHED[name], graphs=False)
+    if "jumps" in name:
+        assert any(event == "accepted" for *_, event, _ in told)
+
+
+def test_weights_that_are_rolled_back_reach_the_graph() -> None:
+    exploding = dict.fromkeys(range(24, 30), float("nan"))
+    told, weights = with_graphs(JUMPS, graphs=True, loss_at=exploding)
+    expected = with_graphs(JUMPS, graphs=False, loss_at=exploding)
+    assert any(event and event.startswith("rolled back") for *_, event, _ in told)
+    assert repr([told, weights]) == repr(expected)
+
+
+def test_a_run_in_cuda_graphs_resumes_where_it_was_stopped(tmp_path: Path) -> None:
+    depth = DepthSchedule.shares(((0.0, 1), (0.5, 2)))
+    config = RunConfig(
+        "graphs",
+        TextTaskConfig("nano", data="markov", vocab_size=512, validation_batches=2),
+        steps=24,
+        compiled=True,
+        precision="bf16",
+        device="cuda",
+        checkpoint_every=5,
+        hybrid=HybridTrainerConfig.plain(depth=depth),
+    )
+    whole = train(config, tmp_path / "whole")
+    assert whole.closing_figures["cuda_graphs"] == "in use"
+    for stop in (7, 17):
+
+        def stop_there(run: Any, record: StepRecord, stop: int = stop) -> None:
+            if record.result.nominal_step == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / f"{stop}", watch=stop_there)
+        resumed = train(config, tmp_path / f"{stop}", resume=True)
+        assert resumed.steps["loss"].tolist() == whole.steps["loss"].tolist()
+        assert resumed.closing_figures["validation_loss"] == whole.closing_figures["validation_loss"]
+
+
+def test_gradients_that_are_added_up_are_refused_by_a_graph() -> None:
+    model = GPT2(GPT2Config.nano()).to(CUDA)
+    graphs = CudaGraphs(model)
+    graphs(batch(0), batch(0)).backward()
+    with pytest.raises(UserError, match="set_to_none=True"):
+        graphs(batch(1), batch(1))
+    model.zero_grad(set_to_none=True)
+    graphs(batch(1), batch(1)).backward()
+
+
+def test_a_pass_that_cannot_be_captured_runs_as_it_is_with_a_warning() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).sum() * (2.0 if x.sum().item() > 0 else 1.0)
+
+    model = Asks().to(CUDA)
+    graphs, x = CudaGraphs(model), torch.ones(2, 4, device=CUDA)
+    with pytest.warns(UserWarning, match="runs without CUDA graphs"):
+        loss = graphs(x)
+    loss.backward()
+    assert loss.item() == model(x).item()
+    assert graphs(-x).item() == model(-x).item()

@@ -18,7 +18,7 @@ LAYERS = [
     {"weights", "models", "data", "vram"},
     {"predictors", "optim", "depth"},
     {"memory", "optimizers"},
-    {"engine", "planner"},
+    {"engine", "planner", "speed"},
     {"study"},
     {"benchmarks", "charts", "results"},
     {"panel"},

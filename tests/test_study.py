@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import re
-import sys
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.base.device import find_device
@@ -33,7 +31,6 @@ from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study import config as run_config
 from hybridlab.study.base import Base
-from hybridlab.study.compilation import compile_, drop_compiled
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.statistics import Interval
@@ -297,51 +294,6 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
         find_device("cuda")
     with pytest.raises(UserError, match="device 'gpu' is unknown: choose auto, cuda or cpu"):
         find_device("gpu")
-
-
-def weights_of(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-
-
-@pytest.fixture
-def some_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is compiled in the end, any program passes for one."""
-    monkeypatch.setenv("CXX", sys.executable)
-
-
-@pytest.mark.usefixtures("some_compiler")
-def test_a_compiled_model_is_handed_on_and_takes_the_next_task_s_weights() -> None:
-    first, second = MARKOV.build(0, torch.device("cpu")), MARKOV.build(1, torch.device("cpu"))
-    weights, wrapped, kept = weights_of(second.model), compile_(first, MemoryConfig()), first.model
-    del first
-    assert compile_(second, MemoryConfig()) is wrapped
-    assert second.model is kept
-    assert torch.equal(weights_of(second.model), weights)
-
-
-@pytest.mark.usefixtures("some_compiler")
-def test_a_compiled_model_is_left_alone_while_its_task_lives() -> None:
-    first, second = MARKOV.build(0, torch.device("cpu")), MARKOV.build(1, torch.device("cpu"))
-    wrapped, kept, weights = compile_(first, MemoryConfig()), first.model, weights_of(first.model)
-    assert compile_(second, MemoryConfig()) is not wrapped
-    assert second.model is not kept
-    assert torch.equal(weights_of(first.model), weights)
-    assert not torch.equal(weights_of(first.model), weights_of(second.model))
-
-
-@pytest.mark.usefixtures("some_compiler")
-def test_a_compiled_model_that_waits_is_dropped_when_an_uncompiled_run_begins(tmp_path: Path) -> None:
-    """Else that run's memory would count its weights."""
-    task = MARKOV.build(0, torch.device("cpu"))
-    compile_(task, MemoryConfig())
-    model = weakref.ref(task.model)
-    drop_compiled()  # while its task lives, that is nobody's to free
-    del task
-    gc.collect()
-    assert model() is not None, "it waits for the next compiled run"
-    TrainingRun(SHORT, tmp_path)
-    gc.collect()
-    assert model() is None
 
 
 def test_a_run_that_has_ended_lets_its_task_go_at_once(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def untimed(steps: pd.DataFrame) -> pd.DataFrame:
 
 def figures(run: Run) -> dict[str, object]:
     assert run.summary is not None
-    measured = ("seconds", "gradient_step_ms", "peak", "allocator")
+    measured = ("seconds", "gradient_step_ms", "peak", "allocator", "warm_up_seconds")
     return {name: value for name, value in run.summary.items() if not name.startswith(measured)}
 
 

@@ -20,9 +20,9 @@ from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
 from hybridlab.optim import build_optimizer
-from hybridlab.study.compilation import compile_
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.training import sped_up
 
 Step = Callable[[Closure], object]
 
@@ -72,7 +72,7 @@ def _loops(config: RunConfig) -> tuple[dict[str, Step], Closure]:
     """A step of each loop, and the loss of a new batch whenever it is called."""
     device = find_device(config.device)
     task = config.task.build(config.seed, device)
-    model = compile_(task, config.memory) if config.compiled else task.model
+    model = sped_up(task.model, config)
     optimizer = build_optimizer(task.model, config.optimizer)
     hybrid = replace(config.hybrid, warmup_steps=0)
     numbers = count()

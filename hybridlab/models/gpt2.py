@@ -182,6 +182,9 @@ class GPT2(nn.Module):
     Source: Language Models are Unsupervised Multitask Learners; https://github.com/openai/gpt-2.
     """
 
+    compiled_methods = ("_embed", "_loss")
+    """What is worth compiling beside the blocks."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
@@ -234,23 +237,25 @@ class GPT2(nn.Module):
 
         Targets of -100 do not count. Raises ValueError for a sequence longer than config.block_size.
         """
-        x = self._hidden(tokens)
+        x = self._embed(tokens)
+        for block in self.h:
+            x = block(x)
         if targets is None:
-            return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
-        x, chunk = rearrange(x, "batch time dim -> (batch time) dim"), self.config.loss_chunk_tokens
-        return linear_cross_entropy(x, self.wte.weight, targets.flatten(), self.config.vocab_size, chunk)
+            return F.linear(self.ln_f(x), self.wte.weight)[..., : self.config.vocab_size]
+        return self._loss(x, targets)
 
-    def _hidden(self, tokens: Int[Tensor, "batch time"]) -> Hidden:
+    def _embed(self, tokens: Int[Tensor, "batch time"]) -> Hidden:
         time, longest = tokens.shape[1], self.config.block_size
         if time > longest:
             raise ValueError(
                 f"a sequence of {time} tokens is longer than block_size={longest}: "
                 f"cut it to {longest} or build the model with block_size={time}"
             )
-        x = self.drop(self.wte(tokens) + self.wpe.weight[:time])
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
+        return self.drop(self.wte(tokens) + self.wpe.weight[:time])
+
+    def _loss(self, x: Hidden, targets: Int[Tensor, "batch time"]) -> Float[Tensor, ""]:
+        x, chunk = rearrange(self.ln_f(x), "batch time dim -> (batch time) dim"), self.config.loss_chunk_tokens
+        return linear_cross_entropy(x, self.wte.weight, targets.flatten(), self.config.vocab_size, chunk)
 
 
 def _fit_padding_(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -25,6 +25,8 @@ class RunConfig:
     name: of the arm; two runs of one study differ in name or seed
     steps: nominal steps; evaluate_every: nominal steps between two evaluations
     precision: "fp32", "tf32" or "bf16" (autocast over float32 weights); compiled: through torch.compile
+    cuda_graphs: on a GPU, replay a compiled run's passes as CUDA graphs, where nothing stands against it
+        (`without_cuda_graphs`)
     schedule: of the learning rate; None is `Schedule()` fitted to `steps`
     device: "auto" (CUDA where there is one), "cuda" or "cpu"
     clock: which steps drive the schedule: "nominal", "gradient" or "worth" (`HybridTrainer.steps_by`)
@@ -47,6 +49,7 @@ class RunConfig:
     hybrid: HybridTrainerConfig = field(default_factory=HybridTrainerConfig.plain)
     precision: str = "fp32"
     compiled: bool = False
+    cuda_graphs: bool = True
     evaluate_every: int = 50
     seed: int = 0
     device: str = "auto"
@@ -95,6 +98,23 @@ class RunConfig:
     def training_precision(self) -> str:
         """The number format in which the run trains and is judged."""
         return self.memory.mixed_precision.training if self.memory.mixed_precision else self.precision
+
+    @property
+    def without_cuda_graphs(self) -> str | None:
+        """Why the run's passes are not replayed as CUDA graphs; None where they are."""
+        memory, depth = self.memory, self.hybrid.depth
+        reasons = {
+            "cuda_graphs is off": not self.cuda_graphs,
+            "compiled is off": not self.compiled,
+            "they need a GPU": find_device(self.device).type != "cuda",
+            "gradients of micro_batches are added up": memory.micro_batches > 1,
+            "checkpointing computes blocks anew in backward": memory.checkpointing is not None,
+            "step_in_backward takes each gradient away": memory.step_in_backward,
+            "state_on_host takes each gradient away": memory.state_on_host,
+            "predict_aware moves weights": memory.predict_aware is not None,
+            "the depth schedule skips other blocks in each step": depth is not None and depth.skip_share > 0,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def as_vanilla(self) -> RunConfig:
         """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
@@ -18,12 +19,11 @@ from hybridlab.base.checkpoint import (
     restore_random_state_,
     save_checkpoint,
 )
-from hybridlab.base.device import find_device
+from hybridlab.base.device import find_device, wait_for
 from hybridlab.base.errors import UserError
 from hybridlab.base.lock import locked
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.trainer import DivergenceError
-from hybridlab.study.compilation import drop_compiled
 from hybridlab.study.config import RunConfig
 from hybridlab.study.out_of_memory import report_oom
 from hybridlab.study.process_settings import ProcessSettings, gc_frozen, refreeze_gc
@@ -105,8 +105,6 @@ class TrainingRun(WatchedRun):
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self._device = find_device(config.device)
-        if not config.compiled:
-            drop_compiled()
         self._memory = RunMemory(self._device)
         self._process = ProcessSettings.of(config)
         self._timer = TrainingTimer(self._device)
@@ -130,7 +128,10 @@ class TrainingRun(WatchedRun):
     def start(self) -> int:
         """Warm up, go on where a checkpoint was left, and return the nominal steps that were done by then."""
         with self._process.applied():
+            started = time.perf_counter()
             self._training.warm_up_()
+            wait_for(self._device)
+            self._warm_up_seconds = time.perf_counter() - started
             self._first = self._restore()
         self._memory.begin(partial(progress, self._trainer, self._timer, self.config.steps))
         self._log = StepLog(self.folder, self.config.record(), self._memory, keep_steps=self._first)
@@ -275,6 +276,8 @@ class TrainingRun(WatchedRun):
             "acceptance_reliability": self._trainer.acceptance_reliability(),
             "forecast_skill": self._trainer.forecast_skill(),
             **self._training.evaluation,
+            "warm_up_seconds": self._warm_up_seconds,
+            "cuda_graphs": self.config.without_cuda_graphs or "in use",
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
         return {name: None if _is_not_finite(figure) else figure for name, figure in summary.items()}

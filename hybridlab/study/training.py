@@ -19,12 +19,21 @@ from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_
 from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
 from hybridlab.optim.build import MuonWithAdamW
-from hybridlab.study.compilation import compile_
+from hybridlab.speed import CudaGraphs, compile_
 from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import Batch, in_parts, judging
 from hybridlab.weights.tail_average import TailAverage
 
 WARM_UP_PASSES = 3
+
+
+def sped_up(model: nn.Module, config: RunConfig) -> nn.Module:
+    """What to call in the model's place: the model itself, compiled in place where asked, or its CUDA graphs."""
+    if not config.compiled:
+        return model
+    graphs = config.without_cuda_graphs is None
+    compile_(model, by_block=graphs, settings=(config.training_precision, config.memory))
+    return CudaGraphs(model) if graphs else model
 
 
 class Training:
@@ -38,7 +47,7 @@ class Training:
         self._config, self._device = config, device
         self.task = config.task.build(config.seed, device, config.memory)
         prepare_model_(self.task.model, config.memory)
-        self._model = compile_(self.task, config.memory) if config.compiled else self.task.model
+        self._model = sped_up(self.task.model, config)
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
         self.trainer = HybridTrainer(self.task.model, self._optimizer, config.trainer)
         self.evaluation: dict[str, float] = {}
@@ -50,9 +59,11 @@ class Training:
         loss = self._losses(0, self._model)[0]
         precision = autocast(self._config.training_precision, self._device)
         with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), precision:
-            self.trainer.weigh_blocks_(self._losses(0, self.task.model)[0])
+            with torch.compiler.set_stance("force_eager"):
+                self.trainer.weigh_blocks_(self._losses(0, self.task.model)[0])
             for _ in self.trainer.stages_():
                 for _ in range(WARM_UP_PASSES):
+                    self.task.model.zero_grad(set_to_none=True)
                     loss().backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     loss()

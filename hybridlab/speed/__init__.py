@@ -1,0 +1,6 @@
+"""Compilation, and CUDA graphs around what is compiled."""
+
+from hybridlab.speed.compilation import compile_
+from hybridlab.speed.cuda_graphs import CudaGraphs
+
+__all__ = ["CudaGraphs", "compile_"]

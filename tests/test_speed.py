@@ -1,0 +1,116 @@
+"""Compiling a model, whole or block by block, and when its passes become CUDA graphs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
+from hybridlab.base.errors import UserError
+from hybridlab.memory.config import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
+from hybridlab.models import GPT2, GPT2Config
+from hybridlab.optim import OptimizerConfig, build_optimizer
+from hybridlab.speed import CudaGraphs, compilation, compile_
+from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study import config as run_config
+from tests.conftest import TINY_TEXT
+
+TOKENS = torch.randint(0, 500, (2, 33), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts what torch.compile compiles; any program passes for a compiler."""
+    counter, compile_function = CompileCounter(), torch.compile
+
+    def counted(function: Callable[..., Any], **settings: Any) -> Any:
+        return compile_function(function, **settings | {"backend": counter})
+
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(compilation, "_compiled_for", None)
+    yield counter
+    torch._dynamo.reset()
+
+
+def model_of(blocks: int, seed: int = 0) -> GPT2:
+    torch.manual_seed(seed)
+    return GPT2(GPT2Config.nano(n_layer=blocks))
+
+
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
+    loss: torch.Tensor = model(TOKENS[:, :-1], TOKENS[:, 1:])
+    return loss
+
+
+def test_blocks_compile_once_however_many_there_are(compiled: CompileCounter) -> None:
+    counts = []
+    for blocks in (2, 5):
+        compile_(model := model_of(blocks), by_block=True)
+        before = compiled.frame_count
+        loss_of(model)
+        counts.append(compiled.frame_count - before)
+    assert counts[0] == counts[1] == 3, "the embedding, a block and the loss"
+
+
+@pytest.mark.parametrize("by_block", [True, False])
+def test_models_of_one_shape_share_what_was_compiled(by_block: bool, compiled: CompileCounter) -> None:
+    losses = []
+    for seed in (0, 1):
+        compile_(model := model_of(2, seed), by_block=by_block)
+        losses.append(loss_of(model).item())
+        if seed == 0:
+            once = compiled.frame_count
+    assert compiled.frame_count == once > 0
+    assert losses == [loss_of(model_of(2, seed)).item() for seed in (0, 1)], "each computes with its own weights"
+
+
+def test_growth_compiles_nothing_anew(compiled: CompileCounter) -> None:
+    compile_(model := model_of(4), by_block=True)
+    schedule = DepthSchedule(stages=((0, 1), (2, 2), (4, 4)))
+    optimizer = build_optimizer(model, OptimizerConfig())
+    trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.plain(depth=schedule))
+    trainer.step(lambda: loss_of(model))
+    once = compiled.frame_count
+    depths = [trainer.step(lambda: loss_of(model)).depth for _ in range(5)]
+    assert depths == [1, 2, 2, 4, 4]
+    assert compiled.frame_count == once
+
+
+def test_cuda_graphs_of_a_model_on_the_processor_are_refused() -> None:
+    with pytest.raises(UserError, match="need the model on a GPU"):
+        CudaGraphs(model_of(2))
+
+
+ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")
+PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
+SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (ON_GPU, None),
+        (replace(ON_GPU, compiled=False), "compiled is off"),
+        (replace(ON_GPU, cuda_graphs=False), "cuda_graphs is off"),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=PARTS)), "micro_batches"),
+        (
+            replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))),
+            "checkpointing",
+        ),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=SKIPS)), "skips other blocks"),
+    ],
+)
+def test_a_run_says_why_it_has_no_cuda_graphs(
+    config: RunConfig, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.without_cuda_graphs is not None, "there is no GPU"
+    monkeypatch.setattr(run_config, "find_device", lambda name: torch.device("cuda"))
+    said = config.without_cuda_graphs
+    assert (said is None) if reason is None else (said is not None and reason in said)
