@@ -833,7 +833,7 @@ def test_a_run_in_cuda_graphs_resumes_where_it_was_stopped(tmp_path: Path) -> No
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / f"{stop}", watch=stop_there)
         resumed = train(config, tmp_path / f"{stop}", resume=True)
-        assert resumed.steps["loss"].tolist() == whole.steps["loss"].tolist()
+        assert resumed.steps["measured_loss"].tolist() == whole.steps["measured_loss"].tolist()
         assert resumed.closing_figures["validation_loss"] == whole.closing_figures["validation_loss"]
 
 
