@@ -20,7 +20,16 @@ from hybridlab.depth.growth import positions, sources
 from hybridlab.depth.stack import BlockStack
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, prepare_model_
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.notebook import budget_chart, depth_figures, depth_table, pays_claim, shallow_claim
+from hybridlab.notebook import (
+    budget_chart,
+    claims_table,
+    depth_arms,
+    depth_claims,
+    depth_figures,
+    depth_table,
+    pays_claim,
+    shallow_claim,
+)
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare
 
@@ -464,6 +473,23 @@ def test_the_sweep_shows_each_arm_beside_the_plain_run_and_the_shallow_control(s
     assert claim.id == "grown-100-steps-depth-pays"
     assert claim.verdict == "open"
     assert "100 of 200 steps" in claim.text
+
+
+def test_a_grown_arm_and_its_shallow_control_are_made_and_judged_together(study: StudyResult) -> None:
+    plain = HybridTrainerConfig.plain(clip_norm=1.0)
+    arms = depth_arms(plain, 1, 6, 0.6)
+    assert arms == {
+        "grown": replace(plain, depth=DepthSchedule.shares(((0.0, 1), (0.6, 6)))),
+        "shallow": replace(plain, depth=DepthSchedule.constant(1)),
+    }
+    claims = depth_claims(study)
+    assert [claim.id for claim in claims] == ["grown-pays", "grown-depth-pays", "grown-speed", "grown-stable"]
+    assert "below the shallow control" in claims[1].text
+    numbers = str(claims_table(claims))
+    assert "loss against a plain run of as much computation" in numbers
+    assert "as many gradient steps" not in numbers
+    assert depth_arms(plain, 0, 6, 0.6) == {}
+    assert depth_claims(StudyResult()) == []
 
 
 def test_a_sweep_whose_arm_diverged_is_told_and_not_drawn(study: StudyResult) -> None:

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
         comparisons_in_sentences,
         show_answer,
     )
-    from hybridlab.notebook.views.depth import budget_chart, depth_figures, depth_table, rates_table, shallow_claim
+    from hybridlab.notebook.views.depth import (
+        budget_chart,
+        depth_arms,
+        depth_claims,
+        depth_figures,
+        depth_table,
+        rates_table,
+        shallow_claim,
+    )
     from hybridlab.notebook.views.memory import (
         agreement_claims,
         below_claim,

@@ -1,14 +1,14 @@
-"""How deep a model to train, and whether to grow it: by budget, from what notebook 10 published."""
+"""How deep a model to train, and whether to grow it: by budget, from what was published on shallow controls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from hybridlab.report.evidence import Evidence, Published
 from hybridlab.report.validation import Cells, notebook_link
 from hybridlab.results.words import in_words, quantity_interval
-
-NOTEBOOK = "10_predicted_depth"
+from hybridlab.study.base import LEAST
 
 ADVICE = {
     ("holds", "holds"): "grow it: that beats as much computation, and the depth pays",
@@ -22,24 +22,23 @@ ADVICE = {
 
 
 def depth_advice(evidence: Evidence) -> list[Cells]:
-    """A row per budget and first depth, of every profile."""
+    """A row per budget and first depth, of every profile; runs that only show that a notebook works are left out."""
     return [row for profile in evidence.entries for row in _rows(evidence, profile)]
 
 
 def _rows(evidence: Evidence, profile: str) -> Iterator[Cells]:
-    entry = evidence.entry(NOTEBOOK, profile) or {}
-    for depth in evidence.claims(NOTEBOOK, kind="depth-pays", profile=profile):
-        pays = evidence.beside(depth, "pays")
-        if pays is not None:
-            yield _row(entry.get("parameters", {}).get("model"), pays, depth)
+    for depth in evidence.claims(kind="depth-pays", profile=profile):
+        entry, pays = evidence.entry(depth.notebook, profile) or {}, evidence.beside(depth, "pays")
+        if pays is not None and (pays.value("gradient_steps") or 0) >= LEAST.steps:
+            yield _row(entry.get("parameters", {}), pays, depth)
 
 
-def _row(model: str | None, pays: Published, depth: Published) -> Cells:
+def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Cells:
     ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
     return {
         "profile": pays.profile,
-        "model": model,
-        "arm": pays.arm,
+        "model": parameters.get("model"),
+        "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
         "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
         "growing pays": pays.verdict,
         "against the shallow model": quantity_interval(depth.quantity("loss_to_shallow")),
@@ -47,5 +46,10 @@ def _row(model: str | None, pays: Published, depth: Published) -> Cells:
         "computation to its loss": ratios["compute_to_loss"] or "open",
         "time to its loss": ratios["time_to_loss"] or "open",
         "what to run": ADVICE.get((pays.verdict, depth.verdict), "open: these runs cannot tell"),
-        "notebook": notebook_link(NOTEBOOK, pays.profile, short=True),
+        "notebook": notebook_link(pays.notebook, pays.profile, short=True),
     }
+
+
+def _with_budget(parameters: Mapping[str, Any]) -> str:
+    """The grown arm of a notebook with one budget, in the words of notebook 10."""
+    return f"grown from {parameters['first_blocks']}, {parameters.get('depth_steps') or parameters['steps']} steps"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from hybridlab.notebook.views.depth import GROWN
 from hybridlab.report.judged import judged
 from hybridlab.results.claims import Claim
 from hybridlab.results.reading import load_results
@@ -37,7 +38,9 @@ Entry = Mapping[str, Any]
 
 
 def arm_in_words(arm: str, notebook: str) -> str:
-    """An arm as documents name it: of a preset, whether of prediction or of memory."""
+    """An arm as documents name it: of a preset, whether of prediction or of memory; of a grown one, what it is."""
+    if arm == GROWN:
+        return f"{arm} (prediction in depth)"
     kind = "memory" if notebook.startswith(MEMORY_NOTEBOOKS) else "prediction"
     return f"{arm} ({kind} preset)" if arm.partition(",")[0] in PRESETS else arm
 
@@ -58,6 +61,11 @@ class Published(Claim):
     def sentence(self) -> str:
         """Its text, its arm in words."""
         return self.text.replace(f"{self.arm}: ", f"{self.about}: ", 1) if self.arm else self.text
+
+    @property
+    def grew(self) -> bool:
+        """Whether it is about an arm that predicted depth, not time: that one says what its steps cost."""
+        return self.quantity("cost_in_full_steps") is not None
 
     @property
     def is_idle(self) -> bool:

@@ -25,13 +25,15 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
 
     parameters: the notebook's own. A claim that several arms are corrected for keeps its verdict; an older one, without
     a p-value, gets it from its interval and those of the notebook's other arms, and loses its step value, which
-    depended on the other arms' controls.
+    depended on the other arms' controls. An arm that grew was judged when it was published, by its study's own base.
     """
     base, older = _base(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(claim, p_values[claim.id], len(older)) if claim in older else claim for claim in claims]
+    grown = {claim.arm for claim in claims if claim.quantity("cost_in_full_steps")}
     idle = {claim.arm for claim in claims if claim.kind == "pays" and not _predicted(claim)}
-    return [_judged(claim, base, claim.arm in idle) if claim.kind in ON_LOSSES else claim for claim in corrected]
+    kept = [claim.kind not in ON_LOSSES or claim.arm in grown for claim in corrected]
+    return [c if keep else _judged(c, base, c.arm in idle) for c, keep in zip(corrected, kept, strict=True)]
 
 
 def _predicted(claim: Claim) -> bool:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.planner.plan import PARTS
-from hybridlab.report.criteria import CRITERIA, OURS, Criterion, Finding, Outcome
+from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, Criterion, Finding, Outcome
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
 from hybridlab.report.words import Markdown, escaped, known_columns, render, verdict_word
@@ -58,7 +58,9 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
 
 
 def predicted_share(claim: Published) -> str | None:
-    """How many of an arm's nominal steps were predicted, from its claim that it pays."""
+    """How many of an arm's nominal steps were predicted, from its claim that it pays; of one that grew, their cost."""
+    if claim.grew:
+        return f"in depth: {claim.value('gradient_steps'):.0f} at the cost of {claim.value('cost_in_full_steps'):.0f}"
     predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
     return None if predicted is None or gradient is None else f"{predicted:.0f} of {predicted + gradient:.0f}"
 
@@ -76,7 +78,7 @@ def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", shor
 
 def at_a_glance(evidence: Evidence) -> str:
     """How many of the plan's criteria came out which way, in one sentence; those that repeat each other count once."""
-    plan = [criterion for title, group in CRITERIA.items() if title != OURS for criterion in group]
+    plan = [criterion for title, group in CRITERIA.items() if title not in (IN_DEPTH, OURS) for criterion in group]
     once = {(criterion.rules or criterion.text, criterion.need): criterion for criterion in plan}
     counts = Counter(criterion.outcome(evidence) for criterion in once.values())
     words = [f"{outcome} {counts[outcome]}" for outcome in get_args(Outcome)]

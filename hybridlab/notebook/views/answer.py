@@ -116,7 +116,10 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _named(claims: Sequence[Claim]) -> str:
-    named = [f"{c.text} ({quantities_in_words([c.deciding])})" if c.deciding else c.text for c in claims[:NAMED]]
+    named = [
+        f"{c.text} ({quantities_in_words([c.deciding], c.quantities)})" if c.deciding else c.text
+        for c in claims[:NAMED]
+    ]
     return "; ".join([*named, *([f"and {len(claims) - NAMED} more"] if len(claims) > NAMED else [])])
 
 

@@ -4,16 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Kind, Line, Series
 from hybridlab.charts.tables import Table, table
+from hybridlab.depth import DepthSchedule
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.notebook.views.study import pays_claim, speed_claim, stable_claim
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import Comparison, base_of, compare
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Interval
 from hybridlab.study.study import StudyResult
+
+GROWN, SHALLOW = "grown", "shallow"
+"""The arms of `depth_arms`."""
+
+
+def depth_arms(
+    plain: HybridTrainerConfig, first_blocks: int, blocks: int, grow_at: float
+) -> dict[str, HybridTrainerConfig]:
+    """Of these settings an arm that predicts depth, "grown", and its control "shallow", which never grows.
+
+    first_blocks: that are trained first, of so many blocks; 0 makes no arm
+    grow_at: share of the run at which all take part
+    """
+    if not first_blocks:
+        return {}
+    grown = DepthSchedule.shares(((0.0, first_blocks), (grow_at, blocks)))
+    return {
+        GROWN: replace(plain, depth=grown),
+        SHALLOW: replace(plain, depth=DepthSchedule.constant(first_blocks)),
+    }
+
+
+def depth_claims(result: StudyResult) -> list[Claim]:
+    """What the arms of `depth_arms` show: whether growing pays, whether depth does, and the plan's promise of time.
+
+    Nothing where they did not run.
+    """
+    if (GROWN, 0) not in result.runs:
+        return []
+    grown = compare(result, GROWN)
+    return [
+        pays_claim(grown),
+        shallow_claim(result, GROWN, SHALLOW),
+        speed_claim(grown),
+        stable_claim([grown], GROWN),
+    ]
 
 
 def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Table:
@@ -31,7 +71,7 @@ def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Ta
         "above 1, growing pays. They are open where the loss lies outside those of the plain runs"
     )
     formats = {"tokens per parameter": ".3g", "cost (full steps)": ",d", "time over the baseline's": ".2f"}
-    return table(rows, caption, formats)
+    return table(rows or [{"arm": "no arm predicts depth"}], caption, formats)
 
 
 def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
@@ -87,18 +127,19 @@ def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, floa
     return {f"depth_time_ratio_{name}": figure}
 
 
-def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str) -> Claim:
+def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "") -> Claim:
     """That the grown model ends below the shallow one that it began as: that depth pays at this budget.
 
-    budget: of the study, in words, for the claim's name
+    budget: of the study, in words, for the claim's name, where there are several
     """
     pairs = (
         (result.value("validation_loss", grown, s), result.value("validation_loss", shallow, s)) for s in result.seeds
     )
     change = Interval.of([mine - other for mine, other in pairs])
     quantities = (Quantity.over_seeds("loss_to_shallow", change, "nats", 0.0), Quantity("seeds", change.seeds))
-    arm = f"{grown}, {budget}"
-    text = f"{arm}: depth pays at this budget, as the grown model ends below the {shallow.replace(',', ' control of')}"
+    arm = f"{grown}, {budget}" if budget else grown
+    control = shallow.replace(",", " control of") if "," in shallow else f"{shallow} control"
+    text = f"{arm}: depth pays at this budget, as the grown model ends below the {control}"
     return on_losses("depth-pays", arm, text, holds_below(*change.ends, 0.0), quantities, base_of(result))
 
 

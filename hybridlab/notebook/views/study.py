@@ -200,8 +200,9 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
         for c in shown
     ]
     idle = ", ".join(c.name for c in compared if c not in shown)
+    equal = "gradient steps, of a grown arm of as much computation" if any(c.grown for c in shown) else "gradient steps"
     caption = (
-        "The control is a plain run of as many gradient steps; a difference below 0 is better. The answer takes it, "
+        f"The control is a plain run of as many {equal}; a difference below 0 is better. The answer takes it, "
         "its p-value corrected for all arms of the study (Holm). A predicted step is worth 1 when it replaces a real "
         "one, 0 when nothing; open is what lies outside the lengths of the control runs"
         + (f". Predicted nothing, and left out: {idle}" if idle else "")
@@ -262,7 +263,7 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential; of
         images, what the plan says of MNIST counts
     """
-    language = [_quality(comparison), _speed(comparison), *_vram(comparison)] if perplexity else []
+    language = [_quality(comparison), speed_claim(comparison), *_vram(comparison)] if perplexity else []
     images = [] if perplexity else _speedup(comparison)
     return [pays_claim(comparison), *language, *images, stable_claim([comparison], comparison.name)]
 
@@ -420,7 +421,7 @@ def _quality(comparison: Comparison) -> Claim:
     return _on_losses("quality", comparison, text, _keeps_quality(comparison), quantities)
 
 
-def _speed(comparison: Comparison) -> Claim:
+def speed_claim(comparison: Comparison) -> Claim:
     """The plan's 40 to 60 % less time, at its own tolerance for quality."""
     change = Quantity("perplexity_change", math.expm1(comparison.to_baseline.mean), unit="share")
     text = "the baseline's perplexity within 2 % in 40 % less time"
