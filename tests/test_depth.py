@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.charts.display import Chart
-from hybridlab.depth.growth import positions, sources
+from hybridlab.depth.growth import grow_, positions, sources
 from hybridlab.depth.stack import BlockStack
 from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, prepare_model_
 from hybridlab.models import GPT2, GPT2Config
@@ -275,12 +276,81 @@ def test_zero_blocks_grow_fresh() -> None:
 
 
 def test_output_projections_of_other_names_are_asked_for() -> None:
-    two = TwoStacks()
-    depth = DepthSchedule(((0, 1), (1, 3)), rule="fresh", blocks="encoder")
-    trainer = trainer_of(two, depth)
-    trainer.step(lambda: two(torch.ones(1, 4)))
-    with pytest.raises(UserError, match=r"no layer named .*outputs="):
-        trainer.step(lambda: two(torch.ones(1, 4)))
+    for rule in ("fresh", "best"):
+        with pytest.raises(UserError, match=r"no layer named .*outputs="):
+            trainer_of(TwoStacks(), DepthSchedule(((0, 1), (1, 3)), rule=rule, blocks="encoder"))
+
+
+@pytest.mark.parametrize("depths", [(2, 6), (3, 6)])
+def test_a_stack_repeats_the_trained_sequence_wherever_its_blocks_lie(depths: tuple[int, int]) -> None:
+    first, last = depths
+    trainer = trainer_of(model := gpt2(), DepthSchedule(((0, first), (GROWS_AT, last))))
+    run(trainer, range(GROWS_AT))
+    stack = trainer._depth._stack
+    trained = [model.h[position].ln_1.weight.detach().clone() for position in stack.active]
+    momenta = [trainer.optimizer.state[model.h[position].ln_1.weight]["exp_avg"].clone() for position in stack.active]
+    grow_(stack, trainer.optimizer, range(last), "stack")
+    for position, block in enumerate(model.h):
+        assert torch.equal(block.ln_1.weight, trained[position % first])
+        assert torch.equal(trainer.optimizer.state[block.ln_1.weight]["exp_avg"], momenta[position % first])
+
+
+def trying(stages: tuple[tuple[int, int], ...] = ((0, 2), (GROWS_AT, BLOCKS))) -> DepthSchedule:
+    return DepthSchedule(stages, rule="best")
+
+
+def test_the_gate_tries_every_rule_and_grows_by_the_best() -> None:
+    """Trying moves nothing: the run is that of the same rule at the step at which the trial was over."""
+    trainer = trainer_of(gpt2(), trying(), gate_batches=3)
+    results = run(trainer, range(16))
+    passes = {result.nominal_step: result.forward_only_passes for result in results if result.forward_only_passes}
+    assert passes == dict.fromkeys((9, 10, 11), 5)
+    (grown,) = (result for result in results if result.grown)
+    assert grown.nominal_step == 11
+    found = re.fullmatch(r"grown: 2 -> 6 blocks \((\w+), the best of (.*) nats\)", grown.event)
+    assert found
+    changes = {name: float(change) for name, change in (part.split() for part in found[2].split(", "))}
+    assert changes.keys() == {"interleave", "stack", "linear", "fresh"}
+    assert changes[found[1]] == min(changes.values())
+    assert changes["fresh"] == 0
+    named = trainer_of(gpt2(), DepthSchedule(((0, 2), (10, BLOCKS)), rule=found[1]))
+    run(named, range(16))
+    assert same(weights(trainer.model), weights(named.model))
+
+
+def test_a_growth_that_only_harms_waits_and_costs_no_more_than_the_gates_budget() -> None:
+    model, harm = gpt2(), 1.0
+    trainer = trainer_of(model, trying(), gate_batches=2, gate_budget=0.2, full_steps=4)
+
+    def closure(step: int) -> Tensor:
+        return loss_of(model, step) + harm * (len(trained_blocks(model)) == BLOCKS)
+
+    results = [trainer.step(partial(closure, step)) for step in range(30)]
+    events = {result.nominal_step: result.event for result in results if result.event}
+    assert [step for step in events if events[step].startswith("not grown yet: interleave +")] == [10, 19]
+    assert sum(result.forward_only_passes for result in results) == 20
+    assert {result.depth for result in results} == {2}
+    harm = 0.0
+    later = [trainer.step(partial(closure, step)) for step in range(30, 40)]
+    assert any(result.grown for result in later)
+
+
+def test_a_trial_of_the_rules_is_resumed_bit_for_bit() -> None:
+    whole, first = trainer_of(gpt2(), trying()), trainer_of(gpt2(), trying())
+    run(whole, range(GROWS_AT + 6))
+    run(first, range(GROWS_AT + 2))
+    second = trainer_of(model := gpt2(), trying())
+    model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    results = run(second, range(GROWS_AT + 2, GROWS_AT + 6))
+    assert [result.grown for result in results] == [False, True, False, False]
+    assert same(weights(whole.model), weights(model))
+
+
+def test_trying_the_rules_needs_the_gate() -> None:
+    with pytest.raises(ValueError, match="rule='best' does not go with gate=False"):
+        HybridTrainerConfig.plain(depth=trying(), gate=False)
 
 
 def test_the_rate_rises_anew_after_growth_where_asked() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
+from hybridlab.depth.schedule import RULES
 from hybridlab.depth.stack import BlockStack, tensors_of
 from hybridlab.weights.snapshot import inside
 
@@ -44,20 +45,66 @@ def grow_(stack: BlockStack, optimizer: Optimizer, to: Sequence[int], rule: str,
     trained all along. One that is "fresh" has none.
 
     to: positions that take part from here on; outputs: as in `DepthSchedule`
-
-    Raises UserError where "fresh" finds no output projection.
     """
-    trained, new = stack.active, [position for position in to if position not in stack.active]
-    for position in new:
-        block = stack.blocks[position]
-        if rule == "fresh":
-            zero_outputs_(block, outputs)
-        else:
-            shares = sources(rule, position, trained)
-            combine_(block, [(stack.blocks[source], share) for source, share in shares])
-            nearest = max(shares, key=lambda pair: pair[1])[0]
-            _copy_state_(optimizer, stack.blocks[nearest], block)
+    made = made_from(rule, to, stack.active)
+    nearest = {position: max(shares, key=lambda pair: pair[1])[0] for position, shares in made.items() if shares}
+    states = {position: _copies_of_state(optimizer, stack.blocks[source]) for position, source in nearest.items()}
+    fill_(stack, made, outputs)
+    for position, copies in states.items():
+        for param, state in zip(stack.blocks[position].parameters(), copies, strict=True):
+            if state:
+                optimizer.state[param] = state
     stack.activate_(to)
+
+
+@torch.no_grad()
+def losses_by_rule(
+    stack: BlockStack, to: Sequence[int], forward: Callable[[], Tensor], outputs: Sequence[str] = (), host: bool = False
+) -> list[Tensor]:
+    """Losses without a growth, then after it by each of `RULES`; everything is put back as it was.
+
+    host: where the copies of all blocks wait meanwhile: in the host's memory, or beside them
+    """
+    active, tensors = stack.active, [t for block in stack.blocks for t in tensors_of(block).values()]
+    saved = [t.detach().to("cpu" if host else t.device, copy=True) for t in tensors]
+    losses = [forward()]
+    for rule in RULES:
+        try:
+            fill_(stack, made_from(rule, to, active), outputs)
+            stack.activate_(to)
+            losses.append(forward())
+        finally:
+            stack.activate_(active)
+            for tensor, copy in zip(tensors, saved, strict=True):
+                tensor.copy_(copy)
+    return losses
+
+
+def made_from(rule: str, to: Sequence[int], trained: Sequence[int]) -> dict[int, Shares]:
+    """The blocks that a growth writes, and what each is made from; nothing of one that is fresh.
+
+    A stack repeats the trained sequence: where that was spread over the model, trained blocks move.
+    """
+    if rule == "stack":
+        moved = {position: trained[j % len(trained)] for j, position in enumerate(to)}
+        return {position: [(source, 1.0)] for position, source in moved.items() if source != position}
+    new = (position for position in to if position not in trained)
+    return {position: [] if rule == "fresh" else sources(rule, position, trained) for position in new}
+
+
+@torch.no_grad()
+def fill_(stack: BlockStack, made: Mapping[int, Shares], outputs: Sequence[str]) -> None:
+    """Write the weights of blocks, as `made_from` says; a source that is written too gives what it was."""
+    used = {source for shares in made.values() for source, _ in shares}
+    given = {source: tensors_of(stack.blocks[source]) for source in used}
+    for source in used & made.keys():
+        given[source] = {name: tensor.clone() for name, tensor in given[source].items()}
+    for position, shares in made.items():
+        block = stack.blocks[position]
+        if shares:
+            combine_(block, [(given[source], share) for source, share in shares])
+        else:
+            torch._foreach_zero_(output_projections(block, outputs))
 
 
 def forget_(stack: BlockStack, optimizer: Optimizer) -> None:
@@ -67,18 +114,16 @@ def forget_(stack: BlockStack, optimizer: Optimizer) -> None:
             before = block
             continue
         if stack.active:
-            combine_(block, [(before, 1.0)])
+            combine_(block, [(tensors_of(before), 1.0)])
         for param in block.parameters():
             optimizer.state.pop(param, None)
 
 
 def sources(rule: str, position: int, trained: Sequence[int]) -> Shares:
-    """The trained blocks that a new one is made from; shares add up to 1.
+    """The trained blocks beside a new one that it is made from; shares add up to 1.
 
     trained: positions, rising; the first lies before every new one
     """
-    if rule == "stack":
-        return [(trained[position % len(trained)], 1.0)]
     before = max(source for source in trained if source < position)
     after = min((source for source in trained if source > position), default=None)
     if rule == "interleave" or after is None:
@@ -88,9 +133,8 @@ def sources(rule: str, position: int, trained: Sequence[int]) -> Shares:
 
 
 @torch.no_grad()
-def combine_(block: nn.Module, parts: Sequence[tuple[nn.Module, float]]) -> None:
+def combine_(block: nn.Module, given: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
     """Set a block's weights and buffers to a weighted sum of other blocks'; integers are the first one's."""
-    given = [(tensors_of(source), share) for source, share in parts]
     for name, target in tensors_of(block).items():
         first, share = given[0][0][name], given[0][1]
         if len(given) == 1 or not target.is_floating_point():
@@ -102,28 +146,26 @@ def combine_(block: nn.Module, parts: Sequence[tuple[nn.Module, float]]) -> None
         target.copy_(total)
 
 
-@torch.no_grad()
-def zero_outputs_(block: nn.Module, outputs: Sequence[str] = ()) -> None:
-    """Set a block's output projections to zero, so that it adds nothing.
+def output_projections(block: nn.Module, outputs: Sequence[str] = ()) -> list[Tensor]:
+    """The weights by which a block adds to the residual stream: where they are zero, it adds nothing.
 
     Raises UserError where no layer has one of the names.
     """
     names = outputs or OUTPUTS
     layers = [m for name, m in block.named_modules() if name.rpartition(".")[2] in names or name in names]
-    tensors = [p for layer in layers for p in layer.parameters(recurse=False)]
+    tensors: list[Tensor] = [p for layer in layers for p in layer.parameters(recurse=False)]
     if not tensors:
         raise UserError(
-            f"rule='fresh' sets a block's output projections to zero, and {type(block).__name__} has no layer named "
-            f"{', '.join(names)}: name them as DepthSchedule(outputs=('proj',))"
+            f"the rule 'fresh', which 'best' tries too, sets a block's output projections to zero, and "
+            f"{type(block).__name__} has no layer named {', '.join(names)}: name it as DepthSchedule(outputs=('proj',))"
         )
-    for tensor in tensors:
-        tensor.zero_()
+    return tensors
 
 
-def _copy_state_(optimizer: Optimizer, source: nn.Module, target: nn.Module) -> None:
-    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
-        if theirs in optimizer.state:
-            optimizer.state[mine] = {key: _copy(value) for key, value in optimizer.state[theirs].items()}
+def _copies_of_state(optimizer: Optimizer, block: nn.Module) -> list[dict[str, Any]]:
+    """By parameter; empty of one that has none."""
+    states = (optimizer.state.get(param, {}) for param in block.parameters())
+    return [{key: _copy(value) for key, value in state.items()} for state in states]
 
 
 def _copy(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
 
-RULES = ("interleave", "stack", "linear", "fresh")
+RULES, BEST = ("interleave", "stack", "linear", "fresh"), "best"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class DepthSchedule:
         stack        the same sequence again: a b c -> a b c a b c a b c
         linear       weights between the blocks before and after it, in proportion to the distance
         fresh        its own first weights, with zero output projections: the loss stays what it was
+        best         of these the one with the lowest loss on the next batches, which the trainer's gate tries
+                     forward-only; none yet, and again later, where all raise the loss
 
     stages: (first step, blocks) of each; the first begins at 0, and steps and blocks rise. The last has all of the
         model's blocks, unless `shallow` is set
@@ -71,7 +73,7 @@ class DepthSchedule:
                 items = (tuple(item) if isinstance(item, list) else item for item in value)
                 object.__setattr__(self, name, tuple(items))
         check_types(self)
-        check_choice("rule", self.rule, RULES)
+        check_choice("rule", self.rule, (*RULES, BEST))
         check_bounds(self, "rewarm_steps", "skip_seed", "skip_until", least=0)
         check_bounds(self, "skip_share", least=0, below=1)
         self._check_stages()

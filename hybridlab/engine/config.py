@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
-from hybridlab.depth import DepthSchedule
+from hybridlab.depth import BEST, DepthSchedule
 from hybridlab.memory.config import MemoryConfig, refuse_conflicts
 from hybridlab.predictors import PREDICTORS
 from hybridlab.weights.gram import PathNeeds
@@ -118,6 +118,9 @@ class HybridTrainerConfig:
             "float32 weights, or max_predict_steps=0": jumps and memory.weights == "bf16",
             "leaving the GPU in Predict does not go with path_device='same': the path and the rollback snapshot, "
             "larger than what leaves, would stay on it; set path_device='host'": stays,
+            "depth rule='best' does not go with gate=False: the gate tries the rules; set gate=True, or name a rule": (
+                self.depth is not None and self.depth.rule == BEST and not self.gate
+            ),
             "depth does not go with state_on_host: the optimizer on the host holds the state of all blocks from the "
             "start; leave one of them off": self.depth is not None and memory.state_on_host,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,40 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlab.base.errors import UserError
-from hybridlab.depth.growth import forget_, grow_, positions
-from hybridlab.depth.schedule import DepthSchedule
+from hybridlab.depth.growth import forget_, grow_, losses_by_rule, output_projections, positions
+from hybridlab.depth.schedule import BEST, RULES, DepthSchedule
 from hybridlab.depth.stack import BlockStack, restore_blocks_
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.gate import best_growth
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a growth at the step that it is due.
+
+    rule: by which blocks join now; None where they do not, or not yet
+    said: of what was measured; None while batches are still tried
+    forward_only_passes: that this step took for it; passes: that the whole trial took
+    """
+
+    rule: str | None = None
+    said: str | None = None
+    forward_only_passes: int = 0
+    passes: int = 0
 
 
 class DepthController:
     """Owns the stack of blocks and the stage of its schedule; without a schedule the model is left as it is.
 
-    A growth that was rolled back is tried again `wait` steps later.
+    A growth that was rolled back, or that no rule allowed yet, is tried again `full_steps` steps later.
 
     Raises UserError for a model without one stack of equal blocks, and for a schedule that does not fit it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, schedule: DepthSchedule | None, wait: int) -> None:
-        self._optimizer, self._schedule, self._wait = optimizer, schedule, wait
+    def __init__(self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig) -> None:
+        schedule = config.depth
+        self._optimizer, self._config, self._schedule = optimizer, config, schedule
+        self._tried: list[Tensor] = []
         self._stage, self._grown_at, self._not_before = 0, -(10**9), 0
         self._block_share = 0.0
         if schedule is None:
@@ -79,18 +99,45 @@ class DepthController:
         """Whether blocks join at this step, counted from 0."""
         return self._schedule is not None and step >= self._not_before and self._schedule.stage_at(step) > self._stage
 
-    def grow_(self, step: int) -> str:
+    @property
+    def asks_gate(self) -> bool:
+        """Whether a growth that is due is tried first, which costs passes."""
+        return self._schedule is not None and self._schedule.rule == BEST
+
+    def choose_(self, step: int, forward: Callable[[], Tensor]) -> Choice:
+        """By which rule the blocks of the step's stage join; "best" tries each on this batch, and decides after some.
+
+        forward: the loss of this step's batch, without backward
+        """
+        assert self._schedule is not None, "without a schedule no growth is due"
+        if not self.asks_gate:
+            return Choice(self._schedule.rule, self._schedule.rule)
+        to, host = self._positions[self._schedule.stage_at(step)], self._config.path_device == "host"
+        self._tried.append(torch.stack(losses_by_rule(self._stack, to, forward, self._schedule.outputs, host)))
+        passes = len(self._tried[-1])
+        if len(self._tried) < self._config.gate_batches:
+            return Choice(forward_only_passes=passes)
+        before, *after = torch.stack(self._tried, dim=1).double().tolist()
+        rule, changes = best_growth(dict(zip(RULES, after, strict=True)), before)
+        self._tried, self._not_before = [], step if rule else step + self._config.full_steps
+        measured = ", ".join(f"{name} {change:+.3f}" for name, change in changes.items())
+        said = (
+            f"{rule}, the best of {measured} nats" if rule else f"not grown yet: {measured or 'no loss is finite'} nats"
+        )
+        return Choice(rule, said, passes, passes * self._config.gate_batches)
+
+    def grow_(self, step: int, rule: str) -> str:
         """Let the blocks of the step's stage join; what was done, in words."""
         assert self._schedule is not None, "without a schedule no growth is due"
         before, schedule = self.depth, self._schedule
         self._stage, self._grown_at = schedule.stage_at(step), step
-        grow_(self._stack, self._optimizer, self._positions[self._stage], schedule.rule, schedule.outputs)
-        return f"grown: {before} -> {self.depth} blocks ({schedule.rule})"
+        grow_(self._stack, self._optimizer, self._positions[self._stage], rule, schedule.outputs)
+        return f"grown: {before} -> {self.depth} blocks"
 
     def shrink_(self, depth: int, step: int) -> None:
         """Bypass the blocks again that a growth had added; it is tried again later."""
         self._stage = [len(active) for active in self._positions].index(depth)
-        self._not_before, self._grown_at = step + self._wait, -(10**9)
+        self._not_before, self._grown_at = step + self._config.full_steps, -(10**9)
         self._stack.activate_(self._positions[self._stage])
 
     def forget_(self) -> None:
@@ -119,7 +166,7 @@ class DepthController:
 
     def state_dict(self) -> dict[str, Any]:
         """The stage, and when it began."""
-        names = ("stage", "grown_at", "not_before", "block_share")
+        names = ("stage", "grown_at", "not_before", "block_share", "tried")
         return {name: getattr(self, f"_{name}") for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,6 +186,8 @@ def _refuse_misfit(schedule: DepthSchedule, stack: BlockStack) -> None:
             f"the depth schedule ends at {last} blocks and the model has {total}: let the last stage have {total}, or "
             "set shallow=True for a control that never grows to full depth"
         )
+    if schedule.grows and schedule.rule in ("fresh", BEST):
+        output_projections(stack.blocks[0], schedule.outputs)
 
 
 def _operations(forward: Callable[[], Tensor]) -> int:

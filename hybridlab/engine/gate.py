@@ -10,6 +10,9 @@ from typing import Any
 LENGTHS = (0.0, 0.5, 1.0)
 """Lengths that are tried, in units of the proposed jump; the others are compared with 0."""
 
+SAME = 1e-3
+"""Relative difference up to which two losses count as the same: kernels may round differently each time."""
+
 FORWARD_COST = 1 / 3
 """Of a forward pass, in gradient steps."""
 
@@ -61,6 +64,24 @@ def best_length(losses: Mapping[float, Sequence[float]], price: float = 0.0) -> 
     return GateResult(best if mean + price * best < -margin else 0.0, mean)
 
 
+def best_growth(losses: Mapping[str, Sequence[float]], before: Sequence[float]) -> tuple[str | None, dict[str, float]]:
+    """The rule with the lowest mean loss, and each rule's change of the loss; no rule where that one raises it too.
+
+        change[r] = mean_b (loss[r][b] - before[b])     error[r] = std_b(...) / sqrt(batches)
+        raises the loss where change[r] > 2 error[r], and more than rounding explains
+
+    A growth that costs nothing is taken: the schedule asks for it. losses, before: on the same fresh batches, in nats
+    """
+    paired = {rule: _paired(after, before) for rule, after in losses.items()}
+    changes = {rule: change for rule, (change, _) in paired.items() if math.isfinite(change)}
+    best = min(changes, key=lambda rule: changes[rule], default=None)
+    if best is None:
+        return None, changes
+    error, rounding = paired[best][1], SAME * abs(sum(before) / len(before))
+    margin = max(2 * error if math.isfinite(error) else 0.0, rounding)
+    return (best if changes[best] <= margin else None), changes
+
+
 def _paired(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
     """Mean difference and its standard error, which is infinite for a single pair."""
     differences = [a - b for a, b in zip(after, before, strict=True)]
@@ -101,11 +122,15 @@ class Gate:
         """Take note of how a trial ended, and adapt the horizon."""
         self.outcomes.append((confidence, result.accepted))
         if not result.accepted:
-            self.rejected_passes += forward_passes
+            self.charge(forward_passes)
             self.price *= FORGETTING
             self.halve_horizon()
         elif result.length >= 1:
             self.horizon = min(float(self.max_horizon), 1.5 * self.horizon)
+
+    def charge(self, forward_passes: int) -> None:
+        """Count the passes of a trial that led to nothing."""
+        self.rejected_passes += forward_passes
 
     def learn_cost(self, cost: float) -> None:
         """Take note of what an accepted jump cost for certain, in nats per predicted step; below 0 where nothing.

@@ -10,12 +10,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from hybridlab.engine.gate import LENGTHS, GateResult, best_length
+from hybridlab.engine.gate import LENGTHS, SAME, GateResult, best_length
 from hybridlab.predictors import Proposal
 from hybridlab.weights.gram import Coefficients
-
-SAME = 1e-3
-"""Relative difference up to which two losses count as the same: kernels may round differently each time."""
 
 Slopes = Float64[Tensor, " group"]
 """Slope of the loss along a jump, per parameter group, in nats per horizon."""

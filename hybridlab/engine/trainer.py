@@ -17,7 +17,7 @@ from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.ranks import Ranks
 from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.depth import DepthController
+from hybridlab.engine.depth import Choice, DepthController
 from hybridlab.engine.divergence import Action
 from hybridlab.engine.jumps import Decision, JumpController
 from hybridlab.engine.passes import Passes
@@ -83,7 +83,7 @@ class HybridTrainer:
         self.model, self.optimizer = model, optimizer
         self._initial_config = asdict(config)
         self._statistics = Statistics()
-        self._depth = DepthController(model, optimizer, config.depth, wait=config.full_steps)
+        self._depth = DepthController(model, optimizer, config)
         self._weights = Weights(model, optimizer, snapshots=config.path_storage.residency)
         self._passes = Passes(self._weights, optimizer, memory)
         self._offload = PredictOffload(model, self._weights, optimizer, memory)
@@ -104,7 +104,7 @@ class HybridTrainer:
         self._weights.reshard_()
         if self._weights.have_changed:
             self._take_up_changes_()
-        grown = self._grow_()
+        growth = self._grow_(batch)
         match self._phase:
             case Phase.WARMUP:
                 result = self._gradient_step(batch)
@@ -117,8 +117,10 @@ class HybridTrainer:
             case Phase.CORRECT:
                 result = self._gradient_step(batch)
                 self._jumps.correct_(result)
-        if grown:
-            result = replace(result, event=grown, grown=True)
+        if growth.forward_only_passes or growth.said:
+            passes = result.forward_only_passes + growth.forward_only_passes
+            event, grown = growth.said or result.event, growth.rule is not None
+            result = replace(result, event=event, grown=grown, forward_only_passes=passes)
         result = self._carry_out_(self._judge(result), result)
         self._advance(result)
         self._statistics.count(result, time.perf_counter() - started)
@@ -150,20 +152,26 @@ class HybridTrainer:
         step, depth = self._statistics.nominal_steps + 1, {"depth": self._depth.depth}
         return StepResult(step, self._phase, async_loss=async_loss, **depth | more)
 
-    def _grow_(self) -> str | None:
-        """Let blocks join where the schedule says so, between jumps; what was done, in words."""
-        step = self._statistics.nominal_steps
+    def _grow_(self, batch: MicroBatches) -> Choice:
+        """Let blocks join where the schedule says so, between jumps; what was measured and done."""
+        step, gate = self._statistics.nominal_steps, self._jumps.gate
         if self._phase in (Phase.PREDICT, Phase.CORRECT) or not self._depth.is_due(step):
-            return None
+            return Choice()
+        if self._depth.asks_gate and not gate.within_budget(self._statistics.gradient_steps):
+            return Choice()
         if not self._weights.are_finite():
-            return None  # the loss is read at the end of this step, and decides
+            return Choice()  # the loss is read at the end of this step, and decides
+        choice = self._depth.choose_(step, lambda: self._passes.forward(batch, probing=True))
+        if not choice.rule:
+            gate.charge(choice.passes)
+            return choice
         snapshot = replace(self._weights.snapshot(), depth=self._depth.depth)
-        event = self._depth.grow_(step)
+        done = self._depth.grow_(step, choice.rule)
         self._weights.list_again_()
         self._jumps.begin_growth(snapshot)
         if self._phase is Phase.FULL:
             self._enter(Phase.FULL)
-        return event
+        return replace(choice, said=f"{done} ({choice.said})")
 
     def _take_up_changes_(self) -> None:
         """Other weights are trained from here: the path begins anew, and a jump under way ends."""
