@@ -54,6 +54,9 @@ CASES: dict[str, Case] = {
     "path on the host": jumping(path_device="host"),
     "parts": jumping(memory=PARTS),
     "grown": Case(HybridTrainerConfig.plain(clip_norm=0.5, depth=GROWING)),
+    "plain, grown by the best rule": Case(
+        HybridTrainerConfig.plain(clip_norm=0.5, depth=DepthSchedule(GROWING.stages, rule="best"))
+    ),
     "grown and jumping": jumping(depth=GROWING),
     "rolled back": Case(jumping().config, spoilt_at=28),
     "resumed": Case(jumping().config, resumed_at=20),
