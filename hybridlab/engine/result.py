@@ -44,7 +44,8 @@ class StepResult:
     acceptance_probability: that the gate accepts, from its earlier decisions, where a trial was opened
     event: what was decided at this step; None mostly. Of a jump: "proposed", then "accepted" or "rejected". Of the
         divergence monitor, each with its finding behind a colon: "shortened", "left Predict", "rolled back",
-        "diverged" (nothing to roll back), or "noted" (outside of a jump). Of a depth schedule: "grown", and how
+        "diverged" (nothing to roll back), or "noted" (outside of a jump). Of a depth schedule: "grown" or
+        "not grown yet", and how
     async_loss, async_norm: the measured loss and the gradient norm, perhaps still on the device
     forward_only_passes: forward passes without backward, those of the gate included
     jump_accepted: whether the proposal that was decided at this step was accepted; None where none was
