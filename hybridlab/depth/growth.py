@@ -104,7 +104,8 @@ def fill_(stack: BlockStack, made: Mapping[int, Shares], outputs: Sequence[str])
         if shares:
             combine_(block, [(given[source], share) for source, share in shares])
         else:
-            torch._foreach_zero_(output_projections(block, outputs))
+            for weight in output_projections(block, outputs):
+                weight.zero_()
 
 
 def forget_(stack: BlockStack, optimizer: Optimizer) -> None:
