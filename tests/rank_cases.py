@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
+from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
@@ -23,6 +28,7 @@ WINDOWS = 12
 UNGUARDED = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "clip_norm": 0.5}
 UNGUARDED |= {"confidence_threshold": 0.0, "gate": False}
 GROWING = DepthSchedule(((0, 1), (12, 2)), rule="interleave")
+PARTS_OF_STATE = ("net", "optimizer", "trainer")
 PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
 
 
@@ -31,13 +37,15 @@ class Case:
     """One training.
 
     spoilt_at: a step at which the loss of the last rank's part of the batch is huge
-    resumed_at: a step before which model, optimizer and trainer are made anew from their states
+    resumed_at: a step before which model, optimizer and trainer are made anew from a checkpoint
+    killed_at: a step before which the last rank is killed while it writes its part of a checkpoint
     """
 
     config: HybridTrainerConfig
     steps: int = 36
     spoilt_at: int | None = None
     resumed_at: int | None = None
+    killed_at: int | None = None
 
 
 def jumping(predictor: str = "linear", steps: int = 36, **settings: Any) -> Case:
@@ -62,8 +70,13 @@ CASES: dict[str, Case] = {
     "resumed": Case(jumping().config, resumed_at=20),
     "resumed in a jump": Case(jumping().config, resumed_at=14),
 }
+KILLED = {"killed": Case(jumping().config, resumed_at=8, killed_at=14)}
+CHAINS = {"grown and jumping": (13, 19, 27, 36), "adam_coast": (9, 14, 20, 36)}
+"""Trainings on 1, 2, 3 and 1 ranks, and the step at which each of these ends."""
+LONG = ("ema_nesterov", "snoo", "river")
 BY_WRAP = {
-    "sharded": tuple(CASES),
+    "sharded": tuple(name for name in CASES if name not in LONG),
+    "sharded as one": LONG,
     "sharded in two dimensions": ("linear", "grown"),
     "replicated": ("adam_coast", "gated", "parts", "rolled back"),
 }
@@ -87,6 +100,7 @@ def sharded_in_two_dimensions(net: GPT2) -> nn.Module:
 WRAPS: dict[str, Callable[[GPT2], nn.Module]] = {
     "one process": lambda net: net,
     "sharded": sharded,
+    "sharded as one": fully_shard,
     "sharded in two dimensions": sharded_in_two_dimensions,
     "replicated": DistributedDataParallel,
 }
@@ -108,12 +122,18 @@ class Training:
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
         return cls(net, optimizer, HybridTrainer(net, optimizer, case.config))
 
-    def resumed(self, wrap: str, case: Case) -> Training:
-        """Another one that goes on from this one's states."""
-        anew = Training.of(wrap, case)
-        for name in ("net", "optimizer", "trainer"):
-            getattr(anew, name).load_state_dict(getattr(self, name).state_dict())
-        return anew
+    def save(self, checkpoints: RankCheckpoints, step: int) -> None:
+        state = {name: getattr(self, name).state_dict() for name in PARTS_OF_STATE}
+        checkpoints.save(step, {"steps_done": step, **state}, meta={})
+
+    @classmethod
+    def loaded(cls, checkpoints: RankCheckpoints, wrap: str, case: Case) -> tuple[Training, int]:
+        """One that goes on where the newest checkpoint is, if there is one; and its step."""
+        anew = cls.of(wrap, case)
+        state = checkpoints.load(anew.net, expect={})
+        for name in PARTS_OF_STATE if state else ():
+            getattr(anew, name).load_state_dict(state[name])
+        return anew, state["steps_done"] if state else 0
 
 
 def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,18 +151,33 @@ def place() -> tuple[int, int]:
     return (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
 
 
-def train(wrap: str, name: str) -> dict[str, Any]:
-    """What a training did, and where its weights ended, put together from all ranks."""
-    case, (ranks, rank) = CASES[name], place()
-    training, results = Training.of(wrap, case), []
-    for step, (tokens, targets) in enumerate(batches(case.steps)):
-        if step == case.resumed_at:
-            training = training.resumed(wrap, case)
+def train(wrap: str, name: str, folder: Path | None = None, until: int | None = None) -> dict[str, Any]:
+    """What a training did, and where its weights ended, put together from all ranks.
+
+    folder: of its checkpoints
+    until: the step before which it ends; then it goes on from the newest checkpoint, and leaves one
+    """
+    case, (ranks, rank) = (CASES | KILLED)[name], place()
+    kept = RankCheckpoints(folder or Path(mkdtemp()), asynchronous=name == "resumed in a jump")
+    training, first = Training.loaded(kept, wrap, case) if until else (Training.of(wrap, case), 0)
+    results = []
+    for step, (tokens, targets) in enumerate(batches(until or case.steps)):
+        if step < first:
+            continue
+        if step == case.killed_at and rank == ranks - 1:
+            FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        if step in (case.resumed_at, case.killed_at):
+            training.save(kept, step)
+            kept.wait()
+            training, _ = Training.loaded(kept, wrap, case)
         halves = zip(tokens.chunk(2), targets.chunk(2), strict=True)
         parts = halves if case.config.memory else [(tokens, targets)]
         extra = 100.0 * ranks if step == case.spoilt_at and rank == ranks - 1 else 0.0
         closures = [lambda x=x, y=y: training.net(x, targets=y) + extra for x, y in parts]  # noqa: B023
         results.append(training.trainer.step(closures if case.config.memory else closures[0]))
+    if until:
+        training.save(kept, until)
+        kept.wait()
     named = training.net.named_parameters()
     return {
         "did": [(str(r.phase), r.depth, r.rolled_back, r.event is None) for r in results],
@@ -151,12 +186,20 @@ def train(wrap: str, name: str) -> dict[str, Any]:
     }
 
 
+def train_chain(folder: Path, stage: int) -> dict[str, dict[str, Any]]:
+    """One part of each chain of trainings, from the checkpoints that the part before has left."""
+    return {name: train("sharded", name, folder / name, ends[stage]) for name, ends in CHAINS.items()}
+
+
 def main(folder: Path, *only: str) -> None:
-    """Train cases in every form, or sharded the ones that are named, and leave what came of it."""
+    """Train cases in every form, or sharded the ones that are named, and leave what came of it; go on with a chain."""
     distributed.init_process_group("gloo")
+    ranks, rank = place()
     for wrap, names in ({"sharded": only} if only else BY_WRAP).items():
         for name in names:
-            torch.save(train(wrap, name), folder / f"{wrap}, {name}, {distributed.get_rank()}.pt")
+            torch.save(train(wrap, name, folder / f"{wrap}, {name}"), folder / f"{wrap}, {name}, {rank}.pt")
+    if (chain := folder.parent / "chain").exists():
+        torch.save(train_chain(chain, ranks - 1), folder / f"chain, {rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed import HashStore
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
+from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import Ranks
 from hybridlab.memory import MemoryConfig
-from tests.rank_cases import BY_WRAP, CASES, train
+from tests.rank_cases import BY_WRAP, CASES, CHAINS, KILLED, Training, train, train_chain
 
 ROOT = Path(__file__).parents[1]
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
@@ -27,29 +30,51 @@ FEW = ("gated", "grown and jumping")
 alone = cache(partial(train, "one process"))
 
 
-def trained_on(ranks: int, folder: Path, *names: str) -> Path:
-    """Train the cases on so many ranks, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+def started(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program on so many ranks, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", *program]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "rank_cases.py"), str(folder), *names],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
+
+
+def trained_on(ranks: int, folder: Path, *names: str, code: int = 0) -> Path:
+    """Train the cases on so many ranks."""
+    folder.mkdir()
+    done = started(ranks, str(ROOT / "tests" / "rank_cases.py"), str(folder), *names)
+    assert done.returncode == code, done.stderr
     return folder
 
 
-@pytest.fixture(scope="module")
-def on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_on(2, tmp_path_factory.mktemp("two"))
+@contextmanager
+def as_only_rank() -> Iterator[None]:
+    """This process, as the only rank of a group."""
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def on_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_on(3, tmp_path_factory.mktemp("three"), *FEW)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def on_one(place: Path) -> list[Mapping[str, Any]]:
+    """The parts of the chains on one rank, of which the last is not trained yet."""
+    with as_only_rank():
+        return [train_chain(place / "chain", 0)]
+
+
+@pytest.fixture(scope="module")
+def on_two(place: Path, on_one: object) -> Path:
+    return trained_on(2, place / "two")
+
+
+@pytest.fixture(scope="module")
+def on_three(place: Path, on_two: object) -> Path:
+    return trained_on(3, place / "three", *FEW)
 
 
 def refuse_differences(folder: Path, ranks: int, wrap: str, name: str) -> None:
@@ -57,7 +82,17 @@ def refuse_differences(folder: Path, ranks: int, wrap: str, name: str) -> None:
     first, *others = (torch.load(folder / f"{wrap}, {name}, {rank}.pt") for rank in range(ranks))
     for other in others:
         assert other["did"] == first["did"]
-        assert all(torch.equal(other["weights"][key], value) for key, value in first["weights"].items())
+        assert are_equal(other["weights"], first["weights"])
+    refuse_other(first, name)
+
+
+def are_equal(weights: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """To the bit."""
+    return all(torch.equal(others[key], value) for key, value in weights.items())
+
+
+def refuse_other(first: Mapping[str, Any], name: str) -> None:
+    """It is what one process trained."""
     assert first["did"] == alone(name)["did"]
     torch.testing.assert_close(first["losses"], alone(name)["losses"], atol=2e-6, rtol=0, equal_nan=True)
     torch.testing.assert_close(first["weights"], alone(name)["weights"], atol=1e-6, rtol=0)
@@ -75,11 +110,57 @@ def test_three_ranks_with_uneven_shards_train_as_one_process_does(on_three: Path
     refuse_differences(on_three, 3, "sharded", name)
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_one_rank_with_shards_trains_as_one_process_does(name: str) -> None:
+    with as_only_rank():
+        refuse_other(train("sharded", name), name)
+
+
 @pytest.mark.slow
-def test_one_rank_with_shards_trains_as_one_process_does(tmp_path: Path) -> None:
-    trained_on(1, tmp_path, *FEW)
-    for name in FEW:
-        refuse_differences(tmp_path, 1, "sharded", name)
+@pytest.mark.parametrize("name", ["resumed", "resumed in a jump"])
+def test_from_a_checkpoint_as_many_ranks_go_on_to_the_bit(on_two: Path, name: str) -> None:
+    """The second one was written beside the training."""
+    for rank in range(2):
+        without, resumed = (torch.load(on_two / f"sharded, {which}, {rank}.pt") for which in ("linear", name))
+        assert are_equal(without["weights"], resumed["weights"])
+
+
+@pytest.mark.slow
+def test_ranks_go_on_from_another_number_of_them(place: Path, on_one: Any, on_two: Path, on_three: Path) -> None:
+    """One, two, three, one: within a jump, while one may be rolled back, and while a growth may."""
+    parts = [*on_one, torch.load(on_two / "chain, 1.pt"), torch.load(on_three / "chain, 2.pt")]
+    with as_only_rank():
+        parts.append(train_chain(place / "chain", 3))
+    for name in CHAINS:
+        did = [step for part in parts for step in part[name]["did"]]
+        losses = torch.cat([part[name]["losses"] for part in parts])
+        refuse_other({"did": did, "losses": losses, "weights": parts[-1][name]["weights"]}, name)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    folder = trained_on(2, tmp_path / "two", "killed", code=1) / "sharded, killed"
+    assert {path.name for path in folder.iterdir()} == {"8", "14.part"}
+    with as_only_rank():
+        training, step = Training.loaded(RankCheckpoints(folder), "sharded", KILLED["killed"])
+        assert (step, training.trainer.statistics().nominal_steps) == (8, 8)
+        training.save(RankCheckpoints(folder), 14)
+    assert {path.name for path in folder.iterdir()} == {"8", "14"}
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    checkpoints = RankCheckpoints(tmp_path, asynchronous=True)
+    with as_only_rank():
+        training = Training.of("sharded", CASES["linear"])
+        for step in (1, 2, 3):
+            training.save(checkpoints, step)
+        checkpoints.wait()
+        next((tmp_path / "3").glob("*.distcp")).unlink()
+        with pytest.warns(UserWarning, match=r"3 is damaged: .*: looking for the one before"):
+            assert Training.loaded(checkpoints, "sharded", CASES["linear"])[1] == 2
+        (tmp_path / "2" / "rest.pt").write_bytes(b"")
+        with pytest.warns(UserWarning, match=r"rest.pt is no checkpoint"):
+            assert Training.loaded(checkpoints, "sharded", CASES["linear"])[1] == 0
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import remove, replaced
 
-FORMAT = 5
+FORMAT = 6
 """Of the file. Raise it when what a checkpoint holds changes its meaning: other formats are refused."""
 
 _MARK = "hybridlab_checkpoint"

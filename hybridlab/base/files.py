@@ -48,7 +48,7 @@ def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -
                 os.replace(path, keep_as)
             os.replace(beside, path)
             if lasting:
-                _names_to_disk(path.parent)
+                names_to_disk(path.parent)
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -173,7 +173,7 @@ def _content_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _names_to_disk(folder: Path) -> None:
+def names_to_disk(folder: Path) -> None:
     """Wait until a folder's list of names has reached the disk."""
     if ON_WINDOWS:
         return

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hybridlab.base.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ def running() -> int:
     return distributed.get_world_size() if _is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of the running processes this is."""
+    return distributed.get_rank() if _is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes records and results."""
+    return rank() == 0
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over ranks. Without a process group none is, and nothing is imported to see it."""
     if not _is_initialized():
@@ -112,6 +124,46 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Any) -> Any:
     """The part of a tensor that lies on this rank; a plain one is its own."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def spread(part: Tensor, like: Tensor) -> Tensor:
+    """What a rank has of a tensor that is spread over ranks as another is; it shares the part's memory, wherever it is.
+
+    like: a tensor that is not spread gives the part itself
+    """
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(part, like._spec, requires_grad=False)  # type: ignore[attr-defined, no-untyped-call]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on every rank, or the error that it raised; the others make nothing."""
+    if running() == 1:
+        return make()
+    made: list[Any] = [_made(make) if is_first() else None]
+    distributed.broadcast_object_list(made)
+    value, error = made[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _made(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def from_each(value: T) -> list[T]:
+    """What each rank has, in their order."""
+    if running() == 1:
+        return [value]
+    values: list[Any] = [None] * running()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def whole(scalar: Tensor) -> Tensor:
@@ -130,5 +182,5 @@ def _sharded_module() -> type:
 
 
 def _device_of_group() -> torch.device:
-    backend = distributed.get_backend()
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    on_cpu = "cpu:" in distributed.get_backend_config()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

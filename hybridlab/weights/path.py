@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_empty_like, to_device_async
-from hybridlab.base.ranks import local
+from hybridlab.base.ranks import local, spread
 from hybridlab.base.settings import check_types
 from hybridlab.weights.gram import Coefficients, Gram, PathNeeds, PathRow
-from hybridlab.weights.motion import PIECE, Flat
+from hybridlab.weights.motion import PIECE, Flat, views
 from hybridlab.weights.reach import refuse_copies_in_state
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
@@ -196,21 +197,30 @@ class Trajectory:
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The remembered path."""
-        stored = {"rows": self._rows, "last": self._last, "velocity": self._velocity, "direction": self._direction}
-        return stored | {"recorded": self._recorded, "steps": self._steps}
+        """The remembered path, by parameter where ranks hold parts of it."""
+        rows = [[self._as_spread(row, g) for row in rows] for g, rows in enumerate(self._rows)]
+        flats = {"last": self._last, "velocity": self._velocity, "direction": self._direction}
+        stored = {name: [self._as_spread(flat, g) for g, flat in enumerate(kind)] for name, kind in flats.items()}
+        return {"rows": rows, **stored, "recorded": self._recorded, "steps": self._steps}
+
+    def _as_spread(self, flat: Flat, g: int) -> list[Tensor]:
+        """One group's piece of memory, as the parameters are spread over ranks; in one where they are not."""
+        if not self._weights.ranks.sharded:
+            return [flat]
+        parts = views(flat, self._weights.groups[g])
+        return [spread(part, like) for part, like in zip(parts, self._weights.trained[g], strict=True)]
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a remembered path of the same model."""
         if state["rows"]:
             self._allocate()
-        for mine, saved in ((self._rows, "rows"), (self._last, "last"), (self._velocity, "velocity")):
-            for target, source in zip(mine, state[saved], strict=True):
-                target.copy_(source)
-        self._direction = [
-            saved.to(group[0].device) for saved, group in zip(state["direction"], self._weights.groups, strict=False)
-        ]
+        mine = self.state_dict()
+        for name in ("rows", "last", "velocity"):
+            for target, source in zip(tree_leaves(mine[name]), tree_leaves(state[name]), strict=True):
+                local(target).copy_(local(source))
+        device = self._weights.device
+        self._direction = [torch.cat([local(p).flatten() for p in parts]).to(device) for parts in state["direction"]]
         self._recorded, self._steps = state["recorded"], state["steps"]
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.pinned_memory import ArenaPool, to_device_async
-from hybridlab.base.ranks import Ranks, is_sharded, local
+from hybridlab.base.ranks import Ranks, is_sharded, local, spread
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.motion import Flat, Motion, move_along_, views
 from hybridlab.weights.reach import notify_weights_moved
@@ -28,8 +28,8 @@ from hybridlab.weights.residency import Residency
 class Snapshot:
     """Weights and buffers as they were, and the optimizer's state unless it is None; all of them copies.
 
-    tensors: the parameters, then the model's buffers, each in its own shape and type
-    optimizer: by the parameter's number, its state, tensors in their own shapes and types
+    tensors: the parameters, then the model's buffers, each in its own shape and type, spread over ranks as it is
+    optimizer: by the parameter's number, its state, tensors in their own shapes and types, spread as they are
     beside: by parameter, the names of the state that lay where the parameter does; state that is gone returns there
     buffers: the names of the buffers among the tensors, in order
     depth: blocks that took part, where a schedule says how many do
@@ -178,7 +178,7 @@ class Weights:
     def snapshot(self, *, optimizer: bool = True) -> Snapshot:
         """A copy of weights and buffers, and of the optimizer's state unless told otherwise."""
         states, buffers = self._states if optimizer else {}, self._buffers
-        tensors = tuple(self._copies([*self._parts, *buffers.values()]))
+        tensors = tuple(self._copies([*self.params, *buffers.values()]))
         copies = iter(self._copies([value for state in states.values() for value in _tensors_of(state).values()]))
         saved = {i: {**state, **{key: next(copies) for key in _tensors_of(state)}} for i, state in states.items()}
         beside = {
@@ -189,17 +189,20 @@ class Weights:
         return Snapshot(tensors, saved if optimizer else None, beside, tuple(buffers))
 
     def _copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of each of these: beside it, or all of them in one piece of host memory."""
+        """A copy of each of these, spread as it is: beside it, or all of them in one piece of host memory."""
+        parts = [local(tensor) for tensor in tensors]
         if self._pool is None:
-            return [inside(tensor, Tensor.clone) for tensor in tensors]
-        places = iter(self._pool.empty_like([plain for tensor in tensors for plain in plain_tensors(tensor)]))
-        return [inside(tensor, lambda plain: next(places).copy_(plain, non_blocking=True)) for tensor in tensors]
+            copies = [inside(part, Tensor.clone) for part in parts]
+        else:
+            places = iter(self._pool.empty_like([plain for part in parts for plain in plain_tensors(part)]))
+            copies = [inside(part, lambda plain: next(places).copy_(plain, non_blocking=True)) for part in parts]
+        return [spread(copy, like=tensor) for copy, tensor in zip(copies, tensors, strict=True)]
 
     @torch.no_grad()
     def restore_(self, snapshot: Snapshot) -> None:
         """Put everything that a snapshot holds back exactly as it was. The float32 weights must be on the device."""
         buffers = self._place_buffers_(dict(zip(snapshot.buffers, snapshot.tensors[len(self.params) :], strict=True)))
-        torch._foreach_copy_([*self._parts, *buffers], list(snapshot.tensors))
+        torch._foreach_copy_([*self._parts, *buffers], [local(tensor) for tensor in snapshot.tensors])
         if snapshot.optimizer is not None:
             for i, param in enumerate(self.params):
                 _restore_state_(self._optimizer.state, param, snapshot.optimizer.get(i), snapshot.beside.get(i, []))
@@ -254,7 +257,7 @@ def inside(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: local(value) for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, beside: Sequence[str]) -> None:
@@ -269,7 +272,7 @@ def _restore_state_(states: Any, param: Tensor, saved: dict[str, Any] | None, be
         if not isinstance(value, Tensor):
             state[key] = value
         elif isinstance(state.get(key), Tensor):
-            local(state[key]).copy_(value)
+            local(state[key]).copy_(local(value))
         else:
             device = param.device if key in beside else value.device
             state[key] = inside(value, partial(Tensor.to, device=device, copy=True))
