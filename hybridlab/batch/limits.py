@@ -72,6 +72,7 @@ LIMITS = {
     "lr_factors": _bounds(above=0, most=1000),
     "max_bytes": COUNT_OR_NONE,
     "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
+    "muon_lr": _bounds(above=0, most=1000),
     "noise_seeds": SIZE,
     "overhead_rounds": SIZE,
     "panel_rounds": SIZE,
@@ -80,17 +81,21 @@ LIMITS = {
     "predict_steps": COUNT_OR_NONE,
     "predictor": _choice(*PREDICTORS),
     "predictors": _choice(*PREDICTORS),
+    "profile_steps": COUNT,
     "reference_steps": COUNT_OR_NONE,
+    "rungs": _choice("TF32", "bf16", "compiled", "CUDA graph", "tuned rates", "Muon", "predicted depth"),
     "seeds": SIZE,
     "steps": COUNT,
     "strict_steps": COUNT,
+    "timed_steps": COUNT,
     "validation_batches": SIZE,
     "vocab_size": _bounds(least=2, most=2**16),
     "warmup_steps": COUNT_OR_NONE,
 }
 """name -> what it may be. A notebook whose own default breaks it means something else by the name, and is let be."""
 
-NOT_ABOVE = [("evaluate_every", "steps"), ("reference_steps", "steps"), ("strict_steps", "reference_steps")]
+NOT_ABOVE = [("evaluate_every", "steps"), ("timed_steps", "steps"), ("reference_steps", "steps")]
+NOT_ABOVE += [("strict_steps", "reference_steps")]
 BELOW = [("warmup_steps", "steps"), ("warmup_steps", "predict_steps"), ("full_steps", "predict_steps")]
 """Pairs of which the first must not be above the second, or must be below it; a second of 0 switches off its part."""
 

@@ -27,6 +27,16 @@ if TYPE_CHECKING:
         rates_table,
         shallow_claim,
     )
+    from hybridlab.notebook.views.ladder import (
+        ladder_claims,
+        ladder_figures,
+        ladder_table,
+        profile_ladder,
+        side_by_side,
+        side_by_side_table,
+        steps_table,
+        waterfall_chart,
+    )
     from hybridlab.notebook.views.memory import (
         agreement_claims,
         below_claim,

@@ -82,6 +82,12 @@ def find_gpu(text: str) -> tuple[int, GpuSpec | None]:
     return round(float(size) * 1e9), None
 
 
+def spec_of(device_name: str) -> GpuSpec | None:
+    """The data sheet of a GPU by the name that its driver gives, as "NVIDIA H100 80GB HBM3"."""
+    name = device_name.lower().replace(" ", "")
+    return next((spec for key, spec in GPUS.items() if key in name), None)
+
+
 def nearest_gpu(memory_bytes: int) -> GpuSpec:
     """The known GPU whose memory is nearest, of two equal ones the newer: options can be ranked by its rates."""
     return min(reversed(GPUS.values()), key=lambda gpu: abs(gpu.memory_bytes - memory_bytes))

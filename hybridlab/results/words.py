@@ -21,6 +21,8 @@ NAMES = {
     "loss_to_shallow": "loss against the shallow model",
     "compute_to_loss": "computation to its loss",
     "time_to_loss": "time to its loss",
+    "steps_over_vanilla": "steps to the loss over the vanilla run's",
+    "stack_time_ratio": "the vanilla run's time over the stack's",
     "gpu_busy": "GPU busy",
     "control_gpu_busy": "control's GPU busy",
 }
@@ -29,7 +31,7 @@ NAMES = {
 OF_GROWN = {"loss_to_control": "loss against a plain run of as much computation"}
 """The same of an arm that predicted depth: its claim says what its steps cost."""
 
-MAY_BE_OPEN = ("step_value", "compute_to_loss", "time_to_loss")
+MAY_BE_OPEN = ("step_value", "compute_to_loss", "time_to_loss", "steps_over_vanilla", "stack_time_ratio")
 """How the names of quantities begin that plain runs of several lengths may leave open."""
 
 FORMATS: dict[Unit, tuple[float, str, str]] = {

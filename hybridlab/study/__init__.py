@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hybridlab.study.comparison import Comparison, compare
     from hybridlab.study.config import RunConfig
     from hybridlab.study.huggingface_task import HuggingFaceTaskConfig
+    from hybridlab.study.ladder import Ladder
     from hybridlab.study.own_task import OwnTaskConfig, find_task
     from hybridlab.study.rates import bracket_rates, bracket_study
     from hybridlab.study.run import train
@@ -18,6 +19,7 @@ __all__ = [
     "Comparison",
     "HuggingFaceTaskConfig",
     "ImageTaskConfig",
+    "Ladder",
     "OwnTaskConfig",
     "RunConfig",
     "Study",

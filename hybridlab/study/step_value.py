@@ -45,7 +45,7 @@ class SeedRuns:
     loss: float
     gradient_steps: float
     predicted_steps: float
-    control_steps: tuple[int, ...]
+    control_steps: tuple[float, ...]
     control_losses: tuple[float, ...]
 
 

@@ -1,0 +1,196 @@
+"""What each rung of a ladder brings, as a table, a chart and claims."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import project_root
+from hybridlab.benchmarks.step_profile import StepProfile, profile_step
+from hybridlab.charts.display import Chart
+from hybridlab.charts.model import Series
+from hybridlab.charts.tables import Table, table
+from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
+from hybridlab.study.ladder import Ladder, Rung, learns_as, times
+from hybridlab.study.step_value import StepValue
+
+Figures = dict[str, dict[str, Any]]
+Profiles = Mapping[str, StepProfile]
+"""By the name of a run's settings; a rung's alone has a name of its own."""
+
+FORMATS = {"step (ms)": ".2f", "tokens per second": ",.0f", "GPU busy": ".0%", "launches per step": ",.0f"}
+FORMATS |= {"FLOP utilisation": ".1%", "compile (s)": ".1f", "time to it (s)": ".2f"}
+FORMATS |= {"alone: step (ms)": ".2f", "alone: vanilla's time over its own": ".2f"}
+
+
+def profile_ladder(ladder: Ladder, steps: int) -> dict[str, StepProfile]:
+    """A step of each rung alone, then stacked, by the names of their settings."""
+    alone = [config for name in ladder.changes if (config := ladder.alone(name))]
+    return {
+        run.name: profile_step(run, steps) for run in [*alone, ladder.vanilla, *map(ladder.stacked, ladder.changes)]
+    }
+
+
+def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profiles: Profiles) -> Table:
+    """Every rung, from the vanilla run up: its step, and its time to the vanilla run's final loss."""
+    rows = [
+        _step_cells(profiles[rung.name]) | _loss_cells(rung) | _alone_cells(ladder, rung, rungs, profiles)
+        for rung in rungs
+    ]
+    rows = [{"rung": rung.name} | row for rung, row in zip(rungs, rows, strict=True)]
+    measured = {name for row in rows for name, value in row.items() if value is not None}
+    caption = (
+        "Each rung with all before it. Steps and time to the vanilla run's final validation loss, which was fixed "
+        "before; time without compilation, which comes on top of that of the rungs before. FLOP utilisation is of the "
+        "GPU's dense bf16 rate"
+    )
+    shown = [{name: value for name, value in row.items() if name in measured} for row in rows]
+    return table(shown, caption, {name: spec for name, spec in FORMATS.items() if name in measured})
+
+
+def steps_table(rungs: Sequence[Rung]) -> Table:
+    """Steps of each rung to the vanilla run's final loss; no time, so that it repeats."""
+    rows = [{"rung": rung.name} | _loss_cells(rung) for rung in rungs]
+    timed = ("time to it (s)", "vanilla's time over it")
+    shown = [{name: value for name, value in row.items() if name not in timed} for row in rows]
+    caption = "A rung without lengths tried changes rounding at most: its steps are those of the rung before"
+    return table(shown, caption)
+
+
+def _step_cells(profile: StepProfile) -> dict[str, Any]:
+    return {
+        "step (ms)": profile.step_ms,
+        "tokens per second": profile.tokens_per_second,
+        "GPU busy": profile.busy_share,
+        "launches per step": profile.launches,
+        "FLOP utilisation": profile.utilisation,
+        "compile (s)": profile.compile_seconds,
+    }
+
+
+def _loss_cells(rung: Rung) -> dict[str, Any]:
+    return {
+        "steps to the loss": _shown(rung.steps, ".0f"),
+        "time to it (s)": rung.seconds,
+        "vanilla's time over it": _shown(rung.time_ratio, ".2f"),
+        "loss beside vanilla's (nats)": None if rung.loss_change is None else f"{rung.loss_change:+.3f}",
+        "lengths x seeds": f"{', '.join(map(str, rung.lengths))} x {rung.seeds}",
+        "lengths tried": rung.tried or None,
+    }
+
+
+def _alone_cells(ladder: Ladder, rung: Rung, rungs: Sequence[Rung], profiles: Profiles) -> dict[str, Any]:
+    """The rung without the others; its steps to the loss are known where it learns as it does among them."""
+    alone = ladder.alone(rung.name)
+    if alone is None:
+        return dict.fromkeys(("alone: step (ms)", "alone: vanilla's time over its own"))
+    step_ms, ratio = profiles[alone.name].step_ms, None
+    if learns_as(alone, rung.config) and rung.steps and rung.steps.value:
+        ratio = profiles[rungs[0].name].step_ms * ladder.vanilla.steps / (step_ms * rung.steps.value)
+    return {"alone: step (ms)": step_ms, "alone: vanilla's time over its own": ratio}
+
+
+def _shown(value: StepValue | None, spec: str) -> str | None:
+    if value is None or value.value is None:
+        return "open"
+    ends = ("open" if math.isinf(end) else format(end, spec) for end in (value.low, value.high))
+    exact = value.low == value.high or value.seeds < 2
+    return format(value.value, spec) + ("" if exact else f" [{', '.join(ends)}]")
+
+
+def waterfall_chart(rungs: Sequence[Rung]) -> Chart:
+    """Wall time to the vanilla run's final loss, rung by rung, and what each saves of the time of the one before."""
+    known = [(rung.name, rung.seconds) for rung in rungs if rung.seconds]
+    seconds = [spent for _, spent in known]
+    saved = [0.0, *(max(0.0, before - after) for before, after in pairwise(seconds))]
+    rows = range(len(known))
+    bars = (
+        Series("wall time to the loss", seconds, rows, kind="bar", stack=True),
+        Series("saved by this rung", saved, rows, kind="bar", stack=True),
+    )
+    left_out = [rung.name for rung in rungs if not rung.seconds]
+    title = "Wall time to the vanilla run's final loss" + (f" (open: {', '.join(left_out)})" if left_out else "")
+    return Chart(title, "seconds", "", bars, names=tuple(f"{name}: {spent:.3g} s" for name, spent in known))
+
+
+def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> list[Claim]:
+    """That each rung that learns otherwise takes fewer steps than the vanilla run, and the whole stack less time.
+
+    least_ratio: what the vanilla run's time over the whole stack's is to be at least
+    """
+    vanilla, top = rungs[0], rungs[-1]
+    assert vanilla.base, "the first rung is the vanilla run's"
+    base, claims = vanilla.base, []
+    for rung in rungs:
+        if rung.tried:
+            share = times(rung.steps or StepValue(None, -math.inf, math.inf, rung.seeds), 1 / ladder.vanilla.steps)
+            quantities = (_quantity("steps_over_vanilla", share, "ratio", 1.0), Quantity("seeds", rung.seeds))
+            text = f"{rung.name}: the stack up to it reaches the vanilla run's final loss in fewer steps"
+            decided = holds_below(share.low, share.high, 1.0)
+            claims.append(on_losses("fewer-steps", rung.name, text, decided, quantities, base))
+    ratio = top.time_ratio or StepValue(None, -math.inf, math.inf, top.seeds)
+    time = f"at most 1/{least_ratio:g} of its" if least_ratio > 1 else "less"
+    text = f"the whole stack reaches the vanilla run's final loss in {time} time"
+    decided = holds_below(-ratio.high, -ratio.low, -least_ratio)
+    quantities = (_quantity("stack_time_ratio", ratio, "time ratio", least_ratio), Quantity("seeds", ratio.seeds))
+    return [*claims, on_losses("stack-is-fast", "", text, decided, quantities, base)]
+
+
+def _quantity(name: str, value: StepValue, unit: Any, bound: float) -> Quantity:
+    low, high = (end if math.isfinite(end) else None for end in (value.low, value.high))
+    return Quantity(name, value.value, low, high, unit, bound=bound)
+
+
+def ladder_figures(rungs: Sequence[Rung]) -> Figures:
+    """The vanilla run's time over that of the whole stack, for results.json."""
+    top, ratio = rungs[-1], rungs[-1].time_ratio
+    rests_on = {
+        "seeds": top.seeds,
+        "loss": "the vanilla run's final validation loss, seed by seed",
+        "vanilla_steps": rungs[0].lengths[0],
+        "rungs": [rung.name for rung in rungs],
+        "lengths": list(top.lengths),
+        "lengths_tried": sum(rung.tried for rung in rungs),
+    }
+    values = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
+    return {"stack_time_ratio": dict(zip(("value", "low", "high"), values, strict=True)) | {"rests_on": rests_on}}
+
+
+def side_by_side(file: str) -> dict[str, Any]:
+    """What `python -m hybridlab.benchmarks.against_others --out FILE` wrote, a path below the project's root.
+
+    Empty where no file is named, and, told in one line, where it is not there.
+    """
+    if not file:
+        return {}
+    path = project_root() / file
+    if not path.exists():
+        print(f"{file} is not there: python -m hybridlab.benchmarks.against_others --out {file} writes it")
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        raise UserError(f"{file} is no file of the benchmark: write it again") from None
+
+
+def side_by_side_table(measured: Mapping[str, Any]) -> Table | str:
+    """A step of each loop of the benchmark, or that none was measured."""
+    if not measured:
+        return "no loops were measured beside each other for this run"
+    rows = [
+        {
+            "loop": row["loop"],
+            "step (ms)": row["step_ms"],
+            "tokens per second": row["tokens_per_second"],
+            "GPU busy": row["gpu_busy_share"],
+            "launches per step": row["launches_per_step"],
+            "peak memory (GB)": None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 1e9,
+        }
+        for row in measured["loops"]
+    ]
+    columns = {name: spec for name, spec in FORMATS.items() if name in rows[0]} | {"peak memory (GB)": ".2f"}
+    return table(rows, "Loops in turns on one device, medians over rounds", columns)
