@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from hybridlab.results.claims import Quantity, Unit, rounded
 
@@ -26,6 +26,9 @@ NAMES = {
 }
 """Names of quantities that read better in other words."""
 
+OF_GROWN = {"loss_to_control": "loss against a plain run of as much computation"}
+"""The same of an arm that predicted depth: its claim says what its steps cost."""
+
 MAY_BE_OPEN = ("step_value", "compute_to_loss", "time_to_loss")
 """How the names of quantities begin that plain runs of several lengths may leave open."""
 
@@ -46,9 +49,10 @@ FORMATS: dict[Unit, tuple[float, str, str]] = {
 """By unit: what a value is multiplied with, its format, and what stands behind it."""
 
 
-def quantities_in_words(quantities: Iterable[Quantity]) -> str:
-    """A claim's quantities with units, the bounds of an interval behind its value."""
-    return "; ".join(f"{NAMES.get(q.name, q.name.replace('_', ' '))} {in_words(q)}" for q in quantities)
+def quantities_in_words(quantities: Sequence[Quantity], among: Sequence[Quantity] = ()) -> str:
+    """A claim's quantities with units, the bounds of an interval behind its value; among: all of the claim's."""
+    names = NAMES | (OF_GROWN if any(q.name == "cost_in_full_steps" for q in among or quantities) else {})
+    return "; ".join(f"{names.get(q.name, q.name.replace('_', ' '))} {in_words(q)}" for q in quantities)
 
 
 def bound_in_words(q: Quantity) -> str | None:
