@@ -110,6 +110,7 @@ class _Pass(nn.Module):
 
 def _with_backward(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
     call.training = call.model.training
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # of the passes that warm up: harmless
     tensors = tuple(leaf.clone() for leaf in leaves if isinstance(leaf, Tensor))
     graphed = torch.cuda.make_graphed_callables(
         call, tensors, num_warmup_iters=WARM_UP_PASSES, allow_unused_input=True, pool=pool
