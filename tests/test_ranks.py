@@ -42,6 +42,7 @@ def trained_on(ranks: int, folder: Path, *names: str, code: int = 0) -> Path:
     folder.mkdir()
     done = started(ranks, str(ROOT / "tests" / "rank_cases.py"), str(folder), *names)
     assert done.returncode == code, done.stderr
+    assert "returned a view tensor" not in done.stderr
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import is_sharded
 
 HOW_TO_NAME = "name it as DepthSchedule(blocks='model.layers')"
 
@@ -33,7 +35,7 @@ class BlockStack:
         self.blocks: list[nn.Module] = list(stack)
         self.active: tuple[int, ...] = tuple(range(len(self.blocks)))
         _refuse_unequal(self.name, self.blocks)
-        self._kind = _Kind()
+        self._kind = _Kind(copies=any(is_sharded(p) for p in self.blocks[0].parameters()))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -69,9 +71,15 @@ def restore_blocks_(model: nn.Module) -> None:
 # --- bypassing -------------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Kind:
-    """Whether a block returns a tuple, whose first item is the residual stream; unknown until one has run."""
+    """What the blocks of a stack return.
 
+    copies: whether a bypassed one copies the stream: FSDP2 makes a view of it, and warns where a view is returned
+    returns_tuple: whether it is a tuple, whose first item is the residual stream; unknown until one has run
+    """
+
+    copies: bool
     returns_tuple: bool | None = None
 
 
@@ -82,6 +90,7 @@ def _give_back(kind: _Kind, forward: Any, own: bool, frozen: object, *args: Any,
     frozen: parameters of the block that require no gradient while it is bypassed
     """
     stream = args[0] if args else kwargs["hidden_states"]
+    stream = stream.clone() if kind.copies else stream
     if kind.returns_tuple is None:
         with torch.no_grad():
             kind.returns_tuple = isinstance(forward(*args, **kwargs), tuple)
