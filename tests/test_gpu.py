@@ -32,7 +32,7 @@ from hybridlab.memory.config import (
 from hybridlab.memory.precision import autocast
 from hybridlab.memory.state_offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, decay_groups
+from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, decay_groups, set_lr_
 from hybridlab.optim import host_adamw as host_optimizer
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.low_bit import low_bit_adamw
@@ -863,3 +863,26 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is_with_a_warning() -> None:
     loss.backward()
     assert loss.item() == model(x).item()
     assert graphs(-x).item() == model(-x).item()
+
+
+def test_muon_s_replayed_updates_are_the_ordinary_ones() -> None:
+    """At changing rates, through growth and a jump."""
+    config = replace(JUMPS, depth=DepthSchedule(stages=((0, 1), (25, 2))))
+
+    def trained_by_muon(graphs: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = GPT2(GPT2Config.nano()).to(CUDA)
+        run = CudaGraphs(model)
+        optimizer: Any = build_optimizer(model, OptimizerConfig("muon"))
+        optimizer.use_cuda_graphs(graphs)
+        trainer = HybridTrainer(model, optimizer, config)
+        schedule = Schedule("wsd", warmup_steps=5, total_steps=60)
+        for step in range(60):
+            set_lr_(optimizer, schedule(step))
+            x = batch(step)
+            trainer.step(lambda x=x: run(x, x))  # type: ignore[misc]
+        assert bool(optimizer.methods["muon"]._captured) is graphs
+        return [p.detach().clone() for p in model.parameters()]
+
+    for replayed, ordinary in zip(trained_by_muon(True), trained_by_muon(False), strict=True):
+        assert torch.equal(replayed, ordinary)

@@ -217,6 +217,11 @@ class MuonWithAdamW(Optimizer):
             step_with_(method, [_with_cycled_beta1(group) for group in groups], self.state)
         return loss
 
+    def use_cuda_graphs(self, wanted: bool) -> None:
+        """Whether Muon's updates are replayed as CUDA graphs."""
+        muon: Any = self.methods["muon"]
+        muon.cuda_graphs = wanted
+
     def warm_up_(self) -> None:
         """Compile what Muon's steps will need; nothing is trained."""
         muon: Any = self.methods["muon"]

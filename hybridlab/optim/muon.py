@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ COEFFICIENTS = {"torch": TORCHS, "polar_express": POLAR_EXPRESS}
 
 EPS = 1e-7
 
+SETTINGS = ("lr", "weight_decay", "momentum")
+"""Numbers of a group that may change between steps."""
+
 STACKED_NUMBERS = 2**26
 """Of the matrices that are stepped together: their copies in bf16, a few at a time, take 128 MiB each."""
 
@@ -59,6 +62,10 @@ class Muon(Optimizer):
     coefficients: "torch" or "polar_express", of the Newton-Schulz iteration
     new_buffer: makes a momentum of low-bit format for a parameter; None is the parameter's own format
 
+    Where `cuda_graphs` is set, the update of a stack on a GPU is captured after its first step, and replayed while
+    weights, gradients and momentum lie where they lay: for gradients that a CUDA graph writes. Where they do not, it is
+    captured anew.
+
     Raises ValueError for a parameter that is no matrix.
 
     Source: https://kellerjordan.github.io/posts/muon/; the scale, https://arxiv.org/abs/2502.16982.
@@ -76,6 +83,8 @@ class Muon(Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "coefficients": coefficients}
         super().__init__(params, defaults)
         self.new_buffer = new_buffer or torch.zeros_like
+        self.cuda_graphs = False
+        self._captured: dict[int, _CapturedUpdate] = {}
         if wrong := [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]:
             raise ValueError(f"Muon steps matrices, and one parameter is {wrong[0]}: give it to AdamW")
 
@@ -86,7 +95,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for params in stacks([p for p in group["params"] if p.grad is not None]):
                 weights, gradients = [p.detach() for p in params], [p.grad for p in params if p.grad is not None]
-                self._step_together_(weights, gradients, [self._momentum_of(p) for p in params], group)
+                self._step_stack_(weights, gradients, [self._momentum_of(p) for p in params], group)
         return loss
 
     @torch.no_grad()
@@ -97,17 +106,34 @@ class Muon(Optimizer):
                 zeros = [torch.zeros_like(p) for p in params]
                 self._step_together_(zeros, zeros, [self.new_buffer(p) for p in params], group)
 
+    def _step_stack_(
+        self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        if not (self.cuda_graphs and weights[0].is_cuda and self.new_buffer is torch.zeros_like):
+            self._step_together_(weights, gradients, buffers, group)
+            return
+        place = tuple(tensor.data_ptr() for tensor in (*weights, *gradients, *buffers))
+        captured = self._captured.get(place[0])
+        if captured and captured.place == place:
+            captured.replay(group)
+            return
+        self._step_together_(weights, gradients, buffers, group)
+        update = partial(self._step_together_, weights, gradients, buffers)
+        pool = next((other.graph.pool() for other in self._captured.values()), None)
+        self._captured[place[0]] = _CapturedUpdate(place, update, group, weights[0], pool)
+
     def _step_together_(
         self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
         like = weights[0]
-        settings = (_scalar(group[name], like) for name in ("lr", "weight_decay", "momentum"))
+        settings = (_scalar(group[name], like) for name in SETTINGS)
         update = _update(compiled=like.is_cuda and _can_compile(like.device.type))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
             update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"new_buffer": self.new_buffer}
+        graphs = {"cuda_graphs": self.cuda_graphs, "_captured": {}}
+        return super().__getstate__() | {"new_buffer": self.new_buffer} | graphs
 
     def _momentum_of(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -115,6 +141,28 @@ class Muon(Optimizer):
             state["momentum_buffer"] = self.new_buffer(p)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+
+class _CapturedUpdate:
+    """The update of a stack as a CUDA graph.
+
+    place: addresses of all its tensors; pool: of memory, shared with other graphs that are never replayed at once
+    """
+
+    def __init__(
+        self, place: tuple[int, ...], update: Callable[[dict[str, Any]], None], group: Any, like: Tensor, pool: Any
+    ) -> None:
+        self.place, self.graph = place, torch.cuda.CUDAGraph()
+        self._settings = {name: _scalar(group[name], like).clone() for name in SETTINGS}
+        with torch.cuda.graph(self.graph, pool=pool):
+            update(group | self._settings)
+
+    def replay(self, group: dict[str, Any]) -> None:
+        """Step once more, at the group's settings."""
+        for name, mine in self._settings.items():
+            value = group[name]
+            mine.copy_(value) if isinstance(value, Tensor) else mine.fill_(value)
+        self.graph.replay()
 
 
 def stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:

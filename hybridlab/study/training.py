@@ -49,6 +49,8 @@ class Training:
         prepare_model_(self.task.model, config.memory)
         self._model = sped_up(self.task.model, config)
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
+        if isinstance(self._optimizer, MuonWithAdamW):
+            self._optimizer.use_cuda_graphs(isinstance(self._model, CudaGraphs))
         self.trainer = HybridTrainer(self.task.model, self._optimizer, config.trainer)
         self.evaluation: dict[str, float] = {}
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
