@@ -168,6 +168,22 @@ def test_a_bypassed_model_computes_what_a_model_of_its_active_blocks_does() -> N
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_stage_that_comes_again_calls_the_same_functions(own: bool) -> None:
+    """A captured CUDA graph is found by them. own: where the block has a function of its own, as a compiled one has."""
+    model = gpt2()
+    if own:
+        model.h[1].forward = partial(type(model.h[1]).forward, model.h[1])
+    stack, before = BlockStack(model), model.h[1].forward
+    called = []
+    for _ in range(2):
+        stack.activate_((0,))
+        called.append(model.h[1].forward)
+        stack.activate_(range(BLOCKS))
+        assert model.h[1].forward == before
+    assert called[0] is called[1]
+
+
 def test_weights_that_were_frozen_stay_frozen() -> None:
     model = gpt2()
     model.h[1].ln_1.weight.requires_grad_(False)

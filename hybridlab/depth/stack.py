@@ -35,20 +35,25 @@ class BlockStack:
         self.blocks: list[nn.Module] = list(stack)
         self.active: tuple[int, ...] = tuple(range(len(self.blocks)))
         _refuse_unequal(self.name, self.blocks)
+        self._bypasses: dict[int, partial[Any]] = {}
         self._kind = _Kind(copies=any(is_sharded(p) for p in self.blocks[0].parameters()))
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def activate_(self, positions: Collection[int]) -> None:
-        """Bypass all blocks but those at these positions."""
+        """Bypass all blocks but those at these positions.
+
+        A block that is bypassed again has the same function in its place: CUDA graphs know a stage by it.
+        """
         self.active = tuple(sorted(positions))
         for position, block in enumerate(self.blocks):
             if position in self.active:
                 _restore_(block)
             elif not _is_bypassed(block):
                 trained = [p for p in block.parameters() if p.requires_grad]
-                _bypass_(block, self._kind, trained)
+                known = self._bypasses.get(position)
+                self._bypasses[position] = _bypass_(block, self._kind, trained, known)
 
     @contextmanager
     def without(self, positions: Sequence[int]) -> Iterator[None]:
@@ -97,12 +102,19 @@ def _give_back(kind: _Kind, forward: Any, own: bool, frozen: object, *args: Any,
     return (stream,) if kind.returns_tuple else stream
 
 
-def _bypass_(block: nn.Module, kind: _Kind, frozen: list[nn.Parameter]) -> None:
+def _bypass_(
+    block: nn.Module, kind: _Kind, frozen: list[nn.Parameter], known: partial[Any] | None = None
+) -> partial[Any]:
+    """known: what bypassed it before, to take again; returns what does now."""
     forward, own = block.forward, "forward" in vars(block)
-    block.forward = partial(_give_back, kind, forward, own, frozen)  # type: ignore[method-assign]
+    if known is None or known.args[1] != forward:
+        known = partial(_give_back, kind, forward, own, [])
+    known.args[-1][:] = frozen
+    block.forward = known  # type: ignore[method-assign]
     for param in frozen:
         param.requires_grad_(False)
         param.grad = None
+    return known
 
 
 def _restore_(block: nn.Module) -> None:
