@@ -16,8 +16,9 @@ from hybridlab import DepthSchedule, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks import against_others
 from hybridlab.benchmarks.gpu_work import GpuWork
-from hybridlab.benchmarks.step_profile import StepProfile, profile_step, stages_of
+from hybridlab.benchmarks.step_profile import StepWork, stages_of, step_work, time_step
 from hybridlab.notebook import ladder_claims, ladder_figures, ladder_table, side_by_side, waterfall_chart
+from hybridlab.notebook.views.ladder import LadderProfile
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.study import Ladder, RunConfig, TextTaskConfig
@@ -48,7 +49,12 @@ def trained(configs: list[RunConfig]) -> StudyResult:
 def _run(config: RunConfig) -> Run:
     rung = config.name.partition(",")[0]
     loss = 12 - math.log(config.steps * STEPS_SAVED.get(rung, 1)) + 0.01 * config.seed
-    figures = {"validation_loss": loss, "seconds": 0.1 * config.steps / FASTER[rung], "gradient_steps": config.steps}
+    figures = {
+        "validation_loss": loss,
+        "seconds": 0.1 * config.steps / FASTER[rung],
+        "warm_up_seconds": 1.0,
+        "gradient_steps": config.steps,
+    }
     at = range(config.evaluate_every, config.steps + 1, config.evaluate_every)
     steps = pd.DataFrame({"nominal_step": at, "validation_loss": [12 - math.log(n) for n in at], "measured_loss": 12.0})
     return Run(Path(), json.loads(json.dumps(config.record(), default=str)), steps, pd.DataFrame(), figures)
@@ -79,11 +85,10 @@ def test_a_rung_that_changes_rounding_is_held_against_the_vanilla_run_after_as_m
 
 
 def test_the_table_chart_claims_and_figures_say_so(ladder, rungs):
-    profile = StepProfile(10.0, 409_600.0, None, 0.5, 900.0, 0.1)
-    names = [rung.name for rung in rungs] + [run.name for name in CHANGES if (run := ladder.alone(name))]
-    shown = str(ladder_table(ladder, rungs, dict.fromkeys(names, profile)))
+    work = dict.fromkeys([rung.name for rung in rungs], StepWork(6.25, 900.0, 1e9))
+    shown = str(ladder_table(ladder, rungs, LadderProfile({"TF32": 50.0, "tuned rates": 100.0}, work)))
     (tuned,) = (line for line in shown.splitlines() if line.startswith("tuned rates"))
-    assert all(text in tuned for text in ("250 [", "32.0", "50%"))
+    assert all(text in tuned for text in ("250 [", "32.0", "50%", "4.00"))
     assert "predicted depth: 3.13 s" in str(waterfall_chart(rungs))
     claims = {claim.id: claim for claim in ladder_claims(ladder, rungs, 15.0)}
     assert claims["stack-is-fast"].value("stack_time_ratio") == pytest.approx(32, rel=1e-3)
@@ -143,9 +148,10 @@ def test_work_of_a_gpu_that_overlaps_counts_once_and_annotations_do_not():
 def test_a_depth_schedule_is_profiled_stage_by_stage():
     stages = stages_of(replace(VANILLA, hybrid=GROWN))
     assert [(round(share, 3), stage.trainer.depth.depths) for share, stage in stages] == [(0.7, (1,)), (0.3, (2,))]
-    profile = profile_step(replace(VANILLA, hybrid=GROWN), steps=1)
-    assert profile.tokens_per_second == pytest.approx(1e3 * 8 * 16 / profile.step_ms)
-    assert (profile.busy_share, profile.compile_seconds, profile.utilisation) == (None, None, None)
+    whole, grown = step_work(VANILLA), step_work(replace(VANILLA, hybrid=GROWN))
+    assert 0.5 * whole.operations < grown.operations < whole.operations
+    assert (grown.busy_ms, grown.launches) == (None, None)
+    assert time_step(VANILLA, steps=1) > 0
 
 
 def test_a_gpus_data_sheet_is_found_by_its_drivers_name():

@@ -34,7 +34,10 @@ class GpuWork:
 
     @classmethod
     def of(cls, turn: Callable[[], object], device: torch.device) -> Self | None:
-        """Profile one call; None without a GPU. The profiler slows the host, and leaves the GPU's own time as it is."""
+        """Profile one call; None where it saw nothing of a GPU.
+
+        It slows the host, then and afterwards, and leaves the GPU's own time as it is.
+        """
         if device.type != "cuda":
             return None
         wait_for(device)
@@ -44,7 +47,8 @@ class GpuWork:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             profiled.export_chrome_trace(str(path))
-            return cls.of_events(json.loads(path.read_bytes())["traceEvents"])
+            work = cls.of_events(json.loads(path.read_bytes())["traceEvents"])
+        return work if work.busy_ms else None
 
     @classmethod
     def of_events(cls, events: Iterable[Mapping[str, Any]]) -> Self:

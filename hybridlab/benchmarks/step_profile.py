@@ -1,9 +1,11 @@
-"""What one step of a run takes: its time, the GPU's share in it, and how much of the GPU's arithmetic it uses."""
+"""What one step of a run takes: its time, and the work that it gives the GPU."""
 
 from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, pairwise
@@ -11,11 +13,10 @@ from itertools import count, pairwise
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridlab.base.device import device_name, find_device, wait_for
+from hybridlab.base.device import find_device, wait_for
 from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.precision import autocast
-from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.training import Training
@@ -26,60 +27,47 @@ FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
-class StepProfile:
-    """A gradient step of a run.
+class StepWork:
+    """What a gradient step gives the GPU to do.
 
-    step_ms: wall time; tokens_per_second: or images
-    compile_seconds: from the model to the first step; what was compiled before in this process is kept, and not counted
-        again. None where nothing is compiled
-    busy_share: of the wall time, in which the GPU computed; launches: kernels and graphs that the host started for a
-        step; both None without a GPU
-    utilisation: of the GPU's dense bfloat16 rate, by the model's own operations (forward and backward, nothing computed
-        twice); None for a GPU whose data sheet is not known
+    busy_ms: time in which it computes; launches: kernels and graphs that the host starts; both None where nothing was
+        profiled, as without a GPU
+    operations: of floating-point numbers, by the model in forward and backward, nothing counted twice
     """
 
-    step_ms: float
-    tokens_per_second: float
-    compile_seconds: float | None
-    busy_share: float | None
+    busy_ms: float | None
     launches: float | None
-    utilisation: float | None
+    operations: float
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """Measured at one depth; times per step in ms."""
+def time_step(config: RunConfig, steps: int = 20) -> float:
+    """Milliseconds per step over so many steps of a run, after a few to settle; nothing is evaluated or recorded."""
 
-    step_ms: float
-    ready_seconds: float
-    busy_ms: float
-    launches: float
-    operations: int
+    def timed(stage: RunConfig) -> float:
+        with _settled(stage) as take:
+            started = time.perf_counter()
+            take(steps)
+        return 1e3 * (time.perf_counter() - started) / steps
+
+    return sum(share * timed(stage) for share, stage in stages_of(config))
 
 
-def profile_step(config: RunConfig, steps: int = 20) -> StepProfile:
-    """Time so many steps of a run after a few to settle, then profile a few more; nothing is evaluated or recorded.
-
-    A depth schedule counts stage by stage, each by its share of the run's steps.
-    """
+def step_work(config: RunConfig) -> StepWork:
+    """Profile a few steps of a run. Time nothing afterwards in this process: the profiler goes on slowing its host."""
     device = find_device(config.device)
-    with ProcessSettings.of(config).applied():
-        stages = [(share, _measured(stage, device, steps)) for share, stage in stages_of(config)]
 
-    def mean(name: str) -> float:
-        return sum(share * getattr(stage, name) for share, stage in stages)
+    def profiled(stage: RunConfig) -> tuple[GpuWork | None, int]:
+        with _settled(stage) as take:
+            work = GpuWork.of(partial(take, PROFILED_STEPS), device)
+        return work, FORWARD_AND_BACKWARD * _operations(stage, device)
 
-    step_ms, task = mean("step_ms"), config.task
-    spec = spec_of(device_name(device))
-    on_gpu = device.type == "cuda"
-    return StepProfile(
-        step_ms,
-        tokens_per_second=1e3 * task.batch_size * getattr(task, "block_size", 1) / step_ms,
-        compile_seconds=sum(stage.ready_seconds for _, stage in stages) if config.compiled else None,
-        busy_share=min(1.0, mean("busy_ms") / step_ms) if on_gpu else None,
-        launches=mean("launches") if on_gpu else None,
-        utilisation=1e3 * mean("operations") / step_ms / spec.bfloat16_flops if on_gpu and spec else None,
-    )
+    stages = [(share / PROFILED_STEPS, *profiled(stage)) for share, stage in stages_of(config)]
+    operations = sum(share * PROFILED_STEPS * count for share, _, count in stages)
+    works = [(share, work) for share, work, _ in stages if work]
+    if len(works) < len(stages):
+        return StepWork(None, None, operations)
+    busy_ms, launches = (sum(share * getattr(work, name) for share, work in works) for name in ("busy_ms", "launches"))
+    return StepWork(busy_ms, launches, operations)
 
 
 def stages_of(config: RunConfig) -> list[tuple[float, RunConfig]]:
@@ -97,33 +85,31 @@ def stages_of(config: RunConfig) -> list[tuple[float, RunConfig]]:
     ]
 
 
-def _measured(config: RunConfig, device: torch.device, steps: int) -> _Stage:
-    gc.collect()  # the graphs of the run before hold memory of the GPU
-    started = time.perf_counter()
-    training, numbers = Training(config, device), count()
-    training.warm_up_()
-    wait_for(device)
-    ready_seconds = time.perf_counter() - started
+@contextmanager
+def _settled(config: RunConfig) -> Iterator[Callable[[int], None]]:
+    """Inside, what takes so many further steps of the run; at its end all are done."""
+    device = find_device(config.device)
+    gc.collect()  # the graphs of a run before hold memory of the GPU
+    with ProcessSettings.of(config).applied():
+        training, numbers = Training(config, device), count()
+        training.warm_up_()
 
-    def take(count: int) -> None:
-        for _ in range(count):
-            training.step(next(numbers))
+        def take(steps: int) -> None:
+            for _ in range(steps):
+                training.step(next(numbers))
 
-    take(SETTLING_STEPS)
-    wait_for(device)
-    started = time.perf_counter()
-    take(steps)
-    wait_for(device)
-    step_ms = 1e3 * (time.perf_counter() - started) / steps
-    work = GpuWork.of(partial(take, PROFILED_STEPS), device) or GpuWork(0.0, 0)
-    per_step = work.busy_ms / PROFILED_STEPS, work.launches / PROFILED_STEPS
-    return _Stage(step_ms, ready_seconds, *per_step, FORWARD_AND_BACKWARD * _operations(training, config, device))
+        take(SETTLING_STEPS)
+        wait_for(device)
+        yield take
+        wait_for(device)
 
 
-def _operations(training: Training, config: RunConfig, device: torch.device) -> int:
-    """Floating-point operations of a forward pass."""
+def _operations(config: RunConfig, device: torch.device) -> int:
+    """Floating-point operations of a forward pass, with the blocks that take part."""
+    training = Training(replace(config, compiled=False), device)
     task = training.task
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.no_grad(), autocast(config.precision, device), FlopCounterMode(display=False) as counter:
-        task.loss(task.model, task.batch(0))
+    with torch.no_grad(), autocast(config.precision, device):
+        task.loss(task.model, task.batch(0))  # a bypassed block runs once to show what it returns
+        with FlopCounterMode(display=False) as counter:
+            task.loss(task.model, task.batch(0))
     return counter.get_total_flops()

@@ -39,6 +39,8 @@ class Rung:
     loss_change: validation loss over the vanilla run's after `timed_steps`, of a rung that learns as that does
     lengths: of its runs, in steps; tried: how many of them were tried on the first seed to find those
     seeds: per length
+    compile_seconds: of its first run, for compilation, graphs and warm-up before the first step; None where nothing is
+        compiled. What the rungs before compiled is kept, so that rungs add up
     base: what verdicts stand on, of the vanilla run
     """
 
@@ -50,6 +52,7 @@ class Rung:
     lengths: tuple[int, ...] = ()
     tried: int = 0
     seeds: int = 1
+    compile_seconds: float | None = None
     base: Base | None = None
 
     @property
@@ -132,7 +135,8 @@ class Ladder:
         if learns_as(config, self.vanilla):
             change = _loss(result, run.name) - plain.runs[self.vanilla.name, 0].validation_loss(run.steps)
         ratio = before.time_ratio and times(before.time_ratio, before.step_seconds / step_seconds)
-        return Rung(config, before.steps, ratio, step_seconds, change, (run.steps,))
+        compiling = _compile_seconds(config, result)
+        return Rung(config, before.steps, ratio, step_seconds, change, (run.steps,), compile_seconds=compiling)
 
     def _learned(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns otherwise: its steps are found, and paired with the vanilla run's by seed."""
@@ -159,6 +163,7 @@ class Ladder:
             lengths=tuple(lengths),
             tried=len({run.config["steps"] for run in result.runs.values()}),
             seeds=self.seeds,
+            compile_seconds=_compile_seconds(config, result),
         )
 
     def _seed_runs(
@@ -212,6 +217,12 @@ def _loss(result: StudyResult, name: str, seed: int = 0) -> float:
 
 def _seconds(result: StudyResult, name: str, seed: int = 0) -> float:
     return result.value("seconds", name, seed)
+
+
+def _compile_seconds(config: RunConfig, result: StudyResult) -> float | None:
+    """Of the run that came first."""
+    first = next(iter(result.runs.values()))
+    return float(first.closing_figures["warm_up_seconds"]) if config.compiled else None
 
 
 def _step_seconds(result: StudyResult, config: RunConfig, lengths: Sequence[int], seed: int) -> float:

@@ -5,43 +5,59 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from hybridlab.base.device import device_name, find_device
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
-from hybridlab.benchmarks.step_profile import StepProfile, profile_step
+from hybridlab.benchmarks.step_profile import StepWork, step_work, time_step
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, table
+from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
 from hybridlab.study.ladder import Ladder, Rung, learns_as, times
 from hybridlab.study.step_value import StepValue
 
 Figures = dict[str, dict[str, Any]]
-Profiles = Mapping[str, StepProfile]
-"""By the name of a run's settings; a rung's alone has a name of its own."""
+
+
+@dataclass(frozen=True)
+class LadderProfile:
+    """What steps were found to take beside the runs.
+
+    alone_ms: rung -> a step of the vanilla run with this rung's changes only, where they do anything by themselves
+    work: rung -> what a step gives the GPU to do, with the rungs before it
+    """
+
+    alone_ms: Mapping[str, float]
+    work: Mapping[str, StepWork]
+
 
 FORMATS = {"step (ms)": ".2f", "tokens per second": ",.0f", "GPU busy": ".0%", "launches per step": ",.0f"}
 FORMATS |= {"FLOP utilisation": ".1%", "compile (s)": ".1f", "time to it (s)": ".2f"}
 FORMATS |= {"alone: step (ms)": ".2f", "alone: vanilla's time over its own": ".2f"}
 
 
-def profile_ladder(ladder: Ladder, steps: int) -> dict[str, StepProfile]:
-    """A step of each rung alone, then stacked, by the names of their settings."""
-    alone = [config for name in ladder.changes if (config := ladder.alone(name))]
-    return {
-        run.name: profile_step(run, steps) for run in [*alone, ladder.vanilla, *map(ladder.stacked, ladder.changes)]
-    }
+def profile_ladder(ladder: Ladder, steps: int) -> LadderProfile:
+    """Time so many steps of each rung alone, then profile each with those before it. Nothing is timed after that."""
+    alone = {name: run for name in ladder.changes if (run := ladder.alone(name))}
+    alone_ms = {name: time_step(run, steps) for name, run in alone.items()}
+    stacked = [ladder.vanilla, *map(ladder.stacked, ladder.changes)]
+    return LadderProfile(alone_ms, {run.name: step_work(run) for run in stacked})
 
 
-def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profiles: Profiles) -> Table:
+def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> Table:
     """Every rung, from the vanilla run up: its step, and its time to the vanilla run's final loss."""
     rows = [
-        _step_cells(profiles[rung.name]) | _loss_cells(rung) | _alone_cells(ladder, rung, rungs, profiles)
+        {"rung": rung.name}
+        | _step_cells(rung, profile)
+        | _loss_cells(rung)
+        | _alone_cells(ladder, rung, rungs, profile)
         for rung in rungs
     ]
-    rows = [{"rung": rung.name} | row for rung, row in zip(rungs, rows, strict=True)]
     measured = {name for row in rows for name, value in row.items() if value is not None}
     caption = (
         "Each rung with all before it. Steps and time to the vanilla run's final validation loss, which was fixed "
@@ -61,14 +77,17 @@ def steps_table(rungs: Sequence[Rung]) -> Table:
     return table(shown, caption)
 
 
-def _step_cells(profile: StepProfile) -> dict[str, Any]:
+def _step_cells(rung: Rung, profile: LadderProfile) -> dict[str, Any]:
+    """Times are those of the runs."""
+    work, task, seconds = profile.work[rung.name], rung.config.task, rung.step_seconds
+    gpu = spec_of(device_name(find_device(rung.config.device)))
     return {
-        "step (ms)": profile.step_ms,
-        "tokens per second": profile.tokens_per_second,
-        "GPU busy": profile.busy_share,
-        "launches per step": profile.launches,
-        "FLOP utilisation": profile.utilisation,
-        "compile (s)": profile.compile_seconds,
+        "step (ms)": 1e3 * seconds,
+        "tokens per second": task.batch_size * getattr(task, "block_size", 1) / seconds,
+        "GPU busy": None if work.busy_ms is None else min(1.0, work.busy_ms / seconds / 1e3),
+        "launches per step": work.launches,
+        "FLOP utilisation": work.operations / seconds / gpu.bfloat16_flops if gpu else None,
+        "compile (s)": rung.compile_seconds,
     }
 
 
@@ -83,14 +102,11 @@ def _loss_cells(rung: Rung) -> dict[str, Any]:
     }
 
 
-def _alone_cells(ladder: Ladder, rung: Rung, rungs: Sequence[Rung], profiles: Profiles) -> dict[str, Any]:
+def _alone_cells(ladder: Ladder, rung: Rung, rungs: Sequence[Rung], profile: LadderProfile) -> dict[str, Any]:
     """The rung without the others; its steps to the loss are known where it learns as it does among them."""
-    alone = ladder.alone(rung.name)
-    if alone is None:
-        return dict.fromkeys(("alone: step (ms)", "alone: vanilla's time over its own"))
-    step_ms, ratio = profiles[alone.name].step_ms, None
-    if learns_as(alone, rung.config) and rung.steps and rung.steps.value:
-        ratio = profiles[rungs[0].name].step_ms * ladder.vanilla.steps / (step_ms * rung.steps.value)
+    step_ms, alone, ratio = profile.alone_ms.get(rung.name), ladder.alone(rung.name), None
+    if step_ms and alone and learns_as(alone, rung.config) and rung.steps and rung.steps.value:
+        ratio = 1e3 * rungs[0].step_seconds * ladder.vanilla.steps / (step_ms * rung.steps.value)
     return {"alone: step (ms)": step_ms, "alone: vanilla's time over its own": ratio}
 
 
