@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ladder_claims,
         ladder_figures,
         ladder_table,
+        ladder_tables,
         profile_ladder,
         side_by_side,
         side_by_side_table,

@@ -32,19 +32,18 @@ class Rung:
     """What a rung takes to the vanilla run's final validation loss, with all rungs before it.
 
     config: its settings, at the vanilla run's length
+    result: all of its runs, in the order in which they were trained
     steps: nominal steps to that loss, each length with a schedule fitted to it; None where no length reached it
     time_ratio: the vanilla run's wall time over this rung's, compilation and evaluation not counted; its ends are those
         of the steps, at the least and the greatest ratio of step times over seeds
     step_seconds: wall time per step of its runs, their mean
     loss_change: validation loss over the vanilla run's after `timed_steps`, of a rung that learns as that does
-    lengths: of its runs, in steps; tried: how many of them were tried on the first seed to find those
+    lengths: of the runs that the steps are computed from; tried: how many lengths were trained on the first seed
     seeds: per length
-    compile_seconds: of its first run, for compilation, graphs and warm-up before the first step; None where nothing is
-        compiled. What the rungs before compiled is kept, so that rungs add up
-    base: what verdicts stand on, of the vanilla run
     """
 
     config: RunConfig
+    result: StudyResult
     steps: StepValue | None
     time_ratio: StepValue | None
     step_seconds: float
@@ -52,13 +51,25 @@ class Rung:
     lengths: tuple[int, ...] = ()
     tried: int = 0
     seeds: int = 1
-    compile_seconds: float | None = None
-    base: Base | None = None
 
     @property
     def name(self) -> str:
         """Of the rung."""
         return self.config.name
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """For compilation, graphs and warm-up before the first step of its first run; None where nothing is compiled.
+
+        What the rungs before compiled is kept, so that rungs add up.
+        """
+        first = next(iter(self.result.runs.values()))
+        return float(first.closing_figures["warm_up_seconds"]) if self.config.compiled else None
+
+    @property
+    def base(self) -> Base:
+        """What verdicts stand on, of the vanilla run."""
+        return base_of(self.result, self.name)
 
     @property
     def seconds(self) -> float | None:
@@ -123,8 +134,7 @@ class Ladder:
         steps, seconds = self.vanilla.steps, [_seconds(plain, self.vanilla.name, seed) for seed in range(self.seeds)]
         exact, one = (StepValue(value, value, value, self.seeds) for value in (float(steps), 1.0))
         step_seconds = sum(seconds) / len(seconds) / steps
-        base = base_of(plain, self.vanilla.name)
-        return Rung(self.vanilla, exact, one, step_seconds, lengths=(steps,), seeds=self.seeds, base=base)
+        return Rung(self.vanilla, plain, exact, one, step_seconds, lengths=(steps,), seeds=self.seeds)
 
     def _timed(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns as the one before it: its steps are that one's, and its time per step is its own."""
@@ -135,8 +145,7 @@ class Ladder:
         if learns_as(config, self.vanilla):
             change = _loss(result, run.name) - plain.runs[self.vanilla.name, 0].validation_loss(run.steps)
         ratio = before.time_ratio and times(before.time_ratio, before.step_seconds / step_seconds)
-        compiling = _compile_seconds(config, result)
-        return Rung(config, before.steps, ratio, step_seconds, change, (run.steps,), compile_seconds=compiling)
+        return Rung(config, result, before.steps, ratio, step_seconds, change, (run.steps,))
 
     def _learned(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns otherwise: its steps are found, and paired with the vanilla run's by seed."""
@@ -157,13 +166,13 @@ class Ladder:
         faster = [_seconds(plain, self.vanilla.name, s) / self.vanilla.steps / mine for s, mine in enumerate(spent)]
         return Rung(
             config,
+            result,
             steps,
             steps and _time_ratio(steps, self.vanilla.steps, faster),
             sum(spent) / len(spent),
             lengths=tuple(lengths),
             tried=len({run.config["steps"] for run in result.runs.values()}),
             seeds=self.seeds,
-            compile_seconds=_compile_seconds(config, result),
         )
 
     def _seed_runs(
@@ -217,12 +226,6 @@ def _loss(result: StudyResult, name: str, seed: int = 0) -> float:
 
 def _seconds(result: StudyResult, name: str, seed: int = 0) -> float:
     return result.value("seconds", name, seed)
-
-
-def _compile_seconds(config: RunConfig, result: StudyResult) -> float | None:
-    """Of the run that came first."""
-    first = next(iter(result.runs.values()))
-    return float(first.closing_figures["warm_up_seconds"]) if config.compiled else None
 
 
 def _step_seconds(result: StudyResult, config: RunConfig, lengths: Sequence[int], seed: int) -> float:

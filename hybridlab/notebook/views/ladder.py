@@ -139,7 +139,6 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
     least_ratio: what the vanilla run's time over the whole stack's is to be at least
     """
     vanilla, top = rungs[0], rungs[-1]
-    assert vanilla.base, "the first rung is the vanilla run's"
     base, claims = vanilla.base, []
     for rung in rungs:
         if rung.tried:
@@ -159,6 +158,18 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
 def _quantity(name: str, value: StepValue, unit: Any, bound: float) -> Quantity:
     low, high = (end if math.isfinite(end) else None for end in (value.low, value.high))
     return Quantity(name, value.value, low, high, unit, bound=bound)
+
+
+def ladder_tables(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> dict[str, list[dict[str, Any]]]:
+    """What every figure of the ladder can be computed from again, for results.json: the table, and each of its runs."""
+    figures = ("validation_loss", "seconds", "gradient_step_ms", "warm_up_seconds")
+    runs = [
+        {"rung": rung.name, "seed": seed, "steps": run.config["steps"]}
+        | {name: run.closing_figures.get(name) for name in figures}
+        for rung in rungs
+        for (_, seed), run in rung.result.runs.items()
+    ]
+    return {"ladder": [dict(row) for row in ladder_table(ladder, rungs, profile).rows], "ladder_runs": runs}
 
 
 def ladder_figures(rungs: Sequence[Rung]) -> Figures:
