@@ -315,7 +315,7 @@ def test_xl_s_notebook_tells_what_it_can_where_its_references_have_no_room(
     root = Path(__file__).parents[1]
     copy = project(tmp_path) / "executed" / "cpu" / "06_gpt2_xl.ipynb"
     monkeypatch.chdir(tmp_path)
-    settings = [("steps", "8"), ("reference_steps", "0"), ("predict_steps", "0")]
+    settings = [("steps", "8"), ("reference_steps", "0"), ("predict_steps", "0"), ("first_blocks", "0")]
     run_notebook(root / "notebooks" / copy.name, copy, [root / "params" / "cpu" / "06_gpt2_xl.yaml"], settings)
     claims = load_results(copy.parent / "results.json")["06_gpt2_xl"]["claims"]
     assert [claim["id"] for claim in claims] == ["stable-1000-steps"]
