@@ -576,6 +576,7 @@ def test_a_grown_arm_and_its_shallow_control_are_made_and_judged_together(study:
     assert "as many gradient steps" not in numbers
     assert depth_arms(plain, 0, 6, 0.6) == {}
     assert depth_claims(StudyResult()) == []
+    assert "no arm predicts depth" in str(depth_table({}, []))
 
 
 def test_a_sweep_whose_arm_diverged_is_told_and_not_drawn(study: StudyResult) -> None:

@@ -71,7 +71,7 @@ def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Ta
         "above 1, growing pays. They are open where the loss lies outside those of the plain runs"
     )
     formats = {"tokens per parameter": ".3g", "cost (full steps)": ",d", "time over the baseline's": ".2f"}
-    return table(rows or [{"arm": "no arm predicts depth"}], caption, formats)
+    return table(rows, caption, formats) if rows else table([{"arm": "no arm predicts depth"}])
 
 
 def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
