@@ -161,7 +161,7 @@ def test_a_path_that_finds_no_room_is_not_begun_and_may_be_later(arenas: Counted
     assert torch.equal(task.weights(), before)
     arenas.may_take = None
     trajectory.anchor()
-    assert torch.equal(trajectory.state_dict()["last"][0], before)
+    assert torch.equal(trajectory.state_dict()["last"][0][0], before)
 
 
 @pytest.mark.parametrize("storage", [PathStorage(), PathStorage(Residency.OFFLOADED), IN_BF16_ON_HOST])
