@@ -25,6 +25,8 @@ from hybridlab.models import GPT2Config
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.planner import GpuOverhead
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, OwnTaskConfig, RunConfig, Study, TextTaskConfig
+from hybridlab.study.ranks import RanksConfig
+from hybridlab.train import TrainConfig
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 
@@ -45,10 +47,12 @@ SETTINGS: list[Any] = [
     PathNeeds(4, 5),
     PathStorage(),
     PredictAwareMemoryConfig(),
+    RanksConfig(),
     RUN,
     Schedule(),
     Study(RUN, {"hybrid": HybridTrainerConfig()}),
     TextTaskConfig(),
+    TrainConfig(RUN),
 ]
 FIELDS = [(settings, field.name, str(field.type)) for settings in SETTINGS for field in fields(settings) if field.init]
 IDS = [f"{type(settings).__name__}.{name}" for settings, name, _ in FIELDS]
@@ -56,9 +60,10 @@ NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) 
 
 ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ABOVE_ZERO = (
-    "batch_size block_size clip_in_backward clip_norm control_fractions correction_interval "
+    "batch_size block_size clip_in_backward clip_norm control_fractions copies correction_interval "
     "decay_fraction divergence_threshold embedding_multiple eps evaluate_every every full_steps gate_batches lr "
-    "micro_batches n_embd n_head n_layer rows seeds steps total_steps validation_batches vector_multiple vocab_size"
+    "micro_batches n_embd n_head n_layer rows seeds steps timeout_s total_steps validation_batches "
+    "vector_multiple vocab_size"
 )
 BELOW_ONE = {"betas", "dropout", "momentum", "skip_share", "velocity"}
 UP_TO_ONE = {"confidence_threshold", "decay_fraction", "final_fraction", "gate_budget"}

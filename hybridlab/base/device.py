@@ -16,6 +16,8 @@ from hybridlab.base.errors import UserError
 def find_device(name: str = "auto") -> torch.device:
     """The device that a parameter file names: "auto" (CUDA where there is one), "cuda" or "cpu".
 
+    Of several GPUs it is the one that this process has set, and named, so that its threads compute there too.
+
     Raises UserError for another name, and for CUDA where there is none.
     """
     if name not in ("auto", "cuda", "cpu"):
@@ -24,7 +26,10 @@ def find_device(name: str = "auto") -> torch.device:
         raise UserError(
             "device is 'cuda', but torch sees no CUDA device: set device to auto or cpu, or mend the driver"
         )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    return torch.device("cuda", number) if number else torch.device("cuda")
 
 
 def device_name(device: torch.device) -> str:

@@ -133,6 +133,11 @@ class RankCheckpoints:
 
     # --- reading -----------------------------------------------------------------------------------------
 
+    @classmethod
+    def newest_file(cls, folder: Path) -> Path | None:
+        """Where the newest one says what it belongs to (`checkpoint_meta`); None where there is none."""
+        return next((folder / str(step) / REST for step in cls(folder)._steps()), None)
+
     def _steps(self) -> list[int]:
         """Of the whole checkpoints, the newest first."""
         return sorted((int(path.name) for path in self._folder.glob("*") if path.name.isdigit()), reverse=True)

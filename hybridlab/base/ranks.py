@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hybridlab.base.errors import UserError
+from hybridlab.base.device import find_device
+from hybridlab.base.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -95,6 +98,63 @@ class Ranks:
                 "DistributedDataParallel: each would decide alone about jumps. Give the trainer the wrapped model, or "
                 "set max_predict_steps=0"
             )
+
+
+@contextmanager
+def group(device: str, timeout_s: int) -> Iterator[None]:
+    """Inside, the processes that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name are one group, by gloo or NCCL.
+
+    Without these variables this process is the only one. On a GPU it takes the one that LOCAL_RANK counts.
+    device: "auto", "cuda" or "cpu"
+
+    Raises UserError where variables are missing, for a GPU that is not there, and where the others cannot be reached.
+    """
+    _take_gpu(device)
+    here: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        here = {"store": distributed.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    try:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            **here,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the ranks do not find each other: {first_line(error)}; start them by torchrun") from error
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if running() == 1 or not failed:  # ranks that one has left may wait for it there
+            distributed.destroy_process_group()
+
+
+def _take_gpu(device: str) -> None:
+    """Let each process of a host compute on a GPU of its own."""
+    if find_device(device).type != "cuda":
+        return
+    number = int(os.environ.get("LOCAL_RANK") or int(os.environ.get("RANK", 0)) % torch.cuda.device_count())
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no GPU for local rank {number}: torch sees {torch.cuda.device_count()}, start as many processes"
+        )
+    torch.cuda.set_device(number)
+
+
+def is_first_to_tell() -> bool:
+    """Whether no other rank has said yet why the run ends; before they are a group, the first of each host says it."""
+    if not _is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    with suppress(Exception):  # where the store has gone with its rank, everyone speaks
+        return distributed.distributed_c10d._get_default_store().add("hybridlab told", 1) == 1
+    return True
+
+
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank does not answer any more."""
+    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def running() -> int:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from itertools import repeat
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from hybridlab.base.errors import nearest
+from hybridlab.base.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+
+T = TypeVar("T")
 
 LARGEST = 1e18
 """Of any setting: torch takes whole numbers up to 2**63, and float32 what is below 3.4e38."""
@@ -77,6 +79,39 @@ def check_choice(what: str, name: str, known: Iterable[str]) -> None:
 
 
 _kinds = cache(get_type_hints)
+
+
+def settings_from(kind: type[T], values: Mapping[str, Any], place: str) -> T:
+    """Settings of a class from a mapping, as a YAML file has them: mappings become settings too, and lists tuples.
+
+    place: where the values stand, for messages
+
+    Raises UserError, in one line, for a setting that is unknown, missing or wrong.
+    """
+    known = [field for field in fields(kind) if field.init]  # type: ignore[arg-type]
+    names = [field.name for field in known]
+    for name in values:
+        if name not in names:
+            raise UserError(f"{place}: there is no setting {name!r}: {nearest(name, names)}")
+    for field in known:
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{place}: {field.name} is missing: write it down")
+    kinds = get_type_hints(kind)
+    given = {name: _of_kind(kinds[name], value, f"{place}: {name}") for name, value in values.items()}
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _of_kind(kind: Any, value: Any, place: str) -> Any:
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    settings: Any = next((one for one in kinds if is_dataclass(one)), None)
+    if settings and isinstance(value, Mapping):
+        return settings_from(settings, value, place)
+    if isinstance(value, list) and any(get_origin(one) is tuple for one in kinds):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -348,8 +348,9 @@ class HybridTrainer:
         return self._offload.residency is Residency.OFFLOADED
 
     def materialize_(self) -> None:
-        """Bring back to the device what Predict has put away, as whoever saves the model needs it."""
+        """Bring back to the device what Predict has put away, as whoever saves the model or moves weights needs it."""
         self._offload.materialize_()
+        self._weights.reshard_()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, besides the model and the optimizer.

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridlab.base.checkpoint import checkpoint_meta, refuse_differences
+from torch import nn
+
+from hybridlab.base.checkpoint import (
+    checkpoint_meta,
+    load_checkpoint,
+    refuse_differences,
+    remove_checkpoint,
+    save_checkpoint,
+)
+from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
 
 CHECKPOINT = "checkpoint.pt"
-"""In a run's folder, while the run has not finished."""
+"""In a run's folder, while the run has not finished; several ranks write into the folder `RANK_CHECKPOINTS`."""
+
+RANK_CHECKPOINTS = "checkpoints"
+
+
+class FileCheckpoints:
+    """The checkpoints of a run in one process, each in one file, in the place of the one before."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def save(self, step: int, state: Mapping[str, Any], *, meta: Mapping[str, Any]) -> None:
+        """Write one, as `save_checkpoint` does."""
+        save_checkpoint(self._file, state, meta=meta)
+
+    def load(self, model: nn.Module, *, expect: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The state of the newest one, as `load_checkpoint` reads it."""
+        return load_checkpoint(self._file, expect=expect)
+
+    def remove(self) -> None:
+        """Delete them."""
+        remove_checkpoint(self._file)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -31,9 +63,15 @@ def earlier_run(config: RunConfig, folder: Path) -> Run | None:
     return earlier
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Delete what an earlier start, of one process or of several, could be gone on from."""
+    remove_checkpoint(folder / CHECKPOINT)
+    shutil.rmtree(folder / RANK_CHECKPOINTS, ignore_errors=True)
+
+
 def other_code(folder: Path) -> str | None:
     """The code that wrote the checkpoint in `folder`, where it was other code than this; else None."""
-    meta = checkpoint_meta(folder / CHECKPOINT)
+    meta = checkpoint_meta(RankCheckpoints.newest_file(folder / RANK_CHECKPOINTS) or folder / CHECKPOINT)
     if meta is None or meta.get("code") == code_version():
         return None
     return meta.get("code") or "unknown"

@@ -6,31 +6,37 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hybridlab.base.checkpoint import (
-    load_checkpoint,
-    random_state,
-    remove_checkpoint,
-    restore_random_state_,
-    save_checkpoint,
-)
+from hybridlab.base.checkpoint import random_state, restore_random_state_
 from hybridlab.base.device import find_device, wait_for
 from hybridlab.base.errors import UserError
 from hybridlab.base.lock import locked
+from hybridlab.base.rank_checkpoints import RankCheckpoints
+from hybridlab.base.ranks import from_each, from_first, is_first, rank, running
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.out_of_memory import report_oom
 from hybridlab.study.process_settings import ProcessSettings, gc_frozen, refreeze_gc
+from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.record import DamagedRecordError, Run
-from hybridlab.study.resume import CHECKPOINT, can_stand, earlier_run, identity, other_code
+from hybridlab.study.resume import (
+    CHECKPOINT,
+    RANK_CHECKPOINTS,
+    FileCheckpoints,
+    can_stand,
+    earlier_run,
+    identity,
+    other_code,
+    remove_checkpoints,
+)
 from hybridlab.study.run_memory import RunMemory
-from hybridlab.study.step_log import StepLog, StepRecord
+from hybridlab.study.step_log import SilentLog, StepLog, StepRecord
 from hybridlab.study.timer import TrainingTimer
 from hybridlab.study.training import Training
 from hybridlab.study.watched_run import WatchedRun, progress
@@ -49,6 +55,7 @@ def train(
     *,
     resume: bool = False,
     watch: Watch | None = None,
+    ranks: RanksConfig | None = None,
 ) -> Run:
     """Run `config` from start to end and leave its record in `folder`.
 
@@ -57,26 +64,29 @@ def train(
         returned as it is. What other code has trained, finished or not, is trained afresh: no run mixes the figures of
         two programs. So is a run whose record is damaged, with a warning. By default, what lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
+    ranks: how several processes train it together, each of which calls this, inside `RanksConfig.started`; the first
+        one writes, on a disk that all of them see
 
     Raises DivergenceError, and leaves a record that says so, when the run diverges; UserError when `resume` meets a run
     of another configuration, when another process trains in `folder`, and when memory runs out.
     """
-    with locked(folder):
-        return _train(config, folder, on_step, resume=resume, watch=watch)
+    with locked(folder) if is_first() else nullcontext():
+        if not (earlier := from_first(partial(_standing, config, folder, resume))):
+            with report_oom(config, folder):
+                return TrainingRun(config, folder, ranks).run(on_step, watch)
+    for _ in range(config.steps):
+        on_step()
+    if earlier.diverged:
+        raise DivergenceError(f"{_name(config)} diverged: {earlier.diverged}")
+    return earlier
 
 
-def _train(config: RunConfig, folder: Path, on_step: Callable[[], None], *, resume: bool, watch: Watch | None) -> Run:
+def _standing(config: RunConfig, folder: Path, resume: bool) -> Run | None:
+    """The finished run in `folder` that needs no training; a checkpoint that is not gone on from is deleted."""
     earlier = _readable_run(config, folder) if resume else None
     if not earlier or earlier.summary is not None or other_code(folder):
-        remove_checkpoint(folder / CHECKPOINT)
-    if earlier and can_stand(earlier):
-        for _ in range(config.steps):
-            on_step()
-        if earlier.diverged:
-            raise DivergenceError(f"{_name(config)} diverged: {earlier.diverged}")
-        return earlier
-    with report_oom(config, folder):
-        return TrainingRun(config, folder).run(on_step, watch)
+        remove_checkpoints(folder)
+    return earlier if earlier and can_stand(earlier) else None
 
 
 def _readable_run(config: RunConfig, folder: Path) -> Run | None:
@@ -100,10 +110,16 @@ class TrainingRun(WatchedRun):
     time.
 
     config: what it was asked to do
+    ranks: how several processes train it together; None trains it in this one
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, ranks: RanksConfig | None = None) -> None:
+        self.config, self.folder, self._ranks = config, folder, ranks
+        self._checkpoints = (
+            RankCheckpoints(folder / RANK_CHECKPOINTS, asynchronous=ranks.async_save)
+            if ranks
+            else FileCheckpoints(folder / CHECKPOINT)
+        )
         self._device = find_device(config.device)
         self._memory = RunMemory(self._device)
         self._process = ProcessSettings.of(config)
@@ -111,7 +127,7 @@ class TrainingRun(WatchedRun):
         self._step_ms: list[float] = []
         self._changes: dict[str, float] = {}
         with self._process.applied():
-            self._training = Training(config, self._device)
+            self._training = Training(config, self._device, ranks)
         self._trainer = self._training.trainer
 
     def run(self, on_step: Callable[[], None] = lambda: None, watch: Watch | None = None) -> Run:
@@ -123,7 +139,7 @@ class TrainingRun(WatchedRun):
                 on_step()
                 if watch:
                     watch(self, record)
-        return self.record
+        return from_first(lambda: self.record)
 
     def start(self) -> int:
         """Warm up, go on where a checkpoint was left, and return the nominal steps that were done by then."""
@@ -134,7 +150,9 @@ class TrainingRun(WatchedRun):
             self._warm_up_seconds = time.perf_counter() - started
             self._first = self._restore()
         self._memory.begin(partial(progress, self._trainer, self._timer, self.config.steps))
-        self._log = StepLog(self.folder, self.config.record(), self._memory, keep_steps=self._first)
+        self._log: StepLog | SilentLog = SilentLog(self._memory)
+        if is_first():
+            self._log = StepLog(self.folder, self.config.record(), self._memory, keep_steps=self._first)
         return self._first
 
     def steps(self) -> Generator[StepRecord]:
@@ -161,7 +179,7 @@ class TrainingRun(WatchedRun):
             self._log.catch_up()
             self._check_finite()
             self._log.finish(self._summary())
-        remove_checkpoint(self.folder / CHECKPOINT)
+        self._checkpoints.remove()
 
     # --- between two steps -------------------------------------------------------------------------------
 
@@ -182,7 +200,7 @@ class TrainingRun(WatchedRun):
         self._timer.pause()
         self._log.flush()
         with self._process.applied():
-            save_checkpoint(self.folder / CHECKPOINT, self._state(), meta=self._identity)
+            self._checkpoints.save(self._trainer.statistics().nominal_steps, self._state(), meta=self._identity)
 
     def _save_or_warn(self) -> None:
         """Training does not end for a checkpoint that finds no room."""
@@ -243,13 +261,13 @@ class TrainingRun(WatchedRun):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return identity(self.config)
+        return identity(self.config) | ({"ranks": self._ranks.record()} if self._ranks else {})
 
     def _state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
         return self._training.state_dict() | {
             "steps_done": self._trainer.statistics().nominal_steps,
-            "random": random_state(),
+            "random": from_each(random_state()),
             "seconds": self._timer.seconds,
             "step_ms": self._step_ms,
             "peak": self._memory.peak(),
@@ -257,15 +275,23 @@ class TrainingRun(WatchedRun):
 
     def _restore(self) -> int:
         """Take up the last checkpoint, if there is one, and return the nominal steps that were done."""
-        state = load_checkpoint(self.folder / CHECKPOINT, expect=self._identity)
+        state = self._checkpoints.load(self._training.task.model, expect=self._identity)
         if state is None:
             return 0
         self._training.load_state_dict(state)
         self._timer = TrainingTimer(self._device, state["seconds"])
         self._step_ms = state["step_ms"]
         self._memory.go_on_from(state["peak"])
-        restore_random_state_(state["random"])
+        self._restore_random(state["random"])
         return state["steps_done"]
+
+    def _restore_random(self, streams: list[dict[str, Any]]) -> None:
+        """Random streams go on on as many ranks; on another number they begin anew, and only noise depends on them."""
+        if len(streams) == running():
+            restore_random_state_(streams[rank()])
+        elif is_first():
+            said = f"{len(streams)} ranks wrote the checkpoint and {running()} go on"
+            warnings.warn(f"{said}: random streams, such as dropout's, begin anew", stacklevel=2)
 
     def _summary(self) -> dict[str, Any]:
         """What a comparison of runs needs, in one flat record."""
@@ -276,11 +302,19 @@ class TrainingRun(WatchedRun):
             "acceptance_reliability": self._trainer.acceptance_reliability(),
             "forecast_skill": self._trainer.forecast_skill(),
             **self._training.evaluation,
+            **self._by_rank(),
             "warm_up_seconds": self._warm_up_seconds,
             "cuda_graphs": self.config.without_cuda_graphs or "in use",
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
         return {name: None if _is_not_finite(figure) else figure for name, figure in summary.items()}
+
+    def _by_rank(self) -> dict[str, Any]:
+        """How the ranks trained it, and the peak of each."""
+        if self._ranks is None:
+            return {}
+        peaks = from_each(self._memory.peak().get("peak_memory_bytes"))
+        return {"ranks": running(), **self._ranks.record(), "peak_memory_bytes_by_rank": peaks}
 
 
 def _is_not_finite(figure: Any) -> bool:

@@ -52,6 +52,38 @@ class StepRecord:
         return row | {"seconds": self.seconds}
 
 
+class SilentLog:
+    """Of the ranks but the first: nothing is written, and samples of memory are let go.
+
+    memory: as `StepLog` takes it
+    """
+
+    def __init__(self, memory: RunMemory) -> None:
+        self._memory = memory
+
+    def add(self, record: StepRecord) -> None:
+        """Keep nothing."""
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Let the samples go."""
+        self._memory.sampler.take()
+
+    def flush(self) -> None:
+        """There is nothing to bring to the disk."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Leave it to the first rank."""
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Sampling ends with the block."""
+        try:
+            yield
+        finally:
+            self._memory.sampler.stop()
+
+
 class StepLog:
     """Writes a run's steps and its samples of memory, each step when the next one was taken: a loss is read by then.
 

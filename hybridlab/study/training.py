@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hybridlab.base.device import gpus
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import rank
 from hybridlab.engine.closures import Closure
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import StepResult
@@ -21,37 +22,43 @@ from hybridlab.optim import set_lr_
 from hybridlab.optim.build import MuonWithAdamW
 from hybridlab.speed import CudaGraphs, compile_
 from hybridlab.study.config import RunConfig
+from hybridlab.study.ranks import RanksConfig, own_part
 from hybridlab.study.tasks import Batch, in_parts, judging
 from hybridlab.weights.tail_average import TailAverage
 
 WARM_UP_PASSES = 3
 
 
-def sped_up(model: nn.Module, config: RunConfig) -> nn.Module:
+def sped_up(model: nn.Module, config: RunConfig, *, by_block: bool = False) -> nn.Module:
     """What to call in the model's place: the model itself, compiled in place where asked, or its CUDA graphs."""
     if not config.compiled:
         return model
     graphs = config.without_cuda_graphs is None
-    compile_(model, by_block=graphs, settings=(config.training_precision, config.memory))
+    compile_(model, by_block=graphs or by_block, settings=(config.training_precision, config.memory))
     return CudaGraphs(model) if graphs else model
 
 
 class Training:
     """Task, model, optimizer and trainer of one run, and the losses of its steps.
 
+    ranks: how several processes train it together; None trains it in this one
     task: what is trained; trainer: takes the steps
     evaluation: the latest validation figures
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, ranks: RanksConfig | None = None) -> None:
         self._config, self._device = config, device
         self.task = config.task.build(config.seed, device, config.memory)
         prepare_model_(self.task.model, config.memory)
-        self._model = sped_up(self.task.model, config)
+        self._model = sped_up(self.task.model, config, by_block=ranks is not None)
+        model = self.task.model
+        if ranks:
+            self._model = model = ranks.wrapped(self.task.model)
+            torch.manual_seed(config.seed + (rank() << 32))  # noise such as dropout's is each rank's own
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
         if isinstance(self._optimizer, MuonWithAdamW):
             self._optimizer.use_cuda_graphs(isinstance(self._model, CudaGraphs))
-        self.trainer = HybridTrainer(self.task.model, self._optimizer, config.trainer)
+        self.trainer = HybridTrainer(model, self._optimizer, config.trainer)
         self.evaluation: dict[str, float] = {}
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._average = TailAverage(trained, config.tail_decay)
@@ -92,6 +99,7 @@ class Training:
         self.trainer.materialize_()
         self.evaluation = self._figures()
         if self._average.count:
+            self.trainer.materialize_()
             with self._average.in_place():
                 averaged = self._figures()
             self.evaluation |= {f"averaged_{name}": value for name, value in averaged.items()}
@@ -125,7 +133,7 @@ class Training:
     def _losses(self, number: int, model: nn.Module) -> list[Closure]:
         """The losses of a step's batch, part by part; the batch is made once, when one of them is asked for."""
         count = self._config.memory.micro_batches
-        parts = cache(lambda: in_parts(self.task.batch(number), count))
+        parts = cache(lambda: in_parts(own_part(self.task.batch(number)), count))
         return [partial(self._loss, model, parts, part) for part in range(count)]
 
     def _loss(self, model: nn.Module, parts: Callable[[], list[Batch]], part: int) -> Tensor:

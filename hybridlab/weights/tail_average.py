@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridlab.base.ranks import local, spread
+
 
 class TailAverage:
     """The mean of weights over steps, in float32: uniform, or exponential.
@@ -19,13 +21,13 @@ class TailAverage:
     It costs 4 bytes per weight beside the weights from its first step on, as much again while it is `in_place`, and a
     pass over both at each step.
 
-    params: the weights; decay: 0 is the uniform mean
+    params: the weights, of which each rank averages the parts that it holds; decay: 0 is the uniform mean
 
     Source: Izmailov et al. 2018 (arXiv 1803.05407).
     """
 
     def __init__(self, params: Sequence[Tensor], decay: float = 0.0) -> None:
-        self._params, self._decay = list(params), decay
+        self._params, self._parts, self._decay = list(params), [local(p) for p in params], decay
         self._mean: list[Tensor] = []
         self.count = 0
 
@@ -38,7 +40,7 @@ class TailAverage:
     def add_(self) -> None:
         """Take in the weights as they are."""
         self.count += 1
-        weights = [p.detach().float() for p in self._params]
+        weights = [p.detach().float() for p in self._parts]
         if self.count == 1:
             self._mean = [weight.clone() for weight in weights]
         else:
@@ -52,18 +54,19 @@ class TailAverage:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Inside, the weights are their mean; after it, what they were, bit for bit."""
-        kept = [p.detach().clone() for p in self._params]
-        torch._foreach_copy_(self._params, self._mean)
+        kept = [p.detach().clone() for p in self._parts]
+        torch._foreach_copy_(self._parts, self._mean)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._params, kept)
+            torch._foreach_copy_(self._parts, kept)
 
     def state_dict(self) -> dict[str, Any]:
         """The mean, and the number of its steps."""
-        return {"count": self.count, "mean": self._mean}
+        mean = [spread(mean, like=p) for mean, p in zip(self._mean, self._params, strict=False)]
+        return {"count": self.count, "mean": mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.count = state["count"]
-        self._mean = [mean.to(p.device) for mean, p in zip(state["mean"], self._params, strict=False)]
+        self._mean = [local(mean).to(p.device) for mean, p in zip(state["mean"], self._parts, strict=False)]

@@ -1,0 +1,97 @@
+"""How several processes train one run together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import group, rank, running
+from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.memory.checkpointing import blocks_of
+from hybridlab.study.config import RunConfig
+from hybridlab.study.tasks import Batch, in_parts
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """How several processes train one model; each trains on an equal part of every batch.
+
+    wrap: "fsdp": each holds a part of weights, gradients and optimizer state, and the blocks' weights are gathered when
+        they are needed (`fully_shard`); "ddp": each holds all of them (DistributedDataParallel)
+    gather: number format in which weights are gathered, "fp32" or "bf16"; gradients are added up in float32
+    copies: of the model: so many groups of ranks, each of which shares one among its ranks. With as many copies as
+        hosts, weights are gathered within a host, and gradients alone cross from one to the next
+    async_save: write checkpoints beside the training; they take the size of a rank's part in host memory meanwhile
+    timeout_s: after which a rank that waits for another one ends the run
+
+    Raises TypeError and ValueError that name the setting.
+    """
+
+    wrap: str = "fsdp"
+    gather: str = "fp32"
+    copies: int = 1
+    async_save: bool = True
+    timeout_s: int = 600
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_choice("wrap", self.wrap, ("fsdp", "ddp"))
+        check_choice("gather", self.gather, ("fp32", "bf16"))
+        check_bounds(self, "copies", "timeout_s", least=1)
+        if self.wrap == "ddp" and (self.gather, self.copies) != ("fp32", 1):
+            raise ValueError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
+
+    @contextmanager
+    def started(self, config: RunConfig) -> Iterator[None]:
+        """Inside, the processes that torchrun has started are a group, and a run of this config may be trained.
+
+        Raises UserError where they cannot be one, and for a batch that does not split among them.
+        """
+        if self.gather == "bf16" and config.precision != "bf16":
+            raise UserError(
+                f"gather='bf16' computes in bfloat16, and precision is {config.precision!r}: set it to bf16"
+            )
+        with group(config.device, self.timeout_s):
+            parts = running() * config.memory.micro_batches
+            if config.task.batch_size % parts:
+                raise UserError(
+                    f"a batch of {config.task.batch_size} does not split into {parts} equal parts, "
+                    f"{config.memory.micro_batches} for each of {running()} ranks: change batch_size"
+                )
+            if running() % self.copies:
+                raise UserError(f"{running()} ranks do not hold {self.copies} copies of the model: change copies")
+            yield
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model as these ranks train it."""
+        if self.wrap == "ddp":
+            return nn.parallel.DistributedDataParallel(model)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        along = {"copies": self.copies, "shards": running() // self.copies}
+        if self.copies == 1:
+            del along["copies"]
+        device = next(model.parameters()).device.type
+        mesh = init_device_mesh(device, tuple(along.values()), mesh_dim_names=tuple(along))
+        formats = (torch.bfloat16, torch.float32) if self.gather == "bf16" else ()
+        how: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(*formats)}
+        for block in blocks_of(model):
+            fully_shard(block, **how)
+        fully_shard(model, **how)
+        return model
+
+    def record(self) -> dict[str, Any]:
+        """What the arithmetic and the form of a checkpoint depend on; not how many ranks there are."""
+        return {name: value for name, value in asdict(self).items() if name not in ("async_save", "timeout_s")}
+
+
+def own_part(batch: Batch) -> Batch:
+    """What this rank trains on: its part of a batch that is the same on every rank."""
+    return in_parts(batch, running())[rank()] if running() > 1 else batch

@@ -1,0 +1,145 @@
+"""Trains one run from a settings file, in one process or in all that torchrun has started.
+
+torchrun --nproc-per-node 2 -m hybridlab.train -f FILE.yaml [--resume]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hybridlab.base.errors import UserError, first_line, nearest, printable
+from hybridlab.base.files import project_root
+from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
+from hybridlab.base.settings import check_types, settings_from
+from hybridlab.batch.given import values_in_file
+from hybridlab.batch.terminal import signals_as_interrupts
+from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
+from hybridlab.study.ranks import RanksConfig
+from hybridlab.study.step_log import StepRecord
+from hybridlab.study.watched_run import WatchedRun
+
+TASKS = {"text": TextTaskConfig, "images": ImageTaskConfig, "huggingface": HuggingFaceTaskConfig}
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a settings file says.
+
+    run: the run's settings, as `RunConfig` has them; its task is a mapping of the task's settings, with a `kind` of
+        text (the default), images or huggingface, or names one of your own, as "my_task.py:MyTask"
+    folder: of the run's record, in the project's folder; by default runs/train/NAME
+    ranks: how several processes train it, as `RanksConfig` has it
+    resume: go on with the run that lies in the folder
+    """
+
+    run: RunConfig
+    folder: str = ""
+    ranks: RanksConfig = field(default_factory=RanksConfig)
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @property
+    def path(self) -> Path:
+        """Of the run's folder."""
+        return project_root() / (self.folder or f"runs/train/{self.run.name}")
+
+
+def read_settings(path: Path) -> TrainConfig:
+    """The settings that a file holds. Raises UserError, in one line, for what cannot be meant."""
+    values = {given.name: given.value for given in values_in_file(path)}
+    if isinstance(run := values.get("run"), dict) and "task" in run:
+        values["run"] = run | {"task": _task(run["task"], f"{path}: run: task")}
+    config = settings_from(TrainConfig, values, str(path))
+    return replace(config, run=replace(config.run, cuda_graphs=False))  # no graph holds what ranks say to each other
+
+
+def _task(given: Any, place: str) -> Any:
+    if isinstance(given, str):
+        return find_task(given)
+    if not isinstance(given, dict):
+        raise UserError(f"{place} is {given!r}: write the task's settings, or module:object")
+    kind = given.get("kind", "text")
+    if kind not in TASKS:
+        raise UserError(f"{place}: kind {kind!r} is unknown: {nearest(kind, TASKS)}")
+    return settings_from(TASKS[kind], {name: value for name, value in given.items() if name != "kind"}, place)
+
+
+def run_file(path: Path, *, resume: bool = False) -> None:
+    """Train what a settings file says, and print how it goes."""
+    config = read_settings(path)
+    with config.ranks.started(config.run):
+        done = train(
+            config.run, config.path, resume=resume or config.resume, watch=_say_progress, ranks=config.ranks
+        ).closing_figures
+        _say(f"done: validation loss {done['validation_loss']:.4f} nats; {config.path}")
+
+
+def _say_progress(run: WatchedRun, record: StepRecord) -> None:
+    """The first rank says at each evaluation how it stands."""
+    if record.evaluation:
+        loss, step = record.evaluation["validation_loss"], record.statistics.nominal_steps
+        tokens = step * run.config.task.batch_size * getattr(run.config.task, "block_size", 1)
+        rate = f"{tokens / record.seconds:,.0f} tokens (of images, how many) per second"
+        _say(f"step {step} of {run.config.steps}: validation loss {loss:.4f} nats, {rate}")
+
+
+def _say(sentence: str) -> None:
+    if is_first():
+        print(printable(sentence), flush=True)
+
+
+def _program(
+    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="The settings, in YAML.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in the folder.")] = False,
+) -> None:
+    """Train one run; torchrun starts it on several GPUs."""
+    run_file(file, resume=resume)
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app.command()(_program)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; what ends it is told in one line, by one rank. Exit codes are those of `hybridlab`."""
+    try:
+        with signals_as_interrupts():
+            app(sys.argv[1:] if arguments is None else arguments, prog_name="python -m hybridlab.train")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return _told("stopped", EXIT_INTERRUPTED)
+    except UserError as error:
+        return _told(error, EXIT_REFUSED)
+    except Exception as error:
+        if is_of_lost_rank(error):
+            return _told("another rank has ended, and the run with it: see what it said; --resume goes on", EXIT_FAILED)
+        traceback.print_exc()
+        return _told(f"{type(error).__name__}: {first_line(error)}", EXIT_FAILED)
+    return 0
+
+
+def _told(message: object, code: int) -> int:
+    if is_first_to_tell():
+        place = f" rank {rank()}:" if running() > 1 else ""
+        print(f"hybridlab.train:{place} {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    if code and torch.distributed.is_initialized():
+        os._exit(code)  # threads that wait for a rank that is gone would not let it end
+    sys.exit(code)

@@ -1,0 +1,143 @@
+"""`python -m hybridlab.train`: one run from a settings file, alone or on several ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from hybridlab.study.record import Run
+from hybridlab.train import main
+
+ROOT = Path(__file__).parents[1]
+JUMPING = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "gate": False}
+TASK = {"model": "nano", "data": "markov", "vocab_size": 64, "block_size": 16, "batch_size": 12}
+RUN = {
+    "name": "toy",
+    "steps": 36,
+    "evaluate_every": 12,
+    "checkpoint_every": 10,
+    "device": "cpu",
+    "task": TASK,
+    "hybrid": JUMPING | {"confidence_threshold": 0.0},
+}
+DYING = """
+import os, signal
+from hybridlab.study import TextTaskConfig
+
+class Task:
+    batch_size, block_size = 12, 16
+
+    def __init__(self, seed, device):
+        self.task = TextTaskConfig("nano", "markov", vocab_size=64, block_size=16, batch_size=12).build(seed, device)
+        self.model, self.loss, self.evaluate = self.task.model, self.task.loss, self.task.evaluate
+
+    def batch(self, step):
+        if step == 22 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.task.batch(step)
+"""
+
+
+def written(folder: Path, run: Any = RUN, **others: Any) -> str:
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump({"folder": str(folder / "run"), "run": run, **others}))
+    return str(file)
+
+
+def losses(folder: Path) -> pd.DataFrame:
+    return Run.load(folder / "run").steps[["nominal_step", "measured_loss", "validation_loss"]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process that is a group of its own."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert main(["-f", written(folder)]) == 0
+    return folder
+
+
+def test_alone_it_leaves_a_record_and_finished_it_stands(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.load(alone / "run")
+    assert run.closing_figures["ranks"] == 1
+    assert run.closing_figures["predicted_steps"] == 8
+    assert main(["-f", str(alone / "settings.yaml"), "--resume"]) == 0
+    assert capsys.readouterr().out.startswith("done: validation loss")
+
+
+def test_replicated_it_trains_the_same(alone: Path, tmp_path: Path) -> None:
+    assert main(["-f", written(tmp_path, RUN | {"tail_average": 0.3}, ranks={"wrap": "ddp"})]) == 0
+    pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone: Path, tmp_path: Path) -> None:
+    """The same batches on any number of ranks; whoever is left says in one line why the run ends."""
+    (tmp_path / "dying.py").write_text(DYING)
+    file = written(tmp_path, RUN | {"task": f"{tmp_path}/dying.py:Task"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "hybridlab.train", "-f", file],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("hybridlab")]
+    lost = "another rank has ended, and the run with it: see what it said; --resume goes on"
+    assert said[0] == f"hybridlab.train: rank 0: {lost}"
+    assert Run.load(tmp_path / "run").summary is None
+    with pytest.warns(UserWarning, match="2 ranks wrote the checkpoint and 1 go on: random streams"):
+        assert main(["-f", file, "--resume"]) == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
+
+
+def changed(**settings: Any) -> dict[str, Any]:
+    return RUN | settings
+
+
+@pytest.mark.parametrize(
+    ("run", "ranks", "said"),
+    [
+        (changed(stpes=3), {}, "run: there is no setting 'stpes': did you mean 'steps'?"),
+        (changed(steps="many"), {}, "run: steps is 'many': int is wanted"),
+        (changed(optimizer={"lr": "1e-4"}), {}, "optimizer: lr is '1e-4': float is wanted (YAML reads 1e-4 as text"),
+        (changed(hybrid={"memory": {"checkpointing": {"keep": 1}}}), {}, "checkpointing: there is no setting 'keep'"),
+        (changed(task=TASK | {"kind": "txt"}), {}, "run: task: kind 'txt' is unknown: did you mean 'text'?"),
+        ({"name": "toy"}, {}, "run: task is missing: write it down"),
+        (RUN, {"wrap": "fspd"}, "ranks: wrap 'fspd' is unknown: did you mean 'fsdp'?"),
+        (RUN, {"wrap": "ddp", "copies": 2}, "ranks: gather and copies are of wrap='fsdp'"),
+        (RUN, {"gather": "bf16"}, "gather='bf16' computes in bfloat16, and precision is 'fp32'"),
+        (RUN, {"copies": 2}, "1 ranks do not hold 2 copies of the model: change copies"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(
+    run: Any, ranks: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-f", written(tmp_path, run, ranks=ranks)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_do_not_find_each_other_and_missing_files_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert main(["-f", written(tmp_path)]) == 2
+    assert main(["-f", str(tmp_path / "none.yaml")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "the ranks do not find each other" in first
+    assert "WORLD_SIZE expected, but not set" in first
+    assert "none.yaml: no such parameter file" in second
