@@ -42,8 +42,8 @@ FORMATS |= {"alone: step (ms)": ".2f", "alone: vanilla's time over its own": ".2
 
 
 def profile_ladder(ladder: Ladder, steps: int) -> LadderProfile:
-    """Time so many steps of each rung alone, then profile each with those before it. Nothing is timed after that."""
-    alone = {name: run for name in ladder.changes if (run := ladder.alone(name))}
+    """Time so many steps of each rung alone (0: of none), then profile each with those before it, and time no more."""
+    alone = {name: run for name in ladder.changes if steps and (run := ladder.alone(name))}
     alone_ms = {name: time_step(run, steps) for name, run in alone.items()}
     stacked = [ladder.vanilla, *map(ladder.stacked, ladder.changes)]
     return LadderProfile(alone_ms, {run.name: step_work(run) for run in stacked})
