@@ -81,7 +81,7 @@ LIMITS = {
     "predict_steps": COUNT_OR_NONE,
     "predictor": _choice(*PREDICTORS),
     "predictors": _choice(*PREDICTORS),
-    "profile_steps": COUNT,
+    "profile_steps": COUNT_OR_NONE,
     "reference_steps": COUNT_OR_NONE,
     "rungs": _choice("TF32", "bf16", "compiled", "CUDA graph", "tuned rates", "Muon", "predicted depth"),
     "seeds": SIZE,
