@@ -17,7 +17,14 @@ from hybridlab.base.errors import UserError
 from hybridlab.benchmarks import against_others
 from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.benchmarks.step_profile import StepWork, stages_of, step_work, time_step
-from hybridlab.notebook import ladder_claims, ladder_figures, ladder_table, side_by_side, waterfall_chart
+from hybridlab.notebook import (
+    ladder_claims,
+    ladder_figures,
+    ladder_table,
+    side_by_side,
+    side_by_side_claims,
+    waterfall_chart,
+)
 from hybridlab.notebook.views.ladder import LadderProfile
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner.gpu_specs import spec_of
@@ -176,7 +183,7 @@ def test_loops_are_timed_in_turns_and_what_is_not_installed_is_left_out(monkeypa
     figure = measured["figures"]["library_over_nanogpt_step"]
     assert figure["value"] == pytest.approx(ours / nanogpt)
     assert figure["rests_on"]["settings"]["batch_size"] == 8
-    assert "muon_over_adamw_step" in measured["figures"]
+    assert [claim.kind for claim in side_by_side_claims(measured)] == ["step-beside-nanogpt", "muon-beside-adamw"]
 
 
 def test_another_loop_takes_one_step_per_turn_and_ends_with_its_own_error():

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ladder_tables,
         profile_ladder,
         side_by_side,
+        side_by_side_claims,
         side_by_side_table,
         steps_table,
         waterfall_chart,

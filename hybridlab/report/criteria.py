@@ -18,6 +18,7 @@ Outcome = Literal["holds", "fails", "open", "predicted nothing", "not measured",
 MNIST = "01_mnist_cnn"
 BASELINE, HYBRID, MEMORY = "02_gpt2_small_baseline", "03_gpt2_small_hybrid", "04_gpt2_small_memory"
 MEDIUM, XL = "05_gpt2_medium", "06_gpt2_xl"
+LADDER = "08_speed_ladder"
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,11 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
             tuple(Claims(notebook, "predicted-within-10-percent") for notebook in (MEMORY, MEDIUM, XL)),
         ),
         Criterion("The tuned baseline, in bf16, peaks below 5 GB", (Claims(BASELINE, "vram"),)),
+        Criterion(
+            "The whole stack reaches the vanilla run's loss in 1/15 of its time", (Claims(LADDER, "stack-is-fast"),)
+        ),
+        Criterion("A step takes at most 0.75 of that of nanoGPT's loop", (Claims(LADDER, "step-beside-nanogpt"),)),
+        Criterion("A step with Muon takes at most 1.25 of one with AdamW", (Claims(LADDER, "muon-beside-adamw"),)),
     ),
 }
 """The plan's groups of criteria, in its order; each names the claims that decide it."""

@@ -61,7 +61,7 @@ class Rung:
     def compile_seconds(self) -> float | None:
         """For compilation, graphs and warm-up before the first step of its first run; None where nothing is compiled.
 
-        What the rungs before compiled is kept, so that rungs add up.
+        What the rungs before compiled alike is kept.
         """
         first = next(iter(self.result.runs.values()))
         return float(first.closing_figures["warm_up_seconds"]) if self.config.compiled else None

@@ -23,6 +23,12 @@ from hybridlab.study.step_value import StepValue
 
 Figures = dict[str, dict[str, Any]]
 
+BESIDE = {
+    "library_over_nanogpt_step": ("step-beside-nanogpt", "a step takes at most {} of that of nanoGPT's loop", 0.75),
+    "muon_over_adamw_step": ("muon-beside-adamw", "a step with Muon takes at most {} of one with AdamW", 1.25),
+}
+"""Figure of the benchmark -> kind and text of its claim, and the bound."""
+
 
 @dataclass(frozen=True)
 class LadderProfile:
@@ -61,8 +67,8 @@ def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) 
     measured = {name for row in rows for name, value in row.items() if value is not None}
     caption = (
         "Each rung with all before it. Steps and time to the vanilla run's final validation loss, which was fixed "
-        "before; time without compilation, which comes on top of that of the rungs before. FLOP utilisation is of the "
-        "GPU's dense bf16 rate"
+        "before; time without compilation, which is that of a rung's first run: what was compiled alike before is kept. "
+        "FLOP utilisation is of the GPU's dense bf16 rate"
     )
     shown = [{name: value for name, value in row.items() if name in measured} for row in rows]
     return table(shown, caption, {name: spec for name, spec in FORMATS.items() if name in measured})
@@ -221,3 +227,15 @@ def side_by_side_table(measured: Mapping[str, Any]) -> Table | str:
     ]
     columns = {name: spec for name, spec in FORMATS.items() if name in rows[0]} | {"peak memory (GB)": ".2f"}
     return table(rows, "Loops in turns on one device, medians over rounds", columns)
+
+
+def side_by_side_claims(measured: Mapping[str, Any]) -> list[Claim]:
+    """That the library's step is not behind, by the ratios that the benchmark found."""
+    claims = []
+    for name, (kind, text, bound) in BESIDE.items():
+        if figure := measured.get("figures", {}).get(name):
+            value, low, high = (figure[end] for end in ("value", "low", "high"))
+            ends = (-math.inf if low is None else low, math.inf if high is None else high)
+            quantity = Quantity(name, value, low, high, "time ratio", bound=bound)
+            claims.append(Claim(kind, text.format(bound), holds_below(*ends, bound), (quantity,)))
+    return claims
