@@ -67,7 +67,7 @@ def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) 
     measured = {name for row in rows for name, value in row.items() if value is not None}
     caption = (
         "Each rung with all before it. Steps and time to the vanilla run's final validation loss, which was fixed "
-        "before; time without compilation, which is that of a rung's first run: what was compiled alike before is kept. "
+        "before; time is without compilation. That is of a rung's first run: what was compiled alike before is kept. "
         "FLOP utilisation is of the GPU's dense bf16 rate"
     )
     shown = [{name: value for name, value in row.items() if name in measured} for row in rows]
