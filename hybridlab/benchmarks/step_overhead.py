@@ -22,6 +22,7 @@ from hybridlab.memory.precision import autocast
 from hybridlab.optim import build_optimizer
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.ranks import RanksConfig, own_part
 from hybridlab.study.training import sped_up
 
 Step = Callable[[Closure], object]
@@ -43,19 +44,22 @@ class StepOverhead:
     bare_step_ms: float
 
 
-def step_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 10) -> StepOverhead:
+def step_overhead(
+    config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 10, ranks: RanksConfig | None = None
+) -> StepOverhead:
     """Measure it, on one model and one optimizer.
 
     rounds: that count, beside the first two, which are thrown away
     turns: of each loop in a round, best a multiple of six: then each has each place equally often
     steps: nominal steps per turn
+    ranks: how several processes train it together, each of which calls this, inside `RanksConfig.started`
 
     Raises UserError for a config with memory features, which the bare loop has not.
     """
     if config.memory != MemoryConfig():
         raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
     with ProcessSettings.of(config).applied():
-        loops, closure = _loops(config)
+        loops, closure = _loops(config, ranks)
         taken = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
         seconds = seconds_in_turns(taken, find_device(config.device), rounds, turns)
     bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
@@ -68,23 +72,26 @@ def step_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps:
     )
 
 
-def _loops(config: RunConfig) -> tuple[dict[str, Step], Closure]:
+def _loops(config: RunConfig, ranks: RanksConfig | None) -> tuple[dict[str, Step], Closure]:
     """A step of each loop, and the loss of a new batch whenever it is called."""
     device = find_device(config.device)
     task = config.task.build(config.seed, device)
-    model = sped_up(task.model, config)
+    model = sped_up(task.model, config, by_block=ranks is not None)
+    if ranks:
+        model = ranks.wrapped(task.model)
+    known = model if ranks else task.model
     optimizer = build_optimizer(task.model, config.optimizer)
     hybrid = replace(config.hybrid, warmup_steps=0)
     numbers = count()
 
     def closure() -> Tensor:
         with autocast(config.precision, device):
-            return task.loss(model, task.batch(next(numbers)))
+            return task.loss(model, own_part(task.batch(next(numbers))))
 
     loops: dict[str, Step] = {
         "bare": _bare(task.model, optimizer, hybrid),
-        "plain": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=0)).step,
-        "null": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=50, predictor="null")).step,
+        "plain": HybridTrainer(known, optimizer, replace(hybrid, max_predict_steps=0)).step,
+        "null": HybridTrainer(known, optimizer, replace(hybrid, max_predict_steps=50, predictor="null")).step,
     }
     return loops, closure
 

@@ -1,0 +1,24 @@
+"""The benchmark of several ranks, at toy size."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridlab.benchmarks.ranks import Question, measured, summary
+
+TOY = Question("nano", 2, 16, "fp32", False, "fsdp", "fp32", "cpu", rounds=1, turns=1, steps=1)
+
+
+@pytest.mark.slow
+def test_one_rank_is_measured() -> None:
+    with TOY.ranks.started(TOY.config(1)):
+        row = measured(TOY)
+    assert row["ranks"] == 1
+    assert row["tokens_per_second"] == pytest.approx(2 * 16 * 1000 / row["step_ms"])
+    assert len(row["peak_bytes"]) == len(row["peak_with_path_bytes"]) == 1
+    assert row["recording_overhead"]["low"] is None
+
+
+def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
+    rows = [{"ranks": ranks, "tokens_per_second": rate} for ranks, rate in ((2, 190.0), (1, 100.0), (4, 340.0))]
+    assert [row["scaling_efficiency"] for row in summary(TOY, rows)["rows"]] == [0.95, 1.0, 0.85]
