@@ -21,6 +21,7 @@ from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import HostArena, arena_bytes
+from hybridlab.benchmarks.step_profile import step_work
 from hybridlab.memory.apply import optimizer_for, prepare_model_
 from hybridlab.memory.config import (
     INPUTS,
@@ -886,3 +887,12 @@ def test_muon_s_replayed_updates_are_the_ordinary_ones() -> None:
 
     for replayed, ordinary in zip(trained_by_muon(True), trained_by_muon(False), strict=True):
         assert torch.equal(replayed, ordinary)
+
+
+def test_a_step_as_a_graph_is_launched_less_often_and_gives_the_gpu_as_much_to_do():
+    task = TextTaskConfig("nano", "markov", vocab_size=512, block_size=64, batch_size=8, validation_batches=1)
+    compiled = RunConfig("compiled", task, steps=100, precision="bf16", compiled=True, cuda_graphs=False)
+    one_by_one, graphs = step_work(compiled), step_work(replace(compiled, cuda_graphs=True))
+    assert graphs.launches < one_by_one.launches
+    assert graphs.busy_ms == pytest.approx(one_by_one.busy_ms, rel=0.5)
+    assert graphs.operations == one_by_one.operations

@@ -213,6 +213,13 @@ def test_a_benchmark_that_was_not_run_is_told_and_a_damaged_file_refused(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert side_by_side("") == side_by_side("others.json") == {}
     assert "others.json is not there: python -m" in capsys.readouterr().out
-    (tmp_path / "others.json").write_text("{")
-    with pytest.raises(UserError, match="write it again"):
-        side_by_side("others.json")
+    for damaged in ("{", "[1]", '{"loops": []}'):
+        (tmp_path / "others.json").write_text(damaged)
+        with pytest.raises(UserError, match="write it again"):
+            side_by_side("others.json")
+
+
+@pytest.mark.parametrize("wrong", [{"model": "smal"}, {"batch": "8"}, {"device": "gpu"}])
+def test_a_wrong_setting_of_the_benchmark_is_told_in_one_line(wrong):
+    with pytest.raises(SystemExit, match=r"against_others: .+"):
+        against_others.main(**wrong)

@@ -26,6 +26,7 @@ import typer
 from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device, wait_for
+from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
 from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
@@ -373,22 +374,11 @@ def _take(loop: Loop, steps: int) -> None:
         pass
 
 
-def main(
-    model: str = "small",
-    batch: str = "8x512",
-    vocab_size: int = 50257,
-    data: str = "python",
-    device: str = "auto",
-    rounds: int = 8,
-    turns: int = 2,
-    steps: int = 20,
-    quick: Annotated[bool, typer.Option(help="The library's loops and nanoGPT's alone.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
-) -> None:
-    """Time every loop in turns: compiled, in bf16 on a GPU; as it is, in fp32, without one."""
+def configured(model: str, batch: str, vocab_size: int, data: str, device: str) -> RunConfig:
+    """The library's run: compiled, in bf16 on a GPU; as it is, in fp32, without one."""
     windows, block_size = read_batch(batch)
     on_gpu = find_device(device).type == "cuda"
-    config = RunConfig(
+    return RunConfig(
         name="adamw",
         task=TextTaskConfig(model, data, vocab_size, block_size, windows, max_bytes=0 if on_gpu else 4_000_000),
         steps=ENDLESS,
@@ -399,7 +389,29 @@ def main(
         compiled=on_gpu,
         device=device,
     )
-    measured = measure(config, rounds=rounds, turns=turns, steps=steps, quick=quick)
+
+
+Count = Annotated[int, typer.Option(min=1)]
+
+
+def main(
+    model: str = "small",
+    batch: str = "8x512",
+    vocab_size: int = 50257,
+    data: str = "python",
+    device: str = "auto",
+    rounds: Count = 8,
+    turns: Count = 2,
+    steps: Count = 20,
+    quick: Annotated[bool, typer.Option(help="The library's loops and nanoGPT's alone.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
+) -> None:
+    """Time every loop in turns: compiled, in bf16 on a GPU; as it is, in fp32, without one."""
+    try:
+        config = configured(model, batch, vocab_size, data, device)
+        measured = measure(config, rounds=rounds, turns=turns, steps=steps, quick=quick)
+    except (UserError, ValueError) as error:
+        raise SystemExit(f"against_others: {error}") from None
     for row in measured["loops"]:
         print(json.dumps(row))
     for name, figure in measured["figures"].items():

@@ -205,9 +205,10 @@ def side_by_side(file: str) -> dict[str, Any]:
         print(f"{file} is not there: python -m hybridlab.benchmarks.against_others --out {file} writes it")
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise UserError(f"{file} is no file of the benchmark: write it again") from None
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        return {part: measured[part] for part in ("loops", "figures")}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no file of the benchmark: write it again, or set others to ''") from None
 
 
 def side_by_side_table(measured: Mapping[str, Any]) -> Table | str:
