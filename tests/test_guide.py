@@ -18,9 +18,10 @@ from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
 from hybridlab.batch.declared import declared_parameters
-from hybridlab.benchmarks import architectures
+from hybridlab.benchmarks import architectures, ranks
 from hybridlab.cli import _joined, app
 from hybridlab.predictors import PREDICTORS
+from hybridlab.train import _program
 from tests.notebook_maker import project
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,15 @@ def test_every_command_that_a_page_names_exists_with_its_options(page: Path) -> 
             case ["python", "-m", "hybridlab.benchmarks.architectures", *rest]:
                 program = typer.Typer()
                 program.command()(architectures.main)
+                parse(typer.main.get_command(program), rest)
+            case ["torchrun", _, _, "-m", "hybridlab.train" as name, *rest] | [
+                "python",
+                "-m",
+                "hybridlab.train" | "hybridlab.benchmarks.ranks" as name,
+                *rest,
+            ]:
+                program = typer.Typer()
+                program.command()(_program if name == "hybridlab.train" else ranks.main)
                 parse(typer.main.get_command(program), rest)
             case ["make", *rest]:
                 assert {word for word in rest if "=" not in word} <= {*targets}, words

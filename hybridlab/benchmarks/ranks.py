@@ -83,6 +83,7 @@ class Question:
 def measured(question: Question) -> dict[str, Any]:
     """One row: the figures of as many ranks as there are; each of them calls it, inside a group.
 
+    sent_bytes_per_step: by each rank, as `RanksConfig.communication_bytes` counts it
     tokens_per_second: of all ranks, by the trainer without prediction; step_ms: its median step
     recording_overhead: share of a step that recording the path and asking a predictor add, with its 95 % interval
     peak_bytes, peak_with_path_bytes: by rank, without prediction and with the path of a predictor
@@ -96,12 +97,13 @@ def measured(question: Question) -> dict[str, Any]:
         config, rounds=question.rounds, turns=question.turns, steps=question.steps, ranks=question.ranks
     )
     step_ms = cost.bare_step_ms * cost.plain_over_bare.median
-    tokens = config.task.batch_size * question.tokens
+    tokens, parameters = config.task.batch_size * question.tokens, GPT2Config.named(question.model).parameter_count
     return {
         "ranks": running(),
         "device": device_name(device),
         "step_ms": step_ms,
         "tokens_per_second": 1e3 * tokens / step_ms,
+        "sent_bytes_per_step": question.ranks.communication_bytes(parameters, running())["within"],
         "plain_over_bare": _finite(cost.plain_over_bare),
         "recording_overhead": _finite(cost.recording_over_bare),
         "peak_bytes": from_each(peak),

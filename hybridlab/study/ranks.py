@@ -87,6 +87,24 @@ class RanksConfig:
         fully_shard(model, **how)
         return model
 
+    def communication_bytes(self, parameters: int, ranks: int) -> dict[str, float]:
+        """What each rank sends in a gradient step, "within" a copy of the model and "between" copies.
+
+            fsdp: within  (g - 1) / g (2 w + 4) P      weights gathered in forward and backward, gradients scattered
+                  between 2 (c - 1) / c 4 P / g        gradients of a rank's part added up over the copies
+            ddp:  within  2 (N - 1) / N 4 P            all gradients added up
+
+        P: parameters; N: ranks; c: copies; g: N / c, the ranks of a copy; w: bytes of a gathered weight, 4 or 2
+        The outermost module's own weights stay gathered from forward to backward, and are counted twice all the same.
+        """
+        if self.wrap == "ddp":
+            return {"within": 2 * (ranks - 1) / ranks * 4 * parameters, "between": 0.0}
+        of_copy, weight_bytes = ranks // self.copies, 2 if self.gather == "bf16" else 4
+        return {
+            "within": (of_copy - 1) / of_copy * (2 * weight_bytes + 4) * parameters,
+            "between": 2 * (self.copies - 1) / self.copies * 4 * parameters / of_copy,
+        }
+
     def record(self) -> dict[str, Any]:
         """What the arithmetic and the form of a checkpoint depend on; not how many ranks there are."""
         return {name: value for name, value in asdict(self).items() if name not in ("async_save", "timeout_s")}

@@ -1,0 +1,68 @@
+"""The page on several GPUs: its settings are read, its script parses, and its arithmetic is what the code counts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hybridlab.models import GPT2Config
+from hybridlab.planner.gpu_specs import GPUS
+from hybridlab.study.ranks import RanksConfig
+from hybridlab.train import read_settings
+
+PAGE = (Path(__file__).parents[1] / "docs" / "several_gpus.md").read_text(encoding="utf-8")
+RATE, NVLINK, BETWEEN = 0.4 * GPUS["h100"].bfloat16_flops, 450e9, 50e9
+FLAT, BY_NODE = RanksConfig(gather="bf16"), RanksConfig(gather="bf16", copies=8)
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    return found
+
+
+def test_the_settings_of_the_page_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(block("yaml"))
+    settings = read_settings(file)
+    assert settings.resume
+    assert settings.run.task.batch_size % 64 == 0
+    assert settings.ranks == RanksConfig(gather="bf16")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_the_script_of_the_page_parses() -> None:
+    subprocess.run(["bash", "-n"], input=block("bash"), text=True, check=True)
+
+
+def test_the_least_tokens_of_the_page() -> None:
+    in_node, flat, by_node = (
+        FLAT.communication_bytes(1, 8)["within"] / NVLINK,
+        FLAT.communication_bytes(1, 64)["within"] / BETWEEN,
+        BY_NODE.communication_bytes(1, 64)["between"] / BETWEEN,
+    )
+    said = re.findall(r"\| ([\d,]+) tokens \|", PAGE)
+    assert said == [f"{seconds * RATE / 6:,.0f}" for seconds in (in_node, flat, by_node)]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("GPT-2 Small", GPT2Config.small().parameter_count),
+        ("GPT-2 XL", GPT2Config.xl().parameter_count),
+        ("a 7B model", 6_738_415_616),  # Llama 2 7B
+    ],
+)
+def test_the_steps_of_the_page(name: str, parameters: int) -> None:
+    flat, by_node = FLAT.communication_bytes(parameters, 64)["within"], BY_NODE.communication_bytes(parameters, 64)
+    sent = [f"{bytes_ / 1e9:.2f} GB, {1e3 * bytes_ / BETWEEN:,.0f} ms" for bytes_ in (flat, by_node["between"])]
+    computed = f"{1e3 * 6 * parameters * 8192 / RATE:,.0f} ms"
+    assert f"| {' | '.join([name, f'{parameters / 1e9:.3f} billion', computed, *sent])} |" in PAGE
+
+
+def test_ddp_sends_each_gradient_twice_and_one_rank_nothing() -> None:
+    assert RanksConfig(wrap="ddp").communication_bytes(100, 4) == {"within": 600.0, "between": 0.0}
+    assert set(RanksConfig().communication_bytes(100, 1).values()) == {0.0}
