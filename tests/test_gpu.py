@@ -777,6 +777,7 @@ GRAPHED = {
     "jumps": JUMPS,
     "gated jumps": replace(JUMPS, gate=True),
     "growth": HybridTrainerConfig.plain(depth=DepthSchedule(stages=((0, 1), (20, 2)))),
+    "growth by the best rule": HybridTrainerConfig.plain(depth=DepthSchedule(((0, 1), (20, 2)), rule="best")),
     "growth and jumps": replace(JUMPS, depth=DepthSchedule(stages=((0, 1), (25, 2)))),
 }
 
