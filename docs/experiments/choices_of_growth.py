@@ -14,8 +14,13 @@ from hybridlab import DepthSchedule, HybridTrainerConfig
 from hybridlab.notebook import run_rows, run_study
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare
+from hybridlab.study.statistics import Interval
 
 STEPS, PLAIN_RATE, GROWN_RATE, BLOCKS = 240, 0.002, 0.001, 6
+
+
+LATE = "3, all at 70%"
+"""The arm that others are held against, by seed."""
 
 
 def grown(first: int, at: float, rule: str = "interleave", **more: Any) -> DepthSchedule:
@@ -34,6 +39,22 @@ SCHEDULES = {
     "all, a third skipped until 70%": DepthSchedule.shares(((0.0, BLOCKS),), skip_share=0.34, skip_until=0.7),
     **{f"{first} for ever": DepthSchedule.constant(first) for first in (1, 2, 3)},
 }
+
+
+PAIRS = (
+    *((f"{LATE}, {rule}", LATE) for rule in ("fresh", "stack", "linear")),
+    (f"{LATE}, best", f"{LATE}, fresh"),
+    *((f"3, all at {at}%", LATE) for at in (30, 50, 90)),
+    *((f"{first}, all at 70%", LATE) for first in (1, 2)),
+    ("1, 3 at 40%, all at 70%", "1, all at 70%"),
+    (f"{LATE}, re-warmed over 20 steps", LATE),
+    (f"{LATE}, a third skipped until then", LATE),
+    (LATE, "3 for ever"),
+    (f"{LATE}, fresh", "3 for ever"),
+    ("all, a third skipped until 70%", "baseline"),
+    ("all, a third skipped until 70%", "control, 75% of the steps"),
+)
+"""Arms whose losses are compared, seed by seed."""
 
 
 def study() -> Study:
@@ -84,10 +105,23 @@ def table(result: StudyResult) -> str:
     return "\n".join(lines)
 
 
+def differences(result: StudyResult) -> str:
+    """A row per pair of arms."""
+    lines = ["| arm | against | difference in loss |", "|---|---|---|"]
+    for arm, other in PAIRS:
+        pairs = ([result.value("validation_loss", name, seed) for name in (arm, other)] for seed in result.seeds)
+        lines.append(f"| {arm} | {other} | {Interval.of([mine - theirs for mine, theirs in pairs])} |")
+    return "\n".join(lines)
+
+
+def figures(result: StudyResult) -> list[dict[str, Any]]:
+    """What every run ended with, and what was measured where it grew."""
+    kept = ("arm", "seed", "validation_loss", "cost_in_full_steps")
+    events = {key: run.steps["event"].dropna().tolist() for key, run in result.runs.items()}
+    return [{key: row[key] for key in kept} | {"events": events[row["arm"], row["seed"]]} for row in run_rows(result)]
+
+
 if __name__ == "__main__":
     found = run_study(study(), "choices_of_growth", resume=True)
-    rows = [
-        {key: row[key] for key in ("arm", "seed", "validation_loss", "cost_in_full_steps")} for row in run_rows(found)
-    ]
-    Path(__file__).with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(found))
+    Path(__file__).with_suffix(".json").write_text(json.dumps(figures(found), indent=1) + "\n")
+    print(table(found), differences(found), sep="\n\n")
