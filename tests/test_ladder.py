@@ -23,6 +23,7 @@ from hybridlab.notebook import (
     ladder_table,
     side_by_side,
     side_by_side_claims,
+    steps_table,
     waterfall_chart,
 )
 from hybridlab.notebook.views.ladder import LadderProfile
@@ -111,6 +112,14 @@ def test_each_rung_has_the_changes_before_it_and_alone_its_own(ladder):
     assert (top.precision, top.optimizer, top.cuda_graphs) == ("tf32", OptimizerConfig.tuned(), True)
     assert (alone.precision, alone.optimizer.name, alone.hybrid) == ("fp32", "adam", GROWN)
     assert ladder.alone("CUDA graph") is None
+
+
+def test_the_readout_of_averaged_weights_stands_beside_the_plain_one(rungs):
+    averaging = Ladder(replace(VANILLA, tail_average=0.2), {"tuned rates": CHANGES["tuned rates"]}, timed_steps=250)
+    tuned = averaging.run(trained)[-1]
+    assert (round(tuned.steps.value), round(tuned.averaged_steps.value)) == (250, 200)
+    assert str(steps_table([tuned])).count("with averaged weights") == 1
+    assert "averaged" not in str(steps_table(rungs))
 
 
 def test_a_rung_that_never_reaches_the_loss_fails_after_twice_the_vanilla_runs_length():

@@ -87,6 +87,7 @@ LIMITS = {
     "seeds": SIZE,
     "steps": COUNT,
     "strict_steps": COUNT,
+    "tail_average": _bounds(least=0, below=1),
     "timed_steps": COUNT,
     "validation_batches": SIZE,
     "vocab_size": _bounds(least=2, most=2**16),

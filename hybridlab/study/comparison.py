@@ -31,6 +31,7 @@ class Comparison:
     compute_to_loss, time_to_loss: of an arm that predicted depth: how many times its own computation, or its own time,
         a plain run takes to its final loss; above 1, it pays. None of others
     peak_vram_bytes: the greatest peak of its runs; None without a GPU
+    averaged_loss: of the weights averaged over each run's tail; None where none are (`RunConfig.tail_average`)
     """
 
     name: str
@@ -55,6 +56,7 @@ class Comparison:
     grown: bool = False
     compute_to_loss: StepValue | None = None
     time_to_loss: StepValue | None = None
+    averaged_loss: Interval | None = None
 
     @property
     def predicted(self) -> bool:
@@ -163,6 +165,7 @@ def compare(result: StudyResult, name: str) -> Comparison:
         grown=grown,
         compute_to_loss=_to_loss(result, name, [result.cost(name, seed) for seed in seeds]) if grown else None,
         time_to_loss=_to_loss(result, name, _full_steps_in_its_time(result, name)) if grown else None,
+        averaged_loss=_averaged_loss(result, name),
     )
 
 
@@ -179,6 +182,12 @@ def base_of(result: StudyResult, arm: str = BASELINE, at_step: int | None = None
 
 def _to_control(result: StudyResult, name: str) -> Interval:
     return _difference(result, name, [result.control_of(name, seed) for seed in result.seeds])
+
+
+def _averaged_loss(result: StudyResult, name: str) -> Interval | None:
+    figure = "averaged_validation_loss"
+    there = all(figure in result.runs[name, seed].closing_figures for seed in result.seeds)
+    return Interval.of([result.value(figure, name, seed) for seed in result.seeds]) if there else None
 
 
 def _accuracy_to_baseline(result: StudyResult, name: str) -> Interval | None:

@@ -23,6 +23,8 @@ LEARNING = ("optimizer", "schedule", "hybrid", "clock")
 FACTOR = 1.5
 """Between two lengths that are tried."""
 
+AVERAGED = "averaged_validation_loss"
+
 SHORTEST, LONGEST = 12, 2
 """Steps of the shortest run that is tried, and how many times the vanilla run's length the longest may be."""
 
@@ -40,6 +42,7 @@ class Rung:
     loss_change: validation loss over the vanilla run's after `timed_steps`, of a rung that learns as that does
     lengths: of the runs that the steps are computed from; tried: how many lengths were trained on the first seed
     seeds: per length
+    averaged_steps: the same as `steps`, of the weights averaged over the tail of each run (`RunConfig.tail_average`)
     """
 
     config: RunConfig
@@ -51,6 +54,7 @@ class Rung:
     lengths: tuple[int, ...] = ()
     tried: int = 0
     seeds: int = 1
+    averaged_steps: StepValue | None = None
 
     @property
     def name(self) -> str:
@@ -161,7 +165,7 @@ class Ladder:
         lengths = lengths_around(loss_after, target, round(first / FACTOR), longest)
         runs = [of_length(config, steps, seed) for seed in range(self.seeds) for steps in lengths]
         result |= train([run for run in runs if (run.name, run.seed) not in result.runs])
-        steps = StepValue.of([self._seed_runs(plain, result, config, lengths, seed) for seed in range(self.seeds)])
+        steps = self._steps(plain, result, config, lengths)
         spent = [_step_seconds(result, config, lengths, seed) for seed in range(self.seeds)]
         faster = [_seconds(plain, self.vanilla.name, s) / self.vanilla.steps / mine for s, mine in enumerate(spent)]
         return Rung(
@@ -173,14 +177,30 @@ class Ladder:
             lengths=tuple(lengths),
             tried=len({run.config["steps"] for run in result.runs.values()}),
             seeds=self.seeds,
+            averaged_steps=self._steps(plain, result, config, lengths, AVERAGED) if config.tail_average else None,
         )
 
-    def _seed_runs(
-        self, plain: StudyResult, result: StudyResult, config: RunConfig, lengths: Sequence[int], seed: int
-    ) -> SeedRuns:
-        """The vanilla run's loss beside those of the rung's own lengths, in steps."""
-        losses = tuple(_loss(result, of_length(config, steps).name, seed) for steps in lengths)
-        return SeedRuns(_loss(plain, self.vanilla.name, seed), 0.0, 1.0, tuple(lengths), losses)
+    def _steps(
+        self,
+        plain: StudyResult,
+        result: StudyResult,
+        config: RunConfig,
+        lengths: Sequence[int],
+        figure: str = "validation_loss",
+    ) -> StepValue | None:
+        """Where the rung's figure meets the vanilla run's loss among its own lengths, paired by seed."""
+        names = [of_length(config, steps).name for steps in lengths]
+        runs = [
+            SeedRuns(
+                _loss(plain, self.vanilla.name, seed),
+                gradient_steps=0.0,
+                predicted_steps=1.0,
+                control_steps=tuple(lengths),
+                control_losses=tuple(_loss(result, name, seed, figure) for name in names),
+            )
+            for seed in range(self.seeds)
+        ]
+        return StepValue.of(runs)
 
 
 def learns_as(config: RunConfig, other: RunConfig) -> bool:
@@ -220,8 +240,8 @@ def _three(losses: Mapping[int, float], target: float) -> list[int]:
     return sorted((short, long, round(short / FACTOR) if nearer_to_short else round(long * FACTOR)))
 
 
-def _loss(result: StudyResult, name: str, seed: int = 0) -> float:
-    return result.value("validation_loss", name, seed)
+def _loss(result: StudyResult, name: str, seed: int = 0, figure: str = "validation_loss") -> float:
+    return result.runs[name, seed].closing_figures.get(figure, math.inf)
 
 
 def _seconds(result: StudyResult, name: str, seed: int = 0) -> float:

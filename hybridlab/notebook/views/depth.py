@@ -12,7 +12,7 @@ from hybridlab.charts.model import Kind, Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.notebook.views.study import pays_claim, speed_claim, stable_claim
+from hybridlab.notebook.views.study import averaged_cell, pays_claim, speed_claim, stable_claim
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import Comparison, base_of, compare
 from hybridlab.study.rates import RateTrials
@@ -79,6 +79,7 @@ def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
         "arm": c.name,
         "blocks": _blocks(result, c.name),
         "final loss (nats)": c.validation_loss.mean,
+        **averaged_cell(c),
         "against the baseline (nats)": str(c.to_baseline),
         "against as much computation (nats)": str(c.to_control) if c.grown else None,
         "answer": c.answer if c.grown else "a control",

@@ -18,7 +18,7 @@ from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
-from hybridlab.study.ladder import Ladder, Rung, learns_as, times
+from hybridlab.study.ladder import AVERAGED, Ladder, Rung, learns_as, times
 from hybridlab.study.step_value import StepValue
 
 Figures = dict[str, dict[str, Any]]
@@ -100,6 +100,7 @@ def _step_cells(rung: Rung, profile: LadderProfile) -> dict[str, Any]:
 def _loss_cells(rung: Rung) -> dict[str, Any]:
     return {
         "steps to the loss": _shown(rung.steps, ".0f"),
+        **({"with averaged weights": _shown(rung.averaged_steps, ".0f")} if rung.averaged_steps else {}),
         "time to it (s)": rung.seconds,
         "vanilla's time over it": _shown(rung.time_ratio, ".2f"),
         "loss beside vanilla's (nats)": None if rung.loss_change is None else f"{rung.loss_change:+.3f}",
@@ -168,7 +169,7 @@ def _quantity(name: str, value: StepValue, unit: Any, bound: float) -> Quantity:
 
 def ladder_tables(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> dict[str, list[dict[str, Any]]]:
     """What every figure of the ladder can be computed from again, for results.json: the table, and each of its runs."""
-    figures = ("validation_loss", "seconds", "gradient_step_ms", "warm_up_seconds")
+    figures = ("validation_loss", AVERAGED, "seconds", "gradient_step_ms", "warm_up_seconds")
     runs = [
         {"rung": rung.name, "seed": seed, "steps": run.config["steps"]}
         | {name: run.closing_figures.get(name) for name in figures}

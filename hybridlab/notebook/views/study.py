@@ -190,6 +190,7 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
         {
             "arm": c.name,
             "final loss (nats)": c.validation_loss.mean,
+            **averaged_cell(c),
             "its control's": _control_loss(c).mean if c.predicted else None,
             "difference (nats)": str(c.to_control) if c.predicted else None,
             "answer": c.answer,
@@ -208,6 +209,11 @@ def comparison_table(comparisons: Iterable[Comparison]) -> Table:
         + (f". Predicted nothing, and left out: {idle}" if idle else "")
     )
     return table(rows, caption)
+
+
+def averaged_cell(c: Comparison) -> dict[str, float]:
+    """The loss of the weights averaged over the runs' tails, a table's cell; none where nothing is averaged."""
+    return {"of averaged weights (nats)": c.averaged_loss.mean} if c.averaged_loss else {}
 
 
 def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
