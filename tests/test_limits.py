@@ -19,6 +19,7 @@ from hybridlab.batch.run import prepared
 from hybridlab.benchmarks.memory_arms import jumping_with
 from hybridlab.data.images import SOURCES as IMAGE_SOURCES
 from hybridlab.data.text import SOURCES as TEXT_SOURCES
+from hybridlab.depth import BEST, RULES
 from hybridlab.memory import MemoryConfig
 from hybridlab.memory.precision import PRECISIONS
 from hybridlab.models.gpt2 import SIZES
@@ -160,6 +161,7 @@ def test_choices_are_those_that_the_library_knows():
     assert tuple(TEXT_SOURCES.values()) == limits.TEXTS
     assert {form.partition(":")[0] for form in limits.IMAGES} == {name.partition(":")[0] for name in IMAGE_SOURCES}
     assert limits.LIMITS["model"].choices == SIZES
+    assert limits.LIMITS["rules"].choices == (*RULES, BEST)
     assert limits.LIMITS["precision"].choices == PRECISIONS
 
 

@@ -84,6 +84,7 @@ LIMITS = {
     "profile_steps": COUNT_OR_NONE,
     "reference_steps": COUNT_OR_NONE,
     "rungs": _choice("TF32", "bf16", "compiled", "CUDA graph", "tuned rates", "Muon", "predicted depth"),
+    "rules": _choice("interleave", "stack", "linear", "fresh", "best"),
     "seeds": SIZE,
     "steps": COUNT,
     "strict_steps": COUNT,
