@@ -54,7 +54,7 @@ def root(tmp_path, monkeypatch):
         ("03", "steps 0200", "steps: '0200' is text, a whole number is wanted: write 200"),
         ("03", "cpu_threads 100000", "cpu_threads: 100000 after -p: it must be at least 0 and at most 1024"),
         ("03", "warmup_steps 360", "warmup_steps: 360 must be below steps, which is 360 (given after -p)"),
-        ("03", "steps 40", "evaluate_every: 50 must be at most steps, which is 40"),
+        ("03", "steps 40", "evaluate_every: 90 must be at most steps, which is 40"),
         ("03", "evaluate_every 361", "evaluate_every: 361 must be at most steps, which is 360 (given after -p)"),
         ("03", "data digits", "data: 'digits' is no source: choose one of python"),
         ("03", "data bin:", "data: 'bin:' is no source"),
