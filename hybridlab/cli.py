@@ -282,6 +282,10 @@ def plan(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
     memory: Annotated[str, typer.Option(help="none, conservative, aggressive or fit_16gb.")] = "none",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled", help="By torch.compile; its passes CUDA graphs, where the memory settings allow."),
+    ] = False,
     predictor: Annotated[str, typer.Option(help="Whose path is remembered; none trains without jumps.")] = "none",
     path_device: Annotated[str, typer.Option(help="Where the path is kept: same or host.")] = "same",
     path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
@@ -327,6 +331,7 @@ def plan(
             predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings
         )
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
+    spec = replace(spec, compiled=compiled, cuda_graphs=compiled)
     question = Question(spec, card_bytes, rates, find)
     if as_json:
         print(json.dumps(question.record(), indent=2))

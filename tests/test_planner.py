@@ -88,7 +88,11 @@ def test_the_peak_is_the_one_that_matched_the_gpu(size, arm):
 
 def _torchs_loss(chunk: int, model, batch):
     """The mean cross-entropy by torch alone; each chunk's logits are computed again in the backward pass."""
-    x, targets = model._hidden(torch.empty(batch, dtype=torch.long)).flatten(0, 1), torch.empty(batch, dtype=torch.long)
+    tokens, targets = torch.empty(batch, dtype=torch.long), torch.empty(batch, dtype=torch.long)
+    x = model._embed(tokens)
+    for block in model.h:
+        x = block(x)
+    x = model.ln_f(x).flatten(0, 1)
 
     def loss(x, targets):
         return F.cross_entropy(F.linear(x, model.wte.weight)[:, :50257].float(), targets, reduction="sum")
@@ -346,7 +350,7 @@ def test_options_are_ordered_by_estimated_time_and_hold_what_saves_memory(all_op
 
 def test_a_large_batch_accumulates_before_it_computes_twice():
     large = GPT2Config(vocab_size=4096, block_size=256, n_layer=2, n_head=8, n_embd=512)
-    found = options(TrainingSpec(large, (1024, 256)), GPUS["rtx5080"])
+    found = options(TrainingSpec(large, (128, 256)), GPUS["rtx5080"])
     first = {name: i for i, option in reversed(list(enumerate(found))) for name in option.features}
     assert first["2 micro batches"] < first["checkpointing of every block"]
 
@@ -712,3 +716,67 @@ def test_the_script_that_measures_architectures_runs_without_a_gpu(tmp_path, cap
         assert 0 < row["planned_allocated_bytes"] < row["planned_on_gpu_bytes"]
         assert row["allocated_error"] is None
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+# --- compiled --------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_block_keeps_less_and_starts_fewer_kernels() -> None:
+    training = (causal_lm(CONFIGS / "llama.json"), (4, 64), MemoryConfig(**BF16))
+    eager, compiled = plan(*training), plan(*training, compiled=True)
+    assert compiled.parts["activations"] < 0.7 * eager.parts["activations"]
+    assert compiled.costs.kernels < 0.6 * eager.costs.kernels
+    assert compiled.costs.flops["bfloat16"] == pytest.approx(eager.costs.flops["bfloat16"], rel=0.05)
+    assert compiled.costs.moved_bytes < 0.6 * eager.costs.moved_bytes
+
+
+COMPILED_BYTES = {"gpt2": 126585856, "llama_grouped": 120733696, "mixtral": 175124480, "pythia": 117690368}
+
+
+@pytest.mark.parametrize("name", COMPILED_BYTES)
+def test_architectures_are_planned_compiled(name):
+    planned = plan(causal_lm(CONFIGS / f"{name}.json"), (4, 128), MemoryConfig(**BF16), compiled=True)
+    assert planned.peak_allocated_bytes == pytest.approx(COMPILED_BYTES[name], rel=0.03)
+
+
+def test_equal_blocks_are_compiled_once_and_stand_for_others(monkeypatch):
+    deep = replace(WIDE_LOGITS, n_layer=8)
+    few = plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True)
+    monkeypatch.setattr(dry_run, "runs_alike", lambda *_: False)
+    assert plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True) == few
+
+
+class OneLoss(GPT2):
+    """The loss that the compiled runs on a GPU had."""
+
+    def _loss(self, x, targets):
+        logits = F.linear(self.ln_f(x).flatten(0, 1), self.wte.weight)[:, : self.config.vocab_size]
+        return F.cross_entropy(logits.float(), targets.flatten())
+
+
+def test_a_compiled_run_is_planned_as_near_to_the_gpu_as_the_others():
+    results = json.loads((project_root() / "executed" / "rtx5080" / "results.json").read_text())
+    claims = {claim["id"]: claim for claim in results["02_gpt2_small_baseline"]["claims"]}
+    measured = claims["vram"]["quantities"][0]["value"]
+    unpadded = partial(OneLoss, GPT2Config(block_size=512, pad_vocab_to=0))
+    planned = plan(unpadded, (8, 512), MemoryConfig(**BF16), compiled=True)
+    assert planned.peak_on_gpu_bytes == pytest.approx(measured, rel=0.03)
+    assert plan(unpadded, (8, 512), MemoryConfig(**BF16)).peak_on_gpu_bytes > 1.4 * measured, "as eager"
+
+
+def test_graphs_hold_what_the_passes_take_and_the_gradients():
+    training = (*MUCH, MemoryConfig(**BF16))
+    compiled, graphs = (plan(*training, compiled=True, cuda_graphs=replayed) for replayed in (False, True))
+    assert (compiled.graphs_bytes, graphs.parts["activations"]) == (0, 0)
+    assert graphs.phases["Predict"]["gradients"] == graphs.parts["weights"]
+    assert graphs.graphs_bytes > compiled.parts["activations"]
+    assert graphs.costs.kernels < 10 < compiled.costs.kernels
+    assert f"{graphs.graphs_bytes / 1e9:.2f} GB for CUDA graphs" in str(graphs)
+    in_parts = replace(training[2], gradient_accumulation=GradientAccumulationConfig(2))
+    assert plan(*MUCH, in_parts, compiled=True, cuda_graphs=True).graphs_bytes == 0, "graphs cannot add up gradients"
+
+
+def test_the_command_plans_a_compiled_training(capsys):
+    assert ended("--compiled --json --batch 2x32", size="--model nano") == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["compiled"], settings["cuda_graphs"]) == (True, True)

@@ -245,6 +245,18 @@ class MemoryConfig:
         return self.mixed_precision is not None and self.mixed_precision.predict == "bf16_weights"
 
     @property
+    def without_cuda_graphs(self) -> str | None:
+        """Which of these settings a pass that is replayed as a CUDA graph does not allow; None where all go with it."""
+        reasons = {
+            "gradients of micro_batches are added up": self.micro_batches > 1,
+            "checkpointing computes blocks anew in backward": self.checkpointing is not None,
+            "step_in_backward takes each gradient away": self.step_in_backward,
+            "state_on_host takes each gradient away": self.state_on_host,
+            "predict_aware moves weights": self.predict_aware is not None,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @property
     def micro_batches(self) -> int:
         """Parts that each batch is split into."""
         return self.gradient_accumulation.micro_batches if self.gradient_accumulation else 1

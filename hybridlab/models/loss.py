@@ -90,7 +90,10 @@ def _loss_of_(logits: Float[Tensor, "tokens vocab"], goals: Tensor, scale: Tenso
     log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
     loss = F.nll_loss(log_probs, goals, ignore_index=IGNORED_TARGET, reduction="sum")
     if scale is not None:
-        each = scale * (goals != IGNORED_TARGET).unsqueeze(1)
-        to_log_probs = torch.zeros_like(log_probs).scatter_(1, goals.clamp(min=0).unsqueeze(1), -each)
+        each, columns = scale * (goals != IGNORED_TARGET).unsqueeze(1), goals.clamp(min=0).unsqueeze(1)
+        if torch.compiler.is_compiling():  # computed where it is used: a scatter would be another copy of the logits
+            to_log_probs = torch.where(torch.arange(logits.shape[1], device=goals.device) == columns, -each, 0.0)
+        else:
+            to_log_probs = torch.zeros_like(log_probs).scatter_(1, columns, -each)
         logits.copy_(torch.ops.aten._log_softmax_backward_data(to_log_probs, log_probs, 1, torch.float32))
     return loss

@@ -19,6 +19,7 @@ from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, c
 from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.optim.muon import Muon
+from hybridlab.planner.compiled import compile_
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
@@ -62,15 +63,17 @@ class StepCosts:
 class Rehearsal:
     """A training's events, in stretches that can be put one behind the other.
 
-    setup: the model; step: forward, backward and update, gradients freed at the end; state: the optimizer's, which the
-        first update makes; path: what is kept on the GPU of the weights' past: a predictor's path, a snapshot, a mean
+    setup: the model; passes: forward and backward; update: the rest of a step, at whose end gradients are freed
+    state: the optimizer's, which the first update makes
+    path: what is kept on the GPU of the weights' past: a predictor's path, a snapshot, a mean
     evaluation: a forward pass of the mean of the weights, if there is one
     offload: what leaves in Predict; predict: a forward pass
     costs: of a gradient step; host_memory: use -> bytes that the training takes of the host and keeps
     """
 
     setup: list[Segment]
-    step: list[Segment]
+    passes: list[Segment]
+    update: list[Segment]
     state: list[Segment]
     path: list[Segment]
     evaluation: list[Segment]
@@ -110,14 +113,15 @@ class DryRun:
             path = self._set_up_path()
             self._free_gradients_early()
             self._shorten_()
-            step = self._unfolded(self._gradient_step()) + update
+            passes = self._unfolded(self._gradient_step())
             after = self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
-            step += self._unfolded(after + self._stretch("end", self._drop_gradients))
-            costs, host_memory = self._costs(step), self._host_memory(step)
+            update += self._unfolded(after + self._stretch("end", self._drop_gradients))
+            costs, host_memory = self._costs(passes, update), self._host_memory(passes)
             evaluation = self._unfolded(self._stretch("evaluation", self._evaluate))
             offload = self._stretch("offload", self._offload)
             predict = self._unfolded(self._stretch("predict", partial(self._forward_alone, "predict")))
-            return Rehearsal(setup, step, state, path, evaluation, offload, predict, costs, host_memory, self._size)
+            kept = (state, path, evaluation, offload, predict)
+            return Rehearsal(setup, passes, update, *kept, costs, host_memory, self._size)
 
     # --- phases ------------------------------------------------------------------------------------------
 
@@ -125,6 +129,8 @@ class DryRun:
         self._model = model = self._spec.build()
         self._weights = list(model.parameters())
         self._trace.logit_widths = _vocabulary(model)
+        if self._spec.compiled:
+            compile_(model, self._trace)
         if self._memory.checkpointing:
             checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))
         if self._memory.weights == "bf16":
@@ -200,11 +206,13 @@ class DryRun:
 
     # --- work, and the host ------------------------------------------------------------------------------
 
-    def _costs(self, step: list[Segment]) -> StepCosts:
+    def _costs(self, passes: list[Segment], update: list[Segment]) -> StepCosts:
         """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
         weights, state = _bytes(self._params), _bytes(self._states(self._params))
-        on_host, work = self._memory.state_on_host, _work(step)
+        on_host, work = self._memory.state_on_host, _work(passes + update)
         moved, sent, kernels = (work.pop(name) for name in ("moved", "sent", "kernels"))
+        if self._spec.replays_graphs:
+            kernels = _work(update)["kernels"] + 2
         return StepCosts(
             flops={name: self._whole(count) for name, count in work.items()},
             moved_bytes=self._whole(moved) + (0 if on_host else 3 * weights + 2 * state),
@@ -213,10 +221,10 @@ class DryRun:
             kernels=self._whole(kernels),
         )
 
-    def _host_memory(self, step: list[Segment]) -> dict[str, int]:
+    def _host_memory(self, passes: list[Segment]) -> dict[str, int]:
         """Bytes of host memory that the training takes and keeps, by use; most of it page-locked."""
         weights, path = _bytes(self._params), self._spec.path
-        uses = {"inputs of blocks": _work(step)["sent"]}
+        uses = {"inputs of blocks": _work(passes)["sent"]}
         if self._memory.state_on_host:
             uses["gradients, state and masters"] = 16 * self._size
         if path and self._spec.path_storage.on_host:

@@ -29,6 +29,7 @@ class Plan:
         averaged: part -> bytes at that phase's peak
     reserved_bytes: what torch's allocator then holds of the GPU
     overhead: what the GPU takes beside tensors
+    graphs_bytes: of these, what CUDA graphs hold for good; torch counts it as reserved, and not as allocated
     costs: of a gradient step: operations, and traffic on the GPU, the bus and the host
     host_memory: use -> bytes of host memory that the training takes and keeps
     trained_numbers: parameters that are trained
@@ -44,6 +45,7 @@ class Plan:
     host_memory: dict[str, int]
     trained_numbers: int
     stages: dict[int, Plan] = field(default_factory=dict)
+    graphs_bytes: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
@@ -89,7 +91,8 @@ class Plan:
         yield phases.map(in_gigabytes).rename_axis("at the peak of", axis="columns").to_string()
         yield (
             f"On the GPU: {in_gigabytes(self.peak_on_gpu_bytes)}: {in_gigabytes(self.reserved_bytes)} that torch's "
-            f"allocator holds, and {in_gigabytes(self.overhead.context_bytes)} of CUDA context (assumed)."
+            f"allocator holds{self._in_graphs}, and {in_gigabytes(self.overhead.context_bytes)} of CUDA context "
+            "(assumed)."
         )
         if self.host_memory:
             yield f"Host memory, {self.in_host_memory}."
@@ -97,6 +100,10 @@ class Plan:
             peaks = [(p.peak_allocated_bytes, p.peak_on_gpu_bytes) for p in self.stages.values()]
             stages = pd.DataFrame(peaks, list(self.stages), ["allocated", "on GPU"]).map(in_gigabytes)
             yield "\n" + stages.rename_axis("stage: blocks that are active", axis="columns").to_string()
+
+    @property
+    def _in_graphs(self) -> str:
+        return f" ({in_gigabytes(self.graphs_bytes)} for CUDA graphs)" if self.graphs_bytes else ""
 
     @property
     def in_host_memory(self) -> str:
@@ -166,25 +173,55 @@ def plan_training(spec: TrainingSpec) -> Plan:
     """
     spec.check()
     training = rehearse(spec)
+    phases = _phases_with_graphs(training) if spec.replays_graphs else _phases(training)
+    if not spec.averages:
+        del phases["Evaluation"]
+    workspace = {"workspace": spec.overhead.workspace_bytes}
+    by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}
+    in_graphs = _in_graphs(training) + spec.overhead.workspace_bytes if spec.replays_graphs else 0
+    beside = _beside_graphs(training) if spec.replays_graphs else _reserved(training)
+    reserved = beside + spec.overhead.workspace_bytes + in_graphs
+    known = training.costs, training.host_memory, training.trained_numbers
+    return Plan(by_part, reserved, spec.overhead.of(compiled=spec.compiled), *known, graphs_bytes=in_graphs)
+
+
+def _phases(training: Rehearsal) -> dict[str, dict[str, int]]:
     live = LiveBytes()
     live.follow(training.setup + training.state + training.path)
     live.reset_peak()
-    step = live.follow(training.step)
+    step = live.follow(training.passes + training.update)
     live.reset_peak()
-    evaluation = {"Evaluation": live.follow(training.evaluation)} if spec.averages else {}
+    evaluation = live.follow(training.evaluation)
     live.follow(training.offload)
     live.reset_peak()
-    phases = {"Full": step, "Predict": live.follow(training.predict), "Correct": step, **evaluation}
-    workspace = {"workspace": spec.overhead.workspace_bytes}
-    by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}
-    reserved = _reserved(training) + spec.overhead.workspace_bytes
-    return Plan(by_part, reserved, spec.overhead, training.costs, training.host_memory, training.trained_numbers)
+    return {"Full": step, "Predict": live.follow(training.predict), "Correct": step, "Evaluation": evaluation}
+
+
+def _phases_with_graphs(training: Rehearsal) -> dict[str, dict[str, int]]:
+    """What passes take is in the graphs, where gradients stay."""
+    live = LiveBytes()
+    live.follow(training.setup + training.state + training.path + training.passes)
+    *update, _ = training.update
+    live.reset_peak()
+    step, rest = live.follow(update), dict(live.now)
+    return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}
 
 
 def _reserved(training: Rehearsal) -> int:
     """What torch's allocator takes of the GPU by the third step: one pass warms up, the first step makes the state."""
-    forward_backward = [segment for segment in training.step if segment.name != UPDATE]
-    *step, end = training.step
-    first = [*step, *training.state, end, *training.path]
-    later = [*training.step, *training.step, *training.evaluation]
-    return CachingAllocator().follow([*training.setup, *forward_backward, *first, *later])
+    passes, update, end = training.passes, training.update[:-1], training.update[-1:]
+    warm_up = [*passes, *(segment for segment in update if segment.name != UPDATE), *end]
+    first = [*passes, *update, *training.state, *end, *training.path]
+    later = 2 * [*passes, *update, *end] + training.evaluation
+    return CachingAllocator().follow([*training.setup, *warm_up, *first, *later])
+
+
+def _beside_graphs(training: Rehearsal) -> int:
+    """As `_reserved`, without the passes."""
+    kept = [*training.setup, *training.state, *training.path]
+    return CachingAllocator().follow([*kept, *training.update[:-1], *training.evaluation])
+
+
+def _in_graphs(training: Rehearsal) -> int:
+    """What graphs of a gradient step's passes, and of one without gradients, take of their common pool."""
+    return CachingAllocator().follow([*training.passes, *training.predict])

@@ -29,18 +29,25 @@ Loss = Callable[[nn.Module, BatchShape], Tensor]
 
 @dataclass(frozen=True)
 class GpuOverhead:
-    """What a GPU takes beside the tensors; the context is rounded up from what 18 runs took of an H200.
+    """What a GPU takes beside the tensors; the context is rounded from what 18 runs took of an H200, and 4
+    compiled ones of that and of an H100.
 
     workspace_bytes: that cuBLAS takes from torch's allocator
     context_bytes: CUDA's context and the kernels that it loads, outside torch's allocator
+    compiled_bytes: of kernels that a compiled training loads besides
     """
 
     workspace_bytes: int = 2 * 32 * 2**20
     context_bytes: int = 800_000_000
+    compiled_bytes: int = 150_000_000
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_bounds(self, "workspace_bytes", "context_bytes", least=0)
+        check_bounds(self, "workspace_bytes", "context_bytes", "compiled_bytes", least=0)
+
+    def of(self, *, compiled: bool) -> GpuOverhead:
+        """The same with `compiled_bytes` in the context of a compiled training."""
+        return replace(self, context_bytes=self.context_bytes + compiled * self.compiled_bytes)
 
 
 def next_token_loss(module: nn.Module, batch: BatchShape) -> Tensor:
@@ -61,6 +68,8 @@ class TrainingSpec:
     depth: its last stage is planned, with the snapshot of the stage before where there is one; blocks that take no
         part hold weights alone. None trains all from the start
     averages: whether the weights of the last steps are averaged (`hybridlab.weights.tail_average`)
+    compiled: by torch.compile, which is planned block by block
+    cuda_graphs: whether the passes of a compiled training are replayed as CUDA graphs, where `memory` allows it
     weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
     overhead: what the GPU takes beside tensors
     """
@@ -74,6 +83,8 @@ class TrainingSpec:
     loss: Loss | None = None
     depth: DepthSchedule | None = None
     averages: bool = False
+    compiled: bool = False
+    cuda_graphs: bool = False
     weight_cache: bool = False
     overhead: GpuOverhead = field(default_factory=GpuOverhead)
 
@@ -123,6 +134,11 @@ class TrainingSpec:
         ends = range(1, len(self.depth.stages) + 1)
         begun = [replace(self.depth, stages=self.depth.stages[:end], shallow=True) for end in ends]
         return {depth.depths[-1]: replace(self, depth=depth) for depth in begun}
+
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether its passes are CUDA graphs."""
+        return self.compiled and self.cuda_graphs and self.memory.without_cuda_graphs is None
 
     @property
     def is_gpt2(self) -> bool:

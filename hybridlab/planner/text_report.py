@@ -80,6 +80,8 @@ class Question:
                 "batch": list(self.spec.batch),
                 "optimizer": asdict(self.spec.optimizer),
                 "memory": asdict(self.spec.memory),
+                "compiled": self.spec.compiled,
+                "cuda_graphs": self.spec.replays_graphs,
             },
             "options": [self._option(option) for option in self.options],
             "fastest_fit": self._option(best) if best else None,

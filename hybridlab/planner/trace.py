@@ -71,7 +71,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.segments = [Segment("setup")]
-        self._phase = "setup"
+        self._phase, self._is_paused = "setup", False
         self.logit_widths: frozenset[int] = frozenset()
         self.new_part: str | None = "activations"
         self._made: Counter[tuple[str, int | None]] = Counter()
@@ -100,11 +100,25 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self._count_work(func, args, kwargs, out)
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                self._count(value)
+        if not self._is_paused:
+            self.count_work(func, args, kwargs, out)
+            self.count(out)
         return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside the context; what is made in it and stays is told to `count`."""
+        self._is_paused, before = True, self._is_paused
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def count(self, out: Any) -> None:
+        """Follow the storages of an operation's results from here on."""
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and not self._is_paused:
+                self._count(value)
 
     @contextmanager
     def counting_as(self, part: str | None) -> Iterator[None]:
@@ -121,7 +135,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key := self._keys[tensor.untyped_storage()._cdata]:
                 self.segments[-1].events.append(Event("is", key, part=part))
 
-    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count what an operation computes, or moves, and its kernel."""
         work, count = self.segments[-1].work, FLOPS.get(func._overloadpacket)
         if count is not None:
             work[str(args[0].dtype).removeprefix("torch.")] += count(*args, **kwargs, out_val=out)

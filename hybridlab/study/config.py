@@ -102,16 +102,12 @@ class RunConfig:
     @property
     def without_cuda_graphs(self) -> str | None:
         """Why the run's passes are not replayed as CUDA graphs; None where they are."""
-        memory, depth = self.memory, self.hybrid.depth
+        memory, depth = self.memory.without_cuda_graphs, self.hybrid.depth
         reasons = {
             "cuda_graphs is off": not self.cuda_graphs,
             "compiled is off": not self.compiled,
             "they need a GPU": find_device(self.device).type != "cuda",
-            "gradients of micro_batches are added up": memory.micro_batches > 1,
-            "checkpointing computes blocks anew in backward": memory.checkpointing is not None,
-            "step_in_backward takes each gradient away": memory.step_in_backward,
-            "state_on_host takes each gradient away": memory.state_on_host,
-            "predict_aware moves weights": memory.predict_aware is not None,
+            memory or "": memory is not None,
             "the depth schedule skips other blocks in each step": depth is not None and depth.skip_share > 0,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)

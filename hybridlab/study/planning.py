@@ -79,7 +79,8 @@ def training_spec_of(config: RunConfig) -> TrainingSpec:
     if config.precision == "bf16":
         memory = replace(memory, mixed_precision=MixedPrecisionConfig.conservative())
     past: dict[str, Any] = {"path": hybrid.path_needs, "path_storage": hybrid.path_storage}
-    past |= {"depth": config.trainer.depth, "averages": config.tail_average > 0}
+    past |= {"depth": config.trainer.depth, "averages": config.tail_average > 0, "compiled": config.compiled}
+    past["cuda_graphs"] = config.without_cuda_graphs is None
     spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, **past)
     if isinstance(config.task, TextTaskConfig):
         return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))
