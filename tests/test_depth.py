@@ -334,6 +334,12 @@ def test_the_gate_tries_every_rule_and_grows_by_the_best() -> None:
     assert same(weights(trainer.model), weights(named.model))
 
 
+def test_each_stage_is_tried_by_itself() -> None:
+    results = run(trainer_of(gpt2(), trying(((0, 1), (4, 2), (6, BLOCKS))), gate_batches=3), range(14))
+    assert [result.depth for result in results] == [1] * 6 + [2] * 3 + [BLOCKS] * 5
+    assert [result.forward_only_passes for result in results] == [0] * 4 + [5] * 6 + [0] * 4
+
+
 def test_a_growth_that_only_harms_waits_and_costs_no_more_than_the_gates_budget() -> None:
     model, harm = gpt2(), 1.0
     trainer = trainer_of(model, trying(), gate_batches=2, gate_budget=0.2, full_steps=4)

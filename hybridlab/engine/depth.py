@@ -112,7 +112,7 @@ class DepthController:
         assert self._schedule is not None, "without a schedule no growth is due"
         if not self.asks_gate:
             return Choice(self._schedule.rule, self._schedule.rule)
-        to, host = self._positions[self._schedule.stage_at(step)], self._config.path_device == "host"
+        to, host = self._positions[self._next_stage(step)], self._config.path_device == "host"
         self._tried.append(torch.stack(losses_by_rule(self._stack, to, forward, self._schedule.outputs, host)))
         passes = len(self._tried[-1])
         if len(self._tried) < self._config.gate_batches:
@@ -126,11 +126,16 @@ class DepthController:
         )
         return Choice(rule, said, passes, passes * self._config.gate_batches)
 
+    def _next_stage(self, step: int) -> int:
+        """The step's own; where each is tried first, the one after the present."""
+        assert self._schedule is not None
+        return self._stage + 1 if self.asks_gate else self._schedule.stage_at(step)
+
     def grow_(self, step: int, rule: str) -> str:
         """Let the blocks of the step's stage join; what was done, in words."""
         assert self._schedule is not None, "without a schedule no growth is due"
         before, schedule = self.depth, self._schedule
-        self._stage, self._grown_at = schedule.stage_at(step), step
+        self._stage, self._grown_at = self._next_stage(step), step
         grow_(self._stack, self._optimizer, self._positions[self._stage], rule, schedule.outputs)
         return f"grown: {before} -> {self.depth} blocks"
 
