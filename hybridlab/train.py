@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,7 +139,14 @@ def _told(message: object, code: int) -> int:
     return code
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """In one line, by the first rank: what is worth a warning is so on all."""
+    if is_first():
+        print(f"hybridlab.train: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
+    warnings.showwarning = _warn
     code = main()
     if code and torch.distributed.is_initialized():
         os._exit(code)  # threads that wait for a rank that is gone would not let it end

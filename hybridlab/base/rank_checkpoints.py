@@ -70,8 +70,13 @@ class RankCheckpoints:
     def _failure(self) -> Exception | None:
         """What kept a rank from writing its part, once all have ended; None where all is written."""
         written, self._written = self._written, None
-        errors = from_each(written.exception()) if written else []
-        return next((error for error in errors if error), None)  # type: ignore[return-value]
+        mine = written.exception() if written else None
+        ends = from_each((mine, mine and mine.__cause__)) if written else []
+        for error, cause in ends:
+            if isinstance(error, Exception):
+                error.__cause__ = cause
+                return error
+        return None
 
     def load(self, model: nn.Module, *, expect: Mapping[str, Any]) -> dict[str, Any] | None:
         """The state of the newest checkpoint, its parts as the model is spread now; None where there is none.
@@ -109,8 +114,8 @@ class RankCheckpoints:
             if is_first():
                 self._end(beside)
         except CheckpointException as error:  # none of Exception
-            cause = _cause(error)
-            raise UserError(f"cannot write the checkpoint in {self._folder}: {first_line(cause)}") from cause
+            said = first_line(_cause(error))
+            raise UserError(f"cannot write the checkpoint in {self._folder}: {said}") from OSError(said)
 
     def _end(self, beside: Path) -> None:
         """The first rank gives a whole checkpoint its name, and deletes those before the last ones."""

@@ -204,17 +204,18 @@ def from_first(make: Callable[[], T]) -> T:
         return make()
     made: list[Any] = [_made(make) if is_first() else None]
     distributed.broadcast_object_list(made)
-    value, error = made[0]
+    value, error, cause = made[0]
     if error is not None:
-        raise error
+        raise error from cause
     return value
 
 
-def _made(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _made(make: Callable[[], T]) -> tuple[T | None, Exception | None, BaseException | None]:
+    """What was made, or the error, with its cause, which `pickle` would leave behind."""
     try:
-        return make(), None
+        return make(), None, None
     except Exception as error:
-        return None, error
+        return None, error, error.__cause__
 
 
 def from_each(value: T) -> list[T]:
