@@ -19,6 +19,7 @@ from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.speed import CudaGraphs, compilation, compile_
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study import config as run_config
+from hybridlab.study.training import sped_up
 from tests.conftest import TINY_TEXT
 
 TOKENS = torch.randint(0, 500, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -114,3 +115,12 @@ def test_a_run_says_why_it_has_no_cuda_graphs(
     monkeypatch.setattr(run_config, "find_device", lambda name: torch.device("cuda"))
     said = config.without_cuda_graphs
     assert (said is None) if reason is None else (said is not None and reason in said)
+
+
+def test_a_run_whose_depth_changes_is_compiled_by_block(compiled: CompileCounter) -> None:
+    """As a whole it would be compiled anew for each depth, and run uncompiled after the eighth time."""
+    deep = replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=DepthSchedule(stages=((0, 1), (2, 2)))))
+    model = model_of(2)
+    assert sped_up(model, deep) is model
+    loss_of(model)
+    assert compiled.frame_count == 3
