@@ -321,6 +321,7 @@ def test_the_gate_tries_every_rule_and_grows_by_the_best() -> None:
     results = run(trainer, range(16))
     passes = {result.nominal_step: result.forward_only_passes for result in results if result.forward_only_passes}
     assert passes == dict.fromkeys((9, 10, 11), 5)
+    assert [results[step].cost - results[7].cost for step in (8, 9)] == pytest.approx([5 / 3] * 2)
     (grown,) = (result for result in results if result.grown)
     assert grown.nominal_step == 11
     found = re.fullmatch(r"grown: 2 -> 6 blocks \((\w+), the best of (.*) nats\)", grown.event)

@@ -51,7 +51,8 @@ class StepResult:
     jump_accepted: whether the proposal that was decided at this step was accepted; None where none was
     diverged: whether training had gone wrong; rolled_back: whether a jump, or a growth, was rolled back for it
     depth: blocks that took part; None without a depth schedule; grown: whether blocks joined at this step
-    cost: of a gradient step, its floating-point operations over those of one with all blocks; 0 of a predicted step
+    cost: of a gradient step, its floating-point operations over those of one with all blocks, and a third more for each
+        pass in which a growth was tried; 0 of a predicted step
 
     Reading the loss or the norm of a step after the next one has begun does not stall the device.
     """
