@@ -304,7 +304,7 @@ class TrainingRun(WatchedRun):
             **self._training.evaluation,
             **self._by_rank(),
             "warm_up_seconds": self._warm_up_seconds,
-            "cuda_graphs": self.config.without_cuda_graphs or "in use",
+            "cuda_graphs": self._training.cuda_graphs,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
         return {name: None if _is_not_finite(figure) else figure for name, figure in summary.items()}

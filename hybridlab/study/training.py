@@ -29,12 +29,18 @@ from hybridlab.weights.tail_average import TailAverage
 WARM_UP_PASSES = 3
 
 
-def sped_up(model: nn.Module, config: RunConfig, *, by_block: bool = False) -> nn.Module:
-    """What to call in the model's place: the model itself, compiled in place where asked, or its CUDA graphs."""
+def sped_up(model: nn.Module, config: RunConfig, *, by_ranks: bool = False) -> nn.Module:
+    """What to call in the model's place: the model itself, compiled in place where asked, or its CUDA graphs.
+
+    A model whose depth changes, or that several ranks train, is compiled by block, so that nothing is compiled anew.
+
+    by_ranks: whether several ranks will train it: their reductions stay out of graphs
+    """
     if not config.compiled:
         return model
-    graphs = config.without_cuda_graphs is None
-    compile_(model, by_block=graphs or by_block, settings=(config.training_precision, config.memory))
+    graphs = config.without_cuda_graphs is None and not by_ranks
+    by_block = graphs or by_ranks or config.hybrid.depth is not None
+    compile_(model, by_block=by_block, settings=(config.training_precision, config.memory))
     return CudaGraphs(model) if graphs else model
 
 
@@ -50,7 +56,7 @@ class Training:
         self._config, self._device = config, device
         self.task = config.task.build(config.seed, device, config.memory)
         prepare_model_(self.task.model, config.memory)
-        self._model = sped_up(self.task.model, config, by_block=ranks is not None)
+        self._model = sped_up(self.task.model, config, by_ranks=ranks is not None)
         model = self.task.model
         if ranks:
             self._model = model = ranks.wrapped(self.task.model)
@@ -62,6 +68,13 @@ class Training:
         self.evaluation: dict[str, float] = {}
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._average = TailAverage(trained, config.tail_decay)
+
+    @property
+    def cuda_graphs(self) -> str:
+        """Whether passes are replayed: "in use", or why they are not."""
+        if isinstance(self._model, CudaGraphs):
+            return "in use"
+        return self._config.without_cuda_graphs or "several ranks train it"
 
     def warm_up_(self) -> None:
         """Compile forward, backward and the forward without gradients, at each depth; nothing is trained."""
