@@ -76,6 +76,16 @@ def test_replicated_it_trains_the_same(alone: Path, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
 
 
+def test_blocks_that_join_later_train_where_weights_are_gathered_in_bf16(tmp_path: Path) -> None:
+    """FSDP2 settles the format of gradients by the weights that are trained in the first pass."""
+    growing = JUMPING | {"depth": {"stages": [[0, 1], [10, 2]], "rule": "stack"}}
+    run = RUN | {"precision": "bf16", "hybrid": growing}
+    assert main(["-f", written(tmp_path, run, ranks={"gather": "bf16"})]) == 0
+    steps = Run.load(tmp_path / "run").steps
+    assert steps["depth"].tolist() == [1] * 10 + [2] * 26
+    assert steps["validation_loss"].dropna().is_monotonic_decreasing
+
+
 @pytest.mark.slow
 def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone: Path, tmp_path: Path) -> None:
     """The same batches on any number of ranks; whoever is left says in one line why the run ends."""

@@ -76,6 +76,13 @@ class Ranks:
             if isinstance(module, _sharded_module()):
                 module.reshard()  # type: ignore[operator]
 
+    def take_up_trained_(self, model: nn.Module) -> None:
+        """Let shards know which weights are trained now: by these `unshard` settles the format of gradients anew."""
+        for module in model.modules() if self.sharded else ():
+            if isinstance(module, _sharded_module()):
+                module.unshard()  # type: ignore[operator]
+                module.reshard()  # type: ignore[operator]
+
     def without_reduction(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
         if self.sharded and isinstance(model, _sharded_module()):

@@ -321,7 +321,10 @@ class HybridTrainer:
 
         For whoever compiles, captures or measures before training starts: exhaust the iterator. Yields the depths.
         """
-        yield from self._depth.stages_()
+        for depth in self._depth.stages_():
+            self._weights.ranks.take_up_trained_(self.model)
+            yield depth
+        self._weights.ranks.take_up_trained_(self.model)
 
     def weigh_blocks_(self, closure: Closure) -> None:
         """Count what one block costs, so that each step's result says what the step did (`StepResult.cost`).

@@ -70,6 +70,8 @@ class RanksConfig:
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model as these ranks train it."""
+        if self.wrap == "ddp" and running() == 1:
+            return model
         if self.wrap == "ddp":
             return nn.parallel.DistributedDataParallel(model)
         from torch.distributed.device_mesh import init_device_mesh

@@ -74,6 +74,7 @@ class Weights:
         self.trained = [group for group in groups if group]
         self.params = [p for group in self.trained for p in group]
         self.ranks = Ranks.of(self._model)
+        self.ranks.take_up_trained_(self._model)
         self.groups = [[local(p) for p in group] for group in self.trained]
         self._parts = [p for group in self.groups for p in group]
         self.device = self.params[0].device
