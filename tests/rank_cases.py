@@ -121,7 +121,7 @@ class Training:
         torch.manual_seed(0)
         size = GPT2Config(n_layer=2, n_head=2, n_embd=10, vocab_size=31, block_size=7, pad_vocab_to=0)
         net = WRAPS[wrap](GPT2(size).double())  # few of its shapes divide by two or three
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
         return cls(net, optimizer, HybridTrainer(net, optimizer, case.config))
 
     def save(self, checkpoints: RankCheckpoints, step: int) -> None:
