@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
-from hybridlab.benchmarks import architectures
+from hybridlab.benchmarks import architectures, recipes
 from hybridlab.cli import main
 from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
@@ -709,13 +709,18 @@ def test_host_memory_is_counted_by_what_it_keeps() -> None:
 
 
 def test_the_script_that_measures_architectures_runs_without_a_gpu(tmp_path, capsys):
-    architectures.main([CONFIGS / "llama_tied.json"], "2x32", "cpu", tmp_path / "rows.json")
+    architectures.main([str(CONFIGS / "llama_tied.json"), "nano"], "2x32", "cpu", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    assert [(row["model"], row["precision"]) for row in rows] == [
+        ("llama", "fp32"),
+        ("llama", "bf16"),
+        ("nano", "fp32"),
+        ("nano", "bf16"),
+    ]
     for row in rows:
         assert 0 < row["planned_allocated_bytes"] < row["planned_on_gpu_bytes"]
         assert row["allocated_error"] is None
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 # --- compiled --------------------------------------------------------------------------------------------
@@ -780,3 +785,28 @@ def test_the_command_plans_a_compiled_training(capsys):
     assert ended("--compiled --json --batch 2x32", size="--model nano") == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert (settings["compiled"], settings["cuda_graphs"]) == (True, True)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------
+
+
+def test_committed_recipes_are_what_the_planner_says():
+    committed = json.loads((project_root() / "executed" / "rtx5080" / "recipes.json").read_text())
+    row = committed["recipes"][0]
+    spec = TrainingSpec(
+        row["model"], (8, 512), recipes.RECIPE_BASE, OptimizerConfig.tuned(), compiled=True, cuda_graphs=True
+    )
+    assert row["features"] == []
+    assert row["peak_on_gpu_bytes"] == pytest.approx(plan_training(spec).peak_on_gpu_bytes, rel=0.01)
+    exact, inexact = committed["largest"][2], committed["largest"][1]
+    assert (exact["inexact"], exact["fits"], inexact["fits"]) == ("none", True, True)
+
+
+def test_the_largest_model_fits_and_the_next_does_not(monkeypatch):
+    monkeypatch.setattr(recipes, "DEPTH", 2)
+    way, gpu = "fp32 weights on the GPU, fp32 state on the host", replace(GPUS["rtx5080"], memory_bytes=1_300_000_000)
+    found = recipes.largest_model(way, gpu)
+    assert found["fits"]
+    wider = GPT2Config(n_layer=2, n_head=found["n_head"] + 1, n_embd=64 * (found["n_head"] + 1))
+    assert not recipes.planned(wider, way, gpu)["fits"]
+    assert found["host_bytes_per_parameter"] > 16

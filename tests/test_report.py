@@ -74,7 +74,7 @@ def copy(tmp_path: Path) -> Path:
     project(tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    for results in ROOT.glob("executed/*/results.json"):
+    for results in ROOT.glob("executed/*/*.json"):
         place = tmp_path / results.relative_to(ROOT)
         place.parent.mkdir(parents=True)
         shutil.copy(results, place)
@@ -747,3 +747,33 @@ def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() ->
     assert at_a_glance(found) == at_a_glance(Evidence({MAIN: {"05_gpt2_medium": entry(parameters=parameters)}}))
     (row,) = depth_advice(found)
     assert (row["model"], row["arm"]) == ("medium", "grown from 3, 1000 steps")
+
+
+RECIPE = {
+    "model": "small",
+    "parameters": 124_439_808,
+    "compiled": True,
+    "cuda_graphs": True,
+    "optimizer": "OptimizerConfig()",
+    "memory": "MemoryConfig()",
+    "exact": False,
+    "batch": [8, 512],
+    "peak_on_gpu_bytes": 5_131_721_088,
+    "host_bytes": 0,
+    "step_ms": 100.0,
+    "tokens_per_second": 40960.0,
+    "largest_batch": 48,
+    "longest_sequence": 24576,
+    "host_bytes_with_jumps": 3_983_229_520,
+}
+
+
+def test_recipes_say_how_long_a_size_trains_and_can_be_pasted() -> None:
+    planned = {"gpu": {"name": "GeForce RTX 5080"}, "recipes": [RECIPE]}
+    guide = gpu_guide(Evidence(evidence(n03=entry()).entries, planned), {})
+    assert "for a GeForce RTX 5080 that nothing else uses" in guide
+    hours = 124_439_808 / 40960 / 3600
+    assert f"| {hours:.1f} hours | {20 * hours:.1f} hours |" in guide
+    assert "**small**, inexact" in guide
+    assert "hybrid=HybridTrainerConfig.plain(memory=memory), compiled=True)" in guide
+    assert "A recipe for each size" not in gpu_guide(evidence(n03=entry()), {})

@@ -1,6 +1,6 @@
-"""The plan beside what a GPU counts, for models of Hugging Face transformers.
+"""The plan beside what a GPU counts, for GPT-2 sizes and models of Hugging Face transformers.
 
-python -m hybridlab.benchmarks.architectures FOLDER_OR_FILE... [--batch 8x512] [--device cuda] [--out planned.json]
+python -m hybridlab.benchmarks.architectures SIZE_OR_CONFIG... [--batch 8x512] [--speed graphs] [--out planned.json]
 """
 
 from __future__ import annotations
@@ -15,24 +15,38 @@ import typer
 from hybridlab.base.device import find_device
 from hybridlab.memory import MemoryConfig, MixedPrecisionConfig
 from hybridlab.memory.precision import autocast
+from hybridlab.models import GPT2, GPT2Config
+from hybridlab.models.gpt2 import SIZES
 from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.planner import plan
 from hybridlab.planner.architectures import CausalLM, causal_lm, language_model_loss
-from hybridlab.planner.spec import BatchShape
+from hybridlab.planner.spec import BatchShape, next_token_loss
 from hybridlab.planner.text_report import read_batch
+from hybridlab.speed import CudaGraphs, compile_
 from hybridlab.vram.meter import MemoryMeter
 
 STEPS = 4
 PRECISIONS = {"fp32": MemoryConfig(), "bf16": MemoryConfig(mixed_precision=MixedPrecisionConfig.conservative())}
 
 
-def planned_and_measured(model: CausalLM, batch: BatchShape, precision: str, device: torch.device) -> dict[str, Any]:
+SPEEDS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"compiled": True},
+    "graphs": {"compiled": True, "cuda_graphs": True},
+}
+"""How it runs -> the same to the planner."""
+
+
+def planned_and_measured(
+    model: CausalLM | str, batch: BatchShape, precision: str, device: torch.device, speed: str = "eager"
+) -> dict[str, Any]:
     """One row: peaks that were planned, those that a few AdamW steps took, and planned over measured, less one.
 
     What a machine without a GPU cannot measure is None.
     """
-    expected, peak = plan(model, batch, PRECISIONS[precision]), measure(model, batch, precision, device)
-    row: dict[str, Any] = {"model": model.name, "precision": precision, "batch": list(batch)}
+    expected = plan(model, batch, PRECISIONS[precision], **SPEEDS[speed])
+    peak, name = measure(model, batch, precision, device, speed), getattr(model, "name", model)
+    row: dict[str, Any] = {"model": name, "precision": precision, "speed": speed, "batch": list(batch)}
     pairs = {
         "allocated": (expected.peak_allocated_bytes, peak.get("peak_allocated_bytes")),
         "on_gpu": (expected.peak_on_gpu_bytes, peak["peak_memory_bytes"] if device.type == "cuda" else None),
@@ -43,16 +57,23 @@ def planned_and_measured(model: CausalLM, batch: BatchShape, precision: str, dev
     return row
 
 
-def measure(model: CausalLM, batch: BatchShape, precision: str, device: torch.device) -> dict[str, Any]:
-    """Peaks of a few steps, in a process that should have nothing else on the GPU."""
+def measure(
+    model: CausalLM | str, batch: BatchShape, precision: str, device: torch.device, speed: str = "eager"
+) -> dict[str, Any]:
+    """Peaks of a few steps, in a process that should have nothing else on the GPU, after one that is not counted."""
     meter = MemoryMeter(device)
     meter.reset_peak()
     with device:
-        module = model()
-        optimizer = build_optimizer(module, OptimizerConfig())
-        for _ in range(STEPS):
+        module = GPT2(GPT2Config.named(model)) if isinstance(model, str) else model()
+        optimizer, run = build_optimizer(module, OptimizerConfig()), module
+        if speed != "eager":
+            compile_(module, by_block=speed == "graphs", settings=precision)
+            run = CudaGraphs(module) if speed == "graphs" else module
+        for step in range(STEPS):
+            if step == 1 and speed != "eager":
+                meter.reset_peak()
             with autocast(precision, device):
-                loss = language_model_loss(module, batch)
+                loss = next_token_loss(run, batch) if isinstance(model, str) else language_model_loss(run, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -60,16 +81,18 @@ def measure(model: CausalLM, batch: BatchShape, precision: str, device: torch.de
 
 
 def main(
-    configs: list[Path],
+    models: Annotated[list[str], typer.Argument(help="GPT-2 sizes, and config.json files or their folders.")],
     batch: str = "8x512",
     device: str = "auto",
     out: Annotated[Path | None, typer.Option(help="Where the rows go, as JSON.")] = None,
+    speed: Annotated[str, typer.Option(help=f"{', '.join(SPEEDS)}.")] = "eager",
 ) -> None:
     """Plan and train each model for a few steps, in fp32 and in bf16 autocast."""
     rows = []
-    for config in configs:
+    for name in models:
+        model = name if name in SIZES else causal_lm(name)
         for precision in PRECISIONS:
-            rows.append(planned_and_measured(causal_lm(config), read_batch(batch), precision, find_device(device)))
+            rows.append(planned_and_measured(model, read_batch(batch), precision, find_device(device), speed))
             print(json.dumps(rows[-1]), flush=True)
     if out:
         out.write_text(json.dumps(rows, indent=2) + "\n")

@@ -19,7 +19,6 @@ from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, c
 from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.optim.muon import Muon
-from hybridlab.planner.compiled import compile_
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
@@ -130,6 +129,8 @@ class DryRun:
         self._weights = list(model.parameters())
         self._trace.logit_widths = _vocabulary(model)
         if self._spec.compiled:
+            from hybridlab.planner.compiled import compile_  # takes a second to import
+
             compile_(model, self._trace)
         if self._memory.checkpointing:
             checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))

@@ -46,11 +46,12 @@ class Option:
         return ", ".join(self.features) or "as it is"
 
 
-def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0) -> list[Option]:
+def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0, *, asked: Plan | None = None) -> list[Option]:
     """The training as it is, and with each combination of features that goes with it, from fast to slow.
 
     gpu_bytes: left out is a combination that holds one which fits, since it can only be slower, and one whose weights,
         gradients and state alone do not fit, but for the one that takes the least; 0 keeps all
+    asked: the plan of the training as it is, where it is known
     """
     found: list[Option] = []
     for changes in ((), *COMBINATIONS):
@@ -62,7 +63,7 @@ def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0) -> list[Option
         if hopeless and changes is not COMBINATIONS[-1]:
             continue
         try:
-            plan = plan_training(changed)
+            plan = plan_training(changed) if changes or asked is None else asked
         except UserError:  # a model without blocks cannot be checkpointed
             continue
         exact = not any(name in INEXACT for name in features)
@@ -97,17 +98,19 @@ def nearest_fit(spec: TrainingSpec, gpu_bytes: int) -> str:
 def largest_batch(spec: TrainingSpec, gpu_bytes: int) -> int:
     """The most windows of these tokens that fit; 0 where not one per micro batch does."""
     parts, tokens = spec.memory.micro_batches, spec.batch[1]
-    return parts * _largest(lambda count: plan_training(spec.resized((parts * count, tokens))), gpu_bytes)
+    return parts * largest_that_fits(lambda count: plan_training(spec.resized((parts * count, tokens))), gpu_bytes)
 
 
 def longest_sequence(spec: TrainingSpec, gpu_bytes: int, grain: int = 64) -> int:
     """The most tokens per window, in steps of `grain`, that fit with as many windows, and that the model takes."""
     windows, most = spec.batch[0], spec.longest
     at_most = None if most is None else most // grain
-    return grain * _largest(lambda count: plan_training(spec.resized((windows, grain * count))), gpu_bytes, at_most)
+    return grain * largest_that_fits(
+        lambda count: plan_training(spec.resized((windows, grain * count))), gpu_bytes, at_most
+    )
 
 
-def _largest(plan_of: Callable[[int], Plan], gpu_bytes: int, at_most: int | None = None) -> int:
+def largest_that_fits(plan_of: Callable[[int], Plan], gpu_bytes: int, at_most: int | None = None) -> int:
     """The largest number whose plan fits; 0 where 1 does not."""
     peaks: dict[int, int] = {}
     fits, too_many, guess = 0, None if at_most is None else at_most + 1, 1

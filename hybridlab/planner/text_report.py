@@ -59,7 +59,10 @@ class Question:
     @cached_property
     def options(self) -> list[Option]:
         """What can be switched on, from fast to slow; nothing where it fits as it is."""
-        return [] if self.fits else options(self.spec, self.gpu or nearest_gpu(self.gpu_bytes), self.gpu_bytes)
+        if self.fits:
+            return []
+        asked = None if self.asked.stages else self.asked
+        return options(self.spec, self.gpu or nearest_gpu(self.gpu_bytes), self.gpu_bytes, asked=asked)
 
     @cached_property
     def found(self) -> int | None:

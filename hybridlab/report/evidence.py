@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,16 +75,22 @@ class Published(Claim):
 
 @dataclass(frozen=True)
 class Evidence:
-    """Every committed result. entries: profile -> notebook -> what it published."""
+    """Every committed result.
+
+    entries: profile -> notebook -> what it published; planned: what `hybridlab.benchmarks.recipes` wrote
+    """
 
     entries: Mapping[str, Mapping[str, Entry]]
+    planned: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """Read `executed/*/results.json` below a project's root; what was never run is absent."""
+        """Read `executed/*/results.json` and `recipes.json` below a project's root; what was never run is absent."""
         read = {profile: load_results(root / "executed" / profile / "results.json") for profile in PROFILES}
         own = {profile: {k: v for k, v in entries.items() if k != REPORT} for profile, entries in read.items()}
-        return cls({profile: dict(sorted(entries.items())) for profile, entries in own.items() if entries})
+        recipes = root / "executed" / MAIN / "recipes.json"
+        planned = json.loads(recipes.read_text(encoding="utf-8")) if recipes.exists() else {}
+        return cls({profile: dict(sorted(entries.items())) for profile, entries in own.items() if entries}, planned)
 
     def entry(self, notebook: str, profile: str = MAIN) -> Entry | None:
         """What a notebook published, or None where it has not run."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig
-from hybridlab.planner.gpu_specs import GPUS
+from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED
 from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published
+from hybridlab.report.recipes import code_of_recipes, plan_errors, recipe_rows, way_rows
 from hybridlab.report.recommendation import by_model
 from hybridlab.report.validation import devices, p_value, predicted_share
 from hybridlab.report.words import Markdown, known_columns, render, verdict_word
@@ -38,6 +39,13 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         ratios=[_bf16_over_float32(name) for name in ("h100", "rtx5080")],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
+        recipes=recipe_rows(evidence),
+        recipe_codes=code_of_recipes(evidence),
+        largest=way_rows(evidence, "largest"),
+        seven_billion=way_rows(evidence, "seven_billion"),
+        plan_errors=plan_errors(evidence),
+        step_errors=OF_MEASURED,
+        planned_gpu=evidence.planned.get("gpu", {}).get("name"),
         depths=depth_advice(evidence),
         memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
         hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),
