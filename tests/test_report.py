@@ -769,11 +769,12 @@ RECIPE = {
 
 
 def test_recipes_say_how_long_a_size_trains_and_can_be_pasted() -> None:
-    planned = {"gpu": {"name": "GeForce RTX 5080"}, "recipes": [RECIPE]}
+    planned = {"gpu": {"name": "GeForce RTX 5080"}, "spared_bytes": 2_000_000_000, "recipes": [RECIPE]}
     guide = gpu_guide(Evidence(evidence(n03=entry()).entries, planned), {})
-    assert "for a GeForce RTX 5080 that nothing else uses" in guide
+    assert "for a GeForce RTX 5080 of which 2.00 GB are spared" in guide
     hours = 124_439_808 / 40960 / 3600
     assert f"| {hours:.1f} hours | {20 * hours:.1f} hours |" in guide
     assert "**small**, inexact" in guide
+    assert "memory = MemoryConfig()\noptimizer = OptimizerConfig()\n" in guide
     assert "hybrid=HybridTrainerConfig.plain(memory=memory), compiled=True)" in guide
     assert "A recipe for each size" not in gpu_guide(evidence(n03=entry()), {})

@@ -46,6 +46,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         plan_errors=plan_errors(evidence),
         step_errors=OF_MEASURED,
         planned_gpu=evidence.planned.get("gpu", {}).get("name"),
+        spared=amount(evidence.planned.get("spared_bytes", 0), "bytes"),
         depths=depth_advice(evidence),
         memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
         hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.recommendation import recommended
-from hybridlab.report.words import known_columns
+from hybridlab.report.words import Markdown, known_columns
 from hybridlab.results.words import amount
 
 Row = Mapping[str, Any]
@@ -23,7 +23,7 @@ def recipe_rows(evidence: Evidence) -> list[dict[str, Any]]:
 def code_of_recipes(evidence: Evidence) -> list[dict[str, Any]]:
     """For each size its name, its settings as Python, and whether they are exact."""
     return [
-        {"model": row["model"], "code": _code(row), "exact": row["exact"]}
+        {"model": row["model"], "code": Markdown(_code(row)), "exact": row["exact"]}
         for row in evidence.planned.get("recipes", ())
     ]
 
