@@ -76,7 +76,7 @@ def copy(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     for results in ROOT.glob("executed/*/*.json"):
         place = tmp_path / results.relative_to(ROOT)
-        place.parent.mkdir(parents=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(results, place)
     return tmp_path
 
