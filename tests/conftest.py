@@ -23,6 +23,11 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests run last, whole notebooks first among them: what ends the run is short, and no worker waits for it."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "test_nbval" not in item.nodeid))
+
+
 EAGER = HybridTrainerConfig(
     warmup_steps=10,
     full_steps=8,
