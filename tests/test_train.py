@@ -429,6 +429,7 @@ def test_a_run_does_not_take_up_a_checkpoint_of_other_code(tmp_path: Path, monke
 def test_a_run_on_the_cpu_leaves_the_cards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody asks for their random streams, which would start a context on each of them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)  # AdamW asks once there is a GPU
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("asks a card"))
     train(replace(PLAIN, steps=2, checkpoint_every=0), tmp_path)
 
