@@ -744,6 +744,16 @@ def test_architectures_are_planned_compiled(name):
     assert planned.peak_allocated_bytes == pytest.approx(COMPILED_BYTES[name], rel=0.03)
 
 
+def test_a_plan_does_not_depend_on_what_was_compiled_before() -> None:
+    training = (causal_lm(CONFIGS / "llama.json"), (4, 64), MemoryConfig(**BF16))
+    before = plan(*training, compiled=True)
+    queries = torch.ones(1, 2, 8, 16)
+    attend = partial(F.scaled_dot_product_attention, is_causal=True)
+    torch.compile(lambda q: attend(q, q, q), backend="eager")(queries)
+    after = plan(*training, compiled=True)
+    assert (after.costs.flops, after.peak_allocated_bytes) == (before.costs.flops, before.peak_allocated_bytes)
+
+
 def test_equal_blocks_are_compiled_once_and_stand_for_others(monkeypatch):
     deep = replace(WIDE_LOGITS, n_layer=8)
     few = plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True)

@@ -50,13 +50,27 @@ def fake_gpu() -> Iterator[None]:
         library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
         library.impl("_grouped_mm", _grouped_mm, "Meta", allow_override=True)
-        yield
+        _forget_kernels()
+        try:
+            yield
+        finally:
+            _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """What torch.compile has traced remembers the kernels of an operation: those exchanged here are looked up anew."""
+    for name in (*FLOAT32_ON_CUDA, "scaled_dot_product_attention", "dropout", "_grouped_mm"):
+        _operation(name)._dispatch_cache.clear()
+
+
+def _operation(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
 def _in_float32(name: str) -> Callable[..., Any]:
     """The operation, on float32 copies of what comes in half precision."""
-    packet, _, overload = name.partition(".")
-    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    operation = _operation(name)
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def run(*args: Any, **kwargs: Any) -> Any:
