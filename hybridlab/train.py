@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +62,7 @@ def read_settings(path: Path) -> TrainConfig:
     values = {given.name: given.value for given in values_in_file(path)}
     if isinstance(run := values.get("run"), dict) and "task" in run:
         values["run"] = run | {"task": _task(run["task"], f"{path}: run: task")}
-    config = settings_from(TrainConfig, values, str(path))
-    return replace(config, run=replace(config.run, cuda_graphs=False))  # no graph holds what ranks say to each other
+    return settings_from(TrainConfig, values, str(path))
 
 
 def _task(given: Any, place: str) -> Any:

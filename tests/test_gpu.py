@@ -897,3 +897,18 @@ def test_a_step_as_a_graph_is_launched_less_often_and_gives_the_gpu_as_much_to_d
     assert graphs.launches < one_by_one.launches
     assert graphs.busy_ms == pytest.approx(one_by_one.busy_ms, rel=0.5)
     assert graphs.operations == one_by_one.operations
+
+
+def test_running_means_are_the_ordinary_ones_where_passes_are_replayed() -> None:
+    def trained_norm(graphs: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).to(CUDA)
+        run, optimizer = CudaGraphs(model) if graphs else model, torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.plain())
+        for step in range(5):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)).to(CUDA)
+            trainer.step(lambda x=x: run(x).square().mean())  # type: ignore[misc]
+        return list(model.buffers())
+
+    for replayed, ordinary in zip(trained_norm(True), trained_norm(False), strict=True):
+        assert torch.equal(replayed, ordinary)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
+from hybridlab.notebook.views.ladder import BESIDE
 from hybridlab.notebook.views.memory_charts import vram_rows
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
@@ -778,3 +780,41 @@ def test_recipes_say_how_long_a_size_trains_and_can_be_pasted() -> None:
     assert "memory = MemoryConfig()\noptimizer = OptimizerConfig()\n" in guide
     assert "hybrid=HybridTrainerConfig.plain(memory=memory), compiled=True)" in guide
     assert "A recipe for each size" not in gpu_guide(evidence(n03=entry()), {})
+
+
+# --- docs/experiments.md ----------------------------------------------------------------------------------
+
+
+def numbers_in(value: object) -> Iterator[float]:
+    """Every number of a results file, those in its texts too."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(item)
+    elif isinstance(value, str):
+        yield from map(float, re.findall(r"-?\d+\.\d+", value))
+    elif isinstance(value, int | float):
+        yield float(value)
+
+
+DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("title", "source"),
+    [
+        ("Predicted depth of GPT-2 Small at 1,000 steps", DEPTH_OF_SMALL),
+        ("A step beside other loops", "docs/experiments/against_others.json"),
+    ],
+)
+def test_numbers_of_an_experiment_are_those_of_its_committed_file(title: str, source: str) -> None:
+    """Rounded as they stand there; the bounds are those of the claims."""
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {title}")[2].partition("\n## ")[0]
+    content = json.loads((ROOT / source).read_text(encoding="utf-8"))
+    if source.endswith(".ipynb"):
+        outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+        content = [output["data"]["text/plain"] for output in outputs if "data" in output]
+    known = [*numbers_in(content), *(bound for *_, bound in BESIDE.values())]
+    for word in re.findall(r"(?<![\w./])[-+]?\d+\.\d+(?![\w/])", section):
+        rounding = 0.501 * 10.0 ** -len(word.partition(".")[2])
+        assert any(abs(number - float(word)) <= rounding for number in known), word

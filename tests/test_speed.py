@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
@@ -17,6 +18,7 @@ from hybridlab.memory.config import CheckpointingConfig, GradientAccumulationCon
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.speed import CudaGraphs, compilation, compile_
+from hybridlab.speed.cuda_graphs import _buffers_kept
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study import config as run_config
 from hybridlab.study.training import sped_up
@@ -87,6 +89,32 @@ def test_growth_compiles_nothing_anew(compiled: CompileCounter) -> None:
 def test_cuda_graphs_of_a_model_on_the_processor_are_refused() -> None:
     with pytest.raises(UserError, match="need the model on a GPU"):
         CudaGraphs(model_of(2))
+
+
+def test_capturing_leaves_buffers_as_they_were() -> None:
+    """Its passes count for nothing: the running means of a batch norm stay."""
+    norm = nn.BatchNorm1d(3)
+    before = [buffer.tolist() for buffer in norm.buffers()]
+    with _buffers_kept([norm]):
+        norm(torch.randn(4, 3) + 5)
+    assert [buffer.tolist() for buffer in norm.buffers()] == before
+
+
+def test_a_pass_that_puts_another_tensor_in_a_buffer_s_place_is_no_graph() -> None:
+    """A replay would leave the old one there."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self) -> None:
+            self.count = self.count + 1
+
+    counts = Counts()
+    with pytest.raises(ValueError, match="another tensor in a buffer's place"), _buffers_kept([counts]):
+        counts()
+    assert counts.count.item() == 0
 
 
 ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")

@@ -6,7 +6,6 @@ python -m hybridlab.benchmarks.against_others [--model small] [--batch 8x512] [-
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device, wait_for
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import replaced
 from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.engine.config import HybridTrainerConfig
@@ -37,6 +35,7 @@ from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer
 from hybridlab.optim.build import decay_groups, hidden_matrices
 from hybridlab.planner.text_report import read_batch
 from hybridlab.study.config import RunConfig
+from hybridlab.study.record import write_json
 from hybridlab.study.tasks import TextTaskConfig
 from hybridlab.study.training import Training
 
@@ -362,10 +361,9 @@ def figures_of(seconds: Mapping[str, Sequence[float]], rests_on: Mapping[str, An
     for name, (mine, other) in pairs.items():
         if other not in seconds:
             continue
-        ratio = Ratio.of(seconds[mine], seconds[other])
-        low, high = (end if math.isfinite(end) else None for end in (ratio.low, ratio.high))
+        ratio = Ratio.of(seconds[mine], seconds[other]).record()
         loops = {"loop": mine, "beside": other}
-        figures[name] = {"value": ratio.median, "low": low, "high": high, "rests_on": {**loops, **rests_on}}
+        figures[name] = {"value": ratio.pop("median"), **ratio, "rests_on": {**loops, **rests_on}}
     return figures
 
 
@@ -417,9 +415,7 @@ def main(
     for name, figure in measured["figures"].items():
         print(f"{name}: {figure['value']:.3f} [{figure['low']}, {figure['high']}]")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(out) as beside:
-            beside.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        write_json(out, measured)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Self
 
@@ -52,6 +53,10 @@ class Ratio:
         """One loop's time over another's in the same round."""
         ratios = [mine / other for mine, other in zip(seconds, others, strict=True)]
         return cls(median(ratios), *median_ends(ratios))
+
+    def record(self) -> dict[str, float | None]:
+        """As JSON; an end that is not known is None."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def _order(names: list[str], number: int) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import typer
 from hybridlab.base.device import device_name, find_device
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import from_each, is_first, running
-from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.benchmarks.step_overhead import step_overhead
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.models import GPT2Config
@@ -104,8 +102,8 @@ def measured(question: Question) -> dict[str, Any]:
         "step_ms": step_ms,
         "tokens_per_second": 1e3 * tokens / step_ms,
         "sent_bytes_per_step": question.ranks.communication_bytes(parameters, running())["within"],
-        "plain_over_bare": _finite(cost.plain_over_bare),
-        "recording_overhead": _finite(cost.recording_over_bare),
+        "plain_over_bare": cost.plain_over_bare.record(),
+        "recording_overhead": cost.recording_over_bare.record(),
         "peak_bytes": from_each(peak),
         "peak_with_path_bytes": from_each(meter.peak()["peak_memory_bytes"]),
     }
@@ -126,11 +124,6 @@ def _peak(config: RunConfig, ranks: RanksConfig, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return peak
-
-
-def _finite(ratio: Ratio) -> dict[str, float | None]:
-    """As JSON: an end that is not known is None."""
-    return {name: value if math.isfinite(value) else None for name, value in asdict(ratio).items()}
 
 
 def summary(question: Question, rows: list[dict[str, Any]]) -> dict[str, Any]:

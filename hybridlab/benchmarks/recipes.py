@@ -22,6 +22,7 @@ from hybridlab.planner.plan import Plan, plan_training
 from hybridlab.planner.spec import BatchShape, TrainingSpec
 from hybridlab.planner.suggest import best_fit, largest_batch, largest_that_fits, options
 from hybridlab.planner.text_report import code_of
+from hybridlab.study.record import write_json
 
 SIZES = ("small", "medium", "large", "xl")
 BATCH: BatchShape = (8, 512)
@@ -182,7 +183,7 @@ def main(
         found.setdefault(table, []).append(row)
         print(table, json.dumps(row), flush=True)
     if out:
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(out, found)
 
 
 if __name__ == "__main__":

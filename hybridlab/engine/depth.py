@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from hybridlab.depth.growth import forget_, grow_, losses_by_rule, output_projec
 from hybridlab.depth.schedule import BEST, RULES, DepthSchedule
 from hybridlab.depth.stack import BlockStack, restore_blocks_
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.engine.gate import best_growth
+from hybridlab.engine.gate import FORWARD_COST, best_growth
+from hybridlab.engine.result import StepResult
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,18 @@ class Choice:
     said: str | None = None
     forward_only_passes: int = 0
     passes: int = 0
+
+    def added_to(self, result: StepResult) -> StepResult:
+        """The result of the step that follows, with what the growth before it took and did."""
+        if not self.forward_only_passes and not self.said:
+            return result
+        return replace(
+            result,
+            event=self.said or result.event,
+            grown=self.rule is not None,
+            forward_only_passes=result.forward_only_passes + self.forward_only_passes,
+            cost=result.cost + FORWARD_COST * self.forward_only_passes,
+        )
 
 
 class DepthController:

@@ -19,7 +19,6 @@ from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.depth import Choice, DepthController
 from hybridlab.engine.divergence import Action
-from hybridlab.engine.gate import FORWARD_COST
 from hybridlab.engine.jumps import Decision, JumpController
 from hybridlab.engine.passes import Passes
 from hybridlab.engine.phases import Phase, PhaseInput, first_phase, next_phase
@@ -118,11 +117,7 @@ class HybridTrainer:
             case Phase.CORRECT:
                 result = self._gradient_step(batch)
                 self._jumps.correct_(result)
-        if growth.forward_only_passes or growth.said:
-            passes = result.forward_only_passes + growth.forward_only_passes
-            event, grown = growth.said or result.event, growth.rule is not None
-            cost = result.cost + FORWARD_COST * growth.forward_only_passes
-            result = replace(result, event=event, grown=grown, forward_only_passes=passes, cost=cost)
+        result = growth.added_to(result)
         result = self._carry_out_(self._judge(result), result)
         self._advance(result)
         self._statistics.count(result, time.perf_counter() - started)

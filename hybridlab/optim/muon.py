@@ -62,9 +62,9 @@ class Muon(Optimizer):
     coefficients: "torch" or "polar_express", of the Newton-Schulz iteration
     new_buffer: makes a momentum of low-bit format for a parameter; None is the parameter's own format
 
-    Where `cuda_graphs` is set, the update of a stack on a GPU is captured after its first step, and replayed while
-    weights, gradients and momentum lie where they lay: for gradients that a CUDA graph writes. Where they do not, it is
-    captured anew.
+    Where `cuda_graphs` is set, the update of a stack on a GPU is captured after its first step, and replayed while the
+    addresses of weights, gradients and momentum stay as they were: set it where a CUDA graph writes the gradients. With
+    other addresses it is captured anew.
 
     Raises ValueError for a parameter that is no matrix.
 

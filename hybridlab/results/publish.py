@@ -114,16 +114,15 @@ def git_commit() -> str:
     """Give the short commit of the project, "+dirty" where its sources differ from it, or "unknown".
 
     What runs write themselves (`executed/`, `docs/`) does not count as a difference. Where the sources travel without
-    their history, a file `COMMIT` beside them names it, and counts: `git describe --always --dirty=+dirty > COMMIT`.
+    their history, a file `COMMIT` beside them names it: `git describe --always --dirty=+dirty > COMMIT`.
     """
     if not (root := marked_root()):
         return "unknown"
-    if (named := root / "COMMIT").is_file():
-        return named.read_text(encoding="utf-8").strip()
-    if not (commit := _git(root, "rev-parse", "--short", "HEAD")):
-        return "unknown"
-    changed = _git(root, "status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
-    return f"{commit}+dirty" if changed else commit
+    if commit := _git(root, "rev-parse", "--short", "HEAD"):
+        changed = _git(root, "status", "--porcelain", "--", ".", ":(exclude)executed", ":(exclude)docs")
+        return f"{commit}+dirty" if changed else commit
+    named = root / "COMMIT"
+    return named.read_text(encoding="utf-8").strip() if named.is_file() else "unknown"
 
 
 def _git(root: Path, *arguments: str) -> str:

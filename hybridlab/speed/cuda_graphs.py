@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,15 +23,15 @@ class CudaGraphs(nn.Module):
     """A model whose passes are captured when they are first asked for, and replayed from then on.
 
     One graph for each shape of the input, with gradients and without, in training and evaluation, for each set of
-    blocks that take part. Weights are read where they lie: moved in place by an optimizer, a jump, a rollback or a
-    growth, they reach the next replay; a pass whose weights lie elsewhere is captured anew. All graphs share one pool
-    of memory, which holds their activations and gradients for good.
+    blocks that take part. Weights are read at their addresses: moved in place by an optimizer, a jump, a rollback or a
+    growth, they reach the next replay; a pass whose weights have other addresses is captured anew. All graphs share one
+    pool of memory, which holds their activations and gradients as long as this object exists.
 
-    Gradients lie in the pool too: the next backward writes over them. So set them to None between two passes, as
+    The next backward writes over the gradients. So set them to None between two passes, as
     `optimizer.zero_grad()` does; adding up gradients of several passes is refused.
 
-    A pass that cannot be captured, since it asks the GPU for a number or moves data to the host, warns once, and is run
-    as it is from then on.
+    A pass that cannot be captured, since it asks the GPU for a number, moves data to the host or puts another tensor in
+    a buffer's place, warns once, and is run as it is from then on. Capturing leaves buffers as they were.
 
     model: on a GPU; call this object in its place, and give the model itself to the trainer. Parameters that are added
         later are not known
@@ -79,7 +80,7 @@ class CudaGraphs(nn.Module):
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         same_format = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
         try:
-            with same_format, torch.random.fork_rng([self._params[0].device]):
+            with same_format, torch.random.fork_rng([self._params[0].device]), _buffers_kept(self._modules_within):
                 self._captured[key] = capture(_Pass(self.model, leaves, form), leaves, self._pool)
         except (RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -92,6 +93,22 @@ class CudaGraphs(nn.Module):
         self._captured.clear()
         warnings.warn(f"runs without CUDA graphs: {reason}", stacklevel=4)
         return False
+
+
+@contextmanager
+def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back the buffers that passes change.
+
+    Raises ValueError where another tensor has taken a buffer's place, which a replay would not repeat.
+    """
+    before = [(m._buffers, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+        if any(buffers[name] is not b for buffers, name, b, _ in before):
+            raise ValueError("forward puts another tensor in a buffer's place")
+    finally:
+        for buffers, name, b, value in before:
+            buffers[name] = b.copy_(value)
 
 
 class _Pass(nn.Module):

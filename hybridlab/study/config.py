@@ -102,15 +102,14 @@ class RunConfig:
     @property
     def without_cuda_graphs(self) -> str | None:
         """Why the run's passes are not replayed as CUDA graphs; None where they are."""
-        memory, depth = self.memory.without_cuda_graphs, self.hybrid.depth
+        depth = self.hybrid.depth
         reasons = {
             "cuda_graphs is off": not self.cuda_graphs,
             "compiled is off": not self.compiled,
             "they need a GPU": find_device(self.device).type != "cuda",
-            memory or "": memory is not None,
             "the depth schedule skips other blocks in each step": depth is not None and depth.skip_share > 0,
         }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+        return next((reason for reason, holds in reasons.items() if holds), self.memory.without_cuda_graphs)
 
     def as_vanilla(self) -> RunConfig:
         """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""

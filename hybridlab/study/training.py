@@ -74,7 +74,7 @@ class Training:
         """Whether passes are replayed: "in use", or why they are not."""
         if isinstance(self._model, CudaGraphs):
             return "in use"
-        return self._config.without_cuda_graphs or "several ranks train it"
+        return self._config.without_cuda_graphs or "what ranks say to each other stays out of graphs"
 
     def warm_up_(self) -> None:
         """Compile forward, backward and the forward without gradients, at each depth; nothing is trained."""

@@ -16,6 +16,7 @@ from hybridlab.benchmarks.step_profile import StepWork, step_work, time_step
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, table
+from hybridlab.notebook.views.study import value_quantity
 from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
 from hybridlab.study.ladder import AVERAGED, Ladder, Rung, learns_as, times
@@ -150,7 +151,7 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
     for rung in rungs:
         if rung.tried:
             share = times(rung.steps or StepValue(None, -math.inf, math.inf, rung.seeds), 1 / ladder.vanilla.steps)
-            quantities = (_quantity("steps_over_vanilla", share, "ratio", 1.0), Quantity("seeds", rung.seeds))
+            quantities = (value_quantity("steps_over_vanilla", share, "ratio", 1.0), Quantity("seeds", rung.seeds))
             text = f"{rung.name}: the stack up to it reaches the vanilla run's final loss in fewer steps"
             decided = holds_below(share.low, share.high, 1.0)
             claims.append(on_losses("fewer-steps", rung.name, text, decided, quantities, base))
@@ -158,13 +159,8 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
     time = f"at most 1/{least_ratio:g} of its" if least_ratio > 1 else "less"
     text = f"the whole stack reaches the vanilla run's final loss in {time} time"
     decided = holds_below(-ratio.high, -ratio.low, -least_ratio)
-    quantities = (_quantity("stack_time_ratio", ratio, "time ratio", least_ratio), Quantity("seeds", ratio.seeds))
+    quantities = (value_quantity("stack_time_ratio", ratio, "time ratio", least_ratio), Quantity("seeds", ratio.seeds))
     return [*claims, on_losses("stack-is-fast", "", text, decided, quantities, base)]
-
-
-def _quantity(name: str, value: StepValue, unit: Any, bound: float) -> Quantity:
-    low, high = (end if math.isfinite(end) else None for end in (value.low, value.high))
-    return Quantity(name, value.value, low, high, unit, bound=bound)
 
 
 def ladder_tables(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> dict[str, list[dict[str, Any]]]:
@@ -212,10 +208,10 @@ def side_by_side(file: str) -> dict[str, Any]:
         raise UserError(f"{file} is no file of the benchmark: write it again, or set others to ''") from None
 
 
-def side_by_side_table(measured: Mapping[str, Any]) -> Table | str:
+def side_by_side_table(measured: Mapping[str, Any]) -> Table:
     """A step of each loop of the benchmark, or that none was measured."""
     if not measured:
-        return "no loops were measured beside each other for this run"
+        return table([{"loop": "none was measured beside this run"}])
     rows = [
         {
             "loop": row["loop"],

@@ -17,7 +17,7 @@ from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
-from hybridlab.results.claims import Claim, Quantity, Verdict, holds_below, holds_if, on_losses
+from hybridlab.results.claims import Claim, Quantity, Unit, Verdict, holds_below, holds_if, on_losses
 from hybridlab.study.comparison import Comparison
 from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
@@ -343,7 +343,7 @@ def pays_claim(comparison: Comparison) -> Claim:
     if c.predicted:
         quantities += [Quantity("p_value", c.p_value, unit="probability"), Quantity("arms_corrected_for", c.tested)]
     if worth:
-        quantities.append(_worth("step_value", worth))
+        quantities.append(value_quantity("step_value", worth))
     quantities.append(Quantity("gradient_steps", c.gradient_steps, unit="steps"))
     quantities.append(Quantity("predicted_steps", c.predicted_steps, unit="steps"))
     quantities.append(_time_over_baseline(c))
@@ -358,8 +358,8 @@ def pays_claim(comparison: Comparison) -> Claim:
 
 def _to_loss(c: Comparison) -> list[Quantity]:
     """How many times an arm's computation, and its time, a plain run takes to its loss."""
-    compute = [replace(_worth("compute_to_loss", c.compute_to_loss), unit="ratio")] if c.compute_to_loss else []
-    return compute + ([replace(_worth("time_to_loss", c.time_to_loss), unit="time ratio")] if c.time_to_loss else [])
+    compute = [value_quantity("compute_to_loss", c.compute_to_loss, "ratio")] if c.compute_to_loss else []
+    return compute + ([value_quantity("time_to_loss", c.time_to_loss, "time ratio")] if c.time_to_loss else [])
 
 
 def rate_table(by_rate: Mapping[float, Comparison]) -> Table:
@@ -392,7 +392,7 @@ def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
         Quantity("seeds", change.seeds),
         Quantity("best_rate_of_hybrid", hybrid, unit="rate"),
         Quantity("best_rate_of_control", control, unit="rate"),
-        *(_worth(f"step_value_at_{rate:g}", c.step_value) for rate, c in by_rate.items() if c.step_value),
+        *(value_quantity(f"step_value_at_{rate:g}", c.step_value) for rate, c in by_rate.items() if c.step_value),
     )
     text = f"predicting pays when hybrid and control each have the best of {len(by_rate)} learning rates"
     decided = holds_below(*change.ends, 0.0)
@@ -405,8 +405,10 @@ def _control_loss(c: Comparison) -> Interval:
     return Interval.of([loss - change for loss, change in pairs])
 
 
-def _worth(name: str, worth: StepValue) -> Quantity:
-    return Quantity(name, worth.value, _finite(worth.low), _finite(worth.high), "steps")
+def value_quantity(name: str, value: StepValue, unit: Unit = "steps", bound: float | None = None) -> Quantity:
+    """With its interval, whose ends are missing where they are open."""
+    low, high = (end if math.isfinite(end) else None for end in (value.low, value.high))
+    return Quantity(name, value.value, low, high, unit, bound=bound)
 
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
@@ -460,10 +462,6 @@ def _both(*verdicts: Verdict) -> Verdict:
 
 def _time_over_baseline(comparison: Comparison, bound: float | None = None) -> Quantity:
     return Quantity.over_seeds("time_over_baseline", comparison.time_ratio, "time ratio", bound)
-
-
-def _finite(end: float) -> float | None:
-    return end if math.isfinite(end) else None
 
 
 def _keeps_quality(comparison: Comparison) -> Verdict:
