@@ -20,7 +20,7 @@ from hybridlab.base.errors import UserError, first_line, nearest, printable
 from hybridlab.base.files import project_root
 from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
 from hybridlab.base.settings import check_types, settings_from
-from hybridlab.batch.given import values_in_file
+from hybridlab.batch.given import settings_in_file
 from hybridlab.batch.terminal import signals_as_interrupts
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
 from hybridlab.study.ranks import RanksConfig
@@ -50,6 +50,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not self.folder and (self.run.name in ("", "..") or Path(self.run.name).name != self.run.name):
+            raise ValueError(f"the run's name, {self.run.name!r}, is no name of a folder: name one as folder")
 
     @property
     def path(self) -> Path:
@@ -59,7 +61,7 @@ class TrainConfig:
 
 def read_settings(path: Path) -> TrainConfig:
     """The settings that a file holds. Raises UserError, in one line, for what cannot be meant."""
-    values = {given.name: given.value for given in values_in_file(path)}
+    values = settings_in_file(path)
     if isinstance(run := values.get("run"), dict) and "task" in run:
         values["run"] = run | {"task": _task(run["task"], f"{path}: run: task")}
     return settings_from(TrainConfig, values, str(path))
@@ -71,8 +73,8 @@ def _task(given: Any, place: str) -> Any:
     if not isinstance(given, dict):
         raise UserError(f"{place} is {given!r}: write the task's settings, or module:object")
     kind = given.get("kind", "text")
-    if kind not in TASKS:
-        raise UserError(f"{place}: kind {kind!r} is unknown: {nearest(kind, TASKS)}")
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise UserError(f"{place}: kind {kind!r} is unknown: {nearest(str(kind), TASKS)}")
     return settings_from(TASKS[kind], {name: value for name, value in given.items() if name != "kind"}, place)
 
 
@@ -118,10 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
         with signals_as_interrupts():
             app(sys.argv[1:] if arguments is None else arguments, prog_name="python -m hybridlab.train")
     except SystemExit as end:
-        return int(end.code or 0)
+        return _told("stopped", EXIT_INTERRUPTED) if end.code == EXIT_INTERRUPTED else int(end.code or 0)
     except KeyboardInterrupt:
         return _told("stopped", EXIT_INTERRUPTED)
-    except UserError as error:
+    except (UserError, ValueError) as error:
         return _told(error, EXIT_REFUSED)
     except Exception as error:
         if is_of_lost_rank(error):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from hybridlab.benchmarks.ranks import Question, measured, summary
+from hybridlab.benchmarks.ranks import Question, main, measured, summary
 
 TOY = Question("nano", 2, 16, "fp32", False, "fsdp", "fp32", "cpu", rounds=1, turns=1, steps=1)
 
@@ -22,3 +24,17 @@ def test_one_rank_is_measured() -> None:
 def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
     rows = [{"ranks": ranks, "tokens_per_second": rate} for ranks, rate in ((2, 190.0), (1, 100.0), (4, 340.0))]
     assert [row["scaling_efficiency"] for row in summary(TOY, rows)["rows"]] == [0.95, 1.0, 0.85]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"counts": "1,x"}, "--counts is '1,x': write whole numbers"),
+        ({"counts": "0"}, "batch_size"),
+        ({"model": "nope"}, "'nope' is unknown"),
+        ({"windows": -1}, "batch_size"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_before_anything_starts(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SystemExit, match=f"^ranks: .*{said}"):
+        main(**{"model": "nano", "counts": "1"} | options)

@@ -45,6 +45,9 @@ class Task:
 """
 
 
+EARLY = {"stages": [[0.0, 1], [0.001, 2]], "in_shares": True}
+
+
 def written(folder: Path, run: Any = RUN, **others: Any) -> str:
     file = folder / "settings.yaml"
     file.write_text(yaml.safe_dump({"folder": str(folder / "run"), "run": run, **others}))
@@ -124,6 +127,9 @@ def changed(**settings: Any) -> dict[str, Any]:
         (changed(optimizer={"lr": "1e-4"}), {}, "optimizer: lr is '1e-4': float is wanted (YAML reads 1e-4 as text"),
         (changed(hybrid={"memory": {"checkpointing": {"keep": 1}}}), {}, "checkpointing: there is no setting 'keep'"),
         (changed(task=TASK | {"kind": "txt"}), {}, "run: task: kind 'txt' is unknown: did you mean 'text'?"),
+        (changed(task=TASK | {"kind": ["text"]}), {}, "run: task: kind ['text'] is unknown"),
+        (changed(hybrid={"depth": EARLY}), {}, "two begin at the same of 36 steps"),
+        (RUN, {"timeout_s": 10**15}, "ranks: timeout_s"),
         ({"name": "toy"}, {}, "run: task is missing: write it down"),
         (RUN, {"wrap": "fspd"}, "ranks: wrap 'fspd' is unknown: did you mean 'fsdp'?"),
         (RUN, {"wrap": "ddp", "copies": 2}, "ranks: gather and copies are of wrap='fsdp'"),
@@ -139,6 +145,40 @@ def test_what_cannot_be_meant_is_one_line(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("  steps: 1:30", "run: steps: YAML reads 1:30 as 90"),
+        ("  steps: 0050", "run: steps: YAML reads 0050 as 40"),
+        ("  optimizer: {lr: 0x1}", "run: optimizer: lr: YAML reads 0x1 as 1"),
+        ("  steps: 40\n  steps: 50", "'steps' is given twice"),
+        ("  name: ../toy", "the run's name, '../toy', is no name of a folder"),
+        ("  name: ''", "the run's name, '', is no name of a folder"),
+    ],
+)
+def test_settings_within_are_read_as_strictly_as_those_outside(
+    line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    others = {"name": "  name: toy\n", "steps": "  steps: 4\n"}
+    run = "".join(text for name, text in others.items() if f"  {name}:" not in line)
+    (tmp_path / "settings.yaml").write_text(f"run:\n{run}{line}\n  task: {TASK}\n  device: cpu\n")
+    assert main(["-f", "settings.yaml"]) == 2
+    assert said in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.yaml"}
+
+
+def test_ctrl_c_says_that_it_has_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hybridlab.train.run_file", interrupted)
+    assert main(["-f", written(tmp_path)]) == 130
+    assert capsys.readouterr().err == "hybridlab.train: stopped\n"
 
 
 def test_ranks_that_do_not_find_each_other_and_missing_files_are_one_line(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +33,8 @@ class Given:
 def values_in_file(path: Path) -> list[Given]:
     """Read a YAML mapping of parameters, keeping each value as it was written.
 
-    Raises UserError where the file is missing, unreadable, not a mapping, or names a parameter twice, and for an alias:
-    a few lines of them can stand for a list that fills all memory.
+    Raises UserError where the file is missing, unreadable, not a mapping, or gives a key twice, also in a mapping
+    inside, and for an alias: a few lines of them can stand for a list that fills all memory.
     """
     text = _text_of(path)
     try:
@@ -49,13 +49,44 @@ def values_in_file(path: Path) -> list[Given]:
         return []
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a mapping: write one 'name: value' per line")
-    names = [key.value for key, _ in root.value]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: '{name}' is given twice: keep one line")
-        if name not in values:
+    for name in _given_twice(root):
+        raise UserError(f"{path}: '{name}' is given twice: keep one line")
+    for key, _ in root.value:
+        if (name := key.value) not in values:
             raise UserError(f"{path}: YAML reads the key {name} as {yaml.safe_load(name)!r}: write '{name}' in quotes")
     return [Given(key.value, values[key.value], _written(node), f"in {path}") for key, node in root.value]
+
+
+def settings_in_file(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping of settings, which may be mappings themselves.
+
+    Raises UserError as `values_in_file` does, and for a number that YAML makes of what is no plain decimal.
+    """
+    given = values_in_file(path)
+    for item in given:
+        for said in _misread(item.raw, item.value, item.name):
+            raise UserError(f"{path}: {said}: write a plain decimal, or the text in quotes")
+    return {item.name: item.value for item in given}
+
+
+def _misread(raw: Any, value: Any, place: str) -> Iterator[str]:
+    if isinstance(raw, dict):
+        for name, inner in zip(raw, value.values(), strict=True):
+            yield from _misread(raw[name], inner, f"{place}: {name}")
+    elif isinstance(raw, list):
+        for item, inner in zip(raw, value, strict=True):
+            yield from _misread(item, inner, place)
+    elif _is_misread(raw, value):
+        yield f"{place}: YAML reads {raw} as {value!r}"
+
+
+def _given_twice(node: yaml.Node) -> Iterator[str]:
+    """The keys that a mapping, or one inside it, gives twice."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    names = [key.value for key, _ in pairs]
+    yield from (name for name in names if names.count(name) > 1)
+    for inner in [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else []:
+        yield from _given_twice(inner)
 
 
 def _stands_for_others(event: yaml.Event) -> bool:
@@ -180,9 +211,11 @@ def _yaml_number(text: str) -> str:
 
 
 def _written(node: yaml.Node | None) -> Any:
-    """What a YAML node was written as: a text, or a list of what its items were."""
+    """What a YAML node was written as: a text, or a list or a mapping of what its items were."""
     if isinstance(node, yaml.SequenceNode):
         return [_written(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _written(value) for key, value in node.value}
     return str(node.value) if node else ""
 
 

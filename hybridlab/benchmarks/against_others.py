@@ -25,7 +25,7 @@ import typer
 from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device, wait_for
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import one_line
 from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.engine.config import HybridTrainerConfig
@@ -405,11 +405,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
 ) -> None:
     """Time every loop in turns: compiled, in bf16 on a GPU; as it is, in fp32, without one."""
-    try:
+    with one_line("against_others"):
         config = configured(model, batch, vocab_size, data, device)
         measured = measure(config, rounds=rounds, turns=turns, steps=steps, quick=quick)
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"against_others: {error}") from None
     for row in measured["loops"]:
         print(json.dumps(row))
     for name, figure in measured["figures"].items():

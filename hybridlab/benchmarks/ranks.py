@@ -19,7 +19,7 @@ import torch
 import typer
 
 from hybridlab.base.device import device_name, find_device
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, one_line
 from hybridlab.base.ranks import from_each, is_first, running
 from hybridlab.benchmarks.step_overhead import step_overhead
 from hybridlab.engine.config import HybridTrainerConfig
@@ -154,15 +154,28 @@ def main(
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
     gather = gather if wrap == "fsdp" else "fp32"
-    question = Question(model, windows, tokens, precision, compiled, wrap, gather, device, rounds, turns, steps)
-    if "RANK" in os.environ:
-        with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
-            row = measured(question)
-            if is_first():
-                write_json(out, row)
-        return
-    write_json(out, summary(question, [_started(int(count)) for count in counts.split(",")]))
+    with one_line("ranks"):
+        question = Question(model, windows, tokens, precision, compiled, wrap, gather, device, rounds, turns, steps)
+        if "RANK" in os.environ:
+            with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
+                row = measured(question)
+                if is_first():
+                    write_json(out, row)
+            return
+        numbers, rows = _numbers(counts), []
+        for ranks in numbers:
+            question.config(ranks)  # refuses what cannot be measured before anything is
+        for ranks in numbers:
+            rows.append(_started(ranks))
+            write_json(out, summary(question, rows))
     print(f"written: {out}")
+
+
+def _numbers(counts: str) -> list[int]:
+    try:
+        return [int(count) for count in counts.split(",")]
+    except ValueError:
+        raise UserError(f"--counts is {counts!r}: write whole numbers, as 1,2") from None
 
 
 def _started(ranks: int) -> dict[str, Any]:

@@ -106,10 +106,18 @@ class DepthSchedule:
         return tuple(blocks for _, blocks in self.stages)
 
     def fitted_to(self, steps: int) -> Self:
-        """The same schedule in steps of a run of this length; one that is in steps stays as it is."""
+        """The same schedule in steps of a run of this length; one that is in steps stays as it is.
+
+        Raises ValueError where two stages would begin at the same step.
+        """
         if not self.in_shares:
             return self
         stages = tuple((round(share * steps), blocks) for share, blocks in self.stages)
+        if len({start for start, _ in stages}) < len(stages):
+            raise ValueError(
+                f"of the stages {self.stages}, in shares of a run, two begin at the same of {steps} steps: let them "
+                "begin further apart, or train for longer"
+            )
         return replace(self, stages=stages, in_shares=False, skip_until=round(self.skip_until * steps))
 
     def stage_at(self, step: int) -> int:

@@ -78,6 +78,7 @@ class RunConfig:
         if self.task.batch_size % self.memory.micro_batches:
             parts = self.memory.micro_batches
             raise ValueError(f"a batch of {self.task.batch_size} does not split into {parts} equal micro_batches")
+        _ = self.trainer  # refuses a depth schedule that does not fit the run
 
     @cached_property
     def memory(self) -> MemoryConfig:

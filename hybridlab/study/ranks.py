@@ -43,7 +43,8 @@ class RanksConfig:
         check_types(self)
         check_choice("wrap", self.wrap, ("fsdp", "ddp"))
         check_choice("gather", self.gather, ("fp32", "bf16"))
-        check_bounds(self, "copies", "timeout_s", least=1)
+        check_bounds(self, "copies", least=1)
+        check_bounds(self, "timeout_s", least=1, most=10**7)
         if self.wrap == "ddp" and (self.gather, self.copies) != ("fp32", 1):
             raise ValueError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
 

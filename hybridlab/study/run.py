@@ -198,7 +198,7 @@ class TrainingRun(WatchedRun):
     def save(self) -> None:
         """Write a checkpoint while the clock stands; the record that it counts on reaches the disk first."""
         self._timer.pause()
-        self._log.flush()
+        from_first(self._log.flush)  # where it fails, it fails on every rank
         with self._process.applied():
             self._checkpoints.save(self._trainer.statistics().nominal_steps, self._state(), meta=self._identity)
 
