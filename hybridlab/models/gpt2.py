@@ -73,8 +73,8 @@ class GPT2Config:
 
     @classmethod
     def mini(cls, **changes: Any) -> GPT2Config:
-        """6,223,488 parameters in twelve blocks, as deep as GPT-2 Small."""
-        return replace(cls(vocab_size=4096, block_size=512, n_layer=12, n_head=6, n_embd=192), **changes)
+        """2,674,432 parameters in twelve blocks, as deep as GPT-2 Small: small enough for 20 tokens per parameter."""
+        return replace(cls(vocab_size=2048, block_size=256, n_layer=12, n_head=4, n_embd=128), **changes)
 
     @classmethod
     def small(cls, **changes: Any) -> GPT2Config:
