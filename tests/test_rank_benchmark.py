@@ -33,6 +33,7 @@ def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
         ({"counts": "0"}, "batch_size"),
         ({"model": "nope"}, "'nope' is unknown"),
         ({"windows": -1}, "batch_size"),
+        ({"precision": "fp32"}, "gather='bf16' computes in bfloat16, and precision is 'fp32'"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_anything_starts(options: dict[str, Any], said: str) -> None:

@@ -164,7 +164,7 @@ def main(
             return
         numbers, rows = _numbers(counts), []
         for ranks in numbers:
-            question.config(ranks)  # refuses what cannot be measured before anything is
+            question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
         for ranks in numbers:
             rows.append(_started(ranks))
             write_json(out, summary(question, rows))

@@ -54,20 +54,24 @@ class RanksConfig:
 
         Raises UserError where they cannot be one, and for a batch that does not split among them.
         """
+        with group(config.device, self.timeout_s):
+            self.check(config, running())
+            yield
+
+    def check(self, config: RunConfig, ranks: int) -> None:
+        """Raise UserError where so many ranks cannot train a run of this config."""
         if self.gather == "bf16" and config.precision != "bf16":
             raise UserError(
                 f"gather='bf16' computes in bfloat16, and precision is {config.precision!r}: set it to bf16"
             )
-        with group(config.device, self.timeout_s):
-            parts = running() * config.memory.micro_batches
-            if config.task.batch_size % parts:
-                raise UserError(
-                    f"a batch of {config.task.batch_size} does not split into {parts} equal parts, "
-                    f"{config.memory.micro_batches} for each of {running()} ranks: change batch_size"
-                )
-            if running() % self.copies:
-                raise UserError(f"{running()} ranks do not hold {self.copies} copies of the model: change copies")
-            yield
+        parts = ranks * config.memory.micro_batches
+        if config.task.batch_size % parts:
+            raise UserError(
+                f"a batch of {config.task.batch_size} does not split into {parts} equal parts, "
+                f"{config.memory.micro_batches} for each of {ranks} ranks: change batch_size"
+            )
+        if ranks % self.copies:
+            raise UserError(f"{ranks} ranks do not hold {self.copies} copies of the model: change copies")
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model as these ranks train it."""
