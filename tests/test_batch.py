@@ -29,6 +29,7 @@ from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import parameters_from, parameters_sha256
 from hybridlab.results.publish import environment, git_commit, publish
 from hybridlab.results.reading import load_results
+from hybridlab.results.repeats import MOST
 from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
@@ -437,6 +438,27 @@ def test_results_of_notebooks_that_publish_at_once_are_all_kept(root):
     for thread in threads:
         thread.join()
     assert len(published(root)) == 8
+
+
+def test_figures_that_were_measured_elsewhere_before_are_kept_in_a_bounded_number(root, monkeypatch):
+    def measured(value: float, commit: str, parameters: dict[str, int] | None = None) -> list[dict]:
+        monkeypatch.setattr("hybridlab.results.publish.git_commit", lambda: commit)
+        figures = (Quantity("ratio", value, value - 0.1, value + 0.1, "time ratio"), Quantity("loss", 3.0, unit="nats"))
+        record = {"parameters": parameters or {"steps": 100}}
+        publish("a", claims=[Claim("fast", "it is", "open", figures)], summary=[], record=record, folder="runs")
+        return load_results(root / "runs" / "results.json")["a"].get("repeats", [])
+
+    assert measured(1.33, "one") == []
+    assert measured(1.34, "one") == [], "of the same commit on the same machine the later one stays"
+    (first,) = measured(1.85, "two", {"steps": 100, "new": 1})
+    assert (first["git_commit"], first["torch"]) == ("one", environment()["versions"]["torch"])
+    assert first["figures"] == {"fast.ratio": {"value": 1.34, "low": 1.24, "high": 1.44}}, "an equal loss is no repeat"
+    assert [repeat["git_commit"] for repeat in measured(1.5, "three")] == ["one", "two"]
+    assert [repeat["git_commit"] for repeat in measured(1.6, "one")] == ["two", "three"]
+    for number in range(MOST + 2):
+        last = measured(2.0 + number, str(number))
+    assert len(last) == MOST
+    assert measured(1.0, "another", {"steps": 200}) == [], "another question"
 
 
 def test_a_number_that_is_not_finite_becomes_null_with_a_note(root):

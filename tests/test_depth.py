@@ -600,7 +600,8 @@ def test_a_ratio_of_times_is_named_for_the_results(study: StudyResult) -> None:
     grown = compare(study, "grown")
     assert grown.time_to_loss is not None
     figure = {"value": grown.time_to_loss.value, "low": grown.time_to_loss.low, "high": grown.time_to_loss.high}
-    assert depth_figures("toy", grown) == {"depth_time_ratio_toy": figure | {"seeds": 3}}
+    figure |= {"seeds": 3, "per_seed": grown.time_to_loss.per_seed}
+    assert depth_figures("toy", grown) == {"depth_time_ratio_toy": figure}
     assert depth_figures("", grown) == depth_figures("toy", compare(study, "shallow")) == {}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,15 @@ import pytest
 from scipy import stats
 
 from hybridlab.notebook import pays_claim, run_rows
+from hybridlab.notebook.views.ladder import BESIDE
 from hybridlab.report.evidence import PROFILES
-from hybridlab.results.claims import Claim
+from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.publish import plain
 from hybridlab.results.reading import load_results
 from hybridlab.results.words import MAY_BE_OPEN
 from hybridlab.study import StudyResult, compare
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Interval, holm
+from hybridlab.study.statistics import Interval, holm, median_ends
 from hybridlab.study.step_value import Array, PairedTest, SeedRuns, StepValue
 from tests.test_study import with_hybrids
 
@@ -202,34 +204,44 @@ ENTRIES = [
     for notebook, entry in load_results(ROOT / "executed" / profile / "results.json").items()
     if entry["claims"]
 ]
-STUDIES = ("01_mnist_cnn", "03_gpt2_small_hybrid", "07_step_value")
-MEMORY = ("04_gpt2_small_memory", "05_gpt2_medium", "06_gpt2_xl")
-OLDER = set(product(("rtx5080",), (*STUDIES, *MEMORY)))
-"""Copies that ran before results carried their seeds' values (CHANGELOG, Known): take out what has run again."""
 
-OVER_SEEDS = {"loss_to_control", "loss_to_baseline", "loss_change", "perplexity_gap"}
-"""Quantities whose intervals are over seeds; others are over the rounds of a benchmark."""
+
+def is_older(entry: Any) -> bool:
+    """Whether it ran before results carried the hashes of the code and the seeds' values (CHANGELOG, Known)."""
+    return "code" not in entry
+
+
+def again(quantity: Quantity) -> tuple[float, float, float]:
+    """A mean over seeds with Student's interval; of a benchmark, a median over rounds or jumps with that of medians."""
+    values = [value for value in quantity.per_seed if value is not None]
+    if quantity.name in OVER_ROUNDS:
+        return median(values), *median_ends(values)
+    if quantity.name == "perplexity_gap":  # its interval is that of the loss
+        of_loss = Interval.of(np.log1p(values).tolist())
+        return math.expm1(of_loss.mean), *map(math.expm1, of_loss.ends)
+    interval = Interval.of(values)
+    return interval.mean, *interval.ends
+
+
+OVER_ROUNDS = ("null_over_bare", "recording_over_bare", "panel_over_none", "none_over_none", "beyond", *BESIDE)
 
 
 @pytest.mark.parametrize(("profile", "notebook", "entry"), ENTRIES)
-def test_every_committed_interval_over_seeds_is_that_of_its_seeds(profile: str, notebook: str, entry: Any) -> None:
+def test_every_committed_interval_is_that_of_the_values_beside_it(profile: str, notebook: str, entry: Any) -> None:
+    """Those that plain runs of several lengths may leave open follow from the tables of runs: see the next tests."""
     claims = [Claim.from_record(claim) for claim in entry["claims"]]
-    intervals = [q for claim in claims for q in claim.quantities if q.name in OVER_SEEDS and q.low is not None]
-    without = [q.name for q in intervals if not q.per_seed]
-    assert not without or (profile, notebook) in OLDER
-    for quantity in intervals:
-        if quantity.per_seed and quantity.unit != "share":  # a share is that of an interval in nats
-            again = Interval.of(quantity.per_seed)
-            assert (again.mean, *again.ends) == pytest.approx(
-                (quantity.value, quantity.low, quantity.high), rel=1e-3, abs=1e-7
-            )
+    intervals = [q for claim in claims for q in claim.quantities if q.low is not None and q.high is not None]
+    assert is_older(entry) or all(q.per_seed for q in intervals)
+    for q in intervals:
+        if q.per_seed and not q.name.startswith(MAY_BE_OPEN):
+            assert again(q) == pytest.approx((q.value, q.low, q.high), rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize(("profile", "notebook", "entry"), ENTRIES)
 def test_every_committed_comparison_follows_from_the_runs_beside_it(profile: str, notebook: str, entry: Any) -> None:
     pays = [claim for claim in map(Claim.from_record, entry["claims"]) if claim.kind == "pays"]
     rows = entry.get("tables", {}).get("runs")
-    assert rows or not pays or (profile, notebook) in OLDER
+    assert rows or not pays or is_older(entry)
     for claim in pays if rows else []:
         arm, _, budget = (
             claim.arm.partition(" steps")[0].rpartition(", ") if "budget" in rows[0] else (claim.arm, "", "")
@@ -243,6 +255,34 @@ def test_every_committed_comparison_follows_from_the_runs_beside_it(profile: str
             tolerance = 0.01 if old.name in ("p_value", *MAY_BE_OPEN) else 1e-4  # figures keep six digits
             pair = [np.array((q.value, q.low, q.high), dtype=float) for q in (new, old)]  # None becomes NaN
             np.testing.assert_allclose(*pair, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(one.values[2], id=one.id) for one in ENTRIES if "ladder_runs" in one.values[2].get("tables", {})],
+)
+def test_every_committed_rung_follows_from_the_runs_beside_it(entry: Any) -> None:
+    """Its steps to the vanilla run's final loss; the time of the whole stack at the mean time of a step."""
+    runs, table = (pd.DataFrame(entry["tables"][name]) for name in ("ladder_runs", "ladder"))
+    vanilla = runs[runs["rung"] == "vanilla"].set_index("seed")
+    lengths = dict(zip(table["rung"], table["lengths x seeds"], strict=True))
+    for claim in map(Claim.from_record, entry["claims"]):
+        rung = claim.arm or entry["figures"]["stack_time_ratio"]["rests_on"]["rungs"][-1]
+        kept = [int(length) for length in lengths[rung].partition(" x ")[0].split(",")]
+        mine = runs[(runs["rung"] == rung) & runs["steps"].isin(kept)]
+        by_seed = [mine[mine["seed"] == seed].sort_values("steps") for seed in vanilla.index]
+        seeds = [
+            SeedRuns(vanilla["validation_loss"][s], 0.0, 1.0, tuple(own["steps"]), tuple(own["validation_loss"]))
+            for s, own in zip(vanilla.index, by_seed, strict=True)
+        ]
+        steps = StepValue.of(seeds)
+        assert steps is not None
+        assert steps.value is not None
+        share = claim.value("steps_over_vanilla")
+        assert share in (None, pytest.approx(steps.value / vanilla["steps"][0], rel=0.01))
+        spent = [own["seconds"].sum() / own["steps"].sum() for own in by_seed]
+        faster = float(np.mean(vanilla["seconds"] / spent)) / steps.value
+        assert claim.value("stack_time_ratio") in (None, pytest.approx(faster, rel=0.01))
 
 
 def study_of(rows: list[dict[str, Any]], parameters: dict[str, Any]) -> StudyResult:

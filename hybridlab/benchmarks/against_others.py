@@ -361,9 +361,10 @@ def figures_of(seconds: Mapping[str, Sequence[float]], rests_on: Mapping[str, An
     for name, (mine, other) in pairs.items():
         if other not in seconds:
             continue
-        ratio = Ratio.of(seconds[mine], seconds[other]).record()
-        loops = {"loop": mine, "beside": other}
-        figures[name] = {"value": ratio.pop("median"), **ratio, "rests_on": {**loops, **rests_on}}
+        ratio = Ratio.of(seconds[mine], seconds[other])
+        ends, loops = ratio.record(), {"loop": mine, "beside": other}
+        value = {"value": ends.pop("median"), **ends, "per_round": ratio.rounds}
+        figures[name] = value | {"rests_on": {**loops, **rests_on}}
     return figures
 
 

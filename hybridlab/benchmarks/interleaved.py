@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -47,16 +47,22 @@ class Ratio:
     median: float
     low: float
     high: float
+    rounds: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, seconds: Sequence[float], others: Sequence[float]) -> Self:
         """One loop's time over another's in the same round."""
         ratios = [mine / other for mine, other in zip(seconds, others, strict=True)]
-        return cls(median(ratios), *median_ends(ratios))
+        return cls(median(ratios), *median_ends(ratios), tuple(ratios))
 
     def record(self) -> dict[str, float | None]:
         """As JSON; an end that is not known is None."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return {name: value if math.isfinite(value) else None for name, value in self.ends.items()}
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """The median and its interval, without the rounds."""
+        return {"median": self.median, "low": self.low, "high": self.high}
 
 
 def _order(names: list[str], number: int) -> list[str]:

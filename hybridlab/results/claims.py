@@ -29,8 +29,8 @@ class Quantity:
     value: a mean where there are several seeds; None where it was not finite
     low, high: ends of its 95 % interval; None where there is none, and one alone where that end is open
     unit: "share" is a part of 1, "percent" of 100; a "time ratio" is one time over another
-    per_seed: the values that value and interval are computed from, in the order of the seeds; in a results file None
-        where a run diverged
+    per_seed: the values behind value and interval, in the order of the seeds; in a results file None where a run
+        diverged or the value is open. Of a benchmark, which has a median and its interval, those of its rounds or jumps
     bound: what the value is held against, where this quantity decides its claim
 
     Raises ValueError for an unknown unit.

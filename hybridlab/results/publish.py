@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -19,6 +20,8 @@ from hybridlab.base.settings import LARGEST
 from hybridlab.results.claims import Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
 from hybridlab.results.reading import load_results
+from hybridlab.results.repeats import repeats_of
+from hybridlab.study.code_version import code_hashes
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """name -> rows: what documents draw and tabulate beside the claims, such as "memory" and "vram"."""
@@ -34,6 +37,8 @@ def publish(
     tables: Tables | None = None,
 ) -> Path:
     """Merge a notebook's entry into `<project root>/<folder>/results.json`, atomically.
+
+    Figures of an entry that it replaces, measured with the same parameters elsewhere, stay in it (`repeats_of`).
 
     notebook: the notebook's slug, as "03_gpt2_small_hybrid"
     claims: what was tested; ids are unique
@@ -51,9 +56,11 @@ def publish(
     entry = _entry(claims, summary, record | ({"tables": dict(tables)} if tables else {}))
     (project_root() / "runs").mkdir(exist_ok=True)
     with FileLock(project_root() / "runs" / ".results.lock"):
-        everything = load_results(path) | {notebook: entry}
+        everything = load_results(path)
+        if repeats := repeats_of(everything.get(notebook), entry):
+            entry["repeats"] = repeats
         with replaced(path) as beside:
-            text = json.dumps(everything, indent=1, sort_keys=True, allow_nan=False)
+            text = json.dumps(everything | {notebook: entry}, indent=1, sort_keys=True, allow_nan=False)
             beside.write_text(f"{text}\n", encoding="utf-8")
     return path
 
@@ -95,9 +102,10 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Record what a result depends on beside its parameters: device, versions, commit.
+    """Record what a result depends on beside its parameters: device, versions, commit, the code's hashes.
 
-    `environment_fingerprint` is one line; where it is equal, seeded CPU runs repeat to four decimals.
+    `environment_fingerprint` is one line; where it is equal, seeded CPU runs repeat to four decimals. `host` is a hash
+    of the machine's name: times differ between hosts of one kind.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "hybridlab": __version__}
     capability = torch.backends.cpu.get_cpu_capability()
@@ -105,7 +113,9 @@ def environment() -> dict[str, Any]:
     return {
         "device": device_name(find_device()),
         "versions": versions,
+        "host": hashlib.sha256(platform.node().encode()).hexdigest()[:8],
         "git_commit": git_commit(),
+        "code": code_hashes(),
         "environment_fingerprint": fingerprint,
     }
 

@@ -99,6 +99,18 @@ def _in_range(claim: Claim) -> Claim:
     return claim
 
 
+class _Figure(_Part):
+    value: Number | None
+    low: Number | None
+    high: Number | None
+
+
+class _Repeat(_Part):
+    device: str
+    git_commit: str = ""
+    figures: dict[str, _Figure]
+
+
 class _Entry(_Part):
     device: str
     parameters: _Parameters
@@ -106,6 +118,8 @@ class _Entry(_Part):
     summary: list[str]
     versions: dict[str, str] = {}
     git_commit: str = ""
+    code: dict[str, str] = {}
+    repeats: list[_Repeat] = []
     tables: _Tables = _Tables.model_construct()
 
 

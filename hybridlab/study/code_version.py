@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,9 @@ import hybridlab
 
 TRAINS = "hybridlab.study.run"
 """All that trains is this module and what it imports, directly or through others."""
+
+MEASURES = "hybridlab.benchmarks"
+"""All that measures beside the runs is below it."""
 
 NOT_TRAINING = (__name__, "hybridlab.study.out_of_memory")
 """Imported by those, and without a part in any figure of a run."""
@@ -27,12 +31,16 @@ def code_version() -> str:
     of what it imports, so that a moved file does not count either. Sources count as they were when this process
     imported them: what is edited while a run goes on has no part in its figures.
     """
-    return version_of(_AT_IMPORT)
+    return _version(_own_hashes())
 
 
 def version_of(sources: Mapping[str, str]) -> str:
     """The version of some sources: module -> text."""
-    return f"hybridlab {hybridlab.__version__}+{_hash_of(sources)[:8]}, torch {torch.__version__}"
+    return _version(_hashes_of(sources))
+
+
+def _version(of: Callable[[str], str]) -> str:
+    return f"hybridlab {hybridlab.__version__}+{of(TRAINS)[:8]}, torch {torch.__version__}"
 
 
 def read_sources() -> dict[str, str]:
@@ -42,8 +50,16 @@ def read_sources() -> dict[str, str]:
     return {".".join(name.parts).removesuffix(".__init__"): path.read_text("utf-8") for path, name in modules.items()}
 
 
-def _hash_of(sources: Mapping[str, str]) -> str:
-    """Of `TRAINS`: each module's own code, with the hashes of the modules that it imports."""
+@cache
+def code_hashes() -> dict[str, str]:
+    """The hashes of the code that trains, and of the benchmarks with all that they import; alike for every Python."""
+    of = _own_hashes()
+    benchmarks = [of(module) for module in sorted(_AT_IMPORT) if module.startswith(f"{MEASURES}.")]
+    return {"trains": of(TRAINS)[:8], "measures": hashlib.sha256(repr(benchmarks).encode()).hexdigest()[:8]}
+
+
+def _hashes_of(sources: Mapping[str, str]) -> Callable[[str], str]:
+    """The hash of a module: its own code, with the hashes of the modules that it imports."""
 
     def source_of(place: str, name: str) -> str:
         return f"{place}.{name}" if f"{place}.{name}" in sources else place
@@ -53,11 +69,24 @@ def _hash_of(sources: Mapping[str, str]) -> str:
         if module in NOT_TRAINING:
             return module
         code = _Code()
-        own = ast.dump(code.visit(ast.parse(sources[module])))
+        own = _as_lists(code.visit(ast.parse(sources[module])))
         imported = sorted((of(source_of(place, it.name)), it.name, it.asname or "") for place, it in code.imports)
         return hashlib.sha256(repr((imported, own)).encode()).hexdigest()
 
-    return of(TRAINS)
+    return of
+
+
+@cache
+def _own_hashes() -> Callable[[str], str]:
+    return _hashes_of(_AT_IMPORT)
+
+
+def _as_lists(node: Any) -> Any:
+    """A syntax tree without its empty fields, of which each version of Python has others."""
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return [type(node).__name__, *((name, _as_lists(value)) for name, value in fields)]
+    return [_as_lists(part) for part in node] if isinstance(node, list) else repr(node)
 
 
 class _Code(ast.NodeTransformer):

@@ -255,8 +255,8 @@ def _step_seconds(result: StudyResult, config: RunConfig, lengths: Sequence[int]
 
 def times(value: StepValue, factor: float) -> StepValue:
     """The value and its interval, scaled."""
-    known = None if value.value is None else value.value * factor
-    return StepValue(known, value.low * factor, value.high * factor, value.seeds)
+    known, *per_seed = (None if q is None else q * factor for q in (value.value, *value.per_seed))
+    return StepValue(known, value.low * factor, value.high * factor, value.seeds, tuple(per_seed))
 
 
 def _time_ratio(steps: StepValue, vanilla_steps: int, faster: Sequence[float]) -> StepValue:
@@ -264,4 +264,6 @@ def _time_ratio(steps: StepValue, vanilla_steps: int, faster: Sequence[float]) -
     value = vanilla_steps * sum(faster) / len(faster) / steps.value if steps.value else None
     low = vanilla_steps * min(faster) / steps.high
     high = vanilla_steps * max(faster) / steps.low if steps.low > 0 else math.inf
-    return StepValue(value, low or -math.inf, high, steps.seeds)
+    pairs = zip(steps.per_seed, faster, strict=False)
+    per_seed = tuple(vanilla_steps * ratio / mine if mine else None for mine, ratio in pairs)
+    return StepValue(value, low or -math.inf, high, steps.seeds, per_seed)

@@ -57,6 +57,7 @@ class StepValue:
         outside the lengths of the control runs, or anywhere else may be meant as well
     low, high: infinite where the interval reaches the shortest or the longest control run: nothing is extrapolated
     seeds: that predicted anything
+    per_seed: where the curve of each of them alone meets its hybrid; None where it does not, or at several places
 
     1: as good as real; 0: worth nothing; below: harmful.
     """
@@ -65,6 +66,7 @@ class StepValue:
     low: float
     high: float
     seeds: int
+    per_seed: tuple[float | None, ...] = ()
 
     @classmethod
     def of(cls, runs: Sequence[SeedRuns]) -> Self | None:
@@ -80,7 +82,7 @@ class StepValue:
         roots = test.roots()
         low, high = test.interval(roots)
         known = len(roots) == 1 and (len(runs) == 1 or math.isfinite(low) or math.isfinite(high))
-        return cls(roots[0] if known else None, low, high, len(runs))
+        return cls(roots[0] if known else None, low, high, len(runs), test.roots_by_seed())
 
     @property
     def is_open(self) -> bool:
@@ -145,6 +147,14 @@ class PairedTest:
     def roots(self) -> list[float]:
         """Every q in the range at which the mean difference is 0."""
         return _sign_changes(lambda q: self.difference(q).mean(axis=-2), self._grid())
+
+    def roots_by_seed(self) -> tuple[float | None, ...]:
+        """For each seed the q in the range at which its own difference is 0, where that is one."""
+        return tuple(self._root(seed) for seed in range(len(self.losses)))
+
+    def _root(self, seed: int) -> float | None:
+        roots = _sign_changes(lambda q: self.difference(q)[seed], self._grid())
+        return roots[0] if len(roots) == 1 else None
 
     def interval(self, roots: Sequence[float]) -> tuple[float, float]:
         """The outermost values that the test does not refuse, infinite at the ends of the range.

@@ -119,12 +119,13 @@ def rates_table(trials: Mapping[str, RateTrials]) -> Table:
     return table(rows, "Learning rates, each arm at its own length, one seed", {"best rate": ".3g"})
 
 
-def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, float | int | None]]:
+def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Time of a plain run to a grown arm's loss, over the arm's own, with its interval, for results.json."""
     ratio = comparison.time_to_loss
     if not name or ratio is None:
         return {}
-    figure = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "seeds": ratio.seeds}
+    figure: dict[str, Any] = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "seeds": ratio.seeds}
+    figure |= {"per_seed": ratio.per_seed}
     return {f"depth_time_ratio_{name}": figure}
 
 

@@ -186,8 +186,9 @@ def ladder_figures(rungs: Sequence[Rung]) -> Figures:
         "lengths": list(top.lengths),
         "lengths_tried": sum(rung.tried for rung in rungs),
     }
-    values = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
-    return {"stack_time_ratio": dict(zip(("value", "low", "high"), values, strict=True)) | {"rests_on": rests_on}}
+    values = (ratio.value, ratio.low, ratio.high, ratio.per_seed) if ratio else (None, None, None, ())
+    figure = dict(zip(("value", "low", "high", "per_seed"), values, strict=True))
+    return {"stack_time_ratio": figure | {"rests_on": rests_on}}
 
 
 def side_by_side(file: str) -> dict[str, Any]:
@@ -234,6 +235,7 @@ def side_by_side_claims(measured: Mapping[str, Any]) -> list[Claim]:
         if figure := measured.get("figures", {}).get(name):
             value, low, high = (figure[end] for end in ("value", "low", "high"))
             ends = (-math.inf if low is None else low, math.inf if high is None else high)
-            quantity = Quantity(name, value, low, high, "time ratio", bound=bound)
+            rounds = tuple(figure.get("per_round", ()))
+            quantity = Quantity(name, value, low, high, "time ratio", rounds, bound)
             claims.append(Claim(kind, text.format(bound), holds_below(*ends, bound), (quantity,)))
     return claims

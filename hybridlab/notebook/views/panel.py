@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from typing import Any
 
 from hybridlab.charts.tables import Table, table
 from hybridlab.panel.cost import PanelCost
@@ -23,14 +23,15 @@ def panel_table(costs: Mapping[str, PanelCost]) -> Table:
     return table(rows, caption, {"ms": ".3f", "drawings a round": ".1f"})
 
 
-def _rows(name: str, cost: PanelCost) -> list[dict[str, str | float | None]]:
-    of, panel = {"training": name}, asdict(cost.panel_over_none)
-    return [
-        of | {"a step": "without the panel", "ms": cost.step_ms},
-        of | {"a step": "without it again: the control"} | asdict(cost.none_over_none),
-        of | {"a step": "with the panel"} | panel | {"drawings a round": cost.drawings},
-        of | {"a step": "the panel's own code alone", "median": _itself_over_none(cost), "ms": cost.panel_itself_ms},
+def _rows(name: str, cost: PanelCost) -> list[dict[str, Any]]:
+    panel = cost.panel_over_none.ends
+    rows: list[dict[str, Any]] = [
+        {"a step": "without the panel", "ms": cost.step_ms},
+        {"a step": "without it again: the control"} | cost.none_over_none.ends,
+        {"a step": "with the panel"} | panel | {"drawings a round": cost.drawings},
+        {"a step": "the panel's own code alone", "median": _itself_over_none(cost), "ms": cost.panel_itself_ms},
     ]
+    return [{"training": name} | row for row in rows]
 
 
 def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
@@ -42,7 +43,7 @@ def _claim(name: str, cost: PanelCost) -> Claim:
     panel, control = cost.panel_over_none, cost.none_over_none
     quantities = (
         Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio", bound=BOUND),
-        Quantity("none_over_none", control.median, control.low, control.high, "time ratio"),
+        Quantity("none_over_none", control.median, control.low, control.high, "time ratio", control.rounds),
         Quantity("panel_itself_over_none", _itself_over_none(cost), unit="time ratio"),
         Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
         Quantity("step", cost.step_ms, unit="ms"),

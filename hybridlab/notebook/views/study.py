@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -311,11 +311,11 @@ def _held(losses: Sequence[Quantity], bound: float) -> tuple[Quantity, ...]:
 
 def overhead_table(overhead: StepOverhead) -> Table:
     """Step times over the bare loop's, and that one's own."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"a step": "the bare loop's", "ms": overhead.bare_step_ms},
-        {"a step": "the trainer's, which never predicts"} | asdict(overhead.plain_over_bare),
-        {"a step": "the same, with the null predictor"} | asdict(overhead.null_over_bare),
-        {"a step": "of that, recording the path"} | asdict(overhead.recording_over_bare),
+        {"a step": "the trainer's, which never predicts"} | overhead.plain_over_bare.ends,
+        {"a step": "the same, with the null predictor"} | overhead.null_over_bare.ends,
+        {"a step": "of that, recording the path"} | overhead.recording_over_bare.ends,
     ]
     caption = "Over a step of the bare loop: medians over paired rounds, with the ends of their 95 % intervals"
     return table(rows, caption, {"ms": ".3f"})
@@ -408,7 +408,7 @@ def _control_loss(c: Comparison) -> Interval:
 def value_quantity(name: str, value: StepValue, unit: Unit = "steps", bound: float | None = None) -> Quantity:
     """With its interval, whose ends are missing where they are open."""
     low, high = (end if math.isfinite(end) else None for end in (value.low, value.high))
-    return Quantity(name, value.value, low, high, unit, bound=bound)
+    return Quantity(name, value.value, low, high, unit, value.per_seed, bound)
 
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
@@ -480,7 +480,7 @@ def _vram_claim(arm: str, text: str, peak_bytes: int) -> Claim:
 
 
 def _ratio_claim(kind: str, text: str, name: str, ratio: Ratio, bound: float) -> Claim:
-    quantity = Quantity(name, ratio.median, ratio.low, ratio.high, "time ratio", bound=bound)
+    quantity = Quantity(name, ratio.median, ratio.low, ratio.high, "time ratio", ratio.rounds, bound)
     return Claim(kind, text, holds_below(ratio.low, ratio.high, bound), (quantity,))
 
 

@@ -69,7 +69,7 @@ def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
 def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float, phase: PredictPhase) -> Claim:
     """Jumps of the same number are compared; the median decides, with its 95 % interval. Beside it, a jump's cost."""
     low, high = median_ends(beyond)
-    beyond_ms = Quantity("beyond", median(beyond), unit="ms", bound=limit_ms)
+    beyond_ms = Quantity("beyond", median(beyond), unit="ms", per_seed=tuple(beyond), bound=limit_ms)
     if math.isfinite(low):
         beyond_ms = replace(beyond_ms, low=low, high=high)
     quantities = (

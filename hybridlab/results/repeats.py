@@ -1,0 +1,51 @@
+"""Figures that were measured more than once: by the same notebook, with the same parameters, elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Entry = Mapping[str, Any]
+
+MOST = 8
+"""Earlier measurements that an entry keeps, the latest ones."""
+
+ORIGIN = ("git_commit", "device", "host")
+"""What tells two measurements apart; of equal ones the later stays alone."""
+
+
+def repeats_of(before: Entry | None, entry: Entry) -> list[dict[str, Any]]:
+    """What a new entry keeps of the one that it replaces, and of those that this one kept, the earliest first.
+
+    Each has its origin, its torch and its figures, claim and quantity by name: those that differ from the new ones. An
+    entry with other parameters asked something else, and is dropped; a parameter that only one of them has counts as
+    equal.
+    """
+    if before is None or not _same_question(before["parameters"], entry["parameters"]):
+        return []
+    own = dict(_figures(entry))
+    earlier = {_origin(repeat): repeat for repeat in [*before.get("repeats", ()), _repeat(before, own)]}
+    earlier.pop(_origin(entry), None)
+    return [repeat for repeat in earlier.values() if repeat["figures"]][-MOST:]
+
+
+def _same_question(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return all(first[name] == second[name] for name in first.keys() & second.keys())
+
+
+def _repeat(entry: Entry, other: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry measured otherwise than another one."""
+    origin = {name: entry[name] for name in ORIGIN if name in entry}
+    torch = {"torch": entry["versions"]["torch"]} if "versions" in entry else {}
+    figures = {name: figure for name, figure in _figures(entry) if name in other and other[name] != figure}
+    return origin | torch | {"figures": figures}
+
+
+def _figures(entry: Entry) -> Iterator[tuple[str, dict[str, Any]]]:
+    for claim in entry["claims"]:
+        for quantity in claim["quantities"]:
+            yield f"{claim['id']}.{quantity['name']}", {end: quantity.get(end) for end in ("value", "low", "high")}
+
+
+def _origin(measured: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(measured.get(name) for name in ORIGIN)
