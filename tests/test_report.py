@@ -25,7 +25,7 @@ from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, Claims, Criterion, Peak, Ran, Savings
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
-from hybridlab.report.evidence import MAIN, PROFILES, REPORT, Evidence
+from hybridlab.report.evidence import MAIN, REPORT, Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.recommendation import by_model, recommended
@@ -94,7 +94,7 @@ def test_the_executed_report_has_read_these_results() -> None:
     assert own["results_sha256"] == Evidence.read(ROOT).sha256()
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", ["rtx5080", "cpu", "cpu_long"])
 def test_a_changed_number_is_seen(copy: Path, profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(copy)
     assert stale_files(copy) == []
@@ -712,6 +712,31 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
     assert row["what to run"] == advice
     assert row["against as much computation"] == "-0.200 [-0.300, -0.100]"
     assert row["computation to its loss"] == "open"
+
+
+def grown_at(steps: int, depth: Verdict) -> list[Claim]:
+    """What notebook 10 claims at one budget."""
+    loss, control = Quantity("loss_to_control", -0.2, unit="nats"), Quantity("loss_to_shallow", -0.1, unit="nats")
+    arm, more = f"grown from 6, {steps} steps", (Quantity("gradient_steps", float(steps), unit="steps"),)
+    return [claim("pays", "holds", loss, *more, arm=arm), claim("depth-pays", depth, control, arm=arm)]
+
+
+def test_another_profile_needs_no_code_and_its_depths_stand_by_tokens_per_parameter(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.hybridlab.profiles]\nrtx5080 = "main"\nrtx5080_mini = "a mini one"\n'
+    )
+    parameters = {"model": "mini", "batch_size": 128, "block_size": 256, "vocab_size": 2048, "budgets": [408, 1632]}
+    mini = {"10_predicted_depth": entry(*grown_at(1632, "holds"), *grown_at(408, "fails"), parameters=parameters)}
+    for profile, results in {"aside": {HYBRID: entry()}, "rtx5080_mini": mini, MAIN: {HYBRID: entry()}}.items():
+        (tmp_path / "executed" / profile).mkdir(parents=True)
+        (tmp_path / "executed" / profile / "results.json").write_text(json.dumps(results))
+    found = Evidence.read(tmp_path)
+    assert list(found.entries) == [MAIN, "rtx5080_mini", "aside"]
+    assert [found.label(profile) for profile in found.entries] == ["main", "a mini one", "aside"]
+    assert "### A mini one (`params/rtx5080_mini`)" in validation_document(found, {})
+    rows = [(row["tokens per parameter"], row["depth pays"], row["profile"]) for row in depth_advice(found)]
+    assert rows == [("4.9", "fails", "rtx5080_mini"), ("20", "holds", "rtx5080_mini")]
+    assert "| mini | 20 | grown from 6, 1632 steps | holds | holds |" in readme_section(found)
 
 
 GROWS = (

@@ -17,10 +17,9 @@ from scipy import stats
 
 from hybridlab.notebook import pays_claim, run_rows
 from hybridlab.notebook.views.ladder import BESIDE
-from hybridlab.report.evidence import PROFILES
+from hybridlab.report.evidence import Evidence
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.publish import plain
-from hybridlab.results.reading import load_results
 from hybridlab.results.words import MAY_BE_OPEN
 from hybridlab.study import StudyResult, compare
 from hybridlab.study.record import Run
@@ -200,8 +199,8 @@ def test_holm_s_correction_by_hand() -> None:
 ROOT = Path(__file__).parents[1]
 ENTRIES = [
     pytest.param(profile, notebook, entry, id=f"{profile}/{notebook}")
-    for profile in PROFILES
-    for notebook, entry in load_results(ROOT / "executed" / profile / "results.json").items()
+    for profile, entries in Evidence.read(ROOT).entries.items()
+    for notebook, entry in entries.items()
     if entry["claims"]
 ]
 

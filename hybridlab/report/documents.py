@@ -13,12 +13,13 @@ from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.report.criteria import BASELINE, LADDER, MEMORY, XL, Claims, Criterion, of_presets
 from hybridlab.report.depth_advice import depth_advice
-from hybridlab.report.evidence import PROFILES, Evidence
+from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.validation import criterion_verdict, devices, notebook_link, validation_document
 from hybridlab.report.words import render
 from hybridlab.results.words import quantity_interval
+from hybridlab.study.base import LEAST
 
 FIRST = "run `make milestones` first, or `hybridlab run NAME -o executed/cpu/NAME.ipynb`"
 FOREIGN = "surrogateescape"
@@ -41,11 +42,19 @@ HEADLINES: dict[str, Claims] = {
 """The README's sentences, and the claims that decide each."""
 
 PREDICTORS = "07_step_value"
-SCALES = {"rtx5080": "GPT-2 Small on a GPU", "cpu_long": "A nano GPT-2 on a CPU"}
-"""Where every predictor was tried, by profile."""
+"""Where every predictor is tried."""
 
 
-DEPTH_COLUMNS = ("profile", "model", "arm", "growing pays", "depth pays", "computation to its loss", "what to run")
+DEPTH_COLUMNS = (
+    "model",
+    "tokens per parameter",
+    "arm",
+    "growing pays",
+    "depth pays",
+    "computation to its loss",
+    "what to run",
+    "profile",
+)
 """Of the advice on depth, what the README shows."""
 
 
@@ -56,7 +65,7 @@ def report_files(root: Path) -> dict[Path, str | Chart]:
     """
     evidence = Evidence.read(root)
     if not evidence.entries:
-        raise UserError(f"{root / 'executed'} holds no results.json of a profile ({', '.join(PROFILES)}): {FIRST}")
+        raise UserError(f"{root / 'executed'} holds no results.json of a profile: {FIRST}")
     docs, charts = root / "docs", charts_of(evidence)
     titles = {name: chart.title for name, chart in charts.items()}
     texts = {
@@ -101,7 +110,7 @@ def _with_section(readme: Path, section: str) -> dict[Path, str]:
 def readme_section(evidence: Evidence) -> str:
     """The README's section between its markers: the questions that matter most, and what the results answer."""
     rows = [headline(text, rule, evidence) for text, rule in HEADLINES.items()]
-    scales = [_scale(evidence, profile, where) for profile, where in SCALES.items()]
+    scales = [_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)]
     depths = [{key: row[key] for key in DEPTH_COLUMNS} for row in depth_advice(evidence)]
     return render("README_section.md", headlines=rows, scales=scales, depths=depths, devices=devices(evidence))
 
@@ -113,7 +122,13 @@ def headline(text: str, rule: Claims, evidence: Evidence) -> dict[str, str]:
     return {"claim": text, "verdict": criterion_verdict(criterion, evidence), "notebook": where}
 
 
-def _scale(evidence: Evidence, profile: str, where: str) -> dict[str, Any]:
+def _tries_predictors(evidence: Evidence, profile: str) -> bool:
+    """Whether a profile's runs are long enough for a verdict; shorter ones show that the notebook works."""
+    parameters = (evidence.entry(PREDICTORS, profile) or {}).get("parameters", {})
+    return (parameters.get("steps") or 0) >= LEAST.steps
+
+
+def _scale(evidence: Evidence, profile: str) -> dict[str, Any]:
     """How many of the settings that predicted anything beat stopping earlier, and the one worth most per step."""
     claims = evidence.claims(PREDICTORS, kind="pays", profile=profile)
     tried = [claim for claim in claims if not claim.is_idle]
@@ -121,7 +136,7 @@ def _scale(evidence: Evidence, profile: str, where: str) -> dict[str, Any]:
     valued = [claim for claim in paying if claim.value("step_value") is not None]
     best = max(valued, key=lambda claim: claim.value("step_value") or 0.0, default=next(iter(paying), None))
     return {
-        "where": where,
+        "where": f"GPT-2 {evidence.entries[profile][PREDICTORS]['parameters'].get('model')}, {evidence.label(profile)}",
         "link": notebook_link(PREDICTORS, profile, docs=""),
         "counts": Counter(claim.verdict for claim in tried),
         "tried": len(tried),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,6 @@ from hybridlab.report.judged import judged
 from hybridlab.results.claims import Claim
 from hybridlab.results.reading import load_results
 
-PROFILES = {
-    "rtx5080": "the plan's scale, on a GPU",
-    "cpu": "small scale, on two CPU cores",
-    "cpu_long": "small scale, every predictor",
-}
 MAIN = "rtx5080"
 """The profile that decides the plan's criteria: they are about a GPU."""
 
@@ -78,19 +74,29 @@ class Evidence:
     """Every committed result.
 
     entries: profile -> notebook -> what it published; planned: what `hybridlab.benchmarks.recipes` wrote
+    labels: profile -> what documents call it, from the table [tool.hybridlab.profiles] of `pyproject.toml`
     """
 
     entries: Mapping[str, Mapping[str, Entry]]
     planned: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, root: Path) -> Self:
         """Read `executed/*/results.json` and `recipes.json` below a project's root; what was never run is absent."""
-        read = {profile: load_results(root / "executed" / profile / "results.json") for profile in PROFILES}
+        labels = _labels(root / "pyproject.toml")
+        there = sorted(path.parent.name for path in root.glob("executed/*/results.json"))
+        profiles = [*(profile for profile in labels if profile in there), *(p for p in there if p not in labels)]
+        read = {profile: load_results(root / "executed" / profile / "results.json") for profile in profiles}
         own = {profile: {k: v for k, v in entries.items() if k != REPORT} for profile, entries in read.items()}
         recipes = root / "executed" / MAIN / "recipes.json"
         planned = json.loads(recipes.read_text(encoding="utf-8")) if recipes.exists() else {}
-        return cls({profile: dict(sorted(entries.items())) for profile, entries in own.items() if entries}, planned)
+        entries = {profile: dict(sorted(of.items())) for profile, of in own.items() if of}
+        return cls(entries, planned, labels)
+
+    def label(self, profile: str) -> str:
+        """What documents call a profile."""
+        return self.labels.get(profile, profile)
 
     def entry(self, notebook: str, profile: str = MAIN) -> Entry | None:
         """What a notebook published, or None where it has not run."""
@@ -129,6 +135,15 @@ class Evidence:
     def sha256(self) -> str:
         """The hash of everything that documents are written from."""
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
+
+
+def _labels(pyproject: Path) -> dict[str, str]:
+    """Of the profiles, by name; empty where the file has none."""
+    try:
+        tables = tomllib.loads(pyproject.read_text(encoding="utf-8"))
+        return dict(tables["tool"]["hybridlab"]["profiles"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Line
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
 from hybridlab.notebook.views.study import losses_chart
-from hybridlab.report.evidence import PROFILES, Evidence, Published
+from hybridlab.report.evidence import Evidence, Published
 from hybridlab.results.claims import Quantity
 
 DIGEST = "chart-sha256"
@@ -34,7 +34,7 @@ def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
     for profile in evidence.entries:
         claims = [claim for claim in evidence.claims(kind="pays", profile=profile) if not claim.is_idle]
         if any(claim.value("loss_to_control") is not None for claim in claims):
-            yield f"against_control_{profile}.png", against_control(claims, PROFILES[profile])
+            yield f"against_control_{profile}.png", against_control(claims, evidence.label(profile))
         for notebook, rows in evidence.tables("losses", profile).items():
             yield f"{notebook}_{profile}.png", losses_chart(rows)
     for notebook, rows in evidence.tables("memory").items():

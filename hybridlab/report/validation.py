@@ -12,7 +12,7 @@ from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.planner.plan import PARTS
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, Criterion, Finding, Outcome
 from hybridlab.report.estimates import ESTIMATES
-from hybridlab.report.evidence import MAIN, PROFILES, Evidence, Published, arm_in_words
+from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words
 from hybridlab.report.words import Markdown, escaped, known_columns, render, verdict_word
 from hybridlab.results.words import amount, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
@@ -53,7 +53,9 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
         parts=[_parts(notebook, row) for notebook, row in memory],
         estimates=[estimate.cells(evidence) for estimate in ESTIMATES] if memory else [],
-        claims=[(profile, PROFILES[profile], list(_notebooks(evidence, profile))) for profile in evidence.entries],
+        claims=[
+            (profile, evidence.label(profile), list(_notebooks(evidence, profile))) for profile in evidence.entries
+        ],
     )
 
 
