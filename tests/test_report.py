@@ -735,7 +735,7 @@ def test_another_profile_needs_no_code_and_its_depths_stand_by_tokens_per_parame
     assert [found.label(profile) for profile in found.entries] == ["main", "a mini one", "aside"]
     assert "### A mini one (`params/rtx5080_mini`)" in validation_document(found, {})
     rows = [(row["tokens per parameter"], row["depth pays"], row["profile"]) for row in depth_advice(found)]
-    assert rows == [("4.9", "fails", "rtx5080_mini"), ("20", "holds", "rtx5080_mini")]
+    assert rows == [("5", "fails", "rtx5080_mini"), ("20", "holds", "rtx5080_mini")]
     assert "| mini | 20 | grown from 6, 1632 steps | holds | holds |" in readme_section(found)
 
 
