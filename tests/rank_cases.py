@@ -25,6 +25,7 @@ from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
+from hybridlab.optim import PrimalAveraging
 
 WINDOWS = 12
 UNGUARDED = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "clip_norm": 0.5}
@@ -41,6 +42,7 @@ class Case:
     spoilt_at: a step at which the loss of the last rank's part of the batch is huge
     resumed_at: a step before which model, optimizer and trainer are made anew from a checkpoint
     killed_at: a step before which the last rank is killed while it writes its part of a checkpoint
+    averages: whether the optimizer keeps a mean of the weights
     """
 
     config: HybridTrainerConfig
@@ -48,6 +50,7 @@ class Case:
     spoilt_at: int | None = None
     resumed_at: int | None = None
     killed_at: int | None = None
+    averages: bool = False
 
 
 def jumping(predictor: str = "linear", steps: int = 30, **settings: Any) -> Case:
@@ -68,6 +71,7 @@ CASES: dict[str, Case] = {
         HybridTrainerConfig.plain(clip_norm=0.5, depth=DepthSchedule(GROWING.stages, rule="best"))
     ),
     "grown and jumping": jumping(depth=GROWING),
+    "averaged": Case(jumping(depth=GROWING).config, resumed_at=20, averages=True),
     "rolled back": Case(jumping().config, spoilt_at=28),
     "resumed": Case(jumping().config, resumed_at=20),
     "resumed in a jump": Case(jumping().config, resumed_at=14),
@@ -121,7 +125,8 @@ class Training:
         torch.manual_seed(0)
         size = GPT2Config(n_layer=2, n_head=2, n_embd=10, vocab_size=31, block_size=7, pad_vocab_to=0)
         net = WRAPS[wrap](GPT2(size).double())  # few of its shapes divide by two or three
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+        optimizer = PrimalAveraging(optimizer, decay=0.9, share=0.7) if case.averages else optimizer
         return cls(net, optimizer, HybridTrainer(net, optimizer, case.config))
 
     def save(self, checkpoints: RankCheckpoints, step: int) -> None:

@@ -96,8 +96,8 @@ def test_decisions_hold_no_tensor_of_the_model() -> None:
 
 
 def test_few_files_write_parameters_in_place() -> None:
-    """Beside them, models draw their first weights, and optimizers scale gradients or write what they have rounded."""
+    """Beside them, models draw first weights, and optimizers scale gradients, average, or write what is rounded."""
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
-    optimizers = {ROOT / "optim" / f"{name}.py" for name in ("in_backward", "low_bit")}
+    optimizers = {ROOT / "optim" / f"{name}.py" for name in ("averaging", "in_backward", "low_bit")}
     weights = ("motion", "snapshot", "bf16_resident", "tail_average")
     assert writers == {ROOT / "weights" / f"{name}.py" for name in weights} | optimizers

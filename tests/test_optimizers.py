@@ -241,9 +241,9 @@ def test_a_rate_of_ones_own_is_that_of_all_parameters() -> None:
     assert len(build_optimizer(mini(), OptimizerConfig(lr=1e-3)).param_groups) == 2
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
-def test_saved_state_continues_bit_for_bit(name: str) -> None:
-    config = OptimizerConfig(name=name, lr=5e-3)
+@pytest.mark.parametrize(("name", "decay"), [("adamw", 0.0), ("muon", 0.0), ("sgd", 0.0), ("muon", 0.9)])
+def test_saved_state_continues_bit_for_bit(name: str, decay: float) -> None:
+    config = OptimizerConfig(name=name, lr=5e-3, average_decay=decay)
     model = mini()
     optimizer = build_optimizer(model, config)
     set_lr_(optimizer, 0.5)

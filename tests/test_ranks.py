@@ -28,7 +28,7 @@ from tests.rank_cases import BY_WRAP, CASES, CHAINS, KILLED, Training, train, tr
 
 ROOT = Path(__file__).parents[1]
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
-FEW = ("gated", "grown and jumping")
+FEW = ("gated", "grown and jumping", "averaged")
 alone = cache(partial(train, "one process"))
 
 

@@ -26,6 +26,7 @@ from hybridlab.engine.result import AsyncScalar, Statistics, StepResult
 from hybridlab.memory.apply import refuse_unprepared
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.predict_offload import PredictOffload
+from hybridlab.optim.averaging import method_of
 from hybridlab.weights.reach import refuse_own_step, refuse_unreachable
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights
@@ -422,7 +423,7 @@ def _of_one_process(ranks: Ranks, optimizer: Optimizer, config: HybridTrainerCon
         f"memory.optimizer_state={memory.optimizer_state!r}": memory.optimizer_state != "fp32",
         f"memory.weights={memory.weights!r}": memory.weights != "fp32",
         "Muon on shards (it needs whole matrices: use AdamW, or DistributedDataParallel)": ranks.sharded
-        and "muon" in type(optimizer).__name__.lower(),
+        and "muon" in type(method_of(optimizer)).__name__.lower(),
         "a depth schedule in DistributedDataParallel (use fully_shard)": not ranks.sharded and config.depth is not None,
     }
     return [name for name, wanted in features.items() if wanted]

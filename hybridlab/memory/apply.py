@@ -14,7 +14,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import buckets_of, checkpoint_blocks_, is_checkpointed
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, build_optimizer
-from hybridlab.optim.build import MuonWithAdamW, build_muon, rate_groups
+from hybridlab.optim.averaging import method_of
+from hybridlab.optim.build import MuonWithAdamW, build_muon, rate_groups, with_average
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.optim.low_bit import InFewCalls, low_bit_adamw
@@ -38,7 +39,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
     Raises UserError where the method knows no such state, torchao is not installed, or nothing can compile its update.
     """
-    memory.refuse_optimizer(config.name)
+    memory.refuse_optimizer(config)
     optimizer = _method(model, config, memory)
     if memory.step_in_backward:
         return StepInBackward(optimizer, buckets_of(model), memory.clip_in_backward)
@@ -47,7 +48,7 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
 def refuse_unprepared(model: nn.Module, optimizer: Optimizer, memory: MemoryConfig) -> None:
     """Raise UserError for settings that nobody has put to work on this model or optimizer: they would do nothing."""
-    method = optimizer.method if isinstance(optimizer, StepInBackward) else optimizer
+    method = method_of(optimizer)
     built = {
         "step_in_backward": not memory.step_in_backward or isinstance(optimizer, StepInBackward),
         "state_on_host": not memory.state_on_host or isinstance(method, HostAdamW),
@@ -84,9 +85,10 @@ def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> 
         stochastic_rounding=memory.weights == "bf16",
     )
     if config.name == "adamw":
-        return low_bit(rate_groups(model, config, params))
+        return with_average(low_bit(rate_groups(model, config, params)), config)
     formats: Any = low_bit(rate_groups(model, config, params))  # it steps nothing: it knows the format
-    return build_muon(model, config, low_bit, lambda p: formats._new_buffer(p, True))
+    muon = build_muon(model, config, low_bit, lambda p: formats._new_buffer(p, True))
+    return with_average(muon, config)
 
 
 def no_step(optimizer: Optimizer) -> AbstractContextManager[None]:

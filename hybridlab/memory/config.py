@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.optim import OptimizerConfig
 
 TRAINING_FORMATS = ("fp32", "bf16")
 PREDICT_FORMATS = ("fp32", "bf16", "bf16_weights")
@@ -228,11 +229,15 @@ class MemoryConfig:
         """What becomes of the optimizer's state in Predict."""
         return self.predict_aware.strategy if self.predict_aware else "none"
 
-    def refuse_optimizer(self, name: str) -> None:
+    def refuse_optimizer(self, optimizer: OptimizerConfig) -> None:
         """Raise UserError for a method that the state's format and place are not made for.
 
-        They are made for AdamW; Muon has its momentum in few bits too.
+        They are made for AdamW; Muon has its momentum in few bits too. A mean of the weights is float32, beside them.
         """
+        name = optimizer.name
+        if optimizer.average_decay and (self.state_on_host or self.weights != "fp32"):
+            asked = "state_on_host" if self.state_on_host else "weights='bf16'"
+            raise UserError(f"average_decay keeps a float32 mean on the GPU, beside float32 weights: leave {asked} off")
         plain = self.optimizer_state == "fp32" and not self.state_on_host
         muon_in_few_bits = name == "muon" and not self.state_on_host and self.weights == "fp32"
         if not (plain or name == "adamw" or muon_in_few_bits):

@@ -1,5 +1,6 @@
 """Builds optimizers: AdamW, Muon, SGD, low-bit state, state on the host, steps inside backward."""
 
+from hybridlab.optim.averaging import PrimalAveraging, averaged_weights
 from hybridlab.optim.build import OptimizerConfig, Schedule, build_optimizer, decay_groups, hidden_matrices, set_lr_
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.in_backward import StepInBackward
@@ -8,8 +9,10 @@ from hybridlab.optim.low_bit import low_bit_adamw
 __all__ = [
     "HostAdamW",
     "OptimizerConfig",
+    "PrimalAveraging",
     "Schedule",
     "StepInBackward",
+    "averaged_weights",
     "build_optimizer",
     "decay_groups",
     "hidden_matrices",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from hybridlab.base.settings import check_bounds, check_choice, check_types
-from hybridlab.optim.closure import run_closure
+from hybridlab.optim.averaging import PrimalAveraging
 from hybridlab.optim.muon import COEFFICIENTS, Muon
+from hybridlab.optim.stepping import run_closure, step_with_
 
 OPTIMIZERS = ("adamw", "adam", "muon", "sgd")
 SCHEDULES = ("constant", "wsd", "cosine")
@@ -42,6 +43,9 @@ class OptimizerConfig:
         adam, which would mix it into its moments
     momentum: of muon and sgd
     coefficients: of muon's Newton-Schulz iteration, "torch" or "polar_express"
+    average_decay: above 0, the mean of the weights is trained beside them, and evaluated in their place
+        (`hybridlab.optim.averaging`): what it keeps of itself at each step; average_share: its share where gradients
+        are taken. A mean over more steps than a tenth of the run lags behind
 
     Raises TypeError and ValueError for a setting that makes no optimizer; the message says what would.
     """
@@ -55,6 +59,8 @@ class OptimizerConfig:
     embedding_multiple: float = 1.0
     vector_multiple: float = 1.0
     coefficients: str = "torch"
+    average_decay: float = 0.0
+    average_share: float = 0.7
 
     def __post_init__(self) -> None:
         if isinstance(self.betas, list):
@@ -65,7 +71,8 @@ class OptimizerConfig:
         check_bounds(self, "lr", "embedding_multiple", "vector_multiple", above=0, most=LARGEST_LR)
         check_bounds(self, "eps", above=0)
         check_bounds(self, "weight_decay", least=0)
-        check_bounds(self, "betas", "momentum", least=0, below=1)
+        check_bounds(self, "betas", "momentum", "average_decay", least=0, below=1)
+        check_bounds(self, "average_share", least=0, most=1)
         if self.name == "adam" and self.weight_decay:
             raise ValueError("adam mixes weight decay into its moments: use weight_decay=0.0 or name='adamw'")
 
@@ -99,6 +106,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("the model has no trainable parameter: set requires_grad on some")
+    return with_average(_build(model, config, parameters), config)
+
+
+def with_average(method: Optimizer, config: OptimizerConfig) -> Optimizer:
+    """The method, with the mean of the weights beside it where `config` asks for one."""
+    return PrimalAveraging(method, config.average_decay, config.average_share) if config.average_decay else method
+
+
+def _build(model: nn.Module, config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
     if config.name == "muon":
         return build_muon(model, config, lambda groups: _adamw(groups, config))
     groups = rate_groups(model, config, parameters)
@@ -179,15 +195,6 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     matrices, vectors = ([p for p in given if (p.ndim > 1) is are_matrices] for are_matrices in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def step_with_(method: Optimizer, groups: list[ParamGroup], state: Mapping[Tensor, Any]) -> None:
-    """One step of another optimizer, on groups and state that it is lent: they stay the lender's.
-
-    groups: a step of `method` sees these alone; state: by parameter, where it reads and keeps its moments
-    """
-    method.param_groups, method.state = groups, state  # type: ignore[assignment]
-    method.step()
 
 
 def _with_cycled_beta1(group: ParamGroup) -> ParamGroup:

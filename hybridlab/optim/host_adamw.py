@@ -15,8 +15,7 @@ from hybridlab.base.copy_stream import CopyStream
 from hybridlab.base.device import wait_for
 from hybridlab.base.pinned_memory import host_empty_like
 from hybridlab.base.weak_hook import weak_hook
-from hybridlab.optim.build import step_with_
-from hybridlab.optim.closure import run_closure
+from hybridlab.optim.stepping import run_closure, step_with_
 from hybridlab.weights.path import MOMENTS
 
 LEAVING_BYTES = 128_000_000

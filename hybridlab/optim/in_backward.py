@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.weak_hook import weak_hook
-from hybridlab.optim.build import step_with_
+from hybridlab.optim.stepping import step_with_
 
 LEAST_SHARE = 1e-3
 """Of the squared norm: a bucket that had less of it, such as an idle layer, tells nothing about the others."""

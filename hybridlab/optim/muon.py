@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
-from hybridlab.optim.closure import run_closure
+from hybridlab.optim.stepping import run_closure
 
 Quintic = tuple[float, float, float]
 

@@ -25,7 +25,7 @@ from hybridlab.planner.spec import TrainingSpec
 from hybridlab.planner.trace import Segment, Trace
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
-from hybridlab.weights.tail_average import TailAverage
+from hybridlab.weights.tail_average import TailAverage, put_back
 
 UPDATE = "update"
 """The name of the segment in which the optimizer steps."""
@@ -182,12 +182,12 @@ class DryRun:
             self._mean.add_()
 
     def _evaluate(self) -> None:
-        """The mean of the weights takes their place, and they wait beside it."""
-        if not self._mean:
+        """The mean of the weights, the optimizer's too, takes their place, and they wait beside it."""
+        if not self._spec.judges_mean:
             return
         with ExitStack() as exit_stack:
             with self._trace.counting_as("weights"):
-                exit_stack.enter_context(self._mean.in_place())
+                exit_stack.enter_context(self._mean.in_place() if self._mean else put_back(self._params))
             self._forward_alone("training")
 
     def _offload(self) -> None:
@@ -208,7 +208,10 @@ class DryRun:
     # --- work, and the host ------------------------------------------------------------------------------
 
     def _costs(self, passes: list[Segment], update: list[Segment]) -> StepCosts:
-        """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
+        """Of the gradient step: AdamW reads weight, gradient and two moments, and writes all but the gradient.
+
+        A mean beside the weights takes five more passes over both, 14 reads and writes, 2 of them the state's.
+        """
         weights, state = _bytes(self._params), _bytes(self._states(self._params))
         on_host, work = self._memory.state_on_host, _work(passes + update)
         moved, sent, kernels = (work.pop(name) for name in ("moved", "sent", "kernels"))
@@ -216,7 +219,7 @@ class DryRun:
             kernels = _work(update)["kernels"] + 2
         return StepCosts(
             flops={name: self._whole(count) for name, count in work.items()},
-            moved_bytes=self._whole(moved) + (0 if on_host else 3 * weights + 2 * state),
+            moved_bytes=self._whole(moved) + (0 if on_host else (15 if self._averages else 3) * weights + 2 * state),
             bus_bytes=2 * self._memory.micro_batches * ((weights if on_host else 0) + sent),
             host_bytes=28 * self._size if on_host else 0,
             kernels=self._whole(kernels),
@@ -238,6 +241,11 @@ class DryRun:
     def _whole(self, counted: int) -> int:
         """Of all micro batches, from those that were run."""
         return counted * self._memory.micro_batches // self._parts_run
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the optimizer keeps a mean of the weights."""
+        return self._spec.optimizer.average_decay > 0
 
     @property
     def _parts_run(self) -> int:
@@ -263,7 +271,8 @@ class DryRun:
         if self._memory.state_on_host:
             return {}
         if self._memory.optimizer_state != "fp32":
-            return {p: self._low_bit_state(p) for p in self._params}
+            leads = {p: [torch.empty_like(p)] if self._averages else [] for p in self._params}
+            return {p: self._low_bit_state(p) + leads[p] for p in self._params}
         with self._trace.counting_as(None):
             kept = self._stepped_state()
         return {p: [torch.empty_like(value) for value in state] for p, state in kept.items()}

@@ -174,7 +174,7 @@ def plan_training(spec: TrainingSpec) -> Plan:
     spec.check()
     training = rehearse(spec)
     phases = _phases_with_graphs(training) if spec.replays_graphs else _phases(training)
-    if not spec.averages:
+    if not spec.judges_mean:
         del phases["Evaluation"]
     workspace = {"workspace": spec.overhead.workspace_bytes}
     by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}

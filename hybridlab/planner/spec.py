@@ -105,7 +105,7 @@ class TrainingSpec:
             )
         if windows % memory.micro_batches:
             raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches")
-        memory.refuse_optimizer(self.optimizer.name)
+        memory.refuse_optimizer(self.optimizer)
 
     def build(self) -> nn.Module:
         """The module, a GPT-2 with what `memory` asks of it."""
@@ -134,6 +134,11 @@ class TrainingSpec:
         ends = range(1, len(self.depth.stages) + 1)
         begun = [replace(self.depth, stages=self.depth.stages[:end], shallow=True) for end in ends]
         return {depth.depths[-1]: replace(self, depth=depth) for depth in begun}
+
+    @property
+    def judges_mean(self) -> bool:
+        """Whether evaluations put a mean in the place of the weights, which wait beside it."""
+        return self.averages or self.optimizer.average_decay > 0
 
     @property
     def replays_graphs(self) -> bool:

@@ -78,6 +78,9 @@ class RunConfig:
         if self.task.batch_size % self.memory.micro_batches:
             parts = self.memory.micro_batches
             raise ValueError(f"a batch of {self.task.batch_size} does not split into {parts} equal micro_batches")
+        self.memory.refuse_optimizer(self.optimizer)
+        if self.tail_average and self.optimizer.average_decay:
+            raise ValueError("tail_average averages weights that average_decay averages already: leave one of them off")
         _ = self.trainer  # refuses a depth schedule that does not fit the run
 
     @cached_property

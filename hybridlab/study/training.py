@@ -19,6 +19,7 @@ from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.memory.apply import no_step, optimizer_for, prepare_model_
 from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
+from hybridlab.optim.averaging import averaged_weights, method_of
 from hybridlab.optim.build import MuonWithAdamW
 from hybridlab.speed import CudaGraphs, compile_
 from hybridlab.study.config import RunConfig
@@ -62,8 +63,9 @@ class Training:
             self._model = model = ranks.wrapped(self.task.model)
             torch.manual_seed(config.seed + (rank() << 32))  # noise such as dropout's is each rank's own
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
-        if isinstance(self._optimizer, MuonWithAdamW):
-            self._optimizer.use_cuda_graphs(isinstance(self._model, CudaGraphs))
+        self._method = method_of(self._optimizer)
+        if isinstance(self._method, MuonWithAdamW):
+            self._method.use_cuda_graphs(isinstance(self._model, CudaGraphs))
         self.trainer = HybridTrainer(model, self._optimizer, config.trainer)
         self.evaluation: dict[str, float] = {}
         trained = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -91,8 +93,8 @@ class Training:
                     loss()
                 self.evaluate()
         self.task.model.zero_grad(set_to_none=True)
-        if isinstance(self._optimizer, MuonWithAdamW):
-            self._optimizer.warm_up_()
+        if isinstance(self._method, MuonWithAdamW) and not self._config.memory.step_in_backward:
+            self._method.warm_up_()
 
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""
@@ -105,7 +107,7 @@ class Training:
         return result
 
     def evaluate(self) -> dict[str, float]:
-        """Validation figures of the model as it is; "validation_loss", in nats, is one.
+        """Validation figures of the model, or of the mean that its optimizer keeps; "validation_loss", in nats, is one.
 
         Once the weights are averaged, those of the mean are there too, as "averaged_validation_loss", with its bytes.
         """
@@ -120,7 +122,8 @@ class Training:
         return self.evaluation
 
     def _figures(self) -> dict[str, float]:
-        with judging(self._model), autocast(self._config.training_precision, self._device):
+        precision = autocast(self._config.training_precision, self._device)
+        with averaged_weights(self._optimizer), judging(self._model), precision:
             figures = self.task.evaluate(self._model)
         if "validation_loss" not in figures:
             raise UserError(f'evaluate() of the task gave no "validation_loss", but {sorted(figures)}: add it, in nats')

@@ -54,12 +54,9 @@ class TailAverage:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Inside, the weights are their mean; after it, what they were, bit for bit."""
-        kept = [p.detach().clone() for p in self._parts]
-        torch._foreach_copy_(self._parts, self._mean)
-        try:
+        with put_back(self._parts):
+            torch._foreach_copy_(self._parts, self._mean)
             yield
-        finally:
-            torch._foreach_copy_(self._parts, kept)
 
     def state_dict(self) -> dict[str, Any]:
         """The mean, and the number of its steps."""
@@ -70,3 +67,15 @@ class TailAverage:
         """Go on where `state_dict` was taken."""
         self.count = state["count"]
         self._mean = [local(mean).to(p.device) for mean, p in zip(state["mean"], self._parts, strict=False)]
+
+
+@contextmanager
+@torch.no_grad()
+def put_back(weights: Sequence[Tensor]) -> Iterator[None]:
+    """After it, the weights are what they were, bit for bit, whatever was written into them inside."""
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
+        if kept:
+            torch._foreach_copy_(list(weights), kept)

@@ -1,0 +1,27 @@
+"""What an optimizer's step is given: a closure by its caller, groups and state by the optimizer around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def run_closure(closure: Callable[[], float] | None) -> float | None:
+    """The loss of a step's closure, computed with gradients; None where none was given."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def step_with_(method: Optimizer, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
+    """One step of another optimizer, on groups and state that it is lent: they stay the lender's.
+
+    groups: a step of `method` sees these alone; state: by parameter, where it reads and keeps its moments
+    """
+    method.param_groups, method.state = groups, state  # type: ignore[assignment]
+    method.step()
