@@ -717,8 +717,9 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
 def grown_at(steps: int, depth: Verdict) -> list[Claim]:
     """What notebook 10 claims at one budget."""
     loss, control = Quantity("loss_to_control", -0.2, unit="nats"), Quantity("loss_to_shallow", -0.1, unit="nats")
-    arm, more = f"grown from 6, {steps} steps", (Quantity("gradient_steps", float(steps), unit="steps"),)
-    return [claim("pays", "holds", loss, *more, arm=arm), claim("depth-pays", depth, control, arm=arm)]
+    arm, cost = f"grown from 6, {steps} steps", Quantity("cost_in_full_steps", 0.75 * steps, unit="steps")
+    taken = Quantity("gradient_steps", float(steps), unit="steps")
+    return [claim("pays", "holds", loss, taken, cost, arm=arm), claim("depth-pays", depth, control, arm=arm)]
 
 
 def test_another_profile_needs_no_code_and_its_depths_stand_by_tokens_per_parameter(tmp_path: Path) -> None:
