@@ -103,8 +103,10 @@ class Muon(Optimizer):
         """Compile, on a GPU, what a step of these groups will need, on zeros; nothing is trained."""
         for group in groups:
             for params in stacks([p for p in group["params"] if p.requires_grad and p.is_cuda]):
-                zeros = [torch.zeros_like(p) for p in params]
-                self._step_together_(zeros, zeros, [self.new_buffer(p) for p in params], group)
+                weights, gradients = ([torch.zeros_like(p) for p in params] for _ in range(2))  # what is compiled for
+                self._step_together_(
+                    weights, gradients, [self.new_buffer(p) for p in params], group
+                )  # one is not for two
 
     def _step_stack_(
         self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]

@@ -79,7 +79,7 @@ class Training:
         return self._config.without_cuda_graphs or "what ranks say to each other stays out of graphs"
 
     def warm_up_(self) -> None:
-        """Compile forward, backward and the forward without gradients, at each depth; nothing is trained."""
+        """Compile forward, backward, the forward without gradients and Muon, at each depth; nothing is trained."""
         loss = self._losses(0, self._model)[0]
         precision = autocast(self._config.training_precision, self._device)
         with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), precision:
@@ -92,9 +92,9 @@ class Training:
                 with torch.no_grad():
                     loss()
                 self.evaluate()
+                if isinstance(self._method, MuonWithAdamW) and not self._config.memory.step_in_backward:
+                    self._method.warm_up_()
         self.task.model.zero_grad(set_to_none=True)
-        if isinstance(self._method, MuonWithAdamW) and not self._config.memory.step_in_backward:
-            self._method.warm_up_()
 
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""
