@@ -292,11 +292,20 @@ def plan(
     stages: Annotated[
         str, typer.Option(metavar="BLOCKS,...", help="Active blocks of each stage of depth, as 3,12.")
     ] = "",
+    ranks: Annotated[
+        int, typer.Option(min=0, help="GPUs that share the batch and the model, as torchrun starts them.")
+    ] = 0,
+    wrap: Annotated[str, typer.Option(help="With --ranks: fsdp, or ddp: each GPU holds the whole model.")] = "fsdp",
+    gather: Annotated[
+        str, typer.Option(help="With fsdp: weights travel in fp32, or in bf16, and compute so.")
+    ] = "fp32",
+    copies: Annotated[int, typer.Option(min=1, help="With fsdp: of the model, each on RANKS / COPIES GPUs.")] = 1,
     find: Annotated[str, typer.Option(help="batch or sequence: the largest one that fits.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of text.")] = False,
 ) -> None:
     """Say what a training takes of a GPU, without one, and if it does not fit what to switch on, the fastest first."""
     from hybridlab.engine.config import HybridTrainerConfig
+    from hybridlab.memory import MixedPrecisionConfig
     from hybridlab.optim import OptimizerConfig
     from hybridlab.planner.architectures import causal_lm
     from hybridlab.planner.gpu_specs import find_gpu
@@ -315,7 +324,10 @@ def plan(
         raise UserError(f"other programs hold {taken:g} GB, all of a GPU of {card_bytes / 1e9:g} GB: close some")
     card_bytes -= round(taken * 1e9)
     chosen = causal_lm(config) if config else model
-    settings, size = memory_named(memory), read_batch(batch) if batch else default_batch(chosen)
+    settings = memory_named(memory)
+    if gather == "bf16" and not settings.mixed_precision:
+        settings = replace(settings, mixed_precision=MixedPrecisionConfig.conservative())
+    size = read_batch(batch) if batch else default_batch(chosen)
     depth = read_stages(stages)
     spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer), depth=depth)
     if task:
@@ -332,6 +344,7 @@ def plan(
         )
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
     spec = replace(spec, compiled=compiled, cuda_graphs=compiled)
+    spec = replace(spec, ranks=ranks, wrap=wrap, gather=gather, copies=copies)
     question = Question(spec, card_bytes, rates, find)
     if as_json:
         print(json.dumps(question.record(), indent=2))

@@ -24,7 +24,9 @@ from hybridlab.base.ranks import from_each, is_first, running
 from hybridlab.benchmarks.step_overhead import step_overhead
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.models import GPT2Config
+from hybridlab.planner import plan_training
 from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study.planning import training_spec_of
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.record import write_json
@@ -126,6 +128,17 @@ def _peak(config: RunConfig, ranks: RanksConfig, device: torch.device) -> int:
     return peak
 
 
+def planned(question: Question, ranks: int) -> dict[str, int]:
+    """What each rank is expected to take at its peak, without prediction and with the path: beside `peak_bytes`."""
+    config = question.config(ranks)
+    plain = replace(config, hybrid=HybridTrainerConfig.plain(clip_norm=config.hybrid.clip_norm))
+    runs = {"planned_bytes": plain, "planned_with_path_bytes": config}
+    return {
+        name: plan_training(training_spec_of(run, question.ranks, ranks)).peak_on_gpu_bytes
+        for name, run in runs.items()
+    }
+
+
 def summary(question: Question, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows, each with its scaling efficiency.
 
@@ -166,7 +179,7 @@ def main(
         for ranks in numbers:
             question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
         for ranks in numbers:
-            rows.append(_started(ranks))
+            rows.append(_started(ranks) | planned(question, ranks))
             write_json(out, summary(question, rows))
     print(f"written: {out}")
 

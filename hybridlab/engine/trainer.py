@@ -415,18 +415,12 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
 
 def _of_one_process(ranks: Ranks, optimizer: Optimizer, config: HybridTrainerConfig) -> list[str]:
     """What of these works in one process only, by name."""
-    memory = config.memory or MemoryConfig()
     features = {
-        "memory.predict_aware": memory.predict_aware is not None,
-        "memory.step_in_backward": memory.step_in_backward,
-        "memory.state_on_host": memory.state_on_host,
-        f"memory.optimizer_state={memory.optimizer_state!r}": memory.optimizer_state != "fp32",
-        f"memory.weights={memory.weights!r}": memory.weights != "fp32",
         "Muon on shards (it needs whole matrices: use AdamW, or DistributedDataParallel)": ranks.sharded
         and "muon" in type(method_of(optimizer)).__name__.lower(),
         "a depth schedule in DistributedDataParallel (use fully_shard)": not ranks.sharded and config.depth is not None,
     }
-    return [name for name, wanted in features.items() if wanted]
+    return (config.memory or MemoryConfig()).of_one_process + [name for name, wanted in features.items() if wanted]
 
 
 def _restored_result(phase: str, loss: float, norm: float) -> StepResult:

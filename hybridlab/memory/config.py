@@ -262,6 +262,18 @@ class MemoryConfig:
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     @property
+    def of_one_process(self) -> list[str]:
+        """Which of these settings several processes that train one model together cannot have."""
+        features = {
+            "memory.predict_aware": self.predict_aware is not None,
+            "memory.step_in_backward": self.step_in_backward,
+            "memory.state_on_host": self.state_on_host,
+            f"memory.optimizer_state={self.optimizer_state!r}": self.optimizer_state != "fp32",
+            f"memory.weights={self.weights!r}": self.weights != "fp32",
+        }
+        return [name for name, wanted in features.items() if wanted]
+
+    @property
     def micro_batches(self) -> int:
         """Parts that each batch is split into."""
         return self.gradient_accumulation.micro_batches if self.gradient_accumulation else 1

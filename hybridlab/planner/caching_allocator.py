@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hybridlab.planner.trace import Key, Segment
+from hybridlab.planner.trace import COMMUNICATION, Key, Segment
 
 MIB = 2**20
 SMALL_BYTES, SMALL_SEGMENT = MIB, 2 * MIB
@@ -16,11 +17,14 @@ LARGE_GRAIN = 2 * MIB
 
 @dataclass(eq=False)
 class _Block:
-    """A stretch of a segment of the GPU's memory, and its neighbours there."""
+    """A stretch of a segment of the GPU's memory, and its neighbours there.
+
+    pool: whether it is small, and whether a collective uses it
+    """
 
     start: int
     size: int
-    is_small: bool
+    pool: tuple[bool, bool]
     free: bool = True
     before: _Block | None = None
     after: _Block | None = None
@@ -44,6 +48,7 @@ class CachingAllocator:
         below 10 MiB      from segments of 20 MiB
         from 10 MiB on    from segments of its own size, rounded up to 2 MiB
 
+    Buffers of collectives are used on streams of their own, and their memory is not used again on another.
     The smallest free block that is large enough is taken, and split where more than 1 MiB is left (512 bytes of a
     small one). Freed neighbours become one block. Nothing is given back.
 
@@ -54,7 +59,7 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved = 0
-        self._free: dict[bool, list[_Block]] = {True: [], False: []}
+        self._free: defaultdict[tuple[bool, bool], list[_Block]] = defaultdict(list)
         self._used: dict[Key, _Block] = {}
 
     def follow(self, segments: Iterable[Segment]) -> int:
@@ -62,20 +67,21 @@ class CachingAllocator:
         for segment in segments:
             for event in segment.events:
                 if event.kind == "new":
-                    self._used[event.key] = self._allocate(event.size)
+                    self._used[event.key] = self._allocate(event.size, event.part == COMMUNICATION)
                 elif event.kind == "free":
                     self._release(self._used.pop(event.key))
         return self.reserved
 
-    def _allocate(self, size: int) -> _Block:
+    def _allocate(self, size: int, is_sent: bool) -> _Block:
         size = max(size, 512)
         is_small = size <= SMALL_BYTES
-        free = self._free[is_small]
+        pool = is_small, is_sent
+        free = self._free[pool]
         place = bisect_left(free, (size, 0), key=lambda block: block.order)
-        block = free.pop(place) if place < len(free) else self._new_segment(size, is_small)
+        block = free.pop(place) if place < len(free) else self._new_segment(size, pool)
         left = block.size - size
         if left >= 512 if is_small else left > SMALL_BYTES:
-            rest = _Block(block.start + size, left, is_small, before=block, after=block.after)
+            rest = _Block(block.start + size, left, pool, before=block, after=block.after)
             if rest.after:
                 rest.after.before = rest
             block.size, block.after = size, rest
@@ -83,9 +89,9 @@ class CachingAllocator:
         block.free = False
         return block
 
-    def _new_segment(self, size: int, is_small: bool) -> _Block:
+    def _new_segment(self, size: int, pool: tuple[bool, bool]) -> _Block:
         whole = MIDDLE_SEGMENT if size < MIDDLE_BYTES else -(-size // LARGE_GRAIN) * LARGE_GRAIN
-        block = _Block(self.reserved, SMALL_SEGMENT if is_small else whole, is_small)
+        block = _Block(self.reserved, SMALL_SEGMENT if pool[0] else whole, pool)
         self.reserved += block.size
         return block
 
@@ -98,8 +104,8 @@ class CachingAllocator:
             self._take_out(block)
             block.absorb_next()
         block.free = True
-        insort(self._free[block.is_small], block, key=lambda block: block.order)
+        insort(self._free[block.pool], block, key=lambda block: block.order)
 
     def _take_out(self, block: _Block) -> None:
-        free = self._free[block.is_small]
+        free = self._free[block.pool]
         del free[bisect_left(free, block.order, key=lambda block: block.order)]

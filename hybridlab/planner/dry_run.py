@@ -20,6 +20,7 @@ from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.optim.muon import Muon
 from hybridlab.planner.fake_gpu import fake_gpu
+from hybridlab.planner.ranks import Shards, ddp_buckets
 from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
 from hybridlab.planner.trace import Segment, Trace
@@ -112,6 +113,8 @@ class DryRun:
             path = self._set_up_path()
             self._free_gradients_early()
             self._shorten_()
+            if self._shards:
+                self._shards.gather_by_block_(self._model, self._spec.gathered_numbers)
             passes = self._unfolded(self._gradient_step())
             after = self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
             update += self._unfolded(after + self._stretch("end", self._drop_gradients))
@@ -125,7 +128,8 @@ class DryRun:
     # --- phases ------------------------------------------------------------------------------------------
 
     def _set_up(self) -> list[Segment]:
-        self._model = model = self._spec.build()
+        with self._trace.counting_as("weights" if self._spec.is_sharded else "activations"):
+            self._model = model = self._spec.build()
         self._weights = list(model.parameters())
         self._trace.logit_widths = _vocabulary(model)
         if self._spec.compiled:
@@ -136,13 +140,20 @@ class DryRun:
             checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))
         if self._memory.weights == "bf16":
             _lower_(model.parameters())
-        self._mean = TailAverage([p for p in self._weights if p.requires_grad]) if self._spec.averages else None
+        averaged = [p for p in self._weights if p.requires_grad]
         self._joined = _deactivate_(model, self._spec.depth) if self._spec.depth else set()
         self._trace.tag({*self._weights, *model.buffers()}, "weights")
         self._params = [p for p in model.parameters() if p.requires_grad]
-        self._size = sum(p.numel() for p in self._params)
+        self._shards = Shards(self._trace, self._weights, self._spec.shards) if self._spec.is_sharded else None
+        self._mean = TailAverage(self._own(averaged)) if self._spec.averages else None
+        self._size = sum(p.numel() for p in self._own(self._params))
+        self._buckets = ddp_buckets(self._trace, self._size if self._spec.has_ddp_buckets else 0)
         self._left_out = self._countable()
         return self._trace.take()
+
+    def _own(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """What this rank holds of these parameters; without ranks that is all."""
+        return [self._shards.own[p] if self._shards else p for p in params]
 
     def _countable(self) -> int:
         """How many blocks others can stand for."""
@@ -165,8 +176,13 @@ class DryRun:
             with self._precision("training"):
                 loss = self._spec.part_loss(self._model)
             self._trace.begin(f"loss {part}")
+            if self._shards:
+                self._shards.last = part == self._parts_run - 1
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
+            if self._shards:
+                self._trace.begin(f"scattered {part}")
+                self._shards.end_backward()
         self._trace.begin("sent")
         self._leaving.clear()
         return self._trace.take()
@@ -187,15 +203,15 @@ class DryRun:
             return
         with ExitStack() as exit_stack:
             with self._trace.counting_as("weights"):
-                exit_stack.enter_context(self._mean.in_place() if self._mean else put_back(self._params))
+                exit_stack.enter_context(self._mean.in_place() if self._mean else put_back(self._own(self._params)))
             self._forward_alone("training")
 
     def _offload(self) -> None:
         """Leave on the GPU what Predict keeps there of state and weights."""
         self._offload_state()
         if self._memory.offloads_weights:
-            _lower_(self._weights)
-            self._trace.tag(self._weights, "weights")
+            _lower_(self._own(self._weights))
+            self._trace.tag(self._own(self._weights), "weights")
 
     def _stretch(self, name: str, act: Callable[[], object]) -> list[Segment]:
         self._trace.begin(name)
@@ -212,7 +228,7 @@ class DryRun:
 
         A mean beside the weights takes five more passes over both, 14 reads and writes, 2 of them the state's.
         """
-        weights, state = _bytes(self._params), _bytes(self._states(self._params))
+        weights, state = _bytes(self._own(self._params)), _bytes(self._states(self._params))
         on_host, work = self._memory.state_on_host, _work(passes + update)
         moved, sent, kernels = (work.pop(name) for name in ("moved", "sent", "kernels"))
         if self._spec.replays_graphs:
@@ -227,7 +243,7 @@ class DryRun:
 
     def _host_memory(self, passes: list[Segment]) -> dict[str, int]:
         """Bytes of host memory that the training takes and keeps, by use; most of it page-locked."""
-        weights, path = _bytes(self._params), self._spec.path
+        weights, path = _bytes(self._own(self._params)), self._spec.path
         uses = {"inputs of blocks": _work(passes)["sent"]}
         if self._memory.state_on_host:
             uses["gradients, state and masters"] = 16 * self._size
@@ -275,7 +291,11 @@ class DryRun:
             return {p: self._low_bit_state(p) + leads[p] for p in self._params}
         with self._trace.counting_as(None):
             kept = self._stepped_state()
-        return {p: [torch.empty_like(value) for value in state] for p, state in kept.items()}
+        own = dict(zip(kept, self._own(kept), strict=True))
+        return {
+            p: [torch.empty_like(own[p] if value.shape == p.shape else value, dtype=value.dtype) for value in state]
+            for p, state in kept.items()
+        }
 
     def _stepped_state(self) -> dict[nn.Parameter, list[Tensor]]:
         """The state that torch's optimizer makes at its first step, in the form that it takes on a CUDA GPU."""
@@ -355,6 +375,8 @@ class DryRun:
 
     def _drop_gradients(self) -> None:
         self._leaving.clear()
+        if self._shards:
+            self._shards.drop_gradients()
         for p in self._params:
             p.grad = None
 
@@ -374,14 +396,14 @@ class DryRun:
             return made
         if path:
             made += [torch.empty(path.rows + (path.velocity is not None), self._size, dtype=storage.dtype)]
-            made += [torch.empty(self._size, dtype=self._params[0].dtype)]
+            made += [torch.empty(self._size, dtype=self._own(self._params)[0].dtype)]
         return made + [torch.empty_like(t) for t in self._in_snapshot()]
 
     def _in_snapshot(self) -> list[Tensor]:
         """What a rollback snapshot copies: before a jump all that is trained, before a growth all but what joins."""
         grown = self._spec.depth is not None and self._spec.depth.grows
         params = [p for p in self._params if self._spec.path or (grown and p not in self._joined)]
-        return [*params, *self._model.buffers(), *self._states(params)] if params else []
+        return [*self._own(params), *self._model.buffers(), *self._states(params)] if params else []
 
     def _read_slopes(self) -> None:
         """Each group's gradients in one piece and, if it lies elsewhere or in bf16, the row that they multiply."""
@@ -390,7 +412,7 @@ class DryRun:
             kept = [p for p in self._params if (p.ndim > 1) is matrices and not (freed and p.ndim > 1)]
             count = 1 if self._spec.path_storage == PathStorage() else 2
             with self._trace.counting_as("path"):
-                copies = [torch.empty(sum(p.numel() for p in kept)) for _ in range(count if kept else 0)]
+                copies = [torch.empty(sum(p.numel() for p in self._own(kept))) for _ in range(count if kept else 0)]
             del copies
 
     # --- helpers -----------------------------------------------------------------------------------------

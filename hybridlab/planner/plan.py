@@ -16,7 +16,7 @@ from hybridlab.planner.any_module import example_loss, rebuilt, shape_of
 from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
-from hybridlab.planner.trace import LiveBytes
+from hybridlab.planner.trace import COMMUNICATION, GATHERED, LiveBytes
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
 
@@ -25,14 +25,14 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "
 class Plan:
     """Predicted memory of a training, in bytes, and the work of a step.
 
-    phases: "Full" (Warmup is Full without the path), "Predict" and "Correct", and "Evaluation" where weights are
-        averaged: part -> bytes at that phase's peak
+    phases: "Full" (Warmup is Full without the path), "Predict" and "Correct", "Evaluation" where weights are averaged,
+        and "Start", until the model is sharded among ranks: part -> bytes at that phase's peak
     reserved_bytes: what torch's allocator then holds of the GPU
     overhead: what the GPU takes beside tensors
     graphs_bytes: of these, what CUDA graphs hold for good; torch counts it as reserved, and not as allocated
     costs: of a gradient step: operations, and traffic on the GPU, the bus and the host
     host_memory: use -> bytes of host memory that the training takes and keeps
-    trained_numbers: parameters that are trained
+    trained_numbers: parameters that are trained; of several ranks, those whose state this one has
     stages: blocks that take part -> plan of that stage of a growing model, whose last one this is of
 
     As text it says all of this, in a table by part and phase, and one by stage.
@@ -174,27 +174,31 @@ def plan_training(spec: TrainingSpec) -> Plan:
     spec.check()
     training = rehearse(spec)
     phases = _phases_with_graphs(training) if spec.replays_graphs else _phases(training)
-    if not spec.judges_mean:
-        del phases["Evaluation"]
+    for phase in [*(["Evaluation"] if not spec.judges_mean else []), *(["Start"] if not spec.is_sharded else [])]:
+        phases.pop(phase, None)
     workspace = {"workspace": spec.overhead.workspace_bytes}
-    by_part = {phase: {part: peak.get(part, 0) for part in PARTS} | workspace for phase, peak in phases.items()}
+    parts = (*PARTS, *((GATHERED, COMMUNICATION) if spec.ranks else ()))
+    by_part = {phase: {part: peak.get(part, 0) for part in parts} | workspace for phase, peak in phases.items()}
     in_graphs = _in_graphs(training) + spec.overhead.workspace_bytes if spec.replays_graphs else 0
     beside = _beside_graphs(training) if spec.replays_graphs else _reserved(training)
     reserved = beside + spec.overhead.workspace_bytes + in_graphs
     known = training.costs, training.host_memory, training.trained_numbers
-    return Plan(by_part, reserved, spec.overhead.of(compiled=spec.compiled), *known, graphs_bytes=in_graphs)
+    overhead = spec.overhead.of(compiled=spec.compiled, ranks=spec.ranks)
+    return Plan(by_part, reserved, overhead, *known, graphs_bytes=in_graphs)
 
 
 def _phases(training: Rehearsal) -> dict[str, dict[str, int]]:
     live = LiveBytes()
-    live.follow(training.setup + training.state + training.path)
+    start = live.follow(training.setup)
+    live.follow(training.state + training.path)
     live.reset_peak()
     step = live.follow(training.passes + training.update)
     live.reset_peak()
     evaluation = live.follow(training.evaluation)
     live.follow(training.offload)
     live.reset_peak()
-    return {"Full": step, "Predict": live.follow(training.predict), "Correct": step, "Evaluation": evaluation}
+    predict = live.follow(training.predict)
+    return {"Full": step, "Predict": predict, "Correct": step, "Evaluation": evaluation, "Start": start}
 
 
 def _phases_with_graphs(training: Rehearsal) -> dict[str, dict[str, int]]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlab.base.settings import check_bounds, check_types
+from hybridlab.base.errors import UserError
+from hybridlab.base.settings import check_bounds, check_choice, check_types
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
@@ -35,19 +36,22 @@ class GpuOverhead:
     workspace_bytes: that cuBLAS takes from torch's allocator
     context_bytes: CUDA's context and the kernels that it loads, outside torch's allocator
     compiled_bytes: of kernels that a compiled training loads besides
+    nccl_bytes: that NCCL takes for its channels where several ranks train; assumed, not measured
     """
 
     workspace_bytes: int = 2 * 32 * 2**20
     context_bytes: int = 800_000_000
     compiled_bytes: int = 150_000_000
+    nccl_bytes: int = 400_000_000
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_bounds(self, "workspace_bytes", "context_bytes", "compiled_bytes", least=0)
+        check_bounds(self, "workspace_bytes", "context_bytes", "compiled_bytes", "nccl_bytes", least=0)
 
-    def of(self, *, compiled: bool) -> GpuOverhead:
-        """The same with `compiled_bytes` in the context of a compiled training."""
-        return replace(self, context_bytes=self.context_bytes + compiled * self.compiled_bytes)
+    def of(self, *, compiled: bool, ranks: int = 0) -> GpuOverhead:
+        """The same with `compiled_bytes` in the context of a compiled training, and `nccl_bytes` in that of ranks."""
+        besides = compiled * self.compiled_bytes + (ranks > 1) * self.nccl_bytes
+        return replace(self, context_bytes=self.context_bytes + besides)
 
 
 def next_token_loss(module: nn.Module, batch: BatchShape) -> Tensor:
@@ -69,6 +73,9 @@ class TrainingSpec:
         part hold weights alone. None trains all from the start
     averages: whether the weights of the last steps are averaged (`hybridlab.weights.tail_average`)
     compiled: by torch.compile, which is planned block by block
+    ranks: how many processes share the batch and the model; it is planned for the one with the most. 0 trains in one
+        process, without any of what follows
+    wrap, gather, copies: as `RanksConfig` has them: "fsdp" or "ddp", "fp32" or "bf16", copies of the model
     cuda_graphs: whether the passes of a compiled training are replayed as CUDA graphs, where `memory` allows it
     weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
     overhead: what the GPU takes beside tensors
@@ -86,6 +93,10 @@ class TrainingSpec:
     compiled: bool = False
     cuda_graphs: bool = False
     weight_cache: bool = False
+    ranks: int = 0
+    wrap: str = "fsdp"
+    gather: str = "fp32"
+    copies: int = 1
     overhead: GpuOverhead = field(default_factory=GpuOverhead)
 
     def changed(self, **settings: Any) -> TrainingSpec:
@@ -103,9 +114,33 @@ class TrainingSpec:
                 f"a window of {tokens} tokens is longer than {name}={longest}: cut it to {longest}, as in "
                 f"batch=({windows}, {longest}), on the command line --batch {windows}x{longest}"
             )
-        if windows % memory.micro_batches:
-            raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches")
+        if windows % self.parts:
+            among = f" on each of {self.ranks} ranks" if self.ranks else ""
+            raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches{among}")
         memory.refuse_optimizer(self.optimizer)
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        check_bounds(self, "ranks", least=0)
+        check_bounds(self, "copies", least=1)
+        check_choice("wrap", self.wrap, ("fsdp", "ddp"))
+        check_choice("gather", self.gather, ("fp32", "bf16"))
+        if not self.ranks:
+            return
+        if self.wrap == "ddp" and (self.gather, self.copies) != ("fp32", 1):
+            raise UserError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
+        if self.ranks % self.copies:
+            raise UserError(f"{self.ranks} ranks do not hold {self.copies} copies of the model: change copies")
+        numbers = self.memory.mixed_precision
+        if self.gather == "bf16" and (numbers is None or numbers.training != "bf16"):
+            raise UserError("gather='bf16' computes in bfloat16: set mixed_precision to it, too")
+        features = self.memory.of_one_process
+        if self.is_sharded and self.optimizer.name == "muon":
+            features.append("Muon on shards (it needs whole matrices: use AdamW, or wrap='ddp')")
+        if not self.is_sharded and self.depth:
+            features.append("a depth schedule with wrap='ddp'")
+        if features:
+            raise UserError(f"on ranks these do not work yet: {', '.join(features)}. Leave them off")
 
     def build(self) -> nn.Module:
         """The module, a GPT-2 with what `memory` asks of it."""
@@ -117,7 +152,32 @@ class TrainingSpec:
         """The loss of one micro batch."""
         windows, tokens = self.batch
         own = language_model_loss if isinstance(self.model, CausalLM) else next_token_loss
-        return (self.loss or own)(module, (windows // self.memory.micro_batches, tokens))
+        return (self.loss or own)(module, (windows // self.parts, tokens))
+
+    @property
+    def parts(self) -> int:
+        """That a batch is split into, among the ranks and by each of them."""
+        return self.memory.micro_batches * max(self.ranks, 1)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model."""
+        return self.ranks > 0 and self.wrap == "fsdp"
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share a copy of the model."""
+        return self.ranks // self.copies
+
+    @property
+    def has_ddp_buckets(self) -> bool:
+        """Whether gradients are added up in buckets beside them."""
+        return self.ranks > 1 and self.wrap == "ddp"
+
+    @property
+    def gathered_numbers(self) -> torch.dtype:
+        """The format in which whole weights are gathered and computed with."""
+        return torch.bfloat16 if self.gather == "bf16" else torch.float32
 
     @property
     def longest(self) -> int | None:
@@ -143,7 +203,7 @@ class TrainingSpec:
     @property
     def replays_graphs(self) -> bool:
         """Whether its passes are CUDA graphs."""
-        return self.compiled and self.cuda_graphs and self.memory.without_cuda_graphs is None
+        return not self.ranks and self.compiled and self.cuda_graphs and self.memory.without_cuda_graphs is None
 
     @property
     def is_gpt2(self) -> bool:

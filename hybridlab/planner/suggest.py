@@ -97,7 +97,7 @@ def nearest_fit(spec: TrainingSpec, gpu_bytes: int) -> str:
 
 def largest_batch(spec: TrainingSpec, gpu_bytes: int) -> int:
     """The most windows of these tokens that fit; 0 where not one per micro batch does."""
-    parts, tokens = spec.memory.micro_batches, spec.batch[1]
+    parts, tokens = spec.parts, spec.batch[1]
     return parts * largest_that_fits(lambda count: plan_training(spec.resized((parts * count, tokens))), gpu_bytes)
 
 
@@ -158,7 +158,8 @@ def _autocast(spec: TrainingSpec) -> TrainingSpec | None:
     numbers = spec.memory.mixed_precision
     if spec.memory.weights == "bf16" or (numbers and numbers.training == "bf16"):
         return None
-    return spec.changed(mixed_precision=MixedPrecisionConfig("bf16", numbers.predict if numbers else "bf16"))
+    changed = spec.changed(mixed_precision=MixedPrecisionConfig("bf16", numbers.predict if numbers else "bf16"))
+    return replace(changed, gather="bf16") if spec.is_sharded else changed  # or autocast keeps copies of all weights
 
 
 def _chunked_loss(spec: TrainingSpec) -> TrainingSpec | None:
@@ -216,7 +217,9 @@ def _bf16_weights(spec: TrainingSpec) -> TrainingSpec | None:
 
 
 def _micro_batches(count: int, spec: TrainingSpec) -> TrainingSpec | None:
-    if spec.memory.step_in_backward or spec.memory.micro_batches >= count or spec.batch[0] % count:
+    if spec.memory.step_in_backward or spec.memory.micro_batches >= count:
+        return None
+    if spec.batch[0] % (count * max(spec.ranks, 1)):
         return None
     return spec.changed(gradient_accumulation=GradientAccumulationConfig(count))
 

@@ -85,6 +85,7 @@ class Question:
                 "memory": asdict(self.spec.memory),
                 "compiled": self.spec.compiled,
                 "cuda_graphs": self.spec.replays_graphs,
+                **{name: getattr(self.spec, name) for name in ("ranks", "wrap", "gather", "copies")},
             },
             "options": [self._option(option) for option in self.options],
             "fastest_fit": self._option(best) if best else None,
@@ -138,9 +139,10 @@ def _times(question: Question) -> Iterator[str]:
         yield "No times: a size alone names no GPU. Name one instead, such as rtx5080."
         return
     low, high = OF_MEASURED
+    sent = " without what ranks send" if question.spec.ranks > 1 else ""
     yield (
-        f"A step is estimated to take {_ms(step_time_ms(question.asked, question.gpu))}, from the data sheet of a "
-        f"{question.gpu.name}; where it was measured, on an H200, the estimate was {low:g} to {high:g} times the "
+        f"A step{sent} is estimated to take {_ms(step_time_ms(question.asked, question.gpu))}, from the data sheet of "
+        f"a {question.gpu.name}; where it was measured, on an H200, the estimate was {low:g} to {high:g} times the "
         "measured time."
     )
 
@@ -169,13 +171,15 @@ def _columns(texts: Iterable[str]) -> str:
 
 
 def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
-    """What to paste, and where the path goes if it went to the host."""
+    """What to paste, where the path goes if it went to the host, and how ranks gather weights if that changed."""
     memory = code_of(fits.memory)
     yield "# prepare_model_ and optimizer_for put it to work: README.md, In less memory"
     yield f"from hybridlab.memory import {', '.join(sorted(set(re.findall(r'[A-Z][A-Za-z]+Config', memory))))}"
     yield f"memory = {memory}"
     if fits.path_storage.on_host and not asked.path_storage.on_host:
         yield "hybrid = HybridTrainerConfig(path_device='host', memory=memory)  # beside your other settings"
+    if fits.gather != asked.gather:
+        yield f"ranks = RanksConfig(gather={fits.gather!r})  # of hybridlab.study.ranks"
 
 
 def code_of(settings: object) -> str:

@@ -18,6 +18,9 @@ from torch.utils.flop_counter import flop_registry
 GRAIN_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""
 
+GATHERED, COMMUNICATION = "gathered", "communication"
+"""Parts of a rank's memory: whole weights of what is computed, and buffers that other ranks fill or read."""
+
 aten = torch.ops.aten
 FLOPS = dict(flop_registry) | {aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1]}
 """Operation -> what counts its floating-point operations."""
@@ -134,6 +137,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             if key := self._keys[tensor.untyped_storage()._cdata]:
                 self.segments[-1].events.append(Event("is", key, part=part))
+
+    def drop(self, tensors: Iterable[Tensor]) -> None:
+        """Count these no more: they stand for what lies elsewhere."""
+        for tensor in tensors:
+            identity = tensor.untyped_storage()._cdata
+            if key := self._keys[identity]:
+                self.segments[-1].events.append(Event("free", key))
+            self._keys[identity] = None
 
     def count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Count what an operation computes, or moves, and its kernel."""

@@ -19,6 +19,7 @@ from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
 from hybridlab.planner.any_module import rebuilt
 from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
+from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.tasks import Batch, Task, TextTaskConfig
 
 
@@ -70,8 +71,8 @@ def nearest_fit_of(config: RunConfig, gpu_bytes: int) -> str:
     return nearest_fit(training_spec_of(config), gpu_bytes)
 
 
-def training_spec_of(config: RunConfig) -> TrainingSpec:
-    """A run as the planner sees it.
+def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count: int = 1) -> TrainingSpec:
+    """A run as the planner sees it; with `ranks`, as each of `count` processes sees it.
 
     Of a task other than GPT-2's, the model and a batch are made on the CPU first, for their shapes.
     """
@@ -81,6 +82,8 @@ def training_spec_of(config: RunConfig) -> TrainingSpec:
     past: dict[str, Any] = {"path": hybrid.path_needs, "path_storage": hybrid.path_storage}
     past |= {"depth": config.trainer.depth, "averages": config.tail_average > 0, "compiled": config.compiled}
     past["cuda_graphs"] = config.without_cuda_graphs is None
+    if ranks:
+        past |= {"ranks": count, "wrap": ranks.wrap, "gather": ranks.gather, "copies": ranks.copies}
     spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, **past)
     if isinstance(config.task, TextTaskConfig):
         return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))
