@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,18 +18,21 @@ import pytest
 
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
+from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.ladder import BESIDE
 from hybridlab.notebook.views.memory_charts import vram_rows
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
-from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, Claims, Criterion, Peak, Ran, Savings
+from hybridlab.report.criteria import CRITERIA, DEPTH, IN_DEPTH, LADDER, OURS, Criterion
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, REPORT, Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.recommendation import by_model, recommended
+from hybridlab.report.rules import Claims, Peak, Ran, Savings
+from hybridlab.report.time_saved import least_time
 from hybridlab.report.validation import at_a_glance, validation_document
 from hybridlab.report.words import markdown_table
 from hybridlab.results.claims import Claim, Quantity, Verdict
@@ -300,10 +304,57 @@ def test_every_kind_of_a_notebook_that_ran_finds_a_claim() -> None:
     assert missing <= {("speedup", "conservative"), ("speedup", "aggressive")}, "these await notebook 01's next run"
 
 
+def less_time(saved: str, **entries: dict[str, Any]) -> tuple[str, str]:
+    """The verdict on so many percent less time, and the page's table of it."""
+    names = {"n03": HYBRID, "n08": LADDER, "n10": DEPTH}
+    found = Evidence({MAIN: {names[key]: value for key, value in entries.items()}})
+    (criterion,) = (c for group in CRITERIA.values() for c in group if c.text.startswith(f"{saved} % less time on"))
+    page = validation_document(found, {})
+    return criterion.outcome(found), page[page.index(f"**{saved} % less time on") :].partition("\n| **")[0]
+
+
+def stack_of(ratio: float) -> dict[str, Any]:
+    """What notebook 08 published of a stack that is so many times as fast, a tenth to either side."""
+    fast = Quantity("stack_time_ratio", ratio, 0.9 * ratio, 1.1 * ratio, "time ratio", bound=15.0)
+    rungs = [("vanilla", 100.0, None), ("bf16", 20.0, None), ("tuned rates", 10.0, 4), ("predicted depth", 8.0, 3)]
+    table = [{"rung": name, "time to it (s)": seconds, "lengths tried": tried} for name, seconds, tried in rungs]
+    return entry(claim("stack-is-fast", "fails", fast), tables={"ladder": table})
+
+
+ALWAYS = ("conservative", "aggressive", "conservative, unguarded", "aggressive, unguarded")
+
+
+def test_time_that_other_means_save_is_said_with_what_each_of_them_brought() -> None:
+    took = Quantity("time_over_baseline", 0.9, unit="time ratio")
+    slow = entry(*(claim("speed", "fails", took, arm=arm) for arm in ALWAYS))
+    verdict, rows = less_time("40 to 60", n03=slow, n08=stack_of(12.5))
+    assert verdict == "holds, but by other means"
+    assert "compilation and graphs 5.00 times, optimizer and rates 2.00 times, predicted depth 1.25 times" in rows
+    assert "| by other means: the whole stack | holds |" in rows
+    assert less_time("40 to 60", n03=slow, n08=stack_of(1.8))[0] == "fails", "its interval reaches below 1/0.6"
+    fast = claim("pays", "holds", Quantity("time_to_loss", 1.9, 1.8, 2.0, "time ratio"), arm="grown from 3, 1000 steps")
+    verdict, rows = less_time("40 to 60", n03=slow, n10=entry(fast))
+    assert verdict == "holds, but by other means"
+    assert "| by other means: predicted depth, grown from 3, 1000 steps | holds | time to its loss 1.900" in rows
+    assert less_time("60", n03=slow, n10=entry(fast))[0] == "fails", "1.8 times as fast is no 60 % less"
+
+
+def test_what_the_passes_of_the_presets_exclude_cannot_hold() -> None:
+    """Conservative: 25 gradient steps and 4 forward passes for 75 steps; aggressive: 25 and 8 for 100."""
+    assert least_time(HybridTrainerConfig.conservative()) == pytest.approx((25 + 4 / 3) / 75)
+    assert least_time(HybridTrainerConfig.aggressive()) == pytest.approx((25 + 8 / 3) / 100)
+    verdict, rows = less_time("78", n08=stack_of(12.5))
+    assert verdict == "cannot hold"
+    assert "25 gradient steps and 8 forward passes, each a third of a step, for 100 steps: at least 0.28 of" in rows
+    assert "| by other means: the whole stack | holds |" in rows
+    assert less_time("60")[0] == "not run yet"
+
+
 def test_what_was_not_run_is_not_judged() -> None:
     nothing = Evidence({MAIN: {}})
-    outcomes = {criterion.outcome(nothing) for group in CRITERIA.values() for criterion in group}
-    assert outcomes == {"not run yet"}
+    outcomes = Counter(criterion.outcome(nothing) for group in CRITERIA.values() for criterion in group)
+    assert outcomes.pop("cannot hold") == 1, "what arithmetic excludes needs no run"
+    assert set(outcomes) == {"not run yet"}
 
 
 @pytest.mark.parametrize(
@@ -572,7 +623,7 @@ def test_the_plan_s_estimates_stand_beside_what_was_measured() -> None:
 
 def test_criteria_that_repeat_each_other_count_once_and_ours_not_among_the_plan_s() -> None:
     plan = [criterion for title, group in CRITERIA.items() if title not in (IN_DEPTH, OURS) for criterion in group]
-    once = {(criterion.rules or criterion.text, criterion.need) for criterion in plan}
+    once = {(criterion.rules, criterion.need) for criterion in plan}
     assert len(once) < len(plan)
     assert f"The plan's {len(once)} criteria" in at_a_glance(Evidence({MAIN: {}}))
 

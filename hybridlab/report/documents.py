@@ -11,11 +11,12 @@ from typing import Any
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
-from hybridlab.report.criteria import BASELINE, LADDER, MEMORY, XL, Claims, Criterion, of_presets
+from hybridlab.report.criteria import BASELINE, LADDER, MEMORY, XL, Criterion, of_presets
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
+from hybridlab.report.rules import Claims
 from hybridlab.report.validation import criterion_verdict, devices, notebook_link, validation_document
 from hybridlab.report.words import render
 from hybridlab.results.words import quantity_interval

@@ -78,5 +78,5 @@ def _judged(claim: C, base: Base, idle: bool) -> C:
         return replace(claim, verdict="predicted nothing")
     if not base.lacks:
         return claim
-    said = claim.text if "too little to tell" in claim.text else claim.text + too_little(base)
+    said = claim.text if claim.rests_on_too_little else claim.text + too_little(base)
     return replace(claim, text=said, verdict="open")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 from urllib.parse import quote
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.planner.plan import PARTS
-from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, Criterion, Finding, Outcome
+from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words
+from hybridlab.report.rules import Finding, Outcome
 from hybridlab.report.words import Markdown, escaped, known_columns, render, verdict_word
 from hybridlab.results.words import amount, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
@@ -42,8 +44,8 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         glance=at_a_glance(evidence),
         least=LEAST,
         significance=f"{100 * SIGNIFICANCE:.0f} %",
-        verdicts=[_verdict(title, criterion, evidence) for title, group in CRITERIA.items() for criterion in group],
-        criteria=[(title, list(_criteria(group, evidence))) for title, group in CRITERIA.items()],
+        verdicts=_verdicts(evidence),
+        criteria=[(title, list(_criteria(title, evidence))) for title in CRITERIA],
         speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
         idle=[_idle(claim) for claim in pays if claim.is_idle],
         jumps=[_jump(claim) for claim in evidence.claims(kind="transition") if claim.value("whole_jump")],
@@ -80,16 +82,34 @@ def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", shor
 
 def at_a_glance(evidence: Evidence) -> str:
     """How many of the plan's criteria came out which way, in one sentence; those that repeat each other count once."""
-    plan = [criterion for title, group in CRITERIA.items() if title not in (IN_DEPTH, OURS) for criterion in group]
-    once = {(criterion.rules or criterion.text, criterion.need): criterion for criterion in plan}
+    once = {_key(criterion): criterion for title, criterion in _everywhere() if title not in (IN_DEPTH, OURS)}
     counts = Counter(criterion.outcome(evidence) for criterion in once.values())
-    words = [f"{outcome} {counts[outcome]}" for outcome in get_args(Outcome)]
+    words = [f"{outcome} {counts[outcome]}" for outcome in get_args(Outcome) if counts[outcome]]
     return f"The plan's {counts.total()} criteria: {', '.join(words)}."
 
 
-def _verdict(title: str, criterion: Criterion, evidence: Evidence) -> Cells:
-    """A row of the first page."""
-    return {"of": title, "criterion": criterion.text, "verdict": criterion_verdict(criterion, evidence)}
+def _verdicts(evidence: Evidence) -> list[Cells]:
+    """The first page: a row per criterion, those that the same findings decide in one."""
+    alike: dict[Any, list[tuple[str, Criterion]]] = {}
+    for title, criterion in _everywhere():
+        alike.setdefault(_key(criterion), []).append((title, criterion))
+    return [
+        {
+            "of": "; ".join(dict.fromkeys(title for title, _ in group)),
+            "criterion": "; ".join(dict.fromkeys(criterion.text for _, criterion in group)),
+            "verdict": criterion_verdict(group[0][1], evidence),
+        }
+        for group in alike.values()
+    ]
+
+
+def _everywhere() -> list[tuple[str, Criterion]]:
+    return [(title, criterion) for title, group in CRITERIA.items() for criterion in group]
+
+
+def _key(criterion: Criterion) -> Any:
+    """What is equal in criteria that repeat each other."""
+    return criterion.rules, criterion.need
 
 
 def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
@@ -98,25 +118,37 @@ def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
     return Markdown(verdict_word(criterion.outcome(evidence)) + (EMULATED if emulated else ""))
 
 
-def _criteria(group: Iterable[Criterion], evidence: Evidence) -> Iterator[Cells]:
-    """Each criterion with its verdict, then, where there are several findings, a row per finding."""
-    for criterion in group:
-        yield from _criterion(criterion, evidence)
+def _criteria(title: str, evidence: Evidence) -> Iterator[Cells]:
+    """Each criterion of a group with its verdict, then, where there are several findings, their rows."""
+    titles = list(CRITERIA)
+    before = {_key(criterion) for other, criterion in _everywhere() if titles.index(other) < titles.index(title)}
+    for criterion in CRITERIA[title]:
+        verdict = criterion_verdict(criterion, evidence)
+        whole = {"criterion": Markdown(f"**{escaped(criterion.text)}**"), "verdict": verdict}
+        findings = criterion.findings(evidence)
+        if _key(criterion) in before:
+            yield whole | {"numbers": "as above", "notebook": ""}
+        elif len(findings) == 1:
+            yield whole | _numbers(findings[0])
+        else:
+            yield whole | {"numbers": "", "notebook": ""}
+            yield from _rows(findings, in_short=title in OVERALL)
 
 
-def _criterion(criterion: Criterion, evidence: Evidence) -> Iterator[Cells]:
-    findings = criterion.findings(evidence)
-    whole = {"criterion": Markdown(f"**{escaped(criterion.text)}**"), "verdict": criterion_verdict(criterion, evidence)}
-    if len(findings) == 1:
-        yield whole | _numbers(findings[0])
-        return
-    yield whole | {"numbers": "", "notebook": ""}
-    mixed = len({finding.notebook for finding in findings}) > 1
-    for finding in findings:
-        about = f"{_model_and_topic(finding.notebook or '')}: {finding.about}" if mixed else finding.about
-        yield {"criterion": about, "verdict": finding.outcome + (EMULATED if finding.emulated else "")} | _numbers(
-            finding
-        )
+def _rows(findings: Iterable[Finding], *, in_short: bool) -> Iterator[Cells]:
+    """A row per finding; in short, one per notebook and outcome, without the numbers of several."""
+    groups: dict[Any, list[Finding]] = {}
+    for number, finding in enumerate(findings):
+        alike = (finding.notebook, finding.outcome, finding.emulated, finding.otherwise) if in_short else number
+        groups.setdefault(alike, []).append(finding)
+    mixed = len({finding.notebook for group in groups.values() for finding in group}) > 1
+    for group in groups.values():
+        first, about = group[0], ", ".join(finding.about for finding in group)
+        topic = f"{_model_and_topic(first.notebook)}: " if mixed and first.notebook else ""
+        yield {
+            "criterion": ("by other means: " if first.otherwise else topic) + about,
+            "verdict": first.outcome + (EMULATED if first.emulated else ""),
+        } | _numbers(first if len(group) == 1 else replace(first, words=""))
 
 
 def _model_and_topic(notebook: str) -> str:
@@ -126,7 +158,7 @@ def _model_and_topic(notebook: str) -> str:
 
 def _numbers(finding: Finding) -> Cells:
     where = finding.notebook or ""
-    ran = finding.outcome != "not run yet"
+    ran = where and finding.outcome != "not run yet"
     return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran else where[:2]}
 
 

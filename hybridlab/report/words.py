@@ -20,6 +20,7 @@ class Markdown(str):
 
 
 VERDICTS = {"holds": Markdown("**holds**"), "fails": Markdown("**fails**")}
+VERDICTS |= {verdict: Markdown(f"**{verdict}**") for verdict in ("holds, but by other means", "cannot hold")}
 VERDICTS |= {"predicted nothing": Markdown("*predicted nothing*")}
 
 

@@ -17,6 +17,7 @@ VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
 
 DIGITS = 6
+TOO_LITTLE = "too little to tell"
 AS_READ = {"strict": True, "extra": "forbid"}
 """How a results file is held against these classes (`reading.py`)."""
 
@@ -122,6 +123,11 @@ class Claim:
         return next((q for q in self.quantities if q.name == name), None)
 
     @property
+    def rests_on_too_little(self) -> bool:
+        """Whether it has no verdict for its base, as its sentence says."""
+        return TOO_LITTLE in self.text
+
+    @property
     def deciding(self) -> Quantity | None:
         """The quantity that is held against a bound, else the first; None where there is none."""
         return next((q for q in self.quantities if q.bound is not None), next(iter(self.quantities), None))
@@ -151,7 +157,7 @@ def on_losses(kind: str, arm: str, text: str, verdict: Verdict, quantities: Iter
 
 def too_little(base: Base) -> str:
     """What a sentence without a verdict ends with; nothing where there may be one."""
-    return f" (too little to tell: {', '.join(base.lacks)})" if base.lacks else ""
+    return f" ({TOO_LITTLE}: {', '.join(base.lacks)})" if base.lacks else ""
 
 
 def rounded(value: float) -> float:
