@@ -24,6 +24,7 @@ from hybridlab.notebook.views.memory_charts import vram_rows
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
+from hybridlab.report.copies import copies
 from hybridlab.report.criteria import CRITERIA, DEPTH, IN_DEPTH, LADDER, OURS, Criterion
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
@@ -39,6 +40,7 @@ from hybridlab.results.claims import Claim, Quantity, Verdict
 from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
 from hybridlab.results.words import interval, quantities_in_words
+from hybridlab.study.code_version import code_hashes
 from tests.notebook_maker import project
 from tests.test_memory_charts import MEMORY_ROWS, vram
 
@@ -348,6 +350,29 @@ def test_what_the_passes_of_the_presets_exclude_cannot_hold() -> None:
     assert "25 gradient steps and 8 forward passes, each a third of a step, for 100 steps: at least 0.28 of" in rows
     assert "| by other means: the whole stack | holds |" in rows
     assert less_time("60")[0] == "not run yet"
+
+
+def test_each_copy_says_whether_the_code_that_trains_is_today_s() -> None:
+    now = code_hashes()
+    found = evidence(n02=entry(code=now), n03=entry(code=now | {"trains": "0ld"}, git_commit="abc1234"), n04=entry())
+    states = [(row["code that trains"], row["code that measures"]) for row in copies(found)]
+    assert states == [("today's", "today's"), ("changed since (0ld)", "today's"), ("not recorded", "not recorded")]
+    page = validation_document(found, {})
+    assert "3 copies on 1 kind of GPU, at 2 commits" in page
+    assert "today's in 1, changed since (0ld) in 1, not recorded in 1." in page
+
+
+def test_a_figure_that_was_measured_more_than_once_stands_with_all_its_values() -> None:
+    ratio = Quantity("step_ratio", 1.85, 1.8, 1.9, "time ratio", bound=2.0)
+    earlier = {"slow.step_ratio": {"value": 1.33, "low": 1.3, "high": 1.4}, "slow.other": {"value": 3.0}}
+    repeat = {"git_commit": "abc1234", "device": "another GPU", "figures": earlier}
+    found = evidence(n04=entry(replace(claim("slow", "holds", ratio), arm=""), repeats=[repeat], git_commit="def5678"))
+    page = validation_document(found, {})
+    values = "1.850 [1.800, 1.900] (def5678, a GPU); 1.330 [1.300, 1.400] (abc1234, another GPU)"
+    assert f"{values} | 2 | 1.330 | 1.850 |" in page
+    assert "measured more than once, with" not in validation_document(
+        evidence(n04=entry(claim("slow", "holds", ratio))), {}
+    )
 
 
 def test_what_was_not_run_is_not_judged() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from hybridlab.models.gpt2 import SIZES, GPT2Config
 from hybridlab.report.evidence import Evidence, Published
-from hybridlab.report.validation import Cells, notebook_link
+from hybridlab.report.validation import Cells
+from hybridlab.report.words import notebook_link
 from hybridlab.results.words import in_words, quantity_interval
 from hybridlab.study.base import LEAST
 

@@ -17,8 +17,8 @@ from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
-from hybridlab.report.validation import criterion_verdict, devices, notebook_link, validation_document
-from hybridlab.report.words import render
+from hybridlab.report.validation import criterion_verdict, devices, validation_document
+from hybridlab.report.words import notebook_link, render
 from hybridlab.results.words import quantity_interval
 from hybridlab.study.base import LEAST
 

@@ -125,8 +125,7 @@ class Evidence:
 
     def devices(self, profile: str) -> list[str]:
         """What a profile was measured on."""
-        named = {entry["device"].replace("GB card", "GB GPU") for entry in self.entries.get(profile, {}).values()}
-        return sorted(named)
+        return sorted({device_of(entry) for entry in self.entries.get(profile, {}).values()})
 
     def is_emulated(self, notebook: str, profile: str = MAIN) -> bool:
         """Whether a larger GPU stood for a smaller one when this notebook ran."""
@@ -144,6 +143,11 @@ def _labels(pyproject: Path) -> dict[str, str]:
         return dict(tables["tool"]["hybridlab"]["profiles"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def device_of(entry: Entry) -> str:
+    """What an entry was measured on, in today's words."""
+    return str(entry["device"]).replace("GB card", "GB GPU")
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:

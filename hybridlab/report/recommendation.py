@@ -7,8 +7,8 @@ from typing import Any
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.report.evidence import Evidence, arm_in_words
-from hybridlab.report.validation import Cells, loss_change, notebook_link, step_time
-from hybridlab.report.words import Markdown, known_columns, render
+from hybridlab.report.validation import Cells, loss_change, step_time
+from hybridlab.report.words import Markdown, known_columns, notebook_link, render
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount
 

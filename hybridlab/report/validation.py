@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
-from urllib.parse import quote
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.planner.plan import PARTS
+from hybridlab.report.copies import copies, copies_at_a_glance, repeats
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words
 from hybridlab.report.rules import Finding, Outcome
-from hybridlab.report.words import Markdown, escaped, known_columns, render, verdict_word
+from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.words import amount, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
@@ -55,6 +55,9 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
         parts=[_parts(notebook, row) for notebook, row in memory],
         estimates=[estimate.cells(evidence) for estimate in ESTIMATES] if memory else [],
+        copies=copies(evidence),
+        copies_at_a_glance=copies_at_a_glance(evidence),
+        repeats=repeats(evidence),
         claims=[
             (profile, evidence.label(profile), list(_notebooks(evidence, profile))) for profile in evidence.entries
         ],
@@ -72,12 +75,6 @@ def predicted_share(claim: Published) -> str | None:
 def devices(evidence: Evidence) -> str:
     """The devices of the profile that decides."""
     return "; ".join(evidence.devices(MAIN)) or "nothing yet"
-
-
-def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", short: bool = False) -> Markdown:
-    """A link to an executed notebook; docs: the way from the document to the project's root; short: by its number."""
-    file = quote(f"{docs}executed/{profile}/{notebook}.ipynb")
-    return Markdown(f"[{notebook[:2] if short else notebook}]({file})")
 
 
 def at_a_glance(evidence: Evidence) -> str:
@@ -255,13 +252,11 @@ def _parts(notebook: str, row: MemoryRow) -> Cells:
 
 
 def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cells]]]:
-    """Every notebook of a profile: where it ran, and a row per claim."""
-    for notebook, entry in evidence.entries[profile].items():
-        versions = ", ".join(f"{name} {version}" for name, version in entry.get("versions", {}).items())
-        where = f"{entry['device']}; {versions}; commit {entry.get('git_commit', 'unknown')}"
+    """Every notebook of a profile: its link, and a row per claim."""
+    for notebook in evidence.entries[profile]:
         claims = evidence.claims(notebook, profile=profile)
         rows = [_claim(claim, "claim", claim.sentence, claim.verdict, link=False) for claim in claims]
-        yield Markdown(f"{notebook_link(notebook, profile)}: {escaped(where)}"), rows
+        yield notebook_link(notebook, profile), rows
 
 
 def _claim(claim: Published, heading: str, about: str, outcome: str, *, link: bool = True) -> Cells:

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hybridlab.base.errors import printable
+from hybridlab.report.evidence import MAIN
 
 
 class Markdown(str):
@@ -70,6 +72,12 @@ def known_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def verdict_word(verdict: str) -> str:
     """A verdict as documents set it: what decides stands out."""
     return VERDICTS.get(verdict, verdict)
+
+
+def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", short: bool = False) -> Markdown:
+    """A link to an executed notebook; docs: the way from the document to the project's root; short: by its number."""
+    file = quote(f"{docs}executed/{profile}/{notebook}.ipynb")
+    return Markdown(f"[{notebook[:2] if short else notebook}]({file})")
 
 
 def _table_or_not_run(rows: Sequence[Mapping[str, Any]]) -> Markdown:

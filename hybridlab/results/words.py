@@ -53,8 +53,13 @@ FORMATS: dict[Unit, tuple[float, str, str]] = {
 
 def quantities_in_words(quantities: Sequence[Quantity], among: Sequence[Quantity] = ()) -> str:
     """A claim's quantities with units, the bounds of an interval behind its value; among: all of the claim's."""
-    names = NAMES | (OF_GROWN if any(q.name == "cost_in_full_steps" for q in among or quantities) else {})
-    return "; ".join(f"{names.get(q.name, q.name.replace('_', ' '))} {in_words(q)}" for q in quantities)
+    grown = any(q.name == "cost_in_full_steps" for q in among or quantities)
+    return "; ".join(f"{name_in_words(q, grown=grown)} {in_words(q)}" for q in quantities)
+
+
+def name_in_words(q: Quantity, *, grown: bool = False) -> str:
+    """What a quantity is called; grown: of an arm that predicted depth."""
+    return (NAMES | (OF_GROWN if grown else {})).get(q.name, q.name.replace("_", " "))
 
 
 def bound_in_words(q: Quantity) -> str | None:
