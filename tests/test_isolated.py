@@ -1,6 +1,6 @@
 """A run in a process of its own: the same run, and the same answers when it goes wrong.
 
-Every test but the first starts a process, which takes as long as importing torch does.
+A fresh process takes as long as importing torch does, so most tests fork theirs.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class BrokenTaskConfig(TextTaskConfig):
         raise ZeroDivisionError("no such model")
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_bug_comes_back_with_the_traceback_of_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)^ZeroDivisionError: no such model\n.*Traceback .*in build"):
         train_isolated(replace(CONFIG, task=BrokenTaskConfig()), tmp_path)
@@ -83,6 +84,7 @@ def test_a_run_of_its_own_is_the_run_that_it_would_have_been_here(tmp_path: Path
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_user_s_error_comes_back_as_itself(tmp_path: Path) -> None:
     train(CONFIG, tmp_path)
     other = replace(CONFIG, seed=1)
@@ -93,6 +95,7 @@ def test_a_user_s_error_comes_back_as_itself(tmp_path: Path) -> None:
     assert (type(there.value), str(there.value)) == (type(here.value), str(here.value))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_killed_process_is_named_with_its_signal_and_its_run_can_go_on(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         train_isolated(CONFIG, tmp_path, at_step(7, lambda: os.kill(child(), signal.SIGKILL)))
@@ -103,6 +106,7 @@ def test_a_killed_process_is_named_with_its_signal_and_its_run_can_go_on(tmp_pat
     assert train(CONFIG, tmp_path, resume=True).summary is not None
 
 
+@pytest.mark.usefixtures("forked")
 def test_ctrl_c_stops_the_process_and_keeps_its_record(tmp_path: Path) -> None:
     def ctrl_c() -> None:
         """As a terminal sends it: to the whole group."""

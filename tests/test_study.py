@@ -139,7 +139,8 @@ def test_runs_under_other_settings_lie_apart_and_each_resumes_its_own(tmp_path: 
 DIVERGES = replace(SHORT, name="diverges", steps=24, evaluate_every=12, optimizer=OptimizerConfig(lr=1e3))
 
 
-@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])  # starts processes
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("isolated", [False, True])
 def test_an_arm_that_diverges_is_recorded_as_that_and_named_and_the_others_go_on(
     tmp_path: Path, isolated: bool
 ) -> None:
