@@ -517,12 +517,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     """Few blocks first, at a length at which depth does not pay yet; the shallow control beside it."""
     task = TextTaskConfig("micro", "markov", vocab_size=64, block_size=16, batch_size=4, validation_batches=4)
     plain = HybridTrainerConfig.plain(clip_norm=1.0)
-    base = RunConfig("baseline", task, 100, OptimizerConfig(lr=3e-3), Schedule("wsd", 10, 100), plain, device="cpu")
+    base = RunConfig("baseline", task, 40, OptimizerConfig(lr=3e-3), Schedule("wsd", 10, 40), plain, device="cpu")
     arms = {
         "grown": replace(plain, depth=DepthSchedule.shares(((0.0, 1), (0.6, 6)))),
         "shallow": replace(plain, depth=DepthSchedule.constant(1)),
     }
-    study = Study(replace(base, cpu_threads=1, evaluate_every=100), arms, seeds=3, control_fractions=(0.75, 1.25))
+    study = Study(replace(base, cpu_threads=1, evaluate_every=40), arms, seeds=3, control_fractions=(0.75, 1.25))
     return study.run(tmp_path_factory.mktemp("depth"))
 
 
@@ -530,7 +530,7 @@ def test_a_grown_arm_is_held_against_a_plain_run_of_as_much_computation(study: S
     grown = compare(study, "grown")
     for seed in study.seeds:
         steps = study.gradient_steps(study.control_of("grown", seed), seed)
-        assert steps == round(study.cost("grown", seed)) < 100
+        assert steps == round(study.cost("grown", seed)) < 40
     assert grown.grown
     assert grown.tested == 1
     assert "grown to full depth" in grown.sentence
@@ -562,10 +562,10 @@ def test_the_sweep_shows_each_arm_beside_the_plain_run_and_the_shallow_control(s
     assert isinstance(chart, Chart)
     drawn = {series.name: series.y for series in chart.series}
     assert drawn["shallow"] == pytest.approx([compare(study, "shallow").to_baseline.mean])
-    claim = shallow_claim(study, "grown", "shallow", "100 steps")
-    assert claim.id == "grown-100-steps-depth-pays"
+    claim = shallow_claim(study, "grown", "shallow", "40 steps")
+    assert claim.id == "grown-40-steps-depth-pays"
     assert claim.verdict == "open"
-    assert "100 of 200 steps" in claim.text
+    assert "40 of 200 steps" in claim.text
 
 
 def test_a_grown_arm_and_its_shallow_control_are_made_and_judged_together(study: StudyResult) -> None:
@@ -607,7 +607,7 @@ def test_a_ratio_of_times_is_named_for_the_results(study: StudyResult) -> None:
 
 def test_a_run_records_its_depth(study: StudyResult) -> None:
     table = study.runs["grown", 0].steps
-    assert table["depth"].tolist() == [1] * 60 + [6] * 40
+    assert table["depth"].tolist() == [1] * 24 + [6] * 16
     assert study.runs["baseline", 0].steps["depth"].isna().all()
     assert study.runs["grown", 0].config["hybrid"]["depth"]["rule"] == "interleave"
 

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from hybridlab.memory.config import (
 )
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
 from hybridlab.optim import OptimizerConfig
-from hybridlab.planner import GpuOverhead, TrainingSpec, dry_run, nearest_fit, plan, plan_training
+from hybridlab.planner import GpuOverhead, TrainingSpec, dry_run, nearest_fit, plan, plan_training, suggest
 from hybridlab.planner.architectures import causal_lm
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED, find_gpu, nearest_gpu, step_time_ms
@@ -42,6 +42,20 @@ from hybridlab.planner.trace import LiveBytes, Trace
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 from hybridlab.weights.residency import Residency
+
+planned_once = cache(plan_training)
+
+
+@pytest.fixture(autouse=True)
+def _tests_share_their_plans(monkeypatch):
+    """A GPT-2's training is planned once, however many tests ask for it."""
+
+    def planned(spec):
+        return (planned_once if spec.is_gpt2 else plan_training)(spec)
+
+    for module in (sys.modules["hybridlab.planner.plan"], suggest):
+        monkeypatch.setattr(module, "plan_training", planned)
+
 
 # --- golden numbers: allocated GB at the peak, batch 8 x 512, without cuBLAS's workspace -----------------
 #
@@ -349,8 +363,8 @@ def test_options_are_ordered_by_estimated_time_and_hold_what_saves_memory(all_op
 
 
 def test_a_large_batch_accumulates_before_it_computes_twice():
-    large = GPT2Config(vocab_size=4096, block_size=256, n_layer=2, n_head=8, n_embd=512)
-    found = options(TrainingSpec(large, (128, 256)), GPUS["rtx5080"])
+    large = GPT2Config(vocab_size=512, block_size=1024, n_layer=2, n_head=8, n_embd=1024)
+    found = options(TrainingSpec(large, (8, 1024)), GPUS["rtx5080"])
     first = {name: i for i, option in reversed(list(enumerate(found))) for name in option.features}
     assert first["2 micro batches"] < first["checkpointing of every block"]
 
@@ -758,6 +772,7 @@ def test_equal_blocks_are_compiled_once_and_stand_for_others(monkeypatch):
     deep = replace(WIDE_LOGITS, n_layer=8)
     few = plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True)
     monkeypatch.setattr(dry_run, "runs_alike", lambda *_: False)
+    planned_once.cache_clear()
     assert plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True) == few
 
 
