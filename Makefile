@@ -16,6 +16,8 @@ DEPTH := 10_predicted_depth
 ALL := $(patsubst params/$(PROFILE)/%.yaml,%,$(sort $(wildcard params/$(PROFILE)/[0-9]*.yaml)))
 # The report reads what the others found, and runs after them.
 MILESTONES := $(filter-out 09_report,$(ALL))
+# The benchmark that notebook 08 shows beside its ladder, where its parameters name one: it runs first.
+OTHERS := $(shell sed -n 's/^others: *"*\([^"]*\)"*$$/\1/p' params/$(PROFILE)/08_speed_ladder.yaml 2>/dev/null)
 # Its committed copy is that of the profile cpu; beside copies of your own lies one of its own.
 REPORT_OUT := $(if $(filter executed/$(PROFILE),$(OUT)),executed/cpu,$(OUT))
 
@@ -43,13 +45,22 @@ lab: .venv/run ## JupyterLab, on the latest executed copy in runs/
 	@latest=$$(ls -t runs/*.ipynb runs/*/*.ipynb 2>/dev/null | grep -v '\.failed\.ipynb$$' | head -n 1); \
 	$(BIN)/jupyter lab --LabApp.default_url="/lab/tree/$${latest:-notebooks/$(FIRST).ipynb}" $(LAB_FLAGS)
 
-milestones: .venv/run $(MILESTONES:%=milestone/%) ## all notebooks of a profile as a batch: PROFILE=cpu, cpu_long or rtx5080; OUT=folder RESUME=--resume
-	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): PROFILE is cpu, cpu_long or rtx5080"; exit 2; }
-	$(HYBRIDLAB) run notebooks/09_report.ipynb -f params/cpu/09_report.yaml -o $(REPORT_OUT)/09_report.ipynb
-	$(HYBRIDLAB) report
+# One that fails is named at the end, and the others run all the same; Ctrl-C ends all.
+define milestone
+start=$$(date +%s); code=0; \
+$(HYBRIDLAB) run notebooks/$(1).ipynb -f params/$(PROFILE)/$(1).yaml -o $(OUT)/$(1).ipynb $(RESUME) || code=$$?; \
+[ $$code -ne 130 ] || exit 130; [ $$code -eq 0 ] || failed="$$failed $(1)"; \
+times="$$times$$(printf '%7d s  %s' $$(( $$(date +%s) - start )) $(1))\n";
+endef
 
-milestone/%: .venv/run
-	$(HYBRIDLAB) run notebooks/$*.ipynb -f params/$(PROFILE)/$*.yaml -o $(OUT)/$*.ipynb $(RESUME)
+milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder of params, OUT=folder RESUME=--resume
+	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): take one of $(notdir $(wildcard params/*))"; exit 2; }
+	@test -z "$(OTHERS)" || test -e "$(OTHERS)" || $(BIN)/python -m hybridlab.benchmarks.against_others --out "$(OTHERS)" \
+	  || echo "notebook 08 goes without it"
+	@failed=; times=; $(foreach notebook,$(MILESTONES),$(call milestone,$(notebook))) \
+	$(HYBRIDLAB) run notebooks/09_report.ipynb -f params/cpu/09_report.yaml -o $(REPORT_OUT)/09_report.ipynb && \
+	$(HYBRIDLAB) report || failed="$$failed 09_report"; printf "$$times"; \
+	test -z "$$failed" || { echo "failed:$$failed; the same command with RESUME=--resume goes on"; exit 1; }
 
 # A stamp file for each set of packages: a second call finds it and installs nothing.
 .venv/python:

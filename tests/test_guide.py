@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -148,3 +149,29 @@ def test_milestones_go_where_they_are_told_to_and_go_on_if_asked() -> None:
     assert len(runs) == plan.count(" run notebooks/")
     assert all(name == copy for name, copy, _ in runs)
     assert {resume for name, _, resume in runs if name != "09_report"} == {"--resume"}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_milestones_go_on_after_a_notebook_that_fails_and_say_how_long_each_took(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "params" / "toy").mkdir(parents=True)
+    for notebook in ("01_fails", "02_runs"):
+        (tmp_path / "params" / "toy" / f"{notebook}.yaml").touch()
+    program = tmp_path / "hybridlab"
+    program.write_text('#!/bin/sh\necho "$@"\ncase "$2" in *fails*) exit $CODE;; esac\n')
+    program.chmod(0o755)
+
+    def milestones(code: str) -> tuple[int, list[str]]:
+        command = ["make", "-s", "-o", ".venv/run", "milestones", "PROFILE=toy", "HYBRIDLAB=./hybridlab"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"CODE": code})
+        return done.returncode, done.stdout.splitlines()
+
+    code, lines = milestones("1")
+    assert code == 2, "make's own for a recipe that failed"
+    assert [line.split()[1] for line in lines if line.startswith("run")] == [
+        f"notebooks/{name}.ipynb" for name in ("01_fails", "02_runs", "09_report")
+    ]
+    assert [line.split()[1:] for line in lines[-3:-1]] == [["s", "01_fails"], ["s", "02_runs"]]
+    assert lines[-1] == "failed: 01_fails; the same command with RESUME=--resume goes on"
+    assert milestones("0")[0] == 0
+    assert len(milestones("130")[1]) == 1, "who stops one stops all"
