@@ -10,20 +10,24 @@ import multiprocessing
 import os
 import pickle
 import signal
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from hybridlab.base.errors import UserError
+from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.optim import Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, train
-from hybridlab.study.isolated import train_isolated
+from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
 from hybridlab.study.record import Run
-from hybridlab.study.study import run_arms
+from hybridlab.study.study import Study, run_arms
 from hybridlab.study.tasks import Task
 from tests.conftest import TINY_TEXT
 
@@ -82,6 +86,48 @@ def test_a_run_of_its_own_is_the_run_that_it_would_have_been_here(tmp_path: Path
     assert there.config == here.config
     assert told == [("alone, seed 0", 12)] * 12
     assert multiprocessing.active_children() == []
+
+
+def test_side_by_side_the_runs_of_a_study_are_those_of_one_after_the_other(tmp_path: Path) -> None:
+    settings = {"warmup_steps": 2, "full_steps": 4, "max_predict_steps": 2, "gate": False, "confidence_threshold": 0.0}
+    jumping = HybridTrainerConfig(predictor="linear", **settings)
+    study = Study(CONFIG, {"jumping": jumping}, seeds=1, control_fractions=())
+    here, told, known = study.run(tmp_path / "here"), Counter[str](), list[str]()
+    there = study.run(
+        tmp_path / "there",
+        lambda label, total: told.update([label]),
+        at_once=2,
+        on_run=lambda run: known.append(run.config["name"]),
+    )
+    assert list(there.runs) == list(here.runs) == [("baseline", 0), ("jumping", 0), ("control of jumping", 0)]
+    assert sorted(known) == ["baseline", "control of jumping", "jumping"]
+    columns = ["nominal_step", "phase", "measured_loss", "predicted_loss", "validation_loss"]
+    for key, run in here.runs.items():
+        pd.testing.assert_frame_equal(there.runs[key].steps[columns], run.steps[columns])
+        assert there.runs[key].folder.name == run.folder.name
+    assert told["baseline, seed 0"] == told["jumping, seed 0"] == 12
+    assert multiprocessing.active_children() == []
+
+
+def test_what_ends_one_of_several_ends_all_and_leaves_their_records(tmp_path: Path) -> None:
+    broken = replace(CONFIG, name="broken", task=BrokenTaskConfig(**TINY_TEXT))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        run_arms([LONG, broken], tmp_path, at_once=2)
+    assert multiprocessing.active_children() == []
+
+
+def test_each_of_several_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    runs = [(replace(CONFIG, device="auto"), tmp_path)]
+    with pytest.raises(UserError, match=r"^at_once is 3, and torch sees 2 GPUs: each run that trains takes one$"):
+        next(train_side_by_side(runs, 3))
+    with pytest.raises(UserError, match=r"^at_once is 0: at least one run trains at a time$"):
+        next(train_side_by_side(runs, 0))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _visible_gpus(2)[1] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert _visible_gpus(2)[1] == "6"
 
 
 @pytest.mark.usefixtures("forked")

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 from hybridlab.base.checkpoint import has_checkpoint, remove_checkpoint
@@ -196,12 +197,18 @@ _STOPPED: dict[str, object] = {}
 """What a person stopped, by notebook: running the same again goes on with it."""
 
 
-def run_study(study: Study, notebook: str, *, resume: bool = False) -> StudyResult:
+def run_study(study: Study, notebook: str, *, resume: bool = False, at_once: int = 1) -> StudyResult:
     """Train every arm of a study and its controls; records go to `runs/<notebook>`.
 
     resume: as in `Study.run`: go on with the runs that an earlier start left
+    at_once: as in `Study.run`: runs that train at the same time, on GPUs of their own; a bar alone shows their progress
     """
     arms = [(name, seed) for name in study.arms() for seed in range(study.seeds)]
+    if at_once != 1:
+        with _in_processes(study.base.steps, study, arms, notebook) as (bar, stopped):
+            return study.run(
+                runs_folder(notebook), bar.step, resume=resume or stopped, at_once=at_once, on_run=bar.note_run
+            )
     with _watching(study.base.steps, study, arms, notebook) as (on_step, watch, on_run, stopped):
         return study.run(runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
 
@@ -221,25 +228,22 @@ def find_rates(
 
 
 def run_configs(
-    configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False, resume: bool = False
+    configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False, resume: bool = False, at_once: int = 1
 ) -> StudyResult:
     """Train some runs in order; records go to `runs/<notebook>`.
 
     isolated: each in a process of its own, so that its memory is measured by itself; a bar alone
         shows its progress, without gauges or buttons: interrupt the kernel to stop. Running the same again then keeps
         the runs that have finished, and goes on with the one under way from its last checkpoint, if it writes any
-    resume: as in `Study.run`: go on with the runs that an earlier start left
+    resume, at_once: as in `run_study`
     """
     total, arms = sum(config.steps for config in configs), [(config.name, config.seed) for config in configs]
     if not configs:
         return StudyResult()
-    if isolated:
-        progress = LiveBar(total, "training", arms) if shows_panel() else Progress(total, "training")
-        with _remembering(tuple(configs), notebook) as stopped, progress as bar:
-            goes_on = resume or stopped
-            return run_arms(
-                configs, runs_folder(notebook), bar.step, resume=goes_on, isolated=True, on_run=bar.note_run
-            )
+    if isolated or at_once != 1:
+        with _in_processes(total, tuple(configs), arms, notebook) as (bar, stopped):
+            how: dict[str, Any] = {"resume": resume or stopped, "isolated": True, "at_once": at_once}
+            return run_arms(configs, runs_folder(notebook), bar.step, on_run=bar.note_run, **how)
     with _watching(total, tuple(configs), arms, notebook) as (on_step, watch, on_run, stopped):
         return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
 
@@ -247,6 +251,16 @@ def run_configs(
 def runs_folder(notebook: str) -> Path:
     """Where a notebook's runs are recorded."""
     return project_root() / "runs" / notebook
+
+
+@contextmanager
+def _in_processes(
+    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
+) -> Generator[tuple[Progress, bool]]:
+    """A bar for runs in processes of their own, and whether the same was stopped before and is to be resumed."""
+    progress = LiveBar(total, "training", arms) if shows_panel() else Progress(total, "training")
+    with _remembering(what, notebook) as stopped, progress as bar:
+        yield bar, stopped
 
 
 @contextmanager

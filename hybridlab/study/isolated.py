@@ -1,4 +1,4 @@
-"""One run in a process of its own, so that its memory is its own too."""
+"""Runs in processes of their own, so that their memory is their own too, one by one or several at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
+
+from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
@@ -38,23 +41,90 @@ def train_isolated(
     Raises what the run raised, where that was a UserError; UserError that names the signal where the process was
     killed; RuntimeError with the other side's traceback for all else.
     """
-    spawn = multiprocessing.get_context("spawn")  # never fork: CUDA does not survive it
-    ours, theirs = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_train, args=(theirs, config, folder, resume), name=f"train {config.name}")
-    child.start()
-    theirs.close()
+    run = IsolatedRun(config, folder, resume=resume)
     try:
-        while (message := _next(ours)) == STEP:
+        while run.has_stepped():
             on_step()
-        child.join()
+        return run.ended()
     finally:
-        _stop(child)
-        ours.close()
-    if isinstance(message, Exception):
-        raise message
-    if message != DONE:
-        raise UserError(_death(child.exitcode or 0, config, folder))
-    return Run.load(folder)
+        _stop([run])
+
+
+def train_side_by_side(
+    runs: Sequence[tuple[RunConfig, Path]],
+    at_once: int,
+    on_step: Callable[[RunConfig], None] = lambda config: None,
+    *,
+    resume: bool = False,
+) -> Generator[tuple[RunConfig, Callable[[], Run]]]:
+    """Train several runs at the same time, each as `train_isolated` does, and give each one that has ended.
+
+    runs: each with its folder, in the order in which they start; at_once: how many train at the same time, each on a
+        GPU of its own
+    on_step: called with the run after each of its steps
+
+    What is given with a run returns its record, or raises as `train_isolated` does. However the iteration ends, no
+    process goes on.
+
+    Raises UserError for more at once than there are GPUs, where these are what they train on.
+    """
+    _refuse_more_than_gpus(at_once, [config for config, _ in runs])
+    waiting, free, running = deque(runs), deque(range(at_once)), dict[Any, IsolatedRun]()
+    try:
+        while waiting or running:
+            while waiting and free:
+                run = IsolatedRun(*waiting.popleft(), resume=resume, gpu=free.popleft())
+                running[run.pipe] = run
+            for pipe in wait(list(running)):
+                if running[pipe].has_stepped():
+                    on_step(running[pipe].config)
+                    continue
+                run = running.pop(pipe)
+                free.append(run.gpu or 0)
+                yield run.config, run.ended
+    finally:
+        _stop(list(running.values()))
+
+
+def _refuse_more_than_gpus(at_once: int, configs: Iterable[RunConfig]) -> None:
+    if at_once < 1:
+        raise UserError(f"at_once is {at_once}: at least one run trains at a time")
+    there = torch.cuda.device_count()
+    if at_once > there and any(find_device(config.device).type == "cuda" for config in configs):
+        raise UserError(f"at_once is {at_once}, and torch sees {there} GPUs: each run that trains takes one")
+
+
+class IsolatedRun:
+    """A run that trains in a process of its own.
+
+    config, folder, resume: as in `train`
+    gpu: which of those that this process sees it alone may use; None leaves it all
+    pipe: can be read where there is news of it
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, *, resume: bool, gpu: int | None = None) -> None:
+        self.config, self.folder, self.gpu = config, folder, gpu
+        spawn = multiprocessing.get_context("spawn")  # never fork: CUDA does not survive it
+        self.pipe, theirs = spawn.Pipe(duplex=False)
+        given = (theirs, config, folder, resume, gpu)
+        self.process = spawn.Process(target=_train, args=given, name=f"train {config.name}")
+        self.process.start()
+        theirs.close()
+
+    def has_stepped(self) -> bool:
+        """Wait for the next news, and say whether it is a step; else the run has ended."""
+        self._news = _next(self.pipe)
+        return self._news == STEP
+
+    def ended(self) -> Run:
+        """The record of the run that has ended; raises what `train_isolated` does."""
+        self.process.join()
+        self.pipe.close()
+        if isinstance(self._news, Exception):
+            raise self._news
+        if self._news != DONE:
+            raise UserError(_death(self.process.exitcode or 0, self.config, self.folder))
+        return Run.load(self.folder)
 
 
 def _next(pipe: Connection) -> object:
@@ -65,14 +135,18 @@ def _next(pipe: Connection) -> object:
         return None
 
 
-def _stop(child: BaseProcess) -> None:
+def _stop(runs: Sequence[IsolatedRun]) -> None:
     """Ask, wait, insist; a second Ctrl-C cuts the waiting short."""
     try:
-        child.terminate()
-        child.join(GRACE_SECONDS)
+        for run in runs:
+            run.process.terminate()
+        for run in runs:
+            run.process.join(GRACE_SECONDS)
     finally:
-        child.kill()
-        child.join()
+        for run in runs:
+            run.process.kill()
+            run.process.join()
+            run.pipe.close()
 
 
 def _death(exit_code: int, config: RunConfig, folder: Path) -> str:
@@ -87,8 +161,10 @@ def _death(exit_code: int, config: RunConfig, folder: Path) -> str:
 # --- in the other process ----------------------------------------------------------------------------------
 
 
-def _train(pipe: Connection, config: RunConfig, folder: Path, resume: bool) -> None:
+def _train(pipe: Connection, config: RunConfig, folder: Path, resume: bool, gpu: int | None) -> None:
     """Train, tell of each step, and send what went wrong instead of printing it."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpus(gpu + 1)[gpu]  # before CUDA starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone answers it
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -100,6 +176,12 @@ def _train(pipe: Connection, config: RunConfig, folder: Path, resume: bool) -> N
         pipe.send(error)
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}"))
+
+
+def _visible_gpus(count: int) -> list[str]:
+    """The names of those that this process may use, of `count` at least."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(count)]
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -61,6 +61,7 @@ def bracket_rates(
     resume: bool = False,
     watch: Watch | None = None,
     isolated: bool = False,
+    at_once: int = 1,
     steps_before: int = 0,
 ) -> dict[str, RateTrials]:
     """Train each run at half, once and twice its rate, and further while the best of any is at an edge; by name.
@@ -77,7 +78,8 @@ def bracket_rates(
         raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
     trials = {config.name: RateTrials() for config in configs}
     powers, wanted, done = [-1, 0, 1], [-1, 0, 1], steps_before
-    train = partial(run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated)
+    how: dict[str, Any] = {"resume": resume, "watch": watch, "isolated": isolated, "at_once": at_once}
+    train = partial(run_arms, folder=folder, on_step=on_step, **how)
     while wanted:
         tried = {(config.name, power): _at(config, FACTOR**power) for power in wanted for config in configs}
         result = train(list(tried.values()), steps_before=done)

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.config import RunConfig
-from hybridlab.study.isolated import train_isolated
+from hybridlab.study.isolated import train_isolated, train_side_by_side
 from hybridlab.study.record import Run
 from hybridlab.study.run import Watch, train
 
@@ -76,6 +76,7 @@ class Study:
         resume: bool = False,
         watch: Watch | None = None,
         isolated: bool = False,
+        at_once: int = 1,
         on_run: OnRun = ignore,
     ) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
@@ -89,6 +90,8 @@ class Study:
             everything by default
         watch: called after every step that is taken, with the run and what the step did
         isolated: train each run in a process of its own; `watch` is then refused
+        at_once: runs that train at the same time, each in a process of its own and on a GPU of its own; the records
+            are those of one after the other. The controls follow when all that they depend on has run
         on_run: called with every run that has finished
 
         A run under other settings lies in another folder, which is left alone.
@@ -98,7 +101,14 @@ class Study:
         Raises UserError where another process trains the same study.
         """
         trained = partial(
-            run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated, on_run=on_run
+            run_arms,
+            folder=folder,
+            on_step=on_step,
+            resume=resume,
+            watch=watch,
+            isolated=isolated,
+            at_once=at_once,
+            on_run=on_run,
         )
         planned = list(self.planned())
         with _locked(folder, "study", planned):
@@ -237,30 +247,36 @@ def run_arms(
     resume: bool = False,
     watch: Watch | None = None,
     isolated: bool = False,
+    at_once: int = 1,
     on_run: OnRun = ignore,
 ) -> StudyResult:
     """Train each configuration, one folder per run under `folder`.
 
-    steps_before: were done before and count in the total; resume, watch, on_run: as in `Study.run`
+    steps_before: were done before and count in the total; resume, watch, at_once, on_run: as in `Study.run`
     steps_after: of runs that may follow, by what has run so far; they count in the total too
     isolated: each run in a process of its own, so that its memory is too
 
     Raises UserError where another process trains the same, and ValueError for `watch` with `isolated`: a run cannot be
     watched from another process.
     """
-    if isolated and watch:
+    if watch and (isolated or at_once > 1):
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
+    result, places = StudyResult(), [(config, folder / folder_name(config)) for config in configs]
+    total = steps_before + _steps(configs) + steps_after(result)
+
+    def step(config: RunConfig) -> None:
+        on_step(label(config.name, config.seed), total)
+
     how = train_isolated if isolated else partial(train, watch=watch)
-    result = StudyResult()
-    with _locked(folder, "runs", configs):
-        for config in configs:
-            total = steps_before + _steps(configs) + steps_after(result)
-            step = partial(on_step, label(config.name, config.seed), total)
-            place = folder / folder_name(config)
-            run = _trained_or_diverged(partial(how, config, place, step, resume=resume), place)
+    in_order = ((run, partial(how, run, place, partial(step, run), resume=resume)) for run, place in places)
+    ending = in_order if at_once == 1 else train_side_by_side(places, at_once, step, resume=resume)
+    with _locked(folder, "runs", configs), closing(ending):
+        for config, train_it in ending:
+            run = _trained_or_diverged(train_it, folder / folder_name(config))
             result.runs[config.name, config.seed] = run
+            total = steps_before + _steps(configs) + steps_after(result)
             on_run(run)
-    return result
+    return StudyResult({key: result.runs[key] for config in configs if (key := (config.name, config.seed))})
 
 
 def _trained_or_diverged(train: Callable[[], Run], folder: Path) -> Run:
