@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from nbclient import NotebookClient
 
 from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.optim import Schedule
+from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
 from hybridlab.study.record import Run
@@ -88,6 +89,7 @@ def test_a_run_of_its_own_is_the_run_that_it_would_have_been_here(tmp_path: Path
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_side_by_side_the_runs_of_a_study_are_those_of_one_after_the_other(tmp_path: Path) -> None:
     settings = {"warmup_steps": 2, "full_steps": 4, "max_predict_steps": 2, "gate": False, "confidence_threshold": 0.0}
     jumping = HybridTrainerConfig(predictor="linear", **settings)
@@ -109,6 +111,7 @@ def test_side_by_side_the_runs_of_a_study_are_those_of_one_after_the_other(tmp_p
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_ends_one_of_several_ends_all_and_leaves_their_records(tmp_path: Path) -> None:
     broken = replace(CONFIG, name="broken", task=BrokenTaskConfig(**TINY_TEXT))
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -128,6 +131,26 @@ def test_each_of_several_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, t
     assert _visible_gpus(2)[1] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert _visible_gpus(2)[1] == "6"
+
+
+@pytest.mark.slow  # two jobs start, each in two processes
+def test_as_jobs_the_runs_are_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    diverging = replace(CONFIG, name="diverging", optimizer=OptimizerConfig("sgd", lr=1000))
+    here = train(CONFIG, tmp_path / "here")
+    with pytest.warns(UserWarning, match="'diverging', seed 0 diverged"):
+        there = run_arms([CONFIG, diverging], tmp_path / "there", cluster={"cluster": "local", "timeout_min": 5})
+    assert there.runs["alone", 0].steps["measured_loss"].tolist() == here.steps["measured_loss"].tolist()
+    assert there.runs["diverging", 0].diverged
+
+
+def test_what_submitit_does_not_take_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(UserError, match=r"cluster: submitit does not take .*'hours': 3"):
+        run_arms([CONFIG], tmp_path, cluster={"cluster": "local", "hours": 3})
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"^a cluster needs submitit: pip install 'hybridlab\[cluster\]'$"):
+        run_arms([CONFIG], tmp_path, cluster={"cluster": "local"})
 
 
 @pytest.mark.usefixtures("forked")

@@ -78,8 +78,9 @@ def bracket_rates(
         raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
     trials = {config.name: RateTrials() for config in configs}
     powers, wanted, done = [-1, 0, 1], [-1, 0, 1], steps_before
-    how: dict[str, Any] = {"resume": resume, "watch": watch, "isolated": isolated, "at_once": at_once}
-    train = partial(run_arms, folder=folder, on_step=on_step, **how)
+    train = partial(
+        run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated, at_once=at_once
+    )
     while wanted:
         tried = {(config.name, power): _at(config, FACTOR**power) for power in wanted for config in configs}
         result = train(list(tried.values()), steps_before=done)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,6 +20,7 @@ from hybridlab.base.lock import locked
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.trainer import DivergenceError
+from hybridlab.study.cluster import train_as_jobs
 from hybridlab.study.config import RunConfig
 from hybridlab.study.isolated import train_isolated, train_side_by_side
 from hybridlab.study.record import Run
@@ -77,6 +79,7 @@ class Study:
         watch: Watch | None = None,
         isolated: bool = False,
         at_once: int = 1,
+        cluster: Mapping[str, Any] | None = None,
         on_run: OnRun = ignore,
     ) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
@@ -92,6 +95,7 @@ class Study:
         isolated: train each run in a process of its own; `watch` is then refused
         at_once: runs that train at the same time, each in a process of its own and on a GPU of its own; the records
             are those of one after the other. The controls follow when all that they depend on has run
+        cluster: each run is a job of a cluster, by submitit with these settings, as `train_as_jobs` takes them
         on_run: called with every run that has finished
 
         A run under other settings lies in another folder, which is left alone.
@@ -108,6 +112,7 @@ class Study:
             watch=watch,
             isolated=isolated,
             at_once=at_once,
+            cluster=cluster,
             on_run=on_run,
         )
         planned = list(self.planned())
@@ -248,18 +253,19 @@ def run_arms(
     watch: Watch | None = None,
     isolated: bool = False,
     at_once: int = 1,
+    cluster: Mapping[str, Any] | None = None,
     on_run: OnRun = ignore,
 ) -> StudyResult:
     """Train each configuration, one folder per run under `folder`.
 
-    steps_before: were done before and count in the total; resume, watch, at_once, on_run: as in `Study.run`
+    steps_before: were done before and count in the total; resume, watch, at_once, cluster, on_run: as in `Study.run`
     steps_after: of runs that may follow, by what has run so far; they count in the total too
     isolated: each run in a process of its own, so that its memory is too
 
     Raises UserError where another process trains the same, and ValueError for `watch` with `isolated`: a run cannot be
     watched from another process.
     """
-    if watch and (isolated or at_once > 1):
+    if watch and (isolated or cluster or at_once > 1):
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
     result, places = StudyResult(), [(config, folder / folder_name(config)) for config in configs]
     total = steps_before + _steps(configs) + steps_after(result)
@@ -270,6 +276,8 @@ def run_arms(
     how = train_isolated if isolated else partial(train, watch=watch)
     in_order = ((run, partial(how, run, place, partial(step, run), resume=resume)) for run, place in places)
     ending = in_order if at_once == 1 else train_side_by_side(places, at_once, step, resume=resume)
+    if cluster:
+        ending = train_as_jobs(places, cluster, step, resume=resume)
     with _locked(folder, "runs", configs), closing(ending):
         for config, train_it in ending:
             run = _trained_or_diverged(train_it, folder / folder_name(config))
