@@ -16,12 +16,12 @@ from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.memory.config import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optim import OptimizerConfig, build_optimizer
+from hybridlab.optim import OptimizerConfig, build_optimizer, muon
 from hybridlab.speed import CudaGraphs, compilation, compile_
 from hybridlab.speed.cuda_graphs import _buffers_kept
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study import config as run_config
-from hybridlab.study.training import sped_up
+from hybridlab.study.training import Training, sped_up
 from tests.conftest import TINY_TEXT
 
 TOKENS = torch.randint(0, 500, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -60,6 +60,29 @@ def test_blocks_compile_once_however_many_there_are(compiled: CompileCounter) ->
         loss_of(model)
         counts.append(compiled.frame_count - before)
     assert counts[0] == counts[1] == 3, "the embedding, a block and the loss"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_nothing_is_compiled_once_a_run_has_begun(
+    optimizer: str, precision: str, compiled: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its compilation would count as time of steps: those of Muon, of a schedule's rates and of more blocks too."""
+    monkeypatch.setattr(muon, "_is_compiled_for", lambda p: True)
+    muon._update.cache_clear()
+    hybrid = HybridTrainerConfig.plain(clip_norm=1.0, depth=DepthSchedule(((0, 1), (3, 2))))
+    rates = OptimizerConfig.tuned(optimizer)
+    config = RunConfig(
+        "ready", TextTaskConfig(**TINY_TEXT), 6, rates, hybrid=hybrid, precision=precision, compiled=True, device="cpu"
+    )
+    training = Training(config, torch.device("cpu"))
+    training.warm_up_()
+    before = compiled.frame_count
+    for step in range(6):
+        training.step(step)
+    training.evaluate()
+    muon._update.cache_clear()
+    assert compiled.frame_count == before > 3
 
 
 @pytest.mark.parametrize("by_block", [True, False])

@@ -100,9 +100,9 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def warm_up_(self, groups: list[dict[str, Any]]) -> None:
-        """Compile, on a GPU, what a step of these groups will need, on zeros; nothing is trained."""
+        """Compile what a step of these groups will need, on zeros, where steps are compiled; nothing is trained."""
         for group in groups:
-            for params in stacks([p for p in group["params"] if p.requires_grad and p.is_cuda]):
+            for params in stacks([p for p in group["params"] if p.requires_grad and _is_compiled_for(p)]):
                 weights, gradients = ([torch.zeros_like(p) for p in params] for _ in range(2))  # what is compiled for
                 self._step_together_(
                     weights, gradients, [self.new_buffer(p) for p in params], group
@@ -129,7 +129,7 @@ class Muon(Optimizer):
     ) -> None:
         like = weights[0]
         settings = (_scalar(group[name], like) for name in SETTINGS)
-        update = _update(compiled=like.is_cuda and _can_compile(like.device.type))
+        update = _update(compiled=_is_compiled_for(like))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
             update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]])
 
@@ -227,6 +227,10 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(like.device)
     return torch.full((), value, device=like.device)
+
+
+def _is_compiled_for(p: Tensor) -> bool:
+    return p.is_cuda and _can_compile(p.device.type)
 
 
 @lru_cache

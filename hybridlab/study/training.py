@@ -80,21 +80,26 @@ class Training:
 
     def warm_up_(self) -> None:
         """Compile forward, backward, the forward without gradients and Muon, at each depth; nothing is trained."""
-        loss = self._losses(0, self._model)[0]
-        precision = autocast(self._config.training_precision, self._device)
-        with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), precision:
-            with torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer):
+            with torch.compiler.set_stance("force_eager"), autocast(self._config.training_precision, self._device):
                 self.trainer.weigh_blocks_(self._losses(0, self.task.model)[0])
             for _ in self.trainer.stages_():
-                for _ in range(WARM_UP_PASSES):
-                    self.task.model.zero_grad(set_to_none=True)
-                    loss().backward()  # type: ignore[no-untyped-call]
-                with torch.no_grad():
-                    loss()
-                self.evaluate()
+                self._warm_up_passes()
                 if isinstance(self._method, MuonWithAdamW) and not self._config.memory.step_in_backward:
                     self._method.warm_up_()
         self.task.model.zero_grad(set_to_none=True)
+
+    def _warm_up_passes(self) -> None:
+        def loss() -> Tensor:
+            with autocast(self._config.training_precision, self._device):
+                return self._losses(0, self._model)[0]()
+
+        for _ in range(WARM_UP_PASSES):
+            self.task.model.zero_grad(set_to_none=True)
+            loss().backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            loss()
+        self.evaluate()
 
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""
