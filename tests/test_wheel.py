@@ -71,6 +71,6 @@ def test_every_command_works_in_a_stranger_s_project_and_writes_where_it_is_star
     assert "It fits a GPU of 16 GB" in plan
     assert '"sha256"' in data
     assert [part[0] for part in (ran, runs, report, plan, data, end)] == ["2", "0", "0", "0", "0", "0"]
-    assert "commit unknown" in (here / "docs" / "VALIDATION_RESULTS.md").read_text()
+    assert "| unknown |" in (here / "docs" / "VALIDATION_RESULTS.md").read_text()
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == theirs
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"deeper"}

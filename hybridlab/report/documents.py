@@ -17,7 +17,7 @@ from hybridlab.report.evidence import Evidence
 from hybridlab.report.gpu_guide import gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
-from hybridlab.report.validation import criterion_verdict, devices, validation_document
+from hybridlab.report.validation import claims_document, criterion_verdict, devices, validation_document
 from hybridlab.report.words import notebook_link, render
 from hybridlab.results.words import quantity_interval
 from hybridlab.study.base import LEAST
@@ -72,6 +72,7 @@ def report_files(root: Path) -> dict[Path, str | Chart]:
     texts = {
         **_with_section(root / "README.md", readme_section(evidence)),
         docs / "VALIDATION_RESULTS.md": validation_document(evidence, titles),
+        docs / "CLAIMS.md": claims_document(evidence),
         docs / "RTX_5080_GUIDE.md": gpu_guide(evidence, titles),
     }
     return texts | {docs / "images" / name: chart for name, chart in charts.items()}

@@ -1,15 +1,14 @@
-"""docs/VALIDATION_RESULTS.md: every criterion of the plan, and every claim that was published."""
+"""docs/VALIDATION_RESULTS.md: every criterion of the plan with its numbers; docs/CLAIMS.md: all that was published."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
-from hybridlab.planner.plan import PARTS
 from hybridlab.report.copies import copies, copies_at_a_glance, repeats
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
 from hybridlab.report.estimates import ESTIMATES
@@ -19,6 +18,9 @@ from hybridlab.report.words import Markdown, escaped, known_columns, notebook_li
 from hybridlab.results.words import amount, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import SIGNIFICANCE
+
+MOST = 4
+"""Findings of one notebook and outcome that are listed one by one below a criterion."""
 
 EMULATED = " (emulated)"
 """Beside a verdict that rests on a larger GPU standing for one of 16 GB."""
@@ -53,15 +55,17 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         well_told=WELL_TOLD,
         quality=[_claim(claim, "arm", claim.about, claim.verdict) for claim in evidence.claims(kind="quality")],
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
-        parts=[_parts(notebook, row) for notebook, row in memory],
         estimates=[estimate.cells(evidence) for estimate in ESTIMATES] if memory else [],
         copies=copies(evidence),
         copies_at_a_glance=copies_at_a_glance(evidence),
         repeats=repeats(evidence),
-        claims=[
-            (profile, evidence.label(profile), list(_notebooks(evidence, profile))) for profile in evidence.entries
-        ],
     )
+
+
+def claims_document(evidence: Evidence) -> str:
+    """Every claim of every profile."""
+    profiles = [(p, evidence.label(p), list(_notebooks(evidence, p))) for p in evidence.entries]
+    return render("CLAIMS.md", claims=profiles)
 
 
 def predicted_share(claim: Published) -> str | None:
@@ -129,15 +133,16 @@ def _criteria(title: str, evidence: Evidence) -> Iterator[Cells]:
             yield whole | _numbers(findings[0])
         else:
             yield whole | {"numbers": "", "notebook": ""}
-            yield from _rows(findings, in_short=title in OVERALL)
+            yield from _rows(findings, most=1 if title in OVERALL else MOST)
 
 
-def _rows(findings: Iterable[Finding], *, in_short: bool) -> Iterator[Cells]:
-    """A row per finding; in short, one per notebook and outcome, without the numbers of several."""
+def _rows(findings: Sequence[Finding], most: int) -> Iterator[Cells]:
+    """A row per finding; of more than so many alike in notebook and outcome one for all, without their numbers."""
     groups: dict[Any, list[Finding]] = {}
+    counts = Counter(map(_alike, findings))
     for number, finding in enumerate(findings):
-        alike = (finding.notebook, finding.outcome, finding.emulated, finding.otherwise) if in_short else number
-        groups.setdefault(alike, []).append(finding)
+        alike = _alike(finding)
+        groups.setdefault(alike if counts[alike] > most else number, []).append(finding)
     mixed = len({finding.notebook for group in groups.values() for finding in group}) > 1
     for group in groups.values():
         first, about = group[0], ", ".join(finding.about for finding in group)
@@ -145,7 +150,11 @@ def _rows(findings: Iterable[Finding], *, in_short: bool) -> Iterator[Cells]:
         yield {
             "criterion": ("by other means: " if first.otherwise else topic) + about,
             "verdict": first.outcome + (EMULATED if first.emulated else ""),
-        } | _numbers(first if len(group) == 1 else replace(first, words=""))
+        } | _numbers(first if len(group) == 1 else replace(first, words=f"of {len(group)} arms"))
+
+
+def _alike(finding: Finding) -> Any:
+    return finding.notebook, finding.outcome, finding.emulated, finding.otherwise
 
 
 def _model_and_topic(notebook: str) -> str:
@@ -227,8 +236,6 @@ def _memory(notebook: str, row: MemoryRow) -> Cells:
         "measured": amount(measured, "bytes"),
         "predicted over measured": f"{predicted / measured:.3f}" if predicted and measured else None,
         "peak VRAM": amount(row["peak_memory_bytes"], "bytes"),
-        **step_time(row),
-        "loss against the control": loss_change(row),
         "notebook": notebook_link(notebook, short=True),
     }
 
@@ -242,13 +249,6 @@ def step_time(row: MemoryRow) -> Cells:
 def loss_change(row: MemoryRow) -> str | None:
     """What a row of the table "memory" lost against the control."""
     return interval(row.get("loss_change"), row.get("loss_change_low"), row.get("loss_change_high"))
-
-
-def _parts(notebook: str, row: MemoryRow) -> Cells:
-    parts = row.get("parts", {})
-    return {"model": row["model"], "arm": arm_in_words(row["arm"], notebook)} | {
-        part: amount(parts.get(part), "bytes") for part in PARTS
-    }
 
 
 def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cells]]]:
