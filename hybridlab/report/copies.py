@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from hybridlab.report.evidence import MAIN, Entry, Evidence, Published, device_of
 from hybridlab.report.words import notebook_link
 from hybridlab.results.claims import Quantity
-from hybridlab.results.words import in_words, name_in_words
+from hybridlab.results.words import amount, in_words, name_in_words
 from hybridlab.study.code_version import code_hashes
 
 Cells = dict[str, Any]
@@ -58,33 +57,39 @@ def _state(entry: Entry, kind: str) -> str:
 
 def repeats(evidence: Evidence) -> list[Cells]:
     """A row per figure that decides a claim and was measured more than once: every value, and from where to where."""
-    return [
+    rows = [
         row
         for profile, entries in evidence.entries.items()
         for claim in evidence.claims(profile=profile)
-        for row in _repeated(claim, entries[claim.notebook])
+        if (row := _repeated(claim, entries[claim.notebook]))
     ]
+    return list({(row["notebook"], row["measured"]): row for row in reversed(rows)}.values())[::-1]
 
 
-def _repeated(claim: Published, entry: Entry) -> Iterator[Cells]:
+def _repeated(claim: Published, entry: Entry) -> Cells | None:
+    """Nothing where it was measured once."""
     q = claim.deciding
     if q is None or q.value is None:
-        return
+        return None
     measured = [(repeat["figures"].get(f"{claim.id}.{q.name}"), repeat) for repeat in entry.get("repeats", ())]
     earlier = [(Quantity(q.name, **figure, unit=q.unit), repeat) for figure, repeat in measured if figure]
     values = [(q, entry), *((one, repeat) for one, repeat in earlier if one.value is not None)]
-    if len(values) == 1:
-        return
     least, most = (end(values, key=lambda it: it[0].value or 0.0)[0].value for end in (min, max))
-    yield {
-        "claim": f"{claim.about}: {name_in_words(q)}",
-        "notebook": notebook_link(claim.notebook, claim.profile, short=True),
-        "measured": "; ".join(f"{in_words(one)} ({_origin(where)})" for one, where in values),
-        "times": len(values),
-        "from": in_words(Quantity(q.name, least, unit=q.unit)),
-        "to": in_words(Quantity(q.name, most, unit=q.unit)),
-    }
+    return (
+        {
+            "claim": f"{claim.about}: {name_in_words(q)}",
+            "notebook": notebook_link(claim.notebook, claim.profile, short=True),
+            "measured": "; ".join(f"{in_words(one)} ({_origin(where, entry)})" for one, where in values),
+            "times": len(values),
+            "from": amount(least, q.unit),
+            "to": amount(most, q.unit),
+        }
+        if earlier
+        else None
+    )
 
 
-def _origin(measured: Entry) -> str:
-    return f"{measured.get('git_commit', 'unknown')}, {device_of(measured)}"
+def _origin(measured: Entry, entry: Entry) -> str:
+    """The commit; and the device, where it is another one than the entry's."""
+    commit, device = measured.get("git_commit", "unknown"), device_of(measured)
+    return commit if device == device_of(entry) and measured is not entry else f"{commit}, {device}"
