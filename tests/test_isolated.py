@@ -123,7 +123,7 @@ def test_each_of_several_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     runs = [(replace(CONFIG, device="auto"), tmp_path)]
-    with pytest.raises(UserError, match=r"^at_once is 3, and torch sees 2 GPUs: each run that trains takes one$"):
+    with pytest.raises(UserError, match=r"^at_once is 3, and torch sees 2 GPUs: each process takes one$"):
         next(train_side_by_side(runs, 3))
     with pytest.raises(UserError, match=r"^at_once is 0: at least one run trains at a time$"):
         next(train_side_by_side(runs, 0))

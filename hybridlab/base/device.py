@@ -32,6 +32,15 @@ def find_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", number) if number else torch.device("cuda")
 
 
+def refuse_more_than_gpus(setting: str, count: int, device: str) -> None:
+    """Raise UserError where a setting asks for more processes, each with a GPU of its own, than torch sees GPUs.
+
+    device: as in `find_device`; any number of processes may share the CPU
+    """
+    if find_device(device).type == "cuda" and count > (there := torch.cuda.device_count()):
+        raise UserError(f"{setting} is {count}, and torch sees {there} GPUs: each process takes one")
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's as the system gives it."""
     if device.type == "cuda":

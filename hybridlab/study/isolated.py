@@ -7,14 +7,13 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from hybridlab.base.device import find_device
+from hybridlab.base.device import refuse_more_than_gpus
 from hybridlab.base.errors import UserError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
@@ -41,7 +40,11 @@ def train_isolated(
     Raises what the run raised, where that was a UserError; UserError that names the signal where the process was
     killed; RuntimeError with the other side's traceback for all else.
     """
-    run = IsolatedRun(config, folder, resume=resume)
+    return watched_to_its_end(IsolatedRun(config, folder, partial(_alone, config, folder, resume)), on_step)
+
+
+def watched_to_its_end(run: IsolatedRun, on_step: Callable[[], None]) -> Run:
+    """Call `on_step` after each step; the record, or what `train_isolated` raises. No process goes on."""
     try:
         while run.has_stepped():
             on_step()
@@ -68,12 +71,16 @@ def train_side_by_side(
 
     Raises UserError for more at once than there are GPUs, where these are what they train on.
     """
-    _refuse_more_than_gpus(at_once, [config for config, _ in runs])
+    if at_once < 1:
+        raise UserError(f"at_once is {at_once}: at least one run trains at a time")
+    for config, _ in runs:
+        refuse_more_than_gpus("at_once", at_once, config.device)
     waiting, free, running = deque(runs), deque(range(at_once)), dict[Any, IsolatedRun]()
     try:
         while waiting or running:
             while waiting and free:
-                run = IsolatedRun(*waiting.popleft(), resume=resume, gpu=free.popleft())
+                config, folder = waiting.popleft()
+                run = IsolatedRun(config, folder, partial(_alone, config, folder, resume), gpu=free.popleft())
                 running[run.pipe] = run
             for pipe in wait(list(running)):
                 if running[pipe].has_stepped():
@@ -86,34 +93,36 @@ def train_side_by_side(
         _stop(list(running.values()))
 
 
-def _refuse_more_than_gpus(at_once: int, configs: Iterable[RunConfig]) -> None:
-    if at_once < 1:
-        raise UserError(f"at_once is {at_once}: at least one run trains at a time")
-    there = torch.cuda.device_count()
-    if at_once > there and any(find_device(config.device).type == "cuda" for config in configs):
-        raise UserError(f"at_once is {at_once}, and torch sees {there} GPUs: each run that trains takes one")
-
-
 class IsolatedRun:
     """A run that trains in a process of its own.
 
-    config, folder, resume: as in `train`
+    config, folder: as in `train`; act: trains it there, and sends STEP into the pipe that it is given after each step
+    on_news: called with what else is sent
     gpu: which of those that this process sees it alone may use; None leaves it all
     pipe: can be read where there is news of it
     """
 
-    def __init__(self, config: RunConfig, folder: Path, *, resume: bool, gpu: int | None = None) -> None:
-        self.config, self.folder, self.gpu = config, folder, gpu
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        act: Callable[[Connection], None],
+        on_news: Callable[[Any], None] = lambda news: None,
+        gpu: int | None = None,
+    ) -> None:
+        self.config, self.folder, self.gpu, self._on_news = config, folder, gpu, on_news
         spawn = multiprocessing.get_context("spawn")  # never fork: CUDA does not survive it
         self.pipe, theirs = spawn.Pipe(duplex=False)
-        given = (theirs, config, folder, resume, gpu)
-        self.process = spawn.Process(target=_train, args=given, name=f"train {config.name}")
+        self.process = spawn.Process(target=_train, args=(theirs, act, gpu), name=f"train {config.name}")
         self.process.start()
         theirs.close()
 
     def has_stepped(self) -> bool:
         """Wait for the next news, and say whether it is a step; else the run has ended."""
         self._news = _next(self.pipe)
+        while not isinstance(self._news, str | Exception | None):
+            self._on_news(self._news)
+            self._news = _next(self.pipe)
         return self._news == STEP
 
     def ended(self) -> Run:
@@ -161,14 +170,17 @@ def _death(exit_code: int, config: RunConfig, folder: Path) -> str:
 # --- in the other process ----------------------------------------------------------------------------------
 
 
-def _train(pipe: Connection, config: RunConfig, folder: Path, resume: bool, gpu: int | None) -> None:
+def _alone(config: RunConfig, folder: Path, resume: bool, pipe: Connection) -> None:
+    train(config, folder, lambda: pipe.send(STEP), resume=resume)
+
+
+def _train(pipe: Connection, act: Callable[[Connection], None], gpu: int | None) -> None:
     """Train, tell of each step, and send what went wrong instead of printing it."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpus(gpu + 1)[gpu]  # before CUDA starts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone answers it
-    signal.signal(signal.SIGTERM, _interrupt)
+    answer_the_parent_alone()
     try:
-        train(config, folder, lambda: pipe.send(STEP), resume=resume)
+        act(pipe)
         pipe.send(DONE)
     except (KeyboardInterrupt, BrokenPipeError):
         _die_of(signal.SIGTERM)
@@ -182,6 +194,12 @@ def _visible_gpus(count: int) -> list[str]:
     """The names of those that this process may use, of `count` at least."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(number) for number in range(count)]
+
+
+def answer_the_parent_alone() -> None:
+    """Ctrl-C reaches the whole group, and the parent answers it: what it then sends is an interrupt here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:
