@@ -66,6 +66,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the training runs that an interrupted start left in runs/.")
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Processes that train its run together, each on a GPU."),
+    ] = None,
 ) -> None:
     """Run a notebook whole, and keep a clean executed copy.
 
@@ -81,7 +85,7 @@ def run(
 
     output = output or Path(os.path.relpath(project_root() / "runs" / f"{notebook.stem}.ipynb"))
     settings, console = [_pair(text) for text in parameter or []], Console()
-    for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume):
+    for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume, nproc=nproc):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
     look = "make lab" if marked_root() == shipped() else f"jupyter lab {shlex.quote(str(output))}"

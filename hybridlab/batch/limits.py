@@ -74,6 +74,7 @@ LIMITS = {
     "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
     "muon_lr": _bounds(above=0, most=1000),
     "noise_seeds": SIZE,
+    "nproc": SIZE,
     "overhead_rounds": SIZE,
     "panel_rounds": SIZE,
     "panel_turn_steps": SIZE,

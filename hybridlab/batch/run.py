@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from hybridlab.batch.executed import (
     unfinished,
     write_or_rescue,
 )
-from hybridlab.batch.given import checked_values, from_options, value_on_command_line, values_in_file
+from hybridlab.batch.given import Given, checked_values, from_options, value_on_command_line, values_in_file
 from hybridlab.batch.limits import check_limits
 from hybridlab.panel.progress import watched
 from hybridlab.results.parameters import asked, parameters_sha256
@@ -32,6 +32,7 @@ from hybridlab.results.parameters import asked, parameters_sha256
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+NPROC = "nproc"
 WORK, PROGRESS = "work.ipynb", "progress.json"
 GO_ON = "the same command with --resume goes on with its training runs"
 REFUSALS = ("UserError", "ValueError", "TypeError")
@@ -77,6 +78,7 @@ def run_notebook(
     console: Console | None = None,
     *,
     resume: bool = False,
+    nproc: int | None = None,
 ) -> list[str]:
     """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
 
@@ -87,13 +89,14 @@ def run_notebook(
     settings: (name, text) pairs, which win over the files, and over `output` for `results`
     console: where progress is shown; standard output by default
     resume: go on with the training runs that an interrupted start left: the notebook's parameter `resume`
+    nproc: processes that train its run together, each on a GPU: the notebook's parameter `nproc`
 
     Returns the closing sentences that the notebook published.
 
     Raises UserError where something is refused, before anything is run or written; RunFailed where the notebook
     stopped before its end, and where its copy had to be kept elsewhere; RunInterrupted where somebody stopped it.
     """
-    job = prepared(notebook, output, files, settings, resume=resume)
+    job = prepared(notebook, output, files, settings, resume=resume, nproc=nproc)
     from hybridlab.results.publish import environment, git_commit  # torch, which a refusal need not wait for
 
     commit = git_commit()
@@ -119,6 +122,7 @@ def prepared(
     settings: Sequence[tuple[str, str]] = (),
     *,
     resume: bool = False,
+    nproc: int | None = None,
 ) -> Job:
     """Check everything that can be checked before a run; arguments as for `run_notebook`.
 
@@ -129,9 +133,11 @@ def prepared(
     given = [item for file in files for item in values_in_file(find_source(file, PARAMS))]
     given += from_options(output, resume, declared, root)
     given += [value_on_command_line(name, text, declared) for name, text in settings]
+    given += _processes(nproc, declared, notebook.name)
     overrides = checked_values(given, declared, notebook.name)
     parameters = defaults(declared) | overrides
     check_limits(parameters, defaults(declared), {item.name: item.place for item in given})
+    _refuse_more_than_gpus(parameters)
     _check_name(notebook, output)
     folder = parameters.get("results")
     results = root / folder / "results.json" if isinstance(folder, str) else None
@@ -141,6 +147,23 @@ def prepared(
 
         load_results(results)  # a damaged one would refuse what was found, hours later
     return Job(notebook, output, overrides, asked(parameters), results, root, "resume" in declared)
+
+
+def _processes(nproc: int | None, declared: Mapping[str, Any], name: str) -> list[Given]:
+    """Set the parameter `nproc`. Raises UserError for a notebook without it."""
+    if nproc is None:
+        return []
+    if NPROC not in declared:
+        raise UserError(f"--nproc: {name} starts no run of several processes: it has no parameter {NPROC}")
+    return [Given(NPROC, nproc, str(nproc), "after --nproc")]
+
+
+def _refuse_more_than_gpus(parameters: Mapping[str, Any]) -> None:
+    """Only where several are asked for, since torch has to be imported to count them."""
+    if (count := parameters.get(NPROC, 1)) > 1:
+        from hybridlab.base.device import refuse_more_than_gpus
+
+        refuse_more_than_gpus(NPROC, count, parameters.get("device", "auto"))
 
 
 def _check_name(notebook: Path, output: Path) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
     from hybridlab.benchmarks.step_overhead import step_overhead
     from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
-    from hybridlab.notebook.session import Session, find_rates, run_configs, run_study
+    from hybridlab.notebook.session import Session, find_rates, run_configs, run_on_ranks, run_study
     from hybridlab.notebook.views.answer import (
         answer_place,
         claims_in_sentences,

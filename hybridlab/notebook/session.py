@@ -22,6 +22,8 @@ from hybridlab.panel.live import Live, LiveBar, interrupts
 from hybridlab.panel.progress import Progress, in_jupyterlab, shows_panel
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
+from hybridlab.study.launched import train_on_ranks
+from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.rates import RateTrials, bracket_study
 from hybridlab.study.record import Run
 from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
@@ -246,6 +248,25 @@ def run_configs(
             return run_arms(configs, runs_folder(notebook), bar.step, on_run=bar.note_run, **how)
     with _watching(total, tuple(configs), arms, notebook) as (on_step, watch, on_run, stopped):
         return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
+
+
+def run_on_ranks(
+    config: RunConfig, notebook: str, nproc: int, *, ranks: RanksConfig | None = None, resume: bool = False
+) -> Run:
+    """Train one run in several processes, each on a GPU of its own, as torchrun does; its record is as any other's.
+
+    nproc: how many, on this host; ranks: how they share the model; resume: as in `run_study`
+
+    The bar shows one loss and a gauge for each GPU. Ctrl-C, or an interrupt of the kernel, stops all of them; running
+    the same again goes on from the last checkpoint. Raises what `train_on_ranks` does.
+    """
+    folder, which = runs_folder(notebook) / folder_name(config), label(config.name, config.seed)
+    with _in_processes(config.steps, config, [(config.name, config.seed)], notebook) as (bar, stopped):
+
+        def step() -> None:
+            bar.step(which + bar.of_ranks, config.steps)
+
+        return train_on_ranks(config, folder, nproc, ranks, step, bar.note_rank, resume=resume or stopped)
 
 
 def runs_folder(notebook: str) -> Path:

@@ -181,6 +181,17 @@ def bar_html(
     )
 
 
+def ranks_html(memories: Mapping[int, Memory]) -> str:
+    """A gauge for the memory of each of several ranks; nothing without them."""
+    gauges = "".join(
+        f"<div class='hl-name'>{'GPU' if memory.on_gpu else 'Process'} {rank}: {memory.used_bytes / 1e9:.2f} of "
+        f"{memory.total_bytes / 1e9:.1f} GB, peak {memory.peak_bytes / 1e9:.2f}</div>"
+        f"{_bar(memory.used_bytes, memory.total_bytes)}"
+        for rank, memory in memories.items()
+    )
+    return f"<div class='hl'>{gauges}</div>" if gauges else ""
+
+
 @cache
 def style_html() -> str:
     """The style of panels and bars, which a page needs once."""

@@ -18,8 +18,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.phases import Phase
 from hybridlab.panel.controls import Controls, control_row, switch_off
-from hybridlab.panel.html import Points, bar_html, panel_html, style_html
-from hybridlab.panel.instruments import Instruments
+from hybridlab.panel.html import Points, bar_html, panel_html, ranks_html, style_html
+from hybridlab.panel.instruments import Instruments, memory_of
 from hybridlab.panel.progress import INSTALL, Progress, seconds_left
 from hybridlab.panel.reload import answering_new_pages
 from hybridlab.panel.timeline import timeline_of
@@ -197,7 +197,9 @@ class LiveBar(Progress):
     def show(self, status: str) -> None:
         """Bring the bar up to date."""
         left = self._times()["seconds_left"]
-        self._bar.value = bar_html(self.label, self.done, self.total, status, left, self._finals.arms)
+        bar = bar_html(self.label, self.done, self.total, status, left, self._finals.arms)
+        gauges = {rank: memory_of(vars(news.memory), news.peak_bytes) for rank, news in sorted(self._ranks.items())}
+        self._bar.value = bar + ranks_html(gauges)
 
 
 def show(widget: widgets.Widget) -> None:

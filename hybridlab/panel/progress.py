@@ -24,6 +24,7 @@ from hybridlab.base.front_end import PROGRESS_FILE as PROGRESS_FILE
 from hybridlab.base.front_end import in_jupyterlab as in_jupyterlab
 
 if TYPE_CHECKING:
+    from hybridlab.study.launched import RankNews
     from hybridlab.study.record import Run
 
 SHOW_EVERY_SECONDS = 0.25
@@ -52,6 +53,7 @@ class Progress:
         if total < 1:
             raise ValueError(f"total is {total}: progress needs at least 1 step to count")
         self.total, self.label, self.done = total, label, 0
+        self._ranks: dict[int, RankNews] = {}
         self._file = os.environ.get(PROGRESS_FILE)
         hidden = (
             self.draws_itself if in_jupyterlab() else bool(self._file) or None
@@ -86,6 +88,18 @@ class Progress:
     def note_run(self, run: Run) -> None:
         """A bar shows no final losses."""
 
+    def note_rank(self, news: RankNews) -> None:
+        """Keep how one of several processes stands that train the run."""
+        self._ranks[news.rank] = news
+
+    @property
+    def of_ranks(self) -> str:
+        """Their loss, and the memory of each, in words; empty without ranks."""
+        loss = next((news.loss for news in self._ranks.values() if news.loss is not None), None)
+        known = sorted(self._ranks.items())
+        memory = [f"{_place(news)} {rank} {news.memory.used_bytes / 1e9:.2f} GB" for rank, news in known]
+        return ", ".join(["", *([] if loss is None else [f"loss {loss:.4f}"]), *memory])
+
     def between_steps(self, run: object) -> None:
         """Nothing is asked between two steps, since there are no buttons."""
 
@@ -100,6 +114,10 @@ class Progress:
     def _times(self) -> dict[str, float | None]:
         seconds = time.monotonic() - self._started
         return {"seconds": seconds, "seconds_left": seconds_left(self.done, self.total, seconds)}
+
+
+def _place(news: RankNews) -> str:
+    return "process" if news.memory.source == "process" else "GPU"
 
 
 def seconds_left(done: int, total: int, seconds: float) -> float | None:

@@ -25,6 +25,8 @@ from hybridlab.study.watched_run import WatchedRun
 from hybridlab.vram import MemoryReading
 
 NEWS_EVERY_SECONDS = 0.5
+LOST_SECONDS = 3.0
+"""For which a rank that misses another one waits, so that the launcher sees that one first, and ends all."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,13 @@ def _as_rank(config: RunConfig, folder: Path, resume: bool, ranks: RanksConfig, 
         pipe.send(error)
         os._exit(1)  # threads that wait for a rank that is gone would not let it end
     except Exception as error:
-        if not is_of_lost_rank(error):
-            pipe.send(RuntimeError(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}"))
-        os._exit(1)
+        try:
+            if is_of_lost_rank(error):
+                time.sleep(LOST_SECONDS)
+            else:
+                pipe.send(RuntimeError(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}"))
+        finally:
+            os._exit(1)
 
 
 class _Teller:
