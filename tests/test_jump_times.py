@@ -99,7 +99,7 @@ def test_the_way_there_and_back_is_held_against_a_gradient_step(
     assert (claim.id, claim.verdict) == ("all-away-transition", verdict)
     median = sorted(beyond_ms)[len(beyond_ms) // 2]
     assert claim.quantities[:3] == (
-        Quantity("beyond", median, *ends, unit="ms", bound=GRADIENT_MS),
+        Quantity("beyond", median, *ends, "ms", beyond_ms, GRADIENT_MS),
         Quantity("jumps", len(beyond_ms)),
         Quantity("limit", GRADIENT_MS, unit="ms"),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ def test_a_baseline_must_learn_and_be_tuned_and_beat_vanilla() -> None:
 def costing(low: float, high: float) -> StepOverhead:
     """A trainer whose path takes between these shares of a step, and all else nothing."""
     recording = Ratio((low + high) / 2, low, high)
-    null = Ratio(*(1 + part for part in astuple(recording)))
+    null = Ratio(**{name: 1 + end for name, end in recording.ends.items()})
     return StepOverhead(Ratio(1.0, 1.0, 1.0), null, recording, bare_step_ms=1.0)
 
 

@@ -136,7 +136,7 @@ class Ladder:
 
     def _vanilla_rung(self, plain: StudyResult) -> Rung:
         steps, seconds = self.vanilla.steps, [_seconds(plain, self.vanilla.name, seed) for seed in range(self.seeds)]
-        exact, one = (StepValue(value, value, value, self.seeds) for value in (float(steps), 1.0))
+        exact, one = (StepValue(q, q, q, self.seeds, (q,) * self.seeds) for q in (float(steps), 1.0))
         step_seconds = sum(seconds) / len(seconds) / steps
         return Rung(self.vanilla, plain, exact, one, step_seconds, lengths=(steps,), seeds=self.seeds)
 

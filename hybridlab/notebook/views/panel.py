@@ -42,7 +42,7 @@ def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
 def _claim(name: str, cost: PanelCost) -> Claim:
     panel, control = cost.panel_over_none, cost.none_over_none
     quantities = (
-        Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio", bound=BOUND),
+        Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio", panel.rounds, BOUND),
         Quantity("none_over_none", control.median, control.low, control.high, "time ratio", control.rounds),
         Quantity("panel_itself_over_none", _itself_over_none(cost), unit="time ratio"),
         Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
