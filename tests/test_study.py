@@ -372,7 +372,8 @@ def test_loops_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.
     seconds = turns.seconds_in_turns(loops, torch.device("cpu"), rounds=3)
     assert turns_taken == "abbabaabab"
     assert seconds == {"a": [6.0, 7.0, 9.0], "b": [10.0, 16.0, 20.0]}
-    assert turns.Ratio.of(seconds["b"], seconds["a"]) == turns.Ratio(20 / 9, -math.inf, math.inf, (10 / 6, 16 / 7, 20 / 9))
+    rounds = (10 / 6, 16 / 7, 20 / 9)
+    assert turns.Ratio.of(seconds["b"], seconds["a"]) == turns.Ratio(20 / 9, -math.inf, math.inf, rounds)
 
 
 def test_short_turns_in_mirrored_order_put_a_drift_on_all_loops_alike(monkeypatch: pytest.MonkeyPatch) -> None:
