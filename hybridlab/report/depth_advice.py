@@ -13,12 +13,12 @@ from hybridlab.results.words import in_words, quantity_interval
 from hybridlab.study.base import LEAST
 
 ADVICE = {
-    ("holds", "holds"): "grow it: that beats as much computation, and the depth pays",
-    ("holds", "fails"): "train the shallow model: growing beats as much computation, and depth does not pay yet",
-    ("holds", "open"): "grow it, or train the shallow model: these runs do not tell them apart",
+    ("holds", "holds"): "grow it",
+    ("holds", "fails"): "train the shallow model: depth does not pay yet",
+    ("holds", "open"): "grow it, or train the shallow model: open which",
     ("fails", "holds"): "train all blocks from the start",
     ("fails", "fails"): "train the shallow model",
-    ("fails", "open"): "train all blocks from the start, or the shallow model: these runs do not tell them apart",
+    ("fails", "open"): "train all blocks from the start, or the shallow model: open which",
 }
 """By the verdicts on growing and on depth; with any other, the runs cannot tell."""
 
@@ -53,7 +53,7 @@ def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Ce
         "depth pays": depth.verdict,
         "computation to its loss": ratios["compute_to_loss"] or "open",
         "time to its loss": ratios["time_to_loss"] or "open",
-        "what to run": ADVICE.get((pays.verdict, depth.verdict), "open: these runs cannot tell"),
+        "what to run": ADVICE.get((pays.verdict, depth.verdict), "open"),
         "notebook": notebook_link(pays.notebook, pays.profile, short=True),
         "profile": pays.profile,
     }
