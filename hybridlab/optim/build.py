@@ -45,7 +45,7 @@ class OptimizerConfig:
     coefficients: of muon's Newton-Schulz iteration, "torch" or "polar_express"
     average_decay: above 0, the mean of the weights is trained beside them, and evaluated in their place
         (`hybridlab.optim.averaging`): what it keeps of itself at each step; average_share: its share where gradients
-        are taken. A mean over more steps than a tenth of the run lags behind
+        are taken. It is a momentum of its own: take the method's, betas[0] or `momentum`, near 0 with it
 
     Raises TypeError and ValueError for a setting that makes no optimizer; the message says what would.
     """
