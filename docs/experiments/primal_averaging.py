@@ -86,7 +86,7 @@ def table(steps: int, trials: dict[str, RateTrials], losses: dict[str, list[floa
 def trained(steps: int) -> dict[str, Any]:
     """All arms at this length."""
     folder, arms = Path("runs/primal_averaging"), [config(steps, name) for name in ARMS[steps]]
-    trials = bracket_rates(arms, folder, most=4, resume=True)
+    trials = bracket_rates(arms, folder, most=5, resume=True)
     best = {arm.name: at_best(arm, trials[arm.name]) for arm in arms}
     result: StudyResult = run_arms([run for runs in best.values() for run in runs], folder, resume=True)
     losses = {arm: [result.value("validation_loss", run.name, run.seed) for run in runs] for arm, runs in best.items()}
