@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m hybridlab.train -f FILE.yaml [--resume]
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -21,13 +22,15 @@ from hybridlab.base.files import project_root
 from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
 from hybridlab.base.settings import check_types, settings_from
 from hybridlab.batch.given import settings_in_file
-from hybridlab.batch.terminal import signals_as_interrupts
+from hybridlab.batch.terminal import SIGNALS, signals_as_interrupts
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.watched_run import WatchedRun
 
 TASKS = {"text": TextTaskConfig, "images": ImageTaskConfig, "huggingface": HuggingFaceTaskConfig}
+
+GO_ON = "see what it said; --resume goes on"
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -116,24 +119,32 @@ app.command()(_program)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; what ends it is told in one line, by one rank. Exit codes are those of `hybridlab`."""
-    try:
-        with signals_as_interrupts():
+    with signals_as_interrupts():
+        try:
             app(sys.argv[1:] if arguments is None else arguments, prog_name="python -m hybridlab.train")
-    except SystemExit as end:
-        return _told("stopped", EXIT_INTERRUPTED) if end.code == EXIT_INTERRUPTED else int(end.code or 0)
-    except KeyboardInterrupt:
-        return _told("stopped", EXIT_INTERRUPTED)
-    except (UserError, ValueError) as error:
-        return _told(error, EXIT_REFUSED)
-    except Exception as error:
-        if is_of_lost_rank(error):
-            return _told("another rank has ended, and the run with it: see what it said; --resume goes on", EXIT_FAILED)
-        traceback.print_exc()
-        return _told(f"{type(error).__name__}: {first_line(error)}", EXIT_FAILED)
+        except SystemExit as end:
+            return _told(_stopped(), EXIT_INTERRUPTED) if end.code == EXIT_INTERRUPTED else int(end.code or 0)
+        except KeyboardInterrupt:
+            return _told(_stopped(), EXIT_INTERRUPTED)
+        except (UserError, ValueError) as error:
+            return _told(error, EXIT_REFUSED)
+        except Exception as error:
+            if is_of_lost_rank(error):
+                return _told(f"another rank has ended, and the run with it: {GO_ON}", EXIT_FAILED)
+            traceback.print_exc()
+            return _told(f"{type(error).__name__}: {first_line(error)}", EXIT_FAILED)
     return 0
 
 
+def _stopped() -> str:
+    """What a signal has done: torchrun sends one to all ranks where one has ended, which they may not know yet."""
+    return f"stopped, as every rank is where one has ended: {GO_ON}" if running() > 1 else "stopped"
+
+
 def _told(message: object, code: int) -> int:
+    """Say why the run ends; a signal that comes now leaves it at that."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if is_first_to_tell():
         place = f" rank {rank()}:" if running() > 1 else ""
         print(f"hybridlab.train:{place} {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)

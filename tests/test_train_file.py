@@ -102,12 +102,13 @@ def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("hybridlab")]
-    lost = "another rank has ended, and the run with it: see what it said; --resume goes on"
-    assert said[0] == f"hybridlab.train: rank 0: {lost}"
+    # torchrun stops all ranks a tenth of a second after one has ended: a rank may learn of that first
+    why = "another rank has ended, and the run with it", "stopped, as every rank is where one has ended"
+    assert said[0] in [f"hybridlab.train: rank 0: {reason}: see what it said; --resume goes on" for reason in why]
     assert Run.load(tmp_path / "run").summary is None
     with pytest.warns(UserWarning, match="2 ranks wrote the checkpoint and 1 go on: random streams"):
         assert main(["-f", file, "--resume"]) == 0
