@@ -24,9 +24,15 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+LONGEST = ("test_nbval", "test_ranks")
+"""Files of slow tests that begin before the other slow ones."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests run last, whole notebooks first among them: what ends the run is short, and no worker waits for it."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "test_nbval" not in item.nodeid))
+    """Slow tests run last, the longest first among them: what ends the run is short, and no worker waits for it."""
+    items.sort(
+        key=lambda item: (item.get_closest_marker("slow") is not None, not any(name in item.nodeid for name in LONGEST))
+    )
 
 
 EAGER = HybridTrainerConfig(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,11 @@ def refuse_other(first: Mapping[str, Any], name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrap", "name"), TRAININGS)
-def test_two_ranks_train_as_one_process_does(on_two: Path, wrap: str, name: str) -> None:
-    refuse_differences(on_two, 2, wrap, name)
+def test_two_ranks_train_as_one_process_does(on_two: Path, subtests: pytest.Subtests) -> None:
+    """One test, so that no two workers train all of them."""
+    for wrap, name in TRAININGS:
+        with subtests.test(wrap=wrap, name=name):
+            refuse_differences(on_two, 2, wrap, name)
 
 
 @pytest.mark.slow
@@ -120,12 +123,11 @@ def test_one_rank_with_shards_trains_as_one_process_does(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resumed", "resumed in a jump"])
-def test_from_a_checkpoint_as_many_ranks_go_on_to_the_bit(on_two: Path, name: str) -> None:
+def test_from_a_checkpoint_as_many_ranks_go_on_to_the_bit(on_two: Path) -> None:
     """The second one was written beside the training."""
-    for rank in range(2):
+    for name, rank in product(("resumed", "resumed in a jump"), range(2)):
         without, resumed = (torch.load(on_two / f"sharded, {which}, {rank}.pt") for which in ("linear", name))
-        assert are_equal(without["weights"], resumed["weights"])
+        assert are_equal(without["weights"], resumed["weights"]), (name, rank)
 
 
 @pytest.mark.slow

@@ -100,17 +100,20 @@ def test_the_executed_report_has_read_these_results() -> None:
     assert own["results_sha256"] == Evidence.read(ROOT).sha256()
 
 
-@pytest.mark.parametrize("profile", ["rtx5080", "cpu", "cpu_long"])
-def test_a_changed_number_is_seen(copy: Path, profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_number_of_any_profile_is_seen(copy: Path) -> None:
     write_report(copy)
     assert stale_files(copy) == []
-    path = copy / "executed" / profile / "results.json"
-    results = json.loads(path.read_text())
-    quantities = [q for claim in results["07_step_value"]["claims"] for q in claim["quantities"]]
-    *_, loss = (q for q in quantities if q["name"] == "loss_to_control")
-    loss["value"] += 0.01
+    for profile in ("rtx5080", "cpu", "cpu_long"):
+        path = copy / "executed" / profile / "results.json"
+        before = path.read_text()
+        results = json.loads(before)
+        quantities = [q for claim in results["07_step_value"]["claims"] for q in claim["quantities"]]
+        *_, loss = (q for q in quantities if q["name"] == "loss_to_control")
+        loss["value"] += 0.01
+        path.write_text(json.dumps(results))
+        assert copy / "docs" / "CLAIMS.md" in stale_files(copy), profile
+        path.write_text(before)
     path.write_text(json.dumps(results))
-    assert copy / "docs" / "CLAIMS.md" in stale_files(copy)
     write_report(copy)
     assert stale_files(copy) == []
 
