@@ -10,8 +10,6 @@ RESUME ?=
 LAB_FLAGS ?=
 
 BIN := .venv/bin
-# Modules are compiled where they are imported, which most never are.
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 HYBRIDLAB := $(BIN)/hybridlab
 FIRST := 03_gpt2_small_hybrid
 DEPTH := 10_predicted_depth
@@ -68,19 +66,19 @@ milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hybridlab needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	touch $@
 
 .venv/run: .venv/python pyproject.toml
-	$(INSTALL) --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
 .venv/test: .venv/python pyproject.toml
-	$(INSTALL) --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ .venv/run
 
 .venv/dev: .venv/python pyproject.toml
-	$(INSTALL) --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@ .venv/test .venv/run
 
 clean: ## remove the environment, caches and run records
