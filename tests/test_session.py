@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +18,7 @@ from ipywidgets import VBox
 
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
+from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.notebook import Session, final_frame, run_study, session
 from hybridlab.optim import Schedule
 from hybridlab.panel import live, progress
@@ -561,8 +562,8 @@ PLAIN = replace(CONFIG, hybrid=HybridTrainerConfig.plain())
 def test_the_panels_cost_is_measured_in_pairs_beside_its_control(tick: Callable[[type, str], None]) -> None:
     tick(Live, "step")
     cost = panel_overhead(PLAIN, rounds=6, turns=2, steps=2)
-    assert asdict(cost.panel_over_none) == {"median": 2.0, "low": 2.0, "high": 2.0}
-    assert asdict(cost.none_over_none) == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert cost.panel_over_none == Ratio(2.0, 2.0, 2.0, rounds=(2.0,) * 6)
+    assert cost.none_over_none == Ratio(1.0, 1.0, 1.0, rounds=(1.0,) * 6)
     assert (cost.step_ms, cost.panel_itself_ms) == (125.0, 125.0)
 
 

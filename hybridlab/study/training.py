@@ -90,9 +90,11 @@ class Training:
         self.task.model.zero_grad(set_to_none=True)
 
     def _warm_up_passes(self) -> None:
+        closure = self._losses(0, self._model)[0]
+
         def loss() -> Tensor:
             with autocast(self._config.training_precision, self._device):
-                return self._losses(0, self._model)[0]()
+                return closure()
 
         for _ in range(WARM_UP_PASSES):
             self.task.model.zero_grad(set_to_none=True)
