@@ -214,7 +214,7 @@ def test_muons_update_is_one_graph_whatever_its_settings() -> None:
     weights, gradients, buffers = ([torch.randn(8, 16), torch.randn(16, 8)] for _ in range(3))
     for step in range(1, 4):
         settings = (torch.tensor(1.0 / step) for _ in range(3))
-        update(weights, gradients, buffers, *settings, COEFFICIENTS["torch"])
+        update(weights, gradients, buffers, *settings, COEFFICIENTS["torch"], low_bit=False)
     assert graphs == 1
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
+from hybridlab.memory.apply import optimizer_for
 from hybridlab.memory.config import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer, muon
@@ -83,6 +84,28 @@ def test_nothing_is_compiled_once_a_run_has_begun(
     training.evaluate()
     muon._update.cache_clear()
     assert compiled.frame_count == before > 3
+
+
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+def test_muon_compiled_steps_as_it_does_uncompiled(
+    state: str, compiled: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.ParameterList([nn.Parameter(torch.randn(64, 256)) for _ in range(2)])
+        optimizer = optimizer_for(model, OptimizerConfig("muon"), MemoryConfig(optimizer_state=state))
+        for _ in range(3):
+            for p in model:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return list(model)
+
+    plain = trained()
+    muon._update.cache_clear()
+    monkeypatch.setattr(muon, "_is_compiled_for", lambda p: True)
+    assert all(torch.equal(p, q) for p, q in zip(trained(), plain, strict=True))
+    assert compiled.frame_count
+    muon._update.cache_clear()
 
 
 @pytest.mark.parametrize("by_block", [True, False])

@@ -6,6 +6,8 @@ python -m hybridlab.benchmarks.architectures SIZE_OR_CONFIG... [--batch 8x512] [
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ import torch
 import typer
 
 from hybridlab.base.device import find_device
+from hybridlab.base.errors import one_line
 from hybridlab.memory import MemoryConfig, MixedPrecisionConfig
 from hybridlab.memory.precision import autocast
 from hybridlab.models import GPT2, GPT2Config
@@ -23,6 +26,7 @@ from hybridlab.planner.architectures import CausalLM, causal_lm, language_model_
 from hybridlab.planner.spec import BatchShape, next_token_loss
 from hybridlab.planner.text_report import read_batch
 from hybridlab.speed import CudaGraphs, compile_
+from hybridlab.study.record import write_json
 from hybridlab.vram.meter import MemoryMeter
 
 STEPS = 4
@@ -60,7 +64,7 @@ def planned_and_measured(
 def measure(
     model: CausalLM | str, batch: BatchShape, precision: str, device: torch.device, speed: str = "eager"
 ) -> dict[str, Any]:
-    """Peaks of a few steps, in a process that should have nothing else on the GPU, after one that is not counted."""
+    """Peaks of a few steps after one that is not counted; the process should have nothing else on the GPU."""
     meter = MemoryMeter(device)
     meter.reset_peak()
     with device:
@@ -87,15 +91,18 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the rows go, as JSON.")] = None,
     speed: Annotated[str, typer.Option(help=f"{', '.join(SPEEDS)}.")] = "eager",
 ) -> None:
-    """Plan and train each model for a few steps, in fp32 and in bf16 autocast."""
+    """Plan and train each model for a few steps, in fp32 and in bf16 autocast, each in a process of its own."""
     rows = []
-    for name in models:
-        model = name if name in SIZES else causal_lm(name)
-        for precision in PRECISIONS:
-            rows.append(planned_and_measured(model, read_batch(batch), precision, find_device(device), speed))
-            print(json.dumps(rows[-1]), flush=True)
-    if out:
-        out.write_text(json.dumps(rows, indent=2) + "\n")
+    with one_line("architectures"):
+        shape, on = read_batch(batch), find_device(device)
+        for name in models:
+            model = name if name in SIZES else causal_lm(name)
+            for precision in PRECISIONS:
+                with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                    rows.append(fresh.submit(planned_and_measured, model, shape, precision, on, speed).result())
+                print(json.dumps(rows[-1]), flush=True)
+                if out:
+                    write_json(out, rows)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ class Muon(Optimizer):
         settings = (_scalar(group[name], like) for name in SETTINGS)
         update = _update(compiled=_is_compiled_for(like))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
-            update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]])
+            low_bit = is_traceable_wrapper_subclass(buffers[0])  # compiled code would not see it
+            update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]], low_bit)
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {"cuda_graphs": self.cuda_graphs, "_captured": {}}
@@ -200,22 +201,18 @@ def _update_all(
     decay: Tensor,
     momentum: Tensor,
     coefficients: tuple[Quintic, ...],
+    low_bit: bool,
 ) -> None:
     directions = []
     for gradient, buffer in zip(gradients, buffers, strict=True):
         wide = gradient.to(buffer.dtype)
-        mean = wide.lerp(_plain(buffer), momentum)
+        mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
         buffer.copy_(mean)
         directions.append(_turned(wide.lerp(mean, momentum)).bfloat16())
     for weight, update in zip(weights, orthogonalize(torch.stack(directions), coefficients), strict=True):
         step = lr * (0.2 * math.sqrt(max(weight.shape)))
         turned = update.mT if weight.shape[0] > weight.shape[1] else update
         weight.copy_(weight * (1 - lr * decay) - step * turned.to(weight.dtype))
-
-
-def _plain(buffer: Tensor) -> Tensor:
-    """The numbers of a momentum, of a low-bit format too."""
-    return buffer.dequantize() if is_traceable_wrapper_subclass(buffer) else buffer
 
 
 def _turned(matrix: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def runs_under(folder: Path) -> Iterator[Run]:
             warnings.warn(f"{error}; this run is left out", stacklevel=2)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """Replace a JSON file as a whole; keys in their own order, NaN refused."""
     with replaced(path) as beside:
         beside.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
