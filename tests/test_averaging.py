@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,15 @@ def test_what_a_mean_does_not_go_with_is_refused_in_one_line(changes: dict[str, 
     with pytest.raises((UserError, ValueError), match=re.escape(says)) as caught:
         run_config(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mean_without_end_and_one_of_a_mean_are_refused() -> None:
+    method = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    for decay, share in ((1.0, 0.7), (-0.1, 0.7), (0.9, 2.0), (math.nan, 0.7)):
+        with pytest.raises(ValueError, match="is to lie in"):
+            PrimalAveraging(method, decay, share)
+    with pytest.raises(ValueError, match="a mean of its own already"):
+        PrimalAveraging(PrimalAveraging(method, 0.9, 0.7), 0.9, 0.7)
 
 
 @pytest.mark.parametrize("state", ["fp32", "int8"])

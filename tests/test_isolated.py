@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
@@ -25,7 +26,7 @@ from nbclient import NotebookClient
 from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.study import RunConfig, TextTaskConfig, train
+from hybridlab.study import RunConfig, TextTaskConfig, isolated, train
 from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
 from hybridlab.study.record import Run
 from hybridlab.study.study import Study, run_arms
@@ -131,6 +132,21 @@ def test_each_of_several_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, t
     assert _visible_gpus(2)[1] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert _visible_gpus(2)[1] == "6"
+
+
+def test_on_a_processor_runs_side_by_side_ask_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not even where GPUs are hidden, as by this variable."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    asked = list[int | None]()
+
+    def started(*_: Any, gpu: int | None) -> Any:
+        asked.append(gpu)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(isolated, "IsolatedRun", started)
+    with pytest.raises(KeyboardInterrupt):
+        next(train_side_by_side([(CONFIG, tmp_path)] * 2, 2))
+    assert asked == [None]
 
 
 @pytest.mark.slow  # two jobs start, each in two processes

@@ -16,13 +16,21 @@ import torch
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
 from hybridlab.panel.live import LiveBar
-from hybridlab.study import RunConfig, TextTaskConfig, train
+from hybridlab.study import OwnTaskConfig, RunConfig, TextTaskConfig, train
 from hybridlab.study.launched import RankNews, train_on_ranks
 from hybridlab.study.record import Run
 from hybridlab.vram import MemoryReading
 from tests.conftest import TINY_TEXT
+from tests.own_bytes import Bytes
 
 CONFIG = RunConfig("toy", TextTaskConfig(**TINY_TEXT), steps=12, device="cpu", cpu_threads=1, evaluate_every=6)
+
+
+class Failing(Bytes):
+    """A task that ends with more to say than a pipe holds."""
+
+    def loss(self, *_: object) -> torch.Tensor:
+        raise RuntimeError("too long" + 200_000 * ".")
 
 
 @pytest.mark.slow  # three processes start
@@ -43,6 +51,13 @@ def test_two_processes_train_as_one_does_and_each_says_how_it_stands(tmp_path: P
 def test_what_ranks_refuse_comes_back_as_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^a batch of 3 does not split into 2 equal parts"):
         train_on_ranks(replace(CONFIG, task=TextTaskConfig(**TINY_TEXT | {"batch_size": 3})), tmp_path, 2)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow  # three processes start
+def test_ranks_that_end_with_long_errors_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="too long"):
+        train_on_ranks(replace(CONFIG, task=OwnTaskConfig("tests.test_launched:Failing")), tmp_path, 2)
     assert multiprocessing.active_children() == []
 
 

@@ -202,6 +202,7 @@ def test_what_fsdp_refuses_is_refused() -> None:
         (["--ranks", "2", "--optimizer", "muon"], "on ranks these do not work yet: Muon on shards"),
         (["--ranks", "2", "--wrap", "ddp", "--stages", "1,2"], "a depth schedule with wrap='ddp'"),
         (["--ranks", "2", "--wrap", "ddp", "--gather", "bf16"], "gather and copies are of wrap='fsdp'"),
+        (["--gather", "bf16"], "wrap, gather and copies say how ranks share a model: give their number as ranks too"),
         (["--ranks", "2", "--memory", "fit_16gb"], "memory.predict_aware, memory.step_in_backward"),
     ],
 )

@@ -18,8 +18,7 @@ from hybridlab.memory.apply import optimizer_for
 from hybridlab.memory.config import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer, muon
-from hybridlab.speed import CudaGraphs, compilation, compile_
-from hybridlab.speed.cuda_graphs import _buffers_kept
+from hybridlab.speed import CudaGraphs, buffers_kept, compilation, compile_
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study import config as run_config
 from hybridlab.study.training import Training, sped_up
@@ -141,12 +140,12 @@ def test_capturing_leaves_buffers_as_they_were() -> None:
     """Its passes count for nothing: the running means of a batch norm stay."""
     norm = nn.BatchNorm1d(3)
     before = [buffer.tolist() for buffer in norm.buffers()]
-    with _buffers_kept([norm]):
+    with buffers_kept([norm]):
         norm(torch.randn(4, 3) + 5)
     assert [buffer.tolist() for buffer in norm.buffers()] == before
 
 
-def test_a_pass_that_puts_another_tensor_in_a_buffer_s_place_is_no_graph() -> None:
+def test_another_tensor_in_a_buffer_s_place_is_seen_and_put_back() -> None:
     """A replay would leave the old one there."""
 
     class Counts(nn.Module):
@@ -158,9 +157,22 @@ def test_a_pass_that_puts_another_tensor_in_a_buffer_s_place_is_no_graph() -> No
             self.count = self.count + 1
 
     counts = Counts()
-    with pytest.raises(ValueError, match="another tensor in a buffer's place"), _buffers_kept([counts]):
+    with buffers_kept([counts]) as replaced:
+        assert not replaced()
         counts()
+        assert replaced()
     assert counts.count.item() == 0
+
+
+def test_warming_up_leaves_buffers_as_they_were() -> None:
+    """Running means of a batch norm, for one: or a plain run were not the plain loop."""
+    training = Training(RunConfig("counts", TextTaskConfig(**TINY_TEXT), steps=4, device="cpu"), torch.device("cpu"))
+    training.task.model.register_buffer("passes", torch.zeros(()))
+    training.task.model.register_forward_hook(lambda model, *_: model.passes.add_(1) and None)
+    training.warm_up_()
+    assert training.task.model.passes.item() == 0
+    training.step(0)
+    assert training.task.model.passes.item() == 1
 
 
 ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")

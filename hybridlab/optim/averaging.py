@@ -37,10 +37,16 @@ class PrimalAveraging(Optimizer):
     decay: of the mean, in [0, 1), which remembers 1 / (1 - decay) steps; share: of the mean in y, in [0, 1]. Both may
         be a group's own, as "average_decay" and "average_share"
 
+    Raises ValueError for others, and for a method that is a PrimalAveraging.
+
     Source: Defazio et al. 2025 (arXiv 2512.17131), whose mu_x is decay and mu_y is share.
     """
 
     def __init__(self, method: Optimizer, decay: float, share: float) -> None:
+        if not (0 <= decay < 1 and 0 <= share <= 1):
+            raise ValueError(f"decay {decay} is to lie in [0, 1), and share {share} in [0, 1]")
+        if isinstance(method, PrimalAveraging):
+            raise ValueError("the method keeps a mean of its own already: give the optimizer within")
         super().__init__(method.param_groups, defaults={})
         self.defaults = method.defaults  # what a scheduler looks at; the groups have it all
         self.method = method

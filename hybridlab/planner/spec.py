@@ -126,6 +126,8 @@ class TrainingSpec:
         check_choice("wrap", self.wrap, ("fsdp", "ddp"))
         check_choice("gather", self.gather, ("fp32", "bf16"))
         if not self.ranks:
+            if (self.wrap, self.gather, self.copies) != ("fsdp", "fp32", 1):
+                raise UserError("wrap, gather and copies say how ranks share a model: give their number as ranks too")
             return
         if self.wrap == "ddp" and (self.gather, self.copies) != ("fp32", 1):
             raise UserError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")

@@ -1,6 +1,6 @@
 """Compilation, and CUDA graphs around what is compiled."""
 
 from hybridlab.speed.compilation import compile_
-from hybridlab.speed.cuda_graphs import CudaGraphs
+from hybridlab.speed.cuda_graphs import CudaGraphs, buffers_kept
 
-__all__ = ["CudaGraphs", "compile_"]
+__all__ = ["CudaGraphs", "buffers_kept", "compile_"]

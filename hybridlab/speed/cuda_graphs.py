@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,8 +80,11 @@ class CudaGraphs(nn.Module):
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         same_format = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
         try:
-            with same_format, torch.random.fork_rng([self._params[0].device]), _buffers_kept(self._modules_within):
+            devices = [self._params[0].device]
+            with same_format, torch.random.fork_rng(devices), buffers_kept(self._modules_within) as replaced:
                 self._captured[key] = capture(_Pass(self.model, leaves, form), leaves, self._pool)
+                if replaced():  # which a replay would not repeat
+                    raise ValueError("forward puts another tensor in a buffer's place")
         except (RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -96,16 +99,11 @@ class CudaGraphs(nn.Module):
 
 
 @contextmanager
-def _buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back the buffers that passes change.
-
-    Raises ValueError where another tensor has taken a buffer's place, which a replay would not repeat.
-    """
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
+    """Put back the buffers that passes change or replace; what it gives says whether one is replaced by then."""
     before = [(m._buffers, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     try:
-        yield
-        if any(buffers[name] is not b for buffers, name, b, _ in before):
-            raise ValueError("forward puts another tensor in a buffer's place")
+        yield lambda: any(buffers[name] is not b for buffers, name, b, _ in before)
     finally:
         for buffers, name, b, value in before:
             buffers[name] = b.copy_(value)

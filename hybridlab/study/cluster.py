@@ -70,7 +70,14 @@ def _executor(folder: Path, cluster: Mapping[str, Any]) -> Any:
 
 
 def _record(job: Any, folder: Path) -> Run:
-    if error := job.result():
+    from submitit.core.utils import UncompletedJobError
+
+    try:
+        error = job.result()
+    except UncompletedJobError as ended:
+        said = " ".join(str(ended).split())
+        raise UserError(f"the job of {folder} ended before its run: go on with resume. submitit says: {said}") from None
+    if error:
         raise error
     return Run.load(folder)
 

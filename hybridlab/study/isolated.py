@@ -13,14 +13,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hybridlab.base.device import refuse_more_than_gpus
+from hybridlab.base.device import find_device, refuse_more_than_gpus
 from hybridlab.base.errors import UserError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
 from hybridlab.study.run import train
 
-GRACE_SECONDS = 30.0
-"""For a run that is told to stop, to bring its record to the disk."""
+GRACE_SECONDS = 45.0
+"""For a run that is told to stop, to bring its record to the disk; longer than torch's launcher gives its ranks."""
 
 KILLED = getattr(signal, "SIGKILL", signal.SIGTERM)
 """What a system sends where memory runs out; Windows has no such signal."""
@@ -75,19 +75,21 @@ def train_side_by_side(
         raise UserError(f"at_once is {at_once}: at least one run trains at a time")
     for config, _ in runs:
         refuse_more_than_gpus("at_once", at_once, config.device)
+    on_gpus = any(find_device(config.device).type == "cuda" for config, _ in runs)
     waiting, free, running = deque(runs), deque(range(at_once)), dict[Any, IsolatedRun]()
     try:
         while waiting or running:
             while waiting and free:
-                config, folder = waiting.popleft()
-                run = IsolatedRun(config, folder, partial(_alone, config, folder, resume), gpu=free.popleft())
+                (config, folder), place = waiting.popleft(), free.popleft()
+                act = partial(_alone, config, folder, resume)
+                run = IsolatedRun(config, folder, act, gpu=place if on_gpus else None)
                 running[run.pipe] = run
             for pipe in wait(list(running)):
                 if running[pipe].has_stepped():
                     on_step(running[pipe].config)
                     continue
                 run = running.pop(pipe)
-                free.append(run.gpu or 0)
+                free.append(run.gpu or 0)  # without GPUs any place is as good
                 yield run.config, run.ended
     finally:
         _stop(list(running.values()))
@@ -127,6 +129,8 @@ class IsolatedRun:
 
     def ended(self) -> Run:
         """The record of the run that has ended; raises what `train_isolated` does."""
+        while _next(self.pipe) is not None:  # or a process that has more to say would wait for ever
+            pass
         self.process.join()
         self.pipe.close()
         if isinstance(self._news, Exception):

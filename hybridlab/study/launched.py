@@ -60,7 +60,9 @@ def train_on_ranks(
     if count < 1:
         raise UserError(f"nproc is {count}: at least one process trains")
     refuse_more_than_gpus("nproc", count, config.device)
-    act = partial(_launch, config, folder, resume, ranks or RanksConfig(), count)
+    ranks = ranks or RanksConfig()
+    ranks.check(config, count)
+    act = partial(_launch, config, folder, resume, ranks, count)
     return watched_to_its_end(IsolatedRun(config, folder, act, on_news), on_step)
 
 

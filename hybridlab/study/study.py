@@ -265,7 +265,7 @@ def run_arms(
     Raises UserError where another process trains the same, and ValueError for `watch` with `isolated`: a run cannot be
     watched from another process.
     """
-    if watch and (isolated or cluster or at_once > 1):
+    if watch and (isolated or cluster is not None or at_once > 1):
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
     result, places = StudyResult(), [(config, folder / folder_name(config)) for config in configs]
     total = steps_before + _steps(configs) + steps_after(result)
@@ -276,7 +276,7 @@ def run_arms(
     how = train_isolated if isolated else partial(train, watch=watch)
     in_order = ((run, partial(how, run, place, partial(step, run), resume=resume)) for run, place in places)
     ending = in_order if at_once == 1 else train_side_by_side(places, at_once, step, resume=resume)
-    if cluster:
+    if cluster is not None:
         ending = train_as_jobs(places, cluster, step, resume=resume)
     with _locked(folder, "runs", configs), closing(ending):
         for config, train_it in ending:

@@ -21,7 +21,7 @@ from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
 from hybridlab.optim.averaging import averaged_weights, method_of
 from hybridlab.optim.build import MuonWithAdamW
-from hybridlab.speed import CudaGraphs, compile_
+from hybridlab.speed import CudaGraphs, buffers_kept, compile_
 from hybridlab.study.config import RunConfig
 from hybridlab.study.ranks import RanksConfig, own_part
 from hybridlab.study.tasks import Batch, in_parts, judging
@@ -80,7 +80,8 @@ class Training:
 
     def warm_up_(self) -> None:
         """Compile forward, backward, the forward without gradients and Muon, at each depth; nothing is trained."""
-        with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer):
+        kept = buffers_kept(self.task.model.modules())
+        with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), kept:
             with torch.compiler.set_stance("force_eager"), autocast(self._config.training_precision, self._device):
                 self.trainer.weigh_blocks_(self._losses(0, self.task.model)[0])
             for _ in self.trainer.stages_():
