@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _told(_stopped(), EXIT_INTERRUPTED) if end.code == EXIT_INTERRUPTED else int(end.code or 0)
         except KeyboardInterrupt:
             return _told(_stopped(), EXIT_INTERRUPTED)
-        except (UserError, ValueError) as error:
+        except UserError as error:
             return _told(error, EXIT_REFUSED)
         except Exception as error:
             if is_of_lost_rank(error):

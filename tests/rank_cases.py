@@ -22,10 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
-from hybridlab.base.ranks import whole
+from hybridlab.base.ranks import is_first, whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import PrimalAveraging
+from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study.ranks import RanksConfig
+from hybridlab.study.run import TrainingRun
+from tests.conftest import TINY_TEXT
 
 WINDOWS = 12
 UNGUARDED = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "clip_norm": 0.5}
@@ -205,11 +209,27 @@ def refuse_unwritable() -> None:
     assert isinstance(refused.value.__cause__, OSError)
 
 
+def refuse_unflushed(folder: Path) -> None:
+    """A record that the first rank cannot bring to the disk stops a checkpoint on every rank."""
+
+    def full() -> None:
+        raise UserError("cannot write steps.jsonl: the disk is full")
+
+    task = TextTaskConfig(**TINY_TEXT | {"batch_size": 6})
+    run = TrainingRun(RunConfig("toy", task, steps=2, device="cpu"), folder, RanksConfig())
+    run.start()
+    if is_first():
+        run._log.flush = full  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="the disk is full"):
+        run.save()
+
+
 def main(folder: Path, *only: str) -> None:
     """Train a part of each chain, then cases in every form, or sharded those named, and leave what came of it."""
     distributed.init_process_group("gloo")
     ranks, rank = place()
     refuse_unwritable()
+    refuse_unflushed(folder / "full")
     torch.save(train_chain(folder.parent / "chain", ranks - 1), folder / f"chain, {rank}.pt")
     for wrap, names in ({"sharded": only} if only else BY_WRAP).items():
         for name in names:

@@ -202,6 +202,16 @@ def test_a_mean_without_end_and_one_of_a_mean_are_refused() -> None:
         PrimalAveraging(PrimalAveraging(method, 0.9, 0.7), 0.9, 0.7)
 
 
+def test_weights_that_are_added_later_are_averaged_too() -> None:
+    first, later = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = PrimalAveraging(torch.optim.SGD([first], lr=0.5), 0.9, 0.7)
+    optimizer.add_param_group({"params": [later]})
+    for _ in range(2):
+        first.grad, later.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+    assert torch.equal(first, later)
+
+
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 def test_the_planner_counts_the_mean_beside_the_moments(state: str) -> None:
     memory = MemoryConfig(optimizer_state=state)

@@ -705,7 +705,8 @@ def test_a_headline_on_arms_that_predicted_nothing_says_so() -> None:
     conservative, aggressive = (pays(arm, "fails", 0.0, 1000.0) for arm in ("conservative", "aggressive"))
     assert readme_section(evidence(n03=entry(conservative, aggressive))).count("*predicted nothing*") == 1
     predicted = evidence(n03=entry(pays("conservative", "fails", 10.0, 1000.0), aggressive))
-    assert headline("q", Claims(HYBRID, "pays", ("conservative", "aggressive")), predicted)["verdict"] == "**fails**"
+    criterion = Criterion("q", (Claims(HYBRID, "pays", ("conservative", "aggressive")),))
+    assert headline(criterion, predicted)["verdict"] == "**fails**"
     assert "predicted nothing" not in readme_section(evidence(n03=entry()))
 
 

@@ -231,7 +231,7 @@ def test_every_committed_interval_is_that_of_the_values_beside_it(profile: str, 
     claims = [Claim.from_record(claim) for claim in entry["claims"]]
     intervals = [q for claim in claims for q in claim.quantities if q.low is not None and q.high is not None]
     figures = entry.get("figures", {}).items()  # a comparison's file kept no rounds when it was measured
-    without = {name for name, figure in figures if "rounds" in figure.get("rests_on", {}) and "per_seed" not in figure}
+    without = {name for name, figure in figures if "rounds" in figure.get("rests_on", {}) and "per_round" not in figure}
     assert is_older(entry) or all(q.per_seed for q in intervals if q.name not in without)
     for q in intervals:
         if q.per_seed and not q.name.startswith(MAY_BE_OPEN):

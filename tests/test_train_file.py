@@ -171,6 +171,19 @@ def test_settings_within_are_read_as_strictly_as_those_outside(
     assert {path.name for path in tmp_path.iterdir()} == {"settings.yaml"}
 
 
+def test_a_fault_of_the_task_keeps_its_traceback_and_is_no_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*_: object, **__: object) -> None:
+        raise ValueError("two widths differ")
+
+    monkeypatch.setattr("hybridlab.train.run_file", faulty)
+    assert main(["-f", written(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "in faulty" in said
+    assert said.endswith("hybridlab.train: ValueError: two widths differ\n")
+
+
 def test_ctrl_c_says_that_it_has_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

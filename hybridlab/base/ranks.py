@@ -15,8 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError, first_line
+from hybridlab.base.settings import check_bounds, check_choice
 
 T = TypeVar("T")
+
+
+def check_sharing(settings: Any) -> None:
+    """Raise ValueError where `wrap`, `gather` and `copies` of some settings do not say how ranks share a model."""
+    check_choice("wrap", settings.wrap, ("fsdp", "ddp"))
+    check_choice("gather", settings.gather, ("fp32", "bf16"))
+    check_bounds(settings, "copies", least=1)
+    if settings.wrap == "ddp" and (settings.gather, settings.copies) != ("fp32", 1):
+        raise ValueError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
+
+
+def check_copies(ranks: int, copies: int) -> None:
+    """Raise UserError where so many ranks do not hold so many copies of a model."""
+    if ranks % copies:
+        raise UserError(f"{ranks} ranks do not hold {copies} copies of the model: change copies")
 
 
 @dataclass(frozen=True)

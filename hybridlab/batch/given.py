@@ -82,10 +82,11 @@ def _misread(raw: Any, value: Any, place: str) -> Iterator[str]:
 
 def _given_twice(node: yaml.Node) -> Iterator[str]:
     """The keys that a mapping, or one inside it, gives twice."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    names = [key.value for key, _ in pairs]
-    yield from (name for name in names if names.count(name) > 1)
-    for inner in [value for _, value in pairs] if pairs else node.value if isinstance(node, yaml.SequenceNode) else []:
+    inside = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        names, inside = [key.value for key, _ in node.value], [value for _, value in node.value]
+        yield from (name for name in names if names.count(name) > 1)
+    for inner in inside:
         yield from _given_twice(inner)
 
 

@@ -47,12 +47,9 @@ class PrimalAveraging(Optimizer):
             raise ValueError(f"decay {decay} is to lie in [0, 1), and share {share} in [0, 1]")
         if isinstance(method, PrimalAveraging):
             raise ValueError("the method keeps a mean of its own already: give the optimizer within")
-        super().__init__(method.param_groups, defaults={})
-        self.defaults = method.defaults  # what a scheduler looks at; the groups have it all
+        own = {"average_decay": decay, "average_share": share}
+        super().__init__(method.param_groups, method.defaults | own)
         self.method = method
-        for group in self.param_groups:
-            group.setdefault("average_decay", decay)
-            group.setdefault("average_share", share)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -103,10 +103,9 @@ class Muon(Optimizer):
         """Compile what a step of these groups will need, on zeros, where steps are compiled; nothing is trained."""
         for group in groups:
             for params in stacks([p for p in group["params"] if p.requires_grad and _is_compiled_for(p)]):
-                weights, gradients = ([torch.zeros_like(p) for p in params] for _ in range(2))  # what is compiled for
-                self._step_together_(
-                    weights, gradients, [self.new_buffer(p) for p in params], group
-                )  # one is not for two
+                # Two lists of tensors: what is compiled for one list in both places is compiled anew for two.
+                weights, gradients = ([torch.zeros_like(p) for p in params] for _ in range(2))
+                self._step_together_(weights, gradients, [self.new_buffer(p) for p in params], group)
 
     def _step_stack_(
         self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.base.ranks import check_copies, check_sharing
+from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
@@ -122,17 +123,12 @@ class TrainingSpec:
 
     def _check_ranks(self) -> None:
         check_bounds(self, "ranks", least=0)
-        check_bounds(self, "copies", least=1)
-        check_choice("wrap", self.wrap, ("fsdp", "ddp"))
-        check_choice("gather", self.gather, ("fp32", "bf16"))
+        check_sharing(self)
         if not self.ranks:
             if (self.wrap, self.gather, self.copies) != ("fsdp", "fp32", 1):
                 raise UserError("wrap, gather and copies say how ranks share a model: give their number as ranks too")
             return
-        if self.wrap == "ddp" and (self.gather, self.copies) != ("fp32", 1):
-            raise UserError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
-        if self.ranks % self.copies:
-            raise UserError(f"{self.ranks} ranks do not hold {self.copies} copies of the model: change copies")
+        check_copies(self.ranks, self.copies)
         numbers = self.memory.mixed_precision
         if self.gather == "bf16" and (numbers is None or numbers.training != "bf16"):
             raise UserError("gather='bf16' computes in bfloat16: set mixed_precision to it, too")

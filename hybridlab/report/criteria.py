@@ -106,9 +106,9 @@ LARGER = {"GPT-2 Medium": MEDIUM, "GPT-2 XL": XL}
 """The models that a milestone of their own grows."""
 
 
-def grown(kind: str) -> list[Claims]:
+def grown(kind: str) -> tuple[Claims, ...]:
     """The claims of every notebook that grows a model."""
-    return [*(in_depth(notebook, kind) for notebook in (HYBRID, *LARGER.values())), Claims(DEPTH, kind)]
+    return (*(in_depth(notebook, kind) for notebook in (HYBRID, *LARGER.values())), Claims(DEPTH, kind))
 
 
 ONE_PERCENT, TWO_PERCENT = math.log1p(0.01), math.log1p(0.02)
@@ -203,14 +203,8 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
             ),
             need="any",
         ),
-        Criterion(
-            "Growing beats a plain run of as much computation",
-            tuple(grown("pays")),
-        ),
-        Criterion(
-            "Depth pays: the grown model ends below the shallow one",
-            tuple(grown("depth-pays")),
-        ),
+        Criterion("Growing beats a plain run of as much computation", grown("pays")),
+        Criterion("Depth pays: the grown model ends below the shallow one", grown("depth-pays")),
     ),
     OURS: (
         Criterion(

@@ -29,20 +29,26 @@ FOREIGN = "surrogateescape"
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
 
 OTHERWISE = "holds, but by other means"
-PROMISE = "The plan's promise: the baseline's perplexity in 40 % less time"
-HEADLINES: dict[str, Claims] = {
-    "The baseline is tuned: no neighbouring learning rate ends lower": Claims(BASELINE, "lr-is-tuned"),
-    "The trainer's own step costs at most 2 % over the bare loop": Claims(BASELINE, "trainer-is-thin"),
-    "All that is faster, stacked, reaches the plan's vanilla loss in 1/15 of its time": Claims(LADDER, "stack-is-fast"),
-    PROMISE: of_presets("speed"),
-    "Predicting with the plan's presets beats stopping earlier": of_presets("pays"),
-    "Made to predict always, they beat stopping earlier": of_presets("pays", ", unguarded"),
-    "The memory plan is right within 10 %": Claims(MEMORY, "predicted-within-10-percent"),
-    "GPT-2 XL trains on a 16 GB GPU": Claims(XL, "fits-16gb"),
-    "Its peak stays below 14 GB": Claims(XL, "peak-below-14gb"),
-    "Its validation loss stays within 1 % of FP32's": Claims(XL, "quality"),
-}
-"""The README's sentences, and the claims that decide each."""
+HEADLINES = (
+    Criterion("The baseline is tuned: no neighbouring learning rate ends lower", (Claims(BASELINE, "lr-is-tuned"),)),
+    Criterion("The trainer's own step costs at most 2 % over the bare loop", (Claims(BASELINE, "trainer-is-thin"),)),
+    Criterion(
+        "All that is faster, stacked, reaches the plan's vanilla loss in 1/15 of its time",
+        (Claims(LADDER, "stack-is-fast"),),
+    ),
+    Criterion(
+        "The plan's promise: the baseline's perplexity in 40 % less time",
+        (of_presets("speed"),),
+        otherwise=in_less_time(0.6),
+    ),
+    Criterion("Predicting with the plan's presets beats stopping earlier", (of_presets("pays"),)),
+    Criterion("Made to predict always, they beat stopping earlier", (of_presets("pays", ", unguarded"),)),
+    Criterion("The memory plan is right within 10 %", (Claims(MEMORY, "predicted-within-10-percent"),)),
+    Criterion("GPT-2 XL trains on a 16 GB GPU", (Claims(XL, "fits-16gb"),)),
+    Criterion("Its peak stays below 14 GB", (Claims(XL, "peak-below-14gb"),)),
+    Criterion("Its validation loss stays within 1 % of FP32's", (Claims(XL, "quality"),)),
+)
+"""The README's sentences, and what decides each."""
 
 PREDICTORS = "07_step_value"
 """Where every predictor is tried."""
@@ -113,22 +119,21 @@ def _with_section(readme: Path, section: str) -> dict[Path, str]:
 
 def readme_section(evidence: Evidence) -> str:
     """The README's section between its markers: the questions that matter most, and what the results answer."""
-    rows = [headline(text, rule, evidence) for text, rule in HEADLINES.items()]
+    rows = [headline(criterion, evidence) for criterion in HEADLINES]
     scales = [_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)]
     depths = [{key: row[key] for key in DEPTH_COLUMNS} for row in depth_advice(evidence)]
     return render("README_section.md", headlines=rows, scales=scales, depths=depths, devices=devices(evidence))
 
 
-def headline(text: str, rule: Claims, evidence: Evidence) -> dict[str, str]:
+def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:
     """A sentence with its verdict and where it was measured."""
-    criterion = Criterion(text, (rule,), otherwise=in_less_time(0.6) if text == PROMISE else ())
-    where: str = (
-        rule.notebook if criterion.outcome(evidence) == "not run yet" else notebook_link(rule.notebook, docs="")
-    )
-    if criterion.outcome(evidence) == OTHERWISE:
-        found = [f for f in criterion.findings(evidence) if f.otherwise and f.outcome == "holds" and f.notebook]
-        where = Markdown(", ".join(notebook_link(f.notebook or "", docs="") for f in found))
-    return {"claim": text, "verdict": criterion_verdict(criterion, evidence), "notebook": where}
+    outcome, findings = criterion.outcome(evidence), criterion.findings(evidence)
+    saved = outcome == OTHERWISE
+    deciding = [f for f in findings if f.otherwise == saved and (f.outcome == "holds" or not saved)]
+    notebooks = dict.fromkeys(finding.notebook or "" for finding in deciding)
+    links = notebooks if outcome == "not run yet" else [notebook_link(notebook, docs="") for notebook in notebooks]
+    verdict = criterion_verdict(criterion, evidence)
+    return {"claim": criterion.text, "verdict": verdict, "notebook": Markdown(", ".join(links))}
 
 
 def _tries_predictors(evidence: Evidence, profile: str) -> bool:

@@ -165,10 +165,12 @@ def _stop(runs: Sequence[IsolatedRun]) -> None:
 def _death(exit_code: int, config: RunConfig, folder: Path) -> str:
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
     why = ", as the system does when the host's memory runs out" if exit_code == -KILLED else ""
-    return (
-        f"the process of {config.name!r}, seed {config.seed}, {how}{why}: the record and the last checkpoint in "
-        f"{folder} are intact, go on with resume"
-    )
+    return f"the process of {config.name!r}, seed {config.seed}, {how}{why}: {kept_in(folder)}"
+
+
+def kept_in(folder: Path) -> str:
+    """What a process leaves that dies while it trains."""
+    return f"the record and the last checkpoint in {folder} are intact, go on with resume"
 
 
 # --- in the other process ----------------------------------------------------------------------------------

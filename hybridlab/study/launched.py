@@ -16,7 +16,7 @@ from hybridlab.base.device import refuse_more_than_gpus
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import is_first, is_of_lost_rank, rank
 from hybridlab.study.config import RunConfig
-from hybridlab.study.isolated import STEP, IsolatedRun, answer_the_parent_alone, watched_to_its_end
+from hybridlab.study.isolated import STEP, IsolatedRun, answer_the_parent_alone, kept_in, watched_to_its_end
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.record import Run
 from hybridlab.study.run import train
@@ -81,8 +81,7 @@ def _launch(config: RunConfig, folder: Path, resume: bool, ranks: RanksConfig, c
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
-        said = f"rank {number} of {config.name!r}, seed {config.seed}, {how}: the record and the last checkpoint in"
-        raise UserError(f"{said} {folder} are intact, go on with resume") from None
+        raise UserError(f"rank {number} of {config.name!r}, seed {config.seed}, {how}: {kept_in(folder)}") from None
 
 
 def _as_rank(config: RunConfig, folder: Path, resume: bool, ranks: RanksConfig, pipe: Connection) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.ranks import group, rank, running
-from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.base.ranks import check_copies, check_sharing, group, rank, running
+from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.study.config import RunConfig
 from hybridlab.study.tasks import Batch, in_parts
@@ -41,12 +41,8 @@ class RanksConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_choice("wrap", self.wrap, ("fsdp", "ddp"))
-        check_choice("gather", self.gather, ("fp32", "bf16"))
-        check_bounds(self, "copies", least=1)
+        check_sharing(self)
         check_bounds(self, "timeout_s", least=1, most=10**7)
-        if self.wrap == "ddp" and (self.gather, self.copies) != ("fp32", 1):
-            raise ValueError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
 
     @contextmanager
     def started(self, config: RunConfig) -> Iterator[None]:
@@ -70,8 +66,7 @@ class RanksConfig:
                 f"a batch of {config.task.batch_size} does not split into {parts} equal parts, "
                 f"{config.memory.micro_batches} for each of {ranks} ranks: change batch_size"
             )
-        if ranks % self.copies:
-            raise UserError(f"{ranks} ranks do not hold {self.copies} copies of the model: change copies")
+        check_copies(ranks, self.copies)
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model as these ranks train it."""
