@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,14 +156,38 @@ def test_muon_equals_torchs_two_optimizers_within_the_rounding_of_bf16() -> None
         for plain in (muon, adamw):
             plain.step()
     one, other = (nn.utils.parameters_to_vector(model.parameters()) for model in (ours, theirs))
-    assert (one - other).norm() < 0.01 * (other - before).norm()
+    assert (one - other).norm() < 0.03 * (other - before).norm()  # each is 1 to 2 % from exact sums
 
 
 @pytest.mark.parametrize(("coefficients", "least", "most"), [("torch", 0.6, 1.2), ("polar_express", 0.85, 1.13)])
 def test_the_iterations_bring_singular_values_near_one(coefficients: str, least: float, most: float) -> None:
     stack = torch.randn(3, 32, 96, generator=torch.manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalize(stack, COEFFICIENTS[coefficients]).float())
+    stack = stack / stack.norm(dim=(-2, -1), keepdim=True)
+    values = torch.linalg.svdvals(orthogonalize(stack.bfloat16(), COEFFICIENTS[coefficients]).float())
     assert least < values.min() <= values.max() < most
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_wide_matrices_lose_no_more_in_16_bits_than_step_by_step(coefficients: str) -> None:
+    """Against the plain iteration in float64, for singular values from 0.0001 to 1, and many of zero."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, 64, dtype=torch.float64))[0] for side in (64, 256))
+    values = torch.stack([torch.logspace(-4, 0, 64), torch.linspace(1, -2, 64).clamp(min=0)]).double()
+    stack = left * values[:, None] @ right.T
+    stack = stack / stack.norm(dim=(-2, -1), keepdim=True)
+
+    def plainly(x: Tensor) -> Tensor:
+        for a, b, c in COEFFICIENTS[coefficients]:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
+
+    exact = plainly(stack)
+    torch.testing.assert_close(orthogonalize(stack, COEFFICIENTS[coefficients]), exact, rtol=0, atol=1e-9)
+    for number_format in (torch.float16, torch.bfloat16):
+        ours = partial(orthogonalize, coefficients=COEFFICIENTS[coefficients])
+        lost = [iterated(stack.to(number_format)) - exact for iterated in (ours, plainly)]
+        assert lost[0].norm() < 1.2 * lost[1].norm()
 
 
 def test_matrices_of_one_shape_are_stepped_together_turned_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,16 @@ Source: Amsel et al. 2025 (arXiv 2505.16932), Algorithm 1.
 
 COEFFICIENTS = {"torch": TORCHS, "polar_express": POLAR_EXPRESS}
 
+RESTART = 3
+"""Steps of the Newton-Schulz iteration that wide matrices take in Gram form before the Gram matrix is made anew."""
+
 EPS = 1e-7
 
 SETTINGS = ("lr", "weight_decay", "momentum")
 """Numbers of a group that may change between steps."""
 
 STACKED_NUMBERS = 2**26
-"""Of the matrices that are stepped together: their copies in bf16, a few at a time, take 128 MiB each."""
+"""Of the matrices that are stepped together: their copies in 16 bits, a few at a time, take 128 MiB each."""
 
 
 class Muon(Optimizer):
@@ -56,7 +59,8 @@ class Muon(Optimizer):
 
     The last scale gives an update about the size of AdamW's. `state[p]["momentum_buffer"]` is the parameter's own m;
     matrices are stacked for the length of a step. Tall ones are turned, so that they go with the wide. On a GPU with a
-    compiler the update is compiled, once for each stack; memory of a step: about 6 copies in bf16 of `STACKED_NUMBERS`.
+    compiler the update is compiled, once for each stack; memory of a step: about 6 copies in 16 bits of
+    `STACKED_NUMBERS`.
 
     params: matrices, or groups of them; lr may be a tensor
     coefficients: "torch" or "polar_express", of the Newton-Schulz iteration
@@ -180,16 +184,43 @@ def stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
 def orthogonalize(
     stack: Float[Tensor, "matrix rows columns"], coefficients: tuple[Quintic, ...]
 ) -> Float[Tensor, "matrix rows columns"]:
-    """The nearest orthogonal matrices, about, in bf16: all singular values come near 1.
+    """The nearest orthogonal matrices, about, of matrices of norm 1: all singular values come near 1.
 
-    X <- X / |X|, then for each (a, b, c)    G = X X^T;  X <- a X + (b G + c G^2) X
+        for each (a, b, c):    R = X X^T;  X <- (a + b R + c R^2) X
+
+    Wide matrices take `RESTART` steps at once in the space of R, whose side is their shorter one:
+
+        Q = 1;  for each (a, b, c):    Z = a + b R + c R^2;  Q <- Z Q;  R <- Z R Z
+        X <- Q X
+
+    Rounding makes small singular values of R negative, and more steps at once would let them grow.
+
+    Source: the Gram form, https://github.com/Dao-AILab/gram-newton-schulz.
     """
-    x = stack.bfloat16()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
-    for a, b, c in coefficients:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    rows, columns = stack.shape[-2:]
+    together = RESTART if columns > 1.5 * rows else 1  # else the steps one by one take fewer products
+    for first in range(0, len(coefficients), together):
+        stack = torch.bmm(_product(torch.bmm(stack, stack.mT), coefficients[first : first + together]), stack)
+    return stack
+
+
+def _product(gram: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
+    """Q of `orthogonalize`, of these steps."""
+    product = None
+    for left, (a, b, c) in zip(reversed(range(len(steps))), steps, strict=True):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else torch.bmm(factor, product)
+        if left:
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    assert product is not None
+    return product
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    """Of norm 1, no taller than wide, in 16 bits: float16 is finer, but slow on a CPU."""
+    turned = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    return (turned / turned.norm().clamp(min=EPS)).to(torch.float16 if matrix.is_cuda else torch.bfloat16)
 
 
 def _update_all(
@@ -207,15 +238,11 @@ def _update_all(
         wide = gradient.to(buffer.dtype)
         mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
         buffer.copy_(mean)
-        directions.append(_turned(wide.lerp(mean, momentum)).bfloat16())
+        directions.append(_unit(wide.lerp(mean, momentum)))
     for weight, update in zip(weights, orthogonalize(torch.stack(directions), coefficients), strict=True):
         step = lr * (0.2 * math.sqrt(max(weight.shape)))
         turned = update.mT if weight.shape[0] > weight.shape[1] else update
         weight.copy_(weight * (1 - lr * decay) - step * turned.to(weight.dtype))
-
-
-def _turned(matrix: Tensor) -> Tensor:
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
