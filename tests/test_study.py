@@ -340,7 +340,7 @@ def test_a_batch_falls_into_equal_parts_that_share_its_memory() -> None:
 
 
 def test_the_trainer_s_cost_is_measured_in_pairs() -> None:
-    cost = step_overhead(replace(SHORT, compiled=False), rounds=6, turns=1, steps=2)
+    cost = step_overhead(replace(SHORT, compiled=False), rounds=6, turns=1, steps=2, parts=2)
     for ratio in (cost.plain_over_bare, cost.null_over_bare, cost.recording_over_bare):
         assert -math.inf < ratio.low <= ratio.median <= ratio.high < math.inf
     assert cost.null_over_bare.low > 0

@@ -1,18 +1,25 @@
-"""What the trainer itself costs: its step over the bare loop's, measured in turns."""
+"""What the trainer itself costs: its step over the bare loop's, measured in turns.
+
+python -m hybridlab.benchmarks.step_overhead [--model small] [--batch 8x512] [--parts 1] [--device auto] [--out FILE]
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor, nn
 
-from hybridlab.base.device import find_device
-from hybridlab.base.errors import UserError
+from hybridlab.base.device import device_name, find_device
+from hybridlab.base.errors import UserError, one_line
+from hybridlab.benchmarks.against_others import configured
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.engine.closures import Closure
 from hybridlab.engine.config import HybridTrainerConfig
@@ -23,9 +30,10 @@ from hybridlab.optim import build_optimizer
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.ranks import RanksConfig, own_part
+from hybridlab.study.record import write_json
 from hybridlab.study.training import sped_up
 
-Step = Callable[[Closure], object]
+Step = Callable[[Sequence[Closure]], object]
 
 
 @dataclass(frozen=True)
@@ -45,13 +53,20 @@ class StepOverhead:
 
 
 def step_overhead(
-    config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 10, ranks: RanksConfig | None = None
+    config: RunConfig,
+    *,
+    rounds: int = 20,
+    turns: int = 6,
+    steps: int = 10,
+    parts: int = 1,
+    ranks: RanksConfig | None = None,
 ) -> StepOverhead:
     """Measure it, on one model and one optimizer.
 
     rounds: that count, beside the first two, which are thrown away
     turns: of each loop in a round, best a multiple of six: then each has each place equally often
     steps: nominal steps per turn
+    parts: of a step's batch, each a batch of the config: what they add up to is one step
     ranks: how several processes train it together, each of which calls this, inside `RanksConfig.started`
 
     Raises UserError for a config with memory features, which the bare loop has not.
@@ -60,7 +75,7 @@ def step_overhead(
         raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
     with ProcessSettings.of(config).applied():
         loops, closure = _loops(config, ranks)
-        taken = {name: partial(_take, step, closure, steps) for name, step in loops.items()}
+        taken = {name: partial(_take, step, [closure] * parts, steps) for name, step in loops.items()}
         seconds = seconds_in_turns(taken, find_device(config.device), rounds, turns)
     bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
     recording = [with_path - without for with_path, without in zip(null, plain, strict=True)]
@@ -99,9 +114,11 @@ def _loops(config: RunConfig, ranks: RanksConfig | None) -> tuple[dict[str, Step
 def _bare(model: nn.Module, optimizer: torch.optim.Optimizer, config: HybridTrainerConfig) -> Step:
     """The loop that anybody would write."""
 
-    def step(closure: Closure) -> None:
+    def step(closures: Sequence[Closure]) -> None:
         optimizer.zero_grad(set_to_none=True)
-        closure().backward()  # type: ignore[no-untyped-call]
+        for closure in closures:
+            loss = closure() if len(closures) == 1 else closure() / len(closures)
+            loss.backward()  # type: ignore[no-untyped-call]
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
@@ -109,6 +126,42 @@ def _bare(model: nn.Module, optimizer: torch.optim.Optimizer, config: HybridTrai
     return step
 
 
-def _take(step: Step, closure: Closure, steps: int) -> None:
+def _take(step: Step, closures: Sequence[Closure], steps: int) -> None:
     for _ in range(steps):
-        step(closure)
+        step(closures)
+
+
+Count = Annotated[int, typer.Option(min=1)]
+
+
+def main(
+    model: str = "small",
+    batch: Annotated[str, typer.Option(help="Windows and tokens of a part of a step.")] = "8x512",
+    parts: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
+    vocab_size: int = 50257,
+    data: str = "python",
+    device: str = "auto",
+    rounds: Count = 8,
+    turns: Count = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Per turn.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
+) -> None:
+    """Time the bare loop, the trainer, and the trainer with a recorded path, in turns: compiled, in bf16 on a GPU."""
+    with one_line("step_overhead"):
+        config = configured(model, batch, vocab_size, data, device)
+        cost = step_overhead(config, rounds=rounds, turns=turns, steps=steps, parts=parts)
+        where = {"device": device_name(find_device(device)), "torch": str(torch.__version__)}
+        asked = {"model": model, "batch": batch, "parts": parts, "rounds": rounds, "steps_per_round": turns * steps}
+        ratios = {"trainer": cost.plain_over_bare, "trainer with path": cost.null_over_bare}
+        for name, ratio in ratios.items():
+            print(f"{name} over the bare loop: {ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
+        print(f"bare step: {cost.bare_step_ms:.1f} ms")
+        if out:
+            measured = {name: ratio.record() | {"per_round": ratio.rounds} for name, ratio in ratios.items()}
+            write_json(
+                out, {"bare_step_ms": cost.bare_step_ms, "over_the_bare_loop": measured, **where, "settings": asked}
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)
