@@ -455,6 +455,8 @@ def test_figures_that_were_measured_elsewhere_before_are_kept_in_a_bounded_numbe
     assert first["figures"] == {"fast.ratio": {"value": 1.34, "low": 1.24, "high": 1.44}}, "an equal loss is no repeat"
     assert [repeat["git_commit"] for repeat in measured(1.5, "three")] == ["one", "two"]
     assert [repeat["git_commit"] for repeat in measured(1.6, "one")] == ["two", "three"]
+    again = measured(1.6, "four")[-1]
+    assert again["figures"] == {"fast.ratio": {"value": 1.6, "low": 1.5, "high": 1.7}}, "a time that is equal counts"
     for number in range(MOST + 2):
         last = measured(2.0 + number, str(number))
     assert len(last) == MOST

@@ -29,10 +29,12 @@ from hybridlab.notebook import (
     depth_figures,
     depth_table,
     pays_claim,
+    rate_rows,
     shallow_claim,
 )
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare
+from hybridlab.study.rates import RateTrials
 
 BLOCKS, GROWS_AT = 6, 8
 GROWING = DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)))
@@ -603,6 +605,44 @@ def test_a_ratio_of_times_is_named_for_the_results(study: StudyResult) -> None:
     figure |= {"seeds": 3, "per_seed": grown.time_to_loss.per_seed}
     assert depth_figures("toy", grown) == {"depth_time_ratio_toy": figure}
     assert depth_figures("", grown) == depth_figures("toy", compare(study, "shallow")) == {}
+
+
+EDGE = "the best rate of {} is the highest tried, 0.006: bracket it"
+
+
+@pytest.mark.parametrize(
+    ("at_edge", "open_kinds", "open_figure"),
+    [
+        ("", [], False),
+        ("grown", ["pays", "depth-pays", "speed"], True),
+        ("control of grown", ["pays", "speed"], True),
+        ("shallow", ["depth-pays"], False),
+        ("control, 125% of the steps", [], True),
+    ],
+)
+def test_what_rests_on_a_rate_at_an_edge_is_open_and_names_the_arm(
+    study: StudyResult, at_edge: str, open_kinds: list[str], open_figure: bool
+) -> None:
+    tried = {arm: EDGE.format(arm) if arm == at_edge else "" for arm, _ in study.runs}
+    result = replace(study, tried=tried)
+    claims = depth_claims(result)
+    assert [claim.kind for claim in claims if EDGE.format(at_edge) in claim.text] == open_kinds
+    assert all(claim.verdict == "open" for claim in claims if claim.kind in open_kinds)
+    grown = compare(result, "grown")
+    (figure,) = depth_figures("toy", grown).values()
+    assert (figure["bracketed"], figure["unbracketed"]) == (not open_figure, (EDGE.format(at_edge),) * open_figure)
+    (plain,) = depth_figures("toy", compare(study, "grown")).values()
+    assert figure["value"] == plain["value"]
+    assert figure["high"] == (math.inf if open_figure else plain["high"])
+    assert "bracketed" not in plain, "no rates were tried"
+
+
+def test_trials_are_kept_as_a_table_that_gives_the_same_edges_again() -> None:
+    trial = RateTrials({0.003: 2.2, 0.0015: 2.3, 0.006: math.inf})
+    rows = rate_rows({"grown": trial})
+    assert rows == [{"arm": "grown", "rate": rate, "loss": loss} for rate, loss in trial.losses.items()]
+    again = RateTrials({row["rate"]: row["loss"] for row in rows})
+    assert (again.unbracketed("grown"), again.best) == ("", 0.003)
 
 
 def test_a_run_records_its_depth(study: StudyResult) -> None:

@@ -28,6 +28,7 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, isolated, train
 from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
+from hybridlab.study.launched import train_on_ranks
 from hybridlab.study.record import Run
 from hybridlab.study.study import Study, run_arms
 from hybridlab.study.tasks import Task
@@ -120,13 +121,22 @@ def test_what_ends_one_of_several_ends_all_and_leaves_their_records(tmp_path: Pa
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("at_once", [0, -1, "2", 2.0, True, None])
+def test_a_number_of_runs_at_once_that_is_none_is_refused_in_one_line(at_once: Any, tmp_path: Path) -> None:
+    said = rf"^at_once is {at_once!r}: give a whole number, 1 or more$"
+    with pytest.raises(UserError, match=said):
+        Study(CONFIG, {}).run(tmp_path, at_once=at_once)
+    with pytest.raises(UserError, match=said.replace("at_once", "nproc", 1)):
+        train_on_ranks(CONFIG, tmp_path, at_once)
+
+
 def test_each_of_several_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     runs = [(replace(CONFIG, device="auto"), tmp_path)]
     with pytest.raises(UserError, match=r"^at_once is 3, and torch sees 2 GPUs: each process takes one$"):
         next(train_side_by_side(runs, 3))
-    with pytest.raises(UserError, match=r"^at_once is 0: at least one run trains at a time$"):
+    with pytest.raises(UserError, match=r"^at_once is 0: give a whole number, 1 or more$"):
         next(train_side_by_side(runs, 0))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert _visible_gpus(2)[1] == "1"
@@ -189,6 +199,12 @@ def test_a_killed_process_is_named_with_its_signal_and_its_run_can_go_on(tmp_pat
         f"the record and the last checkpoint in {tmp_path} are intact, go on with resume"
     )
     assert train(CONFIG, tmp_path, resume=True).summary is not None
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_process_that_is_killed_before_its_first_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf": no checkpoint was written to {tmp_path}: the run begins anew$"):
+        train_isolated(CONFIG, tmp_path, at_step(2, lambda: os.kill(child(), signal.SIGKILL)))
 
 
 @pytest.mark.usefixtures("forked")

@@ -158,7 +158,7 @@ def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: P
     assert told(tmp_path) == (
         "out of memory: 2.00 GiB more were asked for: NVIDIA H100 has 80.0 GB, torch holds 14.9 GB; "
         f"what the GPU held is in {tmp_path / SNAPSHOT}; switch on what 80000000000 bytes want; "
-        f"the record and the last checkpoint in {tmp_path} are intact"
+        f"no checkpoint was written to {tmp_path}: the run begins anew"
     )
     assert (tmp_path / SNAPSHOT).read_bytes() == b"blocks"
     with report_oom(CONFIG, tmp_path):

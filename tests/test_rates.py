@@ -73,6 +73,17 @@ def test_a_study_tries_each_arm_and_control_at_as_many_rates_at_its_own_length(
     assert planned == pytest.approx({name: rate for name, rate in best.items() if name != "control of hybrid"})
     control = study.shortened("control of hybrid", 4)
     assert (control.optimizer.lr, control.lr_schedule.total_steps) == (pytest.approx(5e-4), 4)
+    assert dict(study.tried) == dict.fromkeys(best, "")
+
+
+def test_a_study_keeps_which_best_rates_are_at_an_edge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(monkeypatch, {"baseline": 1e-3, "hybrid": 1.0, "control of hybrid": 1e-6}, cost={"hybrid": 4.0})
+    study, _ = bracket_study(Study(RUN, {"hybrid": HYBRID}, control_fractions=()), tmp_path, most=3)
+    assert dict(study.tried) == {
+        "baseline": "",
+        "hybrid": "the best rate of hybrid is the highest tried, 0.002: bracket it",
+        "control of hybrid": "the best rate of control of hybrid is the lowest tried, 0.0005: bracket it",
+    }
 
 
 def test_a_diverged_trial_is_the_worst(tmp_path: Path) -> None:

@@ -342,6 +342,10 @@ def test_time_that_other_means_save_is_said_with_what_each_of_them_brought() -> 
     assert verdict == "holds, but by other means"
     assert "| by other means: predicted depth, grown from 3, 1000 steps | holds | time to its loss 1.900" in rows
     assert less_time("60", n03=slow, n10=entry(fast))[0] == "fails", "1.8 times as fast is no 60 % less"
+    unbracketed = replace(fast, quantities=(Quantity("time_to_loss", 1.9, unit="time ratio"),), verdict="open")
+    verdict, rows = less_time("40 to 60", n03=slow, n10=entry(unbracketed))
+    assert verdict == "fails", "what rests on a rate at an edge saves nothing yet"
+    assert "predicted depth, grown from 3, 1000 steps | open | time to its loss 1.900 [open, open]" in rows
 
 
 def test_what_the_passes_of_the_presets_exclude_cannot_hold() -> None:

@@ -22,6 +22,7 @@ from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.publish import plain
 from hybridlab.results.words import MAY_BE_OPEN
 from hybridlab.study import StudyResult, compare
+from hybridlab.study.rates import RateTrials
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval, holm, median_ends
 from hybridlab.study.step_value import Array, PairedTest, SeedRuns, StepValue
@@ -248,7 +249,9 @@ def test_every_committed_comparison_follows_from_the_runs_beside_it(profile: str
             claim.arm.partition(" steps")[0].rpartition(", ") if "budget" in rows[0] else (claim.arm, "", "")
         )
         mine = [row for row in rows if not budget or row["budget"] == int(budget)]
-        again = pays_claim(replace(compare(study_of(mine, entry["parameters"]), arm), name=claim.arm))
+        trials = [row for row in entry["tables"].get("rates", []) if row["budget"] == int(budget or 0)]
+        result = replace(study_of(mine, entry["parameters"]), tried=_tried(trials))
+        again = pays_claim(replace(compare(result, arm), name=claim.arm))
         assert (again.verdict, again.text) == (claim.verdict, claim.text)
         for old in claim.quantities:
             new = again.quantity(old.name)
@@ -284,6 +287,15 @@ def test_every_committed_rung_follows_from_the_runs_beside_it(entry: Any) -> Non
         spent = [own["seconds"].sum() / own["steps"].sum() for own in by_seed]
         faster = float(np.mean(vanilla["seconds"] / spent)) / steps.value
         assert claim.value("stack_time_ratio") in (None, pytest.approx(faster, rel=0.01))
+
+
+def _tried(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What the trials in a table "rates" leave to do, by arm; a loss is missing where the trial diverged."""
+    trials: dict[str, RateTrials] = {}
+    for row in rows:
+        loss = math.inf if row["loss"] is None else row["loss"]
+        trials.setdefault(row["arm"], RateTrials()).losses[row["rate"]] = loss
+    return {arm: trial.unbracketed(arm) for arm, trial in trials.items()}
 
 
 def study_of(rows: list[dict[str, Any]], parameters: dict[str, Any]) -> StudyResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def test_predicting_pays_where_the_whole_interval_says_so(change: Interval, verd
 
 def test_many_arms_or_too_little_training_leave_a_clear_difference_open() -> None:
     assert verdicts(compared(to_control=BETTER, p_value=0.06, tested=20))["bold-unguarded-pays"] == "open"
+    left = "the best rate of bold is the highest tried, 0.006: bracket it"
+    unbracketed = hybrid_claims(compared(to_control=BETTER, base=replace(ENOUGH, unbracketed=(left,))))[0]
+    assert (unbracketed.verdict, left in unbracketed.text) == ("open", True)
     little = compared(to_control=BETTER, base=Base(80, 1, 10_000, 0.2), time_ratio=always(0.5))
     assert {verdicts(little)[f"bold-unguarded-{kind}"] for kind in ("pays", "quality", "speed")} == {"open"}
     assert "too little to tell: 80 of 200 steps, 1 of 3 seeds" in hybrid_claims(little)[0].text
@@ -126,9 +130,14 @@ def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> No
     assert claim.verdict == "open"
     assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.008, 0.008)
     assert claim.value("step_value_at_0.002") == 0.76
-    (claim,) = rate_claims({0.002: at_rate(4.0, 4.2, 0.5), 0.008: at_rate(4.3, 4.1, -0.5)})
+    assert "the best rate of bold, unguarded is the highest tried, 0.008: bracket it" in claim.text
+    at_both_sides = {0.001: at_rate(4.5, 4.5, 0.5), 0.002: at_rate(4.0, 4.2, 0.5), 0.004: at_rate(4.3, 4.1, -0.5)}
+    (claim,) = rate_claims(at_both_sides | {0.008: at_rate(4.5, 4.5, 0.5)})
     assert (claim.verdict, claim.value("loss_to_control")) == ("holds", pytest.approx(-0.1))
-    assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.002, 0.008)
+    assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.002, 0.004)
+    (claim,) = rate_claims(at_both_sides)
+    assert claim.verdict == "open", "the control may be better beyond"
+    assert "the best rate of its control is the highest tried, 0.004: bracket it" in claim.text
     assert rate_claims({0.002: at_rate(4.0, 4.2, 0.5)}) == []
     cells = rate_table(by_rate).cells()
     assert [row[0] for row in cells] == ["0.002", "0.008"]

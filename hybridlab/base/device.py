@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.settings import fits
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -32,11 +33,19 @@ def find_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", number) if number else torch.device("cuda")
 
 
+def check_processes(setting: str, count: int) -> None:
+    """Raise UserError where a number of processes is no whole number from 1 on."""
+    if not fits(count, int) or count < 1:
+        raise UserError(f"{setting} is {count!r}: give a whole number, 1 or more")
+
+
 def refuse_more_than_gpus(setting: str, count: int, device: str) -> None:
-    """Raise UserError where a setting asks for more processes, each with a GPU of its own, than torch sees GPUs.
+    """Raise UserError where a setting asks for more processes, each with a GPU of its own, than torch sees GPUs, or for
+    none.
 
     device: as in `find_device`; any number of processes may share the CPU
     """
+    check_processes(setting, count)
     if find_device(device).type == "cuda" and count > (there := torch.cuda.device_count()):
         raise UserError(f"{setting} is {count}, and torch sees {there} GPUs: each process takes one")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         depth_claims,
         depth_figures,
         depth_table,
+        rate_rows,
         rates_table,
         shallow_claim,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hybridlab.results.claims import VOLATILE_UNITS
+
 Entry = Mapping[str, Any]
 
 MOST = 8
@@ -17,13 +19,13 @@ ORIGIN = ("git_commit", "device", "host")
 def repeats_of(before: Entry | None, entry: Entry) -> list[dict[str, Any]]:
     """What a new entry keeps of the one that it replaces, and of those that this one kept, the earliest first.
 
-    Each has its origin, its torch and its figures, claim and quantity by name: those that differ from the new ones. An
-    entry with other parameters asked something else, and is dropped; a parameter that only one of them has counts as
-    equal.
+    Each has its origin, its torch and its figures, claim and quantity by name: times and memory, and of those that
+    repeat the ones that differ from the new entry's. An entry with other parameters asked something else, and is
+    dropped; a parameter that only one of them has counts as equal.
     """
     if before is None or not _same_question(before["parameters"], entry["parameters"]):
         return []
-    own = dict(_figures(entry))
+    own = {name: figure for name, figure, _ in _figures(entry)}
     earlier = {_origin(repeat): repeat for repeat in [*before.get("repeats", ()), _repeat(before, own)]}
     earlier.pop(_origin(entry), None)
     return [repeat for repeat in earlier.values() if repeat["figures"]][-MOST:]
@@ -37,14 +39,20 @@ def _repeat(entry: Entry, other: Mapping[str, Any]) -> dict[str, Any]:
     """What an entry measured otherwise than another one."""
     origin = {name: entry[name] for name in ORIGIN if name in entry}
     torch = {"torch": entry["versions"]["torch"]} if "versions" in entry else {}
-    figures = {name: figure for name, figure in _figures(entry) if name in other and other[name] != figure}
+    figures = {
+        name: figure
+        for name, figure, volatile in _figures(entry)
+        if name in other and (volatile or other[name] != figure)
+    }
     return origin | torch | {"figures": figures}
 
 
-def _figures(entry: Entry) -> Iterator[tuple[str, dict[str, Any]]]:
+def _figures(entry: Entry) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Name, figure and whether it may differ between two equal runs."""
     for claim in entry["claims"]:
         for quantity in claim["quantities"]:
-            yield f"{claim['id']}.{quantity['name']}", {end: quantity.get(end) for end in ("value", "low", "high")}
+            figure = {end: quantity.get(end) for end in ("value", "low", "high")}
+            yield f"{claim['id']}.{quantity['name']}", figure, quantity["unit"] in VOLATILE_UNITS
 
 
 def _origin(measured: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -84,7 +84,8 @@ def in_words(q: Quantity) -> str:
     kept = (None if number is None else scale * rounded(number) for number in (q.value, q.low, q.high))
     value, low, high = kept  # as results.json has them, so that both show the same last digit
     if value is not None and low is None and high is None:
-        return f"{value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + unit  # means over seeds
+        ends = " [open, open]" if q.name.startswith(MAY_BE_OPEN) else ""
+        return f"{value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + ends + unit  # means over seeds
     signed = spec if q.unit in ("ratio", "time ratio", "share") else "+.3f"
     return f"{interval(value, low, high, signed)}{unit}"
 

@@ -12,23 +12,26 @@ class Base:
     steps: gradient steps of the baseline; seeds: runs per arm
     tokens: that the baseline has seen; of images, how many
     fall_nats: from the baseline's first training loss to its final validation loss
+    unbracketed: of each arm that is compared and whose best learning rate is at an edge of those tried: what to do
     """
 
     steps: int
     seeds: int
     tokens: int
     fall_nats: float
+    unbracketed: tuple[str, ...] = ()
 
     @property
     def lacks(self) -> list[str]:
         """What is missing, in words, as "2 of 3 seeds"; nothing where a verdict can be given."""
         least, here = asdict(LEAST), asdict(self)
-        words = {name: name.removesuffix("_nats") for name in least}
-        return [
+        words = {name: name.removesuffix("_nats") for name in least if name != "unbracketed"}
+        short = [
             f"{round(here[name], 2):.6g} of {least[name]:.6g} {'nats of ' if name != word else ''}{word}"
             for name, word in words.items()
             if not here[name] >= least[name]
         ]
+        return [*short, *self.unbracketed]
 
 
 LEAST = Base(steps=200, seeds=3, tokens=100_000, fall_nats=1.0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from hybridlab.study.base import Base
 from hybridlab.study.statistics import Interval, holm
@@ -23,15 +23,19 @@ class Comparison:
     to_baseline: final validation loss against the full-length plain run
     accuracy_to_baseline: the same of the accuracy, a part of 1; None of a language model
     p_value: of `to_control`, corrected for all arms of the study that predicted (Holm); tested: how many they are
-    base: how much was trained; where it lacks anything, there is no verdict
+    base: how much was trained, and whether the rates of the arm, its control and the baseline are bracketed, where they
+        were tried; where it lacks anything, there is no verdict
     step_value: what a predicted step is worth in real ones, to read beside the verdict; None where nothing was
         predicted, or the control runs have one length only
     time_ratio: training time over the baseline's of the same seed, all that happens between two steps included
     cost: of its gradient steps, in steps with all blocks, by floating-point operations
     compute_to_loss, time_to_loss: of an arm that predicted depth: how many times its own computation, or its own time,
-        a plain run takes to its final loss; above 1, it pays. None of others
+        a plain run takes to its final loss; above 1, it pays. None of others. Their ends are open where the arm or a
+        plain run beside it is unbracketed
     peak_vram_bytes: the greatest peak of its runs; None without a GPU
     averaged_loss: of the weights averaged over each run's tail; None where none are (`RunConfig.tail_average`)
+    unbracketed: what is left to do about the rates of the arm and of all plain runs beside it; None where none were
+        tried
     """
 
     name: str
@@ -57,6 +61,7 @@ class Comparison:
     compute_to_loss: StepValue | None = None
     time_to_loss: StepValue | None = None
     averaged_loss: Interval | None = None
+    unbracketed: tuple[str, ...] | None = None
 
     @property
     def predicted(self) -> bool:
@@ -157,7 +162,7 @@ def compare(result: StudyResult, name: str) -> Comparison:
         accuracy_to_baseline=_accuracy_to_baseline(result, name),
         p_value=p_values.get(name, 1.0),
         tested=len(p_values),
-        base=base_of(result),
+        base=base_of(result, compared=[name, BASELINE, *(result.control_of(name, seed) for seed in seeds)]),
         step_value=StepValue.of([_seed_runs(result, name, seed) for seed in seeds]),
         time_ratio=Interval.of(time_ratios),
         peak_vram_bytes=_peak_vram_bytes(result, name),
@@ -166,18 +171,21 @@ def compare(result: StudyResult, name: str) -> Comparison:
         compute_to_loss=_to_loss(result, name, [result.cost(name, seed) for seed in seeds]) if grown else None,
         time_to_loss=_to_loss(result, name, _full_steps_in_its_time(result, name)) if grown else None,
         averaged_loss=_averaged_loss(result, name),
+        unbracketed=_beside(result, name) if result.tried else None,
     )
 
 
-def base_of(result: StudyResult, arm: str = BASELINE, at_step: int | None = None) -> Base:
+def base_of(result: StudyResult, arm: str = BASELINE, at_step: int | None = None, compared: Iterable[str] = ()) -> Base:
     """What a study's verdicts stand on: the runs of its baseline, or of another arm that takes its place.
 
     at_step: the nominal step whose losses are compared; None is the last
+    compared: the arms whose rates must be bracketed, where they were tried
     """
     runs = [run for (name, _), run in result.runs.items() if name == arm]
     task, steps = runs[0].config["task"], at_step or int(runs[0].closing_figures["gradient_steps"])
     falls = [float(run.steps["measured_loss"].iloc[0]) - run.validation_loss(at_step) for run in runs]
-    return Base(steps, len(runs), steps * task["batch_size"] * task.get("block_size", 1), min(falls))
+    tokens = steps * task["batch_size"] * task.get("block_size", 1)
+    return Base(steps, len(runs), tokens, min(falls), result.unbracketed(compared))
 
 
 def _to_control(result: StudyResult, name: str) -> Interval:
@@ -217,7 +225,13 @@ def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
 def _to_loss(result: StudyResult, name: str, costs: Sequence[float]) -> StepValue | None:
     """Full steps that a plain run takes to an arm's loss, over the arm's own cost in full steps, seed by seed."""
     runs = [_seed_runs(result, name, seed, (0.0, cost)) for seed, cost in zip(result.seeds, costs, strict=True)]
-    return StepValue.of(runs)
+    ratio = StepValue.of(runs)
+    return replace(ratio, low=-math.inf, high=math.inf) if ratio and _beside(result, name) else ratio
+
+
+def _beside(result: StudyResult, name: str) -> tuple[str, ...]:
+    """What is left to do about the rates of an arm and of the plain runs that value it."""
+    return result.unbracketed([name, *(arm for seed in result.seeds for arm in result.controls_beside(name, seed))])
 
 
 def _full_steps_in_its_time(result: StudyResult, name: str) -> list[float]:

@@ -17,6 +17,7 @@ from hybridlab.base.device import find_device, refuse_more_than_gpus
 from hybridlab.base.errors import UserError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
+from hybridlab.study.resume import kept_in
 from hybridlab.study.run import train
 
 GRACE_SECONDS = 45.0
@@ -25,6 +26,7 @@ GRACE_SECONDS = 45.0
 KILLED = getattr(signal, "SIGKILL", signal.SIGTERM)
 """What a system sends where memory runs out; Windows has no such signal."""
 
+GO_ON = ", go on with resume"
 STEP, DONE = "step", "done"
 
 
@@ -71,8 +73,6 @@ def train_side_by_side(
 
     Raises UserError for more at once than there are GPUs, where these are what they train on.
     """
-    if at_once < 1:
-        raise UserError(f"at_once is {at_once}: at least one run trains at a time")
     for config, _ in runs:
         refuse_more_than_gpus("at_once", at_once, config.device)
     on_gpus = any(find_device(config.device).type == "cuda" for config, _ in runs)
@@ -165,12 +165,7 @@ def _stop(runs: Sequence[IsolatedRun]) -> None:
 def _death(exit_code: int, config: RunConfig, folder: Path) -> str:
     how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
     why = ", as the system does when the host's memory runs out" if exit_code == -KILLED else ""
-    return f"the process of {config.name!r}, seed {config.seed}, {how}{why}: {kept_in(folder)}"
-
-
-def kept_in(folder: Path) -> str:
-    """What a process leaves that dies while it trains."""
-    return f"the record and the last checkpoint in {folder} are intact, go on with resume"
+    return f"the process of {config.name!r}, seed {config.seed}, {how}{why}: {kept_in(folder, GO_ON)}"
 
 
 # --- in the other process ----------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from hybridlab.base.device import refuse_more_than_gpus
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import is_first, is_of_lost_rank, rank
 from hybridlab.study.config import RunConfig
-from hybridlab.study.isolated import STEP, IsolatedRun, answer_the_parent_alone, kept_in, watched_to_its_end
+from hybridlab.study.isolated import GO_ON, STEP, IsolatedRun, answer_the_parent_alone, watched_to_its_end
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.record import Run
+from hybridlab.study.resume import kept_in
 from hybridlab.study.run import train
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.watched_run import WatchedRun
@@ -57,8 +58,6 @@ def train_on_ranks(
     Raises UserError for more processes than GPUs, for what a rank refuses, and for a rank that dies: its name and its
     end; the last checkpoint is whole then. RuntimeError with a rank's traceback for all else.
     """
-    if count < 1:
-        raise UserError(f"nproc is {count}: at least one process trains")
     refuse_more_than_gpus("nproc", count, config.device)
     ranks = ranks or RanksConfig()
     ranks.check(config, count)
@@ -81,7 +80,8 @@ def _launch(config: RunConfig, folder: Path, resume: bool, ranks: RanksConfig, c
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
-        raise UserError(f"rank {number} of {config.name!r}, seed {config.seed}, {how}: {kept_in(folder)}") from None
+        left = kept_in(folder, GO_ON)
+        raise UserError(f"rank {number} of {config.name!r}, seed {config.seed}, {how}: {left}") from None
 
 
 def _as_rank(config: RunConfig, folder: Path, resume: bool, ranks: RanksConfig, pipe: Connection) -> None:

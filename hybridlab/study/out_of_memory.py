@@ -16,6 +16,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import remove, replaced
 from hybridlab.study.config import RunConfig
 from hybridlab.study.planning import gpu_bytes_of, nearest_fit_of
+from hybridlab.study.resume import kept_in
 from hybridlab.vram import MemoryMeter
 
 SNAPSHOT = "memory_snapshot.pickle"
@@ -45,7 +46,7 @@ def report_oom(config: RunConfig, folder: Path) -> Iterator[None]:
         if told is None:
             raise
         traceback.clear_frames(error.__traceback__)
-        raise UserError(f"{told}; {_left(folder)}") from error
+        raise UserError(f"{told}; {kept_in(folder)}") from error
 
 
 def _told(error: RuntimeError, config: RunConfig, folder: Path) -> str | None:
@@ -86,7 +87,3 @@ def _snapshot(folder: Path) -> str:
     except UserError:
         return ""
     return f"; what the GPU held is in {folder / SNAPSHOT}"
-
-
-def _left(folder: Path) -> str:
-    return f"the record and the last checkpoint in {folder} are intact"

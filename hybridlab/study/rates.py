@@ -46,6 +46,10 @@ class RateTrials:
             return "lowest"
         return "highest" if self.best == max(self.losses) else ""
 
+    def unbracketed(self, arm: str) -> str:
+        """What to do where the best rate of this arm is at an edge, in words; nothing where it is bracketed."""
+        return f"the best rate of {arm} is the {self.edge} tried, {self.best:.3g}: bracket it" if self.edge else ""
+
     def __str__(self) -> str:
         tried = ", ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in sorted(self.losses.items()))
         told = f"the {self.edge} that was tried: a better one may lie beyond" if self.edge else "bracketed"
@@ -97,7 +101,8 @@ def bracket_rates(
 def bracket_study(study: Study, folder: Path, **how: Any) -> tuple[Study, dict[str, RateTrials]]:
     """The study with the best rate of each arm and of each plain control, all bracketed at their own lengths.
 
-    A control's length is what its arm cost at the arm's best rate. how: further settings of `bracket_rates`
+    A control's length is what its arm cost at the arm's best rate. What is compared with an arm or a control whose best
+    rate is at an edge of those tried stays open. how: further settings of `bracket_rates`
     """
     planned = [run for run in study.planned() if not run.seed]
     trials = bracket_rates(planned, folder, **how)
@@ -107,7 +112,8 @@ def bracket_study(study: Study, folder: Path, **how: Any) -> tuple[Study, dict[s
     controls = [study.shortened(control_name(name), cost) for name, cost in predicted.items()]
     trials |= bracket_rates(controls, folder, steps_before=done, **how)
     rates = {name: trial.best for name, trial in trials.items()}
-    return replace(study, base=with_rate(study.base, rates.pop(BASELINE)), rates=tuple(rates.items())), trials
+    base, tried = with_rate(study.base, rates.pop(BASELINE)), {name: t.unbracketed(name) for name, t in trials.items()}
+    return replace(study, base=base, rates=tuple(rates.items()), tried=tuple(tried.items())), trials
 
 
 def _at(config: RunConfig, factor: float) -> RunConfig:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hybridlab.base.checkpoint import (
     checkpoint_meta,
+    has_checkpoint,
     load_checkpoint,
     refuse_differences,
     remove_checkpoint,
@@ -67,6 +68,13 @@ def remove_checkpoints(folder: Path) -> None:
     """Delete what an earlier start, of one process or of several, could be gone on from."""
     remove_checkpoint(folder / CHECKPOINT)
     shutil.rmtree(folder / RANK_CHECKPOINTS, ignore_errors=True)
+
+
+def kept_in(folder: Path, advice: str = "") -> str:
+    """What a run that ends before its time leaves, in words; advice: where it can be gone on from."""
+    if has_checkpoint(folder / CHECKPOINT) or RankCheckpoints.newest_file(folder / RANK_CHECKPOINTS):
+        return f"the record and the last checkpoint in {folder} are intact{advice}"
+    return f"no checkpoint was written to {folder}: the run begins anew"
 
 
 def other_code(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from hybridlab.base.device import check_processes
 from hybridlab.base.lock import locked
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.engine.config import HybridTrainerConfig
@@ -50,6 +51,8 @@ class Study:
         where an arm may end below the baseline
     rates: (arm, learning rate) of each arm whose rate is not the base's, controls by their names; `bracket_study`
         finds them
+    tried: (arm, what its trials leave to do, nothing where its best rate is bracketed) of each arm and control that
+        rates were tried of
     seeds: each arm runs once with each of the seeds 0 ... seeds - 1: same data, same first weights
     """
 
@@ -58,6 +61,7 @@ class Study:
     seeds: int = 3
     control_fractions: tuple[float, ...] = (0.5, 0.75)
     rates: tuple[tuple[str, float], ...] = ()
+    tried: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
@@ -119,7 +123,7 @@ class Study:
         with _locked(folder, "study", planned):
             result = trained(planned, steps_after=self._control_steps)
             controls = list(self._controls(result))
-            return result | trained(controls, steps_before=_steps(planned))
+            return replace(result | trained(controls, steps_before=_steps(planned)), tried=dict(self.tried))
 
     def arms(self) -> list[str]:
         """Every arm that may run, each hybrid before its truncated control, which it needs if it predicts anything."""
@@ -169,13 +173,17 @@ class Study:
 
 @dataclass
 class StudyResult:
-    """Every run of a study, by arm and seed."""
+    """Every run of a study, by arm and seed.
+
+    tried: what the trials of each arm's rate leave to do, as in `Study`
+    """
 
     runs: dict[tuple[str, int], Run] = field(default_factory=dict)
+    tried: Mapping[str, str] = field(default_factory=dict)
 
     def __or__(self, other: StudyResult) -> StudyResult:
         """The runs of both."""
-        return StudyResult(self.runs | other.runs)
+        return StudyResult(self.runs | other.runs, {**self.tried, **other.tried})
 
     @property
     def summaries(self) -> pd.DataFrame:
@@ -236,6 +244,10 @@ class StudyResult:
         fixed.sort(key=lambda arm: self.gradient_steps(arm, seed))
         return fixed if own in fixed else [*fixed, own]
 
+    def unbracketed(self, arms: Iterable[str]) -> tuple[str, ...]:
+        """What the trials of these arms' rates leave to do, each once."""
+        return tuple(left for arm in dict.fromkeys(arms) if (left := self.tried.get(arm)))
+
     def controls(self, names: Iterable[str]) -> list[str]:
         """The truncated controls of some hybrids, those that every seed has."""
         known = [control_name(name) for name in names]
@@ -262,9 +274,10 @@ def run_arms(
     steps_after: of runs that may follow, by what has run so far; they count in the total too
     isolated: each run in a process of its own, so that its memory is too
 
-    Raises UserError where another process trains the same, and ValueError for `watch` with `isolated`: a run cannot be
-    watched from another process.
+    Raises UserError where another process trains the same, and for an `at_once` that is no whole number; ValueError for
+    `watch` with `isolated`: a run cannot be watched from another process.
     """
+    check_processes("at_once", at_once)
     if watch and (isolated or cluster is not None or at_once > 1):
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
     result, places = StudyResult(), [(config, folder / folder_name(config)) for config in configs]

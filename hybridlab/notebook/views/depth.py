@@ -119,13 +119,25 @@ def rates_table(trials: Mapping[str, RateTrials]) -> Table:
     return table(rows, "Learning rates, each arm at its own length, one seed", {"best rate": ".3g"})
 
 
+def rate_rows(trials: Mapping[str, RateTrials]) -> list[dict[str, Any]]:
+    """The table "rates" of a results file: each rate that an arm was tried at, with the loss there in nats."""
+    return [
+        {"arm": arm, "rate": rate, "loss": loss} for arm, tried in trials.items() for rate, loss in tried.losses.items()
+    ]
+
+
 def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Time of a plain run to a grown arm's loss, over the arm's own, with its interval, for results.json."""
+    """Time of a plain run to a grown arm's loss, over the arm's own, with its interval, for results.json.
+
+    Where rates were tried, also whether all that it rests on are bracketed, and what to do about those that are not.
+    """
     ratio = comparison.time_to_loss
     if not name or ratio is None:
         return {}
     figure: dict[str, Any] = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "seeds": ratio.seeds}
     figure |= {"per_seed": ratio.per_seed}
+    if comparison.unbracketed is not None:
+        figure |= {"bracketed": not comparison.unbracketed, "unbracketed": comparison.unbracketed}
     return {f"depth_time_ratio_{name}": figure}
 
 
@@ -142,7 +154,8 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
     arm = f"{grown}, {budget}" if budget else grown
     control = shallow.replace(",", " control of") if "," in shallow else f"{shallow} control"
     text = f"{arm}: depth pays at this budget, as the grown model ends below the {control}"
-    return on_losses("depth-pays", arm, text, holds_below(*change.ends, 0.0), quantities, base_of(result))
+    base = base_of(result, compared=(grown, shallow))
+    return on_losses("depth-pays", arm, text, holds_below(*change.ends, 0.0), quantities, base)
 
 
 def _blocks(result: StudyResult, name: str) -> str:

@@ -19,6 +19,7 @@ from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
 from hybridlab.results.claims import Claim, Quantity, Unit, Verdict, holds_below, holds_if, on_losses
 from hybridlab.study.comparison import Comparison
+from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
 from hybridlab.study.study import BASELINE, StudyResult, control_name
@@ -379,12 +380,16 @@ def rate_table(by_rate: Mapping[float, Comparison]) -> Table:
 
 
 def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
-    """That a hybrid beats its control when each has its best rate of as many; nothing of fewer than two."""
+    """That a hybrid beats its control when each has its best rate of as many; nothing of fewer than two.
+
+    Open where either's best is at an edge of those tried.
+    """
     if len(by_rate) < 2:
         return []
-    hybrid = min(by_rate, key=lambda rate: by_rate[rate].validation_loss.mean)
-    control = min(by_rate, key=lambda rate: _control_loss(by_rate[rate]).mean)
-    best = by_rate[hybrid]
+    hybrids = RateTrials({rate: c.validation_loss.mean for rate, c in by_rate.items()})
+    controls = RateTrials({rate: _control_loss(c).mean for rate, c in by_rate.items()})
+    hybrid, control, best = hybrids.best, controls.best, by_rate[hybrids.best]
+    left = filter(None, (hybrids.unbracketed(best.name), controls.unbracketed("its control")))
     pairs = zip(best.validation_loss.values, _control_loss(by_rate[control]).values, strict=True)
     change = Interval.of([mine - other for mine, other in pairs])
     quantities = (
@@ -396,7 +401,8 @@ def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
     )
     text = f"predicting pays when hybrid and control each have the best of {len(by_rate)} learning rates"
     decided = holds_below(*change.ends, 0.0)
-    return [on_losses("pays-at-best-rates", "", text, decided, quantities, best.base)]
+    base = replace(best.base, unbracketed=tuple(left))
+    return [on_losses("pays-at-best-rates", "", text, decided, quantities, base)]
 
 
 def _control_loss(c: Comparison) -> Interval:
