@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
@@ -17,6 +18,7 @@ from hybridlab.cli import main
 from hybridlab.data import load_text
 from hybridlab.memory import MemoryConfig
 from hybridlab.memory.config import GradientAccumulationConfig
+from hybridlab.models.huggingface import causal_config, fresh_model
 from hybridlab.notebook import Session, find_runs
 from hybridlab.study import HuggingFaceTaskConfig, OwnTaskConfig, RunConfig, Study, compare, find_task, train
 from hybridlab.study.planning import plan_of
@@ -128,6 +130,15 @@ def test_a_hugging_face_config_learns_a_text_file(config: dict[str, object], min
     assert run.closing_figures["predicted_steps"]
     assert losses.iloc[-1] < losses.iloc[0]
     assert plan_of(run_of(task, hybrid=JUMPS)).parts["activations"]
+
+
+def test_a_gpt2_of_transformers_gives_its_loss_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling_utils = pytest.importorskip("transformers.modeling_utils")
+    tiny = {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 8, "vocab_size": 32}
+    model = fresh_model(causal_config({"model_type": "gpt2"} | tiny))
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", pytest.fail)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    assert model(input_ids=tokens, labels=tokens).loss.isfinite()
 
 
 @pytest.mark.parametrize(

@@ -815,6 +815,17 @@ def test_the_command_plans_a_compiled_training(capsys):
 # --- recipes ---------------------------------------------------------------------------------------------
 
 
+def test_an_interrupted_benchmark_of_recipes_has_written_what_it_had(monkeypatch, tmp_path):
+    def tables(gpu):
+        yield "recipes", {"model": "small"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "tables", tables)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.main(out=tmp_path / "recipes.json")
+    assert json.loads((tmp_path / "recipes.json").read_text())["recipes"] == [{"model": "small"}]
+
+
 def test_committed_recipes_are_what_the_planner_says():
     committed = json.loads((project_root() / "executed" / "rtx5080" / "recipes.json").read_text())
     row = committed["recipes"][0]

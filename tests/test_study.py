@@ -287,6 +287,7 @@ def test_a_base_lacks_what_is_below_the_least() -> None:
         "0.5 of 1 nats of fall",
     ]
     assert Base(200, 3, 100_000, math.nan).lacks == ["nan of 1 nats of fall"]
+    assert Base(80, 3, 100_000, 1.0, ("bracket a", "bracket b")).lacks == ["80 of 200 steps", "bracket a; bracket b"]
 
 
 def test_cuda_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

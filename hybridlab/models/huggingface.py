@@ -62,7 +62,9 @@ def fresh_model(config: Any) -> nn.Module:
     with quiet_imports():  # transformers imports torchao with its models
         from transformers import AutoModelForCausalLM, modeling_utils  # noqa: F401
 
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.loss_type = model.loss_type or "ForCausalLM"  # which it takes for GPT-2's, with a warning
+    return model.train()
 
 
 def _refuse_sizes(settings: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class Base:
             for name, word in words.items()
             if not here[name] >= least[name]
         ]
-        return [*short, *self.unbracketed]
+        return [*short, *filter(None, ["; ".join(self.unbracketed)])]
 
 
 LEAST = Base(steps=200, seeds=3, tokens=100_000, fall_nats=1.0)
