@@ -66,7 +66,7 @@ def root(tmp_path, monkeypatch):
         ("06", "strict_steps 21", "strict_steps: 21 must be at most reference_steps, which is 20"),
         ("06", "strict_steps 0", "strict_steps: 0 after -p: it must be at least 1"),
         ("06", "full_steps -1", "full_steps: -1 after -p: it must be at least 1"),
-        ("06", "noise_seeds -1", "noise_seeds: -1 after -p: it must be at least 1"),
+        ("06", "seeds -1", "seeds: -1 after -p: it must be at least 1"),
         ("06", "predict_steps 60", "predict_steps: 60 must be above 102, where the first jump comes, or 0"),
         ("06", "predict_steps 127 full_steps 60", "predict_steps: 127 must be above 127, where the first jump comes"),
         ("04", "predict_steps 14", "predict_steps: 14 must be above 14, where the first jump comes"),

@@ -251,6 +251,19 @@ def test_a_baseline_must_learn_and_be_tuned_and_beat_vanilla() -> None:
     assert [claim.id for claim in baseline_claims(study(run("baseline", 3.0)))] == ["converges"]
 
 
+def test_a_rate_is_tuned_where_every_neighbour_ends_above_it_with_the_whole_interval() -> None:
+    """Seed by seed, over those that both ran with; vanilla ran once."""
+    losses = {"baseline": (3.0, 3.3, 3.1), "lr x 0.5": (3.1, 3.4, 3.21), "lr x 2": (3.2, 3.5, 3.3), "vanilla": (3.5,)}
+    runs = [run(arm, loss, seed) for arm, of_seeds in losses.items() for seed, loss in enumerate(of_seeds)]
+    _, tuned, vanilla = baseline_claims(study(*runs))
+    assert (tuned.verdict, vanilla.verdict) == ("holds", "holds")
+    assert tuned.quantities[0].per_seed == pytest.approx((-0.1, -0.1, -0.11))
+    unclear = study(*runs, run("lr x 4", 2.9, 0), run("lr x 4", 3.6, 1), run("lr x 4", 3.2, 2))
+    assert [claim.verdict for claim in baseline_claims(unclear)] == ["holds", "open", "holds"]
+    better = study(*runs, *(run("lr x 4", loss - 0.2, seed) for seed, loss in enumerate(losses["baseline"])))
+    assert [claim.verdict for claim in baseline_claims(better)] == ["holds", "fails", "holds"]
+
+
 def costing(low: float, high: float) -> StepOverhead:
     """A trainer whose path takes between these shares of a step, and all else nothing."""
     recording = Ratio((low + high) / 2, low, high)
@@ -278,3 +291,11 @@ def test_reliability_is_pooled_over_runs_in_the_gates_bins() -> None:
 def test_any_seed_can_be_looked_at() -> None:
     result = study(run("a", 3.0), run("a", 3.0, 1))
     assert [phases(result, "a", seed).series[0].y[-1] for seed in (0, 1)] == [3.0, 4.0]
+
+
+def test_an_arm_that_ran_with_fewer_seeds_than_the_baseline_is_drawn_with_its_own() -> None:
+    result = study(run("baseline", 3.0), run("baseline", 3.2, 1), run("control", 3.5))
+    drawn = {
+        series.name: series.drawn().y[-1] for series in curves(result, ["baseline", "control"], "nominal_step").series
+    }
+    assert drawn == pytest.approx({"baseline": 3.1, "control": 3.5})

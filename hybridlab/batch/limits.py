@@ -73,7 +73,6 @@ LIMITS = {
     "max_bytes": COUNT_OR_NONE,
     "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
     "muon_lr": _bounds(above=0, most=1000),
-    "noise_seeds": SIZE,
     "nproc": SIZE,
     "overhead_rounds": SIZE,
     "panel_rounds": SIZE,
@@ -167,8 +166,8 @@ def _something_predicts(values: Mapping[str, Any]) -> str | None:
 
 
 def _jumps(values: Mapping[str, Any]) -> str | None:
-    """Runs that jump must come to a jump; the memory study, which has several seeds, cannot leave them out."""
-    steps, block, studied = values.get("predict_steps"), values.get("full_steps"), "seeds" in values
+    """Runs that jump must come to a jump; the memory study, which grows no model, cannot leave them out."""
+    steps, block, studied = values.get("predict_steps"), values.get("full_steps"), "first_blocks" not in values
     if steps is None or block is None or not (steps or studied):
         return None
     first = first_jump("linear" if studied else "ema_nesterov", block)

@@ -196,8 +196,8 @@ class StudyResult:
         return [seed for name, seed in self.runs if name == BASELINE]
 
     def steps(self, name: str) -> list[pd.DataFrame]:
-        """The step tables of one arm, one per seed."""
-        return [self.runs[name, seed].steps for seed in self.seeds]
+        """The step tables of one arm, one per seed that it ran with."""
+        return [self.runs[key].steps for key in sorted(self.runs) if key[0] == name]
 
     def is_plain(self, name: str) -> bool:
         """Whether an arm predicts nothing, in time or in depth, whatever it is called."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -68,8 +69,9 @@ def _left_out(diverged: Sequence[str]) -> str:
 
 def _is_idle(result: StudyResult, name: str) -> bool:
     """Whether an arm was to predict, and did not with any seed."""
-    asked = any(result.runs[name, s].config.get("hybrid", {}).get("max_predict_steps") for s in result.seeds)
-    return asked and not any(result.predicted(name, s) for s in result.seeds)
+    runs = {seed: run for (arm, seed), run in result.runs.items() if arm == name}
+    asked = any(run.config.get("hybrid", {}).get("max_predict_steps") for run in runs.values())
+    return asked and not any(result.predicted(name, seed) for seed in runs)
 
 
 def _control_of(names: Iterable[str]) -> dict[str, str]:
@@ -288,26 +290,38 @@ def run_rows(result: StudyResult) -> list[dict[str, Any]]:
 
 def baseline_claims(result: StudyResult) -> list[Claim]:
     """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
-    final = {name: result.value("validation_loss", name, seed=0) for name, _ in result.runs}
+    losses: dict[str, dict[int, float]] = {}
+    for (name, seed), run in result.runs.items():
+        losses.setdefault(name, {})[seed] = run.validation_loss()
     first = float(result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0])
-    neighbours = [loss for name, loss in final.items() if name.startswith("lr x")]
-    losses = tuple(Quantity(f"{name.replace(' ', '_')}_loss", loss, unit="nats") for name, loss in final.items())
-    falls = holds_if(final[BASELINE] < first)
-    first_loss = Quantity("first_loss", first, unit="nats")
-    claims = [Claim("converges", "the validation loss falls", falls, (first_loss, *_held(losses, first)))]
-    if neighbours:
-        best, held = holds_if(final[BASELINE] <= min(neighbours)), _held(losses, min(neighbours))
-        claims.append(Claim("lr-is-tuned", "no neighbouring learning rate ends lower", best, held))
-    if "vanilla" in final:
-        better = holds_if(final[BASELINE] < final["vanilla"])
+    final = tuple(
+        Quantity(f"{name.replace(' ', '_')}_loss", fmean(runs.values()), unit="nats", per_seed=tuple(runs.values()))
+        for name, runs in losses.items()
+    )
+    falls = holds_if(max(losses[BASELINE].values()) < first)
+    held = (Quantity("first_loss", first, unit="nats"), replace(final[0], bound=first), *final[1:])
+    claims = [Claim("converges", "the validation loss falls", falls, held)]
+    if neighbours := [name for name in losses if name.startswith("lr x")]:
+        claims.append(_below("lr-is-tuned", "no neighbouring learning rate ends lower", losses, neighbours, final))
+    if "vanilla" in losses:
         text = "the tuned baseline beats the plan's vanilla setting"
-        claims.append(Claim("beats-vanilla", text, better, _held(losses, final["vanilla"])))
+        claims.append(_below("beats-vanilla", text, losses, ["vanilla"], final))
     return claims
 
 
-def _held(losses: Sequence[Quantity], bound: float) -> tuple[Quantity, ...]:
-    """The baseline's loss, which comes first, held against a bound."""
-    return replace(losses[0], bound=bound), *losses[1:]
+def _below(
+    kind: str, text: str, losses: Mapping[str, Mapping[int, float]], others: Sequence[str], final: Sequence[Quantity]
+) -> Claim:
+    """That the baseline ends below each of some arms, paired by the seeds that both have.
+
+    losses: arm -> seed -> nats; final: the mean losses, to show beside the differences
+    """
+    mine = losses[BASELINE]
+    changes = {arm: Interval.of([mine[seed] - loss for seed, loss in losses[arm].items()]) for arm in others}
+    verdicts = {holds_below(*change.ends, 0.0) for change in changes.values()}
+    worst = next(verdict for verdict in ("fails", "open", "holds") if verdict in verdicts)
+    held = [Quantity.over_seeds(f"loss_beside_{a.replace(' ', '_')}", c, "nats", 0.0) for a, c in changes.items()]
+    return Claim(kind, text, worst, (*held, *final))
 
 
 def overhead_table(overhead: StepOverhead) -> Table:
