@@ -9,19 +9,7 @@ from typing import Any
 import pytest
 
 from hybridlab.engine.result import Statistics
-from hybridlab.panel.html import (
-    Losses,
-    Memory,
-    Position,
-    Proposals,
-    Speed,
-    State,
-    Training,
-    bar_html,
-    frame_html,
-    panel_html,
-    style_html,
-)
+from hybridlab.panel.html import Memory, State, bar_html, frame_html, panel_html, style_html
 from hybridlab.panel.instruments import decision_of, memory_of, work_of
 from hybridlab.panel.timeline import COLUMNS, Timeline
 
@@ -39,8 +27,7 @@ def timeline(steps: int = 10, *phases: str) -> Timeline:
 
 
 def state(**changes: object) -> State:
-    at = Position("full", 40, 100)
-    base = State("hybrid, seed 0", "running", at, CARD, timeline(), Statistics(nominal_steps=40))
+    base = State("hybrid, seed 0", "running", "full", 40, 100, CARD, timeline(), Statistics(nominal_steps=40))
     return replace(base, **changes)
 
 
@@ -69,7 +56,7 @@ def test_what_could_not_be_read_is_unavailable_and_not_zero() -> None:
 
 
 def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> None:
-    drawn = panel_html(state(losses=Losses(2.5, 2.25), proposals=Proposals(0.5)))
+    drawn = panel_html(state(measured=2.5, predicted=2.25, threshold=0.5))
     assert "Loss (nats) measured 2.5000 predicted 2.2500 validation –" in text(drawn)
     lines = re.findall(r"<polyline [^>]*>", drawn)
     assert [("dasharray" in line) for line in lines if "--predicted" in line] == [True]
@@ -77,7 +64,7 @@ def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> No
 
 
 def test_the_phase_under_way_is_the_one_lamp_that_is_lit() -> None:
-    drawn = panel_html(state(position=Position("predict", 40, 100), proposals=Proposals(0.5)))
+    drawn = panel_html(state(phase="predict", threshold=0.5))
     assert re.findall(r"hl-lamp hl-(\w+) on", drawn) == ["predict"]
 
 
@@ -87,9 +74,10 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
         panel_html(
             state(
                 statistics=counts,
-                proposals=Proposals(0.5),
-                speed=Speed(12345.6, step_ms={"full": 20.04, "predict": 1.5}),
-                position=Position("full", 40, 100, seconds_left=75),
+                threshold=0.5,
+                rate=12345.6,
+                step_ms={"full": 20.04, "predict": 1.5},
+                seconds_left=75,
             )
         )
     )
@@ -104,10 +92,10 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
         assert part in seen
     assert "step 40 of 100 · 1 min 15 s left" in seen
     assert "time left unknown" in text(panel_html(state()))
-    assert "GPU 59% busy · 61 °C" in text(panel_html(state(speed=Speed(gpu_busy_percent=58.6, temperature_celsius=61))))
+    assert "GPU 59% busy · 61 °C" in text(panel_html(state(gpu_busy_percent=58.6, temperature_celsius=61)))
     assert "busy" not in text(panel_html(state()))
     assert "left" not in text(panel_html(state(status="finished"))).split("GPU memory")[0]
-    assert "2 h 05 min left" in text(panel_html(state(position=Position("full", 40, 100, seconds_left=7500))))
+    assert "2 h 05 min left" in text(panel_html(state(seconds_left=7500)))
 
 
 def test_a_plain_run_shows_nothing_of_prediction() -> None:
@@ -116,8 +104,8 @@ def test_a_plain_run_shows_nothing_of_prediction() -> None:
 
 
 def test_confidence_stands_beside_its_threshold_and_what_the_gate_decided() -> None:
-    asked = Proposals(0.6, 0.41, decision_of({"nominal_step": 8, "confidence": 0.41, "event": None}, 0.6))
-    seen = text(panel_html(state(proposals=asked)))
+    decision = decision_of({"nominal_step": 8, "confidence": 0.41, "event": None}, 0.6)
+    seen = text(panel_html(state(threshold=0.6, confidence=0.41, decision=decision)))
     assert "Confidence 0.41 threshold 0.60 step 8: no proposal: the confidence is below its threshold" in seen
     row = {"nominal_step": 9, "confidence": None}
     assert "no tried length lowers the loss" in decision_of(row | {"event": "rejected"}, 0.6)
@@ -126,12 +114,10 @@ def test_confidence_stands_beside_its_threshold_and_what_the_gate_decided() -> N
 
 
 def test_what_training_does_is_told_and_a_depth_where_there_is_one() -> None:
-    told = Training(learning_rate=3e-4, gradient_norm=0.812, work=12_345, seconds=75)
-    assert "learning rate 3.00e-04 gradient norm 0.812 tokens 12,345 elapsed 1 min 15 s" in text(
-        panel_html(state(training=told))
-    )
-    assert "depth" not in text(panel_html(state(training=told)))
-    assert "depth 6 blocks" in text(panel_html(state(training=replace(told, depth=6))))
+    told = state(learning_rate=3e-4, gradient_norm=0.812, work=12_345, seconds=75)
+    assert "learning rate 3.00e-04 gradient norm 0.812 tokens 12,345 elapsed 1 min 15 s" in text(panel_html(told))
+    assert "depth" not in text(panel_html(told))
+    assert "depth 6 blocks" in text(panel_html(replace(told, depth=6)))
 
 
 def test_the_finished_baseline_lies_behind_the_curve_and_validation_is_dotted() -> None:
@@ -172,8 +158,7 @@ def test_the_curve_tells_its_values_under_the_pointer() -> None:
     ],
 )
 def test_the_bar_measures_the_run_whose_step_is_written_beside_it(cell: dict[str, Any], said: str) -> None:
-    counts = {name: value for name, value in cell.items() if name != "status"}
-    drawn = panel_html(state(status=cell.get("status", "running"), position=Position("full", 40, 100, **counts)))
+    drawn = panel_html(state(**cell))
     assert re.findall(r"hl-progress'><div style='width:(.*?)%", drawn) == ["40.0"]
     head = re.sub(r"\s+", " ", text(drawn.split("<div class='hl-progress'>")[0])).strip()
     assert f"{head} ·".endswith(f"{said} ·")

@@ -363,7 +363,7 @@ def test_the_clock_stands_while_paused(watched: list[Live], monkeypatch: pytest.
 
 def test_gauges_are_drawn_by_the_clock_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(live, "panel_html", lambda state: drawn.append(state.position.step) or "")
+    monkeypatch.setattr(live, "panel_html", lambda state: drawn.append(state.step) or "")
     driven, now = Session(CONFIG, "cells"), 0.0
     panel = Live(Controls(), STEPS, driven._instruments, clock=lambda: now)
     for result in driven.run(12):
@@ -574,7 +574,7 @@ def test_a_step_takes_as_long_however_few_are_noted(tick: Callable[[type, str], 
     for record in islice(run.steps(), 0, 30, 3):
         instruments.note(record)
     state = instruments.state("running", done=30, total=STEPS, seconds_left=None)
-    assert set(state.speed.step_ms.values()) == {125.0}
+    assert set(state.step_ms.values()) == {125.0}
 
 
 def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], None]) -> None:

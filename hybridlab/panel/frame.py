@@ -12,7 +12,7 @@ from hybridlab.charts.display import Panels
 from hybridlab.charts.model import Band, ChartData, Kind, Line, Series
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.result import Statistics
-from hybridlab.panel.html import Losses, Position, Proposals, Speed, State, Training, frame_html, near_limit
+from hybridlab.panel.html import State, frame_html, near_limit
 from hybridlab.panel.instruments import decision_of, memory_of, work_of
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
@@ -35,11 +35,11 @@ class Frame:
         return Panels(str(self), tuple(_charts(self.state)), columns=1).png()
 
     def __str__(self) -> str:
-        s, at, counts, peak = self.state, self.state.position, self.state.statistics, self.state.memory.peak_bytes / 1e9
-        loss = "no loss measured" if s.losses.measured is None else f"measured loss {s.losses.measured:.4f} nats"
+        s, counts, peak = self.state, self.state.statistics, self.state.memory.peak_bytes / 1e9
+        loss = "no loss measured" if s.measured is None else f"measured loss {s.measured:.4f} nats"
         whose = "of the GPU" if s.memory.on_gpu else "of the process (no GPU)"
-        head = f"{s.title}, {s.status} at step {at.step:,} of {at.steps:,}: {loss}; peak memory {peak:.2f} GB {whose}"
-        if not s.proposals:
+        head = f"{s.title}, {s.status} at step {s.step:,} of {s.steps:,}: {loss}; peak memory {peak:.2f} GB {whose}"
+        if s.threshold is None:
             return head
         return (
             f"{head};\n{counts.predicted_steps:,} steps predicted, {counts.proposals_accepted:,} proposals accepted, "
@@ -73,36 +73,39 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
     reading = {str(name): value for name, value in run.vram.iloc[-1].items()}
     work, unit = work_of(run.config["task"])
     emulated_bytes = run.config["card_gb"] * 10**9 if run.config.get("emulates_card") else 0
+    latest = {name: _latest(steps[name]) for name in ("depth", "confidence", "gradient_norm") if name in steps}
     return State(
         title=label(summary["name"], summary["seed"]),
         status="finished",
-        position=Position(last["phase"], int(last["nominal_step"]), len(steps)),
+        phase=last["phase"],
+        step=int(last["nominal_step"]),
+        steps=len(steps),
         memory=memory_of(reading, summary["peak_memory_bytes"], emulated_bytes),
-        timeline=timeline_of(run, len(run.steps)),
+        timeline=timeline_of(run, len(steps)),
         statistics=Statistics(**counts),
-        losses=Losses(
-            _latest(steps["measured_loss"]), _latest(steps["predicted_loss"]), summary.get("validation_loss")
-        ),
-        speed=Speed(work * summary["gradient_steps"] / summary["seconds"], unit, step_ms, gpu_busy_percent(run)),
-        training=Training(
-            gradient_norm=_latest(steps["gradient_norm"]),
-            work=work * summary["gradient_steps"],
-            seconds=summary["seconds"],
-            depth=_latest(steps["depth"]) if "depth" in steps else None,
-        ),
-        proposals=_proposals(run),
+        measured=_latest(steps["measured_loss"]),
+        predicted=_latest(steps["predicted_loss"]),
+        validation=summary.get("validation_loss"),
+        rate=work * summary["gradient_steps"] / summary["seconds"],
+        unit=unit,
+        work=work * summary["gradient_steps"],
+        seconds=summary["seconds"],
+        step_ms=step_ms,
+        gpu_busy_percent=gpu_busy_percent(run),
+        **latest,
+        **_asked(run),
     )
 
 
-def _proposals(run: Run) -> Proposals | None:
-    """Nothing of a plain run."""
+def _asked(run: Run) -> dict[str, Any]:
+    """Threshold and last decision of a run that may predict; nothing of a plain run."""
     hybrid = run.config["hybrid"]
     if not hybrid["max_predict_steps"]:
-        return None
+        return {}
     threshold = hybrid["confidence_threshold"]
     rows: list[Any] = run.steps[["nominal_step", "confidence", "event"]].to_dict("records")
     said = [decision for row in rows if (decision := decision_of(row, threshold))]
-    return Proposals(threshold, _latest(run.steps["confidence"]), said[-1] if said else "")
+    return {"threshold": threshold, "decision": said[-1] if said else ""}
 
 
 def _latest(column: Any) -> float | None:

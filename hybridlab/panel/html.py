@@ -47,99 +47,61 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Position:
-    """How far a run has come, and the cell that trains it.
-
-    phase: of the latest step; step, steps: nominal, of the run
-    done, total: nominal steps of everything that the cell trains, controls that may still be needed included
-    seconds_left: of the cell; None while it is not known
-    """
-
-    phase: str
-    step: int
-    steps: int
-    done: int = 0
-    total: int = 0
-    seconds_left: float | None = None
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The latest losses in nats; None where nothing was measured yet."""
-
-    measured: float | None = None
-    predicted: float | None = None
-    validation: float | None = None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a run trains, and what that asks of the GPU.
-
-    rate: work of gradient steps, in `unit` per second
-    step_ms: mean time of a step by phase, for phases that were met
-    gpu_busy_percent, power_watts, temperature_celsius: of the GPU, lately; None where it is not known
-    """
-
-    rate: float | None = None
-    unit: str = "tokens"
-    step_ms: Mapping[str, float] = field(default_factory=dict)
-    gpu_busy_percent: float | None = None
-    power_watts: float | None = None
-    temperature_celsius: float | None = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """Where training stands; None where it is not known.
-
-    learning_rate, gradient_norm: of the latest gradient step, before clipping
-    work: trained on so far, in the unit of `Speed`; seconds: of training
-    depth: blocks that are active, of a model whose depth grows
-    """
-
-    learning_rate: float | None = None
-    gradient_norm: float | None = None
-    work: int | None = None
-    seconds: float | None = None
-    depth: float | None = None
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """What a run that may predict asks before it does.
-
-    threshold: the least confidence of a proposal; confidence: of the path when it was last asked; None before
-    decision: what became of the latest proposal, in words
-    """
-
-    threshold: float
-    confidence: float | None = None
-    decision: str = ""
-
-
-@dataclass(frozen=True)
 class State:
-    """Everything that the panel shows.
+    """Everything that the panel shows; None where it is not known, or was not measured yet.
 
-    title: of the run; status: "running", "paused", "stopped" or "finished"; note: the latest event
-    proposals: None for a plain run
+    title: of the run; status: "running", "paused", "stopped" or "finished"
+    phase: of the latest step; step, steps: nominal, of the run
+    note: the latest event
+    done, total: nominal steps of everything that the cell trains, controls that may still be needed included
+    seconds_left: of the cell
+    measured, predicted, validation: the latest losses in nats
+    rate: work of gradient steps, in `unit` per second; work: trained on so far, in `unit`; seconds: of training
+    step_ms: mean time of a step by phase, for phases that were met
+    gpu_busy_percent, power_watts, temperature_celsius: of the GPU, lately
+    learning_rate, gradient_norm: of the latest gradient step, before clipping
+    depth: blocks that are active, of a model whose depth grows
+    threshold: the least confidence of a proposal, None for a plain run; confidence: of the path when it was last asked
+    decision: what became of the latest proposal, in words
     baseline: the measured loss of the finished baseline of the same seed; arms: the cell's runs, where it has several
     """
 
     title: str
     status: str
-    position: Position
+    phase: str
+    step: int
+    steps: int
     memory: Memory
     timeline: Timeline
     statistics: Statistics
-    losses: Losses = Losses()
-    speed: Speed = Speed()
     note: str = ""
-    training: Training = Training()
-    proposals: Proposals | None = None
+    done: int = 0
+    total: int = 0
+    seconds_left: float | None = None
+    measured: float | None = None
+    predicted: float | None = None
+    validation: float | None = None
+    rate: float | None = None
+    unit: str = "tokens"
+    work: int | None = None
+    seconds: float | None = None
+    step_ms: Mapping[str, float] = field(default_factory=dict)
+    gpu_busy_percent: float | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    depth: float | None = None
+    threshold: float | None = None
+    confidence: float | None = None
+    decision: str = ""
     baseline: Points = ()
     arms: Arms = field(default_factory=dict)
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """Those that the run may be in."""
+        return (Phase.WARMUP, Phase.FULL) if self.threshold is None else tuple(Phase)
 
 
 def near_limit(memory: Memory) -> bool:
@@ -159,7 +121,7 @@ def frame_html(state: State, picture: str) -> str:
 def panel_html(state: State) -> str:
     """The panel for a page that has its style already."""
     return (
-        f"<div class='hl'>{_head(state)}{_bar(state.position.step, state.position.steps)}"
+        f"<div class='hl'>{_head(state)}{_bar(state.step, state.steps)}"
         f"{_losses(state)}{_timeline(state)}<div class='hl-cards'>{''.join(_cards(state))}</div>"
         f"<div class='hl-note'>{escape(state.note)}</div>{arms_html(state.arms, state.title)}</div>"
     )
@@ -207,25 +169,23 @@ def _bar(done: int, total: int) -> str:
 
 
 def _head(state: State) -> str:
-    at, phases = state.position, Phase if state.proposals else (Phase.WARMUP, Phase.FULL)
     lamps = "".join(
-        f"<span class='hl-lamp hl-{phase}{' on' if phase == at.phase else ''}'>{phase.capitalize()}</span>"
-        for phase in phases
+        f"<span class='hl-lamp hl-{phase}{' on' if phase == state.phase else ''}'>{phase.capitalize()}</span>"
+        for phase in state.phases
     )
     return (
         f"<div class='hl-head'><span class='hl-title'>{escape(state.title)}</span>"
         f"<span class='hl-lamps'>{lamps}</span></div><div class='hl-status'><b>{state.status}</b> · "
-        f"step <b>{at.step:,}</b> of {at.steps:,}{_of_the_cell(at, state.status)}</div>"
+        f"step <b>{state.step:,}</b> of {state.steps:,}{_of_the_cell(state)}</div>"
     )
 
 
-def _of_the_cell(at: Position, status: str) -> str:
+def _of_the_cell(state: State) -> str:
     """The steps of the whole cell, where it trains more than this run, and the time left for it."""
-    counts = f" · {at.done:,} of {at.total:,} steps in all runs" if at.total > at.steps else ""
-    if status in ("stopped", "finished"):
+    counts = f" · {state.done:,} of {state.total:,} steps in all runs" if state.total > state.steps else ""
+    if state.status in ("stopped", "finished"):
         return counts
-    part = " in this cell" if 0 < at.total < at.steps else ""
-    return counts + _time_left(at.seconds_left) + part
+    return counts + _time_left(state.seconds_left) + (" in this cell" if 0 < state.total < state.steps else "")
 
 
 def _time_left(seconds: float | None) -> str:
@@ -253,12 +213,12 @@ def _arm(name: str, seeds: Mapping[int, float | None], current: str) -> str:
 def _losses(state: State) -> str:
     """The latest losses, which are the legend of the curves as well."""
     kinds = {"measured": "line", "predicted": "dash", "validation": "dot"}
-    if not state.proposals:
+    if state.threshold is None:
         del kinds["predicted"]
-    values = {name: _nats(getattr(state.losses, name)) for name in kinds}
+    values = {name: _nats(getattr(state, name)) for name in kinds}
     items = [f"<span>{_key(name, kinds[name])} {name} <b>{value}</b></span>" for name, value in values.items()]
     if state.baseline:
-        here = state.position.step / state.position.steps
+        here = state.step / state.steps
         beside = min(state.baseline, key=lambda point: abs(point[0] - here))[1]
         items.append(f"<span>{_key('baseline', 'line')} baseline at this step <b>{_nats(beside)}</b></span>")
     return f"<div class='hl-losses'><span class='hl-what'>Loss (nats)</span>{''.join(items)}</div>"
@@ -275,8 +235,12 @@ def _timeline(state: State) -> str:
         f"<div class='hl-band hl-{phase}' style='left:{100 * start:.2f}%;width:{100 * (end - start):.2f}%'></div>"
         for phase, start, end in line.bands()
     )
-    top = _top_bytes(memory)
-    used = _area(line.series("memory_bytes"), top) + _limit(memory, top)
+    peak = float(max(memory.peak_bytes, memory.used_bytes, 1))
+    top = max(peak, SAFE_PEAK_BYTES) if near_limit(memory) else peak
+    used = _area(line.series("memory_bytes"), top)
+    if memory.on_gpu and top >= SAFE_PEAK_BYTES:
+        y = 100 - 86 * SAFE_PEAK_BYTES / top
+        used += f"<line x1='0' x2='1000' y1='{y:.1f}' y2='{y:.1f}' stroke='var(--limit)' stroke-dasharray='6 4'/>"
     ticks = [tick for tick in _ticks(0, line.steps, 8) if tick < 0.96 * line.steps]
     steps = "".join(f"<span style='left:{100 * tick / line.steps:.1f}%'>{tick:,.0f}</span>" for tick in ticks)
     return (
@@ -400,19 +364,6 @@ def _corners(points: Points) -> Points:
     return [point for point, (before, after) in zip(points, around, strict=True) if not before == point[1] == after]
 
 
-def _top_bytes(memory: Memory) -> float:
-    """The top of the memory scale: the peak, or the 14 GB line where the peak comes near it."""
-    peak = float(max(memory.peak_bytes, memory.used_bytes, 1))
-    return max(peak, SAFE_PEAK_BYTES) if near_limit(memory) else peak
-
-
-def _limit(memory: Memory, top: float) -> str:
-    if not memory.on_gpu or top < SAFE_PEAK_BYTES:
-        return ""
-    y = 100 - 86 * SAFE_PEAK_BYTES / top
-    return f"<line x1='0' x2='1000' y1='{y:.1f}' y2='{y:.1f}' stroke='var(--limit)' stroke-dasharray='6 4'/>"
-
-
 def _svg(content: str) -> str:
     return f"<svg viewBox='0 0 1000 100' preserveAspectRatio='none'>{content}</svg>"
 
@@ -421,11 +372,11 @@ def _svg(content: str) -> str:
 
 
 def _cards(state: State) -> Iterator[str]:
-    if state.proposals:
+    if state.threshold is not None:
         yield _prediction(state.statistics)
-        yield _confidence(state.proposals)
-    yield _training(state.training, state.speed.unit)
-    yield _speed(state.speed, state.proposals is not None)
+        yield _confidence(state, state.threshold)
+    yield _training(state)
+    yield _speed(state)
 
 
 def _prediction(counts: Statistics) -> str:
@@ -440,47 +391,43 @@ def _prediction(counts: Statistics) -> str:
     )
 
 
-def _confidence(asked: Proposals) -> str:
+def _confidence(state: State, threshold: float) -> str:
     """Confidence against its threshold, and what the gate decided."""
-    confidence = asked.confidence or 0.0
-    mark = f"<i class='hl-mark' style='left:{100 * asked.threshold:.0f}%'></i>"
-    bar = f"<div class='hl-meter'><i style='width:{100 * min(max(confidence, 0.0), 1.0):.0f}%'></i>{mark}</div>"
-    said = "–" if asked.confidence is None else f"{asked.confidence:.2f}"
+    filled = 100 * min(max(state.confidence or 0.0, 0.0), 1.0)
+    mark = f"<i class='hl-mark' style='left:{100 * threshold:.0f}%'></i>"
     return _card(
         "Confidence",
-        _big(said, f"threshold {asked.threshold:.2f}"),
-        bar,
-        f"<div class='hl-reason'>{escape(asked.decision or 'no proposal yet')}</div>",
+        _big("–" if state.confidence is None else f"{state.confidence:.2f}", f"threshold {threshold:.2f}"),
+        f"<div class='hl-meter'><i style='width:{filled:.0f}%'></i>{mark}</div>",
+        f"<div class='hl-reason'>{escape(state.decision or 'no proposal yet')}</div>",
     )
 
 
-def _training(training: Training, unit: str) -> str:
+def _training(state: State) -> str:
     figures = {
-        "learning rate": training.learning_rate is not None and f"{training.learning_rate:.2e}",
-        "gradient norm": training.gradient_norm is not None and f"{training.gradient_norm:.3g}",
-        unit: training.work is not None and f"{training.work:,}",
-        "elapsed": training.seconds is not None and clock(training.seconds),
+        "learning rate": state.learning_rate is not None and f"{state.learning_rate:.2e}",
+        "gradient norm": state.gradient_norm is not None and f"{state.gradient_norm:.3g}",
+        state.unit: state.work is not None and f"{state.work:,}",
+        "elapsed": state.seconds is not None and clock(state.seconds),
     }
     rows = [_row(name, value or "–") for name, value in figures.items()]
-    if training.depth is not None:
-        rows.append(_row("depth", f"{training.depth:.0f} blocks"))
-    return _card("Training", *rows)
+    return _card("Training", *rows, *([] if state.depth is None else [_row("depth", f"{state.depth:.0f} blocks")]))
 
 
-def _speed(speed: Speed, hybrid: bool) -> str:
-    slowest = max(speed.step_ms.values(), default=1.0)
+def _speed(state: State) -> str:
+    slowest = max(state.step_ms.values(), default=1.0)
     rows = []
-    for phase in Phase if hybrid else (Phase.WARMUP, Phase.FULL):
-        ms = speed.step_ms.get(phase)
+    for phase in state.phases:
+        ms = state.step_ms.get(phase)
         bar = f"<span class='hl-bar'><i style='width:{100 * (ms or 0) / slowest:.0f}%'></i></span>"
         value = "–" if ms is None else f"{_figure(ms)} ms"
         name = f"<span class='hl-phase'>{phase.capitalize()}</span>"
         rows.append(f"<div class='hl-row hl-{phase}{'' if ms else ' off'}'>{name}{bar}<span>{value}</span></div>")
-    rate = "–" if speed.rate is None else _figure(speed.rate)
-    gpu = {"% busy": speed.gpu_busy_percent, " W": speed.power_watts, " °C": speed.temperature_celsius}
+    rate = "–" if state.rate is None else _figure(state.rate)
+    gpu = {"% busy": state.gpu_busy_percent, " W": state.power_watts, " °C": state.temperature_celsius}
     if known := [f"{value:.0f}{unit}" for unit, value in gpu.items() if value is not None]:
         rows.append(_row("GPU", " · ".join(known)))
-    return _card("Speed, and time per step", _big(rate, f"{speed.unit} / s"), *rows)
+    return _card("Speed, and time per step", _big(rate, f"{state.unit} / s"), *rows)
 
 
 def _figure(value: float) -> str:

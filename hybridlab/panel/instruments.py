@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
 import psutil
 
-from hybridlab.panel.html import Losses, Memory, Position, Proposals, Speed, State, Training
+from hybridlab.panel.html import Memory, State
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import label
@@ -35,7 +33,7 @@ class Instruments:
         self._emulated_bytes = config.gpu_bytes if config.emulates_card() else 0
         self._gpu: deque[MemoryReading] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
-        self._losses = Losses()
+        self._losses: dict[str, float] = {}
         self._gradient_norm: float | None = None
         self._confidence: float | None = None
         self._decision = ""
@@ -54,12 +52,13 @@ class Instruments:
             self._steps_in[record.result.phase] += record.result.nominal_step - self.latest.result.nominal_step
         self.latest = self._unread = record
         if record.changes or record.result.event:
-            self.remark("; ".join(_events(record)))
+            changed = [f"changed {name} to {value:g}" for name, value in record.changes.items()]
+            self.remark("; ".join([*changed, *([record.result.event] if record.result.event else [])]))
         self._decision = decision_of(vars(record.result), self._threshold) or self._decision
         if record.result.confidence is not None:
             self._confidence = record.result.confidence
         if "validation_loss" in record.evaluation:
-            self._losses = replace(self._losses, validation=record.evaluation["validation_loss"])
+            self._losses["validation"] = record.evaluation["validation_loss"]
             self.timeline.validate(record.result.nominal_step, record.evaluation["validation_loss"])
 
     def remark(self, text: str) -> None:
@@ -74,47 +73,45 @@ class Instruments:
         result, self._unread = self._unread.result, None
         measured, predicted = result.measured_loss, result.predicted_loss
         self.timeline.add(result.nominal_step, result.phase, self._memory.used_bytes, measured, predicted)
-        latest = {name: loss for name, loss in (("measured", measured), ("predicted", predicted)) if loss is not None}
-        self._losses = replace(self._losses, **latest)
+        self._losses |= {k: loss for k, loss in (("measured", measured), ("predicted", predicted)) if loss is not None}
         self._gradient_norm = result.gradient_norm if result.gradient_norm is not None else self._gradient_norm
 
     def state(self, status: str, *, done: int, total: int, seconds_left: float | None) -> State:
         """What the gauges show now; reads the memory. At least one step must have been noted."""
         assert self.latest is not None
         self._memory = self._read_memory()
-        result, config = self.latest.result, self.run.config
+        result, config, counts = self.latest.result, self.run.config, self.latest.statistics
         return State(
             title=label(config.name, config.seed),
             status=status,
-            position=Position(result.phase, result.nominal_step, config.steps, done, total, seconds_left),
+            phase=result.phase,
+            step=result.nominal_step,
+            steps=config.steps,
             memory=self._memory,
             timeline=self.timeline,
-            statistics=self.latest.statistics,
-            losses=self._losses,
-            speed=Speed(self._rate(self.latest), self._unit, self._step_ms(self.latest), **self._of_gpu()),
+            statistics=counts,
             note=self._note,
-            training=self._training(self.latest),
-            proposals=self._proposals(),
+            done=done,
+            total=total,
+            seconds_left=seconds_left,
+            rate=self._rate(self.latest),
+            unit=self._unit,
+            work=self._work * counts.gradient_steps,
+            seconds=self.latest.seconds,
+            step_ms=self._step_ms(self.latest),
+            learning_rate=self.run.learning_rate,
+            gradient_norm=self._gradient_norm,
+            depth=getattr(result, "depth", None),
+            threshold=self._threshold if self.run.settings.max_predict_steps else None,
+            confidence=self._confidence,
+            decision=self._decision,
+            **self._losses,
+            **self._of_gpu(),
         )
 
     @property
     def _threshold(self) -> float:
         return self.run.settings.confidence_threshold
-
-    def _proposals(self) -> Proposals | None:
-        """Nothing of a plain run."""
-        if not self.run.settings.max_predict_steps:
-            return None
-        return Proposals(self._threshold, self._confidence, self._decision)
-
-    def _training(self, record: StepRecord) -> Training:
-        return Training(
-            learning_rate=self.run.learning_rate,
-            gradient_norm=self._gradient_norm,
-            work=self._work * record.statistics.gradient_steps,
-            seconds=record.seconds,
-            depth=getattr(record.result, "depth", None),
-        )
 
     def _of_gpu(self) -> dict[str, float | None]:
         """How busy and how hot the GPU is, as means over the last readings."""
@@ -143,12 +140,6 @@ class Instruments:
         return memory_of(vars(reading), peak, self._emulated_bytes)
 
 
-def _events(record: StepRecord) -> Iterator[str]:
-    yield from (f"changed {name} to {value:g}" for name, value in record.changes.items())
-    if record.result.event:
-        yield record.result.event
-
-
 def decision_of(result: Mapping[str, Any], threshold: float) -> str:
     """What a step decided about a proposal, in words; empty where it decided nothing.
 
@@ -170,15 +161,10 @@ def memory_of(reading: Mapping[str, Any], peak_bytes: int, emulated_bytes: int =
     """What the gauge shows of a `MemoryReading`, on a GPU that may be emulated."""
     used = int(reading["used_bytes"])
     if reading["source"] == "process":
-        return Memory(False, _machine_bytes(), used, max(peak_bytes, used))
+        return Memory(False, psutil.virtual_memory().total, used, max(peak_bytes, used))
     allocated, other, size = (_known(reading[f"{name}_bytes"]) for name in ("allocated", "other", "device_total"))
     total = min((known for known in (size, emulated_bytes) if known), default=peak_bytes)
     return Memory(True, total, used + (other or 0), peak_bytes, allocated, used, other)
-
-
-@cache
-def _machine_bytes() -> int:
-    return psutil.virtual_memory().total
 
 
 def _known(value: float | None) -> int | None:
