@@ -168,8 +168,7 @@ def runs(
     if context.invoked_subcommand:
         return
     from hybridlab.base.files import project_root
-    from hybridlab.notebook.compare_runs import find_runs, runs_table
-    from hybridlab.notebook.run_details import export_metrics, run_name
+    from hybridlab.notebook.compare_runs import export_metrics, find_runs, run_name, runs_table
 
     root = project_root() / folder
     if not root.is_dir():
@@ -210,7 +209,7 @@ def runs(
 @runs_app.command()
 def show(name: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
     """Show one run: settings, final figures, what was decided at which step, tags."""
-    from hybridlab.notebook.run_details import find_run, run_record, show_lines
+    from hybridlab.notebook.compare_runs import find_run, run_record, show_lines
 
     run = find_run(name, folder)
     print(json.dumps(run_record(run), indent=1, default=str) if as_json else "\n".join(show_lines(run)))
@@ -219,7 +218,7 @@ def show(name: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) 
 @runs_app.command()
 def diff(first: RunName, second: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
     """Compare two runs: the settings and final figures that differ."""
-    from hybridlab.notebook.run_details import difference_lines, differences, find_run
+    from hybridlab.notebook.compare_runs import difference_lines, differences, find_run
 
     rows = differences(find_run(first, folder), find_run(second, folder))
     lines = difference_lines([{"key": "", "first": first, "second": second}, *rows])
@@ -236,7 +235,7 @@ def tag(
     folder: Folder = Path("runs"),
 ) -> None:
     """Give a run tags."""
-    from hybridlab.notebook.run_details import find_run, set_tags
+    from hybridlab.notebook.compare_runs import find_run, set_tags
 
     run = find_run(name, folder)
     print(", ".join(set_tags(run, remove=tags) if remove else set_tags(run, add=tags)) or "no tags")

@@ -19,17 +19,16 @@ from nbformat.v4 import new_code_cell, new_output
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
-from hybridlab.batch.declared import declared_parameters
 from hybridlab.batch.executed import clean_, unfinished, write_or_rescue
+from hybridlab.batch.given import declared_parameters
 from hybridlab.batch.run import GO_ON, RunFailed, prepared, run_notebook, summary_of
 from hybridlab.notebook.views.answer import claims_table
 from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import parameters_from, parameters_sha256
-from hybridlab.results.publish import environment, git_commit, publish
+from hybridlab.results.publish import MOST, environment, git_commit, publish
 from hybridlab.results.reading import load_results
-from hybridlab.results.repeats import MOST
 from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 

@@ -21,8 +21,7 @@ from PIL import Image
 from hybridlab.charts import display
 from hybridlab.charts.builders import interval_chart, loss_curves, phase_bands, phase_chart
 from hybridlab.charts.display import Chart, Panels
-from hybridlab.charts.model import Band, Line, Series
-from hybridlab.charts.points import kept, rounded
+from hybridlab.charts.model import Band, Line, Series, kept, rounded
 from hybridlab.charts.style import CONTROL, end_labels
 from hybridlab.charts.tables import table
 

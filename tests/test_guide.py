@@ -18,7 +18,7 @@ import typer
 from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
-from hybridlab.batch.declared import declared_parameters
+from hybridlab.batch.given import declared_parameters
 from hybridlab.benchmarks import architectures, ranks
 from hybridlab.cli import _joined, app
 from hybridlab.predictors import PREDICTORS

@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 
 from hybridlab import HybridTrainerConfig
-from hybridlab.benchmarks.footprint import PredictPhase, predict_phase
-from hybridlab.benchmarks.jump_times import JumpTimes, jump_times
+from hybridlab.benchmarks.footprint import JumpTimes, PredictPhase, jump_times, predict_phase
 from hybridlab.memory import MemoryConfig
-from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
+from hybridlab.notebook.views.memory import lookahead_claims, transition_claims, transition_table
 from hybridlab.optim import Schedule
 from hybridlab.results.claims import Quantity
 from hybridlab.study import RunConfig, TextTaskConfig, train

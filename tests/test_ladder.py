@@ -15,8 +15,7 @@ import torch
 from hybridlab import DepthSchedule, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks import against_others
-from hybridlab.benchmarks.gpu_work import GpuWork
-from hybridlab.benchmarks.step_profile import StepWork, stages_of, step_work, time_step
+from hybridlab.benchmarks.step_profile import GpuWork, StepWork, stages_of, step_work, time_step
 from hybridlab.notebook import (
     ladder_claims,
     ladder_figures,

@@ -13,10 +13,10 @@ import hybridlab
 from hybridlab import HybridTrainer, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.batch import limits
-from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import read_document
+from hybridlab.batch.given import declared_parameters, defaults
 from hybridlab.batch.run import prepared
-from hybridlab.benchmarks.memory_arms import jumping_with
+from hybridlab.benchmarks.footprint import jumping_with
 from hybridlab.data.images import SOURCES as IMAGE_SOURCES
 from hybridlab.data.text import SOURCES as TEXT_SOURCES
 from hybridlab.depth import BEST, RULES

@@ -16,8 +16,7 @@ from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import LEFT_TO_OTHERS_BYTES
 from hybridlab.batch.run import run_notebook
-from hybridlab.benchmarks.footprint import Footprint, PredictPhase, footprint, footprints, predict_phase
-from hybridlab.benchmarks.jump_times import JumpTimes
+from hybridlab.benchmarks.footprint import Footprint, JumpTimes, PredictPhase, footprint, footprints, predict_phase
 from hybridlab.memory import (
     CheckpointingConfig,
     GradientAccumulationConfig,

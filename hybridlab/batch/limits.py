@@ -17,7 +17,7 @@ from hybridlab.predictors import PREDICTORS
 TEXTS = ("python", "markov", "uniform", "file:PATH", "bin:PATH", "hf:NAME")
 IMAGES = ("digits", "mnist", "mnist:PATH")
 JUMP_WARMUP_STEPS = 2
-"""Of `benchmarks.memory_arms.jumping_with`."""
+"""Of `benchmarks.footprint.jumping_with`."""
 
 
 @dataclass(frozen=True)

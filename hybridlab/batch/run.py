@@ -14,7 +14,6 @@ from rich.console import Console
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import NOTEBOOKS, PARAMS, find_source, project_root, refuse_address
-from hybridlab.batch.declared import declared_parameters, defaults
 from hybridlab.batch.executed import (
     clean_,
     read_document,
@@ -24,7 +23,15 @@ from hybridlab.batch.executed import (
     unfinished,
     write_or_rescue,
 )
-from hybridlab.batch.given import Given, checked_values, from_options, value_on_command_line, values_in_file
+from hybridlab.batch.given import (
+    Given,
+    checked_values,
+    declared_parameters,
+    defaults,
+    from_options,
+    value_on_command_line,
+    values_in_file,
+)
 from hybridlab.batch.limits import check_limits
 from hybridlab.panel.progress import watched
 from hybridlab.results.parameters import asked, parameters_sha256

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device, wait_for
 from hybridlab.base.errors import one_line
-from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
+from hybridlab.benchmarks.step_profile import GpuWork
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.precision import autocast, matmul_precision
 from hybridlab.models import GPT2Config

@@ -1,14 +1,20 @@
-"""What training arms take of a GPU: predicted, measured, and paid for in time and in loss."""
+"""What training arms take of a GPU: predicted, measured, and paid for in time, in loss and by jumps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from statistics import median
 from typing import Any
 
+import pandas as pd
+
 from hybridlab.base.errors import UserError
-from hybridlab.benchmarks.jump_times import JumpTimes, gradient_step_ms, jump_times
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.phases import Phase
+from hybridlab.memory import MemoryConfig, MixedPrecisionConfig, PredictAwareMemoryConfig
+from hybridlab.memory.config import CLIP_NORM
 from hybridlab.planner.gpu_specs import GPUS, step_time_ms
 from hybridlab.planner.plan import Plan
 from hybridlab.study.base import Base
@@ -141,3 +147,111 @@ def predict_phase(run: Run) -> PredictPhase:
 def footprints(result: StudyResult, configs: Sequence[RunConfig], control: str) -> list[Footprint]:
     """One footprint per configuration; runs of its further seeds are taken in."""
     return [footprint(result, config, control) for config in configs]
+
+
+@dataclass(frozen=True)
+class JumpTimes:
+    """One jump and the steps of Correct after it, in ms of wall time.
+
+    Parts count beyond ordinary steps: the run's median step of Full, and its median predicted step that neither moves
+    the weights nor measures the loss.
+
+    proposing: the gradient step before: Gram matrix of the path, and a copy to go back to
+    leaving: the first predicted step: the weights move, and what leaves the GPU leaves it
+    moving: the first steps of its further chunks: the weights move again, wherever they are, and return with the last
+    returning: what follows in Predict and Correct: what else left returns, and the path begins anew
+    whole: all of the time from the end of an ordinary step to the end of Correct: what proposing takes, the predicted
+        steps, and the steps of Correct with their forward passes
+    steps: predicted ones
+
+    The trainer waits for the device before Predict, after Correct, and in every predicted step, so that the host's
+    clock is right there. What is put away or fetched in a step goes beside its motion. Before `proposing` one step may
+    be under way.
+    """
+
+    proposing: float
+    leaving: float
+    moving: float
+    returning: float
+    whole: float
+    steps: int
+
+
+def jump_times(steps: pd.DataFrame) -> list[JumpTimes]:
+    """Every jump that was followed by Correct, whole, and by another step.
+
+    steps: a run's, as its steps.parquet has them
+    """
+    timed = pd.DataFrame({"phase": steps["phase"].map(str), "ms": 1e3 * steps["seconds"].diff()})
+    predicted, measured = timed["phase"] == Phase.PREDICT, steps["measured_loss"].notna()
+    timed["moves"] = predicted & ~(predicted & ~measured).shift(fill_value=False)
+    resting = timed["ms"][predicted & ~timed["moves"] & ~measured]
+    ordinary = {True: resting.median() if len(resting) else 0.0, False: gradient_step_ms(steps)}
+    timed["beyond"] = timed["ms"] - predicted.map(ordinary)
+    return [_times(timed, *jump) for jump in _whole_jumps(timed["phase"].tolist())]
+
+
+def gradient_step_ms(steps: pd.DataFrame) -> float:
+    """The median step of Full, in ms of wall time."""
+    return float(1e3 * steps["seconds"].diff()[steps["phase"].map(str) == Phase.FULL].median())
+
+
+def _whole_jumps(phases: list[str]) -> Iterator[tuple[int, int, int]]:
+    """Where Predict begins, where Correct begins after it, and where that has ended."""
+    stretches = [(phase, len(list(stretch))) for phase, stretch in groupby(phases)]
+    begins = [0, *accumulate(length for _, length in stretches)]
+    for i in range(1, len(stretches) - 2):
+        if [phase for phase, _ in stretches[i : i + 2]] == [Phase.PREDICT, Phase.CORRECT]:
+            yield begins[i], begins[i + 1], begins[i + 2]
+
+
+def _times(timed: pd.DataFrame, predict: int, correct: int, end: int) -> JumpTimes:
+    """Of one jump, in ms; a step that moves the weights begins a chunk."""
+    beyond = timed["beyond"]
+    moves = [i for i in range(predict, correct) if timed["moves"][i]]
+    return JumpTimes(
+        proposing=float(beyond[predict - 1]),
+        leaving=float(beyond[predict]),
+        moving=float(beyond[moves[1:]].sum()),
+        returning=float(beyond[moves[-1] + 1 : end].sum()),
+        whole=float(beyond[predict - 1] + timed["ms"][predict:end].sum()),
+        steps=correct - predict,
+    )
+
+
+def plain_with(memory: MemoryConfig) -> HybridTrainerConfig:
+    """Plain training with these memory features; inside backward they clip themselves (`clip_in_backward`)."""
+    return HybridTrainerConfig.plain(clip_norm=_clip_norm(memory), memory=memory)
+
+
+def jumping_with(memory: MemoryConfig, *, full_steps: int, **changes: Any) -> HybridTrainerConfig:
+    """Jumps on every occasion, so that there is a Predict phase to look at; the path lies on the host, in bf16.
+
+    full_steps: gradient steps between two jumps; changes: further settings of `HybridTrainerConfig`
+    """
+    settings: dict[str, Any] = {
+        "warmup_steps": 2,
+        "max_predict_steps": 20,
+        "correction_interval": 10,
+        "correct_steps": 1,
+        "confidence_threshold": 0.0,
+        "gate": False,
+        "predictor": "ema_nesterov",
+        "path_device": "host",
+        "path_dtype": "bf16",
+    }
+    return HybridTrainerConfig(full_steps=full_steps, clip_norm=_clip_norm(memory), memory=memory, **settings | changes)
+
+
+def ways_to_predict() -> dict[str, MemoryConfig]:
+    """`fit_16gb` with everything put away in Predict, the same fetched after the jump, and with nothing put away."""
+    late = PredictAwareMemoryConfig("pinned", lookahead=0)
+    return {
+        "all away": MemoryConfig.fit_16gb(),
+        "all away, no lookahead": MemoryConfig.fit_16gb(predict_aware=late),
+        "nothing away": MemoryConfig.fit_16gb(predict_aware=None, mixed_precision=MixedPrecisionConfig.conservative()),
+    }
+
+
+def _clip_norm(memory: MemoryConfig) -> float | None:
+    return None if memory.step_in_backward else CLIP_NORM

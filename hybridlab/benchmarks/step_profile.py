@@ -3,23 +3,75 @@
 from __future__ import annotations
 
 import gc
+import json
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlab.base.device import find_device, wait_for
-from hybridlab.benchmarks.gpu_work import GpuWork
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.precision import autocast
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.training import Training
+
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of a trace that keep the GPU busy."""
+
+LAUNCHES = ("LaunchKernel", "GraphLaunch")
+"""In the names of calls by which the host starts work on the GPU."""
+
+
+@dataclass(frozen=True)
+class GpuWork:
+    """Of a loop, as torch's profiler saw it.
+
+    busy_ms: time in which the GPU computed or copied, work that overlaps counted once
+    launches: kernels and graphs that the host started
+    """
+
+    busy_ms: float
+    launches: int
+
+    @classmethod
+    def of(cls, turn: Callable[[], object], device: torch.device) -> Self | None:
+        """Profile one call; None where it saw nothing of a GPU.
+
+        It slows the host, then and afterwards, and leaves the GPU's own time as it is.
+        """
+        if device.type != "cuda":
+            return None
+        wait_for(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            turn()
+            wait_for(device)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profiled.export_chrome_trace(str(path))
+            work = cls.of_events(json.loads(path.read_bytes())["traceEvents"])
+        return work if work.busy_ms else None
+
+    @classmethod
+    def of_events(cls, events: Iterable[Mapping[str, Any]]) -> Self:
+        """From the events of a trace in Chrome's format, times in microseconds."""
+        complete = [event for event in events if event.get("ph") == "X"]
+        spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in complete if event.get("cat") in ON_GPU)
+        busy, end = 0.0, -float("inf")
+        for start, stop in spans:
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        return cls(busy / 1e3, sum(any(call in event["name"] for call in LAUNCHES) for event in complete))
+
 
 SETTLING_STEPS, PROFILED_STEPS = 5, 5
 FORWARD_AND_BACKWARD = 3

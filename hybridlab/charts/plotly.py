@@ -10,8 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hybridlab.charts import style as look
-from hybridlab.charts.model import ChartData, Place, Series
-from hybridlab.charts.points import rounded
+from hybridlab.charts.model import ChartData, Place, Series, rounded
 from hybridlab.charts.style import Look
 
 HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}

@@ -1,4 +1,4 @@
-"""A small table for a notebook: HTML that needs no JavaScript, and aligned text."""
+"""A table for a notebook: HTML and aligned text; in JupyterLab one to sort and search."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from hybridlab.base.errors import printable
+from hybridlab.base.front_end import in_jupyterlab
 
 MISSING = "–"
 
@@ -122,3 +124,55 @@ def _style(side: str) -> str:
 def _aligned(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> list[str]:
     pairs = zip(row, widths, sides, strict=True)
     return [cell.rjust(width) if side == "right" else cell.ljust(width) for cell, width, side in pairs]
+
+
+FOLDED_ROWS = 40
+"""Where no DataTables pages it, a table with more rows is folded."""
+
+
+@dataclass(frozen=True)
+class LiveTable:
+    """Shows a table through DataTables in JupyterLab; in batch as plain HTML, which needs no JavaScript.
+
+    table: None where there is nothing to show; empty: the sentence that says so
+    brief: the table as text, where it has fewer columns
+    """
+
+    table: Table | None
+    empty: str
+    brief: str = ""
+
+    def __str__(self) -> str:
+        return self.brief or (str(self.table) if self.table else self.empty)
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        if not self.table:
+            return {"text/plain": self.empty}
+        return {"text/html": _live(self.table) if in_jupyterlab() else _folded(self.table), "text/plain": str(self)}
+
+
+def _folded(table: Table) -> str:
+    """A long table opens at a click."""
+    if len(table.rows) <= FOLDED_ROWS:
+        return table.html()
+    return f"<details>\n<summary>{html.escape(table.caption or 'the table')}</summary>\n{table.html()}\n</details>"
+
+
+def _live(table: Table) -> str:
+    """DataTables, whose code is brought along: nothing is fetched."""
+    import itables
+
+    itables.init_notebook_mode(connected=False)
+    frame = pd.DataFrame(table.rows, columns=table.columns).round(4)
+    texts = [i for i, column in enumerate(frame) if not pd.api.types.is_numeric_dtype(frame[column])]
+    return itables.to_html_datatable(
+        frame,
+        table.caption,
+        connected=False,
+        showIndex=False,
+        allow_html=False,
+        classes="display compact",  # long sentences wrap
+        columnDefs=[{"targets": texts, "className": "dt-left"}],
+    )

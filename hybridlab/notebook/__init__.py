@@ -6,8 +6,14 @@ from hybridlab.base.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hybridlab.base.files import project_root
-    from hybridlab.benchmarks.footprint import footprint, footprints, predict_phase
-    from hybridlab.benchmarks.memory_arms import jumping_with, plain_with, ways_to_predict
+    from hybridlab.benchmarks.footprint import (
+        footprint,
+        footprints,
+        jumping_with,
+        plain_with,
+        predict_phase,
+        ways_to_predict,
+    )
     from hybridlab.benchmarks.step_overhead import step_overhead
     from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
     from hybridlab.notebook.session import Session, find_rates, run_configs, run_on_ranks, run_study
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
         cost_table,
         fit_claims,
         format_agreement,
+        lookahead_claims,
         memory_table,
         parts_table,
         predict_claim,
@@ -55,6 +62,8 @@ if TYPE_CHECKING:
         quality_claims,
         reference_claims,
         stable_run_claim,
+        transition_claims,
+        transition_table,
     )
     from hybridlab.notebook.views.memory_charts import (
         SAFE_PEAK,
@@ -87,7 +96,6 @@ if TYPE_CHECKING:
         stable_claim,
         time_table,
     )
-    from hybridlab.notebook.views.transition import lookahead_claims, transition_claims, transition_table
     from hybridlab.notebook.views.your_model import best_arm, blocks_in, fit_report, fits_claim, recipe, steps_within
     from hybridlab.panel.cost import panel_overhead
     from hybridlab.panel.frame import Frame, final_frame

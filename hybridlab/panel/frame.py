@@ -73,7 +73,9 @@ def _last_state(run: Run, summary: dict[str, Any]) -> State:
     reading = {str(name): value for name, value in run.vram.iloc[-1].items()}
     work, unit = work_of(run.config["task"])
     emulated_bytes = run.config["card_gb"] * 10**9 if run.config.get("emulates_card") else 0
-    latest = {name: _latest(steps[name]) for name in ("depth", "confidence", "gradient_norm") if name in steps}
+    latest: dict[str, Any] = {
+        name: _latest(steps[name]) for name in ("depth", "confidence", "gradient_norm") if name in steps
+    }
     return State(
         title=label(summary["name"], summary["seed"]),
         status="finished",

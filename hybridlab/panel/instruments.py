@@ -33,7 +33,7 @@ class Instruments:
         self._emulated_bytes = config.gpu_bytes if config.emulates_card() else 0
         self._gpu: deque[MemoryReading] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, Any] = {}
         self._gradient_norm: float | None = None
         self._confidence: float | None = None
         self._decision = ""
@@ -113,7 +113,7 @@ class Instruments:
     def _threshold(self) -> float:
         return self.run.settings.confidence_threshold
 
-    def _of_gpu(self) -> dict[str, float | None]:
+    def _of_gpu(self) -> dict[str, Any]:
         """How busy and how hot the GPU is, as means over the last readings."""
         names = {"gpu_busy_percent": "utilization_percent", "power_watts": "power_watts"}
         names |= {"temperature_celsius": "temperature_celsius"}

@@ -1,14 +1,18 @@
-"""A causal language model of Hugging Face transformers, as the planner takes it."""
+"""Models that are not ours as the planner takes them: of Hugging Face transformers, or any module with an example."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from hybridlab.base.errors import UserError
 from hybridlab.models.huggingface import causal_config, fresh_model, read_config
 
 
@@ -45,3 +49,55 @@ def language_model_loss(module: nn.Module, batch: tuple[int, int]) -> Tensor:
     """As transformers computes it, from tokens that are their own labels."""
     tokens = torch.zeros(batch, dtype=torch.long)
     return module(input_ids=tokens, labels=tokens).loss
+
+
+def rebuilt(module: nn.Module) -> Callable[[], nn.Module]:
+    """What makes the module again on the fake GPU: its structure, and tensors without values."""
+
+    def build() -> nn.Module:
+        replaced: dict[int, Any] = {id(p): nn.Parameter(_like(p), p.requires_grad) for p in module.parameters()}
+        replaced |= {id(b): _like(b) for b in module.buffers()}
+        return copy.deepcopy(module, replaced)
+
+    return build
+
+
+def shape_of(example: Any) -> tuple[int, int]:
+    """Windows and tokens of an example batch: the first two lengths of its first tensor.
+
+    Raises UserError for a batch without a tensor.
+    """
+    first = next((leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None:
+        raise UserError("the example batch holds no tensor: give one, or a tuple or dict of tensors, or (8, 512)")
+    return first.shape[0], first.shape[1] if first.ndim > 1 else 1
+
+
+def example_loss(example: Any) -> Callable[[nn.Module, tuple[int, int]], Tensor]:
+    """The loss of a module called with such a batch: what it returns, or the `loss` or first item of that."""
+    windows, tokens = shape_of(example)
+
+    def loss(module: nn.Module, batch: tuple[int, int]) -> Tensor:
+        cut = tree_map(lambda leaf: _resized(leaf, (windows, tokens), batch), example)
+        out = module(**cut) if isinstance(cut, dict) else module(*cut) if isinstance(cut, tuple) else module(cut)
+        found = getattr(out, "loss", out[0] if isinstance(out, tuple) else out)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise UserError(
+                "called with the example batch, the module returns no loss: give plan a loss=f(module, batch)"
+            )
+        return found
+
+    return loss
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _resized(leaf: Any, example: tuple[int, int], wanted: tuple[int, int]) -> Any:
+    """A tensor of the batch with as many windows and tokens as wanted."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    pairs = zip(leaf.shape[:2], example, wanted, strict=False)
+    lengths = [new if length == old else length for length, old, new in pairs]
+    return torch.empty((*lengths, *leaf.shape[2:]), dtype=leaf.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig
-from hybridlab.planner.any_module import example_loss, rebuilt, shape_of
+from hybridlab.planner.architectures import example_loss, rebuilt, shape_of
 from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec

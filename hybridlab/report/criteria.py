@@ -8,8 +8,7 @@ from typing import Any, Literal, Protocol
 
 from hybridlab.notebook.views.depth import GROWN
 from hybridlab.report.evidence import PRESETS, Evidence
-from hybridlab.report.rules import Claims, Finding, Outcome, Peak, Planned, Ran, Savings
-from hybridlab.report.time_saved import Faster, LeastTime
+from hybridlab.report.rules import Claims, Faster, Finding, LeastTime, Outcome, Peak, Planned, Ran, Savings
 
 MNIST = "01_mnist_cnn"
 BASELINE, HYBRID, MEMORY = "02_gpt2_small_baseline", "03_gpt2_small_hybrid", "04_gpt2_small_memory"

@@ -12,9 +12,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.report.criteria import BASELINE, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
-from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import Evidence
-from hybridlab.report.gpu_guide import gpu_guide
+from hybridlab.report.gpu_guide import depth_advice, gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
 from hybridlab.report.validation import claims_document, criterion_verdict, devices, validation_document

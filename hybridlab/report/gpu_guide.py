@@ -1,23 +1,23 @@
-"""docs/RTX_5080_GUIDE.md: which settings for which model on a 16 GB GPU."""
+"""docs/RTX_5080_GUIDE.md: which settings for which model on a 16 GB GPU, how deep to train, and planned recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig
+from hybridlab.models.gpt2 import SIZES, GPT2Config
+from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED
 from hybridlab.planner.text_report import MEMORY_PRESETS
-from hybridlab.report.depth_advice import depth_advice
-from hybridlab.report.evidence import MAIN, Evidence, Published
-from hybridlab.report.recipes import code_of_recipes, plan_errors, recipe_rows, way_rows
-from hybridlab.report.recommendation import by_model
-from hybridlab.report.validation import devices, p_value, predicted_share
-from hybridlab.report.words import Markdown, known_columns, render, verdict_word
-from hybridlab.results.bounds import GPU_BYTES
-from hybridlab.results.words import amount, quantity_interval
+from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words
+from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
+from hybridlab.report.words import Markdown, known_columns, notebook_link, render, verdict_word
+from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
+from hybridlab.results.words import amount, in_words, quantity_interval
+from hybridlab.study.base import LEAST
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -88,4 +88,239 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
         "p, corrected": p_value(claim),
         "peak VRAM": amount(vram.value("peak_memory"), "bytes") if vram else None,
         "pays": verdict_word(claim.verdict),
+    }
+
+
+ADVICE = {
+    ("holds", "holds"): "grow it",
+    ("holds", "fails"): "train the shallow model: depth does not pay yet",
+    ("holds", "open"): "grow it, or train the shallow model: open which",
+    ("fails", "holds"): "train all blocks from the start",
+    ("fails", "fails"): "train the shallow model",
+    ("fails", "open"): "train all blocks from the start, or the shallow model: open which",
+}
+"""By the verdicts on growing and on depth; with any other, the runs cannot tell."""
+
+
+def depth_advice(evidence: Evidence) -> list[Cells]:
+    """A row per budget and first depth of every profile, by model and by tokens per parameter.
+
+    Runs that only show that a notebook works are left out.
+    """
+    rows = [row for profile in evidence.entries for row in _rows(evidence, profile)]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    rows.sort(key=lambda row: (models.index(row["model"]), float(row["tokens per parameter"] or 0)))
+    return rows
+
+
+def _rows(evidence: Evidence, profile: str) -> Iterator[Cells]:
+    for depth in evidence.claims(kind="depth-pays", profile=profile):
+        entry, pays = evidence.entry(depth.notebook, profile) or {}, evidence.beside(depth, "pays")
+        if pays is not None and (pays.value("gradient_steps") or 0) >= LEAST.steps:
+            yield _row(entry.get("parameters", {}), pays, depth)
+
+
+def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Cells:
+    ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
+    return {
+        "model": parameters.get("model"),
+        "tokens per parameter": _tokens_per_parameter(parameters, pays),
+        "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
+        "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
+        "growing pays": pays.verdict,
+        "against the shallow model": quantity_interval(depth.quantity("loss_to_shallow")),
+        "depth pays": depth.verdict,
+        "computation to its loss": ratios["compute_to_loss"] or "open",
+        "time to its loss": ratios["time_to_loss"] or "open",
+        "what to run": ADVICE.get((pays.verdict, depth.verdict), "open"),
+        "notebook": notebook_link(pays.notebook, pays.profile, short=True),
+        "profile": pays.profile,
+    }
+
+
+def _tokens_per_parameter(parameters: Mapping[str, Any], pays: Published) -> str | None:
+    """That the grown run has seen; None for a model that is no GPT-2 of ours."""
+    if parameters.get("model") not in SIZES or "vocab_size" not in parameters:
+        return None
+    block_size = parameters["block_size"]
+    model = GPT2Config.named(parameters["model"], vocab_size=parameters["vocab_size"], block_size=block_size)
+    tokens = (pays.value("gradient_steps") or 0) * parameters["batch_size"] * block_size
+    return f"{tokens / model.parameter_count:.2g}"
+
+
+def _with_budget(parameters: Mapping[str, Any]) -> str:
+    """The grown arm of a notebook with one budget, in the words of notebook 10."""
+    return f"grown from {parameters['first_blocks']}, {parameters.get('depth_steps') or parameters['steps']} steps"
+
+
+TAKE, WATCH = Markdown("**take this**"), Markdown("**take this, watch its loss**")
+
+
+def by_model(evidence: Evidence) -> str:
+    """Every row of the tables "memory", the recommended ones marked, and a sentence on each model that has none."""
+    rows = [row | {"notebook": notebook} for notebook, rows in evidence.tables("memory").items() for row in rows]
+    of = {model: [row for row in rows if row["model"] == model] for model in dict.fromkeys(r["model"] for r in rows)}
+    best = {model: recommended(mine) for model, mine in of.items()}
+    shown = [_shown(row, row is best[row["model"]], _judged_over(evidence, row, rows)) for row in rows]
+    return render(
+        "recommendation.md",
+        rows=known_columns(shown),
+        estimated=any(row.get("estimated_5080_ms") for row in rows),
+        lacking=[(model, *why_none(mine)) for model, mine in of.items() if best[model] is None],
+    )
+
+
+def recommended(rows: Sequence[MemoryRow]) -> MemoryRow | None:
+    """The fastest arm of one model that stays below 14 GB and within 2 % of the control; None where none does."""
+    good = [row for row in rows if _is_safe(row) and _within(row.get("loss_change"))]
+    return min((row for row in good if row.get("step_ms")), key=lambda row: row["step_ms"], default=None)
+
+
+def why_none(rows: Sequence[MemoryRow]) -> tuple[str, list[str]]:
+    """Why none of one model's arms is recommended ("too large", "not judged" or "worse"), and those that are safe."""
+    safe = [row for row in rows if _is_safe(row)]
+    arms = [arm_in_words(row["arm"], row.get("notebook", "")) for row in safe]
+    if not safe:
+        return "too large", arms
+    unjudged = all(row.get("loss_change") is None and control_of(row, rows) is None for row in safe)
+    return "not judged" if unjudged else "worse", arms
+
+
+def control_of(row: MemoryRow, rows: Sequence[MemoryRow]) -> MemoryRow | None:
+    """A row's control: the arm of its notebook and model without a change of its own.
+
+    None where it did not run: then no arm has a change.
+    """
+    beside = [other for other in rows if _group(other) == _group(row)]
+    without = [other for other in beside if other.get("loss_change") is None]
+    return without[0] if len(without) == 1 < len(beside) else None
+
+
+def _group(row: MemoryRow) -> tuple[Any, Any]:
+    return row.get("notebook"), row["model"]
+
+
+def _is_safe(row: MemoryRow) -> bool:
+    return row["peak_memory_bytes"] < SAFE_PEAK_BYTES
+
+
+def _within(change: float | None) -> bool:
+    """Whether a change of the loss, in nats, was measured and costs no more than is tolerated."""
+    return change is not None and change < QUALITY_TOLERANCE_NATS
+
+
+def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> str | None:
+    """What the loss of a row rests on: how long a training, how many seeds, and how far the control came."""
+    control = control_of(row, rows)
+    if control is None:
+        return None
+    asked = (evidence.entry(row["notebook"]) or {}).get("parameters", {})
+    steps, seeds = asked.get("reference_steps") or asked.get("steps"), asked.get("seeds") or 1
+    length = [f"{steps} steps", f"{seeds} seed{'s' if seeds > 1 else ''}"] if steps else []
+    loss = control.get("validation_loss")
+    return ", ".join([*length, *([] if loss is None else [f"to a loss of {loss:.2f}"])])
+
+
+def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:
+    estimated = row.get("estimated_5080_ms")
+    return {
+        "model": row["model"],
+        "arm": arm_in_words(row["arm"], row["notebook"]),
+        "peak VRAM": amount(row["peak_memory_bytes"], "bytes"),
+        "below 14 GB": "yes" if _is_safe(row) else "no",
+        **step_time(row),
+        "est. on a 5080": f"{estimated:.0f} ms" if estimated else None,
+        "loss against the control": loss_change(row),
+        "judged over": judged_over,
+        "advice": "" if not best else TAKE if _within(row.get("loss_change_high")) else WATCH,
+        "notebook": notebook_link(row["notebook"], short=True),
+    }
+
+
+Row = Mapping[str, Any]
+HOURS = 3600
+
+
+def recipe_rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """One row per size: estimated speed beside the measured one, memory, and how long it trains."""
+    measured = {row["model"]: row for rows in evidence.tables("memory").values() if (row := recommended(rows))}
+    return known_columns([_recipe(row, measured.get(row["model"])) for row in evidence.planned.get("recipes", ())])
+
+
+def code_of_recipes(evidence: Evidence) -> list[dict[str, Any]]:
+    """For each size its name, its settings as Python, and whether they are exact."""
+    return [
+        {"model": row["model"], "code": Markdown(_code(row)), "exact": row["exact"]}
+        for row in evidence.planned.get("recipes", ())
+    ]
+
+
+def way_rows(evidence: Evidence, table: str) -> list[dict[str, Any]]:
+    """One row per way to train a large model: "largest" or "seven_billion"."""
+    return [_way(row) for row in evidence.planned.get(table, ())]
+
+
+def plan_errors(evidence: Evidence) -> dict[str, Any] | None:
+    """How far plans of allocated memory were from what was measured, in percent, and over how many arms."""
+    rows = [row for rows in evidence.tables("memory").values() for row in rows if row.get("predicted_allocated_bytes")]
+    errors = [100 * (row["predicted_allocated_bytes"] / row["measured_allocated_bytes"] - 1) for row in rows]
+    return {"low": f"{min(errors):+.1f}", "high": f"{max(errors):+.1f}", "count": len(errors)} if errors else None
+
+
+def _recipe(row: Row, measured: Row | None) -> dict[str, Any]:
+    return {
+        "model": row["model"],
+        "parameters": f"{row['parameters'] / 1e6:,.0f} M",
+        "batch": f"{row['batch'][0]} x {row['batch'][1]}",
+        "est. step": f"{row['step_ms']:.0f} ms",
+        "est. tokens per second": f"{row['tokens_per_second']:,.0f}",
+        "measured elsewhere": _measured(row, measured),
+        "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
+        "largest batch": f"{row['largest_batch']} x {row['batch'][1]}",
+        "longest sequence": f"{row['longest_sequence']:,}",
+        "host memory": amount(row["host_bytes"], "bytes"),
+        "with jumps": amount(row["host_bytes_with_jumps"], "bytes"),
+        "1 token per parameter": _time(row, 1),
+        "20 tokens per parameter": _time(row, 20),
+    }
+
+
+def _measured(row: Row, measured: Row | None) -> str | None:
+    """Tokens per second of the recommended arm on the GPU that ran."""
+    if not measured:
+        return None
+    tokens = row["batch"][0] * row["batch"][1]
+    return f"{1e3 * tokens / measured['step_ms']:,.0f} ({measured['arm']})"
+
+
+def _time(row: Row, tokens_per_parameter: int) -> str:
+    hours = tokens_per_parameter * row["parameters"] / row["tokens_per_second"] / HOURS
+    return f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
+
+
+def _code(row: Row) -> str:
+    compiled = ", compiled=True" if row["compiled"] else ""
+    return "\n".join(
+        [
+            f"memory = {row['memory']}",
+            f"optimizer = {row['optimizer']}",
+            f'config = RunConfig("{row["model"]}", task, steps, optimizer=optimizer, '
+            f"hybrid=HybridTrainerConfig.plain(memory=memory){compiled})",
+        ]
+    )
+
+
+def _way(row: Row) -> dict[str, Any]:
+    return {
+        "trained with": row["way"],
+        "model": f"{row['parameters'] / 1e9:.2f} B ({row['n_layer']} blocks of {row['n_embd']})",
+        "fits": "yes" if row["fits"] else "no",
+        "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
+        "allocated in training": amount(row["peak_allocated_bytes"], "bytes"),
+        "of it per parameter": f"{row['peak_allocated_bytes'] / row['parameters']:.1f} bytes",
+        "host memory": amount(row["host_bytes"], "bytes"),
+        "host bytes per parameter": f"{row['host_bytes_per_parameter']:.1f}",
+        "est. step": f"{row['step_ms'] / 1e3:.1f} s",
+        "1 token per parameter": _time(row, 1),
+        "loss of exactness": row["inexact"],
     }

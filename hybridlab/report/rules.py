@@ -1,14 +1,102 @@
-"""Rules that decide a criterion: which published claims, runs, peaks and savings count, and what each found."""
+"""Rules that decide a criterion: which published claims, runs, peaks and savings count, and what each found.
+
+With them the plan's estimates of memory, and the least time that prediction in time can take.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-from hybridlab.report.estimates import ESTIMATES
-from hybridlab.report.evidence import Evidence, Published, arm_in_words
-from hybridlab.results.claims import Unit
+from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words
+from hybridlab.results.claims import Quantity, Unit
 from hybridlab.results.words import amount, quantities_in_words
+
+WITHIN = 0.10
+"""The plan's bound on how far a saving may be from its estimate, as a share of the estimate."""
+
+FP32 = {"small": "fp32", "medium": "fp32", "xl": "fp32 (tf32)"}
+"""The arm without memory features, by model: what savings are shares of."""
+
+NOTEBOOKS = {"small": "04_gpt2_small_memory", "medium": "05_gpt2_medium", "xl": "06_gpt2_xl"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the plan expects of one model in one state.
+
+    expected: decimal gigabytes; saving: share of FP32's, None for FP32 itself
+    arm: of the table "memory", or "predict" (in the Predict phase); or the kind of the claim that has measured it
+    """
+
+    model: str
+    what: str
+    expected: float
+    saving: float | None
+    source: Literal["memory", "predict", "claim"]
+    arm: str
+
+    @property
+    def notebook(self) -> str:
+        """Where it was measured."""
+        return NOTEBOOKS[self.model]
+
+    def measured_bytes(self, evidence: Evidence) -> float | None:
+        """Peak of live tensors, or those alive in Predict; None where nothing was measured."""
+        if self.source == "claim":
+            claims = evidence.claims(self.notebook, kind=self.arm)
+            return next((claim.value("live") or claim.value("measured") for claim in claims), None)
+        return _row_bytes(evidence, self.notebook, self.source, self.arm)
+
+    def measured_saving(self, evidence: Evidence) -> float | None:
+        """Share of what FP32 takes; None for FP32, and where nothing was measured."""
+        mine = self.measured_bytes(evidence)
+        whole = _row_bytes(evidence, self.notebook, "memory", FP32[self.model])
+        return 1 - mine / whole if self.saving and mine and whole else None
+
+    def is_right(self, evidence: Evidence) -> bool | None:
+        """Whether the saving is as the plan estimates, within 10 % of that; None where nothing can be said."""
+        measured = self.measured_saving(evidence)
+        return abs(measured / self.saving - 1) <= WITHIN if measured is not None and self.saving else None
+
+    def cells(self, evidence: Evidence) -> dict[str, Any]:
+        """A row of the table: what was expected, and what was measured."""
+        measured = self.measured_saving(evidence)
+        words = {True: "holds", False: "fails", None: None if self.saving is None else "not measured"}
+        return {
+            "model": self.model,
+            "what": self.what,
+            "expected": amount(1e9 * self.expected, "bytes"),
+            "measured": amount(self.measured_bytes(evidence), "bytes"),
+            "saving expected": None if self.saving is None else f"{100 * self.saving:.0f} %",
+            "saving measured": None if measured is None else f"{100 * measured:.1f} %",
+            "verdict": words[self.is_right(evidence)],
+        }
+
+
+ESTIMATES = (
+    Estimate("small", "FP32", 2.0, None, "memory", "fp32"),
+    Estimate("small", "mixed precision", 1.0, 0.50, "memory", "mixed precision"),
+    Estimate("small", "gradient accumulation", 1.4, 0.30, "memory", "gradient accumulation"),
+    Estimate("small", "predict-aware, in Predict", 1.0, 0.50, "predict", "pinned"),
+    Estimate("small", "all combined, in Predict", 0.6, 0.70, "predict", "pinned, bf16 weights"),
+    Estimate("medium", "FP32", 5.6, None, "memory", "fp32"),
+    Estimate("medium", "optimized, in Predict", 1.5, 0.73, "claim", "predict-below-2gb"),
+    Estimate("xl", "FP32", 16.0, None, "memory", "fp32 (tf32)"),
+    Estimate("xl", "optimized, Full phase", 6.5, 0.60, "memory", "fit_16gb"),
+    Estimate("xl", "optimized, in Predict", 2.5, 0.85, "claim", "predict-phase"),
+)
+"""As the plan has them (phase 2B); of "6 to 7 GB" and the like, the middle."""
+
+
+def _row_bytes(evidence: Evidence, notebook: str, table: str, arm: str) -> float | None:
+    rows = evidence.tables(table).get(notebook, [])
+    return next((row["measured_allocated_bytes"] for row in rows if row["arm"] == arm), None)
+
 
 Outcome = Literal[
     "holds",
@@ -169,3 +257,101 @@ def _absent(notebook: str, about: str, evidence: Evidence) -> Finding:
     if evidence.entry(notebook) is None:
         return Finding(about, "not run yet", "", notebook)
     return Finding(about, "not measured", "the notebook makes no such claim", notebook)
+
+
+FORWARD = 1 / 3
+"""A forward pass's part of a gradient step's operations."""
+
+
+@dataclass(frozen=True)
+class Faster:
+    """A plain run's time over that of something else to the same loss, which is not prediction in time.
+
+    means: what it is; quantity: of the notebook's claims; share: of the plain run's time that it may take
+    """
+
+    means: str
+    notebook: str
+    quantity: str
+    share: float
+
+    def findings(self, evidence: Evidence) -> list[Finding]:
+        """One per claim that has the quantity, by its whole interval; of a ladder, with what its parts brought."""
+        measured = [(claim, claim.quantity(self.quantity)) for claim in evidence.claims(self.notebook)]
+        brought = what_parts_brought(evidence.tables("ladder").get(self.notebook, []))
+        depths = evidence.claims(self.notebook, kind="depth-pays")
+        pays = {claim.arm: f"whether depth pays, beside the shallow model: {claim.verdict}" for claim in depths}
+        return [
+            self._finding(claim, ratio, brought or pays.get(claim.arm, ""))
+            for claim, ratio in measured
+            if ratio is not None
+        ]
+
+    def _finding(self, claim: Published, ratio: Quantity, beside: str) -> Finding:
+        about = f"{self.means}, {claim.arm}" if claim.arm else self.means
+        words = "; ".join(filter(None, (quantities_in_words([ratio]), beside)))
+        return Finding(about, self._outcome(claim, ratio), words, claim.notebook)
+
+    def _outcome(self, claim: Published, ratio: Quantity) -> Outcome:
+        if claim.rests_on_too_little or ratio.low is None:
+            return "open"
+        if ratio.low >= 1 / self.share:
+            return "holds"
+        return "fails" if ratio.high is not None and ratio.high < 1 / self.share else "open"
+
+
+def what_parts_brought(rungs: Sequence[dict[str, Any]]) -> str:
+    """How many times as fast number formats and compilation, the optimizer, and depth made a ladder's run.
+
+    rungs: of its table. One whose lengths were tried learns otherwise: it is the optimizer's, or depth's.
+    """
+    factors = {"number formats, compilation and graphs": 1.0, "optimizer and rates": 1.0, "predicted depth": 1.0}
+    stack, optimizer, depth = factors
+    timed = [rung for rung in rungs if rung.get("time to it (s)")]
+    for before, rung in pairwise(timed):
+        part = depth if "depth" in rung["rung"] else optimizer if rung.get("lengths tried") else stack
+        factors[part] *= before["time to it (s)"] / rung["time to it (s)"]
+    return ", ".join(f"{part} {factor:.2f} times" for part, factor in factors.items()) if timed else ""
+
+
+@dataclass(frozen=True)
+class LeastTime:
+    """That no preset can take as little of the baseline's time, whatever is predicted: by counting passes.
+
+    share: of the time that it may take
+    """
+
+    share: float
+
+    def findings(self, evidence: Evidence) -> list[Finding]:
+        """One, on the preset that can take the least; none where that is little enough."""
+        presets = {name: getattr(HybridTrainerConfig, name)() for name in PRESETS}
+        name, config = min(presets.items(), key=lambda preset: least_time(preset[1]))
+        if least_time(config) <= self.share:
+            return []
+        return [Finding(f"arithmetic, preset {name}", "cannot hold", _in_words(config), None)]
+
+
+def least_time(config: HybridTrainerConfig) -> float:
+    """The least share of a plain run's time that as many nominal steps can take.
+
+    (F + C + ceil(H / c) / 3) / (F + C + H)
+
+    where F is full_steps, C correct_steps, H max_predict_steps and c correction_interval: every jump is accepted at its
+    full length, trials and proposals cost nothing, and a forward pass is a third of a step.
+    """
+    gradient, predicted = config.full_steps + config.correct_steps, config.max_predict_steps
+    return (gradient + FORWARD * _forward_passes(config)) / (gradient + predicted)
+
+
+def _forward_passes(config: HybridTrainerConfig) -> int:
+    return math.ceil(config.max_predict_steps / config.correction_interval)
+
+
+def _in_words(config: HybridTrainerConfig) -> str:
+    gradient, predicted = config.full_steps + config.correct_steps, config.max_predict_steps
+    return (
+        f"{gradient} gradient steps and {_forward_passes(config)} forward passes, each a third of a step, for "
+        f"{gradient + predicted} steps: at least {least_time(config):.2f} of the time; with a forward pass on every "
+        f"predicted step at least {FORWARD:.2f}, whatever is predicted"
+    )

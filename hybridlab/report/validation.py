@@ -11,9 +11,8 @@ from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.report.copies import copies, copies_at_a_glance, repeats
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
-from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words
-from hybridlab.report.rules import Finding, Outcome
+from hybridlab.report.rules import ESTIMATES, Finding, Outcome
 from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.words import amount, interval, quantities_in_words, quantity_interval
 from hybridlab.study.base import LEAST

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridlab.charts.display import Chart
-from hybridlab.charts.tables import Table, table
-from hybridlab.notebook.live_table import LiveTable
+from hybridlab.charts.tables import LiveTable, Table, table
 from hybridlab.report.criteria import CRITERIA
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.pictures import charts_of

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from hybridlab import __version__
 from hybridlab.base.device import device_name, find_device
 from hybridlab.base.files import marked_root, project_root, replaced
 from hybridlab.base.settings import LARGEST
-from hybridlab.results.claims import Claim, rounded
+from hybridlab.results.claims import VOLATILE_UNITS, Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
 from hybridlab.results.reading import load_results
-from hybridlab.results.repeats import repeats_of
 from hybridlab.study.code_version import code_hashes
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -141,3 +140,55 @@ def _git(root: Path, *arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+Entry = Mapping[str, Any]
+
+MOST = 8
+"""Earlier measurements that an entry keeps, the latest ones."""
+
+ORIGIN = ("git_commit", "device", "host")
+"""What tells two measurements apart; of equal ones the later stays alone."""
+
+
+def repeats_of(before: Entry | None, entry: Entry) -> list[dict[str, Any]]:
+    """What a new entry keeps of the one that it replaces, and of those that this one kept, the earliest first.
+
+    Each has its origin, its torch and its figures, claim and quantity by name: times and memory, and of those that
+    repeat the ones that differ from the new entry's. An entry with other parameters asked something else, and is
+    dropped; a parameter that only one of them has counts as equal.
+    """
+    if before is None or not _same_question(before["parameters"], entry["parameters"]):
+        return []
+    own = {name: figure for name, figure, _ in _figures(entry)}
+    earlier = {_origin(repeat): repeat for repeat in [*before.get("repeats", ()), _repeat(before, own)]}
+    earlier.pop(_origin(entry), None)
+    return [repeat for repeat in earlier.values() if repeat["figures"]][-MOST:]
+
+
+def _same_question(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return all(first[name] == second[name] for name in first.keys() & second.keys())
+
+
+def _repeat(entry: Entry, other: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry measured otherwise than another one."""
+    origin = {name: entry[name] for name in ORIGIN if name in entry}
+    torch = {"torch": entry["versions"]["torch"]} if "versions" in entry else {}
+    figures = {
+        name: figure
+        for name, figure, volatile in _figures(entry)
+        if name in other and (volatile or other[name] != figure)
+    }
+    return origin | torch | {"figures": figures}
+
+
+def _figures(entry: Entry) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Name, figure and whether it may differ between two equal runs."""
+    for claim in entry["claims"]:
+        for quantity in claim["quantities"]:
+            figure = {end: quantity.get(end) for end in ("value", "low", "high")}
+            yield f"{claim['id']}.{quantity['name']}", figure, quantity["unit"] in VOLATILE_UNITS
+
+
+def _origin(measured: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(measured.get(name) for name in ORIGIN)

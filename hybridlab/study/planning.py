@@ -16,7 +16,7 @@ from hybridlab.base.device import find_device
 from hybridlab.base.pinned_memory import host_holds
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
-from hybridlab.planner.any_module import rebuilt
+from hybridlab.planner.architectures import rebuilt
 from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
 from hybridlab.study.ranks import RanksConfig

@@ -9,8 +9,7 @@ import pandas as pd
 
 from hybridlab.charts.builders import phase_bands, without
 from hybridlab.charts.display import Chart
-from hybridlab.charts.model import Line, Series
-from hybridlab.charts.points import kept
+from hybridlab.charts.model import Line, Series, kept
 from hybridlab.planner.plan import PARTS
 from hybridlab.results.bounds import SAFE_PEAK_BYTES
 
