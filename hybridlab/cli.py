@@ -168,7 +168,7 @@ def runs(
     if context.invoked_subcommand:
         return
     from hybridlab.base.files import project_root
-    from hybridlab.notebook.compare_runs import export_metrics, find_runs, run_name, runs_table
+    from hybridlab.notebook.compare_runs import find_runs, run_name, runs_table
 
     root = project_root() / folder
     if not root.is_dir():
@@ -181,27 +181,23 @@ def runs(
     print(json.dumps(shown.table.rows, indent=1, default=str) if as_json else shown)
     if not (csv or memory_csv or tensorboard or trackio):
         return
+    from hybridlab.study import exports
+
     found = {run_name(run, root): run for run in find_runs(folder, sort=sort, where=where or [])}
     say = partial(print, file=sys.stderr if as_json else sys.stdout)
     if csv:
-        export_metrics(found, csv)
+        exports.export_metrics(found, csv)
         say(f"written: {csv}")
     if memory_csv:
-        from hybridlab.study.memory_log import export_csv
-
         for name, run in found.items():
-            export_csv(run, memory_csv / f"{name}.csv")
+            exports.export_csv(run, memory_csv / f"{name}.csv")
         say(f"written: {memory_csv}")
     if tensorboard:
-        from hybridlab.study.tensorboard import export_tensorboard
-
         for name, run in found.items():
-            export_tensorboard(run, tensorboard / name)
+            exports.export_tensorboard(run, tensorboard / name)
         say(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
     if trackio:
-        from hybridlab.study.trackio import export_trackio
-
-        export_trackio(found, trackio / "hybridlab.db")
+        exports.export_trackio(found, trackio / "hybridlab.db")
         command = f"TRACKIO_DIR={trackio} trackio show --project hybridlab"
         say(f"written: {trackio / 'hybridlab.db'}; compare them in a browser with: pip install trackio; {command}")
 

@@ -21,8 +21,8 @@ from hybridlab.base.lock import locked
 from hybridlab.cli import main
 from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
 from hybridlab.panel.progress import PROGRESS_FILE
+from hybridlab.study.exports import export_tensorboard
 from hybridlab.study.record import Run, RunRecorder
-from hybridlab.study.tensorboard import export_tensorboard
 from tests.conftest import full_disk
 from tests.notebook_maker import project
 

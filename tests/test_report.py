@@ -24,14 +24,13 @@ from hybridlab.notebook.views.memory_charts import vram_rows
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
-from hybridlab.report.copies import copies
 from hybridlab.report.criteria import CRITERIA, DEPTH, IN_DEPTH, LADDER, OURS, Criterion
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, REPORT, Evidence
 from hybridlab.report.gpu_guide import by_model, depth_advice, gpu_guide, recommended
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.rules import Claims, Peak, Ran, Savings, least_time
-from hybridlab.report.validation import at_a_glance, claims_document, validation_document
+from hybridlab.report.validation import at_a_glance, claims_document, copies, validation_document
 from hybridlab.report.words import markdown_table
 from hybridlab.results.claims import Claim, Quantity, Verdict
 from hybridlab.results.publish import publish

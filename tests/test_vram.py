@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from hybridlab.base.errors import UserError
-from hybridlab.study.memory_log import export_csv, gpu_busy_percent, growth_bytes
+from hybridlab.study.exports import export_csv
+from hybridlab.study.memory_log import gpu_busy_percent, growth_bytes
 from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.run_memory import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, exceeds, meter, sampler

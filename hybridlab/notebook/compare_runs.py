@@ -298,19 +298,6 @@ def set_tags(run: Run, add: Iterable[str] = (), remove: Iterable[str] = ()) -> l
     return tags
 
 
-def metrics_table(runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Every recorded step of some runs, one under the other: the run's name and seed, then what each step measured."""
-    parts = [run.steps.assign(run=name, seed=run.config.get("seed")) for name, run in runs.items() if len(run.steps)]
-    whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "seed"])
-    return whole[["run", "seed", *whole.columns.drop(["run", "seed"])]]
-
-
-def export_metrics(runs: Mapping[str, Run], path: Path) -> None:
-    """Write `metrics_table` as one CSV file. Raises UserError where the disk is full or cannot be written."""
-    with replaced(path) as beside:
-        metrics_table(runs).to_csv(beside, index=False)
-
-
 def flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested settings by dotted keys."""
     found: dict[str, Any] = {}

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import ipywidgets as widgets
+from IPython import get_ipython
 from IPython.display import display
 
 from hybridlab.base.errors import UserError
@@ -21,7 +22,6 @@ from hybridlab.panel.controls import Controls, control_row, switch_off
 from hybridlab.panel.html import Points, bar_html, panel_html, ranks_html, style_html
 from hybridlab.panel.instruments import Instruments, memory_of
 from hybridlab.panel.progress import INSTALL, Progress, seconds_left
-from hybridlab.panel.reload import answering_new_pages
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.record import Run
 from hybridlab.study.step_log import StepRecord
@@ -230,3 +230,48 @@ def interrupts(controls: Controls) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+COMM = ("comm_open", "comm_msg", "comm_close")
+"""Messages between widgets and their views."""
+
+
+@contextmanager
+def answering_new_pages() -> Iterator[None]:
+    """While the block runs, answer what a page asks first when it is loaded: about the kernel, and for its widgets.
+
+    JupyterLab sends both to the thread that runs cells, which is busy with training. So the thread that receives
+    messages (ipykernel 7 and later) answers them; the rest goes its usual way. Under an ipykernel without that thread
+    nothing happens: the page waits until the cell has ended.
+    """
+    kernel: Any = getattr(get_ipython(), "kernel", None)
+    thread, stream = getattr(kernel, "shell_channel_thread", None), getattr(kernel, "shell_stream", None)
+    if thread is None or stream is None:
+        yield
+        return
+    cell = kernel.get_parent("shell")
+
+    async def receive(message: list[Any]) -> None:
+        idents, parts = kernel.session.feed_identities(message, copy=False)
+        header = kernel.session.unpack(parts[1].bytes)
+        kind, is_for_cells = header.get("msg_type"), header.get("subshell_id") is None
+        if not is_for_cells or kind not in ("kernel_info_request", *COMM):
+            await kernel.shell_channel_thread_main(message)
+            return
+        request = kernel.session.deserialize(parts, copy=False)
+        kernel._publish_status("busy", "shell", parent=request)
+        if kind in COMM:
+            getattr(kernel.comm_manager, kind)(stream, idents, request)
+        else:
+            await kernel.kernel_info_request(stream, idents, request)
+        kernel._publish_status("idle", "shell", parent=request)
+        kernel._publish_status("busy", "shell", parent=cell)  # as it is: a cell trains
+
+    def listen(with_what: Any) -> None:
+        thread.io_loop.add_callback(lambda: stream.on_recv(with_what, copy=False))
+
+    listen(receive)
+    try:
+        yield
+    finally:
+        listen(kernel.shell_channel_thread_main)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -16,10 +17,13 @@ from PIL.PngImagePlugin import PngInfo
 from hybridlab.charts.builders import interval_chart
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Line
+from hybridlab.charts.tables import LiveTable, Table, table
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
 from hybridlab.notebook.views.study import losses_chart
+from hybridlab.report.criteria import CRITERIA
 from hybridlab.report.evidence import Evidence, Published
 from hybridlab.results.claims import Quantity
+from hybridlab.results.words import quantities_in_words
 
 DIGEST = "chart-sha256"
 """Which numbers a picture was drawn from; its pixels depend on the fonts and libraries of a machine, too."""
@@ -86,3 +90,35 @@ def shows(picture: bytes, chart: Chart) -> bool:
 
 def _digest(chart: Chart) -> str:
     return hashlib.sha256(json.dumps(chart.plotly().to_plotly_json()).encode()).hexdigest()
+
+
+def criteria_table(evidence: Evidence) -> Table:
+    """Every criterion of the plan with its verdict, and where it was measured."""
+    rows: list[dict[str, Any]] = []
+    for group, criteria in CRITERIA.items():
+        for criterion in criteria:
+            notebooks = dict.fromkeys(finding.notebook for finding in criterion.findings(evidence) if finding.notebook)
+            where = ", ".join(notebook[:2] for notebook in notebooks)
+            rows.append({"of": group, "criterion": criterion.text, "verdict": criterion.outcome(evidence), "in": where})
+    return table(rows, "The plan's success criteria, decided by what was measured on a GPU")
+
+
+def claims_browser(evidence: Evidence) -> LiveTable:
+    """Every claim of every notebook and profile."""
+    rows = [
+        {
+            "profile": profile,
+            "notebook": claim.notebook,
+            "claim": claim.sentence,
+            "verdict": claim.verdict,
+            "numbers": quantities_in_words(claim.quantities),
+        }
+        for profile in evidence.entries
+        for claim in evidence.claims(profile=profile)
+    ]
+    return LiveTable(table(rows, f"{len(rows)} claims") if rows else None, "no notebook has published a claim yet")
+
+
+def charts_beginning(evidence: Evidence, *names: str) -> list[Chart]:
+    """The documents' charts whose files' names begin so: against_control, memory_breakdown, quality or vram."""
+    return [chart for name, chart in charts_of(evidence).items() if name.startswith(names)]

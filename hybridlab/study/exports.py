@@ -1,0 +1,152 @@
+"""Runs as other programs read them: CSV, nvidia-smi's columns, TensorBoard, trackio."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced, writing_to
+from hybridlab.study.record import Run
+
+MIB = 2**20
+
+COUNTERS = ("nominal_step", "gradient_step", "seconds", "unix_seconds")
+"""What a scalar is drawn against; no scalars themselves."""
+
+
+def export_metrics(runs: Mapping[str, Run], path: Path) -> None:
+    """Write every recorded step of some runs as one CSV file: the run's name and seed, then what each step measured.
+
+    Raises UserError where the disk is full or cannot be written.
+    """
+    parts = [run.steps.assign(run=name, seed=run.config.get("seed")) for name, run in runs.items() if len(run.steps)]
+    whole = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run", "seed"])
+    with replaced(path) as beside:
+        whole[["run", "seed", *whole.columns.drop(["run", "seed"])]].to_csv(beside, index=False)
+
+
+def export_csv(run: Run, path: Path) -> None:
+    """Write the samples as `nvidia-smi --query-gpu=... --format=csv,nounits` would have, in local time.
+
+    Raises UserError for a run without NVML's figures, and where the disk is full or cannot be written.
+    """
+    vram = run.vram
+    if vram.empty or vram["device_used_bytes"].isna().all():
+        raise UserError(f"{run.folder} has no figures of a GPU for nvidia-smi's columns: train on a GPU")
+    columns = {
+        "timestamp": _local_time(vram["unix_seconds"]),
+        "name": pd.Series(run.config["device"], index=vram.index),
+        "memory.total [MiB]": _whole(vram["device_total_bytes"] / MIB),
+        "memory.used [MiB]": _whole(vram["device_used_bytes"] / MIB),
+        "utilization.gpu [%]": _whole(vram["utilization_percent"]),
+    }
+    lines = [", ".join(columns), *map(", ".join, zip(*columns.values(), strict=True))]
+    with replaced(path) as beside:
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _whole(values: pd.Series) -> pd.Series:
+    return values.map(lambda value: "[N/A]" if pd.isna(value) else str(round(value)))
+
+
+def _local_time(unix_seconds: pd.Series) -> pd.Series:
+    """As nvidia-smi prints it: 2025/01/31 12:00:00.000."""
+    return unix_seconds.map(lambda moment: f"{datetime.fromtimestamp(moment):%Y/%m/%d %H:%M:%S.%f}"[:-3])
+
+
+def export_tensorboard(run: Run, folder: Path) -> int:
+    """Write every number that a run recorded at each nominal step; returns how many scalars there are.
+
+    folder: takes one event file; what lies there stays, so export each run into a folder of its own
+
+    A scalar is named by its table and column, as "steps/validation_loss"; its wall time is the run's own clock.
+    Raises UserError where TensorBoard is not installed, and where the disk is full or cannot be written.
+    """
+    with writing_to(folder), _disk_told_once(), _writer(folder) as writer:
+        return sum(_add_scalars(writer, table, rows) for table, rows in (("steps", run.steps), ("vram", run.vram)))
+
+
+def _add_scalars(writer: Any, table: str, rows: pd.DataFrame) -> int:
+    columns = [column for column in rows.select_dtypes("number") if column not in COUNTERS]
+    for column in columns:
+        for row in rows[["nominal_step", "seconds", column]].dropna().itertuples(index=False):
+            writer.add_scalar(f"{table}/{column}", row[2], int(row[0]), walltime=row[1])
+    return len(columns)
+
+
+@contextmanager
+def _disk_told_once() -> Iterator[None]:
+    """Keep the writer's thread from printing a full disk's traceback: the writer itself raises the same error."""
+    shown = threading.excepthook
+    threading.excepthook = lambda failure: None if isinstance(failure.exc_value, OSError) else shown(failure)
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
+
+
+def _writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard is not installed: .venv/bin/pip install -e '.[tensorboard]'") from None
+    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+
+TABLES = """
+CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, timestamp TEXT NOT NULL,
+    run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL);
+CREATE TABLE configs (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, run_name TEXT NOT NULL,
+    config TEXT NOT NULL, created_at TEXT NOT NULL, UNIQUE(run_id));
+"""
+"""Of trackio's own file of a project; it adds what else it needs when it opens one."""
+
+
+def export_trackio(runs: Mapping[str, Run], path: Path) -> int:
+    """Write every number that some runs recorded, with their settings; returns how many rows there are.
+
+    runs: by the name that the dashboard shows; path: `<folder>/<project>.db`; it is replaced as a whole
+
+    Raises UserError where the disk is full or cannot be written.
+    """
+    with replaced(path) as beside:
+        try:
+            with closing(sqlite3.connect(beside)) as file, file:
+                file.executescript(TABLES)
+                return sum(_add_run(file, name, run) for name, run in runs.items())
+        except sqlite3.Error as error:
+            raise UserError(f"cannot write in the folder {path.parent}: {error}; make room there") from error
+
+
+def _add_run(file: sqlite3.Connection, name: str, run: Run) -> int:
+    began = _time((run.folder / "config.json").stat().st_mtime)
+    config = run.config | {f"final_{key}": value for key, value in (run.summary or {}).items()}
+    file.execute(
+        "INSERT INTO configs (run_id, run_name, config, created_at) VALUES (?, ?, ?, ?)",
+        (name, name, json.dumps(config, default=str), began),
+    )
+    rows = [(name, began, name, step, json.dumps(numbers)) for step, numbers in _numbers(run)]
+    file.executemany("INSERT INTO metrics (run_id, timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?, ?)", rows)
+    return len(rows)
+
+
+def _numbers(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
+    """By nominal step, the finite numbers of a row of steps or of memory."""
+    for table, rows in (("", run.steps), ("vram/", run.vram)):
+        for row in rows.select_dtypes("number").to_dict("records"):
+            step = int(row.pop("nominal_step"))
+            yield step, {f"{table}{key}": value for key, value in row.items() if math.isfinite(value)}
+
+
+def _time(unix_seconds: float) -> str:
+    return datetime.fromtimestamp(unix_seconds, UTC).isoformat()
