@@ -7,7 +7,6 @@ No browser is needed to draw either.
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +36,7 @@ class _Displayed:
 
         return png.picture_of(*self._grid())
 
-    def _repr_mimebundle_(
-        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
-    ) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         figure = self.plotly().to_plotly_json() | {"config": {"responsive": True, "displaylogo": False}}
         if in_jupyterlab():  # which shows a picture first where there is one, and saves its own
             return {"application/vnd.plotly.v1+json": figure, "text/plain": str(self)}

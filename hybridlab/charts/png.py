@@ -154,7 +154,8 @@ def _curve(axes: Axes, s: Series, style: Look) -> Any:
     if s.kind == "points":
         return axes.plot(s.x, s.y, **_points(style, len(s.x)))[0]
     marks = {} if len(s.x) > 30 else _points(style, len(s.x))
-    return axes.plot(s.x, s.y, **marks | _stroke(style))[0]
+    stroke = {"color": style.color, "linestyle": DASHES[style.dash], "linewidth": 0.9 * style.width}
+    return axes.plot(s.x, s.y, **marks | stroke)[0]
 
 
 def _rows(axes: Axes, s: Series, style: Look, place: Place) -> Any:
@@ -174,10 +175,6 @@ def _bars(axes: Axes, s: Series, rows: list[float], style: Look, place: Place) -
         ends = [f"{start + x:.4g}" for start, x in zip(place.base, s.x, strict=True)]
         axes.bar_label(bars, labels=ends, padding=3, fontsize=8.5, zorder=3)
     return bars
-
-
-def _stroke(style: Look) -> dict[str, Any]:
-    return {"color": style.color, "linestyle": DASHES[style.dash], "linewidth": 0.9 * style.width}
 
 
 def _points(style: Look, count: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Table:
 
     def html(self, unbroken: Collection[str] = ()) -> str:
         """A plain `<table>` that inherits the page's colors; cells of the `unbroken` columns stay on one line."""
-        caption = f'<caption style="{_style("left")}">{html.escape(self.caption)}</caption>\n' if self.caption else ""
+        caption = f'<caption style="text-align: left">{html.escape(self.caption)}</caption>\n' if self.caption else ""
         lines = ["; white-space: nowrap" if c in unbroken else "" for c in self.columns]
         sides = [side + line for side, line in zip(self._sides, lines, strict=True)]
         head = "".join(_tag("th", c, side, "col") for c, side in zip(self.columns, sides, strict=True))
@@ -74,12 +74,12 @@ class Table:
         grid = [list(map(printable, self.columns)), *self.cells()]
         widths = [max(len(row[i]) for row in grid) for i in range(len(self.columns))]
         grid.insert(1, ["-" * width for width in widths])
-        lines = ["  ".join(_aligned(row, widths, self._sides)).rstrip() for row in grid]
+        places = [">" if side == "right" else "<" for side in self._sides]
+        cells = ([f"{cell:{at}{n}}" for cell, at, n in zip(row, places, widths, strict=True)] for row in grid)
+        lines = ["  ".join(row).rstrip() for row in cells]
         return "\n".join([printable(self.caption), *lines] if self.caption else lines)
 
-    def _repr_mimebundle_(
-        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
-    ) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         return {"text/html": self.html(), "text/plain": str(self)}
 
     @cached_property
@@ -114,16 +114,7 @@ def _tag(name: str, text: str, side: str, scope: str = "") -> str:
     scoped = f' scope="{scope}"' if scope else ""
     verdict = text.partition(" (")[0]
     color = f"; color: {COLORS[verdict]}; font-weight: 600" if verdict in COLORS else ""
-    return f'<{name}{scoped} style="{_style(side)}{color}">{html.escape(text)}</{name}>'
-
-
-def _style(side: str) -> str:
-    return f"text-align: {side}"
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int], sides: Sequence[str]) -> list[str]:
-    pairs = zip(row, widths, sides, strict=True)
-    return [cell.rjust(width) if side == "right" else cell.ljust(width) for cell, width, side in pairs]
+    return f'<{name}{scoped} style="text-align: {side}{color}">{html.escape(text)}</{name}>'
 
 
 FOLDED_ROWS = 40
@@ -145,9 +136,7 @@ class LiveTable:
     def __str__(self) -> str:
         return self.brief or (str(self.table) if self.table else self.empty)
 
-    def _repr_mimebundle_(
-        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
-    ) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         if not self.table:
             return {"text/plain": self.empty}
         return {"text/html": _live(self.table) if in_jupyterlab() else _folded(self.table), "text/plain": str(self)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,7 @@ class Frame:
             f"{counts.proposals_rejected:,} rejected"
         )
 
-    def _repr_mimebundle_(
-        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
-    ) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         picture = base64.b64encode(self.png()).decode("ascii")
         html = frame_html(self.state, f"data:image/png;base64,{picture}")
         return {"text/html": html, "image/png": picture, "text/plain": str(self)}

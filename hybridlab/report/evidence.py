@@ -126,7 +126,11 @@ class Evidence:
     def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
         """Rows by notebook, for every notebook of a profile that published a table of this name."""
         found = {n: entry.get("tables", {}).get(name) for n, entry in self.entries.get(profile, {}).items()}
-        return {notebook: [_renamed(row) for row in rows] for notebook, rows in found.items() if rows}
+        return {
+            notebook: [{EARLIER_NAMES.get(column, column): value for column, value in row.items()} for row in rows]
+            for notebook, rows in found.items()
+            if rows
+        }
 
     def devices(self, profile: str) -> list[str]:
         """What a profile was measured on."""
@@ -153,11 +157,6 @@ def _labels(pyproject: Path) -> dict[str, str]:
 def device_of(entry: Entry) -> str:
     """What an entry was measured on, in today's words."""
     return str(entry["device"]).replace("GB card", "GB GPU")
-
-
-def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table with today's names; older results have some by earlier ones."""
-    return {EARLIER_NAMES.get(name, name): value for name, value in row.items()}
 
 
 def _claims(profile: str, notebook: str, entry: Entry) -> list[Published]:

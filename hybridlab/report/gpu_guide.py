@@ -36,7 +36,10 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         paying=[claim.about for claim in hybrids if claim.verdict == "holds" and not claim.is_idle],
         emulated=any("emulated" in device for device in evidence.devices(MAIN)),
         mebibytes=f"{GPU_BYTES / 2**20:.0f}",
-        ratios=[_bf16_over_float32(name) for name in ("h100", "rtx5080")],
+        ratios=[
+            f"{gpu.bfloat16_flops / gpu.float32_flops:.1f} times ({gpu.name})"  # bf16 over float32
+            for gpu in (GPUS["h100"], GPUS["rtx5080"])
+        ],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
         recipes=recipe_rows(evidence),
@@ -54,12 +57,6 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         path_rows=needs.rows if needs else 0,
         predictor=preset.predictor,
     )
-
-
-def _bf16_over_float32(gpu: str) -> str:
-    """How much faster a GPU multiplies in bf16, by its data sheet."""
-    specs = GPUS[gpu]
-    return f"{specs.bfloat16_flops / specs.float32_flops:.1f} times ({specs.name})"
 
 
 def _settings(presets: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:

@@ -45,17 +45,14 @@ def render(template: str, **context: Any) -> Markdown:
     folder = FileSystemLoader(Path(__file__).parent / "templates")
     how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=folder, finalize=escaped, **how)
-    environment.filters |= {"table": _table_or_not_run, "beginning": _pictures_beginning}
+    environment.filters |= {"table": markdown_table, "beginning": _pictures_beginning}
     return Markdown(re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)))
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
-    """Records as a table, a column for each key; None is a dash; texts stand left, numbers right.
-
-    Raises ValueError without rows.
-    """
+    """Records as a table, a column for each key; None is a dash; texts stand left, numbers right."""
     if not rows:
-        raise ValueError("a table needs at least one row")
+        return Markdown("Not run yet.")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     heads = [escaped(column) for column in columns]
     cells = [["–" if (cell := row.get(column)) is None else escaped(cell) for column in columns] for row in rows]
@@ -78,10 +75,6 @@ def notebook_link(notebook: str, profile: str = MAIN, *, docs: str = "../", shor
     """A link to an executed notebook; docs: the way from the document to the project's root; short: by its number."""
     file = quote(f"{docs}executed/{profile}/{notebook}.ipynb")
     return Markdown(f"[{notebook[:2] if short else notebook}]({file})")
-
-
-def _table_or_not_run(rows: Sequence[Mapping[str, Any]]) -> Markdown:
-    return markdown_table(rows) if rows else Markdown("Not run yet.")
 
 
 def _pictures_beginning(pictures: Mapping[str, str], name: str) -> Markdown:

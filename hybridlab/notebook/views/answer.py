@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -42,9 +42,7 @@ class Answer:
     def __str__(self) -> str:
         return "\n".join([*self.sentences, *([str(self.verdicts)] if self.verdicts else [])])
 
-    def _repr_mimebundle_(
-        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
-    ) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         paragraphs = "".join(f"<p>{html.escape(sentence)}</p>\n" for sentence in self.sentences)
         verdicts = self.verdicts.html(unbroken=SHORT) if self.verdicts else ""
         return {"text/html": paragraphs + verdicts, "text/plain": str(self)}

@@ -128,7 +128,8 @@ def final_table(result: StudyResult) -> Table:
     ]
     means = result.summaries.groupby("name", sort=False)[["gradient_steps", *figures]].mean()
     rows = [
-        {"arm": name, "gradient steps": row["gradient_steps"]} | {_words(figure): row[figure] for figure in figures}
+        {"arm": name, "gradient steps": row["gradient_steps"]}
+        | {figure.replace("_", " ").capitalize(): row[figure] for figure in figures}
         for name, row in means.sort_values("validation_loss", kind="stable").iterrows()
     ]
     caption = "At the end of training, on held-out data; means over seeds, the lowest loss first"
@@ -510,7 +511,3 @@ def stable_claim(comparisons: Sequence[Comparison], arm: str) -> Claim:
     rollbacks = Quantity("rollbacks", sum(comparison.rollbacks for comparison in comparisons))
     counts = (Quantity("divergences", divergences, bound=0), rollbacks)
     return Claim("stable", f"{arm}: no run diverges", holds_if(not divergences), counts, arm)
-
-
-def _words(column: str) -> str:
-    return column.replace("_", " ").capitalize()
