@@ -331,7 +331,7 @@ def test_time_that_other_means_save_is_said_with_what_each_of_them_brought() -> 
     verdict, rows = less_time("40 to 60", n03=slow, n08=stack_of(12.5))
     assert verdict == "holds, but by other means"
     assert "compilation and graphs 5.00 times, optimizer and rates 2.00 times, predicted depth 1.25 times" in rows
-    assert "| by other means: the whole stack | holds |" in rows
+    assert "| by other means: the whole stack, against the vanilla FP32 run | holds |" in rows
     assert less_time("40 to 60", n03=slow, n08=stack_of(1.8))[0] == "fails", "its interval reaches below 1/0.6"
     fast = claim("pays", "holds", Quantity("time_to_loss", 1.9, 1.8, 2.0, "time ratio"), arm="grown from 3, 1000 steps")
     verdict, rows = less_time("40 to 60", n03=slow, n10=entry(fast))
@@ -351,7 +351,7 @@ def test_what_the_passes_of_the_presets_exclude_cannot_hold() -> None:
     verdict, rows = less_time("78", n08=stack_of(12.5))
     assert verdict == "cannot hold"
     assert "25 gradient steps and 8 forward passes, each a third of a step, for 100 steps: at least 0.28 of" in rows
-    assert "| by other means: the whole stack | holds |" in rows
+    assert "| by other means: the whole stack, against the vanilla FP32 run | holds |" in rows
     assert less_time("60")[0] == "not run yet"
 
 
@@ -422,6 +422,12 @@ def test_a_tighter_bound_is_held_against_the_whole_interval(
 ) -> None:
     found = evidence(n03=entry(quality("arm", verdict, value, low, high)))
     assert [f.outcome for f in Claims(HYBRID, "quality", below=0.01).findings(found)] == [outcome]
+
+
+def test_a_tighter_bound_decides_nothing_where_too_little_was_trained() -> None:
+    one_seed = {"steps": 1000, "seeds": 1, "batch_size": 8, "block_size": 512}
+    found = evidence(n03=entry(quality("arm", "holds", 0.03), parameters=one_seed))
+    assert [f.outcome for f in Claims(HYBRID, "quality", below=0.01).findings(found)] == ["open"]
 
 
 def test_a_run_that_was_shorter_than_the_plan_s_does_not_count() -> None:
@@ -849,7 +855,7 @@ def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() ->
     outcomes = {criterion.text: criterion.outcome(found) for criterion in CRITERIA[IN_DEPTH]}
     assert outcomes["GPT-2 Medium: 40 to 60 % less time, at the baseline's quality"] == "holds"
     assert outcomes["GPT-2 Small: 40 to 60 % less time, at the baseline's quality"] == "not run yet"
-    assert "| grown (prediction in depth) | in depth: 1000 at the cost of 475 |" in page
+    assert "| grown (predicted depth) | in depth: 1000 at the cost of 475 |" in page
     assert "loss against a plain run of as much computation -0.200" in page
     assert at_a_glance(found) == at_a_glance(Evidence({MAIN: {"05_gpt2_medium": entry(parameters=parameters)}}))
     (row,) = depth_advice(found)

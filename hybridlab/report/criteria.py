@@ -92,7 +92,8 @@ def small_in_depth(share: float) -> tuple[Rule, ...]:
 
 def in_less_time(share: float) -> tuple[Rule, ...]:
     """What may take at most this share of the time by other means: predicted depth, and all that is faster, stacked."""
-    return (*small_in_depth(share), Faster("the whole stack", LADDER, "stack_time_ratio", share))
+    stack = Faster("the whole stack, against the vanilla FP32 run", LADDER, "stack_time_ratio", share)
+    return (*small_in_depth(share), stack)
 
 
 IN_DEPTH, OURS = "The plan's promise of time, by predicting depth", "Beyond the plan"
@@ -212,7 +213,8 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
         ),
         Criterion("The tuned baseline, in bf16, peaks below 5 GB", (Claims(BASELINE, "vram"),)),
         Criterion(
-            "The whole stack reaches the vanilla run's loss in 1/15 of its time", (Claims(LADDER, "stack-is-fast"),)
+            "The whole stack reaches the vanilla FP32 run's loss in 1/15 of its time, compilation not counted",
+            (Claims(LADDER, "stack-is-fast"),),
         ),
         Criterion("A step takes at most 0.75 of that of nanoGPT's loop", (Claims(LADDER, "step-beside-nanogpt"),)),
         Criterion("A step with Muon takes at most 1.25 of one with AdamW", (Claims(LADDER, "muon-beside-adamw"),)),

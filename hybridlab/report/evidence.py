@@ -41,7 +41,7 @@ Entry = Mapping[str, Any]
 def arm_in_words(arm: str, notebook: str) -> str:
     """An arm as documents name it: of a preset, whether of prediction or of memory; of a grown one, what it is."""
     if arm == GROWN:
-        return f"{arm} (prediction in depth)"
+        return f"{arm} (predicted depth)"
     kind = "memory" if notebook.startswith(MEMORY_NOTEBOOKS) else "prediction"
     return f"{arm} ({kind} preset)" if arm.partition(",")[0] in PRESETS else arm
 

@@ -164,7 +164,7 @@ class Claims:
         return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
 
     def _outcome(self, claim: Published) -> Outcome:
-        if self.below is None or claim.is_idle:
+        if self.below is None or claim.is_idle or claim.rests_on_too_little:
             return claim.verdict
         quantity = next((q for q in claim.quantities if q.unit == self.of), None)
         if quantity is None or quantity.value is None:
@@ -256,7 +256,7 @@ class Planned:
 def _absent(notebook: str, about: str, evidence: Evidence) -> Finding:
     if evidence.entry(notebook) is None:
         return Finding(about, "not run yet", "", notebook)
-    return Finding(about, "not measured", "the notebook makes no such claim", notebook)
+    return Finding(about, "not measured", "the notebook ran without it", notebook)
 
 
 FORWARD = 1 / 3
