@@ -592,10 +592,10 @@ def test_the_text_climbs_the_planner_s_ladder() -> None:
 def test_prediction_is_advised_only_where_it_was_shown_to_pay() -> None:
     idle, lost = pays("conservative", "holds", 0.0, 1000.0), pays("aggressive", "fails", 100.0, 900.0)
     guide = gpu_guide(evidence(n03=entry(idle, lost)), {})
-    assert "Leave prediction off" in guide
+    assert "leave it off" in guide
     guide = gpu_guide(evidence(n03=entry(idle, replace(lost, verdict="holds"))), {})
-    assert "Leave prediction off" not in guide
-    assert "Switch prediction on only as here: aggressive (prediction preset)." in guide
+    assert "leave it off" not in guide
+    assert "switch it on only as here: aggressive (prediction preset)." in guide
 
 
 def test_what_prediction_takes_of_the_gpu_is_shown_where_it_was_claimed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
@@ -42,6 +43,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         ],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
+        answers=answer_rows(evidence),
         recipes=recipe_rows(evidence),
         recipe_codes=code_of_recipes(evidence),
         largest=way_rows(evidence, "largest"),
@@ -240,8 +242,32 @@ HOURS = 3600
 
 def recipe_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """One row per size: estimated speed beside the measured one, memory, and how long it trains."""
-    measured = {row["model"]: row for rows in evidence.tables("memory").values() if (row := recommended(rows))}
+    measured = _fastest_arms(evidence)
     return known_columns([_recipe(row, measured.get(row["model"])) for row in evidence.planned.get("recipes", ())])
+
+
+def answer_rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """One row per size: what to switch on, and the arm recommended of those measured, beside its control."""
+    measured = _fastest_arms(evidence)
+    return known_columns([_answer(row, measured.get(row["model"])) for row in evidence.planned.get("recipes", ())])
+
+
+def _fastest_arms(evidence: Evidence) -> dict[str, Row]:
+    """Model -> the arm that is recommended of those measured."""
+    tables = evidence.tables("memory").items()
+    found = [row | {"notebook": notebook} for notebook, rows in tables if (row := recommended(rows))]
+    return {row["model"]: row for row in found}
+
+
+def _answer(row: Row, measured: Row | None) -> dict[str, Any]:
+    return {
+        "model": row["model"],
+        "switch on": ", ".join(["bf16 autocast", *row.get("features", ()), *(["compiled"] if row["compiled"] else [])]),
+        "the result": "the same but for rounding" if row["exact"] else "changes: watch the loss",
+        "peak on the GPU, planned": amount(row["peak_on_gpu_bytes"], "bytes"),
+        "fastest arm measured": measured and arm_in_words(measured["arm"], measured["notebook"]),
+        "its loss against the control (nats)": measured and loss_change(measured),
+    }
 
 
 def code_of_recipes(evidence: Evidence) -> list[dict[str, Any]]:
@@ -296,13 +322,25 @@ def _time(row: Row, tokens_per_parameter: int) -> str:
 
 
 def _code(row: Row) -> str:
+    """All that a run needs; a thousand steps on the text of this machine."""
     compiled = ", compiled=True" if row["compiled"] else ""
+    windows, tokens = row["batch"]
+    names = sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))
     return "\n".join(
         [
+            "from hybridlab import HybridTrainerConfig",
+            f"from hybridlab.memory import {', '.join(names)}",
+            "from hybridlab.notebook import Session",
+            "from hybridlab.optim import OptimizerConfig",
+            "from hybridlab.study import RunConfig, TextTaskConfig",
+            "",
             f"memory = {row['memory']}",
             f"optimizer = {row['optimizer']}",
-            f'config = RunConfig("{row["model"]}", task, steps, optimizer=optimizer, '
+            f'task = TextTaskConfig("{row["model"]}", vocab_size=50257, block_size={tokens}, batch_size={windows})',
+            f'config = RunConfig("{row["model"]}", task, 1000, optimizer=optimizer, '
             f"hybrid=HybridTrainerConfig.plain(memory=memory){compiled})",
+            'for result in Session(config, "mine").run():',
+            "    pass",
         ]
     )
 
