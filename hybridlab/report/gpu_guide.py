@@ -255,7 +255,7 @@ def answer_rows(evidence: Evidence) -> list[dict[str, Any]]:
 def _fastest_arms(evidence: Evidence) -> dict[str, Row]:
     """Model -> the arm that is recommended of those measured."""
     tables = evidence.tables("memory").items()
-    found = [row | {"notebook": notebook} for notebook, rows in tables if (row := recommended(rows))]
+    found = [{**row, "notebook": notebook} for notebook, rows in tables if (row := recommended(rows))]
     return {row["model"]: row for row in found}
 
 
