@@ -24,7 +24,8 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Measure whether predicting weights and saving memory pay, on your model and your GPU.",
-    epilog="Interactively: `make lab`. Everything at once: `make milestones PROFILE=cpu`.",
+    epilog="What should I run? `hybridlab run 00_your_model` answers it for your model, text and GPU. Interactively: "
+    "`make lab`. All notebooks: `make milestones PROFILE=cpu`.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -49,7 +50,7 @@ def _options(
 @app.command()
 def run(
     notebook: Annotated[
-        Path, typer.Argument(metavar="NOTEBOOK", help="A file, or a notebook of ours, as 03_gpt2_small_hybrid.")
+        Path, typer.Argument(metavar="NOTEBOOK", help="A file, or a notebook of ours, as 00_your_model.")
     ],
     output: Annotated[
         Path | None,
@@ -68,7 +69,7 @@ def run(
     ] = False,
     nproc: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Processes that train its run together, each on a GPU."),
+        typer.Option(metavar="N", help="Of 11_several_gpus: processes that train its run together, each on a GPU."),
     ] = None,
 ) -> None:
     """Run a notebook whole, and keep a clean executed copy.
@@ -122,7 +123,7 @@ def data(
 def report(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where a document is stale.")] = False,
 ) -> None:
-    """Write what the documents say of results, from the results files in executed/ alone."""
+    """Write README's results and the documents in docs/ that follow from executed/*/results.json, from these alone."""
     from hybridlab.base.files import project_root
     from hybridlab.report import stale_files, write_report
 
@@ -250,7 +251,7 @@ def rates(
     folder: Annotated[Path, typer.Option(help="Where the trials are recorded.")] = Path("runs/rates"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the trials that have finished.")] = False,
 ) -> None:
-    """Bracket the learning rate of a run by trials at its own length and batch, and say where the best one is."""
+    """Find the best learning rate of a run, by trials at its own length and batch on both sides of it."""
     from hybridlab.models import GPT2Config
     from hybridlab.optim import OptimizerConfig
     from hybridlab.planner.text_report import read_batch
@@ -266,7 +267,9 @@ def rates(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="A GPT-2 size: nano, tiny, small, medium, large or xl.")] = "small",
+    model: Annotated[
+        str, typer.Option(help="A GPT-2 size: nano, micro, tiny, mini, small, medium, large or xl.")
+    ] = "small",
     task: Annotated[
         str | None, typer.Option(metavar="MODULE:OBJECT", help="A task of your own, in place of model and batch.")
     ] = None,
@@ -283,26 +286,30 @@ def plan(
     memory: Annotated[str, typer.Option(help="none, conservative, aggressive or fit_16gb.")] = "none",
     compiled: Annotated[
         bool,
-        typer.Option("--compiled", help="By torch.compile; its passes CUDA graphs, where the memory settings allow."),
+        typer.Option("--compiled", help="With torch.compile, and CUDA graphs where the memory settings allow."),
     ] = False,
-    predictor: Annotated[str, typer.Option(help="Whose path is remembered; none trains without jumps.")] = "none",
-    path_device: Annotated[str, typer.Option(help="Where the path is kept: same or host.")] = "same",
+    predictor: Annotated[
+        str, typer.Option(help="Of prediction in time, such as linear; none predicts nothing.")
+    ] = "none",
+    path_device: Annotated[
+        str, typer.Option(help="Where the path of the weights is kept: same (as they are) or host.")
+    ] = "same",
     path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
     stages: Annotated[
-        str, typer.Option(metavar="BLOCKS,...", help="Active blocks of each stage of depth, as 3,12.")
+        str, typer.Option(metavar="BLOCKS,...", help="Of predicted depth: active blocks of each stage, as 3,12.")
     ] = "",
     ranks: Annotated[
         int, typer.Option(min=0, help="GPUs that share the batch and the model, as torchrun starts them.")
     ] = 0,
     wrap: Annotated[str, typer.Option(help="With --ranks: fsdp, or ddp: each GPU holds the whole model.")] = "fsdp",
-    gather: Annotated[
-        str, typer.Option(help="With fsdp: weights travel in fp32, or in bf16, and compute so.")
-    ] = "fp32",
-    copies: Annotated[int, typer.Option(min=1, help="With fsdp: of the model, each on RANKS / COPIES GPUs.")] = 1,
+    gather: Annotated[str, typer.Option(help="With fsdp: the format of gathered weights: fp32 or bf16.")] = "fp32",
+    copies: Annotated[
+        int, typer.Option(min=1, help="With fsdp: copies of the model, each sharded over RANKS / COPIES GPUs.")
+    ] = 1,
     find: Annotated[str, typer.Option(help="batch or sequence: the largest one that fits.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of text.")] = False,
 ) -> None:
-    """Say what a training takes of a GPU, without one, and if it does not fit what to switch on, the fastest first."""
+    """Predict the memory that a training takes, without a GPU; if it does not fit, say what to switch on."""
     from hybridlab.engine.config import HybridTrainerConfig
     from hybridlab.memory import MixedPrecisionConfig
     from hybridlab.optim import OptimizerConfig
