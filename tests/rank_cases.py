@@ -25,7 +25,7 @@ from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import is_first, whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optim import PrimalAveraging
+from hybridlab.optim import OptimizerConfig, PrimalAveraging, build_optimizer
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.run import TrainingRun
@@ -46,7 +46,7 @@ class Case:
     spoilt_at: a step at which the loss of the last rank's part of the batch is huge
     resumed_at: a step before which model, optimizer and trainer are made anew from a checkpoint
     killed_at: a step before which the last rank is killed while it writes its part of a checkpoint
-    averages: whether the optimizer keeps a mean of the weights
+    optimizer: adamw, averaged (AdamW beside the mean of its weights) or muon
     """
 
     config: HybridTrainerConfig
@@ -54,7 +54,7 @@ class Case:
     spoilt_at: int | None = None
     resumed_at: int | None = None
     killed_at: int | None = None
-    averages: bool = False
+    optimizer: str = "adamw"
 
 
 def jumping(predictor: str = "linear", steps: int = 30, **settings: Any) -> Case:
@@ -75,7 +75,8 @@ CASES: dict[str, Case] = {
         HybridTrainerConfig.plain(clip_norm=0.5, depth=DepthSchedule(GROWING.stages, rule="best"))
     ),
     "grown and jumping": jumping(depth=GROWING),
-    "averaged": Case(jumping(depth=GROWING).config, resumed_at=20, averages=True),
+    "averaged": Case(jumping(depth=GROWING).config, resumed_at=20, optimizer="averaged"),
+    "muon": Case(jumping(depth=GROWING).config, resumed_at=20, optimizer="muon"),
     "rolled back": Case(jumping().config, spoilt_at=28),
     "resumed": Case(jumping().config, resumed_at=20),
     "resumed in a jump": Case(jumping().config, resumed_at=14),
@@ -130,7 +131,10 @@ class Training:
         size = GPT2Config(n_layer=2, n_head=2, n_embd=10, vocab_size=31, block_size=7, pad_vocab_to=0)
         net = WRAPS[wrap](GPT2(size).double())  # few of its shapes divide by two or three
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
-        optimizer = PrimalAveraging(optimizer, decay=0.9, share=0.7) if case.averages else optimizer
+        if case.optimizer == "averaged":
+            optimizer = PrimalAveraging(optimizer, decay=0.9, share=0.7)
+        elif case.optimizer == "muon":
+            optimizer = build_optimizer(net, OptimizerConfig.tuned("muon", lr=1e-2))
         return cls(net, optimizer, HybridTrainer(net, optimizer, case.config))
 
     def save(self, checkpoints: RankCheckpoints, step: int) -> None:

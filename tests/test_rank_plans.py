@@ -199,7 +199,6 @@ def test_what_fsdp_refuses_is_refused() -> None:
         (["--ranks", "3"], "8 windows do not split into 1 equal micro_batches on each of 3 ranks"),
         (["--ranks", "4", "--copies", "3"], "4 ranks do not hold 3 copies of the model: change copies"),
         (["--ranks", "2", "--wrap", "dpp"], "wrap 'dpp' is unknown: did you mean 'ddp'? (fsdp, ddp)"),
-        (["--ranks", "2", "--optimizer", "muon"], "on ranks these do not work yet: Muon on shards"),
         (["--ranks", "2", "--wrap", "ddp", "--stages", "1,2"], "a depth schedule with wrap='ddp'"),
         (["--ranks", "2", "--wrap", "ddp", "--gather", "bf16"], "gather and copies are of wrap='fsdp'"),
         (["--gather", "bf16"], "wrap, gather and copies say how ranks share a model: give their number as ranks too"),

@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
@@ -211,3 +213,14 @@ def test_what_ranks_cannot_do_is_refused_by_name(one_of_two: None, settings: Any
     with pytest.raises(UserError, match="on 2 ranks these do not work yet") as refused:
         trainer_of(nn.parallel.DistributedDataParallel(blocks), **settings)
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_torchs_muon_on_shards_is_refused(ranks: int) -> None:
+    distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        model = fully_shard(nn.Linear(2, 2, bias=False), mesh=init_device_mesh("cpu", (ranks,)))
+        with pytest.raises(UserError, match=r"torch\.optim\.Muon on shards"):
+            trainer_of(model, torch.optim.Muon)
+    finally:
+        distributed.destroy_process_group()

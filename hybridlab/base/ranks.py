@@ -250,9 +250,34 @@ def from_each(value: T) -> list[T]:
     return values
 
 
-def whole(scalar: Tensor) -> Tensor:
-    """A number that is spread over ranks, put together."""
-    return scalar.full_tensor() if is_sharded(scalar) else scalar  # type: ignore[attr-defined, no-any-return]
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over ranks, put together on each."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def own_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part of a tensor that every rank has whole, cut as another tensor is; the reverse of `whole`."""
+    return local(_cut(tensor, like, like.placements))  # type: ignore[attr-defined, no-any-return]
+
+
+def in_shares(stack: Tensor, like: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `work` makes, item by item, of a stack that every rank has; each rank does its share of the items.
+
+    like: a tensor that is spread over the ranks
+    """
+    from torch.distributed.tensor import Shard
+
+    shares = _cut(stack, like, [Shard(0)] * like.device_mesh.ndim)  # type: ignore[attr-defined]
+    return whole(spread(work(local(shares)), shares))
+
+
+def _cut(tensor: Tensor, like: Tensor, placements: Sequence[Any]) -> Tensor:
+    """A whole tensor, spread over the ranks that another one is spread over; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=placements)
 
 
 def _is_initialized() -> bool:

@@ -416,8 +416,8 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
 def _of_one_process(ranks: Ranks, optimizer: Optimizer, config: HybridTrainerConfig) -> list[str]:
     """What of these works in one process only, by name."""
     features = {
-        "Muon on shards (it needs whole matrices: use AdamW, or DistributedDataParallel)": ranks.sharded
-        and "muon" in type(method_of(optimizer)).__name__.lower(),
+        "torch.optim.Muon on shards (use OptimizerConfig('muon'), which gathers matrices)": ranks.sharded
+        and isinstance(method_of(optimizer), torch.optim.Muon),
         "a depth schedule in DistributedDataParallel (use fully_shard)": not ranks.sharded and config.depth is not None,
     }
     return (config.memory or MemoryConfig()).of_one_process + [name for name, wanted in features.items() if wanted]

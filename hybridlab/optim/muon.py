@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import in_shares, is_sharded, local, own_of, spread, whole
 from hybridlab.optim.stepping import run_closure
 
 Quintic = tuple[float, float, float]
@@ -69,6 +70,9 @@ class Muon(Optimizer):
     Where `cuda_graphs` is set, the update of a stack on a GPU is captured after its first step, and replayed while the
     addresses of weights, gradients and momentum stay as they were: set it where a CUDA graph writes the gradients. With
     other addresses it is captured anew.
+
+    Of a model under `fully_shard` each rank keeps its part of the momentum; the matrices are gathered for a step, and
+    each rank makes its share of them orthogonal.
 
     Raises ValueError for a parameter that is no matrix.
 
@@ -131,11 +135,11 @@ class Muon(Optimizer):
         self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
         like = weights[0]
-        settings = (_scalar(group[name], like) for name in SETTINGS)
-        update = _update(compiled=_is_compiled_for(like))
+        lr, decay, momentum = (_scalar(group[name], local(like)) for name in SETTINGS)
+        update = _update_shards if is_sharded(like) else _update(compiled=_is_compiled_for(like))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
-            low_bit = is_traceable_wrapper_subclass(buffers[0])  # compiled code would not see it
-            update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]], low_bit)
+            low_bit = is_traceable_wrapper_subclass(local(buffers[0]))  # compiled code would not see it
+            update(weights, gradients, buffers, lr, decay, momentum, COEFFICIENTS[group["coefficients"]], low_bit)
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {"cuda_graphs": self.cuda_graphs, "_captured": {}}
@@ -218,9 +222,10 @@ def _product(gram: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
 
 
 def _unit(matrix: Tensor) -> Tensor:
-    """Of norm 1, no taller than wide, in 16 bits: float16 is finer, but slow on a CPU."""
+    """Of norm 1, no taller than wide, in 16 bits: float16 is finer, but slow on a CPU. Float64 stays."""
     turned = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    return (turned / turned.norm().clamp(min=EPS)).to(torch.float16 if matrix.is_cuda else torch.bfloat16)
+    unit = turned / turned.norm().clamp(min=EPS)
+    return unit if unit.dtype == torch.float64 else unit.to(torch.float16 if unit.is_cuda else torch.bfloat16)
 
 
 def _update_all(
@@ -233,16 +238,49 @@ def _update_all(
     coefficients: tuple[Quintic, ...],
     low_bit: bool,
 ) -> None:
+    pairs = zip(gradients, buffers, strict=True)
+    directions = [_unit(_averaged_(gradient, buffer, momentum, low_bit)) for gradient, buffer in pairs]
+    updates = orthogonalize(torch.stack(directions), coefficients)
+    for weight, update in zip(weights, updates, strict=True):
+        _move_(weight, _turned_as(weight, update), weight.shape, lr, decay)
+
+
+def _update_shards(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    lr: Tensor,
+    decay: Tensor,
+    momentum: Tensor,
+    coefficients: tuple[Quintic, ...],
+    low_bit: bool,
+) -> None:
+    """The same of weights spread over ranks: directions are gathered whole, and each rank takes some of them."""
     directions = []
     for gradient, buffer in zip(gradients, buffers, strict=True):
-        wide = gradient.to(buffer.dtype)
-        mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
-        buffer.copy_(mean)
-        directions.append(_unit(wide.lerp(mean, momentum)))
-    for weight, update in zip(weights, orthogonalize(torch.stack(directions), coefficients), strict=True):
-        step = lr * (0.2 * math.sqrt(max(weight.shape)))
-        turned = update.mT if weight.shape[0] > weight.shape[1] else update
-        weight.copy_(weight * (1 - lr * decay) - step * turned.to(weight.dtype))
+        part = _averaged_(local(gradient), local(buffer), momentum, low_bit)
+        directions.append(_unit(whole(spread(part, gradient))))
+    updates = in_shares(torch.stack(directions), weights[0], partial(orthogonalize, coefficients=coefficients))
+    for weight, update in zip(weights, updates, strict=True):
+        _move_(local(weight), own_of(_turned_as(weight, update), weight), weight.shape, lr, decay)
+
+
+def _averaged_(gradient: Tensor, buffer: Tensor, momentum: Tensor, low_bit: bool) -> Tensor:
+    """Nesterov's direction; the buffer takes up the gradient."""
+    wide = gradient.to(buffer.dtype)
+    momentum = momentum.to(buffer.dtype)
+    mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
+    buffer.copy_(mean)
+    return wide.lerp(mean, momentum)
+
+
+def _turned_as(weight: Tensor, update: Tensor) -> Tensor:
+    return update.mT if weight.shape[0] > weight.shape[1] else update
+
+
+def _move_(weight: Tensor, update: Tensor, shape: torch.Size, lr: Tensor, decay: Tensor) -> None:
+    step = lr * (0.2 * math.sqrt(max(shape)))
+    weight.copy_(weight * (1 - lr * decay) - step * update.to(weight.dtype))
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
@@ -253,7 +291,7 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _is_compiled_for(p: Tensor) -> bool:
-    return p.is_cuda and _can_compile(p.device.type)
+    return p.is_cuda and not is_sharded(p) and _can_compile(p.device.type)
 
 
 @lru_cache

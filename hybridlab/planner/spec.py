@@ -133,8 +133,6 @@ class TrainingSpec:
         if self.gather == "bf16" and (numbers is None or numbers.training != "bf16"):
             raise UserError("gather='bf16' computes in bfloat16: set mixed_precision to it, too")
         features = self.memory.of_one_process
-        if self.is_sharded and self.optimizer.name == "muon":
-            features.append("Muon on shards (it needs whole matrices: use AdamW, or wrap='ddp')")
         if not self.is_sharded and self.depth:
             features.append("a depth schedule with wrap='ddp'")
         if features:
