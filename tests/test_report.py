@@ -455,7 +455,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "README.md").write_text(f"{BEGIN}\n{END}\n")
     tables = {"memory": MEMORY_ROWS, "vram": vram_rows({"everything": vram()})}
     claims = [claim("predicted-within-10-percent", "holds", arm="everything")]
-    where = {"record": {"parameters": {}}, "folder": f"executed/{MAIN}"}
+    where = {"record": {"parameters": ENOUGH}, "folder": f"executed/{MAIN}"}
     publish(MEMORY, claims=claims, summary=[], tables=tables, **where)
     return tmp_path
 
@@ -469,10 +469,8 @@ def test_published_tables_become_tables_and_pictures(memory: Path) -> None:
     assert "| small | everything | 1.50 GB | 1.53 GB | 0.980 | 1.80 GB | [04]" in results
     guide = (memory / "docs" / "RTX_5080_GUIDE.md").read_text()
     assert guide.count("| **take this** |") == 1
-    assert (
-        "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] | to a loss of 3.90 | **take this** |"
-        in guide
-    )
+    assert "| small | bf16 | 6.00 GB | yes | 28.0 ms | +0.002 [-0.003, +0.006] |" in guide
+    assert "| 200 steps, 3 seeds, to a loss of 3.90 | **take this** |" in guide
 
 
 def test_only_what_fits_and_keeps_the_quality_is_recommended() -> None:
@@ -483,13 +481,19 @@ def test_only_what_fits_and_keeps_the_quality_is_recommended() -> None:
     assert recommended([best | {"step_ms": 11.0}, best]) == best
 
 
-@pytest.mark.parametrize("doubt", [{"loss_change_high": None}, {"loss_change_high": 0.025}])
+ENOUGH = {"steps": 200, "seeds": 3, "batch_size": 8, "block_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("doubt", "parameters"),
+    [({"loss_change_high": None}, ENOUGH), ({"loss_change_high": 0.025}, ENOUGH), ({}, ENOUGH | {"steps": 40})],
+)
 def test_what_is_recommended_without_certainty_says_so(
-    memory: Path, monkeypatch: pytest.MonkeyPatch, doubt: dict[str, Any]
+    memory: Path, doubt: dict[str, Any], parameters: dict[str, Any]
 ) -> None:
-    """With one seed, or an interval that reaches beyond 2 %."""
+    """With one seed, an interval that reaches beyond 2 %, or too few steps for a verdict."""
     rows = [row | (doubt if row["arm"] == "bf16" else {}) for row in MEMORY_ROWS]
-    where = {"record": {"parameters": {}}, "folder": f"executed/{MAIN}"}
+    where = {"record": {"parameters": parameters}, "folder": f"executed/{MAIN}"}
     publish(MEMORY, claims=[], summary=[], tables={"memory": rows}, **where)
     write_report(memory)
     guide = (memory / "docs" / "RTX_5080_GUIDE.md").read_text()

@@ -178,7 +178,7 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
     a p-value, gets it from its interval and those of the notebook's other arms, and loses its step value, which
     depended on the other arms' controls. An arm that grew was judged when it was published, by its study's own base.
     """
-    base, older = _base(parameters), [claim for claim in claims if _is_older(claim)]
+    base, older = base_asked_for(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(claim, p_values[claim.id], len(older)) if claim in older else claim for claim in claims]
     grown = {claim.arm for claim in claims if claim.quantity("cost_in_full_steps")}
@@ -192,7 +192,7 @@ def _predicted(claim: Claim) -> bool:
     return claim.value("predicted_steps") != 0 or claim.quantity("p_value") is not None
 
 
-def _base(parameters: Mapping[str, Any]) -> Base:
+def base_asked_for(parameters: Mapping[str, Any]) -> Base:
     """What the notebook trained; how far the losses fell is not among its parameters."""
     budgets = parameters.get("budgets") or [0]  # of several, the notebook has judged each
     steps = parameters.get("reference_steps") or parameters.get("steps") or max(budgets)

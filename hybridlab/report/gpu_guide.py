@@ -13,7 +13,7 @@ from hybridlab.models.gpt2 import SIZES, GPT2Config
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED
 from hybridlab.planner.text_report import MEMORY_PRESETS
-from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words
+from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for
 from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
 from hybridlab.report.words import Markdown, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
@@ -160,7 +160,11 @@ def by_model(evidence: Evidence) -> str:
     rows = [row | {"notebook": notebook} for notebook, rows in evidence.tables("memory").items() for row in rows]
     of = {model: [row for row in rows if row["model"] == model] for model in dict.fromkeys(r["model"] for r in rows)}
     best = {model: recommended(mine) for model, mine in of.items()}
-    shown = [_shown(row, row is best[row["model"]], _judged_over(evidence, row, rows)) for row in rows]
+    advice = {row["model"]: _advice(evidence, row) for row in best.values() if row}
+    shown = [
+        _shown(row, _judged_over(evidence, row, rows), advice[row["model"]] if row is best[row["model"]] else "")
+        for row in rows
+    ]
     return render(
         "recommendation.md",
         rows=known_columns(shown),
@@ -220,7 +224,13 @@ def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) 
     return ", ".join([*length, *([] if loss is None else [f"to a loss of {loss:.2f}"])])
 
 
-def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:
+def _advice(evidence: Evidence, row: MemoryRow) -> str:
+    """To watch the loss, unless its whole interval is good and rests on what a verdict needs."""
+    parameters = (evidence.entry(row["notebook"]) or {}).get("parameters", {})
+    return TAKE if _within(row.get("loss_change_high")) and not base_asked_for(parameters).lacks else WATCH
+
+
+def _shown(row: MemoryRow, judged_over: str | None, advice: str) -> Cells:
     estimated = row.get("estimated_5080_ms")
     return {
         "model": row["model"],
@@ -231,7 +241,7 @@ def _shown(row: MemoryRow, best: bool, judged_over: str | None) -> Cells:
         "est. on a 5080": f"{estimated:.0f} ms" if estimated else None,
         "loss against the control": loss_change(row),
         "judged over": judged_over,
-        "advice": "" if not best else TAKE if _within(row.get("loss_change_high")) else WATCH,
+        "advice": advice,
         "notebook": notebook_link(row["notebook"], short=True),
     }
 
