@@ -348,11 +348,6 @@ class JumpController:
         return self._jump is not None and self._jump.is_over
 
     @property
-    def rollback_snapshot(self) -> Snapshot | None:
-        """Weights, buffers and optimizer state before the last jump, until a Full block has followed it."""
-        return self._snapshot
-
-    @property
     def equivalent_gradient_steps(self) -> float:
         """Gradient steps that all jumps so far were worth, by their change of the loss."""
         return self._equivalent_steps + self._unconfirmed_equivalent_steps

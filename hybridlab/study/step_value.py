@@ -85,11 +85,6 @@ class StepValue:
         return cls(roots[0] if known else None, low, high, len(runs), test.roots_by_seed())
 
     @property
-    def is_open(self) -> bool:
-        """Whether the control runs leave the value or an end of its interval open."""
-        return self.value is None or not (math.isfinite(self.low) and math.isfinite(self.high))
-
-    @property
     def as_ratio(self) -> str:
         """As text without signs, of a value that is a ratio."""
         return str(self).replace("+", "")
