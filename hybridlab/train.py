@@ -95,8 +95,9 @@ def _say_progress(run: WatchedRun, record: StepRecord) -> None:
     """The first rank says at each evaluation how it stands."""
     if record.evaluation:
         loss, step = record.evaluation["validation_loss"], record.statistics.nominal_steps
-        tokens = step * run.config.task.batch_size * getattr(run.config.task, "block_size", 1)
-        rate = f"{tokens / record.seconds:,.0f} tokens (of images, how many) per second"
+        length = getattr(run.config.task, "block_size", None)
+        seen = step * run.config.task.batch_size * (length or 1)
+        rate = f"{seen / record.seconds:,.0f} {'tokens' if length else 'samples'} per second"
         _say(f"step {step} of {run.config.steps}: validation loss {loss:.4f} nats, {rate}")
 
 

@@ -10,7 +10,7 @@ class Base:
     """How much was trained and how often, to compare with the least that a verdict needs.
 
     steps: gradient steps of the baseline; seeds: runs per arm
-    tokens: that the baseline has seen; of images, how many
+    tokens: that the baseline has seen; of image tasks, the number of images
     fall_nats: from the baseline's first training loss to its final validation loss
     unbracketed: of each arm that is compared and whose best learning rate is at an edge of those tried: what to do
     """
