@@ -41,7 +41,8 @@ class Question:
     """What is measured, alike for each number of ranks.
 
     model: a GPT-2 size; windows: per rank, of `tokens` tokens each: the global batch grows with the number of ranks
-    precision, compiled: as `RunConfig` has them; wrap, gather: as `RanksConfig` has them
+    precision, compiled: as `RunConfig` has them; path_device: as `HybridTrainerConfig` has it
+    wrap, gather: as `RanksConfig` has them
     rounds, turns, steps: as `step_overhead` takes them
     """
 
@@ -52,6 +53,7 @@ class Question:
     compiled: bool = True
     wrap: str = "fsdp"
     gather: str = "bf16"
+    path_device: str = "same"
     device: str = "auto"
     rounds: int = 6
     turns: int = 3
@@ -72,7 +74,7 @@ class Question:
             f"{self.model} on {ranks}",
             task,
             steps=1000,
-            hybrid=HybridTrainerConfig(warmup_steps=0, clip_norm=1.0),
+            hybrid=HybridTrainerConfig(warmup_steps=0, clip_norm=1.0, path_device=self.path_device),
             precision=self.precision,
             compiled=self.compiled,
             cuda_graphs=False,
@@ -160,6 +162,9 @@ def main(
     compiled: bool = True,
     wrap: Annotated[str, typer.Option(help="fsdp or ddp.")] = "fsdp",
     gather: Annotated[str, typer.Option(help="Format in which fsdp gathers weights: fp32 or bf16.")] = "bf16",
+    path_device: Annotated[
+        str, typer.Option(help="Where the path is kept: same (beside the weights) or host.")
+    ] = "same",
     device: str = "auto",
     rounds: Annotated[int, typer.Option(help="Timed rounds; six or more have an interval.")] = 6,
     turns: Annotated[int, typer.Option(help="Of each loop in a round.")] = 3,
@@ -168,7 +173,9 @@ def main(
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
     gather = gather if wrap == "fsdp" else "fp32"
     with one_line("ranks"):
-        question = Question(model, windows, tokens, precision, compiled, wrap, gather, device, rounds, turns, steps)
+        question = Question(
+            model, windows, tokens, precision, compiled, wrap, gather, path_device, device, rounds, turns, steps
+        )
         if "RANK" in os.environ:
             with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
                 row = measured(question)
