@@ -659,6 +659,26 @@ def test_the_plan_s_estimates_stand_beside_what_was_measured() -> None:
     assert (peak.outcome, peak.words) == ("holds", "peak memory 4.90 GB")
 
 
+FASTEST = {"model": "small", "vocab_size": 50257, "block_size": 512, "batch_size": 8, "steps": 500, "muon_lr": 0.0012}
+
+
+@pytest.mark.parametrize(("muon", "found"), [("47.22 [31.57, open]", True), ("open", False)])
+def test_the_readme_says_first_what_to_run_beside_its_control_and_as_code(muon: str, found: bool) -> None:
+    times = {"bf16": "2.38", "compiled": "3.02", "CUDA graph": "7.08", "Muon": muon}
+    rungs = [{"rung": rung, "vanilla's time over it": ratio} for rung, ratio in times.items()]
+    lost = entry(pays("aggressive", "fails", 100.0, 900.0), pays("conservative", "holds", 0.0, 1000.0))
+    ladder = entry(tables={"ladder": rungs}, parameters=FASTEST)
+    section = readme_section(Evidence({MAIN: {HYBRID: lost, LADDER: ladder}}))
+    assert section.startswith("## What should I run?")
+    assert "of 1 setting on a GPU, each against its own truncated control, none was shown" in section
+    assert ("final loss of the plan's FP32 run of 500 steps 47.22 [31.57, open] times as fast" in section) is found
+    for code in re.findall("```python\n(.*?)for result in", section, re.DOTALL):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert (names["config"].task.block_size, names["config"].optimizer.lr) == (512, 0.0012)
+    assert ("```python" in section) is found
+
+
 def test_criteria_that_repeat_each_other_count_once_and_ours_not_among_the_plan_s() -> None:
     plan = [criterion for title, group in CRITERIA.items() if title not in (IN_DEPTH, OURS) for criterion in group]
     once = {(criterion.rules, criterion.need) for criterion in plan}
@@ -893,7 +913,9 @@ def test_recipes_say_how_long_a_size_trains_and_can_be_pasted() -> None:
     assert f"| {hours:.1f} hours | {20 * hours:.1f} hours |" in guide
     assert "**small**, inexact" in guide
     assert "memory = MemoryConfig()\noptimizer = OptimizerConfig()\n" in guide
-    assert "hybrid=HybridTrainerConfig.plain(memory=memory), compiled=True)" in guide
+    names: dict[str, Any] = {}
+    exec(guide.partition("```\n")[2].partition("for result in")[0], names)
+    assert (names["config"].compiled, names["config"].task.batch_size, names["config"].steps) == (True, 8, 1000)
     assert "A recipe for each size" not in gpu_guide(evidence(n03=entry()), {})
 
 
