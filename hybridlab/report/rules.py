@@ -305,8 +305,12 @@ def what_parts_brought(rungs: Sequence[dict[str, Any]]) -> str:
 
     rungs: of its table. One whose lengths were tried learns otherwise: it is the optimizer's, or depth's.
     """
-    factors = {"number formats, compilation and graphs": 1.0, "optimizer and rates": 1.0, "predicted depth": 1.0}
-    stack, optimizer, depth = factors
+    stack, optimizer, depth = (
+        "number formats, compilation and graphs (taken to need as many steps)",
+        "optimizer and rates",
+        "predicted depth",
+    )
+    factors = dict.fromkeys((stack, optimizer, depth), 1.0)
     timed = [rung for rung in rungs if rung.get("time to it (s)")]
     for before, rung in pairwise(timed):
         part = depth if "depth" in rung["rung"] else optimizer if rung.get("lengths tried") else stack
