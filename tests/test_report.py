@@ -330,10 +330,8 @@ def test_time_that_other_means_save_is_said_with_what_each_of_them_brought() -> 
     slow = entry(*(claim("speed", "fails", took, arm=arm) for arm in ALWAYS))
     verdict, rows = less_time("40 to 60", n03=slow, n08=stack_of(12.5))
     assert verdict == "holds, but by other means"
-    assert (
-        "compilation and graphs (taken to need as many steps) 5.00 times, optimizer and rates 2.00 times, predicted depth 1.25 times"
-        in rows
-    )
+    assert "compilation and graphs (taken to need as many steps) 5.00 times, optimizer and rates 2.00 times" in rows
+    assert "predicted depth 1.25 times" in rows
     assert "| by other means: the whole stack, against the vanilla FP32 run | holds |" in rows
     assert less_time("40 to 60", n03=slow, n08=stack_of(1.8))[0] == "fails", "its interval reaches below 1/0.6"
     fast = claim("pays", "holds", Quantity("time_to_loss", 1.9, 1.8, 2.0, "time ratio"), arm="grown from 3, 1000 steps")
