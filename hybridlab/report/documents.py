@@ -147,11 +147,12 @@ def readme_section(evidence: Evidence) -> str:
 
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
-    """What notebook 08 ran up to Muon, as code, and how many times as fast as vanilla it was; None if unknown."""
+    """What notebook 08 ran up to Muon, as code, and how many times as fast as vanilla; None unless its stack is fast."""
     parameters = (evidence.entry(LADDER) or {}).get("parameters", {})
     rungs = {row["rung"]: row for row in evidence.tables("ladder").get(LADDER, [])}
     times = rungs.get("Muon", {}).get("vanilla's time over it", "open")
-    if times == "open" or not {"bf16", "compiled", "CUDA graph"} <= rungs.keys():
+    is_fast = any(claim.verdict == "holds" for claim in evidence.claims(LADDER, kind="stack-is-fast"))
+    if not is_fast or times == "open" or not {"bf16", "compiled", "CUDA graph"} <= rungs.keys():
         return None
     code = FASTEST.format(**parameters)
     return parameters | {"times": times, "link": notebook_link(LADDER, docs=""), "code": Markdown(code)}
