@@ -147,7 +147,7 @@ def readme_section(evidence: Evidence) -> str:
 
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
-    """What notebook 08 ran up to Muon, as code, and how many times as fast as vanilla; None unless its stack is fast."""
+    """What notebook 08 ran up to Muon, as code, and how many times as fast as vanilla; None unless that is shown."""
     parameters = (evidence.entry(LADDER) or {}).get("parameters", {})
     rungs = {row["rung"]: row for row in evidence.tables("ladder").get(LADDER, [])}
     times = rungs.get("Muon", {}).get("vanilla's time over it", "open")
