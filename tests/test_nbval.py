@@ -32,7 +32,7 @@ def nbval(notebook: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executed", EXECUTED[::-1], ids=lambda path: path.stem)  # the longest is the last
+@pytest.mark.parametrize("executed", EXECUTED, ids=lambda path: path.stem)
 def test_a_committed_notebook_repeats(executed, tmp_path, monkeypatch):
     """Where Python, torch and processor are those of the committed run, every number repeats.
 
