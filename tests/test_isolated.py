@@ -80,6 +80,7 @@ def test_a_bug_comes_back_with_the_traceback_of_where_it_was(tmp_path: Path) -> 
         train_isolated(replace(CONFIG, task=BrokenTaskConfig()), tmp_path)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_of_its_own_is_the_run_that_it_would_have_been_here(tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
     result = run_arms([CONFIG], tmp_path / "there", lambda *step: told.append(step), isolated=True)

@@ -166,10 +166,10 @@ def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: P
 
 
 def test_a_run_that_does_not_fit_is_told_what_would() -> None:
-    large = replace(CONFIG, task=TextTaskConfig(model="small", vocab_size=50257, block_size=512, batch_size=2))
-    advice = nearest_fit_of(large, 3 * 10**9)
+    large = replace(CONFIG, task=TextTaskConfig(model="nano", vocab_size=50257, block_size=64, batch_size=32))
+    advice = nearest_fit_of(large, 1_400_000_000)
     assert advice.startswith("nearest fitting setting: bf16")
-    assert "of 3.0 on the GPU" in advice
+    assert "of 1.4 on the GPU" in advice
 
 
 def test_an_emulated_card_is_as_large_as_it_is_said_to_be(tmp_path: Path, card: SimpleNamespace) -> None:

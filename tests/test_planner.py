@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import sys
 from dataclasses import replace
@@ -86,8 +87,6 @@ WITH_AUTOCAST_CACHE = "CDE"
 
 GOLDEN_GB = {
     "small": {"B": 6.41, "C": 5.59, "D": 3.84, "E": 2.46, "F": 1.79, "G": 1.79, "H": 1.54, "K": 1.29, "L": 1.04},
-    "medium": {"B": 13.21, "C": 11.09, "D": 9.37, "E": 6.09, "F": 3.97, "G": 3.52},
-    "large": {"B": 23.89, "C": 20.14, "D": 18.45, "E": 12.90, "F": 8.28, "G": 6.50},
     "xl": {"B": 41.37, "C": 35.66, "D": 34.01, "E": 25.57, "F": 16.27, "G": 11.84, "L": 4.56},
 }
 GRAPH_ALONE = GpuOverhead(workspace_bytes=0)
@@ -364,7 +363,7 @@ def test_options_are_ordered_by_estimated_time_and_hold_what_saves_memory(all_op
 
 def test_a_large_batch_accumulates_before_it_computes_twice():
     large = GPT2Config(vocab_size=512, block_size=1024, n_layer=2, n_head=8, n_embd=1024)
-    found = options(TrainingSpec(large, (8, 1024)), GPUS["rtx5080"])
+    found = options(TrainingSpec(large, (4, 1024)), GPUS["rtx5080"])
     first = {name: i for i, option in reversed(list(enumerate(found))) for name in option.features}
     assert first["2 micro batches"] < first["checkpointing of every block"]
 
@@ -390,7 +389,7 @@ def test_what_is_on_already_or_cannot_be_is_no_option():
     assert not any("state" in option.name for option in options(muon, GPUS["rtx5080"]))
 
 
-@pytest.mark.parametrize("windows", [1, 5, 24])
+@pytest.mark.parametrize("windows", [1, 24])
 def test_the_largest_batch_fits_and_one_window_more_does_not(windows):
     gpu_bytes = plan_training(SPEC.resized((windows, 64))).peak_on_gpu_bytes
     found = largest_batch(SPEC, gpu_bytes)
@@ -465,7 +464,7 @@ def test_host_memory_is_told_by_where_and_how_the_path_is_kept(capsys):
 
 
 def test_what_is_switched_on_can_be_pasted(capsys):
-    assert ended("--predictor linear --card 5.5GB", size="--model small") == 0
+    assert ended("--predictor linear --card 0.885GB", size="--model nano --batch 32x64") == 0
     *_, imports, memory, hybrid = capsys.readouterr().out.splitlines()
     names = {"HybridTrainerConfig": HybridTrainerConfig}
     exec("\n".join((imports, memory, hybrid)), names)
@@ -722,7 +721,8 @@ def test_host_memory_is_counted_by_what_it_keeps() -> None:
     assert plan("nano", (2, 32)).host_memory == {}
 
 
-def test_the_script_that_measures_architectures_runs_without_a_gpu(tmp_path, capsys):
+def test_the_script_that_measures_architectures_runs_without_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(architectures, "get_context", lambda _: multiprocessing.get_context("fork"))
     architectures.main([str(CONFIGS / "llama_tied.json"), "nano"], "2x32", "cpu", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["model"], row["precision"]) for row in rows] == [

@@ -39,7 +39,7 @@ def test_the_wheel_holds_all_that_the_library_reads_and_nothing_else(installed: 
 
 COMMANDS = """\
 run 01_mnist
-run 01_mnist_cnn -f params/cpu/01_mnist_cnn.yaml -p steps 24 -p warmup_steps 4 -p evaluate_every 8 -p seeds 1 \
+run 01_mnist_cnn -f params/cpu/01_mnist_cnn.yaml -p steps 24 -p warmup_steps 4 -p evaluate_every 24 -p seeds 1 \
 -p unguarded false -p cpu_threads 1 -o executed/cpu/01_mnist_cnn.ipynb
 runs
 report
