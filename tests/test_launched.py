@@ -47,7 +47,7 @@ def test_two_processes_train_as_one_does_and_each_says_how_it_stands(tmp_path: P
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.slow  # three processes start
+@pytest.mark.usefixtures("forked")
 def test_what_ranks_refuse_comes_back_as_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^a batch of 3 does not split into 2 equal parts"):
         train_on_ranks(replace(CONFIG, task=TextTaskConfig(**TINY_TEXT | {"batch_size": 3})), tmp_path, 2)
@@ -61,7 +61,7 @@ def test_ranks_that_end_with_long_errors_do_not_wait_for_each_other(tmp_path: Pa
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.slow  # three processes start
+@pytest.mark.usefixtures("forked")
 def test_a_rank_that_is_killed_is_named_and_no_process_goes_on(tmp_path: Path) -> None:
     killed = list[psutil.Process]()
 
