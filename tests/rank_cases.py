@@ -1,10 +1,9 @@
-"""Trainings that several processes run together, to be held against one process; each of them runs this file."""
+"""Trainings that several processes run together, to be held against one process."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,7 +238,3 @@ def main(folder: Path, *only: str) -> None:
         for name in names:
             torch.save(train(wrap, name, folder / f"{wrap}, {name}"), folder / f"{wrap}, {name}, {rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

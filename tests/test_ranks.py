@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -27,28 +26,36 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import Ranks
 from hybridlab.memory import MemoryConfig
-from tests.rank_cases import BY_WRAP, CASES, CHAINS, KILLED, Training, train, train_chain
+from tests.rank_cases import BY_WRAP, CASES, CHAINS, KILLED, Training, main, train, train_chain
 
-ROOT = Path(__file__).parents[1]
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
 FEW = ("gated", "grown and jumping", "averaged")
 alone = cache(partial(train, "one process"))
 
 
+def as_rank(variables: dict[str, str], folder: Path, *names: str) -> None:
+    os.environ |= variables
+    main(folder, *names)
+
+
 def trained_on(ranks: int, folder: Path, *names: str, killed: bool = False) -> Path:
-    """Train the cases on so many ranks: processes with the variables that torchrun sets."""
+    """Train the cases on so many ranks: processes with the variables that torchrun sets.
+
+    They are copies of one that has imported what they need and has not been a rank: gloo does not survive a fork.
+    """
     folder.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    everywhere = os.environ | address | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "rank_cases.py"), str(folder), *names]
-    processes = [
-        subprocess.Popen(command, env=everywhere | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    said = [process.communicate(timeout=150)[1] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == ([1] * (ranks - 1) + [-signal.SIGKILL] if killed else [0] * ranks), said
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.rank_cases"])
+    variables = (place | {"RANK": str(rank)} for rank in range(ranks))
+    processes = [server.Process(target=as_rank, args=(each, folder, *names)) for each in variables]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=150)
+    codes = [process.exitcode for process in processes]
+    assert codes == ([1] * (ranks - 1) + [-signal.SIGKILL] if killed else [0] * ranks)
     return folder
 
 
