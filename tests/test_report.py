@@ -96,7 +96,9 @@ def test_the_executed_report_has_read_these_results() -> None:
     assert own["results_sha256"] == Evidence.read(ROOT).sha256()
 
 
-def test_a_changed_number_of_any_profile_is_seen(copy: Path) -> None:
+def test_a_changed_number_of_any_profile_is_seen_and_a_changed_verdict_reaches_the_readme(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_report(copy)
     assert stale_files(copy) == []
     for profile in ("rtx5080", "cpu", "cpu_long"):
@@ -109,13 +111,6 @@ def test_a_changed_number_of_any_profile_is_seen(copy: Path) -> None:
         path.write_text(json.dumps(results))
         assert copy / "docs" / "CLAIMS.md" in stale_files(copy), profile
         path.write_text(before)
-    path.write_text(json.dumps(results))
-    write_report(copy)
-    assert stale_files(copy) == []
-
-
-def test_a_changed_verdict_reaches_the_readme(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_report(copy)
     path = copy / "executed" / MAIN / "results.json"
     results = json.loads(path.read_text())
     (tuned,) = [claim for claim in results["02_gpt2_small_baseline"]["claims"] if claim["kind"] == "lr-is-tuned"]
