@@ -10,6 +10,9 @@ RESUME ?=
 LAB_FLAGS ?=
 
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
+# On all cores, where pip takes one; it says no where a package holds a file of another Python, which is never imported.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true
 HYBRIDLAB := $(BIN)/hybridlab
 FIRST := 03_gpt2_small_hybrid
 DEPTH := 10_predicted_depth
@@ -66,19 +69,22 @@ milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hybridlab needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(PIP) "$(TORCH)"
 	touch $@
 
 .venv/run: .venv/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --editable .
+	$(COMPILE)
 	touch $@
 
 .venv/test: .venv/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) --editable '.[test]'
+	$(COMPILE)
 	touch $@ .venv/run
 
 .venv/dev: .venv/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
+	$(COMPILE)
 	touch $@ .venv/test .venv/run
 
 clean: ## remove the environment, caches and run records
