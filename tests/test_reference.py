@@ -20,7 +20,9 @@ from tests.reference import train_gpt2 as reference
 
 TEXT = reference.markov_text(20_000)
 MANY_JUMPS = reference.Settings(steps=420)
-LONG_JUMPS = replace(MANY_JUMPS, steps=250, max_predict_steps=40, correction_interval=10, correct_steps=3, clip_norm=0.3)
+LONG_JUMPS = replace(
+    MANY_JUMPS, steps=250, max_predict_steps=40, correction_interval=10, correct_steps=3, clip_norm=0.3
+)
 STRAY_STEPS = replace(MANY_JUMPS, steps=200, full_steps=12, max_predict_steps=7, correction_interval=3)
 
 History = list[tuple[str, float | None, float | None, str | None]]
