@@ -75,39 +75,39 @@ def _chart(request: pytest.FixtureRequest) -> Chart | Panels:
     return CHARTS[request.param]
 
 
-def test_bundle_is_plotly_png_and_text(chart: Chart | Panels) -> None:
+def test_a_bundle_is_plotly_png_and_text_the_same_twice(chart: Chart | Panels) -> None:
     bundle = chart._repr_mimebundle_()
+    assert json.dumps(bundle) == json.dumps(chart._repr_mimebundle_())
     assert set(bundle) == {PLOTLY, "image/png", "text/plain"}
-    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG\r\n")
-    assert len(chart.png()) < 60_000
     assert bundle["text/plain"].startswith(chart.title)
+    refuse_unfit_plotly(json.dumps(bundle[PLOTLY], allow_nan=False))
+    refuse_unfit_picture(base64.b64decode(bundle["image/png"]))
+
+
+def refuse_unfit_plotly(text: str) -> None:
+    """It is plain, small and valid, lies on the page's own ground, and says what it can."""
+    assert "bdata" not in text
+    assert len(text) < 20_000
+    figure = json.loads(text)
+    go.Figure(data=figure["data"], layout=figure["layout"])  # raises on any unknown property
+    assert figure["layout"]["paper_bgcolor"] == figure["layout"]["plot_bgcolor"] == "rgba(0,0,0,0)"
+    assert any("drag to zoom" in note["text"] for note in figure["layout"]["annotations"])
+
+
+def refuse_unfit_picture(png: bytes) -> None:
+    """It is small, the same with every version of matplotlib, and has no ground of its own."""
+    assert png.startswith(b"\x89PNG\r\n")
+    assert len(png) < 60_000
+    assert b"Software" not in png
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    corners = [picture.getpixel(place) for place in ((0, 0), (picture.width - 1, picture.height - 1))]
+    assert [corner[3] for corner in corners] == [0, 0]
+    assert picture.getcolors(1 << 20)[0]
 
 
 def test_in_jupyterlab_a_chart_is_interactive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "in_jupyterlab", lambda: True)
     assert set(CHARTS["line"]._repr_mimebundle_()) == {PLOTLY, "text/plain"}, "a picture would be shown first"
-
-
-def test_bundle_is_the_same_twice(chart: Chart | Panels) -> None:
-    assert json.dumps(chart._repr_mimebundle_()) == json.dumps(chart._repr_mimebundle_())
-    assert b"Software" not in chart.png()
-
-
-def test_plotly_json_is_plain_small_and_valid(chart: Chart | Panels) -> None:
-    text = json.dumps(chart._repr_mimebundle_()[PLOTLY], allow_nan=False)
-    assert "bdata" not in text
-    assert len(text) < 20_000
-    figure = json.loads(text)
-    go.Figure(data=figure["data"], layout=figure["layout"])  # raises on any unknown property
-    assert figure["layout"]["paper_bgcolor"] == figure["layout"]["plot_bgcolor"] == "rgba(0,0,0,0)", "the page's own"
-    assert any("drag to zoom" in note["text"] for note in figure["layout"]["annotations"]), "it says what it can"
-
-
-def test_a_picture_has_no_ground_of_its_own(chart: Chart | Panels) -> None:
-    picture = Image.open(io.BytesIO(chart.png())).convert("RGBA")
-    corners = [picture.getpixel(place) for place in ((0, 0), (picture.width - 1, picture.height - 1))]
-    assert [corner[3] for corner in corners] == [0, 0]
-    assert picture.getcolors(1 << 20)[0]
 
 
 def test_each_name_is_once_beside_its_line_or_in_the_legend(chart: Chart | Panels) -> None:

@@ -345,7 +345,7 @@ def test_files_that_are_no_uint16_tokens_are_told_by_what_they_are(tmp_path, kin
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("vocab_size", [2, 3, 65, 256, 300, 4096, 50257, 65536])
+@pytest.mark.parametrize("vocab_size", [2, 65, 300, 65536])
 @pytest.mark.parametrize("count", [3, 33, 300, 5000])
 def test_uint16_tokens_of_any_vocabulary_are_no_other_format(tmp_path, vocab_size, count):
     for source in ("uniform", "markov"):
