@@ -1,7 +1,4 @@
-"""Runs: what they leave, and that an interrupted one ends as if nothing had happened, bit for bit.
-
-Started as a program with a folder, this file trains the study of the kill test, and kills it again and again.
-"""
+"""Runs: what they leave, and that an interrupted one ends as if nothing had happened, bit for bit."""
 
 from __future__ import annotations
 
