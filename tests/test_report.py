@@ -941,7 +941,7 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
     ("title", "source"),
     [
         ("Predicted depth of GPT-2 Small at 1,000 steps", DEPTH_OF_SMALL),
-        ("Predicted depth at 20 tokens per parameter", "docs/experiments/predicted_depth_mini.ipynb"),
+        ("Predicted depth at 20 tokens per parameter", "executed/rtx5080_mini/10_predicted_depth.ipynb"),
         ("A step beside other loops", "docs/experiments/against_others.json"),
     ],
 )

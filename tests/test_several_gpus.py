@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -66,3 +67,22 @@ def test_the_steps_of_the_page(name: str, parameters: int) -> None:
 def test_ddp_sends_each_gradient_twice_and_one_rank_nothing() -> None:
     assert RanksConfig(wrap="ddp").communication_bytes(100, 4) == {"within": 600.0, "between": 0.0}
     assert set(RanksConfig().communication_bytes(100, 1).values()) == {0.0}
+
+
+@pytest.mark.parametrize("model", ["small", "xl"])
+def test_what_was_measured_stands_on_the_page(model: str) -> None:
+    file = Path(__file__).parents[1] / "docs" / "experiments" / f"ranks_{model}.json"
+    for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+        speed = f"{row['step_ms']:.0f} | {row['tokens_per_second']:,.0f} | {row['scaling_efficiency']:.2f}"
+        peaks = [
+            f"{max(row[measured]) / 1e9:.1f} ({row[planned] / 1e9:.1f})"
+            for measured, planned in (
+                ("peak_bytes", "planned_bytes"),
+                ("peak_with_path_bytes", "planned_with_path_bytes"),
+            )
+        ]
+        (line,) = (line for line in PAGE.splitlines() if f"| {row['ranks']} | {speed} |" in line)
+        assert line.endswith(f"| {' | '.join(peaks)} |")
+        share = row["recording_overhead"]
+        low, middle, high = (f"{100 * share[end]:+.0f}" for end in ("low", "median", "high"))
+        assert f"| {middle} [{low}, {high}] |" in line
