@@ -8,7 +8,7 @@ import pytest
 
 from hybridlab.benchmarks.ranks import Question, main, measured, summary
 
-TOY = Question("nano", 2, 16, "fp32", False, "fsdp", "fp32", "cpu", rounds=1, turns=1, steps=1)
+TOY = Question("nano", 2, 16, "fp32", False, "fsdp", "fp32", device="cpu", rounds=1, turns=1, steps=1)
 
 
 @pytest.mark.slow

@@ -228,7 +228,7 @@ def test_to_compute_in_bf16_shards_are_gathered_so() -> None:
 
 
 def test_the_benchmark_names_the_plan_of_each_rank() -> None:
-    toy = Question("nano", 2, 16, "bf16", False, "fsdp", "bf16", "cpu")
+    toy = Question("nano", 2, 16, "bf16", False, "fsdp", "bf16", device="cpu")
     alone, with_path = planned(toy, 2).values()
     spec = TrainingSpec("nano", (4, 16), MemoryConfig(mixed_precision=MixedPrecisionConfig()), ranks=2, gather="bf16")
     assert alone == plan(spec.model, spec.batch, spec.memory, ranks=2, gather="bf16").peak_on_gpu_bytes
