@@ -328,9 +328,11 @@ def evaluated(**losses: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("strict_loss", "verdict"), [(3.05, "holds"), (2.95, "holds"), (3.06, "fails"), (2.94, "fails")]
+    ("strict_loss", "verdict"), [(3.01, "holds"), (2.99, "holds"), (3.05, "open"), (2.95, "open"), (3.06, "fails")]
 )
-def test_number_formats_may_differ_as_much_as_seeds_do(strict_loss: float, verdict: str) -> None:
+def test_number_formats_may_differ_by_two_per_cent_of_the_perplexity_and_seeds_say_what_is_noise(
+    strict_loss: float, verdict: str
+) -> None:
     """By the losses where the strict run ended, not where TF32's did."""
     runs = {
         ("strict", 0): evaluated(after_5=9.0, after_10=strict_loss),

@@ -36,6 +36,7 @@ from hybridlab.study.run import TrainingRun
 from hybridlab.study.statistics import Interval
 from hybridlab.study.study import folder_name, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
+from hybridlab.study.training import Training
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
 SHORT = RunConfig(
@@ -346,6 +347,14 @@ def test_the_trainer_s_cost_is_measured_in_pairs() -> None:
         assert -math.inf < ratio.low <= ratio.median <= ratio.high < math.inf
     assert cost.null_over_bare.low > 0
     assert cost.bare_step_ms > 0
+
+
+def test_an_evaluation_drops_the_gradients_whose_memory_it_needs() -> None:
+    training = Training(SHORT, torch.device("cpu"))
+    training.step(0)
+    assert any(p.grad is not None for p in training.task.model.parameters())
+    training.evaluate()
+    assert all(p.grad is None for p in training.task.model.parameters())
 
 
 def test_the_bare_loop_is_no_measure_of_memory_features() -> None:

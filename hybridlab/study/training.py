@@ -117,8 +117,10 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """Validation figures of the model, or of the mean that its optimizer keeps; "validation_loss", in nats, is one.
 
-        Once the weights are averaged, those of the mean are there too, as "averaged_validation_loss", with its bytes.
+        Gradients are dropped first. Once the weights are averaged, figures of the mean are there too, as
+        "averaged_validation_loss", with its bytes.
         """
+        self._optimizer.zero_grad(set_to_none=True)  # their memory is what the logits take
         self.trainer.materialize_()
         self.evaluation = self._figures()
         if self._average.count:

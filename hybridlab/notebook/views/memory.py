@@ -11,7 +11,7 @@ from typing import Any
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.footprint import Footprint, PredictPhase
 from hybridlab.charts.tables import Table, table
-from hybridlab.results.bounds import GPU_BYTES, SAFE_PEAK_BYTES
+from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.claims import Claim, Quantity, Unit, holds_below, holds_if, on_losses
 from hybridlab.study.base import Base
 from hybridlab.study.memory_log import growth_bytes
@@ -278,20 +278,25 @@ def format_agreement(result: StudyResult, strict: str, tf32: str, at_step: int) 
 
 
 def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
-    """That TF32 gives FP32's loss as nearly as another seed does; open with one seed, nothing where none has run."""
+    """That TF32 gives FP32's loss, within the perplexity that a verdict allows; nothing where one of them has not run.
+
+    Open where they differ by more, but by no more than TF32's own seeds, or where one seed ran.
+    """
     if not agreement:
         return []
+    bound, spread = QUALITY_TOLERANCE_NATS, agreement["spread_of_seeds_in_loss"]
     text = (
-        f"TF32 stands for FP32: after {agreement['after_steps']:.0f} steps their validation losses differ by no more "
-        "than those of TF32's own seeds"
+        f"TF32 stands for FP32: after {agreement['after_steps']:.0f} steps their validation losses differ by less than "
+        "2 % of the perplexity"
     )
-    spread = agreement["spread_of_seeds_in_loss"]
-    outcome = holds_if(agreement["difference_in_loss"] <= spread) if spread else "open"
+    difference = agreement["difference_in_loss"]
+    is_noise = difference > bound and (not spread or difference <= spread)
     units: dict[str, Unit] = {"after_steps": "steps"}
-    bounds = {"difference_in_loss": spread}
+    bounds = {"difference_in_loss": bound}
     quantities = [
         Quantity(k, number, unit=units.get(k, "nats"), bound=bounds.get(k)) for k, number in agreement.items()
     ]
+    outcome = "open" if is_noise else holds_if(difference < bound)
     return [Claim("tf32-stands-for-fp32", text, outcome, tuple(quantities))]
 
 
