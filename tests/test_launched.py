@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import select
 from collections import Counter
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -17,7 +19,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.cli import main
 from hybridlab.panel.live import LiveBar
 from hybridlab.study import OwnTaskConfig, RunConfig, TextTaskConfig, train
-from hybridlab.study.launched import RankNews, train_on_ranks
+from hybridlab.study.launched import RankNews, _fitting, train_on_ranks
 from hybridlab.study.record import Run
 from hybridlab.vram import MemoryReading
 from tests.conftest import TINY_TEXT
@@ -59,6 +61,14 @@ def test_ranks_that_end_with_long_errors_do_not_wait_for_each_other(tmp_path: Pa
     with pytest.raises(RuntimeError, match="too long"):
         train_on_ranks(replace(CONFIG, task=OwnTaskConfig("tests.test_launched:Failing")), tmp_path, 2)
     assert multiprocessing.active_children() == []
+
+
+def test_a_long_message_of_a_rank_keeps_its_ends_and_fits_into_one_piece() -> None:
+    said = _fitting("what: " + "é" * 10_000 + " where")
+    assert said.startswith("what: é")
+    assert said.endswith("é where")
+    assert len(ForkingPickler.dumps(RuntimeError(said))) < select.PIPE_BUF
+    assert _fitting("short") == "short"
 
 
 @pytest.mark.usefixtures("forked")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from hybridlab.study.watched_run import WatchedRun
 from hybridlab.vram import MemoryReading
 
 NEWS_EVERY_SECONDS = 0.5
+SENT_AT_ONCE = select.PIPE_BUF - 1000
+"""Bytes of text in a message of a rank; the rest is the form in which it is sent."""
+
 LOST_SECONDS = 3.0
 """For which a rank that misses another one waits, so that the launcher sees that one first, and ends all."""
 
@@ -99,9 +103,15 @@ def _as_rank(config: RunConfig, folder: Path, resume: bool, ranks: RanksConfig, 
             if is_of_lost_rank(error):
                 time.sleep(LOST_SECONDS)
             else:
-                pipe.send(RuntimeError(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}"))
+                pipe.send(RuntimeError(_fitting(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")))
         finally:
             os._exit(1)
+
+
+def _fitting(text: str) -> str:
+    """Its start and its end, so short that the pipe takes it in one piece: ranks share it, and pieces would mix."""
+    said, half = text.encode(), SENT_AT_ONCE // 2
+    return text if len(said) <= SENT_AT_ONCE else (said[:half] + b"\n...\n" + said[-half:]).decode(errors="ignore")
 
 
 class _Teller:
