@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import time
 import traceback
 from collections.abc import Callable
@@ -27,8 +26,8 @@ from hybridlab.study.watched_run import WatchedRun
 from hybridlab.vram import MemoryReading
 
 NEWS_EVERY_SECONDS = 0.5
-SENT_AT_ONCE = select.PIPE_BUF - 1000
-"""Bytes of text in a message of a rank; the rest is the form in which it is sent."""
+SENT_AT_ONCE = 3000
+"""Bytes of text in a message of a rank: with the form in which it is sent less than 4,096, which Linux writes whole."""
 
 LOST_SECONDS = 3.0
 """For which a rank that misses another one waits, so that the launcher sees that one first, and ends all."""
