@@ -92,7 +92,7 @@ def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
     """How many claims hold, and which do not, with the numbers that decide."""
     by = {verdict: [c for c in claims if c.verdict == verdict] for verdict in get_args(Verdict)}
     count = f"{len(by['holds'])} of {len(claims)} claims hold"
-    kept = [count + (f", such as: {_named(by['holds'][:1])}." if by["holds"] else ".")]
+    kept = [f"{count}, such as: {_named(by['holds'][:1])}."] if by["holds"] else []
     words = {"fails": "Fails", "open": "Open, these numbers cannot tell"}
     return kept + [f"{word}: {_named(by[verdict])}." for verdict, word in words.items() if by[verdict]]
 
