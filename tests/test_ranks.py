@@ -222,12 +222,16 @@ def test_what_ranks_cannot_do_is_refused_by_name(one_of_two: None, settings: Any
     assert named in str(refused.value)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_torchs_muon_on_shards_is_refused(ranks: int) -> None:
+class MuonOfSomeone(torch.optim.SGD):
+    """By its name a method that needs whole matrices."""
+
+
+@pytest.mark.parametrize(("ranks", "method"), [(1, torch.optim.Muon), (2, torch.optim.Muon), (2, MuonOfSomeone)])
+def test_another_muon_than_the_librarys_is_refused_on_shards(ranks: int, method: type[torch.optim.Optimizer]) -> None:
     distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         model = fully_shard(nn.Linear(2, 2, bias=False), mesh=init_device_mesh("cpu", (ranks,)))
         with pytest.raises(UserError, match=r"torch\.optim\.Muon on shards"):
-            trainer_of(model, torch.optim.Muon)
+            trainer_of(model, method)
     finally:
         distributed.destroy_process_group()

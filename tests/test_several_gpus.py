@@ -86,3 +86,15 @@ def test_what_was_measured_stands_on_the_page(model: str) -> None:
         share = row["recording_overhead"]
         low, middle, high = (f"{100 * share[end]:+.0f}" for end in ("low", "median", "high"))
         assert f"| {middle} [{low}, {high}] |" in line
+
+
+def test_how_far_the_plans_were_off_stands_on_the_page() -> None:
+    files = (Path(__file__).parents[1] / "docs" / "experiments" / f"ranks_{model}.json" for model in ("small", "xl"))
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    plain, with_path = (
+        [f"{100 * (row[f'planned{kind}_bytes'] / max(row[f'peak{kind}_bytes']) - 1):.0f}" for row in rows]
+        for kind in ("", "_with_path")
+    )
+    low, high = min(map(int, plain)), max(map(int, plain))
+    assert f"without a path is {high} % too high to {-low} % too low" in PAGE
+    assert f"with a path it is {min(map(int, with_path))} to {max(map(int, with_path))} % too high" in PAGE

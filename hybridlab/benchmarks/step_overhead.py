@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device
 from hybridlab.base.errors import UserError, one_line
-from hybridlab.benchmarks.against_others import configured
+from hybridlab.benchmarks.against_others import Count, configured
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.engine.closures import Closure
 from hybridlab.engine.config import HybridTrainerConfig
@@ -129,9 +129,6 @@ def _bare(model: nn.Module, optimizer: torch.optim.Optimizer, config: HybridTrai
 def _take(step: Step, closures: Sequence[Closure], steps: int) -> None:
     for _ in range(steps):
         step(closures)
-
-
-Count = Annotated[int, typer.Option(min=1)]
 
 
 def main(

@@ -27,6 +27,8 @@ from hybridlab.memory.apply import refuse_unprepared
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.predict_offload import PredictOffload
 from hybridlab.optim.averaging import method_of
+from hybridlab.optim.build import MuonWithAdamW
+from hybridlab.optim.muon import Muon
 from hybridlab.weights.reach import refuse_own_step, refuse_unreachable
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights
@@ -415,9 +417,11 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
 
 def _of_one_process(ranks: Ranks, optimizer: Optimizer, config: HybridTrainerConfig) -> list[str]:
     """What of these works in one process only, by name."""
+    method = method_of(optimizer)
     features = {
-        "torch.optim.Muon on shards (use OptimizerConfig('muon'), which gathers matrices)": ranks.sharded
-        and isinstance(method_of(optimizer), torch.optim.Muon),
+        "a Muon such as torch.optim.Muon on shards (use OptimizerConfig('muon'), which gathers matrices)": ranks.sharded
+        and "muon" in type(method).__name__.lower()
+        and not isinstance(method, Muon | MuonWithAdamW),
         "a depth schedule in DistributedDataParallel (use fully_shard)": not ranks.sharded and config.depth is not None,
     }
     return (config.memory or MemoryConfig()).of_one_process + [name for name, wanted in features.items() if wanted]

@@ -60,8 +60,8 @@ class Muon(Optimizer):
 
     The last scale gives an update about the size of AdamW's. `state[p]["momentum_buffer"]` is the parameter's own m;
     matrices are stacked for the length of a step. Tall ones are turned, so that they go with the wide. On a GPU with a
-    compiler the update is compiled, once for each stack; memory of a step: about 6 copies in 16 bits of
-    `STACKED_NUMBERS`.
+    compiler the update is compiled, once for each stack; memory of a step: some 3 to 7 copies in 16 bits
+    of `STACKED_NUMBERS`.
 
     params: matrices, or groups of them; lr may be a tensor
     coefficients: "torch" or "polar_express", of the Newton-Schulz iteration
@@ -134,12 +134,14 @@ class Muon(Optimizer):
     def _step_together_(
         self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
-        like = weights[0]
-        lr, decay, momentum = (_scalar(group[name], local(like)) for name in SETTINGS)
-        update = _update_shards if is_sharded(like) else _update(compiled=_is_compiled_for(like))
+        shards = {"shards": weights} if is_sharded(weights[0]) else {}
+        weights, gradients, buffers = (list(map(local, tensors)) for tensors in (weights, gradients, buffers))
+        lr, decay, momentum = (_scalar(group[name], weights[0]) for name in SETTINGS)
+        update = _update(compiled=not shards and _is_compiled_for(weights[0]))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
-            low_bit = is_traceable_wrapper_subclass(local(buffers[0]))  # compiled code would not see it
-            update(weights, gradients, buffers, lr, decay, momentum, COEFFICIENTS[group["coefficients"]], low_bit)
+            low_bit = is_traceable_wrapper_subclass(buffers[0])  # compiled code would not see it
+            coefficients = COEFFICIENTS[group["coefficients"]]
+            update(weights, gradients, buffers, lr, decay, momentum, coefficients, low_bit, **shards)
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {"cuda_graphs": self.cuda_graphs, "_captured": {}}
@@ -223,9 +225,13 @@ def _product(gram: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
 
 def _unit(matrix: Tensor) -> Tensor:
     """Of norm 1, no taller than wide, in 16 bits: float16 is finer, but slow on a CPU. Float64 stays."""
-    turned = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    unit = turned / turned.norm().clamp(min=EPS)
+    unit = _turned(matrix, matrix) / matrix.norm().clamp(min=EPS)
     return unit if unit.dtype == torch.float64 else unit.to(torch.float16 if unit.is_cuda else torch.bfloat16)
+
+
+def _turned(matrix: Tensor, like: Tensor) -> Tensor:
+    """A matrix between its own form and the wide one; `like` has the own form."""
+    return matrix.mT if like.shape[0] > like.shape[1] else matrix
 
 
 def _update_all(
@@ -237,32 +243,19 @@ def _update_all(
     momentum: Tensor,
     coefficients: tuple[Quintic, ...],
     low_bit: bool,
+    shards: list[Tensor] | None = None,
 ) -> None:
+    """shards: the weights as they are spread over ranks, where the others are this rank's parts of them alone."""
     pairs = zip(gradients, buffers, strict=True)
-    directions = [_unit(_averaged_(gradient, buffer, momentum, low_bit)) for gradient, buffer in pairs]
-    updates = orthogonalize(torch.stack(directions), coefficients)
-    for weight, update in zip(weights, updates, strict=True):
-        _move_(weight, _turned_as(weight, update), weight.shape, lr, decay)
-
-
-def _update_shards(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    lr: Tensor,
-    decay: Tensor,
-    momentum: Tensor,
-    coefficients: tuple[Quintic, ...],
-    low_bit: bool,
-) -> None:
-    """The same of weights spread over ranks: directions are gathered whole, and each rank takes some of them."""
-    directions = []
-    for gradient, buffer in zip(gradients, buffers, strict=True):
-        part = _averaged_(local(gradient), local(buffer), momentum, low_bit)
-        directions.append(_unit(whole(spread(part, gradient))))
-    updates = in_shares(torch.stack(directions), weights[0], partial(orthogonalize, coefficients=coefficients))
-    for weight, update in zip(weights, updates, strict=True):
-        _move_(local(weight), own_of(_turned_as(weight, update), weight), weight.shape, lr, decay)
+    directions = [_averaged_(gradient, buffer, momentum, low_bit) for gradient, buffer in pairs]
+    if shards:
+        directions = [whole(spread(part, shard)) for part, shard in zip(directions, shards, strict=True)]
+    stack, orthogonal = torch.stack([_unit(d) for d in directions]), partial(orthogonalize, coefficients=coefficients)
+    updates = in_shares(stack, shards[0], orthogonal) if shards else orthogonal(stack)
+    for weight, matrix, update in zip(weights, shards or weights, updates, strict=True):
+        step, turned = lr * (0.2 * math.sqrt(max(matrix.shape))), _turned(update, matrix)
+        own = own_of(turned, matrix) if shards else turned
+        weight.copy_(weight * (1 - lr * decay) - step * own.to(weight.dtype))
 
 
 def _averaged_(gradient: Tensor, buffer: Tensor, momentum: Tensor, low_bit: bool) -> Tensor:
@@ -272,15 +265,6 @@ def _averaged_(gradient: Tensor, buffer: Tensor, momentum: Tensor, low_bit: bool
     mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
     buffer.copy_(mean)
     return wide.lerp(mean, momentum)
-
-
-def _turned_as(weight: Tensor, update: Tensor) -> Tensor:
-    return update.mT if weight.shape[0] > weight.shape[1] else update
-
-
-def _move_(weight: Tensor, update: Tensor, shape: torch.Size, lr: Tensor, decay: Tensor) -> None:
-    step = lr * (0.2 * math.sqrt(max(shape)))
-    weight.copy_(weight * (1 - lr * decay) - step * update.to(weight.dtype))
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hybridlab.report.validation import Cells, devices, loss_change, p_value, pr
 from hybridlab.report.words import Markdown, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, in_words, quantity_interval
-from hybridlab.study.base import LEAST
+from hybridlab.study.base import LEAST, Base
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -217,17 +217,19 @@ def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) 
     control = control_of(row, rows)
     if control is None:
         return None
-    asked = (evidence.entry(row["notebook"]) or {}).get("parameters", {})
-    steps, seeds = asked.get("reference_steps") or asked.get("steps"), asked.get("seeds") or 1
-    length = [f"{steps} steps", f"{seeds} seed{'s' if seeds > 1 else ''}"] if steps else []
+    base = _base(evidence, row)
+    length = [f"{base.steps} steps", f"{base.seeds} seed{'s' if base.seeds > 1 else ''}"] if base.steps else []
     loss = control.get("validation_loss")
     return ", ".join([*length, *([] if loss is None else [f"to a loss of {loss:.2f}"])])
 
 
 def _advice(evidence: Evidence, row: MemoryRow) -> str:
     """To watch the loss, unless its whole interval is good and rests on what a verdict needs."""
-    parameters = (evidence.entry(row["notebook"]) or {}).get("parameters", {})
-    return TAKE if _within(row.get("loss_change_high")) and not base_asked_for(parameters).lacks else WATCH
+    return TAKE if _within(row.get("loss_change_high")) and not _base(evidence, row).lacks else WATCH
+
+
+def _base(evidence: Evidence, row: MemoryRow) -> Base:
+    return base_asked_for((evidence.entry(row["notebook"]) or {}).get("parameters", {}))
 
 
 def _shown(row: MemoryRow, judged_over: str | None, advice: str) -> Cells:

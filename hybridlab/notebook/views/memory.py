@@ -12,7 +12,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.footprint import Footprint, PredictPhase
 from hybridlab.charts.tables import Table, table
 from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
-from hybridlab.results.claims import Claim, Quantity, Unit, holds_below, holds_if, on_losses
+from hybridlab.results.claims import Claim, Quantity, Unit, Verdict, holds_below, holds_if, on_losses
 from hybridlab.study.base import Base
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
@@ -290,13 +290,13 @@ def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
         "2 % of the perplexity"
     )
     difference = agreement["difference_in_loss"]
-    is_noise = difference > bound and (not spread or difference <= spread)
+    is_beyond_noise = spread and difference > spread
     units: dict[str, Unit] = {"after_steps": "steps"}
     bounds = {"difference_in_loss": bound}
     quantities = [
         Quantity(k, number, unit=units.get(k, "nats"), bound=bounds.get(k)) for k, number in agreement.items()
     ]
-    outcome = "open" if is_noise else holds_if(difference < bound)
+    outcome: Verdict = "holds" if difference < bound else "fails" if is_beyond_noise else "open"
     return [Claim("tf32-stands-for-fp32", text, outcome, tuple(quantities))]
 
 
