@@ -190,6 +190,14 @@ def test_wide_matrices_lose_no_more_in_16_bits_than_step_by_step(coefficients: s
         assert lost[0].norm() < 1.2 * lost[1].norm()
 
 
+def test_a_matrix_without_numbers_is_passed_by() -> None:
+    params = [nn.Parameter(torch.ones(shape)) for shape in [(0, 4), (4, 0), (4, 4)]]
+    for p in params:
+        p.grad = torch.eye(*p.shape)
+    Muon(params).step()
+    assert not params[-1].equal(torch.ones(4, 4))
+
+
 def test_matrices_of_one_shape_are_stepped_together_turned_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridlab.optim.muon.STACKED_NUMBERS", 3 * 8 * 32)
     shapes = [(8, 32), (32, 8), (8, 8), (8, 32), (32, 8)]

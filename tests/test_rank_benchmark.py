@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from hybridlab.benchmarks.ranks import Question, main, measured, summary
 
@@ -33,6 +34,9 @@ def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
         ({"counts": "0"}, "batch_size"),
         ({"model": "nope"}, "'nope' is unknown"),
         ({"windows": -1}, "batch_size"),
+        pytest.param(
+            {"device": "cuda"}, "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+        ),
         ({"precision": "fp32"}, "gather='bf16' computes in bfloat16, and precision is 'fp32'"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hybridlab.base.device import device_name, find_device
+from hybridlab.base.device import device_name, find_device, refuse_more_than_gpus
 from hybridlab.base.errors import UserError, one_line
 from hybridlab.base.ranks import from_each, is_first, running
 from hybridlab.benchmarks.step_overhead import step_overhead
@@ -156,8 +156,8 @@ def main(
     model: Annotated[str, typer.Option(help="A GPT-2 size.")] = "small",
     counts: Annotated[str, typer.Option(help="Numbers of ranks, one after the other, on GPUs of this host.")] = "1,2,4",
     out: Annotated[Path, typer.Option(help="Where the results go, as JSON.")] = Path("ranks.json"),
-    windows: Annotated[int, typer.Option(help="Per rank and step.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Per window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Per rank and step.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Per window.")] = 1024,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "bf16",
     compiled: bool = True,
     wrap: Annotated[str, typer.Option(help="fsdp or ddp.")] = "fsdp",
@@ -166,9 +166,9 @@ def main(
         str, typer.Option(help="Where the path is kept: same (beside the weights) or host.")
     ] = "same",
     device: str = "auto",
-    rounds: Annotated[int, typer.Option(help="Timed rounds; six or more have an interval.")] = 6,
-    turns: Annotated[int, typer.Option(help="Of each loop in a round.")] = 3,
-    steps: Annotated[int, typer.Option(help="Of a turn.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; six or more have an interval.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Of each loop in a round.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 4,
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
     gather = gather if wrap == "fsdp" else "fp32"
@@ -185,6 +185,7 @@ def main(
         numbers, rows = _numbers(counts), []
         for ranks in numbers:
             question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
+            refuse_more_than_gpus("--counts", ranks, device)
         for ranks in numbers:
             rows.append(_started(ranks) | planned(question, ranks))
             write_json(out, summary(question, rows))

@@ -181,7 +181,8 @@ def stacks(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """The matrices by shape, turned or not, device and format, in stacks of at most `STACKED_NUMBERS`."""
     alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for p in params:
-        alike[(*sorted(p.shape), p.device, p.dtype)].append(p)
+        if p.numel():
+            alike[(*sorted(p.shape), p.device, p.dtype)].append(p)
     for members in alike.values():
         count = max(1, STACKED_NUMBERS // members[0].numel())
         yield from (members[i : i + count] for i in range(0, len(members), count))
