@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -247,11 +248,9 @@ def _update_all(
     shards: list[Tensor] | None = None,
 ) -> None:
     """shards: the weights as they are spread over ranks, where the others are this rank's parts of them alone."""
-    pairs = zip(gradients, buffers, strict=True)
-    directions = [_averaged_(gradient, buffer, momentum, low_bit) for gradient, buffer in pairs]
-    if shards:
-        directions = [whole(spread(part, shard)) for part, shard in zip(directions, shards, strict=True)]
-    stack, orthogonal = torch.stack([_unit(d) for d in directions]), partial(orthogonalize, coefficients=coefficients)
+    sources = zip(gradients, buffers, shards or repeat(None), strict=False)
+    stack = torch.stack([_unit(_averaged_(*source, momentum, low_bit)) for source in sources])
+    orthogonal = partial(orthogonalize, coefficients=coefficients)
     updates = in_shares(stack, shards[0], orthogonal) if shards else orthogonal(stack)
     for weight, matrix, update in zip(weights, shards or weights, updates, strict=True):
         step, turned = lr * (0.2 * math.sqrt(max(matrix.shape))), _turned(update, matrix)
@@ -259,13 +258,14 @@ def _update_all(
         weight.copy_(weight * (1 - lr * decay) - step * own.to(weight.dtype))
 
 
-def _averaged_(gradient: Tensor, buffer: Tensor, momentum: Tensor, low_bit: bool) -> Tensor:
-    """Nesterov's direction; the buffer takes up the gradient."""
+def _averaged_(gradient: Tensor, buffer: Tensor, shard: Tensor | None, momentum: Tensor, low_bit: bool) -> Tensor:
+    """Nesterov's direction, of the whole matrix; the buffer takes up the gradient."""
     wide = gradient.to(buffer.dtype)
     momentum = momentum.to(buffer.dtype)
     mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
     buffer.copy_(mean)
-    return wide.lerp(mean, momentum)
+    direction = wide.lerp(mean, momentum)
+    return direction if shard is None else whole(spread(direction, shard))
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
