@@ -33,7 +33,7 @@ from hybridlab.study.ladder import AVERAGED, lengths_around
 from hybridlab.study.record import Run
 from hybridlab.study.study import StudyResult
 
-TASK = TextTaskConfig("nano", "markov", vocab_size=64, block_size=16, batch_size=8, validation_batches=1)
+TASK = TextTaskConfig("nano", "markov", vocab_size=64, block_size=64, batch_size=8, validation_batches=1)
 VANILLA = RunConfig("baseline", TASK, steps=1000, evaluate_every=250, device="cpu", cpu_threads=1).as_vanilla()
 PLAIN = HybridTrainerConfig.plain(clip_norm=1.0)
 GROWN = replace(PLAIN, depth=DepthSchedule.shares(((0.0, 1), (0.7, 2))))
@@ -64,7 +64,8 @@ def _run(config: RunConfig) -> Run:
         "gradient_steps": config.steps,
     }
     at = range(config.evaluate_every, config.steps + 1, config.evaluate_every)
-    steps = pd.DataFrame({"nominal_step": at, "validation_loss": [12 - math.log(n) for n in at], "measured_loss": 12.0})
+    losses = [12 - math.log(n) + 0.01 * config.seed for n in at]
+    steps = pd.DataFrame({"nominal_step": at, "validation_loss": losses, "measured_loss": 12.0})
     return Run(Path(), json.loads(json.dumps(config.record(), default=str)), steps, pd.DataFrame(), figures)
 
 
@@ -88,8 +89,20 @@ def test_steps_and_time_to_the_vanilla_runs_loss_are_found_for_every_rung(rungs)
 
 
 def test_a_rung_that_changes_rounding_is_held_against_the_vanilla_run_after_as_many_steps(rungs):
-    assert [rung.loss_change for rung in rungs] == [None, 0.0, 0.0, None, None]
-    assert [(rung.tried, rung.seeds) for rung in rungs] == [(0, 3), (0, 1), (0, 1), (5, 3), (5, 3)]
+    changes = [rung.loss_change and rung.loss_change.values for rung in rungs]
+    assert changes == [None, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), None, None]
+    assert [(rung.tried, rung.seeds) for rung in rungs] == [(0, 3), (0, 3), (0, 3), (5, 3), (5, 3)]
+
+
+def test_a_number_format_that_learns_less_does_not_count_as_rounding(ladder):
+    def worse(configs: list[RunConfig]) -> StudyResult:
+        result = trained(configs)
+        for (name, seed), run in result.runs.items():
+            run.closing_figures["validation_loss"] += (0.1 + 0.01 * seed) * name.startswith("TF32")
+        return result
+
+    verdicts = {claim.id: claim.verdict for claim in ladder_claims(ladder, ladder.run(worse), 15.0)}
+    assert (verdicts["TF32-rounding"], verdicts["CUDA-graph-rounding"]) == ("fails", "holds")
 
 
 def test_the_table_chart_claims_and_figures_say_so(ladder, rungs):

@@ -170,11 +170,11 @@ def test_footprints_pair_losses_by_seed_and_plan_each_arm(tmp_path: Path) -> Non
     assert "–" in memory_table([control]).cells()[0]
 
 
-def measured(error: float = 0.0, change: Interval | None = None, step_ms: float = 1.0) -> Footprint:
+def measured(error: float = 0.0, change: Interval | None = None) -> Footprint:
     predicted = plan("nano", (2, 16))
     size = round(predicted.peak_allocated_bytes / (1 + error))
     base = Base(steps=200, seeds=change.seeds, tokens=100_000, fall_nats=1.0) if change else None
-    return Footprint("arm", predicted, size, size, step_ms, 5.0, change, base)
+    return Footprint("arm", predicted, size, size, (1.0,), 5.0, change, base)
 
 
 @pytest.mark.parametrize(("error", "verdict"), [(0.09, "holds"), (-0.09, "holds"), (0.12, "fails"), (-0.12, "fails")])
@@ -253,16 +253,30 @@ def test_predict_is_judged_by_what_torch_holds() -> None:
     assert predict_table({}, "none").cells() == [["no run jumped"]]
 
 
-def test_step_times_of_two_runs_are_held_against_each_other() -> None:
-    assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.4), measured())] == ["holds"]
-    assert [claim.verdict for claim in step_time_claims(measured(step_ms=1.6), measured())] == ["fails"]
-    waiting, busy = replace(measured(step_ms=1.6), gpu_busy_percent=50.0), replace(measured(), gpu_busy_percent=80.0)
+def with_steps(*steps_ms: float | None, busy_percent: float | None = None) -> Footprint:
+    return replace(measured(), steps_ms=steps_ms, gpu_busy_percent=busy_percent)
+
+
+@pytest.mark.parametrize(
+    ("steps_ms", "verdict"),
+    [((1.4, 1.38, 1.41), "holds"), ((1.6, 1.58, 1.61), "fails"), ((1.2, 1.4, 1.6), "open"), ((1.4,), "open")],
+)
+def test_step_times_are_paired_by_seed_and_open_with_one(steps_ms: tuple[float, ...], verdict: str) -> None:
+    (claim,) = step_time_claims(with_steps(*steps_ms), with_steps(1.0, 1.0, 1.0))
+    assert (claim.verdict, claim.value("step_ratio")) == (verdict, pytest.approx(sum(steps_ms) / len(steps_ms)))
+
+
+def test_the_time_in_which_the_gpu_waits_is_told_apart() -> None:
+    waiting, busy = with_steps(1.6, 1.6, busy_percent=50.0), with_steps(1.0, 1.0, busy_percent=80.0)
     (claim,) = step_time_claims(waiting, busy)
     assert (claim.verdict, claim.value("busy_ratio")) == ("fails", pytest.approx(1.0))
     assert "50%" in str(cost_table([waiting, busy], "arm"))
     assert "busy" not in str(cost_table([measured()], "arm"))
-    without_a_card, too_short = replace(measured(), measured_allocated_bytes=None), replace(measured(), step_ms=None)
-    assert step_time_claims(without_a_card, measured()) == step_time_claims(too_short, measured()) == []
+
+
+def test_runs_without_a_gpu_and_runs_too_short_have_no_step_time() -> None:
+    without_a_gpu = replace(measured(), measured_allocated_bytes=None)
+    assert step_time_claims(without_a_gpu, measured()) == step_time_claims(with_steps(None), measured()) == []
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Footprint:
     predicted: its plan, made without a GPU
     measured_allocated_bytes: peak of live tensors in the measured run; None without a GPU
     peak_memory_bytes: the run's peak as the GPU counts it, or the process's without a GPU
-    step_ms: median gradient step of the measured run; None where it was too short for a stable step time
+    steps_ms: median gradient step of each seed; None where its run was too short for a stable step time
     validation_loss: mean over seeds, nats; change: to the control, paired by seed; None for the control itself
     base: how much training `change` rests on; None where there is none
     gpu_busy_percent: of the time of gradient steps; the rest the GPU waits for the host. None where nobody says it
@@ -44,11 +44,22 @@ class Footprint:
     predicted: Plan
     measured_allocated_bytes: int | None
     peak_memory_bytes: int
-    step_ms: float | None
+    steps_ms: tuple[float | None, ...]
     validation_loss: float
     change: Interval | None
     base: Base | None = None
     gpu_busy_percent: float | None = None
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median gradient step of the run whose memory was measured."""
+        return self.steps_ms[0]
+
+    def step_ratio(self, other: Footprint) -> Interval | None:
+        """Its step over another arm's, paired by seed; None where neither of a pair has a stable step time."""
+        pairs = zip(self.steps_ms, other.steps_ms, strict=False)
+        ratios = [mine / theirs for mine, theirs in pairs if mine and theirs]
+        return Interval.of(ratios) if ratios else None
 
     @property
     def error(self) -> float | None:
@@ -78,7 +89,7 @@ class Footprint:
 
 
 def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: int | None = None) -> Footprint:
-    """The footprint of the arm that `config` is of, beside the control arm's loss; memory and time are of its seed 0.
+    """The footprint of the arm that `config` is of, beside the control arm's loss; memory is of its seed 0.
 
     at_step: the nominal step whose validation losses are compared; None compares those at the end
     """
@@ -94,7 +105,7 @@ def footprint(result: StudyResult, config: RunConfig, control: str, *, at_step: 
         predicted=plan_of(config),
         measured_allocated_bytes=summary.get("peak_allocated_bytes"),
         peak_memory_bytes=summary["peak_memory_bytes"],
-        step_ms=summary["gradient_step_ms"],
+        steps_ms=tuple(result.runs[config.name, seed].closing_figures["gradient_step_ms"] for seed in seeds),
         validation_loss=sum(losses) / len(losses),
         change=Interval.of(change) if judged else None,
         base=replace(base_of(result, control, at_step), seeds=len(change)) if judged else None,

@@ -30,6 +30,7 @@ BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of res
 OTHERWISE = "holds, but by other means"
 HEADLINES = (
     Criterion("The baseline is tuned: no neighbouring learning rate ends lower", (Claims(BASELINE, "lr-is-tuned"),)),
+    Criterion("Nor does one with a neighbouring beta1", (Claims(BASELINE, "beta1-is-tuned"),)),
     Criterion("The trainer's own step costs at most 2 % over the bare loop", (Claims(BASELINE, "trainer-is-thin"),)),
     Criterion(
         "The whole stack of faster training reaches the loss of the plan's FP32 run in 1/15 of its time",

@@ -11,6 +11,7 @@ from hybridlab.base.settings import check_bounds
 from hybridlab.study.base import Base
 from hybridlab.study.comparison import base_of
 from hybridlab.study.config import RunConfig
+from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import SeedRuns, StepValue
 from hybridlab.study.study import StudyResult
 
@@ -39,7 +40,8 @@ class Rung:
     time_ratio: the vanilla run's wall time over this rung's, compilation and evaluation not counted; its ends are those
         of the steps, at the least and the greatest ratio of step times over seeds
     step_seconds: wall time per step of its runs, their mean
-    loss_change: validation loss over the vanilla run's after `timed_steps`, of a rung that learns as that does
+    loss_change: validation loss over the vanilla run's after `timed_steps`, in nats, paired by seed, of a rung that
+        learns as that does
     lengths: of the runs that the steps are computed from; tried: how many lengths were trained on the first seed
     seeds: per length
     averaged_steps: the same as `steps`, of the weights averaged over the tail of each run (`RunConfig.tail_average`)
@@ -50,7 +52,7 @@ class Rung:
     steps: StepValue | None
     time_ratio: StepValue | None
     step_seconds: float
-    loss_change: float | None = None
+    loss_change: Interval | None = None
     lengths: tuple[int, ...] = ()
     tried: int = 0
     seeds: int = 1
@@ -86,9 +88,9 @@ class Ladder:
     """A vanilla run, and the changes that lead from it to the fastest one.
 
     changes: rung -> settings of a run, as `RunConfig` has them; each rung has those of all before it
-    timed_steps: length of the one run of a rung that changes rounding at most, which takes as many steps to the loss as
+    timed_steps: length of the runs of a rung that changes rounding at most, which takes as many steps to the loss as
         the rung before it; the vanilla run is evaluated after as many
-    seeds: of the vanilla run, and of each rung that learns otherwise
+    seeds: of the vanilla run, and of each rung
 
     A rung that learns otherwise (another optimizer, schedule or trainer) is trained at three lengths around the one at
     which it ends at the vanilla run's final loss. They are found on the first seed, from the length of the rung before
@@ -142,14 +144,17 @@ class Ladder:
 
     def _timed(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns as the one before it: its steps are that one's, and its time per step is its own."""
-        run = of_length(config, self.timed_steps)
-        result = train([run])
-        step_seconds = _seconds(result, run.name) / run.steps
-        change = None
-        if learns_as(config, self.vanilla):
-            change = _loss(result, run.name) - plain.runs[self.vanilla.name, 0].validation_loss(run.steps)
+        runs = [of_length(config, self.timed_steps, seed) for seed in range(self.seeds)]
+        result, vanilla = train(runs), self.vanilla
+        spent = [_seconds(result, run.name, run.seed) / run.steps for run in runs]
+        step_seconds, change = sum(spent) / len(spent), None
+        if learns_as(config, vanilla):
+            losses = [plain.runs[vanilla.name, run.seed].validation_loss(run.steps) for run in runs]
+            change = Interval.of(
+                [_loss(result, run.name, run.seed) - loss for run, loss in zip(runs, losses, strict=True)]
+            )
         ratio = before.time_ratio and times(before.time_ratio, before.step_seconds / step_seconds)
-        return Rung(config, result, before.steps, ratio, step_seconds, change, (run.steps,))
+        return Rung(config, result, before.steps, ratio, step_seconds, change, (self.timed_steps,), seeds=self.seeds)
 
     def _learned(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns otherwise: its steps are found, and paired with the vanilla run's by seed."""

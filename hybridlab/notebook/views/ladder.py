@@ -18,8 +18,11 @@ from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.notebook.views.study import value_quantity
 from hybridlab.planner.gpu_specs import spec_of
+from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
+from hybridlab.study.comparison import base_of
 from hybridlab.study.ladder import AVERAGED, Ladder, Rung, learns_as, times
+from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
 
 Figures = dict[str, dict[str, Any]]
@@ -104,7 +107,7 @@ def _loss_cells(rung: Rung) -> dict[str, Any]:
         **({"with averaged weights": _shown(rung.averaged_steps, ".0f")} if rung.averaged_steps else {}),
         "time to it (s)": rung.seconds,
         "vanilla's time over it": _shown(rung.time_ratio, ".2f"),
-        "loss beside vanilla's (nats)": None if rung.loss_change is None else f"{rung.loss_change:+.3f}",
+        "loss beside vanilla's (nats)": rung.loss_change and str(rung.loss_change),
         "lengths x seeds": f"{', '.join(map(str, rung.lengths))} x {rung.seeds}",
         "lengths tried": rung.tried or None,
     }
@@ -142,13 +145,15 @@ def waterfall_chart(rungs: Sequence[Rung]) -> Chart:
 
 
 def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> list[Claim]:
-    """That each rung that learns otherwise takes fewer steps than the vanilla run, and the whole stack less time.
+    """That rounding changes no loss, that other rungs take fewer steps than the vanilla run, and the stack less time.
 
     least_ratio: what the vanilla run's time over the whole stack's is to be at least
     """
     vanilla, top = rungs[0], rungs[-1]
     base, claims = vanilla.base, []
     for rung in rungs:
+        if rung.loss_change:
+            claims.append(_same_loss(ladder, vanilla, rung, rung.loss_change))
         if rung.tried:
             share = times(rung.steps or StepValue(None, -math.inf, math.inf, rung.seeds), 1 / ladder.vanilla.steps)
             quantities = (value_quantity("steps_over_vanilla", share, "ratio", 1.0), Quantity("seeds", rung.seeds))
@@ -161,6 +166,15 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
     decided = holds_below(-ratio.high, -ratio.low, -least_ratio)
     quantities = (value_quantity("stack_time_ratio", ratio, "time ratio", least_ratio), Quantity("seeds", ratio.seeds))
     return [*claims, on_losses("stack-is-fast", "", text, decided, quantities, base)]
+
+
+def _same_loss(ladder: Ladder, vanilla: Rung, rung: Rung, change: Interval) -> Claim:
+    """That a rung which counts with the vanilla run's steps learns as much in them."""
+    steps, bound = ladder.timed_steps, QUALITY_TOLERANCE_NATS
+    text = f"{rung.name}: after {steps} steps the perplexity is at most 2 % above the vanilla run's"
+    quantity = Quantity.over_seeds("loss_change", change, "nats", bound)
+    base = base_of(vanilla.result, vanilla.name, steps)
+    return on_losses("rounding", rung.name, text, holds_below(*change.ends, bound), (quantity,), base)
 
 
 def ladder_tables(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> dict[str, list[dict[str, Any]]]:

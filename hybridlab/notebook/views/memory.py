@@ -68,7 +68,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
     Where the GPU could hold neither of these, nothing is said of them.
     """
     fast = fast or control
-    base = next((f.step_ms for f in footprints if f.arm == fast), None)
+    base = next((f for f in footprints if f.arm == fast), None)
     rows = [
         {
             "arm": f.arm,
@@ -76,7 +76,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             f"against {control} (nats)": str(f.change) if f.change else None,
             "perplexity gap": f"{math.expm1(f.change.mean):+.2%}" if f.change else None,
             "step (ms)": f.step_ms,
-            f"step over {fast}'s": f.step_ms / base if base and f.step_ms else None,
+            f"step over {fast}'s": ratio.mean if base and (ratio := f.step_ratio(base)) else None,
         }
         | ({} if f.gpu_busy_percent is None else {"GPU busy": f"{f.gpu_busy_percent:.0f}%"})
         for f in footprints
@@ -232,15 +232,17 @@ def stable_run_claim(run: Run) -> Claim:
 def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
     """That fitting costs little time against a run without memory limits, on the same GPU; nothing without a GPU.
 
-    Nothing either for runs too short for a stable step time. A second ratio counts only the time in which the GPU was
-    busy: where both steps wait for the host, it is the ratio on a slower GPU.
+    Nothing either for runs too short for a stable step time. The ratio is paired by seed, and open with one of them. A
+    second ratio counts only the time in which the GPU was busy: where both steps wait for the host, it is the ratio on
+    a slower GPU.
     """
-    if fits.measured_allocated_bytes is None or not fits.step_ms or not free.step_ms:
+    ratio = fits.step_ratio(free)
+    if fits.measured_allocated_bytes is None or ratio is None:
         return []
-    ratio = fits.step_ms / free.step_ms
     text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
-    quantities = (Quantity("step_ratio", ratio, unit="time ratio", bound=STEP_TIME_WITHIN), *_busy(ratio, fits, free))
-    return [Claim("step-time", text, holds_if(ratio <= STEP_TIME_WITHIN), quantities)]
+    measured = Quantity.over_seeds("step_ratio", ratio, "time ratio", STEP_TIME_WITHIN)
+    verdict = holds_below(ratio.low, ratio.high, STEP_TIME_WITHIN)
+    return [Claim("step-time", text, verdict, (measured, *_busy(ratio.values[0], fits, free)))]
 
 
 def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...]:

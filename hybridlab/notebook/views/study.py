@@ -290,7 +290,7 @@ def run_rows(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def baseline_claims(result: StudyResult) -> list[Claim]:
-    """That the baseline learns, that its learning rate is the best of those tried, that it beats vanilla."""
+    """That the baseline learns, that its learning rate and beta1 are the best of those tried, that it beats vanilla."""
     losses: dict[str, dict[int, float]] = {}
     for (name, seed), run in result.runs.items():
         losses.setdefault(name, {})[seed] = run.validation_loss()
@@ -302,8 +302,11 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     falls = holds_if(max(losses[BASELINE].values()) < first)
     held = (Quantity("first_loss", first, unit="nats"), replace(final[0], bound=first), *final[1:])
     claims = [Claim("converges", "the validation loss falls", falls, held)]
-    if neighbours := [name for name in losses if name.startswith("lr x")]:
-        claims.append(_below("lr-is-tuned", "no neighbouring learning rate ends lower", losses, neighbours, final))
+    for setting, text in (("lr", "learning rate"), ("beta1", "beta1")):
+        if neighbours := [name for name in losses if name.startswith(f"{setting} ")]:
+            claims.append(
+                _below(f"{setting}-is-tuned", f"no neighbouring {text} ends lower", losses, neighbours, final)
+            )
     if "vanilla" in losses:
         text = "the tuned baseline beats the plan's vanilla setting"
         claims.append(_below("beats-vanilla", text, losses, ["vanilla"], final))
