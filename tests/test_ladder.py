@@ -241,7 +241,6 @@ def test_a_benchmark_that_was_not_run_is_told_and_a_damaged_file_refused(tmp_pat
             side_by_side("others.json")
 
 
-@pytest.mark.parametrize("wrong", [{"model": "smal"}, {"batch": "8"}, {"device": "gpu"}])
-def test_a_wrong_setting_of_the_benchmark_is_told_in_one_line(wrong):
-    with pytest.raises(SystemExit, match=r"against_others: .+"):
-        against_others.main(**wrong)
+def test_a_rung_that_changes_no_setting_of_a_run_is_refused_before_anything_is_trained():
+    with pytest.raises(TypeError, match="optimiser"):
+        Ladder(VANILLA, CHANGES | {"Muon": {"optimiser": "muon"}}, timed_steps=250)

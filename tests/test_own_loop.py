@@ -382,6 +382,18 @@ def test_nan_in_the_very_last_step_is_seen_when_asked() -> None:
         trainer.check_finite()
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_gradient_norm_that_overflows_is_named(steps: int) -> None:
+    """Clipping by it makes the step one of zero gradients, which nobody would notice."""
+    model, inputs, wanted = regression()
+    trainer = HybridTrainer(model, SGD(model.parameters(), lr=0.01), PLAIN)
+    closure = lambda: F.mse_loss(model(inputs), wanted) * 1e25  # noqa: E731
+    trainer.step(closure)
+    ended = trainer.check_finite if steps == 1 else partial(trainer.step, closure)
+    with pytest.raises(DivergenceError, match=r"the gradient norm is inf, as gradients or their squares are too large"):
+        ended()
+
+
 def test_nan_in_the_last_step_of_a_full_block_still_rolls_back_the_jump_before() -> None:
     model, inputs, wanted = regression()
     trainer = HybridTrainer(model, SGD(model.parameters(), lr=0.01), EAGER)

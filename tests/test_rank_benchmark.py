@@ -31,7 +31,8 @@ def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
     ("options", "said"),
     [
         ({"counts": "1,x"}, "--counts is '1,x': write whole numbers"),
-        ({"counts": "0"}, "batch_size"),
+        ({"counts": "0"}, "--counts is 0: give a whole number, 1 or more"),
+        ({"counts": "2,-1"}, "--counts is -1"),
         ({"model": "nope"}, "'nope' is unknown"),
         ({"windows": -1}, "batch_size"),
         pytest.param(

@@ -25,7 +25,8 @@ from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import Ranks
-from hybridlab.memory import MemoryConfig
+from hybridlab.memory import MemoryConfig, optimizer_for
+from hybridlab.optim import OptimizerConfig
 from tests.rank_cases import BY_WRAP, CASES, CHAINS, KILLED, Training, main, train, train_chain
 
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
@@ -220,6 +221,22 @@ def test_what_ranks_cannot_do_is_refused_by_name(one_of_two: None, settings: Any
     with pytest.raises(UserError, match="on 2 ranks these do not work yet") as refused:
         trainer_of(nn.parallel.DistributedDataParallel(blocks), **settings)
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "named"),
+    [
+        ("muon", MemoryConfig(optimizer_state="int8"), "memory.optimizer_state='int8'"),
+        ("adamw", MemoryConfig(state_on_host=True), "memory.state_on_host"),
+    ],
+)
+def test_an_optimizer_of_whole_weights_is_refused_on_shards(
+    one_of_two: None, method: str, memory: MemoryConfig, named: str
+) -> None:
+    """Also in a loop without a trainer."""
+    model = fully_shard(nn.Linear(2, 2, bias=False), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(UserError, match=f"on 2 ranks these do not work yet: {named}"):
+        optimizer_for(model, OptimizerConfig(method), memory)
 
 
 class MuonOfSomeone(torch.optim.SGD):

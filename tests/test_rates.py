@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hybridlab.base.errors import UserError
 from hybridlab.cli import main
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.models import GPT2Config
@@ -92,6 +93,20 @@ def test_a_diverged_trial_is_the_worst(tmp_path: Path) -> None:
     trial = bracket_rates([run, replace(RUN, name="other")], tmp_path, most=3)
     assert math.isinf(trial["run"].losses[800.0])
     assert all(math.isfinite(loss) for loss in trial["other"].losses.values())
+
+
+def test_where_every_rate_diverges_none_is_best(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, {"baseline": 1e-3, "hybrid": math.inf})
+    with pytest.raises(UserError, match=r"hybrid diverged at every rate \(5 trials, from 0.000125 to 0.002\)"):
+        bracket_study(Study(RUN, {"hybrid": HYBRID}, control_fractions=()), tmp_path, most=5)
+    options = ["--model=nano", "--data=markov", "--steps=2", "--batch=2x16", "--optimizer=sgd", "--most=3"]
+    pretend(monkeypatch, {"nano, sgd": math.inf})
+    assert main(["rates", *options, "--lr=1", "--folder", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert "nano, sgd diverged at every rate (3 trials, from 0.5 to 2): begin at a lower one" in told.err
+    assert not told.out
 
 
 def test_the_command_brackets_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -430,3 +431,18 @@ def test_the_gradient_clock_makes_the_decay_wait(tmp_path: Path) -> None:
 def test_a_card_cannot_be_emulated_without_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set card_gb to 0"):
         train(replace(SHORT, card_gb=16), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"rates": (("jumpi", 1e-3),)}, "rates: arm 'jumpi' is unknown: did you mean 'jumpy'.*control of jumpy"),
+        ({"rates": (("baseline", 1e-3),)}, "rates: arm 'baseline' is unknown"),
+        ({"rates": (("jumpy", 1e-3), ("jumpy", 2e-3))}, "rates has the arm 'jumpy' twice"),
+        ({"rates": (("control of jumpy", float("nan")),)}, "lr is nan: it must be finite"),
+        ({"tried": (("basline", ""),)}, "tried: arm 'basline' is unknown: did you mean 'baseline'"),
+    ],
+)
+def test_a_rate_of_no_arm_is_refused_and_the_arms_are_listed(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Study(SHORT, {"jumpy": JUMPY}, **given)

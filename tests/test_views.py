@@ -138,6 +138,12 @@ def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> No
     (claim,) = rate_claims(at_both_sides)
     assert claim.verdict == "open", "the control may be better beyond"
     assert "the best rate of its control is the highest tried, 0.004: bracket it" in claim.text
+    at_both_sides |= {0.0005: at_rate(math.inf, 9.0, None), 0.008: at_rate(4.5, 4.5, 0.5)}
+    (claim,) = rate_claims(at_both_sides)
+    assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.002, 0.004)
+    (claim,) = rate_claims({rate: at_rate(math.inf, 4.0, None) for rate in (0.002, 0.004)})
+    assert (claim.verdict, claim.value("best_rate_of_hybrid")) == ("open", None)
+    assert "bold, unguarded diverged at every rate (2 trials, from 0.002 to 0.004)" in claim.text
     assert rate_claims({0.002: at_rate(4.0, 4.2, 0.5)}) == []
     cells = rate_table(by_rate).cells()
     assert [row[0] for row in cells] == ["0.002", "0.008"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -16,15 +15,6 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback."""
         return [printable(str(self))]
-
-
-@contextmanager
-def one_line(program: str) -> Iterator[None]:
-    """What is refused inside ends the program with one line, and exit code 1."""
-    try:
-        yield
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"{program}: {error}") from None
 
 
 def first_line(error: BaseException) -> str:

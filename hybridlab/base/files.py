@@ -109,6 +109,25 @@ def writing_to(folder: Path, *, otherwise: str = "choose another folder") -> Ite
         raise UserError(f"cannot write in the folder {folder}: {reason}; make room there or {otherwise}") from error
 
 
+def make_folders(*files: Path) -> None:
+    """Make the folders of what is written when all is done; none is made where one of the files is refused.
+
+    Raises UserError where a file cannot be written.
+    """
+    for file in files:
+        refuse_address(file)
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is no file: name one that can be written")
+        there = next(place for place in file.absolute().parents if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{file}: cannot write into {there}: choose another folder")
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{file}: cannot make its folder: {error.strerror}") from None
+
+
 def refuse_address(place: Path) -> None:
     """Raise UserError for an address, such as s3://bucket: what is written goes to a disk."""
     if re.search(r"(^|/)[A-Za-z][\w+.-]+:/", place.as_posix()):

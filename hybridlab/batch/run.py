@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import NOTEBOOKS, PARAMS, find_source, project_root, refuse_address
+from hybridlab.base.files import NOTEBOOKS, PARAMS, find_source, make_folders, project_root
 from hybridlab.batch.executed import (
     clean_,
     read_document,
@@ -148,7 +147,7 @@ def prepared(
     _check_name(notebook, output)
     folder = parameters.get("results")
     results = root / folder / "results.json" if isinstance(folder, str) else None
-    _make_folders(output, *([results] if results else []))
+    make_folders(output, *([results] if results else []))
     if results and results.exists():
         from hybridlab.results.reading import load_results
 
@@ -178,20 +177,6 @@ def _check_name(notebook: Path, output: Path) -> None:
         raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
     if output.resolve() == notebook.resolve():
         raise UserError(f"{output}: the output would replace the source notebook: give it another name")
-
-
-def _make_folders(*files: Path) -> None:
-    """Make the folders of what is written when the run is over; none is made where one of them is refused."""
-    for file in files:
-        refuse_address(file)
-        there = next(place for place in file.absolute().parents if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{file}: cannot write into {there}: choose another folder")
-    for file in files:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{file}: cannot make its folder: {error.strerror}") from None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import typer
 from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device, wait_for
-from hybridlab.base.errors import one_line
+from hybridlab.benchmarks import one_line
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.benchmarks.step_profile import GpuWork
 from hybridlab.engine.config import HybridTrainerConfig
@@ -406,7 +406,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
 ) -> None:
     """Time every loop in turns: compiled, in bf16 on a GPU; as it is, in fp32, without one."""
-    with one_line("against_others"):
+    with one_line("against_others", out):
         config = configured(model, batch, vocab_size, data, device)
         measured = measure(config, rounds=rounds, turns=turns, steps=steps, quick=quick)
     for row in measured["loops"]:

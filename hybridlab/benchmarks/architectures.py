@@ -15,7 +15,8 @@ import torch
 import typer
 
 from hybridlab.base.device import find_device
-from hybridlab.base.errors import one_line
+from hybridlab.base.settings import check_choice
+from hybridlab.benchmarks import one_line
 from hybridlab.memory import MemoryConfig, MixedPrecisionConfig
 from hybridlab.memory.precision import autocast
 from hybridlab.models import GPT2, GPT2Config
@@ -93,10 +94,10 @@ def main(
 ) -> None:
     """Plan and train each model for a few steps, in fp32 and in bf16 autocast, each in a process of its own."""
     rows = []
-    with one_line("architectures"):
+    with one_line("architectures", out):
         shape, on = read_batch(batch), find_device(device)
-        for name in models:
-            model = name if name in SIZES else causal_lm(name)
+        check_choice("speed", speed, SPEEDS)
+        for model in [name if name in SIZES else causal_lm(name) for name in models]:
             for precision in PRECISIONS:
                 with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
                     rows.append(fresh.submit(planned_and_measured, model, shape, precision, on, speed).result())

@@ -19,8 +19,9 @@ import torch
 import typer
 
 from hybridlab.base.device import device_name, find_device, refuse_more_than_gpus
-from hybridlab.base.errors import UserError, one_line
+from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import from_each, is_first, running
+from hybridlab.benchmarks import one_line
 from hybridlab.benchmarks.step_overhead import step_overhead
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.models import GPT2Config
@@ -172,7 +173,7 @@ def main(
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
     gather = gather if wrap == "fsdp" else "fp32"
-    with one_line("ranks"):
+    with one_line("ranks", out):
         question = Question(
             model, windows, tokens, precision, compiled, wrap, gather, path_device, device, rounds, turns, steps
         )
@@ -184,8 +185,8 @@ def main(
             return
         numbers, rows = _numbers(counts), []
         for ranks in numbers:
-            question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
             refuse_more_than_gpus("--counts", ranks, device)
+            question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
         for ranks in numbers:
             rows.append(_started(ranks) | planned(question, ranks))
             write_json(out, summary(question, rows))

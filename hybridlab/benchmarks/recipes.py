@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hybridlab.base.settings import check_choice
+from hybridlab.benchmarks import one_line
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.config import CheckpointingConfig, MemoryConfig, MixedPrecisionConfig
 from hybridlab.models import GPT2Config
@@ -178,6 +180,8 @@ def main(
     gpu: str = "rtx5080", out: Annotated[Path | None, typer.Option(help="Where it goes, as JSON.")] = None
 ) -> None:
     """Plan every size, the largest model and one of seven billion parameters; minutes, without a GPU."""
+    with one_line("recipes", out):
+        check_choice("GPU", gpu, GPUS)
     found: dict[str, Any] = {"gpu": asdict(GPUS[gpu]), "spared_bytes": SPARED_BYTES}
     for table, row in tables(GPUS[gpu]):
         found.setdefault(table, []).append(row)

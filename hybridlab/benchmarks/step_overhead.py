@@ -18,7 +18,8 @@ import typer
 from torch import Tensor, nn
 
 from hybridlab.base.device import device_name, find_device
-from hybridlab.base.errors import UserError, one_line
+from hybridlab.base.errors import UserError
+from hybridlab.benchmarks import one_line
 from hybridlab.benchmarks.against_others import Count, configured
 from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.engine.closures import Closure
@@ -144,7 +145,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
 ) -> None:
     """Time the bare loop, the trainer, and the trainer with a recorded path, in turns: compiled, in bf16 on a GPU."""
-    with one_line("step_overhead"):
+    with one_line("step_overhead", out):
         config = configured(model, batch, vocab_size, data, device)
         cost = step_overhead(config, rounds=rounds, turns=turns, steps=steps, parts=parts)
         where = {"device": device_name(find_device(device)), "torch": str(torch.__version__)}

@@ -103,7 +103,7 @@ class DivergenceMonitor:
 
         loss: measured, in nats; gradient_norm: of a gradient step; predicted_loss: of a predicted step
         """
-        if found := _not_finite(loss, gradient_norm):
+        if found := not_finite(loss, gradient_norm):
             return found
         if self.count >= self.warmup:
             found = max(self._divergences(loss, gradient_norm, predicted_loss), key=lambda d: d.action, default=None)
@@ -175,9 +175,11 @@ class DivergenceMonitor:
         vars(self).update(state | {"offsets": deque(state["offsets"], maxlen=WINDOW)})
 
 
-def _not_finite(loss: float, norm: float | None) -> Divergence | None:
+def not_finite(loss: float, norm: float | None) -> Divergence | None:
+    """What is wrong with a loss or a gradient norm that is NaN or infinite; None where neither is."""
     if not math.isfinite(loss):
         return Divergence("not finite", f"the loss is {loss}", Action.ROLL_BACK)
     if norm is not None and not math.isfinite(norm):
-        return Divergence("not finite", f"the gradient norm is {norm}", Action.ROLL_BACK)
+        cause = ", as gradients or their squares are too large for their number format" if norm == math.inf else ""
+        return Divergence("not finite", f"the gradient norm is {norm}{cause}", Action.ROLL_BACK)
     return None

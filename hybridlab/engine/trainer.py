@@ -18,7 +18,7 @@ from hybridlab.base.ranks import Ranks
 from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.depth import Choice, DepthController
-from hybridlab.engine.divergence import Action
+from hybridlab.engine.divergence import Action, not_finite
 from hybridlab.engine.jumps import Decision, JumpController
 from hybridlab.engine.passes import Passes
 from hybridlab.engine.phases import Phase, PhaseInput, first_phase, next_phase
@@ -333,14 +333,18 @@ class HybridTrainer:
         self._weights.reshard_()
 
     def check_finite(self) -> None:
-        """Raise DivergenceError where a weight is NaN or infinite; waits for the device.
+        """Raise DivergenceError where a weight, or what the last gradient step measured, is NaN or infinite; waits for
+        the device.
 
         Call it after the last step: what a step measured is judged at the next one.
         """
-        if not self._weights.are_finite():
+        last = self._delayed_result
+        found = not_finite(last.measured_loss, last.gradient_norm) if last and last.measured_loss is not None else None
+        if found or not self._weights.are_finite():
             raise DivergenceError(
-                f"the weights are not finite after step {self._statistics.nominal_steps}, the last one: lower the "
-                "learning rate, warm up for longer, or look for empty batches and NaN in the data"
+                f"{found.reason if found else 'the weights are not finite'} after step "
+                f"{self._statistics.nominal_steps}, the last one: lower the learning rate, warm up for longer, or look "
+                "for empty batches and NaN in the data"
             )
 
     # --- checkpoints -------------------------------------------------------------------------------------

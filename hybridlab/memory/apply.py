@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import Ranks
 from hybridlab.memory.checkpointing import buckets_of, checkpoint_blocks_, is_checkpointed
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, build_optimizer
@@ -37,9 +38,12 @@ def optimizer_for(model: nn.Module, config: OptimizerConfig, memory: MemoryConfi
 
     Prepare the model and move it to its device first.
 
-    Raises UserError where the method knows no such state, torchao is not installed, or nothing can compile its update.
+    Raises UserError where the method knows no such state, torchao is not installed, nothing can compile its update, or
+    the model is sharded and its weights would have to be whole.
     """
     memory.refuse_optimizer(config)
+    if (ranks := Ranks.of(model)).sharded:
+        ranks.refuse(memory.of_one_process)
     optimizer = _method(model, config, memory)
     if memory.step_in_backward:
         return StepInBackward(optimizer, buckets_of(model), memory.clip_in_backward)

@@ -111,6 +111,8 @@ class Ladder:
                 f"timed_steps is {self.timed_steps}: take a multiple of evaluate_every ({self.vanilla.evaluate_every}) "
                 f"that is at most steps ({self.vanilla.steps})"
             )
+        for name in self.changes:
+            self.stacked(name)  # refuses what is no setting of a run
 
     def stacked(self, name: str) -> RunConfig:
         """The vanilla run with the changes of this rung and of all before it."""

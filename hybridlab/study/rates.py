@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hybridlab.base.errors import UserError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.run import Watch
 from hybridlab.study.study import BASELINE, OnStep, Study, StudyResult, control_name, ignore, run_arms, with_rate
@@ -35,9 +36,14 @@ class RateTrials:
         self.costs[trial.optimizer.lr] = result.cost(trial.name, trial.seed)
 
     @property
+    def trained(self) -> bool:
+        """Whether it did not diverge at every rate."""
+        return any(map(math.isfinite, self.losses.values()))
+
+    @property
     def best(self) -> float:
-        """The rate with the lowest loss."""
-        return min(self.losses, key=lambda rate: self.losses[rate])
+        """The rate with the lowest loss, of equal ones the lowest rate: it says nothing where none trained."""
+        return min(self.losses, key=lambda rate: (not math.isfinite(self.losses[rate]), self.losses[rate], rate))
 
     @property
     def edge(self) -> str:
@@ -47,11 +53,15 @@ class RateTrials:
         return "highest" if self.best == max(self.losses) else ""
 
     def unbracketed(self, arm: str) -> str:
-        """What to do where the best rate of this arm is at an edge, in words; nothing where it is bracketed."""
+        """What to do where the best rate of this arm is at an edge, or none trained; nothing where it is bracketed."""
+        if not self.trained:
+            tried = f"{len(self.losses)} trials, from {min(self.losses):.3g} to {max(self.losses):.3g}"
+            return f"{arm} diverged at every rate ({tried}): begin at a lower one, or mend the run first"
         return f"the best rate of {arm} is the {self.edge} tried, {self.best:.3g}: bracket it" if self.edge else ""
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in sorted(self.losses.items()))
+        ends = {rate: f"{loss:.4f}" if math.isfinite(loss) else "diverged" for rate, loss in self.losses.items()}
+        tried = ", ".join(f"{rate:.3g}: {ends[rate]}" for rate in sorted(ends))
         told = f"the {self.edge} that was tried: a better one may lie beyond" if self.edge else "bracketed"
         return f"best rate {self.best:.3g} ({told}); losses in nats at {tried}"
 
@@ -76,7 +86,7 @@ def bracket_rates(
 
     most: trials of a run, at least 3; steps_before: as in `run_arms`; the rest as in `Study.run`
 
-    Raises ValueError for fewer trials.
+    Raises ValueError for fewer trials, and UserError where a run diverged at every rate: it has no best one.
     """
     if most < 3:
         raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
@@ -95,6 +105,9 @@ def bracket_rates(
         beyond = [min(powers) - 1] * ("lowest" in edges) + [max(powers) + 1] * ("highest" in edges)
         wanted = beyond[: max(0, most - len(powers))]
         powers += wanted
+    for name, ended in trials.items():
+        if not ended.trained:
+            raise UserError(ended.unbracketed(name))
     return trials
 
 

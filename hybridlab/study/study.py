@@ -18,7 +18,7 @@ import pandas as pd
 
 from hybridlab.base.device import check_processes
 from hybridlab.base.lock import locked
-from hybridlab.base.settings import check_bounds, check_types
+from hybridlab.base.settings import check_bounds, check_choice, check_types
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.cluster import train_as_jobs
@@ -50,7 +50,7 @@ class Study:
     control_fractions: lengths, as fractions of the baseline's, of further plain runs for the control curve; above 1
         where an arm may end below the baseline
     rates: (arm, learning rate) of each arm whose rate is not the base's, controls by their names; `bracket_study`
-        finds them
+        finds them. The baseline's own is the base's
     tried: (arm, what its trials leave to do, nothing where its best rate is bracketed) of each arm and control that
         rates were tried of
     seeds: each arm runs once with each of the seeds 0 ... seeds - 1: same data, same first weights
@@ -73,6 +73,10 @@ class Study:
         if twice := [name for name, times in Counter(self.arms()).items() if times > 1]:
             setting, choose = ("hybrids", "name") if twice[0] in self.hybrids else ("control_fractions", "fraction")
             raise ValueError(f"{setting}: a plain arm is called {twice[0]!r} already: choose another {choose}")
+        _check_arms("rates", self.rates, [name for name in self.arms() if name != BASELINE])
+        _check_arms("tried", self.tried, self.arms())
+        for _, rate in self.rates:
+            with_rate(self.base, rate)  # refuses what is no rate
 
     def run(
         self,
@@ -344,6 +348,14 @@ def length_name(fraction: float) -> str:
 def control_name(hybrid: str) -> str:
     """The name of a hybrid's truncated control."""
     return f"{CONTROL} of {hybrid}"
+
+
+def _check_arms(setting: str, given: Iterable[tuple[str, object]], known: Sequence[str]) -> None:
+    """Raise ValueError for the name of no arm, and for one that is given twice."""
+    for name, times in Counter(name for name, _ in given).items():
+        check_choice(f"{setting}: arm", name, known)
+        if times > 1:
+            raise ValueError(f"{setting} has the arm {name!r} twice: leave one of them out")
 
 
 def _steps(configs: Sequence[RunConfig]) -> int:

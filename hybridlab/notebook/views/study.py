@@ -413,8 +413,8 @@ def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
     quantities = (
         Quantity.over_seeds("loss_to_control", change, "nats", 0.0),
         Quantity("seeds", change.seeds),
-        Quantity("best_rate_of_hybrid", hybrid, unit="rate"),
-        Quantity("best_rate_of_control", control, unit="rate"),
+        Quantity("best_rate_of_hybrid", hybrid if hybrids.trained else None, unit="rate"),
+        Quantity("best_rate_of_control", control if controls.trained else None, unit="rate"),
         *(value_quantity(f"step_value_at_{rate:g}", c.step_value) for rate, c in by_rate.items() if c.step_value),
     )
     text = f"predicting pays when hybrid and control each have the best of {len(by_rate)} learning rates"
