@@ -279,6 +279,20 @@ def test_a_finished_run_is_returned_without_training(
     assert len(calls) == STEPS
 
 
+def test_kept_weights_are_those_that_the_last_evaluation_judged(tmp_path: Path) -> None:
+    """Also of a mean; a finished run without them is trained again, once they are asked for."""
+    averaging = OptimizerConfig(betas=(0.0, 0.999), average_decay=0.9)
+    config = replace(PLAIN, steps=6, optimizer=averaging, checkpoint_every=0)
+    train(config, tmp_path)
+    assert not (tmp_path / "weights.pt").exists()
+    run = train(replace(config, keep_weights=True), tmp_path, resume=True)
+    fresh = TASK.build(1, torch.device("cpu"))
+    fresh.model.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    with torch.no_grad():
+        figures = fresh.evaluate(fresh.model.eval())
+    assert figures["validation_loss"] == run.closing_figures["validation_loss"]
+
+
 def test_a_finished_run_of_other_code_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no table holds the figures of two programs."""
     first = train(PLAIN, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from hybridlab.study.record import Run
@@ -23,6 +24,7 @@ RUN = {
     "steps": 36,
     "evaluate_every": 12,
     "checkpoint_every": 10,
+    "keep_weights": True,
     "device": "cpu",
     "task": TASK,
     "hybrid": JUMPING | {"confidence_threshold": 0.0},
@@ -77,6 +79,7 @@ def test_alone_it_leaves_a_record_and_finished_it_stands(alone: Path, capsys: py
 def test_replicated_it_trains_the_same(alone: Path, tmp_path: Path) -> None:
     assert main(["-f", written(tmp_path, RUN | {"tail_average": 0.3}, ranks={"wrap": "ddp"})]) == 0
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
+    torch.testing.assert_close(*(torch.load(folder / "run" / "weights.pt") for folder in (alone, tmp_path)))
 
 
 def test_blocks_that_join_later_train_where_weights_are_gathered_in_bf16(tmp_path: Path) -> None:

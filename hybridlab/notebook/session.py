@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
+from torch import nn
+
 from hybridlab.base.checkpoint import has_checkpoint, remove_checkpoint
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
@@ -116,6 +118,11 @@ class Session:
         done = self.steps_done
         status = "finished" if done == self.config.steps else "stopped"
         return Frame(self._instruments.state(status, done=done, total=self.config.steps, seconds_left=None))
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, with its weights as they are now."""
+        return self._run.model
 
     @property
     def record(self) -> Run:

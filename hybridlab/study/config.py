@@ -36,6 +36,7 @@ class RunConfig:
     tail_decay: of an exponential mean; 0 is the uniform one
     cpu_threads: that torch may use; 0 leaves the choice to it. Small models run best on one
     checkpoint_every: nominal steps between two checkpoints; 0 writes none. No figure depends on it
+    keep_weights: leave the trained weights beside the record, as `weights.pt` for `torch.load`. No figure depends on it
 
     Raises TypeError and ValueError that name the setting and its remedy; a learning rate that would have decayed to its
     end before the run ends is one.
@@ -57,6 +58,7 @@ class RunConfig:
     card_gb: int = 0
     cpu_threads: int = 0
     checkpoint_every: int = 0
+    keep_weights: bool = False
     tail_average: float = 0.0
     tail_decay: float = 0.0
 
@@ -131,7 +133,7 @@ class RunConfig:
         settings = asdict(self) | {"data": self.task.data_record(), "device": device_name(find_device(self.device))}
         settings |= {"schedule": asdict(self.lr_schedule), "emulates_card": self.emulates_card()}
         settings["optimizer"]["weight_decay"] = self.optimizer.decay
-        del settings["checkpoint_every"]
+        del settings["checkpoint_every"], settings["keep_weights"]
         return json.loads(json.dumps(settings, default=str))
 
     def describe_device(self) -> str:

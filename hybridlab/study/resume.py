@@ -27,6 +27,9 @@ CHECKPOINT = "checkpoint.pt"
 
 RANK_CHECKPOINTS = "checkpoints"
 
+WEIGHTS = "weights.pt"
+"""In a finished run's folder, where `RunConfig.keep_weights` asked for them."""
+
 
 class FileCheckpoints:
     """The checkpoints of a run in one process, each in one file, in the place of the one before."""

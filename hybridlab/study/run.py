@@ -12,9 +12,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from torch import nn
+
 from hybridlab.base.checkpoint import random_state, restore_random_state_
 from hybridlab.base.device import find_device, wait_for
 from hybridlab.base.errors import UserError
+from hybridlab.base.files import replaced
 from hybridlab.base.lock import locked
 from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import from_each, from_first, is_first, rank, running
@@ -28,6 +32,7 @@ from hybridlab.study.record import DamagedRecordError, Run
 from hybridlab.study.resume import (
     CHECKPOINT,
     RANK_CHECKPOINTS,
+    WEIGHTS,
     FileCheckpoints,
     can_stand,
     earlier_run,
@@ -86,7 +91,8 @@ def _standing(config: RunConfig, folder: Path, resume: bool) -> Run | None:
     earlier = _readable_run(config, folder) if resume else None
     if not earlier or earlier.summary is not None or other_code(folder):
         remove_checkpoints(folder)
-    return earlier if earlier and can_stand(earlier) else None
+    lacks_weights = config.keep_weights and not (folder / WEIGHTS).exists()
+    return earlier if earlier and can_stand(earlier) and not lacks_weights else None
 
 
 def _readable_run(config: RunConfig, folder: Path) -> Run | None:
@@ -178,8 +184,16 @@ class TrainingRun(WatchedRun):
                     raise
             self._log.catch_up()
             self._check_finite()
+            if self.config.keep_weights:
+                self._keep_weights()
             self._log.finish(self._summary())
         self._checkpoints.remove()
+
+    def _keep_weights(self) -> None:
+        with self._process.applied(), self._training.weights() as weights:
+            if is_first():
+                with replaced(self.folder / WEIGHTS) as beside:
+                    torch.save(weights, beside)
 
     # --- between two steps -------------------------------------------------------------------------------
 
@@ -188,6 +202,12 @@ class TrainingRun(WatchedRun):
         """The base learning rate of the latest step."""
         steps = max(self._trainer.steps_by(self.config.clock) - 1, 0)
         return self.config.optimizer.lr * self.config.lr_schedule(steps)
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, with all of its weights in place."""
+        self._trainer.materialize_()
+        return self._training.task.model
 
     def pause(self) -> None:
         """Stop the clock and the sampling until the next step, and bring what was measured to the disk."""

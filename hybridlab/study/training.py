@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -130,6 +131,17 @@ class Training:
             self.evaluation |= {f"averaged_{name}": value for name, value in averaged.items()}
             self.evaluation["averaged_bytes"] = self._average.nbytes
         return self.evaluation
+
+    @contextmanager
+    def weights(self) -> Iterator[dict[str, Any]]:
+        """Inside, the weights that evaluations judge, as a `state_dict` in host memory; of ranks, the first has it."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        self.trainer.materialize_()
+        with averaged_weights(self._optimizer):
+            yield get_model_state_dict(
+                self.task.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
 
     def _figures(self) -> dict[str, float]:
         precision = autocast(self._config.training_precision, self._device)
