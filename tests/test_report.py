@@ -672,11 +672,12 @@ def test_the_readme_says_first_what_to_run_beside_its_control_and_as_code(
     section = readme_section(Evidence({MAIN: {HYBRID: lost, LADDER: ladder}}))
     assert section.startswith("## What should I run?")
     assert "of 1 setting on a GPU, each against its own truncated control, none was shown" in section
-    assert ("final loss of the plan's FP32 run of 500 steps 47.22 [31.57, open] times as fast" in section) is found
+    assert ("final loss of the plan's FP32 run of 500 steps 47.2 [31.6, open] times as fast" in section) is found
     for code in re.findall("```python\n(.*?)for result in", section, re.DOTALL):
         names: dict[str, Any] = {}
         exec(code, names)
-        assert (names["config"].task.block_size, names["config"].optimizer.lr) == (512, 0.0012)
+        config = names["session"].config
+        assert (config.task.block_size, config.optimizer.lr, config.keep_weights) == (512, 0.0012, True)
     assert ("```python" in section) is found
 
 

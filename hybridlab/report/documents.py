@@ -12,7 +12,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.report.criteria import BASELINE, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
-from hybridlab.report.evidence import Evidence
+from hybridlab.report.evidence import MAIN, Evidence
 from hybridlab.report.gpu_guide import depth_advice, gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
@@ -57,11 +57,13 @@ from hybridlab.notebook import Session
 from hybridlab.optim import OptimizerConfig
 from hybridlab.study import RunConfig, TextTaskConfig
 
-task = TextTaskConfig("{model}", vocab_size={vocab_size}, block_size={block_size}, batch_size={batch_size})
+task = TextTaskConfig("{model}", vocab_size={vocab_size}, block_size={block_size}, batch_size={batch_size})  # data="file:my_text.txt"
 muon, plain = OptimizerConfig.tuned("muon", lr={muon_lr}), HybridTrainerConfig.plain(clip_norm=1.0)
-config = RunConfig("mine", task, 1000, optimizer=muon, hybrid=plain, precision="bf16", compiled=True)
-for result in Session(config, "mine").run():
-    pass"""
+fast = {{"precision": "bf16", "compiled": True, "keep_weights": True}}
+session = Session(RunConfig("mine", task, 1000, optimizer=muon, hybrid=plain, **fast), "mine")
+for result in session.run():
+    pass
+print(session.folder / "weights.pt")  # the trained weights, beside the record"""
 """The stack up to Muon; its passes are CUDA graphs unless `cuda_graphs` is off."""
 
 PREDICTORS = "07_step_value"
@@ -76,7 +78,6 @@ DEPTH_COLUMNS = (
     "depth pays",
     "computation to its loss",
     "what to run",
-    "profile",
 )
 """Of the advice on depth, what the README shows."""
 
@@ -142,9 +143,14 @@ def readme_section(evidence: Evidence) -> str:
         least=LEAST,
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
         scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
-        depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in depth_advice(evidence)],
+        depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in _on_gpus(depth_advice(evidence))],
         devices=devices(evidence),
     )
+
+
+def _on_gpus(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the profiles that ran on a GPU; all, where none did."""
+    return [row for row in rows if row["profile"].startswith(MAIN)] or rows
 
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
@@ -156,6 +162,7 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
     if not is_fast or times == "open" or not {"bf16", "compiled", "CUDA graph"} <= rungs.keys():
         return None
     code = FASTEST.format(**parameters)
+    times = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.3g}", times)
     return parameters | {"times": times, "link": notebook_link(LADDER, docs=""), "code": Markdown(code)}
 
 
