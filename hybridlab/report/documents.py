@@ -57,7 +57,8 @@ from hybridlab.notebook import Session
 from hybridlab.optim import OptimizerConfig
 from hybridlab.study import RunConfig, TextTaskConfig
 
-task = TextTaskConfig("{model}", vocab_size={vocab_size}, block_size={block_size}, batch_size={batch_size})  # data="file:my_text.txt"
+text = "python"  # the Python sources of this machine; yours: "file:my_text.txt"
+task = TextTaskConfig("{model}", text, vocab_size={vocab_size}, block_size={block_size}, batch_size={batch_size})
 muon, plain = OptimizerConfig.tuned("muon", lr={muon_lr}), HybridTrainerConfig.plain(clip_norm=1.0)
 fast = {{"precision": "bf16", "compiled": True, "keep_weights": True}}
 session = Session(RunConfig("mine", task, 1000, optimizer=muon, hybrid=plain, **fast), "mine")
