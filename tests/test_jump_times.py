@@ -102,7 +102,8 @@ def test_the_way_there_and_back_is_held_against_a_gradient_step(
         Quantity("jumps", len(beyond_ms)),
         Quantity("limit", GRADIENT_MS, unit="ms"),
     )
-    assert [q.name for q in claim.quantities[3:]] == ["whole_jump", "of_that_proposing", "gradient_step"]
+    names = ["whole_jump", "of_that_proposing", "gradient_step", "drift_between_runs"]
+    assert [q.name for q in claim.quantities[3:]] == names
     assert (claim.value("of_that_proposing"), claim.value("gradient_step")) == (1.0, GRADIENT_MS)
     assert "a jump of 20" in claim.text
 
@@ -114,6 +115,13 @@ def test_a_return_beside_predicted_steps_is_held_against_one_after_them(sign: in
     assert (claim.verdict, claim.value("beyond"), claim.value("limit")) == (verdict, sign * 6, 0.0)
     (claim,) = lookahead_claims({"ahead": further(-5, 6, -7, 8, -9, 4, 3), "late": late}, "ahead", "late")
     assert claim.verdict == "open"
+
+
+def test_what_two_runs_ordinary_steps_differ_by_decides_nothing_about_their_jumps() -> None:
+    ahead, late = further(-5, -6, -7, -8, -9, -4, -3), phase(100, *LATER)
+    late = replace(late, gradient_step_ms=1.05 * GRADIENT_MS)
+    (claim,) = lookahead_claims({"ahead": ahead, "late": late}, "ahead", "late")
+    assert (claim.verdict, claim.value("drift_between_runs")) == ("open", pytest.approx(300 * 0.05 / 1.05, rel=0.05))
 
 
 @pytest.mark.parametrize("unmeasured", [phase(1.0, 1.0, held_bytes=None), phase(1.0)])

@@ -167,7 +167,15 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
                 *(Claims(notebook, "quality", below=TWO_PERCENT) for notebook in (MEMORY, MEDIUM, XL)),
             ),
         ),
-        Criterion("Training stable, zero divergences", (of_presets("stable"), Claims(XL, "stable-1000-steps"))),
+        Criterion(
+            "Training stable, zero divergences",
+            (
+                Claims(MNIST, "stable"),
+                of_presets("stable"),
+                of_presets("stable", ", unguarded"),
+                Claims(XL, "stable-1000-steps"),
+            ),
+        ),
         Criterion("VRAM savings within ±10 % of the plan's estimates", (Savings(("small", "medium", "xl")),)),
     ),
     OVERALL[1]: (

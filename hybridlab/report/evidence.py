@@ -14,7 +14,8 @@ from typing import Any, Self, TypeVar
 import scipy
 
 from hybridlab.notebook.views.depth import GROWN
-from hybridlab.results.claims import Claim, Quantity, Verdict, too_little
+from hybridlab.notebook.views.memory import DRIFT, agreement_claims
+from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, holds_below, too_little
 from hybridlab.results.reading import load_results
 from hybridlab.study.base import Base
 from hybridlab.study.comparison import SIGNIFICANCE
@@ -167,20 +168,24 @@ def _claims(profile: str, notebook: str, entry: Entry) -> list[Published]:
 
 C = TypeVar("C", bound=Claim)
 
-ON_LOSSES = ("pays", "quality", "speed", "speedup")
+ON_LOSSES = ("pays", "quality", "speed", "speedup", "lr-is-tuned", "beta1-is-tuned", "beats-vanilla")
 """The kinds of claims that rest on losses."""
+
+AGREEMENT = "tf32-stands-for-fp32"
+"""The kind of a claim that is judged anew, from the losses that it holds."""
 
 
 def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
-    """The claims of one notebook; those on losses are open where too little was trained.
+    """The claims of one notebook; those on losses are open where too little was trained, and one ratio of times is.
 
     parameters: the notebook's own. A claim that several arms are corrected for keeps its verdict; an older one, without
     a p-value, gets it from its interval and those of the notebook's other arms, and loses its step value, which
     depended on the other arms' controls. An arm that grew was judged when it was published, by its study's own base.
     """
+    claims = _with_drift([_from_its_losses(c) if c.kind == AGREEMENT else _by_one_ratio(c) for c in claims])
     base, older = base_asked_for(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
-    corrected = [_corrected(claim, p_values[claim.id], len(older)) if claim in older else claim for claim in claims]
+    corrected = [_corrected(c, p_values[c.id], len(older), base.seeds) if c in older else c for c in claims]
     grown = {claim.arm for claim in claims if claim.quantity("cost_in_full_steps")}
     idle = {claim.arm for claim in claims if claim.kind == "pays" and not _predicted(claim)}
     kept = [claim.kind not in ON_LOSSES or claim.arm in grown for claim in corrected]
@@ -215,12 +220,48 @@ def _p_value(claim: Claim, seeds: int) -> float:
     return float(2 * scipy.stats.t.sf(t, seeds - 1))
 
 
-def _corrected(claim: C, p_value: float, tested: int) -> C:
+def _corrected(claim: C, p_value: float, tested: int, seeds: int) -> C:
+    """An older claim's "seeds" are those of its step value, which it loses; its loss is over all."""
     better = (claim.value("loss_to_control") or 0.0) < 0
     decided: Verdict = "holds" if better else "fails"
-    kept = [quantity for quantity in claim.quantities if quantity.name != "step_value"]
+    kept = [
+        replace(quantity, value=seeds) if quantity.name == "seeds" else quantity
+        for quantity in claim.quantities
+        if quantity.name != "step_value"
+    ]
     more = (Quantity("p_value", p_value, unit="probability"), Quantity("arms_corrected_for", tested))
     return replace(claim, verdict=decided if p_value < SIGNIFICANCE else "open", quantities=(*kept, *more))
+
+
+def _from_its_losses(claim: C) -> C:
+    """How far two number formats agree, by the whole interval over seeds."""
+    losses = {quantity.name: quantity.value for quantity in claim.quantities if quantity.value is not None}
+    (now,) = agreement_claims(losses)
+    return replace(claim, text=now.text, verdict=now.verdict, quantities=now.quantities)
+
+
+def _with_drift(claims: list[C]) -> list[C]:
+    """Older claims that compare the jumps of two runs: open where as much may be by how the runs' own steps differ."""
+    steps = [step for claim in claims if (step := claim.value("gradient_step"))]
+    return [_drifted(claim, max(steps) / min(steps) - 1) if claim.value("gradient_step") else claim for claim in claims]
+
+
+def _drifted(claim: C, share: float) -> C:
+    beyond, drift = claim.deciding, share * (claim.value("whole_jump") or math.inf)
+    if beyond is None or claim.quantity(DRIFT):
+        return claim
+    low, high = beyond.ends
+    is_decided = claim.verdict == holds_below(low - drift, high + drift, beyond.bound or 0.0)
+    return claim if is_decided else replace(claim, verdict="open")
+
+
+def _by_one_ratio(claim: C) -> C:
+    """A claim on times that rests on one ratio, without an interval, decides nothing."""
+    ratio = claim.deciding
+    is_one = ratio is not None and ratio.unit == "time ratio" and ratio.low is ratio.high is None
+    if claim.kind in ON_LOSSES or not is_one:
+        return claim
+    return replace(claim, text=f"{claim.text} ({TOO_LITTLE}: one ratio, without an interval)", verdict="open")
 
 
 def _judged(claim: C, base: Base, idle: bool) -> C:

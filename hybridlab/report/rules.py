@@ -169,7 +169,7 @@ class Claims:
         quantity = next((q for q in claim.quantities if q.unit == self.of), None)
         if quantity is None or quantity.value is None:
             return "not measured"
-        low, high = (quantity.value if end is None else end for end in (quantity.low, quantity.high))
+        low, high = quantity.ends
         if claim.verdict == "fails" or low >= self.below:
             return "fails"
         return claim.verdict if high < self.below else "open"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -54,6 +55,13 @@ class Quantity:
     def over_seeds(cls, name: str, interval: Interval, unit: Unit, bound: float | None = None) -> Self:
         """A mean over seeds; low and high of one seed are its value."""
         return cls(name, interval.mean, *interval.ends, unit, interval.values, bound)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(low, high), an open one infinite; of a value without an interval, itself twice."""
+        if self.low is None and self.high is None and self.value is not None:
+            return self.value, self.value
+        return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
 
     @property
     def is_volatile(self) -> bool:
@@ -148,6 +156,13 @@ def holds_below(low: float, high: float, bound: float) -> Verdict:
     if high < bound:
         return "holds"
     return "fails" if low > bound else "open"
+
+
+def holds_within(low: float, high: float, bound: float) -> Verdict:
+    """Whether an interval lies wholly within plus and minus a bound, wholly outside, or reaches across one."""
+    if max(abs(low), abs(high)) < bound:
+        return "holds"
+    return "fails" if low > bound or high < -bound else "open"
 
 
 def on_losses(kind: str, arm: str, text: str, verdict: Verdict, quantities: Iterable[Quantity], base: Base) -> Claim:

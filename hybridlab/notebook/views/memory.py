@@ -12,7 +12,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.footprint import Footprint, PredictPhase
 from hybridlab.charts.tables import Table, table
 from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
-from hybridlab.results.claims import Claim, Quantity, Unit, Verdict, holds_below, holds_if, on_losses
+from hybridlab.results.claims import Claim, Quantity, holds_below, holds_if, holds_within, on_losses
 from hybridlab.study.base import Base
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
@@ -33,6 +33,12 @@ PREDICT_BYTES = 3.7e9
 
 MAY_GROW_BYTES = 50e6
 """Below this, two moments of a run take the same memory."""
+
+DRIFT = "drift_between_runs"
+"""What the ordinary steps of two runs differ by, over a jump."""
+
+STRICT, TF32 = "strict", "tf32"
+"""How the names of losses begin in which FP32 without and with TF32 are held against each other."""
 
 STABLE_STEPS = 1000
 """Nominal steps that the plan wants without a divergence."""
@@ -260,46 +266,44 @@ def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...
 def format_agreement(result: StudyResult, strict: str, tf32: str, at_step: int) -> dict[str, float]:
     """Validation losses of strict FP32 and of TF32 on the same held-out batches, after as many steps, in nats.
 
-        difference = |strict - tf32 of the same seed|        spread = max - min over the seeds of TF32
-
-    strict, tf32: the arms; of the first, seed 0 is looked at, of the second all seeds; at_step: nominal
+    strict, tf32: the arms, of which the seeds that both ran with are looked at; at_step: nominal
 
     Returns nothing where one of them has not run. Raises UserError for a run that was not evaluated there.
     """
-    if not {(strict, 0), (tf32, 0)} <= result.runs.keys():
-        return {}
-    exact = result.runs[strict, 0].validation_loss(at_step)
-    losses = {seed: run.validation_loss(at_step) for (arm, seed), run in result.runs.items() if arm == tf32}
-    return {
-        "after_steps": at_step,
-        "strict_seed_0_loss": round(exact, 6),
-        **{f"tf32_seed_{seed}_loss": round(loss, 6) for seed, loss in losses.items()},
-        "difference_in_loss": round(abs(exact - losses[0]), 6),
-        "spread_of_seeds_in_loss": round(max(losses.values()) - min(losses.values()), 6),
+    both = [seed for arm, seed in result.runs if arm == tf32 and (strict, seed) in result.runs]
+    losses = {
+        f"{name}_seed_{seed}_loss": round(result.runs[arm, seed].validation_loss(at_step), 6)
+        for seed in both
+        for name, arm in ((STRICT, strict), (TF32, tf32))
     }
+    return {"after_steps": at_step} | losses if both else {}
 
 
 def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
     """That TF32 gives FP32's loss, within the perplexity that a verdict allows; nothing where one of them has not run.
 
-    Open where they differ by more, but by no more than TF32's own seeds, or where one seed ran.
+    Paired by seed: the whole interval must lie within the bound, above and below. One seed has none.
     """
-    if not agreement:
+    strict, tf32 = (
+        {name.removeprefix(arm): loss for name, loss in agreement.items() if name.startswith(f"{arm}_seed")}
+        for arm in (STRICT, TF32)
+    )
+    if not strict.keys() & tf32.keys():
         return []
-    bound, spread = QUALITY_TOLERANCE_NATS, agreement["spread_of_seeds_in_loss"]
+    change = Interval.of([tf32[seed] - strict[seed] for seed in strict if seed in tf32])
     text = (
         f"TF32 stands for FP32: after {agreement['after_steps']:.0f} steps their validation losses differ by less than "
         "2 % of the perplexity"
     )
-    difference = agreement["difference_in_loss"]
-    is_beyond_noise = spread and difference > spread
-    units: dict[str, Unit] = {"after_steps": "steps"}
-    bounds = {"difference_in_loss": bound}
-    quantities = [
-        Quantity(k, number, unit=units.get(k, "nats"), bound=bounds.get(k)) for k, number in agreement.items()
-    ]
-    outcome: Verdict = "holds" if difference < bound else "fails" if is_beyond_noise else "open"
-    return [Claim("tf32-stands-for-fp32", text, outcome, tuple(quantities))]
+    quantities = (
+        Quantity.over_seeds("difference_in_loss", change, "nats", QUALITY_TOLERANCE_NATS),
+        Quantity("seeds", change.seeds),
+        Quantity("after_steps", agreement["after_steps"], unit="steps"),
+        *(Quantity(f"{STRICT}{seed}", loss, unit="nats") for seed, loss in strict.items()),
+        *(Quantity(f"{TF32}{seed}", loss, unit="nats") for seed, loss in tf32.items()),
+    )
+    verdict = holds_within(change.low, change.high, QUALITY_TOLERANCE_NATS)
+    return [Claim("tf32-stands-for-fp32", text, verdict, quantities)]
 
 
 def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
@@ -352,12 +356,14 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
     """That offloading for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
-    limit_ms = phases[control].gradient_step_ms if control in phases else 0.0
-    text = "leaving the GPU and returning adds less than a gradient step to a jump of"
+    text, other = "leaving the GPU and returning adds less than a gradient step to a jump of", phases.get(control)
+    if other is None:
+        return []
+    limit_ms = other.gradient_step_ms
     return [
-        _claim("transition", name, f"{text} {phase.typical_ms('steps'):.0f}", beyond, limit_ms, phase)
+        _claim("transition", name, f"{text} {phase.typical_ms('steps'):.0f}", beyond, limit_ms, phase, other)
         for name, phase in phases.items()
-        if name != control and (beyond := _measured(phase, phases[control]))
+        if name != control and (beyond := _measured(phase, other))
     ]
 
 
@@ -366,16 +372,22 @@ def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) 
     if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
         return []
     text = "a jump takes less time when the state returns beside its last predicted steps than after them"
-    return [_claim("lookahead", ahead, text, beyond, 0.0, phases[ahead])]
+    return [_claim("lookahead", ahead, text, beyond, 0.0, phases[ahead], phases[late])]
 
 
 def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
     return [] if phase.reserved_bytes is None else phase.beyond_ms(control)
 
 
-def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float, phase: PredictPhase) -> Claim:
-    """Jumps of the same number are compared; the median decides, with its 95 % interval. Beside it, a jump's cost."""
+def _claim(
+    kind: str, arm: str, text: str, beyond: list[float], limit_ms: float, phase: PredictPhase, other: PredictPhase
+) -> Claim:
+    """Jumps of the same number are compared; the median decides, with its 95 % interval. Beside it, a jump's cost.
+
+    The two runs took no turns: what their ordinary steps differ by, over a jump, is added at both ends.
+    """
     low, high = median_ends(beyond)
+    drift = abs(phase.gradient_step_ms / other.gradient_step_ms - 1) * phase.typical_ms()
     beyond_ms = Quantity("beyond", median(beyond), unit="ms", per_seed=tuple(beyond), bound=limit_ms)
     if math.isfinite(low):
         beyond_ms = replace(beyond_ms, low=low, high=high)
@@ -386,8 +398,9 @@ def _claim(kind: str, arm: str, text: str, beyond: list[float], limit_ms: float,
         Quantity("whole_jump", phase.typical_ms(), unit="ms"),
         Quantity("of_that_proposing", phase.typical_ms("proposing"), unit="ms"),
         Quantity("gradient_step", phase.gradient_step_ms, unit="ms"),
+        Quantity(DRIFT, drift, unit="ms"),
     )
-    return Claim(kind, f"{arm}: {text}", holds_below(low, high, limit_ms), quantities, arm)
+    return Claim(kind, f"{arm}: {text}", holds_below(low - drift, high + drift, limit_ms), quantities, arm)
 
 
 def _beyond_ms(phase: PredictPhase, control: PredictPhase) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +20,8 @@ from hybridlab.charts.tables import Table, table
 from hybridlab.engine.gate import RELIABILITY_BINS
 from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
 from hybridlab.results.claims import Claim, Quantity, Unit, Verdict, holds_below, holds_if, on_losses
-from hybridlab.study.comparison import Comparison
+from hybridlab.study.base import Base
+from hybridlab.study.comparison import Comparison, base_of
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
@@ -302,30 +304,35 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     falls = holds_if(max(losses[BASELINE].values()) < first)
     held = (Quantity("first_loss", first, unit="nats"), replace(final[0], bound=first), *final[1:])
     claims = [Claim("converges", "the validation loss falls", falls, held)]
+    below = partial(_below, losses=losses, final=final, base=base_of(result))
     for setting, text in (("lr", "learning rate"), ("beta1", "beta1")):
         if neighbours := [name for name in losses if name.startswith(f"{setting} ")]:
-            claims.append(
-                _below(f"{setting}-is-tuned", f"no neighbouring {text} ends lower", losses, neighbours, final)
-            )
+            claims.append(below(f"{setting}-is-tuned", f"no neighbouring {text} ends lower", neighbours))
     if "vanilla" in losses:
         text = "the tuned baseline beats the plan's vanilla setting"
-        claims.append(_below("beats-vanilla", text, losses, ["vanilla"], final))
+        claims.append(below("beats-vanilla", text, ["vanilla"]))
     return claims
 
 
 def _below(
-    kind: str, text: str, losses: Mapping[str, Mapping[int, float]], others: Sequence[str], final: Sequence[Quantity]
+    kind: str,
+    text: str,
+    others: Sequence[str],
+    losses: Mapping[str, Mapping[int, float]],
+    final: Sequence[Quantity],
+    base: Base,
 ) -> Claim:
     """That the baseline ends below each of some arms, paired by the seeds that both have.
 
-    losses: arm -> seed -> nats; final: the mean losses, to show beside the differences
+    losses: arm -> seed -> nats; final: the mean losses, to show beside the differences; base: of the baseline
     """
     mine = losses[BASELINE]
     changes = {arm: Interval.of([mine[seed] - loss for seed, loss in losses[arm].items()]) for arm in others}
     verdicts = {holds_below(*change.ends, 0.0) for change in changes.values()}
     worst = next(verdict for verdict in ("fails", "open", "holds") if verdict in verdicts)
     held = [Quantity.over_seeds(f"loss_beside_{a.replace(' ', '_')}", c, "nats", 0.0) for a, c in changes.items()]
-    return Claim(kind, text, worst, (*held, *final))
+    seeds = min(change.seeds for change in changes.values())
+    return on_losses(kind, "", text, worst, (*held, *final), replace(base, seeds=seeds))
 
 
 def overhead_table(overhead: StepOverhead) -> Table:

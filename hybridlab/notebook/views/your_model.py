@@ -57,9 +57,8 @@ def fits_claim(config: RunConfig, card: str) -> Claim:
     """Whether the run as it is fits that GPU, by the plan."""
     plan, (gpu_bytes, _) = plan_of(config), find_gpu(card)
     quantities = (Quantity("peak_on_gpu", plan.peak_on_gpu_bytes, unit="bytes"),)
-    return Claim(
-        "fits", f"the training fits a GPU of {gpu_bytes / 1e9:g} GB", holds_if(plan.fits(gpu_bytes)), quantities
-    )
+    text = f"by the plan, the training fits a GPU of {gpu_bytes / 1e9:g} GB"
+    return Claim("fits", text, holds_if(plan.fits(gpu_bytes)), quantities)
 
 
 def best_arm(comparisons: Iterable[Comparison]) -> str | None:
