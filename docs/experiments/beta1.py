@@ -1,7 +1,7 @@
 """AdamW's beta1, each value at its own bracketed rate, with few and with many tokens per step.
 
 python docs/experiments/beta1.py trains all runs on a CPU (twenty minutes on a core), writes every loss beside this
-file, and prints the tables of docs/experiments.md. With the argument gpu it trains GPT-2 Small for 1,000 steps on a GPU.
+file, and prints the tables of docs/experiments.md. The argument gpu: GPT-2 Small for 1,000 steps, on a GPU.
 """
 
 from __future__ import annotations
