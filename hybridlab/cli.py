@@ -246,7 +246,14 @@ def rates(
     batch: Annotated[str, typer.Option(metavar="WINDOWSxTOKENS", help="Of the run that you plan.")] = "8x64",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
     lr: Annotated[float | None, typer.Option(help="Where to begin; by default the method's best known rate.")] = None,
+    momentum: Annotated[
+        list[float] | None,
+        typer.Option(help="Beta1 of adamw and adam, else the momentum; each one is bracketed."),
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "fp32",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Through torch.compile; on a GPU as CUDA graphs.")
+    ] = False,
     most: Annotated[int, typer.Option(min=3, help="Trials at most.")] = 7,
     folder: Annotated[Path, typer.Option(help="Where the trials are recorded.")] = Path("runs/rates"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the trials that have finished.")] = False,
@@ -261,8 +268,12 @@ def rates(
     vocab_size = GPT2Config.named(model).vocab_size
     task = TextTaskConfig(model, data, vocab_size=vocab_size, block_size=tokens, batch_size=windows)
     method = OptimizerConfig.tuned(optimizer, **({} if lr is None else {"lr": lr}))
-    run = RunConfig(f"{model}, {optimizer}", task, steps, optimizer=method, precision=precision)
-    print(bracket_rates([run], folder, most=most, resume=resume)[run.name])
+    name = f"{model}, {optimizer}"
+    methods = {f"{name}, momentum {it:g}": method.with_momentum(it) for it in momentum or ()} or {name: method}
+    run = RunConfig(name, task, steps, precision=precision, compiled=compiled)
+    runs = [replace(run, name=name, optimizer=method) for name, method in methods.items()]
+    trials = bracket_rates(runs, folder, most=most, resume=resume)
+    print("\n".join(f"{name}: {trial}" for name, trial in trials.items()))
 
 
 @app.command()

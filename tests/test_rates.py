@@ -112,7 +112,20 @@ def test_where_every_rate_diverges_none_is_best(
 def test_the_command_brackets_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model=nano", "--data=markov", "--steps=2", "--batch=2x16", "--optimizer=muon", "--most=3"]
     assert main(["rates", *options, "--folder", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("best rate 0.00")
+    assert capsys.readouterr().out.startswith("nano, muon: best rate 0.00")
+
+
+def test_the_command_brackets_the_rate_of_each_momentum(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, {"nano, adamw, momentum 0.5": 1e-3, "nano, adamw, momentum 0.9": 2e-3})
+    options = ["--model=nano", "--lr=1e-3", "--momentum=0.5", "--momentum=0.9", "--folder", str(tmp_path)]
+    assert main(["rates", *options]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("nano, adamw, momentum 0.5: best rate 0.001 (bracketed)")
+    assert second.startswith("nano, adamw, momentum 0.9: best rate 0.002 (bracketed)")
+    assert OptimizerConfig("adam").with_momentum(0.5).betas == (0.5, 0.999)
+    assert OptimizerConfig("muon").with_momentum(0.5).momentum == 0.5
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])

@@ -95,6 +95,11 @@ class OptimizerConfig:
         """The plan's own baseline: Adam at 6e-4 without decay (its schedule is constant)."""
         return replace(cls(name="adam", lr=6e-4, weight_decay=0.0), **changes)
 
+    def with_momentum(self, momentum: float) -> OptimizerConfig:
+        """The same with another beta1 of adamw and adam, or another `momentum` of muon and sgd."""
+        changed = {"betas": (momentum, self.betas[1])} if self.name.startswith("adam") else {"momentum": momentum}
+        return replace(self, **changed)
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer that config names, over the model's trainable parameters.
