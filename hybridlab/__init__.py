@@ -11,6 +11,5 @@ if TYPE_CHECKING:
     from hybridlab.engine.result import StepResult
     from hybridlab.engine.trainer import HybridTrainer
 
-__all__ = ["DepthSchedule", "HybridTrainer", "HybridTrainerConfig", "Phase", "StepResult"]
 __version__ = "0.1.0"
-__getattr__, __dir__ = lazy_exports(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -42,10 +42,9 @@ from hybridlab.optim import Schedule
 from hybridlab.planner import plan
 from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, TextTaskConfig, planning, train
-from hybridlab.study.base import Base
 from hybridlab.study.planning import plan_of, room_for
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.study import StudyResult, run_arms
 from tests.notebook_maker import project
 

@@ -31,10 +31,9 @@ from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
 from hybridlab.study import config as run_config
-from hybridlab.study.base import Base
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.study import folder_name, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
 from hybridlab.study.training import Training

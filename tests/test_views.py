@@ -27,9 +27,8 @@ from hybridlab.notebook import (
     time_table,
 )
 from hybridlab.study import Comparison, StudyResult
-from hybridlab.study.base import Base
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.step_value import StepValue
 
 ENOUGH = Base(steps=200, seeds=3, tokens=100_000, fall_nats=1.0)

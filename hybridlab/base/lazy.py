@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 
-def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__` (PEP 562), made from the imports that its file has for type checkers.
+def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """A package's `__getattr__`, `__dir__` (PEP 562) and `__all__`, from its file's imports for type checkers.
 
         if TYPE_CHECKING:
             from hybridlab.study.run import train
-        __getattr__, __dir__ = lazy_exports(__name__, __file__)
+        __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 
     Raises AttributeError, as a module does, for a name that is not among them.
     """
@@ -32,7 +32,7 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
             return getattr(import_module(homes[name]), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return get, lambda: sorted(homes)
+    return get, lambda: sorted(homes), sorted(homes)
 
 
 @contextmanager

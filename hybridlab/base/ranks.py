@@ -73,7 +73,8 @@ class Ranks:
         """Whether something is so on every rank."""
         if self.count == 1:
             return here
-        agreed = torch.tensor(int(here), device=_device_of_group())
+        on_cpu = "cpu:" in distributed.get_backend_config()
+        agreed = torch.tensor(int(here), device="cpu" if on_cpu else torch.cuda.current_device())
         distributed.all_reduce(agreed, distributed.ReduceOp.MIN)
         return bool(agreed)
 
@@ -288,8 +289,3 @@ def _sharded_module() -> type:
     from torch.distributed.fsdp import FSDPModule
 
     return FSDPModule
-
-
-def _device_of_group() -> torch.device:
-    on_cpu = "cpu:" in distributed.get_backend_config()
-    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

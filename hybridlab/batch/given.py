@@ -107,7 +107,8 @@ def values_in_file(path: Path) -> list[Given]:
     """
     text = _text_of(path)
     try:
-        if any(_stands_for_others(event) for event in yaml.parse(text, yaml.SafeLoader)):
+        events = yaml.parse(text, yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) or getattr(event, "value", "") == "<<" for event in events):
             raise UserError(f"{path}: aliases and merges (*name, <<) are not read: write the values themselves")
         root, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -157,10 +158,6 @@ def _given_twice(node: yaml.Node) -> Iterator[str]:
         yield from (name for name in names if names.count(name) > 1)
     for inner in inside:
         yield from _given_twice(inner)
-
-
-def _stands_for_others(event: yaml.Event) -> bool:
-    return isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.ScalarEvent) and event.value == "<<")
 
 
 def _text_of(path: Path) -> str:

@@ -17,13 +17,12 @@ from hybridlab.memory import MemoryConfig, MixedPrecisionConfig, PredictAwareMem
 from hybridlab.memory.config import CLIP_NORM
 from hybridlab.planner.gpu_specs import GPUS, step_time_ms
 from hybridlab.planner.plan import Plan
-from hybridlab.study.base import Base
 from hybridlab.study.comparison import base_of
 from hybridlab.study.config import RunConfig
 from hybridlab.study.memory_log import gpu_busy_percent
 from hybridlab.study.planning import plan_of
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.study import StudyResult
 
 

@@ -37,7 +37,8 @@ def seconds_in_turns(
     for number in range((SETTLING_ROUNDS + rounds) * turns):
         for name in _order(list(loops), number):
             seconds[name].append(_timed(loops[name], device))
-    return {name: _sums(times, turns)[SETTLING_ROUNDS:] for name, times in seconds.items()}
+    starts = range(SETTLING_ROUNDS * turns, (SETTLING_ROUNDS + rounds) * turns, turns)
+    return {name: [sum(times[start : start + turns]) for start in starts] for name, times in seconds.items()}
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,6 @@ def _order(names: list[str], number: int) -> list[str]:
     """Who follows whom the `number`-th time."""
     first = number // 2 % len(names)
     return (names[first:] + names[:first])[:: -1 if number % 2 else 1]
-
-
-def _sums(seconds: list[float], turns: int) -> list[float]:
-    return [sum(seconds[start : start + turns]) for start in range(0, len(seconds), turns)]
 
 
 def _timed(turn: Callable[[], object], device: torch.device) -> float:

@@ -62,7 +62,8 @@ def picture_of(title: str | None, charts: tuple[ChartData, ...], columns: int) -
         for i, chart in enumerate(charts):
             axes = figure.add_subplot(rows, columns, i + 1)
             handles |= _chart(axes, chart, styles, columns)
-        _title(figure, title)
+        if title is not None:
+            figure.suptitle("\n".join(look.lines_of(title)), x=0.01, ha="left", fontsize=12)
         if labelled := {} if title else look.end_labels(charts[0]):
             _label(figure.axes[0], charts[0], styles, labelled)
             handles = {key: handle for key, handle in handles.items() if key[0] == "band"}
@@ -93,9 +94,8 @@ def _label(axes: Axes, chart: ChartData, styles: dict[str, Look], places: dict[s
 
 def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
     named_lines = bool(chart.names and chart.lines)  # whose labels stand between title and axes
-    axes.set_title(
-        "\n".join(look.lines_of(chart.title, columns)), pad=20 if named_lines else 8, fontsize=_size(columns)
-    )
+    title, size = "\n".join(look.lines_of(chart.title, columns)), 12 if columns == 1 else 10.5
+    axes.set_title(title, pad=20 if named_lines else 8, fontsize=size)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.set_xlim(*chart.x_limits())
@@ -104,10 +104,6 @@ def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
     if chart.names:
         axes.set_yticks(range(len(chart.names)), chart.names)
         axes.tick_params(axis="y", length=0)
-
-
-def _size(columns: int) -> float:
-    return 12 if columns == 1 else 10.5
 
 
 def _bands(axes: Axes, chart: ChartData, columns: int) -> Handles:
@@ -181,12 +177,6 @@ def _points(style: Look, count: int) -> dict[str, Any]:
     face = "none" if style.hollow else style.color
     shape = {"marker": MARKERS[style.marker], "markersize": look.marker_size(count), "markerfacecolor": face}
     return shape | {"markeredgecolor": style.color, "color": style.color, "linestyle": "none"}
-
-
-def _title(figure: Figure, title: str | None) -> None:
-    if title is not None:
-        text = "\n".join(look.lines_of(title))
-        figure.suptitle(text, x=0.01, ha="left", fontsize=12)
 
 
 def _legend(figure: Figure, handles: Handles, *, below: bool, least: int) -> None:

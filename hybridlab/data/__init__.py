@@ -4,14 +4,3 @@ from hybridlab.data.image_batches import ImageBatches, ImageData, images_in_orde
 from hybridlab.data.images import load_images
 from hybridlab.data.text import load_text
 from hybridlab.data.token_batches import TextData, TokenBatches, evenly_spaced
-
-__all__ = [
-    "ImageBatches",
-    "ImageData",
-    "TextData",
-    "TokenBatches",
-    "evenly_spaced",
-    "images_in_order",
-    "load_images",
-    "load_text",
-]

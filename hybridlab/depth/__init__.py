@@ -2,5 +2,3 @@
 
 from hybridlab.depth.schedule import BEST, RULES, DepthSchedule
 from hybridlab.depth.stack import BlockStack
-
-__all__ = ["BEST", "RULES", "BlockStack", "DepthSchedule"]

@@ -166,8 +166,6 @@ def output_projections(block: nn.Module, outputs: Sequence[str] = ()) -> list[Te
 def _copies_of_state(optimizer: Optimizer, block: nn.Module) -> list[dict[str, Any]]:
     """By parameter; empty of one that has none."""
     states = (optimizer.state.get(param, {}) for param in block.parameters())
-    return [{key: _copy(value) for key, value in state.items()} for state in states]
-
-
-def _copy(value: Any) -> Any:
-    return inside(value, Tensor.clone) if isinstance(value, Tensor) else value
+    return [
+        {key: inside(v, Tensor.clone) if isinstance(v, Tensor) else v for key, v in state.items()} for state in states
+    ]

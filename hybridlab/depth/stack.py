@@ -34,7 +34,8 @@ class BlockStack:
         self.name, stack = _named(model, name) if name else _found(model)
         self.blocks: list[nn.Module] = list(stack)
         self.active: tuple[int, ...] = tuple(range(len(self.blocks)))
-        _refuse_unequal(self.name, self.blocks)
+        if said := _difference(self.blocks):
+            raise UserError(f"the blocks of {self.name} {said}: a depth schedule copies weights from block to block")
         self._bypasses: dict[int, partial[Any]] = {}
         self._kind = _Kind(copies=any(is_sharded(p) for p in self.blocks[0].parameters()))
 
@@ -156,11 +157,6 @@ def _found(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-
-
-def _refuse_unequal(name: str, blocks: Sequence[nn.Module]) -> None:
-    if said := _difference(blocks):
-        raise UserError(f"the blocks of {name} {said}: a depth schedule copies weights from block to block")
 
 
 def _difference(blocks: Sequence[nn.Module]) -> str | None:

@@ -9,6 +9,4 @@ if TYPE_CHECKING:
     from hybridlab.integrations.recorded_loop import RecordedLoop
     from hybridlab.integrations.transformers import HybridTraining
 
-__all__ = ["HybridModule", "HybridTraining", "RecordedLoop"]
-
-__getattr__, __dir__ = lazy_exports(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -8,13 +8,3 @@ from hybridlab.memory.config import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-
-__all__ = [
-    "CheckpointingConfig",
-    "GradientAccumulationConfig",
-    "MemoryConfig",
-    "MixedPrecisionConfig",
-    "PredictAwareMemoryConfig",
-    "optimizer_for",
-    "prepare_model_",
-]

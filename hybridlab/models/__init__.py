@@ -2,5 +2,3 @@
 
 from hybridlab.models.cnn import MnistCNN
 from hybridlab.models.gpt2 import GPT2, GPT2Config
-
-__all__ = ["GPT2", "GPT2Config", "MnistCNN"]

@@ -99,10 +99,9 @@ if TYPE_CHECKING:
     from hybridlab.notebook.views.your_model import best_arm, blocks_in, fit_report, fits_claim, recipe, steps_within
     from hybridlab.panel.cost import panel_overhead
     from hybridlab.panel.frame import Frame, final_frame
-    from hybridlab.results.bounds import GPU_BYTES
-    from hybridlab.results.claims import Claim, Quantity, holds_if
+    from hybridlab.results.claims import GPU_BYTES, Claim, Quantity, holds_if
     from hybridlab.results.parameters import parameters_from
     from hybridlab.results.publish import publish
     from hybridlab.study.planning import room_for
 
-__getattr__, __dir__ = lazy_exports(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

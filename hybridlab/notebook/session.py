@@ -29,9 +29,9 @@ from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.rates import RateTrials, bracket_study
 from hybridlab.study.record import Run
 from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
-from hybridlab.study.run import TrainingRun, Watch
+from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
-from hybridlab.study.study import OnRun, OnStep, Study, StudyResult, folder_name, label, run_arms
+from hybridlab.study.study import Study, StudyResult, folder_name, label, run_arms
 from hybridlab.study.watched_run import WatchedRun
 
 
@@ -213,13 +213,9 @@ def run_study(study: Study, notebook: str, *, resume: bool = False, at_once: int
     at_once: as in `Study.run`: runs that train at the same time, on GPUs of their own; a bar alone shows their progress
     """
     arms = [(name, seed) for name in study.arms() for seed in range(study.seeds)]
-    if at_once != 1:
-        with _in_processes(study.base.steps, study, arms, notebook) as (bar, stopped):
-            return study.run(
-                runs_folder(notebook), bar.step, resume=resume or stopped, at_once=at_once, on_run=bar.note_run
-            )
-    with _watching(study.base.steps, study, arms, notebook) as (on_step, watch, on_run, stopped):
-        return study.run(runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
+    apart = {"at_once": at_once} if at_once != 1 else {}
+    with _followed(study.base.steps, study, arms, notebook, resume, **apart) as how:
+        return study.run(runs_folder(notebook), **how)
 
 
 def find_rates(
@@ -230,10 +226,9 @@ def find_rates(
     Returns the study at the best rates, and what was tried.
     """
     arms = [(name, 0) for name in study.arms()]
-    with _watching(study.base.steps, (study, most), arms, notebook) as (on_step, watch, _, stopped):
-        return bracket_study(
-            study, runs_folder(notebook), on_step=on_step, most=most, resume=resume or stopped, watch=watch
-        )
+    with _followed(study.base.steps, (study, most), arms, notebook, resume) as how:
+        del how["on_run"]  # a trial is no run of the study
+        return bracket_study(study, runs_folder(notebook), most=most, **how)
 
 
 def run_configs(
@@ -249,12 +244,9 @@ def run_configs(
     total, arms = sum(config.steps for config in configs), [(config.name, config.seed) for config in configs]
     if not configs:
         return StudyResult()
-    if isolated or at_once != 1:
-        with _in_processes(total, tuple(configs), arms, notebook) as (bar, stopped):
-            how: dict[str, Any] = {"resume": resume or stopped, "isolated": True, "at_once": at_once}
-            return run_arms(configs, runs_folder(notebook), bar.step, on_run=bar.note_run, **how)
-    with _watching(total, tuple(configs), arms, notebook) as (on_step, watch, on_run, stopped):
-        return run_arms(configs, runs_folder(notebook), on_step, resume=resume or stopped, watch=watch, on_run=on_run)
+    apart = {"isolated": True, "at_once": at_once} if isolated or at_once != 1 else {}
+    with _followed(total, tuple(configs), arms, notebook, resume, **apart) as how:
+        return run_arms(configs, runs_folder(notebook), **how)
 
 
 def run_on_ranks(
@@ -282,37 +274,22 @@ def runs_folder(notebook: str) -> Path:
 
 
 @contextmanager
-def _in_processes(
-    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
-) -> Generator[tuple[Progress, bool]]:
-    """A bar for runs in processes of their own, and whether the same was stopped before and is to be resumed."""
-    progress = LiveBar(total, "training", arms) if shows_panel() else Progress(total, "training")
-    with _remembering(what, notebook) as stopped, progress as bar:
-        yield bar, stopped
+def _followed(
+    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str, resume: bool, **apart: Any
+) -> Generator[dict[str, Any]]:
+    """What `run_arms` is told, so that gauges or a bar follow the runs, and what was stopped before is gone on with.
 
-
-@contextmanager
-def _remembering(what: object, notebook: str) -> Generator[bool]:
-    """Whether this was stopped before; an interrupt of the block is remembered for the next time."""
-    try:
-        yield _was_stopped(what, notebook)
-    except KeyboardInterrupt:
-        _STOPPED[notebook] = what
-        if in_jupyterlab():
-            raise Stopped("stopped: run this cell again to go on with the runs that are left") from None
-        raise
-
-
-@contextmanager
-def _watching(
-    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
-) -> Generator[tuple[OnStep, Watch | None, OnRun, bool]]:
-    """What to call after each step, and whether the same was stopped before and is to be resumed."""
+    apart: `isolated` and `at_once` of runs in processes of their own, which a bar alone follows
+    """
+    if apart:
+        with _in_processes(total, what, arms, notebook) as (bar, stopped):
+            yield apart | {"on_step": bar.step, "on_run": bar.note_run, "resume": resume or stopped}
+        return
     if not shows_panel():
         with Progress(total, "training") as progress:
-            yield progress.step, None, progress.note_run, False
+            yield {"on_step": progress.step, "resume": resume, "on_run": progress.note_run}
         return
-    stopped = _was_stopped(what, notebook)
+    resume = _was_stopped(what, notebook) or resume
     live = Live(Controls(), total, arms=arms)
 
     def watch(run: WatchedRun, record: StepRecord) -> None:
@@ -320,12 +297,30 @@ def _watching(
         if live.controls.stopping:
             run.save()
             _STOPPED[notebook] = what
-            step = record.result.nominal_step
-            which = label(run.config.name, run.config.seed)
+            step, which = record.result.nominal_step, label(run.config.name, run.config.seed)
             raise Stopped(f"stopped at step {step} of {which}: run this cell again to go on from here")
 
     with interrupts(live.controls), live:
-        yield live.step, watch, live.note_run, stopped
+        yield {"on_step": live.step, "watch": watch, "on_run": live.note_run, "resume": resume}
+
+
+@contextmanager
+def _in_processes(
+    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
+) -> Generator[tuple[Progress, bool]]:
+    """A bar for runs in processes of their own, and whether the same was stopped before and is to be resumed.
+
+    An interrupt of the block is remembered for the next time.
+    """
+    progress = LiveBar(total, "training", arms) if shows_panel() else Progress(total, "training")
+    try:
+        with progress as bar:
+            yield bar, _was_stopped(what, notebook)
+    except KeyboardInterrupt:
+        _STOPPED[notebook] = what
+        if in_jupyterlab():
+            raise Stopped("stopped: run this cell again to go on with the runs that are left") from None
+        raise
 
 
 def _was_stopped(what: object, notebook: str) -> bool:

@@ -5,17 +5,3 @@ from hybridlab.optim.build import OptimizerConfig, Schedule, build_optimizer, de
 from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.optim.low_bit import low_bit_adamw
-
-__all__ = [
-    "HostAdamW",
-    "OptimizerConfig",
-    "PrimalAveraging",
-    "Schedule",
-    "StepInBackward",
-    "averaged_weights",
-    "build_optimizer",
-    "decay_groups",
-    "hidden_matrices",
-    "low_bit_adamw",
-    "set_lr_",
-]

@@ -1,4 +1,3 @@
 """An earlier name of `hybridlab.optim`, kept so that code which imports it goes on working."""
 
 from hybridlab.optim import *  # noqa: F403
-from hybridlab.optim import __all__ as __all__

@@ -15,7 +15,7 @@ from hybridlab.engine.result import Statistics
 from hybridlab.panel.html import State, frame_html, near_limit
 from hybridlab.panel.instruments import decision_of, memory_of, work_of
 from hybridlab.panel.timeline import timeline_of
-from hybridlab.results.bounds import SAFE_PEAK_BYTES
+from hybridlab.results.claims import SAFE_PEAK_BYTES
 from hybridlab.study.memory_log import gpu_busy_percent
 from hybridlab.study.record import Run
 from hybridlab.study.study import label

@@ -3,5 +3,3 @@
 from hybridlab.planner.plan import Plan, plan, plan_training
 from hybridlab.planner.spec import GpuOverhead, TrainingSpec
 from hybridlab.planner.suggest import nearest_fit
-
-__all__ = ["GpuOverhead", "Plan", "TrainingSpec", "nearest_fit", "plan", "plan_training"]

@@ -22,7 +22,7 @@ from hybridlab.weights.residency import Residency
 Change = Callable[[TrainingSpec], TrainingSpec | None]
 """Switches a feature on; None where it is on already, or does not go with the training."""
 
-CHUNK_TOKENS, PAD_VOCAB_TO = 1024, 128
+CHUNK_TOKENS, PAD_VOCAB_TO, GRAIN = 1024, 128, 64
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def largest_batch(spec: TrainingSpec, gpu_bytes: int) -> int:
     return parts * largest_that_fits(lambda count: plan_training(spec.resized((parts * count, tokens))), gpu_bytes)
 
 
-def longest_sequence(spec: TrainingSpec, gpu_bytes: int, grain: int = 64) -> int:
-    """The most tokens per window, in steps of `grain`, that fit with as many windows, and that the model takes."""
+def longest_sequence(spec: TrainingSpec, gpu_bytes: int) -> int:
+    """The most tokens per window, in steps of GRAIN, that fit with as many windows, and that the model takes."""
     windows, most = spec.batch[0], spec.longest
-    at_most = None if most is None else most // grain
-    return grain * largest_that_fits(
-        lambda count: plan_training(spec.resized((windows, grain * count))), gpu_bytes, at_most
+    at_most = None if most is None else most // GRAIN
+    return GRAIN * largest_that_fits(
+        lambda count: plan_training(spec.resized((windows, GRAIN * count))), gpu_bytes, at_most
     )
 
 

@@ -24,6 +24,3 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "rre": Rre,
     "rssm": Rssm,
 }
-
-
-__all__ = ["PREDICTORS", "Predictor", "Proposal", "Signals"]

@@ -4,14 +4,3 @@ from hybridlab.report.documents import report_files, stale_files, write_report
 from hybridlab.report.evidence import Evidence
 from hybridlab.report.pictures import charts_beginning, claims_browser, criteria_table
 from hybridlab.report.validation import at_a_glance
-
-__all__ = [
-    "Evidence",
-    "at_a_glance",
-    "charts_beginning",
-    "claims_browser",
-    "criteria_table",
-    "report_files",
-    "stale_files",
-    "write_report",
-]

@@ -19,7 +19,7 @@ from hybridlab.report.rules import Claims
 from hybridlab.report.validation import claims_document, criterion_verdict, devices, validation_document
 from hybridlab.report.words import Markdown, notebook_link, render
 from hybridlab.results.words import quantity_interval
-from hybridlab.study.base import LEAST
+from hybridlab.study.statistics import LEAST
 
 FIRST = "run `make milestones` first, or `hybridlab run NAME -o executed/cpu/NAME.ipynb`"
 FOREIGN = "surrogateescape"

@@ -17,9 +17,8 @@ from hybridlab.notebook.views.depth import GROWN
 from hybridlab.notebook.views.memory import DRIFT, agreement_claims
 from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, holds_below, too_little
 from hybridlab.results.reading import load_results
-from hybridlab.study.base import Base
 from hybridlab.study.comparison import SIGNIFICANCE
-from hybridlab.study.statistics import holm
+from hybridlab.study.statistics import Base, holm
 
 MAIN = "rtx5080"
 """The profile that decides the plan's criteria: they are about a GPU."""
@@ -137,9 +136,9 @@ class Evidence:
         """What a profile was measured on."""
         return sorted({device_of(entry) for entry in self.entries.get(profile, {}).values()})
 
-    def is_emulated(self, notebook: str, profile: str = MAIN) -> bool:
+    def is_emulated(self, notebook: str) -> bool:
         """Whether a larger GPU stood for a smaller one when this notebook ran."""
-        return "emulated" in str((self.entry(notebook, profile) or {}).get("device", ""))
+        return "emulated" in str((self.entry(notebook) or {}).get("device", ""))
 
     def sha256(self) -> str:
         """The hash of everything that documents are written from."""

@@ -16,9 +16,9 @@ from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for
 from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
 from hybridlab.report.words import Markdown, known_columns, notebook_link, render, verdict_word
-from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
+from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, in_words, quantity_interval
-from hybridlab.study.base import LEAST, Base
+from hybridlab.study.statistics import LEAST, Base
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""

@@ -15,9 +15,9 @@ from hybridlab.report.rules import ESTIMATES, Finding, Outcome
 from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.claims import Quantity
 from hybridlab.results.words import amount, in_words, interval, name_in_words, quantities_in_words, quantity_interval
-from hybridlab.study.base import LEAST
 from hybridlab.study.code_version import code_hashes
 from hybridlab.study.comparison import SIGNIFICANCE
+from hybridlab.study.statistics import LEAST
 
 MOST = 4
 """Findings of one notebook and outcome that are listed one by one below a criterion."""

@@ -7,8 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from hybridlab.study.base import Base
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
+
+GPU_BYTES = 16 * 10**9
+"""Memory of the plan's GPU."""
+
+SAFE_PEAK_BYTES = 14 * 10**9
+"""A run whose peak stays below it fits that GPU with room to spare."""
+
+QUALITY_TOLERANCE_NATS = math.log1p(0.02)
+"""The perplexity that a faster run may lose, 2 %, as a change of the loss."""
 
 Verdict = Literal["holds", "fails", "open", "predicted nothing"]
 Unit = Literal[

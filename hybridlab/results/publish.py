@@ -158,16 +158,15 @@ def repeats_of(before: Entry | None, entry: Entry) -> list[dict[str, Any]]:
     repeat the ones that differ from the new entry's. An entry with other parameters asked something else, and is
     dropped; a parameter that only one of them has counts as equal.
     """
-    if before is None or not _same_question(before["parameters"], entry["parameters"]):
+    if before is None:
+        return []
+    old, new = before["parameters"], entry["parameters"]
+    if any(old[name] != new[name] for name in old.keys() & new.keys()):
         return []
     own = {name: figure for name, figure, _ in _figures(entry)}
     earlier = {_origin(repeat): repeat for repeat in [*before.get("repeats", ()), _repeat(before, own)]}
     earlier.pop(_origin(entry), None)
     return [repeat for repeat in earlier.values() if repeat["figures"]][-MOST:]
-
-
-def _same_question(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    return all(first[name] == second[name] for name in first.keys() & second.keys())
 
 
 def _repeat(entry: Entry, other: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,5 +2,3 @@
 
 from hybridlab.speed.compilation import compile_
 from hybridlab.speed.cuda_graphs import CudaGraphs, buffers_kept
-
-__all__ = ["CudaGraphs", "buffers_kept", "compile_"]

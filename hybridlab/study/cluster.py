@@ -36,7 +36,8 @@ def train_as_jobs(
     """
     if not runs:
         return
-    executor = _executor(runs[0][1].parent / JOBS, {"gpus_per_node": _gpus(runs), **cluster})
+    gpus = int(any(config.device != "cpu" for config, _ in runs))
+    executor = _executor(runs[0][1].parent / JOBS, {"gpus_per_node": gpus, **cluster})
     with executor.batch():
         jobs = [executor.submit(_outcome, config, folder, resume) for config, folder in runs]
     try:
@@ -49,10 +50,6 @@ def train_as_jobs(
         for job in jobs:
             if not job.done():
                 job.cancel()
-
-
-def _gpus(runs: Sequence[tuple[RunConfig, Path]]) -> int:
-    return int(any(config.device != "cpu" for config, _ in runs))
 
 
 def _executor(folder: Path, cluster: Mapping[str, Any]) -> Any:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hybridlab.study.base import Base
-from hybridlab.study.statistics import Interval, holm
+from hybridlab.study.statistics import Base, Interval, holm
 from hybridlab.study.step_value import SeedRuns, StepValue
 from hybridlab.study.study import BASELINE, StudyResult
 

@@ -129,7 +129,7 @@ def export_trackio(runs: Mapping[str, Run], path: Path) -> int:
 
 
 def _add_run(file: sqlite3.Connection, name: str, run: Run) -> int:
-    began = _time((run.folder / "config.json").stat().st_mtime)
+    began = datetime.fromtimestamp((run.folder / "config.json").stat().st_mtime, UTC).isoformat()
     config = run.config | {f"final_{key}": value for key, value in (run.summary or {}).items()}
     file.execute(
         "INSERT INTO configs (run_id, run_name, config, created_at) VALUES (?, ?, ?, ?)",
@@ -146,7 +146,3 @@ def _numbers(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
         for row in rows.select_dtypes("number").to_dict("records"):
             step = int(row.pop("nominal_step"))
             yield step, {f"{table}{key}": value for key, value in row.items() if math.isfinite(value)}
-
-
-def _time(unix_seconds: float) -> str:
-    return datetime.fromtimestamp(unix_seconds, UTC).isoformat()

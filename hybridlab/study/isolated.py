@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hybridlab.base.device import find_device, refuse_more_than_gpus
 from hybridlab.base.errors import UserError
@@ -200,11 +200,7 @@ def _visible_gpus(count: int) -> list[str]:
 def answer_the_parent_alone() -> None:
     """Ctrl-C reaches the whole group, and the parent answers it: what it then sends is an interrupt here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _die_of(cause: signal.Signals) -> None:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridlab.base.settings import check_bounds
-from hybridlab.study.base import Base
 from hybridlab.study.comparison import base_of
 from hybridlab.study.config import RunConfig
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.step_value import SeedRuns, StepValue
 from hybridlab.study.study import StudyResult
 

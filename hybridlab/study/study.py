@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pandas as pd
 
@@ -32,9 +32,29 @@ CONTROL = "control"
 OnStep = Callable[[str, int], None]
 """Called after a nominal step with the run's label and the steps of all runs known so far."""
 
-
 OnRun = Callable[[Run], None]
 """Called with each run that has finished, those that `resume` kept included."""
+
+
+class How(TypedDict, total=False):
+    """How several runs are trained.
+
+    resume: keep the runs that have finished, and go on with the one that was interrupted from its last checkpoint, or
+        from its start where there is none; what other code has trained is trained afresh, as is everything by default
+    watch: called after every step that is taken, with the run and what the step did
+    isolated: train each run in a process of its own, so that its memory is too; `watch` is then refused
+    at_once: runs that train at the same time, each in a process of its own and on a GPU of its own; the records are
+        those of one after the other. The controls of a study follow when all that they depend on has run
+    cluster: each run is a job of a cluster, by submitit with these settings, as `train_as_jobs` takes them
+    on_run: called with every run that has finished
+    """
+
+    resume: bool
+    watch: Watch | None
+    isolated: bool
+    at_once: int
+    cluster: Mapping[str, Any] | None
+    on_run: OnRun
 
 
 def ignore(*_: object) -> None:
@@ -78,51 +98,20 @@ class Study:
         for _, rate in self.rates:
             with_rate(self.base, rate)  # refuses what is no rate
 
-    def run(
-        self,
-        folder: Path,
-        on_step: OnStep = ignore,
-        *,
-        resume: bool = False,
-        watch: Watch | None = None,
-        isolated: bool = False,
-        at_once: int = 1,
-        cluster: Mapping[str, Any] | None = None,
-        on_run: OnRun = ignore,
-    ) -> StudyResult:
+    def run(self, folder: Path, on_step: OnStep = ignore, **how: Unpack[How]) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
 
         The control of an arm that predicts in time takes as many gradient steps; that of one that predicts depth takes
         as many full steps as its shallow and its full ones cost together.
 
-        on_step: called after every nominal step
-        resume: keep the runs that have finished, and go on with the one that was interrupted from its last
-            checkpoint, or from its start where there is none; what other code has trained is trained afresh, as is
-            everything by default
-        watch: called after every step that is taken, with the run and what the step did
-        isolated: train each run in a process of its own; `watch` is then refused
-        at_once: runs that train at the same time, each in a process of its own and on a GPU of its own; the records
-            are those of one after the other. The controls follow when all that they depend on has run
-        cluster: each run is a job of a cluster, by submitit with these settings, as `train_as_jobs` takes them
-        on_run: called with every run that has finished
+        on_step: called after every nominal step; how: as `How` has it
 
         A run under other settings lies in another folder, which is left alone.
-
         A run that diverges is told in a warning and recorded as that; the others go on.
 
         Raises UserError where another process trains the same study.
         """
-        trained = partial(
-            run_arms,
-            folder=folder,
-            on_step=on_step,
-            resume=resume,
-            watch=watch,
-            isolated=isolated,
-            at_once=at_once,
-            cluster=cluster,
-            on_run=on_run,
-        )
+        trained = partial(run_arms, folder=folder, on_step=on_step, **how)
         planned = list(self.planned())
         with _locked(folder, "study", planned):
             result = trained(planned, steps_after=self._control_steps)
@@ -274,9 +263,9 @@ def run_arms(
 ) -> StudyResult:
     """Train each configuration, one folder per run under `folder`.
 
-    steps_before: were done before and count in the total; resume, watch, at_once, cluster, on_run: as in `Study.run`
+    on_step: called after every nominal step; resume, watch, isolated, at_once, cluster, on_run: as `How` has them
+    steps_before: were done before and count in the total
     steps_after: of runs that may follow, by what has run so far; they count in the total too
-    isolated: each run in a process of its own, so that its memory is too
 
     Raises UserError where another process trains the same, and for an `at_once` that is no whole number; ValueError for
     `watch` with `isolated`: a run cannot be watched from another process.

@@ -2,5 +2,3 @@
 
 from hybridlab.vram.meter import MemoryMeter, MemoryReading, exceeds
 from hybridlab.vram.sampler import MemorySampler
-
-__all__ = ["MemoryMeter", "MemoryReading", "MemorySampler", "exceeds"]

@@ -18,8 +18,7 @@ from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.notebook.views.study import value_quantity
 from hybridlab.planner.gpu_specs import spec_of
-from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
-from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
+from hybridlab.results.claims import QUALITY_TOLERANCE_NATS, Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import base_of
 from hybridlab.study.ladder import AVERAGED, Ladder, Rung, learns_as, times
 from hybridlab.study.statistics import Interval

@@ -11,12 +11,20 @@ from typing import Any
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.footprint import Footprint, PredictPhase
 from hybridlab.charts.tables import Table, table
-from hybridlab.results.bounds import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
-from hybridlab.results.claims import Claim, Quantity, holds_below, holds_if, holds_within, on_losses
-from hybridlab.study.base import Base
+from hybridlab.results.claims import (
+    GPU_BYTES,
+    QUALITY_TOLERANCE_NATS,
+    SAFE_PEAK_BYTES,
+    Claim,
+    Quantity,
+    holds_below,
+    holds_if,
+    holds_within,
+    on_losses,
+)
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Interval, median_ends
+from hybridlab.study.statistics import Base, Interval, median_ends
 from hybridlab.study.study import StudyResult
 
 PREDICTED_WITHIN = 0.10

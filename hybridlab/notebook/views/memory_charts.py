@@ -11,7 +11,7 @@ from hybridlab.charts.builders import phase_bands, without
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Line, Series, kept
 from hybridlab.planner.plan import PARTS
-from hybridlab.results.bounds import SAFE_PEAK_BYTES
+from hybridlab.results.claims import SAFE_PEAK_BYTES
 
 LINES = {"device_used_bytes": "whole GPU", "used_bytes": "reserved by torch", "allocated_bytes": "in live tensors"}
 SAFE_PEAK = Line(SAFE_PEAK_BYTES / 1e9, f"{SAFE_PEAK_BYTES / 1e9:.0f} GB")

@@ -18,12 +18,19 @@ from hybridlab.charts.display import Chart, Panels
 from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.engine.gate import RELIABILITY_BINS
-from hybridlab.results.bounds import QUALITY_TOLERANCE_NATS
-from hybridlab.results.claims import Claim, Quantity, Unit, Verdict, holds_below, holds_if, on_losses
-from hybridlab.study.base import Base
+from hybridlab.results.claims import (
+    QUALITY_TOLERANCE_NATS,
+    Claim,
+    Quantity,
+    Unit,
+    Verdict,
+    holds_below,
+    holds_if,
+    on_losses,
+)
 from hybridlab.study.comparison import Comparison, base_of
 from hybridlab.study.rates import RateTrials
-from hybridlab.study.statistics import Interval
+from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.step_value import StepValue
 from hybridlab.study.study import BASELINE, StudyResult, control_name
 

@@ -16,11 +16,11 @@ from hybridlab.planner.gpu_specs import find_gpu
 from hybridlab.planner.suggest import fit_or_least
 from hybridlab.planner.text_report import Question, code_of, report_lines
 from hybridlab.results.claims import Claim, Quantity, holds_if
-from hybridlab.study.base import LEAST
 from hybridlab.study.comparison import Comparison
 from hybridlab.study.config import RunConfig
 from hybridlab.study.planning import plan_of, training_spec_of
 from hybridlab.study.run import train
+from hybridlab.study.statistics import LEAST
 from hybridlab.study.study import Study
 
 TRIAL_STEPS = 40
