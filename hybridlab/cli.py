@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from hybridlab import __version__
-from hybridlab.base.errors import UserError, printable
+from hybridlab.base.errors import UserError, printable, told
 from hybridlab.batch.terminal import guarded_output, signals_as_interrupts
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -355,10 +355,9 @@ def plan(
         spec = replace(
             training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain)), depth=depth
         )
+    named = "null" if predictor == "none" else predictor
+    hybrid = HybridTrainerConfig(predictor=named, path_device=path_device, path_dtype=path_dtype, memory=settings)
     if predictor != "none":
-        hybrid = HybridTrainerConfig(
-            predictor=predictor, path_device=path_device, path_dtype=path_dtype, memory=settings
-        )
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
     spec = replace(spec, compiled=compiled, cuda_graphs=compiled)
     spec = replace(spec, ranks=ranks, wrap=wrap, gather=gather, copies=copies)
@@ -397,6 +396,8 @@ def _ended(arguments: list[str]) -> int:
         return _say("stopped", EXIT_INTERRUPTED)
     except (UserError, ValueError) as error:
         return _say(error, EXIT_REFUSED)
+    except OSError as error:  # a name that is too long, a folder that is gone: whatever the system refuses
+        return _say(told(error), EXIT_FAILED)
     except Exception as error:
         return _say(error, _exit_code(error))
     return 0

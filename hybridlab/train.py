@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from hybridlab.base.errors import UserError, first_line, nearest, printable
+from hybridlab.base.errors import UserError, first_line, nearest, printable, told
 from hybridlab.base.files import project_root
 from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
 from hybridlab.base.settings import check_types, settings_from
@@ -132,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             if is_of_lost_rank(error):
                 return _told(f"another rank has ended, and the run with it: {GO_ON}", EXIT_FAILED)
+            if isinstance(error, OSError):
+                return _told(told(error), EXIT_FAILED)
             traceback.print_exc()
             return _told(f"{type(error).__name__}: {first_line(error)}", EXIT_FAILED)
     return 0

@@ -62,6 +62,22 @@ def test_a_mistake_gives_one_line_and_exit_code_2(root, capsys, arguments, messa
     assert not Path("out.ipynb").exists()
 
 
+@pytest.mark.parametrize("command", [["run"], ["data", "file:"]])
+def test_whatever_the_system_refuses_is_one_line(root, capsys, command):
+    command, kind = (*command, "")[:2]
+    assert main([command, kind + 5000 * "x"]) == 1
+    said = capsys.readouterr().err
+    assert (said.count("\n"), "File name too long" in said) == (1, True)
+
+
+def test_a_working_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert [ended(command) for command in ("runs", "report", "run 00_your_model")] == [2, 2, 2]
+    assert capsys.readouterr().err == 3 * "hybridlab: the working folder is gone: go to another one\n"
+
+
 def test_a_stranger_s_project_gets_nothing_for_having_a_pyproject(root, capsys, monkeypatch):
     """Only a marked one is the root of the folders in it."""
     (root / "mine").mkdir()

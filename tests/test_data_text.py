@@ -462,6 +462,11 @@ def test_hf_refuses_what_it_cannot_use(hf, tmp_path):
         hf(tmp_path / "none")
 
 
+def test_a_device_that_has_no_end_is_refused():
+    with pytest.raises(UserError, match="/dev/zero is a device"):
+        load_text("file:/dev/zero")
+
+
 def test_hf_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     jsonl(tmp_path / "set" / "train.jsonl", ["one"])

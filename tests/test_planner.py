@@ -507,6 +507,10 @@ def test_the_default_batch_is_one_that_the_model_takes(capsys):
         ("--batch 1x65", "cut it to 64, as in batch=(1, 64), on the command line --batch 1x64"),
         ("--memory fit_16gb --predictor linear", "path_device='host'"),
         ("--predictor linear --path-dtype bf61", "did you mean 'bf16'?"),
+        ("--path-device hots", "path_device 'hots' is unknown: did you mean 'host'?"),
+        (f"--batch {'9' * 400}x8", "such as 8x512"),
+        (f"--card {'9' * 400}GB", "is unknown: give its memory"),
+        ("--card ²GB", "GPU '²GB' is unknown"),
     ],
 )
 def test_a_mistake_gives_one_line_and_exit_code_2(capsys, arguments, message):

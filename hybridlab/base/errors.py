@@ -22,6 +22,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def told(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
+
+
 def printable(text: str) -> str:
     """A text from a file, for a terminal: control characters, which would move the cursor or recolor, spelled out."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -38,6 +38,8 @@ def replaced(path: Path, *, keep_as: Path | None = None, lasting: bool = True) -
     Raises UserError where the disk is full or cannot be written.
     """
     beside = _beside(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
     try:
         with writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,8 +173,13 @@ def marked_root() -> Path | None:
     """The folder whose `pyproject.toml` has a table [tool.hybridlab], from the working folder upward, if any.
 
     A project of somebody else's has none, and gets nothing written into it for having a `pyproject.toml`.
+
+    Raises UserError where the working folder is there no more.
     """
-    here = Path.cwd().resolve()
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:
+        raise UserError("the working folder is gone: go to another one") from None
     return next((folder for folder in (here, *here.parents) if _is_marked(folder / "pyproject.toml")), None)
 
 

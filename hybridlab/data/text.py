@@ -92,6 +92,8 @@ def load_text_file(path: Path, *, vocab_size: int, max_bytes: int | None, cache:
     Raises UserError for a file that is not there, is no UTF-8, or is too short to split.
     """
     path = path if path.exists() else project_root() / path
+    if path.is_char_device() or path.is_block_device():
+        raise UserError(f"{path} is a device and may have no end: name a text file, as file:my_text.txt")
     try:
         with path.open("rb") as file:
             content = file.read(max_bytes or -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.settings import LARGEST
 from hybridlab.planner.plan import Plan
 
 
@@ -77,7 +78,7 @@ def find_gpu(text: str) -> tuple[int, GpuSpec | None]:
     if name in GPUS:
         return GPUS[name].memory_bytes, GPUS[name]
     size = name.removesuffix("gb")
-    if size == name or not size.replace(".", "", 1).isdigit() or not float(size):
+    if size == name or not size.replace(".", "", 1).isdecimal() or not 0 < float(size) < LARGEST:
         raise UserError(f"GPU {text!r} is unknown: give its memory, such as 16GB, or its name: {nearest(name, GPUS)}")
     return round(float(size) * 1e9), None
 

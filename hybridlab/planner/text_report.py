@@ -213,7 +213,8 @@ def read_stages(text: str) -> DepthSchedule | None:
 def read_batch(text: str) -> BatchShape:
     """(8, 512) of "8x512". Raises UserError for anything else."""
     windows, sign, tokens = text.lower().partition("x")
-    if not (sign and windows.isdecimal() and tokens.isdecimal() and int(windows) and int(tokens)):
+    given = sign and all(side.isdecimal() and len(side) < 10 and int(side) for side in (windows, tokens))
+    if not given:
         raise UserError(f"batch {text!r} cannot be read: give windows and tokens, such as 8x512")
     return int(windows), int(tokens)
 
