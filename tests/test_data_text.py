@@ -542,7 +542,7 @@ def test_validation_windows_do_not_overlap_and_span_the_stream(length):
 
 
 def test_a_stream_too_short_is_refused_with_the_number_it_needs():
-    with pytest.raises(UserError, match="has 8 tokens, but 1 windows of 8 need 9"):
+    with pytest.raises(UserError, match="the training text has 8 tokens, but a window of 8 needs 9: lower block_size"):
         TokenBatches(STREAM[:8], batch_size=1, block_size=8, seed=0)
     with pytest.raises(UserError, match="need 1,025"):
         evenly_spaced(STREAM, batches=8, batch_size=8, block_size=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,12 @@ from hybridlab.base.errors import printable
 from hybridlab.base.front_end import in_jupyterlab
 
 MISSING = "–"
+
+INTERVAL = re.compile(r"\[[^][,]+, [^][,]+\]")
+"""Two bounds, which stay on one line."""
+
+CAPTION = "text-align: left; min-width: min(36em, 100%)"
+"""A sentence is not broken for a narrow table."""
 
 COLORS = {"holds": "#2a9d4a", "fails": "#d64545", "open": "#b8860b", "predicted nothing": "#808890"}
 COLORS |= {"better than stopping earlier": COLORS["holds"], "worse than stopping earlier": COLORS["fails"]}
@@ -63,7 +70,7 @@ class Table:
 
     def html(self, unbroken: Collection[str] = ()) -> str:
         """A plain `<table>` that inherits the page's colors; cells of the `unbroken` columns stay on one line."""
-        caption = f'<caption style="text-align: left">{html.escape(self.caption)}</caption>\n' if self.caption else ""
+        caption = f'<caption style="{CAPTION}">{html.escape(self.caption)}</caption>\n' if self.caption else ""
         lines = ["; white-space: nowrap" if c in unbroken else "" for c in self.columns]
         sides = [side + line for side, line in zip(self._sides, lines, strict=True)]
         head = "".join(_tag("th", c, side, "col") for c, side in zip(self.columns, sides, strict=True))
@@ -114,7 +121,8 @@ def _tag(name: str, text: str, side: str, scope: str = "") -> str:
     scoped = f' scope="{scope}"' if scope else ""
     verdict = text.partition(" (")[0]
     color = f"; color: {COLORS[verdict]}; font-weight: 600" if verdict in COLORS else ""
-    return f'<{name}{scoped} style="text-align: {side}{color}">{html.escape(text)}</{name}>'
+    shown = INTERVAL.sub(r'<span style="white-space: nowrap">\g<0></span>', html.escape(text))
+    return f'<{name}{scoped} style="text-align: {side}{color}">{shown}</{name}>'
 
 
 FOLDED_ROWS = 40

@@ -68,7 +68,7 @@ class TokenBatches:
     def __init__(
         self, tokens: Tokens, *, batch_size: int, block_size: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:
-        _check(tokens, 1, batch_size, block_size)
+        _check("training text", tokens, 1, batch_size, block_size)
         self._tokens, self._seed, self._device = tokens, seed, torch.device(device)
         self.batch_size, self.block_size = batch_size, block_size
 
@@ -87,7 +87,7 @@ def evenly_spaced(
     No token is the target of two windows. Raises UserError when the stream is too short for that.
     """
     count = batches * batch_size
-    _check(tokens, count, batch_size, block_size)
+    _check("held-out text", tokens, count, batch_size, block_size)
     room = len(tokens) - block_size - 1
     starts = np.arange(count) * room // max(1, count - 1)
     return [_windows(tokens, some, block_size, torch.device(device)) for some in starts.reshape(-1, batch_size)]
@@ -102,12 +102,14 @@ def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], block_size: int, dev
     return moved, targets
 
 
-def _check(tokens: Tokens, windows: int, batch_size: int, block_size: int) -> None:
+def _check(what: str, tokens: Tokens, windows: int, batch_size: int, block_size: int) -> None:
     if windows < 1 or batch_size < 1 or block_size < 1:
         raise UserError("batches, batch_size and block_size must be at least 1.")
     needed = windows * block_size + 1
     if len(tokens) < needed:
+        each = f"{windows} windows" if windows > 1 else "a window"
+        lower = "validation_batches, batch_size or block_size" if windows > 1 else "block_size"
         raise UserError(
-            f"the token stream has {len(tokens):,} tokens, but {windows} windows of {block_size} need {needed:,}: "
-            "lower block_size, batch_size or the number of batches, or take more text (max_bytes)."
+            f"the {what} has {len(tokens):,} tokens, but {each} of {block_size} need{'s' * (windows == 1)} {needed:,}: "
+            f"lower {lower}, or take more text (a longer file, or a larger max_bytes)."
         )

@@ -173,7 +173,7 @@ def _columns(texts: Iterable[str]) -> str:
 def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
     """What to paste, where the path goes if it went to the host, and how ranks gather weights if that changed."""
     memory = code_of(fits.memory)
-    yield "# prepare_model_ and optimizer_for put it to work: README.md, In less memory"
+    yield "# prepare_model_ and optimizer_for put it to work: README.md, A 16 GB GPU"
     yield f"from hybridlab.memory import {', '.join(sorted(set(re.findall(r'[A-Z][A-Za-z]+Config', memory))))}"
     yield f"memory = {memory}"
     if fits.path_storage.on_host and not asked.path_storage.on_host:

@@ -104,7 +104,7 @@ ADVICE = {
 def depth_advice(evidence: Evidence) -> list[Cells]:
     """A row per budget and first depth of every profile, by model and by tokens per parameter.
 
-    Runs that only show that a notebook works are left out.
+    Runs that only show that a notebook works are left out, and those of a model that is no GPT-2 of ours.
     """
     rows = [row for profile in evidence.entries for row in _rows(evidence, profile)]
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -115,8 +115,9 @@ def depth_advice(evidence: Evidence) -> list[Cells]:
 def _rows(evidence: Evidence, profile: str) -> Iterator[Cells]:
     for depth in evidence.claims(kind="depth-pays", profile=profile):
         entry, pays = evidence.entry(depth.notebook, profile) or {}, evidence.beside(depth, "pays")
-        if pays is not None and (pays.value("gradient_steps") or 0) >= LEAST.steps:
-            yield _row(entry.get("parameters", {}), pays, depth)
+        parameters, is_gpt2 = entry.get("parameters", {}), "model" in entry.get("parameters", {})
+        if pays is not None and is_gpt2 and (pays.value("gradient_steps") or 0) >= LEAST.steps:
+            yield _row(parameters, pays, depth)
 
 
 def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Cells:

@@ -82,7 +82,7 @@ class Comparison:
             return (
                 f"{self.name}: grown to full depth {time}; final loss {self.to_baseline} nats against the baseline, "
                 f"{self.to_control} nats against a plain run of as much computation: {self.answer}. Computation of a "
-                f"plain run to the same loss, over its own: {computation}."
+                f"plain run to the same loss, as a multiple of its own: {computation}."
             )
         if not self.predicted_steps:
             return f"{self.name}: predicted nothing ({self.asked}), {time}."
@@ -125,7 +125,8 @@ class Comparison:
         if self.base.lacks:
             return f"open ({', '.join(self.base.lacks)})"
         words = {-1: "better than stopping earlier", 0: "no difference shown", 1: "worse than stopping earlier"}
-        return f"{words[self.sign]} (p = {self.p_value:.2g}, corrected for {self.tested} arms)"
+        arms = f"{self.tested} arms" if self.tested != 1 else "one arm"
+        return f"{words[self.sign]} (p = {self.p_value:.2g}, corrected for {arms})"
 
 
 def compare(result: StudyResult, name: str) -> Comparison:

@@ -93,7 +93,7 @@ def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
     by = {verdict: [c for c in claims if c.verdict == verdict] for verdict in get_args(Verdict)}
     count = f"{len(by['holds'])} of {len(claims)} claims hold"
     kept = [f"{count}, such as: {_named(by['holds'][:1])}."] if by["holds"] else []
-    words = {"fails": "Fails", "open": "Open, these numbers cannot tell"}
+    words = {"fails": "What fails", "open": "Open, which these numbers cannot decide"}
     return kept + [f"{word}: {_named(by[verdict])}." for verdict, word in words.items() if by[verdict]]
 
 

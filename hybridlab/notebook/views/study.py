@@ -54,9 +54,13 @@ MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
 
 
 def record_table(record: dict[str, Any], caption: str) -> Table:
-    """A flat record, one row per fact; one that is None is a dash."""
-    said = {key.replace("_", " "): value if value is None else str(value) for key, value in record.items()}
+    """A flat record, one row per fact that is known; numbers have four digits, counts all of theirs."""
+    said = {key.replace("_", " "): _said(value) for key, value in record.items() if value is not None}
     return table([{"fact": fact, "value": value} for fact, value in said.items()], caption)
+
+
+def _said(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
 def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
