@@ -69,7 +69,7 @@ def run(
     ] = False,
     nproc: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Of 11_several_gpus: processes that train its run together, each on a GPU."),
+        typer.Option(metavar="N", help="For 11_several_gpus: how many processes train its run, each on its own GPU."),
     ] = None,
 ) -> None:
     """Run a notebook whole, and keep a clean executed copy.
@@ -242,8 +242,8 @@ def tag(
 def rates(
     model: Annotated[str, typer.Option(help="A GPT-2 size.")] = "tiny",
     data: Annotated[str, typer.Option(help="A source of text, as `hybridlab data` takes it.")] = "python",
-    steps: Annotated[int, typer.Option(min=1, help="Of each trial: the length of the run that you plan.")] = 200,
-    batch: Annotated[str, typer.Option(metavar="WINDOWSxTOKENS", help="Of the run that you plan.")] = "8x64",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each trial: as many as the run that you plan.")] = 200,
+    batch: Annotated[str, typer.Option(metavar="WINDOWSxTOKENS", help="The batch of the run that you plan.")] = "8x64",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
     lr: Annotated[float | None, typer.Option(help="Where to begin; by default the method's best known rate.")] = None,
     momentum: Annotated[
@@ -254,7 +254,7 @@ def rates(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Through torch.compile; on a GPU as CUDA graphs.")
     ] = False,
-    most: Annotated[int, typer.Option(min=3, help="Trials at most.")] = 7,
+    most: Annotated[int, typer.Option(min=3, help="The largest number of trials.")] = 7,
     folder: Annotated[Path, typer.Option(help="Where the trials are recorded.")] = Path("runs/rates"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the trials that have finished.")] = False,
 ) -> None:
@@ -289,7 +289,9 @@ def plan(
         typer.Option(metavar="PATH", help="A Hugging Face config.json, or its folder, instead of a GPT-2 size."),
     ] = None,
     card: Annotated[str, typer.Option(help="The GPU: its memory, as 16GB, or its name, as rtx5080.")] = "16GB",
-    taken: Annotated[float, typer.Option(min=0, help="GB of it that other programs hold, such as a desktop.")] = 0.0,
+    taken: Annotated[
+        float, typer.Option(min=0, help="GB of the GPU that other programs hold, such as a desktop.")
+    ] = 0.0,
     batch: Annotated[
         str | None, typer.Option(metavar="WINDOWSxTOKENS", help="By default 8x512, or what the model takes.")
     ] = None,
@@ -299,15 +301,13 @@ def plan(
         bool,
         typer.Option("--compiled", help="With torch.compile, and CUDA graphs where the memory settings allow."),
     ] = False,
-    predictor: Annotated[
-        str, typer.Option(help="Of prediction in time, such as linear; none predicts nothing.")
-    ] = "none",
+    predictor: Annotated[str, typer.Option(help="Of prediction in time, such as linear; none is without.")] = "none",
     path_device: Annotated[
         str, typer.Option(help="Where the path of the weights is kept: same (as they are) or host.")
     ] = "same",
-    path_dtype: Annotated[str, typer.Option(help="Of the path's rows: fp32 or bf16.")] = "fp32",
+    path_dtype: Annotated[str, typer.Option(help="The number format of the path: fp32 or bf16.")] = "fp32",
     stages: Annotated[
-        str, typer.Option(metavar="BLOCKS,...", help="Of predicted depth: active blocks of each stage, as 3,12.")
+        str, typer.Option(metavar="BLOCKS,...", help="For predicted depth: the active blocks of each stage, as 3,12.")
     ] = "",
     ranks: Annotated[
         int, typer.Option(min=0, help="GPUs that share the batch and the model, as torchrun starts them.")

@@ -361,7 +361,10 @@ def test_a_table_colors_its_verdicts() -> None:
 
 
 def test_an_interval_stays_on_one_line_beside_its_value() -> None:
-    assert '>-0.1 <span style="white-space: nowrap">[-0.2, open]</span></td>' in table([{"a": 1, "d": "-0.1 [-0.2, open]"}]).html()
+    assert (
+        '>-0.1 <span style="white-space: nowrap">[-0.2, open]</span></td>'
+        in table([{"a": 1, "d": "-0.1 [-0.2, open]"}]).html()
+    )
 
 
 def test_table_has_no_negative_zero() -> None:

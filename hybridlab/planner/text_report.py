@@ -140,8 +140,9 @@ def _times(question: Question) -> Iterator[str]:
         return
     low, high = OF_MEASURED
     sent = " without what ranks send" if question.spec.ranks > 1 else ""
+    a_step = "A step" if question.fits else "As it is, a step"
     yield (
-        f"A step{sent} is estimated to take {_ms(step_time_ms(question.asked, question.gpu))}, from the data sheet of "
+        f"{a_step}{sent} is estimated to take {_ms(step_time_ms(question.asked, question.gpu))}, from the data sheet of "
         f"a {question.gpu.name}; where it was measured, on an H200, the estimate was {low:g} to {high:g} times the "
         "measured time."
     )
@@ -173,7 +174,7 @@ def _columns(texts: Iterable[str]) -> str:
 def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
     """What to paste, where the path goes if it went to the host, and how ranks gather weights if that changed."""
     memory = code_of(fits.memory)
-    yield "# prepare_model_ and optimizer_for put it to work: README.md, A 16 GB GPU"
+    yield "# prepare_model_ and optimizer_for put it to work: see README.md, A 16 GB GPU"
     yield f"from hybridlab.memory import {', '.join(sorted(set(re.findall(r'[A-Z][A-Za-z]+Config', memory))))}"
     yield f"memory = {memory}"
     if fits.path_storage.on_host and not asked.path_storage.on_host:

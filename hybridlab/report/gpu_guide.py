@@ -351,9 +351,11 @@ def _code(row: Row) -> str:
             f"optimizer = {row['optimizer']}",
             f'task = TextTaskConfig("{row["model"]}", vocab_size=50257, block_size={tokens}, batch_size={windows})',
             f'config = RunConfig("{row["model"]}", task, 1000, optimizer=optimizer, '
-            f"hybrid=HybridTrainerConfig.plain(memory=memory){compiled})",
-            'for result in Session(config, "mine").run():',
+            f"hybrid=HybridTrainerConfig.plain(memory=memory){compiled}, keep_weights=True)",
+            'session = Session(config, "mine")',
+            "for result in session.run():",
             "    pass",
+            'print(session.folder / "weights.pt")',
         ]
     )
 

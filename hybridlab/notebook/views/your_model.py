@@ -74,7 +74,7 @@ def recipe(base: RunConfig, arm: str | None, hybrids: Mapping[str, HybridTrainer
     if memory != base.memory and not (hybrid.depth and memory.state_on_host):
         clip = None if memory.step_in_backward else hybrid.clip_norm
         hybrid = replace(hybrid, memory=memory, clip_norm=clip)
-    config = replace(base, name="mine", hybrid=hybrid, device="auto", cpu_threads=0)
+    config = replace(base, name="mine", hybrid=hybrid, device="auto", cpu_threads=0, keep_weights=True)
     lines = [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(_homes(config).items())]
     run = [
         "",
@@ -82,6 +82,7 @@ def recipe(base: RunConfig, arm: str | None, hybrids: Mapping[str, HybridTrainer
         'session = Session(config, "mine")',
         "for result in session.run():",
         "    pass",
+        'print(session.folder / "weights.pt")',
     ]
     return "\n".join([*lines, "from hybridlab.notebook import Session", *run])
 
