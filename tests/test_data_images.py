@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hybridlab.base.errors import UserError
-from hybridlab.data import ImageBatches, ImageData, images_in_order, load_images, mnist
+from hybridlab.data import ImageBatches, ImageData, images, images_in_order, load_images
 
 REAL_MNIST = Path(__file__).parents[2] / "shared/data/mnist"
 SHAPES = {
@@ -70,7 +70,7 @@ def test_the_real_mnist_is_read_whole():
 
 @pytest.mark.skipif(not REAL_MNIST.exists(), reason="the real MNIST is not beside the repository")
 def test_the_checksums_are_those_of_the_real_files():
-    for name, sha256 in mnist.SHA256.items():
+    for name, sha256 in images.SHA256.items():
         assert hashlib.sha256(gzip.decompress((REAL_MNIST / f"{name}.gz").read_bytes())).hexdigest() == sha256
 
 
@@ -136,11 +136,11 @@ def mirror(tiny, monkeypatch) -> dict[str, bytes]:
     """A network with one mirror that serves the tiny files; what it serves can be changed."""
     served = {f"{name}.gz": gzip.compress(idx(array)) for name, array in tiny.items()}
     sha256 = {name: hashlib.sha256(idx(array)).hexdigest() for name, array in tiny.items()}
-    monkeypatch.setattr(mnist, "SHA256", sha256)
+    monkeypatch.setattr(images, "SHA256", sha256)
 
     def urlopen(url: str, timeout: float) -> BytesIO:
         name = url.rpartition("/")[2]
-        if not url.startswith(mnist.MIRRORS[-1]) or name not in served:
+        if not url.startswith(images.MIRRORS[-1]) or name not in served:
             raise urllib.error.URLError("no such host")
         return BytesIO(served[name])
 

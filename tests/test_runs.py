@@ -14,10 +14,8 @@ import pandas as pd
 import pytest
 
 from hybridlab.base.errors import UserError
-from hybridlab.study import growing_table
 from hybridlab.study import record as runs
-from hybridlab.study.growing_table import GrowingTable
-from hybridlab.study.record import Run, RunRecorder, write_json
+from hybridlab.study.record import GrowingTable, Run, RunRecorder, write_json
 from tests.conftest import full_disk
 
 
@@ -162,9 +160,9 @@ def test_a_kill_leaves_what_had_reached_the_disk(tmp_path: Path) -> None:
 # --- gone on with ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[growing_table.GROUP_ROWS, 3], ids=["one row group", "groups of 3"])
+@pytest.fixture(params=[runs.GROUP_ROWS, 3], ids=["one row group", "groups of 3"])
 def group_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing_table, "GROUP_ROWS", request.param)
+    monkeypatch.setattr(runs, "GROUP_ROWS", request.param)
 
 
 @pytest.mark.usefixtures("group_rows")
@@ -205,7 +203,7 @@ def test_a_broken_record_equals_an_unbroken_one_columns_types_and_gaps_included(
 
 
 def test_a_long_run_s_rows_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing_table, "GROUP_ROWS", 500)
+    monkeypatch.setattr(runs, "GROUP_ROWS", 500)
 
     def held_bytes(steps: range, keep_steps: int) -> int:
         tracemalloc.start()

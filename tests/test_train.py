@@ -32,12 +32,12 @@ from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.study import RunConfig, Study, TextTaskConfig, resume, timer, train
+from hybridlab.study import RunConfig, Study, TextTaskConfig, resume, step_log, train
 from hybridlab.study.code_version import code_version, read_sources, version_of
 from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
+from hybridlab.study.step_log import TrainingTimer
 from hybridlab.study.tasks import Batch, Task
-from hybridlab.study.timer import TrainingTimer
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -510,7 +510,7 @@ def test_a_study_killed_several_times_ends_bit_identical(tmp_path: Path) -> None
 
 def test_the_timer_counts_between_start_and_pause_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(timer.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(step_log.time, "perf_counter", lambda: now)
     watch = TrainingTimer(torch.device("cpu"), seconds=7.0)
     assert watch.seconds == 7.0
     watch.start()

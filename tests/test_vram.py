@@ -20,7 +20,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.study.exports import export_csv
 from hybridlab.study.memory_log import gpu_busy_percent, growth_bytes
 from hybridlab.study.record import Run, RunRecorder
-from hybridlab.study.run_memory import RunMemory
+from hybridlab.study.step_log import RunMemory
 from hybridlab.vram import MemoryMeter, MemoryReading, MemorySampler, exceeds, meter, sampler
 from hybridlab.vram.meter import PhasePeaks
 

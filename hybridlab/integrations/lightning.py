@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hybridlab.base.errors import UserError
-from hybridlab.integrations.hybrid_loop import HybridLoop
+from hybridlab.integrations.recorded_loop import HybridLoop
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule

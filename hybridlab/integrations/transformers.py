@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hybridlab.base.errors import UserError
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
-from hybridlab.integrations.hybrid_loop import HybridLoop
+from hybridlab.integrations.recorded_loop import HybridLoop
 
 HYBRID_STATE = "hybrid.pt"
 """In a checkpoint's folder, beside the optimizer's state."""

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
 from hybridlab.base.errors import UserError
-from hybridlab.base.pinned_memory import host_empty_like
+from hybridlab.base.pinned_memory import SMALL_BYTES, CopyStream, host_empty_like
 from hybridlab.memory.config import CheckpointingConfig
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from hybridlab.base.copy_stream import SMALL_BYTES, CopyStream
 from hybridlab.base.device import reserve_contiguous
-from hybridlab.base.pinned_memory import host_empty_like
+from hybridlab.base.pinned_memory import SMALL_BYTES, CopyStream, host_empty_like
 from hybridlab.base.weak_hook import register_hook
 from hybridlab.memory.config import PredictAwareMemoryConfig
 from hybridlab.optim.low_bit import torchao_optim

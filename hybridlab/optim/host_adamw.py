@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from hybridlab.base.copy_stream import CopyStream
 from hybridlab.base.device import wait_for
-from hybridlab.base.pinned_memory import host_empty_like
+from hybridlab.base.pinned_memory import CopyStream, host_empty_like
 from hybridlab.base.weak_hook import weak_hook
 from hybridlab.optim.stepping import run_closure, step_with_
 from hybridlab.weights.path import MOMENTS

@@ -16,7 +16,7 @@ from hybridlab.panel.controls import Controls
 from hybridlab.panel.live import Live
 from hybridlab.study.config import RunConfig
 from hybridlab.study.run import TrainingRun
-from hybridlab.study.timer import TrainingTimer
+from hybridlab.study.step_log import TrainingTimer
 
 LOOPS = 3
 """Alone, alone again, and watched."""

@@ -1,4 +1,3 @@
 """Compilation, and CUDA graphs around what is compiled."""
 
-from hybridlab.speed.compilation import compile_
-from hybridlab.speed.cuda_graphs import CudaGraphs, buffers_kept
+from hybridlab.speed.compilation import CudaGraphs, buffers_kept, compile_

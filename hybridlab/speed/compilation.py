@@ -1,13 +1,18 @@
-"""torch.compile of a model, or of its repeated blocks alone."""
+"""torch.compile of a model, or of its repeated blocks alone, and CUDA graphs around what is compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from hybridlab.base.compiler import require_compiler
+from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import blocks_of
 
 _compiled_for: Hashable = None
@@ -42,3 +47,148 @@ def compile_(model: nn.Module, *, by_block: bool = False, settings: Hashable = N
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
     for name in getattr(model, "compiled_methods", ()):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
+
+
+MOST_GRAPHS = 12
+"""Captured for one model; beyond it the passes differ too often for graphs to pay."""
+
+WARM_UP_PASSES = 3
+
+
+class CudaGraphs(nn.Module):
+    """A model whose passes are captured when they are first asked for, and replayed from then on.
+
+    One graph for each shape of the input, with gradients and without, in training and evaluation, for each set of
+    blocks that take part. Weights are read at their addresses: moved in place by an optimizer, a jump, a rollback or a
+    growth, they reach the next replay; a pass whose weights have other addresses is captured anew. All graphs share one
+    pool of memory, which holds their activations and gradients as long as this object exists.
+
+    The next backward writes over the gradients. So set them to None between two passes, as
+    `optimizer.zero_grad()` does; adding up gradients of several passes is refused.
+
+    A pass that cannot be captured, since it asks the GPU for a number, moves data to the host or puts another tensor in
+    a buffer's place, warns once, and is run as it is from then on. Capturing leaves buffers as they were.
+
+    model: on a GPU; call this object in its place, and give the model itself to the trainer. Parameters that are added
+        later are not known
+
+    Raises UserError for a model that is not on a GPU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._params, self._modules_within = list(model.parameters()), list(model.modules())
+        if not all(p.is_cuda for p in self._params):
+            raise UserError("CUDA graphs need the model on a GPU: move it there first, or leave cuda_graphs off")
+        self._pool: Any = None
+        self._captured: dict[Hashable, Callable[..., Any]] = {}
+        self._fails = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        if self._fails:
+            return self.model(*args, **kwargs)
+        leaves, form = tree_flatten((args, kwargs))
+        key = self._key(leaves, form)
+        if key not in self._captured and not self._capture(key, leaves, form):
+            return self.model(*args, **kwargs)
+        if torch.is_grad_enabled() and any(p.grad is not None for p in self._params):
+            raise UserError(
+                "the graph of this pass writes over gradients that are still there: call "
+                "optimizer.zero_grad(set_to_none=True) before it, or leave cuda_graphs off where gradients are added up"
+            )
+        return self._captured[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def _key(self, leaves: list[Any], form: TreeSpec) -> Hashable:
+        """All that a captured pass depends on, but for the numbers in its tensors."""
+        given = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
+        mode = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        modules = tuple((m.training, id(vars(m).get("forward"))) for m in self._modules_within)
+        return form, given, mode, modules, tuple((p.data_ptr(), p.requires_grad) for p in self._params)
+
+    def _capture(self, key: Hashable, leaves: list[Any], form: TreeSpec) -> bool:
+        if len(self._captured) == MOST_GRAPHS:
+            return self._give_up(f"{MOST_GRAPHS} graphs were captured, and the next pass differs again")
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        capture = _with_backward if torch.is_grad_enabled() else _forward_only
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        same_format = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
+        try:
+            devices = [self._params[0].device]
+            with same_format, torch.random.fork_rng(devices), buffers_kept(self._modules_within) as replaced:
+                self._captured[key] = capture(_Pass(self.model, leaves, form), leaves, self._pool)
+                if replaced():  # which a replay would not repeat
+                    raise ValueError("forward puts another tensor in a buffer's place")
+        except (RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._give_up(str(error).split("\n")[0])
+        return True
+
+    def _give_up(self, reason: str) -> bool:
+        self._fails = True
+        self._captured.clear()
+        warnings.warn(f"runs without CUDA graphs: {reason}", stacklevel=4)
+        return False
+
+
+@contextmanager
+def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
+    """Put back the buffers that passes change or replace; what it gives says whether one is replaced by then."""
+    before = [(m._buffers, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    try:
+        yield lambda: any(buffers[name] is not b for buffers, name, b, _ in before)
+    finally:
+        for buffers, name, b, value in before:
+            buffers[name] = b.copy_(value)
+
+
+class _Pass(nn.Module):
+    """A call of the model in which the tensors alone are arguments."""
+
+    def __init__(self, model: nn.Module, leaves: list[Any], form: TreeSpec) -> None:
+        super().__init__()
+        self.model, self._form = model, form
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        args, kwargs = tree_unflatten([next(given) if x is None else x for x in self._leaves], self._form)
+        return self.model(*args, **kwargs)
+
+
+def _with_backward(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
+    call.training = call.model.training
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # of the passes that warm up: harmless
+    tensors = tuple(leaf.clone() for leaf in leaves if isinstance(leaf, Tensor))
+    graphed = torch.cuda.make_graphed_callables(
+        call, tensors, num_warmup_iters=WARM_UP_PASSES, allow_unused_input=True, pool=pool
+    )
+    return lambda *given: tree_map_only(Tensor, _kept, graphed(*given))
+
+
+def _kept(output: Tensor) -> Tensor:
+    """A loss outlives the next replay; what is larger is used before it."""
+    return output.clone() if output.numel() == 1 else output
+
+
+def _forward_only(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
+    tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARM_UP_PASSES):
+            call(*tensors)
+    torch.cuda.current_stream().wait_stream(beside)
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = call(*tensors)
+
+    def replay(*given: Tensor) -> Any:
+        for mine, theirs in zip(tensors, given, strict=True):
+            mine.copy_(theirs)
+        graph.replay()
+        return tree_map_only(Tensor, Tensor.clone, outputs)
+
+    return replay

@@ -40,9 +40,7 @@ from hybridlab.study.resume import (
     other_code,
     remove_checkpoints,
 )
-from hybridlab.study.run_memory import RunMemory
-from hybridlab.study.step_log import SilentLog, StepLog, StepRecord
-from hybridlab.study.timer import TrainingTimer
+from hybridlab.study.step_log import RunMemory, SilentLog, StepLog, StepRecord, TrainingTimer
 from hybridlab.study.training import Training
 from hybridlab.study.watched_run import WatchedRun, progress
 

@@ -11,8 +11,7 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.phases import Phase
 from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.study.record import Run
-from hybridlab.study.run_memory import RunMemory
-from hybridlab.study.timer import TrainingTimer
+from hybridlab.study.step_log import RunMemory, TrainingTimer
 from hybridlab.vram import MemoryReading
 
 
