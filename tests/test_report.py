@@ -239,6 +239,30 @@ def test_counts_that_are_missing_are_no_zeros() -> None:
     assert ran.outcome == "not measured"
 
 
+@pytest.mark.parametrize("part", ["value", "low", "high", "quantities", "claims"])
+def test_documents_are_made_of_results_that_lack_numbers(part: str, tmp_path: Path) -> None:
+    """Whatever was not finite stands there as null."""
+    root = project(tmp_path)
+    for file in ROOT.glob("executed/*/results.json"):
+        results = json.loads(file.read_text())
+        for entry in results.values():
+            for cut in [entry, *entry["claims"], *(q for claim in entry["claims"] for q in claim["quantities"])]:
+                if part in cut:
+                    cut[part] = [] if isinstance(cut[part], list) else None
+        (place := root / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(results))
+    assert stale_files(root)
+
+
+def test_an_entry_that_lacks_a_setting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    results = json.loads((ROOT / "executed" / MAIN / "results.json").read_text())
+    (folder := project(tmp_path) / "executed" / MAIN).mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({name: e | {"parameters": {}} for name, e in results.items()}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2
+    assert "lacks 'model': restore its results.json with git checkout" in capsys.readouterr().err
+
+
 def test_texts_of_results_mark_nothing_in_a_document() -> None:
     evil = "<img src=x> [x](javascript:y) ![x][y] | *a* `b`\n\n# Heading \x1b[31m"
     shown = r"&lt;img src=x&gt; [x]\(javascript:y) ![x]\[y] \| \*a\* \`b\` # Heading \\x1b[31m"

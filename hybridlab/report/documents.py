@@ -91,6 +91,16 @@ def report_files(root: Path) -> dict[Path, str | Chart]:
     evidence = Evidence.read(root)
     if not evidence.entries:
         raise UserError(f"{root / 'executed'} holds no results.json of a profile: {FIRST}")
+    try:
+        return _files_of(evidence, root)
+    except KeyError as error:
+        raise UserError(
+            f"an entry of {root / 'executed'} lacks {error}: restore its results.json with git checkout, or run its "
+            "notebook again"
+        ) from error
+
+
+def _files_of(evidence: Evidence, root: Path) -> dict[Path, str | Chart]:
     docs, charts = root / "docs", charts_of(evidence)
     titles = {name: chart.title for name, chart in charts.items()}
     texts = {

@@ -235,8 +235,9 @@ def _corrected(claim: C, p_value: float, tested: int, seeds: int) -> C:
 def _from_its_losses(claim: C) -> C:
     """How far two number formats agree, by the whole interval over seeds."""
     losses = {quantity.name: quantity.value for quantity in claim.quantities if quantity.value is not None}
-    (now,) = agreement_claims(losses)
-    return replace(claim, text=now.text, verdict=now.verdict, quantities=now.quantities)
+    for now in agreement_claims(losses):
+        return replace(claim, text=now.text, verdict=now.verdict, quantities=now.quantities)
+    return claim
 
 
 def _with_drift(claims: list[C]) -> list[C]:

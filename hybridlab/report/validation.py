@@ -70,9 +70,10 @@ def claims_document(evidence: Evidence) -> str:
 
 def predicted_share(claim: Published) -> str | None:
     """How many of an arm's nominal steps were predicted, from its claim that it pays; of one that grew, their cost."""
-    if claim.grew:
-        return f"in depth: {claim.value('gradient_steps'):.0f} at the cost of {claim.value('cost_in_full_steps'):.0f}"
     predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
+    if claim.grew:
+        cost = claim.value("cost_in_full_steps")
+        return None if gradient is None or cost is None else f"in depth: {gradient:.0f} at the cost of {cost:.0f}"
     return None if predicted is None or gradient is None else f"{predicted:.0f} of {predicted + gradient:.0f}"
 
 
