@@ -27,6 +27,7 @@ from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import Ranks
 from hybridlab.memory import MemoryConfig, optimizer_for
 from hybridlab.optim import OptimizerConfig
+from tests.conftest import full_disk
 from tests.rank_cases import BY_WRAP, CASES, CHAINS, KILLED, Training, main, train, train_chain
 
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
@@ -175,8 +176,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
         with pytest.warns(UserWarning, match=r"3 is damaged: .*: looking for the one before"):
             assert Training.loaded(checkpoints, "sharded", CASES["linear"])[1] == 2
         (tmp_path / "2" / "rest.pt").write_bytes(b"")
-        with pytest.warns(UserWarning, match=r"rest.pt is no checkpoint"):
+        with pytest.warns(UserWarning, match=r"rest.pt is no checkpoint.*: it is the last: training begins"):
             assert Training.loaded(checkpoints, "sharded", CASES["linear"])[1] == 0
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_none_taken(tmp_path: Path) -> None:
+    with as_only_rank():
+        training = Training.of("sharded", CASES["linear"])
+        with full_disk(10_000), pytest.raises(UserError, match=r"cannot write the checkpoint in .*: File too large$"):
+            training.save(RankCheckpoints(tmp_path), 1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ def first_line(error: BaseException) -> str:
 
 def told(error: OSError) -> str:
     """What the system refused, and of which file."""
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else first_line(error)
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or first_line(error)}"
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path, tree_unflatten
 
 from hybridlab.base.checkpoint import DamagedError, load_checkpoint, save_checkpoint
-from hybridlab.base.errors import UserError, first_line
+from hybridlab.base.errors import UserError, first_line, told
 from hybridlab.base.files import names_to_disk, writing_to
 from hybridlab.base.ranks import from_each, from_first, is_first, is_sharded, local, running, spread
 
@@ -83,11 +83,12 @@ class RankCheckpoints:
 
         A damaged one gives way, with a warning, to the one before. Raises UserError as `load_checkpoint` does.
         """
-        for step in from_first(self._steps):
+        for step in (steps := from_first(self._steps)):
             try:
                 return self._read(self._folder / str(step), model, expect)
             except DamagedError as error:
-                warnings.warn(f"{error}: looking for the one before", stacklevel=2)
+                follows = "looking for the one before" if step != steps[-1] else "it is the last: training begins anew"
+                warnings.warn(f"{error}: {follows}", stacklevel=2)
         return None
 
     def remove(self) -> None:
@@ -114,7 +115,10 @@ class RankCheckpoints:
             if is_first():
                 self._end(beside)
         except CheckpointException as error:  # none of Exception
-            said = first_line(_cause(error))
+            if is_first():
+                shutil.rmtree(beside, ignore_errors=True)  # the record needs the room
+            cause = _cause(error)
+            said = told(cause) if isinstance(cause, OSError) else first_line(cause)
             raise UserError(f"cannot write the checkpoint in {self._folder}: {said}") from OSError(said)
 
     def _end(self, beside: Path) -> None:
@@ -199,6 +203,7 @@ def _in_place(parts: dict[str, Tensor], model: nn.Module, path: Any, value: Any)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first of the ranks where something did."""
+    """What went wrong on the first of the ranks where something did; torch's writer hides what the disk said."""
     failures = getattr(error, "failures", None)
-    return next(iter(failures.values()))[0] if failures else error
+    first: BaseException = next(iter(failures.values()))[0] if failures else error
+    return first.__context__ if isinstance(first.__context__, OSError) else first
