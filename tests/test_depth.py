@@ -475,6 +475,21 @@ def test_every_optimizer_grows(name: str, in_backward: bool) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_a_new_block_has_its_sources_weights_in_all_24_bits() -> None:
+    pytest.importorskip("torchao.optim")
+    memory, model = MemoryConfig(optimizer_state="int8", weights="24bit"), gpt2()
+    prepare_model_(model, memory)
+    trainer = trainer_of(model, optimizer=lambda m: optimizer_for(m, OptimizerConfig(), memory), memory=memory)
+    run(trainer, range(GROWS_AT))
+    before, state = weights(model.h[0]), trainer.optimizer.state
+    rests = [state[p]["rest"].clone() for p in model.h[0].parameters()]
+    assert any(rest.any() for rest in rests)
+    trainer.optimizer.param_groups[0]["lr"] = trainer.optimizer.param_groups[1]["lr"] = torch.tensor(0.0)
+    assert run(trainer, [GROWS_AT])[0].depth == BLOCKS
+    assert same(weights(model.h[1]), before)
+    assert all(torch.equal(state[p]["rest"], rest) for p, rest in zip(model.h[1].parameters(), rests, strict=True))
+
+
 @pytest.mark.parametrize(
     "memory", [MemoryConfig(checkpointing=CheckpointingConfig()), MemoryConfig(loss_chunk_tokens=8)]
 )

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -30,7 +31,7 @@ from hybridlab.memory.state_offload import StateOffload, _HostStore, _Storage
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups, low_bit
 from hybridlab.optim.in_backward import StepInBackward
-from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.optim.low_bit import joined, low_bit_adamw, split_
 from hybridlab.study import TextTaskConfig
 from hybridlab.weights import bf16_resident
 from hybridlab.weights.bf16_resident import Fp32Weights
@@ -319,7 +320,7 @@ def test_few_calls_equal_torchao_parameter_by_parameter(state: str, monkeypatch:
 def test_vectors_in_bf16_keep_float32_moments_and_are_rounded_at_random() -> None:
     """A step of a thousandth of the numbers' distance is taken by about one in a thousand, and by none otherwise."""
 
-    def after(stochastic_rounding: bool) -> Tensor:
+    def after(weights: str) -> Tensor:
         torch.manual_seed(0)
         vector, number = (nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((20_000,), ()))
         whole = nn.Parameter(torch.ones(8))  # beside them in one group
@@ -328,7 +329,7 @@ def test_vectors_in_bf16_keep_float32_moments_and_are_rounded_at_random() -> Non
             p.grad = torch.ones_like(p)
         optimizer = low_bit_adamw(
             [{"params": params}], [params], state="int8", lr=2**-18, betas=(0.9, 0.99), eps=1e-8,
-            stochastic_rounding=stochastic_rounding,
+            weights=weights,
         )  # fmt: skip
         optimizer.step()
         assert optimizer.state[vector]["exp_avg"].dtype is torch.float32
@@ -336,10 +337,76 @@ def test_vectors_in_bf16_keep_float32_moments_and_are_rounded_at_random() -> Non
         return vector.detach().float()
 
     pytest.importorskip("torchao.optim")
-    assert torch.equal(after(False), torch.ones(20_000))
-    moved = after(True)
+    assert torch.equal(after("fp32"), torch.ones(20_000))
+    moved = after("bf16")
     assert set(moved.tolist()) == {1.0, 1.0 - 2**-8}
     torch.testing.assert_close(moved.mean(), torch.tensor(1.0 - 2**-18), rtol=0.0, atol=2e-6)
+
+
+def test_weights_of_24_bits_are_taken_apart_and_joined() -> None:
+    """At most the last of 24 bits is off, 2^-15 of the value; a bf16 number has no rest."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_000, generator=generator) * 10.0 ** torch.randint(-30, 30, (100_000,), generator=generator)
+    ties = (torch.arange(2**16, dtype=torch.int32) + 0x3F7F0000).view(torch.float32)
+    for exact in (values, ties, -ties):
+        weight, rest = torch.empty_like(exact, dtype=torch.bfloat16), torch.empty_like(exact, dtype=torch.int8)
+        split_(exact, weight, rest)
+        assert torch.equal(weight, exact.bfloat16()), "passes see what rounding to bf16 gives"
+        torch.testing.assert_close(joined(weight, rest), exact, rtol=2**-15, atol=0.0)
+        split_(weight.float(), weight, rest)
+        assert not rest.any()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_weights_of_24_bits_train_as_float32_ones_with_the_same_state(in_backward: bool) -> None:
+    """Steps are so small that bf16 takes them by chance, if at all; gradients do not depend on the weights."""
+    pytest.importorskip("torchao.optim")
+
+    def moved(weights: str) -> Tensor:
+        model = fresh(n_embd=64)
+        model.to(torch.bfloat16).float()  # both begin at numbers that bf16 has
+        memory = MemoryConfig(optimizer_state="int8", weights=weights, step_in_backward=in_backward)
+        prepare_model_(model, memory)
+        optimizer = optimizer_for(model, OptimizerConfig(lr=2**-16, betas=(0.9, 0.99)), memory)
+        directions = [torch.randn(p.shape).sign() for p in model.parameters()]
+        before = nn.utils.parameters_to_vector(model.parameters()).float()
+        for _ in range(8):
+            optimizer.zero_grad()
+            sum((p * sign).sum() for p, sign in zip(model.parameters(), directions, strict=True)).backward()
+            optimizer.step()
+        state = [optimizer.state[p].get("rest") for p in model.parameters()]
+        kept = [p if rest is None else joined(p, rest) for p, rest in zip(model.parameters(), state, strict=True)]
+        return torch.cat([p.detach().flatten() for p in kept]) - before
+
+    exact, ours, rounded = moved("fp32"), moved("24bit"), moved("bf16")
+    assert (ours - exact).norm() < 0.1 * exact.norm() < 0.2 * (rounded - exact).norm()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "24bit"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_state_keeps_its_number_formats_when_it_is_loaded(weights: str, in_backward: bool, tmp_path: Path) -> None:
+    pytest.importorskip("torchao.optim")
+    memory = MemoryConfig(optimizer_state="int8", weights=weights, step_in_backward=in_backward)
+
+    def made() -> tuple[nn.Module, Optimizer]:
+        model = fresh(n_embd=64)
+        prepare_model_(model, memory)
+        return model, optimizer_for(model, OptimizerConfig(), memory)
+
+    def trained(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+        torch.manual_seed(1)  # of stochastic rounding
+        for step in range(2):
+            optimizer.zero_grad()
+            model(tokens(step), tokens(step)).backward()
+            optimizer.step()
+        return [t for p in model.parameters() for t in (p.detach(), optimizer.state[p].get("rest", p).detach())]
+
+    first, second = made(), made()
+    trained(*first)
+    torch.save([part.state_dict() for part in first], tmp_path / "saved.pt")
+    for part, state in zip(second, torch.load(tmp_path / "saved.pt", weights_only=False), strict=True):
+        part.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(trained(*first), trained(*second), strict=True))
 
 
 def one_bucket(params: list[nn.Parameter], state: str) -> Optimizer:
@@ -572,6 +639,11 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         "optimizer_state='int8' does not go with predict_aware strategy='compress'",
     ),
     (lambda: MemoryConfig(weights="bf16"), "weights='bf16' does not go with optimizer_state='fp32'"),
+    (lambda: MemoryConfig(weights="24bit"), "weights='24bit' does not go with optimizer_state='fp32'"),
+    (
+        lambda: HybridTrainerConfig(memory=MemoryConfig(weights="24bit", optimizer_state="int8")),
+        "weights='24bit' does not go with max_predict_steps",
+    ),
     (lambda: MemoryConfig(optimizer_state="int9"), "optimizer_state 'int9' is unknown: did you mean 'int8'"),
     (lambda: MemoryConfig(loss_chunk_tokens=-1), "loss_chunk_tokens is -1"),
     (

@@ -248,6 +248,13 @@ def test_state_takes_the_bytes_of_its_format():
     assert share["int4"] == pytest.approx(0.5 + 4 / 128, rel=0.2)
 
 
+def test_further_bits_of_weights_take_a_byte_per_number():
+    count = sum(p.numel() for p in _parameters(HEAVY_WEIGHTS))
+    bf16, more = (plan(*LITTLE, MemoryConfig(weights=weights, **LOW_BIT)) for weights in ("bf16", "24bit"))
+    assert more.parts["weights"] == bf16.parts["weights"]
+    assert more.parts["optimizer"] - bf16.parts["optimizer"] == pytest.approx(count, rel=0.03)
+
+
 def _parameters(config: GPT2Config) -> list[nn.Parameter]:
     from hybridlab.models import GPT2
 

@@ -49,11 +49,16 @@ LEAN: dict[str, Any] = {
     "checkpointing": CheckpointingConfig(inputs="host"),
     "loss_chunk_tokens": 512,
 }
+FEW_BITS: dict[str, Any] = {
+    "pad_vocab_to": 128,
+    "optimizer_state": "int8",
+    "step_in_backward": True,
+    "clip_in_backward": 1.0,
+}
 WAYS = {
     "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None),
-    "bf16 weights and 8-bit state on the GPU": MemoryConfig(
-        **LEAN, pad_vocab_to=128, optimizer_state="int8", step_in_backward=True, clip_in_backward=1.0, weights="bf16"
-    ),
+    "24-bit weights and 8-bit state on the GPU": MemoryConfig(**LEAN, **FEW_BITS, weights="24bit"),
+    "bf16 weights and 8-bit state on the GPU": MemoryConfig(**LEAN, **FEW_BITS, weights="bf16"),
     "fp32 weights on the GPU, fp32 state on the host": MemoryConfig(**LEAN, state_on_host=True),
     "bf16 weights on the GPU, fp32 masters and state on the host": MemoryConfig(
         **LEAN, state_on_host=True, weights="bf16"
@@ -124,6 +129,7 @@ def _inexact(memory: MemoryConfig) -> str:
         "clipping by an estimated norm": memory.clip_in_backward is not None,
         "weights rounded from masters on the host": is_bf16 and has_masters,
         "weights rounded stochastically, without masters": is_bf16 and not has_masters,
+        "weights of 24 bits": memory.weights == "24bit",
     }
     return ", ".join(what for what, holds in found.items() if holds) or "none"
 

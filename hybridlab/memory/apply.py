@@ -29,7 +29,7 @@ def prepare_model_(model: nn.Module, memory: MemoryConfig) -> None:
     """
     if memory.checkpointing:
         checkpoint_blocks_(model, memory.checkpointing)
-    if memory.weights == "bf16":
+    if memory.lowers_weights:
         model.to(torch.bfloat16)
 
 
@@ -66,7 +66,7 @@ def refuse_unprepared(model: nn.Module, optimizer: Optimizer, memory: MemoryConf
             )
     is_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters() if p.is_floating_point())
     is_prepared = not memory.checkpointing or is_checkpointed(model, memory.checkpointing)
-    if not is_prepared or (memory.weights == "bf16" and not is_bf16):
+    if not is_prepared or (memory.lowers_weights and not is_bf16):
         raise UserError(
             "the memory settings ask for checkpointing or bf16 weights, and the model was not prepared: call "
             "hybridlab.memory.prepare_model_(model, memory) first, then build the optimizer"
@@ -86,7 +86,7 @@ def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> 
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        stochastic_rounding=memory.weights == "bf16",
+        weights=memory.weights,
     )
     if config.name == "adamw":
         return with_average(low_bit(rate_groups(model, config, params)), config)

@@ -14,7 +14,7 @@ TRAINING_FORMATS = ("fp32", "bf16")
 PREDICT_FORMATS = ("fp32", "bf16", "bf16_weights")
 STRATEGIES = ("none", "cpu", "pinned", "compress", "drop")
 STATE_FORMATS = ("fp32", "int8", "fp8", "int4")
-WEIGHTS = ("fp32", "bf16")
+WEIGHTS = ("fp32", "bf16", "24bit")
 INPUTS = ("card", "host")
 CLIP_NORM = 1.0
 """Of gradients, wherever nobody asks for another."""
@@ -136,7 +136,8 @@ class MemoryConfig:
     clip_in_backward: with `step_in_backward`, gradient norm above which gradients are scaled down, estimated while
         they arrive (`hybridlab.optim.in_backward`); None leaves them alone
     state_on_host: gradients and optimizer state live in host memory, where AdamW steps
-    weights: "fp32"; "bf16" with stochastic rounding, or, with `state_on_host`, with float32 masters on the host
+    weights: "fp32"; "bf16" with stochastic rounding, or, with `state_on_host`, with float32 masters on the host;
+        "24bit": bf16, and 8 further bits of each weight beside the low-bit state, which the optimizer's step counts in
 
     Raises TypeError and ValueError that name the setting and its remedy, or the two that do not go together, and why.
     """
@@ -204,7 +205,7 @@ class MemoryConfig:
     def _conflicts(self) -> dict[str, bool]:
         """Which settings cannot work together, why, and whether they are set."""
         state, strategy = self.optimizer_state, self.predict_strategy
-        low_bit, bf16 = state != "fp32", self.weights == "bf16"
+        low_bit, weights = state != "fp32", self.weights
         return {
             "step_in_backward does not go with gradient_accumulation: gradients are gone before they could add up; "
             "leave one of them off": self.step_in_backward and self.gradient_accumulation is not None,
@@ -218,10 +219,12 @@ class MemoryConfig:
             "leave one of them off": self.state_on_host and strategy in ("cpu", "pinned", "compress"),
             f"optimizer_state={state!r} does not go with predict_aware strategy='compress': the state is compressed "
             "already; use strategy='pinned' or 'none'": low_bit and strategy == "compress",
-            "weights='bf16' does not go with mixed_precision predict='bf16_weights': there are no float32 weights on "
-            "the GPU to offload; use predict='bf16'": bf16 and self.offloads_weights,
+            f"weights={weights!r} does not go with mixed_precision predict='bf16_weights': no float32 ones are on "
+            "the GPU to offload; use predict='bf16'": self.lowers_weights and self.offloads_weights,
             "weights='bf16' does not go with optimizer_state='fp32': plain rounding would swallow small updates; use "
-            "optimizer_state='int8', or state_on_host=True": bf16 and not low_bit and not self.state_on_host,
+            "optimizer_state='int8', or state_on_host=True": weights == "bf16" and not (low_bit or self.state_on_host),
+            "weights='24bit' does not go with optimizer_state='fp32': it is part of a state in few bits; use "
+            "optimizer_state='int8'": weights == "24bit" and not low_bit,
         }
 
     @property
@@ -236,7 +239,7 @@ class MemoryConfig:
         """
         name = optimizer.name
         if optimizer.average_decay and (self.state_on_host or self.weights != "fp32"):
-            asked = "state_on_host" if self.state_on_host else "weights='bf16'"
+            asked = "state_on_host" if self.state_on_host else f"weights={self.weights!r}"
             raise UserError(f"average_decay keeps a float32 mean on the GPU, beside float32 weights: leave {asked} off")
         plain = self.optimizer_state == "fp32" and not self.state_on_host
         muon_in_few_bits = name == "muon" and not self.state_on_host and self.weights == "fp32"
@@ -248,6 +251,11 @@ class MemoryConfig:
     def offloads_weights(self) -> bool:
         """Whether in Predict the GPU has only bf16 weights."""
         return self.mixed_precision is not None and self.mixed_precision.predict == "bf16_weights"
+
+    @property
+    def lowers_weights(self) -> bool:
+        """Whether passes compute with weights that are bf16 themselves."""
+        return self.weights != "fp32"
 
     @property
     def without_cuda_graphs(self) -> str | None:

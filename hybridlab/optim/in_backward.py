@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.weak_hook import weak_hook
-from hybridlab.optim.stepping import step_with_
+from hybridlab.optim.stepping import keep_formats_, step_with_
 
 LEAST_SHARE = 1e-3
 """Of the squared norm: a bucket that had less of it, such as an idle layer, tells nothing about the others."""
@@ -100,6 +100,7 @@ class StepInBackward(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a saved state."""
         super().load_state_dict(state_dict)
+        keep_formats_(self, state_dict)
         settings = self.param_groups[0]
         for name in ("clip_shares", "clip_squares"):
             settings[name] = settings.get(name, torch.zeros_like(self._squares)).to(self._squares.device)

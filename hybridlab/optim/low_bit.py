@@ -18,6 +18,7 @@ from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
 from hybridlab.base.lazy import quiet_imports
 from hybridlab.optim.build import ParamGroup
+from hybridlab.optim.stepping import keep_formats_
 from hybridlab.weights.motion import views
 
 CLASSES = {"int8": "AdamW8bit", "fp8": "AdamWFp8", "int4": "AdamW4bit"}
@@ -31,7 +32,7 @@ def low_bit_adamw(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    stochastic_rounding: bool = False,
+    weights: str = "fp32",
 ) -> Optimizer:
     """AdamW by torchao with its moments in "int8", "fp8" or "int4", one scale per block of 256 (int4: 128) values.
 
@@ -43,7 +44,8 @@ def low_bit_adamw(
     thousandth of the numbers, keep float32 moments and go through torch's own AdamW, all together.
 
     buckets: parameters that one call steps; equal ones, such as a model's blocks, are compiled once
-    stochastic_rounding: of bf16 weights, so that small updates are not lost
+    weights: how no small update of bf16 weights is lost: "bf16" rounds stochastically; "24bit" keeps 8 further bits of
+        each in the state, as "rest", so that the method sees and moves weights of 24 bits
 
     Raises UserError where torchao is not installed, and for a GPU where nothing can compile.
 
@@ -53,7 +55,8 @@ def low_bit_adamw(
     if any(p.is_cuda for bucket in buckets for p in bucket):
         require_compiler("cuda", wanted_by)
     method = type("LowBitAdamW", (InFewCalls, getattr(optim, CLASSES[state])), {})
-    optimizer: Any = method(groups, lr=lr, betas=betas, eps=eps, bf16_stochastic_round=stochastic_rounding)
+    optimizer: Any = method(groups, lr=lr, betas=betas, eps=eps, bf16_stochastic_round=weights == "bf16")
+    optimizer.keeps_rest = weights == "24bit"
     optimizer.bucket_of = {p: i for i, bucket in enumerate(buckets) for p in bucket}
     return optimizer
 
@@ -68,6 +71,7 @@ class InFewCalls(Optimizer):
     bucket_of: dict[Tensor, int]
     _new_buffer: Callable[[Tensor, bool], Tensor]
     bf16_stochastic_round: bool
+    keeps_rest: bool
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group, and remember what the update is compiled with."""
@@ -75,13 +79,19 @@ class InFewCalls(Optimizer):
         group = self.param_groups[-1]
         group["first_betas"], group["first_decay"] = tuple(group["betas"]), group["weight_decay"]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a saved state."""
+        super().load_state_dict(state_dict)
+        keep_formats_(self, state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient."""
         calls: dict[int, list[Owned]] = defaultdict(list)
         for group in self.param_groups:
             stepping = [p for p in group["params"] if p.grad is not None]
-            self._step_vectors_([p for p in stepping if p.ndim < 2], group)
+            for dtype in {p.dtype for p in stepping}:
+                self._step_vectors_([p for p in stepping if p.ndim < 2 and p.dtype is dtype], group)
             for p in stepping:
                 if p.ndim > 1:
                     calls[self.bucket_of[p]].append((p, group))
@@ -99,18 +109,19 @@ class InFewCalls(Optimizer):
             state["step"] += 1
         cycled = any(tuple(g["betas"]) != tuple(g.get("first_betas") or g["betas"]) for _, g in members)
         _update(compiled=members[0][0].is_cuda and not cycled)(
-            [_taken(p, state["exp_avg"], state["exp_avg_sq"]) for (p, _), state in zip(members, states, strict=True)],
+            [_taken(p, state) for (p, _), state in zip(members, states, strict=True)],
             states[0]["step"],
             [_settings(group) for _, group in members],
             self.bf16_stochastic_round,
         )
 
     def _step_vectors_(self, params: list[nn.Parameter], group: ParamGroup) -> None:
-        """By torch's own AdamW in float32, and then rounded as the matrices are."""
+        """By torch's own AdamW in float32, and then rounded as the matrices are. params: of one format"""
         if not params:
             return
         states, (beta1, beta2) = [self._state_of(p) for p in params], group["betas"]
-        values = [p.detach().float() for p in params]  # where they are float32, the parameters' own memory
+        rests = [state["rest"] for state in states if "rest" in state]
+        values = _joined_all(params, rests) if rests else [p.detach().float() for p in params]
         adamw(
             values,
             [p.grad.float() for p in params if p.grad is not None],
@@ -126,9 +137,11 @@ class InFewCalls(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for dtype in {p.dtype for p in params} - {torch.float32}:
-            low = [(p, value) for p, value in zip(params, values, strict=True) if p.dtype is dtype]
-            _copy_(low, stochastic_rounding=self.bf16_stochastic_round and dtype is torch.bfloat16)
+        if rests:
+            _split_all_(values, params, rests)
+        elif params[0].dtype is not torch.float32:  # else values are the parameters' own memory
+            rounded = self.bf16_stochastic_round and params[0].dtype is torch.bfloat16
+            _copy_(params, values, stochastic_rounding=rounded)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state: torchao's own form, and float32 for what is no matrix."""
@@ -137,6 +150,8 @@ class InFewCalls(Optimizer):
             new = self._new_buffer if param.ndim > 1 else _float32_zeros
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = new(param, True), new(param, False)
+            if self.keeps_rest and param.dtype is torch.bfloat16:
+                state["rest"] = torch.zeros_like(param, dtype=torch.int8)
         return state
 
 
@@ -173,20 +188,23 @@ class Member(NamedTuple):
     gradient: Tensor
     mean: StoredState
     square: StoredState
+    rest: Tensor | None
 
 
-def _taken(param: nn.Parameter, mean: Tensor, square: Tensor) -> Member:
+def _taken(param: nn.Parameter, state: dict[str, Any]) -> Member:
     """All of a parameter, in rows of the numbers that share a scale, where they lie in order and have one.
 
     In the parameter's own shape, the scales would take a pass of their own before the codes can be written.
     """
+    mean, square, rest = state["exp_avg"], state["exp_avg_sq"], state.get("rest")
     weights, gradient, shape = param.detach(), param.grad, param.shape
     assert gradient is not None
     block = getattr(mean, "block_size", None)
     if block is None or not (weights.is_contiguous() and gradient.is_contiguous()):
-        return Member(weights, gradient, _moment(mean, shape, shape), _moment(square, shape, shape))
+        return Member(weights, gradient, _moment(mean, shape, shape), _moment(square, shape, shape), rest)
     rows = torch.Size((weights.numel() // block, block))
-    return Member(weights.view(rows), gradient.view(rows), _moment(mean, shape, rows), _moment(square, shape, rows))
+    moments = _moment(mean, shape, rows), _moment(square, shape, rows)
+    return Member(weights.view(rows), gradient.view(rows), *moments, None if rest is None else rest.view(rows))
 
 
 def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> StoredState:
@@ -203,13 +221,42 @@ def _float32_zeros(like: Tensor, _: bool) -> Tensor:
     return torch.zeros_like(like, dtype=torch.float32)
 
 
-def _copy_(pairs: Sequence[tuple[Tensor, Tensor]], *, stochastic_rounding: bool) -> None:
+def joined(weight: Tensor, rest: Tensor) -> Tensor:
+    """The float32 values of bf16 weights and their 8 further bits, which `split_` took apart."""
+    return ((weight.view(torch.int16).int() << 16) + (rest.int() << 8)).view(torch.float32)
+
+
+def split_(value: Tensor, weight: Tensor, rest: Tensor) -> None:
+    """Round float32 values to 24 bits: to bf16, and the difference, in 2^-8 of the last place of that.
+
+    value: float32; weight: bf16; rest: int8; all of one shape
+    """
+    weight.copy_(value)
+    beyond = value.view(torch.int32) - (weight.view(torch.int16).int() << 16)
+    rest.copy_(((beyond + 128) >> 8).clamp(-128, 127))
+
+
+def _joined_all(params: Sequence[Tensor], rests: Sequence[Tensor]) -> list[Tensor]:
+    """All in a few calls."""
+    flat = joined(torch.cat([p.detach().flatten() for p in params]), torch.cat([rest.flatten() for rest in rests]))
+    return list(views(flat, params))
+
+
+def _split_all_(values: Sequence[Tensor], params: Sequence[Tensor], rests: Sequence[Tensor]) -> None:
+    """All in a few calls."""
+    flat = torch.cat([value.flatten() for value in values])
+    weights, left = torch.empty_like(flat, dtype=torch.bfloat16), torch.empty_like(flat, dtype=torch.int8)
+    split_(flat, weights, left)
+    torch._foreach_copy_(list(params), views(weights, params))
+    torch._foreach_copy_(list(rests), views(left, rests))
+
+
+def _copy_(params: Sequence[Tensor], values: Sequence[Tensor], *, stochastic_rounding: bool) -> None:
     """Into each parameter its float32 values, all in a few calls."""
-    params = [param for param, _ in pairs]
-    flat = torch.cat([value.flatten() for _, value in pairs])
+    flat = torch.cat([value.flatten() for value in values])
     if stochastic_rounding:
         flat = torchao_optim("stochastic rounding").quant_utils._fp32_to_bf16_sr(flat)
-    torch._foreach_copy_(params, views(flat, params))
+    torch._foreach_copy_(list(params), views(flat, params))
 
 
 @lru_cache
@@ -223,9 +270,12 @@ def _update(compiled: bool) -> Callable[..., None]:
         settings: list[tuple[Tensor | float, ...]],
         stochastic_rounding: bool,
     ) -> None:
-        for (p, g, mean, square), (lr, beta1, beta2, decay, eps) in zip(members, settings, strict=True):
+        for (p, g, mean, square, rest), (lr, beta1, beta2, decay, eps) in zip(members, settings, strict=True):
             rounded = stochastic_rounding and p.dtype is torch.bfloat16
-            update(p, g, step, mean.tensor(), square.tensor(), None, lr, beta1, beta2, decay, eps, True, rounded)
+            value = p if rest is None else joined(p, rest)
+            update(value, g, step, mean.tensor(), square.tensor(), None, lr, beta1, beta2, decay, eps, True, rounded)
+            if rest is not None:
+                split_(value, p, rest)
 
     return torch.compile(update_all, fullgraph=True, dynamic=False) if compiled else update_all
 

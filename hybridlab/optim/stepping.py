@@ -25,3 +25,15 @@ def step_with_(method: Optimizer, groups: list[dict[str, Any]], state: Mapping[T
     """
     method.param_groups, method.state = groups, state  # type: ignore[assignment]
     method.step()
+
+
+def keep_formats_(optimizer: Optimizer, loaded: Mapping[str, Any]) -> None:
+    """Give a state that was just loaded its own number formats back: torch gives it those of the weights.
+
+    loaded: what `load_state_dict` took
+    """
+    groups = zip(loaded["param_groups"], optimizer.param_groups, strict=True)
+    for number, param in ((n, p) for saved, own in groups for n, p in zip(saved["params"], own["params"], strict=True)):
+        for name, value in loaded["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.dtype != optimizer.state[param][name].dtype:
+                optimizer.state[param][name] = value.to(param.device)

@@ -138,7 +138,7 @@ class DryRun:
             compile_(model, self._trace)
         if self._memory.checkpointing:
             checkpoint_blocks_(model, self._memory.checkpointing, BlockInputs(self._on_host))
-        if self._memory.weights == "bf16":
+        if self._memory.lowers_weights:
             _lower_(model.parameters())
         averaged = [p for p in self._weights if p.requires_grad]
         self._joined = _deactivate_(model, self._spec.depth) if self._spec.depth else set()
@@ -329,10 +329,11 @@ class DryRun:
             Muon(mine, new_buffer=momenta.__getitem__).step()
 
     def _low_bit_state(self, p: nn.Parameter) -> list[Tensor]:
+        further = [torch.empty_like(p, dtype=torch.int8)] if self._memory.weights == "24bit" else []
         if p.ndim < 2:
-            return [torch.empty_like(p, dtype=torch.float32) for _ in range(2)]
+            return [*further, *(torch.empty_like(p, dtype=torch.float32) for _ in range(2))]
         bits = FORMATS[self._memory.optimizer_state]
-        return [t for _ in range(1 if p in self._muons else 2) for t in _moment(p, bits)]
+        return [*further, *(t for _ in range(1 if p in self._muons else 2) for t in _moment(p, bits))]
 
     def _offload_state(self) -> None:
         """Leave on the GPU what Predict's strategy keeps there of the state."""

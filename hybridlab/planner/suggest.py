@@ -134,9 +134,9 @@ def _on_the_line(peaks: dict[int, int], fits: int, gpu_bytes: int) -> int | None
 def _least_bytes(spec: TrainingSpec, numbers: int) -> int:
     """Weights, gradients and AdamW's state on the GPU, of so many numbers that are trained."""
     memory = spec.memory
-    weight = 2 if memory.weights == "bf16" else 4
+    weight = 2 if memory.lowers_weights else 4
     gradient = 0 if memory.step_in_backward or memory.state_on_host else weight
-    moments = {"fp32": 8, "int4": 1}.get(memory.optimizer_state, 2)
+    moments = {"fp32": 8, "int4": 1}.get(memory.optimizer_state, 2) + (memory.weights == "24bit")
     state = 0 if memory.state_on_host or spec.optimizer.name != "adamw" else moments
     return numbers * (weight + gradient + state) + spec.overhead.context_bytes
 
@@ -156,7 +156,7 @@ def _switched_on(spec: TrainingSpec, changes: Sequence[Change]) -> tuple[tuple[s
 
 def _autocast(spec: TrainingSpec) -> TrainingSpec | None:
     numbers = spec.memory.mixed_precision
-    if spec.memory.weights == "bf16" or (numbers and numbers.training == "bf16"):
+    if spec.memory.lowers_weights or (numbers and numbers.training == "bf16"):
         return None
     changed = spec.changed(mixed_precision=MixedPrecisionConfig("bf16", numbers.predict if numbers else "bf16"))
     return replace(changed, gather="bf16") if spec.is_sharded else changed  # or autocast keeps copies of all weights
@@ -211,7 +211,7 @@ def _state_on_host(spec: TrainingSpec) -> TrainingSpec | None:
 
 def _bf16_weights(spec: TrainingSpec) -> TrainingSpec | None:
     numbers, memory = spec.memory.mixed_precision, spec.memory
-    if spec.path or memory.weights == "bf16" or not memory.state_on_host:
+    if spec.path or memory.lowers_weights or not memory.state_on_host:
         return None
     return spec.changed(weights="bf16", mixed_precision=numbers and replace(numbers, predict="bf16"))
 
