@@ -754,6 +754,19 @@ def test_the_readme_says_first_what_to_run_beside_its_control_and_as_code(
     assert ("```python" in section) is found
 
 
+def test_the_readme_names_the_stack_s_tuned_control_and_the_shallow_model_that_is_better_still() -> None:
+    times = {"bf16": "2.38", "compiled": "3.02", "CUDA graph": "7.08", "tuned rates": "25.18 [18.84, 31.76]"}
+    rungs = [{"rung": rung, "vanilla's time over it": ratio} for rung, ratio in times.items()]
+    muon = {"rung": "Muon", "vanilla's time over it": "47.22 [31.57, open]", "steps to the loss": "54 [open, 81]"}
+    ladder = entry(claim("stack-is-fast", "holds"), tables={"ladder": [*rungs, muon]}, parameters=FASTEST)
+    for verdict in ("fails", "holds"):
+        depth = entry(claim("depth-pays", verdict, arm="grown"), parameters={"budgets": [1000]})
+        section = " ".join(readme_section(Evidence({MAIN: {LADDER: ladder, DEPTH: depth}})).split())
+        assert "in 54 [open, 81] steps. That run is the control" in section
+        assert "AdamW at a tuned rate, in the same formats, was already 25.2 [18.8, 31.8] times as fast" in section
+        assert ("the shallow model that never grows ends lower still" in section) is (verdict == "fails")
+
+
 def test_criteria_that_repeat_each_other_count_once_and_ours_not_among_the_plan_s() -> None:
     plan = [criterion for title, group in CRITERIA.items() if title not in (IN_DEPTH, OURS) for criterion in group]
     once = {(criterion.rules, criterion.need) for criterion in plan}

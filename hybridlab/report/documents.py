@@ -11,7 +11,7 @@ from typing import Any
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
-from hybridlab.report.criteria import BASELINE, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
+from hybridlab.report.criteria import BASELINE, DEPTH, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
 from hybridlab.report.evidence import MAIN, Evidence
 from hybridlab.report.gpu_guide import depth_advice, gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
@@ -78,6 +78,7 @@ DEPTH_COLUMNS = (
     "growing pays",
     "depth pays",
     "computation to its loss",
+    "rates",
     "what to run",
 )
 """Of the advice on depth, what the README shows."""
@@ -156,6 +157,7 @@ def readme_section(evidence: Evidence) -> str:
         scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
         depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in _on_gpus(depth_advice(evidence))],
         devices=devices(evidence),
+        shallow_is_better=any(claim.verdict == "fails" for claim in evidence.claims(DEPTH, kind="depth-pays")),
     )
 
 
@@ -173,8 +175,10 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
     if not is_fast or times == "open" or not {"bf16", "compiled", "CUDA graph"} <= rungs.keys():
         return None
     code = FASTEST.format(**parameters)
-    times = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.3g}", times)
-    return parameters | {"times": times, "link": notebook_link(LADDER, docs=""), "code": Markdown(code)}
+    told = {"times": times, "steps_taken": rungs["Muon"].get("steps to the loss", "open")}
+    told |= {"tuned": rungs.get("tuned rates", {}).get("vanilla's time over it", "open")}
+    short = {name: re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.3g}", text) for name, text in told.items()}
+    return parameters | short | {"link": notebook_link(LADDER, docs=""), "code": Markdown(code)}
 
 
 def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:

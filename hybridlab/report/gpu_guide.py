@@ -132,6 +132,7 @@ def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Ce
         "depth pays": depth.verdict,
         "computation to its loss": ratios["compute_to_loss"] or "open",
         "time to its loss": ratios["time_to_loss"] or "open",
+        "rates": "tried" if parameters.get("rate_trials") else "not tried",
         "what to run": ADVICE.get((pays.verdict, depth.verdict), "open"),
         "notebook": notebook_link(pays.notebook, pays.profile, short=True),
         "profile": pays.profile,
