@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -736,8 +737,9 @@ FASTEST = {"model": "small", "vocab_size": 50257, "block_size": 512, "batch_size
     [("47.22 [31.57, open]", "holds", True), ("47.22 [31.57, open]", "open", False), ("open", "holds", False)],
 )
 def test_the_readme_says_first_what_to_run_beside_its_control_and_as_code(
-    muon: str, verdict: Verdict, found: bool
+    muon: str, verdict: Verdict, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hybridlab.notebook.Session", lambda config, name: SimpleNamespace(config=config))
     times = {"bf16": "2.38", "compiled": "3.02", "CUDA graph": "7.08", "Muon": muon}
     rungs = [{"rung": rung, "vanilla's time over it": ratio} for rung, ratio in times.items()]
     lost = entry(pays("aggressive", "fails", 100.0, 900.0), pays("conservative", "holds", 0.0, 1000.0))
@@ -904,9 +906,10 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
         for kind, name, verdict in (("pays", "loss_to_control", growing), ("depth-pays", "loss_to_shallow", depth))
         for steps in [Quantity("gradient_steps", 800.0, unit="steps")]
     ]
-    published = entry(*claims, parameters=parameters | {"seeds": 3})
-    (row,) = depth_advice(Evidence({"cpu": {"10_predicted_depth": published}}))
-    assert row["what to run"] == advice
+    for trials, rates in ((0, "not tried"), (4, "tried")):
+        published = entry(*claims, parameters=parameters | {"seeds": 3, "rate_trials": trials})
+        (row,) = depth_advice(Evidence({"cpu": {"10_predicted_depth": published}}))
+        assert (row["what to run"], row["rates"]) == (advice, rates)
     assert row["against as much computation"] == "-0.200 [-0.300, -0.100]"
     assert row["computation to its loss"] == "open"
 
