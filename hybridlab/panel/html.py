@@ -247,7 +247,7 @@ def _used(state: State) -> dict[str, Any]:
         "first": ends[0],
         "last": ends[1],
         "limit": limit,
-        "ticks": [tick for tick in _ticks(0, line.steps, 8) if tick < 0.96 * line.steps],
+        "ticks": [tick for tick in _ticks(0, line.steps, 8) if tick < 0.9 * line.steps],
     }
 
 
