@@ -577,8 +577,14 @@ def test_the_sweep_shows_each_arm_beside_the_plain_run_and_the_shallow_control(s
     }
     chart = budget_chart({1.5: study}, ["grown", "shallow"])
     assert isinstance(chart, Chart)
-    drawn = {series.name: series.y for series in chart.series}
-    assert drawn["shallow"] == pytest.approx([compare(study, "shallow").to_baseline.mean])
+    drawn = dict(zip(chart.names, chart.series[0].x, strict=True))
+    assert drawn["shallow"] == pytest.approx(compare(study, "shallow").to_baseline.mean)
+    several = budget_chart({1.5: study, 3.0: study}, ["grown", "shallow"])
+    assert isinstance(several, Chart)
+    assert [(series.name, list(series.x)) for series in several.series] == [
+        ("grown", [1.5, 3.0]),
+        ("shallow", [1.5, 3.0]),
+    ]
     claim = shallow_claim(study, "grown", "shallow", "40 steps")
     assert claim.id == "grown-40-steps-depth-pays"
     assert claim.verdict == "open"
@@ -608,7 +614,7 @@ def test_a_sweep_whose_arm_diverged_is_told_and_not_drawn(study: StudyResult) ->
     spoilt = replace(run, summary=run.closing_figures | {"validation_loss": math.inf, "diverged": "the loss is nan"})
     chart = budget_chart({1.5: StudyResult(study.runs | {("shallow", 1): spoilt})}, ["grown", "shallow"])
     assert isinstance(chart, Chart)
-    assert [series.name for series in chart.series] == ["grown"]
+    assert list(chart.names) == ["grown"]
     without = StudyResult(study.runs | {("baseline", 1): spoilt})
     assert budget_chart({1.5: without}, ["grown", "shallow"]) == "at every budget an arm or its baseline diverged"
 

@@ -32,7 +32,7 @@ AXIS = {
 def figure_of(title: str | None, charts: tuple[ChartData, ...], columns: int) -> go.Figure:
     """One figure of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
-    height = look.HEIGHT_PX if title is None else 130 + look.PANEL_HEIGHT_PX * rows
+    height = look.height_of(charts[0]) if title is None else 130 + look.PANEL_HEIGHT_PX * rows
     gaps = {"horizontal_spacing": _gap(charts, columns), "vertical_spacing": 0.3 / rows}
     figure = make_subplots(rows=rows, cols=columns, **gaps)
     styles = look.looks(s for chart in charts for s in chart.series)

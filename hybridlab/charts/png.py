@@ -54,7 +54,7 @@ Handles = dict[tuple[str, str], Any]
 def picture_of(title: str | None, charts: tuple[ChartData, ...], columns: int) -> bytes:
     """One picture of all charts, row by row, with one legend; `title` None takes the only chart's."""
     rows = math.ceil(len(charts) / columns)
-    height = look.HEIGHT_PX if title is None else 80 + look.PANEL_HEIGHT_PX * rows
+    height = look.height_of(charts[0]) if title is None else 80 + look.PANEL_HEIGHT_PX * rows
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(look.WIDTH_PX / DPI, height / DPI), dpi=DPI, layout="constrained")
         styles = look.looks(s for chart in charts for s in chart.series)

@@ -57,6 +57,11 @@ class Look:
     width: float = LINE_WIDTH
 
 
+def height_of(chart: ChartData) -> int:
+    """Of a chart alone, in pixels: a short list of names is no taller than its rows need."""
+    return min(HEIGHT_PX, 160 + 50 * len(chart.names)) if chart.names else HEIGHT_PX
+
+
 def looks(series: Iterable[Series]) -> dict[str, Look]:
     """One look per series name, in order of appearance; a color asked for by index is left to its asker."""
     first = {s.name: s for s in reversed(list(series))}

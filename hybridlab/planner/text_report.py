@@ -142,8 +142,8 @@ def _times(question: Question) -> Iterator[str]:
     sent = " without what ranks send" if question.spec.ranks > 1 else ""
     a_step, took = "A step" if question.fits else "As it is, a step", _ms(step_time_ms(question.asked, question.gpu))
     yield (
-        f"{a_step}{sent} is estimated to take {took}, from the data sheet of a {question.gpu.name}; where it was "
-        f"measured, on an H200, the estimate was {low:g} to {high:g} times the measured time."
+        f"{a_step}{sent} is estimated to take {took}, from the data sheet of a {question.gpu.name}.\n"
+        f"Where it was measured, on an H200, the estimate was {low:g} to {high:g} times the measured time."
     )
 
 

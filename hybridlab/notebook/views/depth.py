@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hybridlab.charts.builders import interval_chart
 from hybridlab.charts.display import Chart
-from hybridlab.charts.model import Kind, Line, Series
+from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
@@ -91,23 +92,26 @@ def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
 
 
 def budget_chart(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Chart | str:
-    """Each arm's final loss against the plain run of as many steps, over the budget; results: as for `depth_table`.
+    """Each arm's final loss against the plain run of as many steps, over the budget; of one budget, a row per arm.
+
+    results: as for `depth_table`
 
     Where an arm or the baseline diverged, nothing is drawn; a sentence says so where that is everywhere.
     """
-    series = []
-    kind: Kind = "line" if len(results) > 1 else "points"
-    for arm in arms:
-        changes = {budget: compare(result, arm).to_baseline for budget, result in results.items()}
-        if drawn := {budget: change for budget, change in changes.items() if math.isfinite(change.mean)}:
-            low, high = zip(*(change.ends for change in drawn.values()), strict=True)
-            series.append(Series(arm, list(drawn), [change.mean for change in drawn.values()], low, high, kind=kind))
-    if not series:
+    changes = {arm: {at: compare(result, arm).to_baseline for at, result in results.items()} for arm in arms}
+    drawn = {arm: {at: c for at, c in by.items() if math.isfinite(c.mean)} for arm, by in changes.items()}
+    if not any(drawn.values()):
         return "at every budget an arm or its baseline diverged"
-    zero = (Line(0.0, "the plain run of as many steps"),)
-    return Chart(
-        "Where depth pays", "tokens per parameter", "loss above a plain run's (nats)", tuple(series), lines=zero
-    )
+    words, zero = "loss above a plain run's (nats)", (Line(0.0, "the plain run of as many steps"),)
+    if len(results) == 1:
+        rows = [(arm, c.mean, *c.ends) for arm, by in drawn.items() for c in by.values()]
+        return interval_chart("Where depth pays", words, rows, lines=zero)
+    series = [
+        Series(arm, list(by), [c.mean for c in by.values()], *zip(*(c.ends for c in by.values()), strict=True))
+        for arm, by in drawn.items()
+        if by
+    ]
+    return Chart("Where depth pays", "tokens per parameter", words, tuple(series), lines=zero)
 
 
 def rates_table(trials: Mapping[str, RateTrials]) -> Table:
