@@ -107,9 +107,9 @@ def budget_chart(results: Mapping[float, StudyResult], arms: Sequence[str]) -> C
         rows = [(arm, c.mean, *c.ends) for arm, by in drawn.items() for c in by.values()]
         return interval_chart("Where depth pays", words, rows, lines=zero)
     series = [
-        Series(arm, list(by), [c.mean for c in by.values()], *zip(*(c.ends for c in by.values()), strict=True))
+        Series(arm, list(by), [c.mean for c in over], [c.ends[0] for c in over], [c.ends[1] for c in over])
         for arm, by in drawn.items()
-        if by
+        if (over := list(by.values()))
     ]
     return Chart("Where depth pays", "tokens per parameter", words, tuple(series), lines=zero)
 
