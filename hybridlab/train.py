@@ -23,6 +23,7 @@ from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, ra
 from hybridlab.base.settings import check_types, settings_from
 from hybridlab.batch.given import settings_in_file
 from hybridlab.batch.terminal import SIGNALS, signals_as_interrupts
+from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.step_log import StepRecord
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _told(_stopped(), EXIT_INTERRUPTED)
         except UserError as error:
-            return _told(error, EXIT_REFUSED)
+            return _told(error, EXIT_FAILED if isinstance(error, DivergenceError) else EXIT_REFUSED)
         except Exception as error:
             if is_of_lost_rank(error):
                 return _told(f"another rank has ended, and the run with it: {GO_ON}", EXIT_FAILED)

@@ -155,6 +155,8 @@ def test_resume_reaches_a_notebook_as_a_parameter_and_is_no_part_of_what_it_asks
 
 def test_results_that_cannot_be_written_are_refused_before_the_start(notebook):
     assert "cannot write into" in refusal(notebook, None, ("results", "pyproject.toml/deeper"))
+    Path("runs").touch()
+    assert "runs/.results.lock: cannot write into" in refusal(notebook, None, ("results", "elsewhere"))
 
 
 @pytest.mark.parametrize(

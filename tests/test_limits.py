@@ -53,6 +53,7 @@ def root(tmp_path, monkeypatch):
         ("03", "lr 0x10", "lr: '0x10' is text, a number is wanted"),
         ("03", "steps 0200", "steps: '0200' is text, a whole number is wanted: write 200"),
         ("03", "cpu_threads 100000", "cpu_threads: 100000 after -p: it must be at least 0 and at most 1024"),
+        ("10", "rate_trials 2", "rate_trials: 2 must be at least 3, or 0 to try none (given after -p)"),
         ("03", "warmup_steps 360", "warmup_steps: 360 must be below steps, which is 360 (given after -p)"),
         ("03", "steps 40", "evaluate_every: 90 must be at most steps, which is 40"),
         ("03", "evaluate_every 361", "evaluate_every: 361 must be at most steps, which is 360 (given after -p)"),

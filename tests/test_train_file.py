@@ -123,6 +123,14 @@ def changed(**settings: Any) -> dict[str, Any]:
     return RUN | settings
 
 
+def test_a_run_that_diverges_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was not refused before the start."""
+    unclipped = {"max_predict_steps": 0, "clip_norm": None}
+    run = changed(optimizer={"name": "sgd", "lr": 1e3}, hybrid=unclipped, steps=12, evaluate_every=12)
+    assert main(["-f", written(tmp_path, run)]) == 1
+    assert "'toy', seed 0 diverged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("run", "ranks", "said"),
     [
@@ -134,6 +142,7 @@ def changed(**settings: Any) -> dict[str, Any]:
         (changed(task=TASK | {"kind": ["text"]}), {}, "run: task: kind ['text'] is unknown"),
         (changed(hybrid={"depth": EARLY}), {}, "two begin at the same of 36 steps"),
         (RUN, {"timeout_s": 10**15}, "ranks: timeout_s"),
+        (changed(cpu_threads=100_000), {}, "cpu_threads is 100000: it must be at least 0 and at most 1024"),
         ({"name": "toy"}, {}, "run: task is missing: write it down"),
         (RUN, {"wrap": "fspd"}, "ranks: wrap 'fspd' is unknown: did you mean 'fsdp'?"),
         (RUN, {"wrap": "ddp", "copies": 2}, "ranks: gather and copies are of wrap='fsdp'"),

@@ -14,6 +14,9 @@ from hybridlab.base.errors import UserError, nearest
 SHIPPED = "shipped"
 """Of the installed package: the folder that the wheel's notebooks and params are in."""
 
+RESULTS_LOCK = "runs/.results.lock"
+"""Of a project: held while a results.json is changed."""
+
 NOTEBOOKS, PARAMS = "notebooks/*.ipynb", "params/*/*.yaml"
 
 MARK = "[tool.hybridlab]"

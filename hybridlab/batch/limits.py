@@ -83,6 +83,7 @@ LIMITS = {
     "predictors": _choice(*PREDICTORS),
     "profile_steps": COUNT_OR_NONE,
     "reference_steps": COUNT_OR_NONE,
+    "rate_trials": COUNT_OR_NONE,
     "rungs": _choice("TF32", "bf16", "compiled", "CUDA graph", "tuned rates", "Muon", "predicted depth"),
     "rules": _choice("interleave", "stack", "linear", "fresh", "best"),
     "seeds": SIZE,
@@ -113,7 +114,7 @@ def check_limits(values: Mapping[str, Any], defaults: Mapping[str, Any], places:
         limit = LIMITS.get(name, ANY)
         if (said := limit.broken(value)) and not limit.broken(defaults[name]):
             raise UserError(f"{name}: {value!r}{_place(name, places)}: {said}")
-    for check in (_order, _data, _vocabulary, _something_predicts, _jumps):
+    for check in (_order, _data, _vocabulary, _something_predicts, _jumps, _trials):
         if said := check(values):
             named = said.split(":")[0]
             raise UserError(f"{said}{_place(named, places, ' (given {})')}")
@@ -175,6 +176,11 @@ def _jumps(values: Mapping[str, Any]) -> str | None:
         return None
     otherwise = ", since strategies are compared on these runs" if studied else ", or 0 to run none"
     return f"predict_steps: {steps} must be above {first}, where the first jump comes{otherwise}"
+
+
+def _trials(values: Mapping[str, Any]) -> str | None:
+    few = values.get("rate_trials") in (1, 2)
+    return f"rate_trials: {values['rate_trials']} must be at least 3, or 0 to try none" if few else None
 
 
 def first_jump(predictor: str, full_steps: int) -> int:

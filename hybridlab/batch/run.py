@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import NOTEBOOKS, PARAMS, find_source, make_folders, project_root
+from hybridlab.base.files import NOTEBOOKS, PARAMS, RESULTS_LOCK, find_source, make_folders, project_root
 from hybridlab.batch.executed import (
     clean_,
     read_document,
@@ -147,7 +147,7 @@ def prepared(
     _check_name(notebook, output)
     folder = parameters.get("results")
     results = root / folder / "results.json" if isinstance(folder, str) else None
-    make_folders(output, *([results] if results else []))
+    make_folders(output, *([results, root / RESULTS_LOCK] if results else []))
     if results and results.exists():
         from hybridlab.results.reading import load_results
 

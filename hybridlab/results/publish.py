@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from hybridlab import __version__
 from hybridlab.base.device import device_name, find_device
-from hybridlab.base.files import marked_root, project_root, replaced
+from hybridlab.base.files import RESULTS_LOCK, make_folders, marked_root, project_root, replaced
 from hybridlab.base.settings import LARGEST
 from hybridlab.results.claims import VOLATILE_UNITS, Claim, rounded
 from hybridlab.results.parameters import parameters_sha256
@@ -53,8 +53,8 @@ def publish(
     """
     path = project_root() / folder / "results.json"
     entry = _entry(claims, summary, record | ({"tables": dict(tables)} if tables else {}))
-    (project_root() / "runs").mkdir(exist_ok=True)
-    with FileLock(project_root() / "runs" / ".results.lock"):
+    make_folders(lock := project_root() / RESULTS_LOCK)
+    with FileLock(lock):
         everything = load_results(path)
         if repeats := repeats_of(everything.get(notebook), entry):
             entry["repeats"] = repeats

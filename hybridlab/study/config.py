@@ -17,6 +17,9 @@ from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study.tasks import TaskConfig
 from hybridlab.vram import exceeds
 
+MOST_THREADS = 1024
+"""With very many, starting them ends the process."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -67,7 +70,8 @@ class RunConfig:
         check_types(self)
         check_bounds(self, "tail_average", "tail_decay", least=0, below=1)
         check_bounds(self, "steps", "evaluate_every", least=1)
-        check_bounds(self, "seed", "card_gb", "cpu_threads", "checkpoint_every", least=0)
+        check_bounds(self, "seed", "card_gb", "checkpoint_every", least=0)
+        check_bounds(self, "cpu_threads", least=0, most=MOST_THREADS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("clock", self.clock, CLOCKS)
         if self.lr_schedule.name != "constant" and self.lr_schedule.total_steps < self.steps:

@@ -105,9 +105,8 @@ def bracket_rates(
         beyond = [min(powers) - 1] * ("lowest" in edges) + [max(powers) + 1] * ("highest" in edges)
         wanted = beyond[: max(0, most - len(powers))]
         powers += wanted
-    for name, ended in trials.items():
-        if not ended.trained:
-            raise UserError(ended.unbracketed(name))
+    if lost := [trial.unbracketed(name) for name, trial in trials.items() if not trial.trained]:
+        raise UserError("; ".join((*lost, *(f"{name}: {trial}" for name, trial in trials.items() if trial.trained))))
     return trials
 
 
