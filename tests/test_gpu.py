@@ -36,7 +36,7 @@ from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, decay_groups, set_lr_
 from hybridlab.optim import host_adamw as host_optimizer
 from hybridlab.optim.host_adamw import HostAdamW
-from hybridlab.optim.low_bit import low_bit_adamw
+from hybridlab.optim.low_bit import joined, low_bit_adamw
 from hybridlab.speed import CudaGraphs
 from hybridlab.study import RunConfig, TextTaskConfig, train
 from hybridlab.study.isolated import train_isolated
@@ -368,6 +368,25 @@ def optimizer_of(model: nn.Module, name: str) -> Optimizer:
     pytest.importorskip("torchao")
     groups = decay_groups(model.parameters(), 0.1)
     return low_bit_adamw(groups, [list(model.parameters())], state="int8", lr=1e-3, betas=(0.9, 0.99), eps=1e-8)
+
+
+@pytest.mark.parametrize("state", ["int8", "int4"])
+def test_weights_of_24_bits_take_the_same_steps_compiled(state: str) -> None:
+    pytest.importorskip("torchao")
+
+    def after(stance: str) -> list[Tensor]:
+        model = wide(2).bfloat16()
+        params, settings = list(model.parameters()), {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+        optimizer = low_bit_adamw([{"params": params}], [params], state=state, weights="24bit", **settings)
+        with torch.compiler.set_stance(stance):
+            for step in range(3):
+                for i, p in enumerate(params):
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + i)).to(p)
+                optimizer.step()
+        return [joined(p.detach(), optimizer.state[p]["rest"]) for p in params]
+
+    for compiled, eager in zip(after("default"), after("force_eager"), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.0, atol=1e-4)
 
 
 def train_(model: nn.Module, optimizer: Optimizer, steps: int = 2) -> None:

@@ -192,8 +192,8 @@ def main(
     for table, row in tables(GPUS[gpu]):
         found.setdefault(table, []).append(row)
         print(table, json.dumps(row), flush=True)
-        if out:
-            write_json(out, found)
+    if out:
+        write_json(out, found)
 
 
 if __name__ == "__main__":
