@@ -27,6 +27,7 @@ from hybridlab.memory import (
 from hybridlab.notebook.views.memory import (
     agreement_claims,
     cost_table,
+    few_bits_claims,
     fit_claims,
     format_agreement,
     memory_table,
@@ -375,3 +376,21 @@ def test_number_formats_agree_where_the_whole_interval_lies_within_two_per_cent_
 def test_number_formats_that_did_not_run_are_not_spoken_of() -> None:
     runs = {("tf32", 0): evaluated(after_10=3.0)}
     assert agreement_claims(format_agreement(StudyResult(runs), "strict", "tf32", at_step=10)) == []
+
+
+def test_weights_of_24_bits_are_judged_by_memory_time_and_loss() -> None:
+    few = replace(with_steps(1.2, 1.2, 1.2), arm="24-bit weights", peak_memory_bytes=9_400_000_000)
+    change = Interval.of([0.01, 0.011, 0.012])
+    few = replace(few, change=change, base=measured(change=change).base)
+    control = replace(with_steps(2.0, 2.0, 2.0), arm="fp32")
+    free = replace(with_steps(1.0, 1.0, 1.0), arm="free")
+    verdicts = {
+        claim.kind: claim.verdict for claim in few_bits_claims([control, few, free], control="fp32", fast="free")
+    }
+    assert verdicts == {
+        "predicted-within-10-percent": "holds",
+        "few-bits-peak": "holds",
+        "few-bits-quality": "holds",
+        "few-bits-step-time": "fails",
+    }
+    assert few_bits_claims([control, free], control="fp32", fast="free") == []

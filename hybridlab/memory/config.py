@@ -180,7 +180,10 @@ class MemoryConfig:
 
     @classmethod
     def fit_16gb(cls, **changes: Any) -> Self:
-        """GPT-2 XL in 16 GB with float32 master weights: no feature of this is there for its own sake."""
+        """GPT-2 XL in 16 GB with float32 master weights: no feature of this is there for its own sake.
+
+        With other weights nothing can be predicted, and what is for Predict is left out.
+        """
         preset: dict[str, Any] = {
             "mixed_precision": MixedPrecisionConfig.aggressive(),
             "predict_aware": PredictAwareMemoryConfig("pinned"),
@@ -191,6 +194,8 @@ class MemoryConfig:
             "step_in_backward": True,
             "clip_in_backward": CLIP_NORM,
         }
+        if changes.get("weights", "fp32") != "fp32":
+            preset |= {"mixed_precision": MixedPrecisionConfig.conservative(), "predict_aware": None}
         return cls(**preset | changes)
 
     def __post_init__(self) -> None:

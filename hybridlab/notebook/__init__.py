@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         agreement_claims,
         below_claim,
         cost_table,
+        few_bits_claims,
         fit_claims,
         format_agreement,
         lookahead_claims,

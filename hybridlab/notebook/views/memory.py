@@ -36,6 +36,9 @@ QUALITY_WITHIN = 0.01
 STEP_TIME_WITHIN = 1.5
 """How much longer XL's step may take than without memory limits."""
 
+FEW_BITS_BYTES, FEW_BITS_STEP, FEW_BITS_LOSS = 9.5e9, 1.15, 0.005
+"""What XL may occupy with weights of 24 bits, and how much longer its step and how much higher its loss may be."""
+
 PREDICT_BYTES = 3.7e9
 """What XL may occupy in Predict."""
 
@@ -156,16 +159,18 @@ def predicted_claims(footprints: Sequence[Footprint]) -> list[Claim]:
     ]
 
 
-def quality_claims(footprints: Sequence[Footprint], control: float) -> list[Claim]:
+def quality_claims(
+    footprints: Sequence[Footprint], control: float, kind: str = "quality", within: float = QUALITY_WITHIN
+) -> list[Claim]:
     """That no arm's validation loss lies more than 1 % above the control's, whose mean loss is `control` in nats.
 
     The whole interval must lie below the bound. Where too little was trained for a verdict, it is open.
     """
-    return [_quality(f.arm, f.change, f.base, QUALITY_WITHIN * control) for f in footprints if f.change and f.base]
+    return [_quality(kind, f.arm, f.change, f.base, within, control) for f in footprints if f.change and f.base]
 
 
-def _quality(arm: str, change: Interval, base: Base, bound: float) -> Claim:
-    """bound: in nats"""
+def _quality(kind: str, arm: str, change: Interval, base: Base, within: float, control: float) -> Claim:
+    bound = within * control
     gap, low, high = (math.expm1(loss) for loss in (change.mean, *change.ends))
     quantities = (
         Quantity.over_seeds("loss_change", change, "nats", bound),
@@ -173,8 +178,8 @@ def _quality(arm: str, change: Interval, base: Base, bound: float) -> Claim:
         Quantity("perplexity_gap", gap, low, high, "share", tuple(map(math.expm1, change.values))),
     )
     seeds = f"{change.seeds} seeds" if change.seeds > 1 else "one seed"
-    text = f"{arm}: validation loss at most 1 % above the control's ({seeds})"
-    return on_losses("quality", arm, text, holds_below(*change.ends, bound), quantities, base)
+    text = f"{arm}: validation loss at most {100 * within:g} % above the control's ({seeds})"
+    return on_losses(kind, arm, text, holds_below(*change.ends, bound), quantities, base)
 
 
 def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | None) -> list[Claim]:
@@ -243,7 +248,9 @@ def stable_run_claim(run: Run) -> Claim:
     )
 
 
-def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
+def step_time_claims(
+    fits: Footprint, free: Footprint, kind: str = "step-time", within: float = STEP_TIME_WITHIN
+) -> list[Claim]:
     """That fitting costs little time against a run without memory limits, on the same GPU; nothing without a GPU.
 
     Nothing either for runs too short for a stable step time. The ratio is paired by seed, and open with one of them. A
@@ -253,10 +260,10 @@ def step_time_claims(fits: Footprint, free: Footprint) -> list[Claim]:
     ratio = fits.step_ratio(free)
     if fits.measured_allocated_bytes is None or ratio is None:
         return []
-    text = f"a step takes at most {STEP_TIME_WITHIN} times that of {free.arm}"
-    measured = Quantity.over_seeds("step_ratio", ratio, "time ratio", STEP_TIME_WITHIN)
-    verdict = holds_below(ratio.low, ratio.high, STEP_TIME_WITHIN)
-    return [Claim("step-time", text, verdict, (measured, *_busy(ratio.values[0], fits, free)))]
+    text = f"a step takes at most {within} times that of {free.arm}"
+    measured = Quantity.over_seeds("step_ratio", ratio, "time ratio", within)
+    verdict = holds_below(ratio.low, ratio.high, within)
+    return [Claim(kind, text, verdict, (measured, *_busy(ratio.values[0], fits, free)))]
 
 
 def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...]:
@@ -325,6 +332,24 @@ def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: s
             claims += quality_claims([fits], other.validation_loss)
         if other.arm == fast:
             claims += step_time_claims(fits, other)
+    return claims
+
+
+def few_bits_claims(feet: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
+    """That XL with weights of 24 bits takes less memory, at a step and a loss that are hardly more; as far as measured.
+
+    feet: one of them is "24-bit weights"; control, fast: as in `reference_claims`
+    """
+    by_arm = {foot.arm: foot for foot in feet}
+    few = by_arm.get("24-bit weights")
+    if few is None or few.measured_allocated_bytes is None:
+        return []
+    text = "with weights of 24 bits the peak stays below 9.5 GB, context included"
+    claims = predicted_claims([few]) + below_claim("few-bits-peak", text, few.peak_memory_bytes, FEW_BITS_BYTES)
+    if control in by_arm:
+        claims += quality_claims([few], by_arm[control].validation_loss, "few-bits-quality", FEW_BITS_LOSS)
+    if fast in by_arm:
+        claims += step_time_claims(few, by_arm[fast], "few-bits-step-time", FEW_BITS_STEP)
     return claims
 
 
