@@ -92,13 +92,10 @@ class ImageBatches:
         """The batch of this step: normalized images and their labels."""
         epoch, batch = divmod(step, self.batches_per_epoch)
         if epoch != self._order_epoch:
-            self._order_epoch, self._order = epoch, self._shuffled(epoch)
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._images))
+            self._order_epoch, self._order = epoch, torch.from_numpy(order).to(self._images.device)
         chosen = self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
         return _normalized(self._images[chosen], self._data), self._labels[chosen]
-
-    def _shuffled(self, epoch: int) -> Int64[Tensor, " images"]:
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._images))
-        return torch.from_numpy(order).to(self._images.device)
 
 
 def images_in_order(data: ImageData, *, batch_size: int, device: torch.device | str = "cpu") -> list[ImageBatch]:

@@ -155,7 +155,8 @@ class JumpController:
             if steps_in_block >= self.config.full_steps:
                 self._confirm_jump()
             return result
-        if not self._trajectory.observe() or not self._block_ended(steps_in_block):
+        full = self._trajectory.observe() and self._trajectory.is_full
+        if not full or not self._needs.ends_block(steps_in_block, self.config.full_steps):
             return result
         if self._snapshot is not None and not self._weights.are_finite():
             return result  # the loss is read at the next step, and rolls back
@@ -163,10 +164,6 @@ class JumpController:
         if self.config.gate and not self.gate.within_budget(gradient_steps):
             return result
         return self._propose(result)
-
-    def _block_ended(self, steps: int) -> bool:
-        """Whether this record is the first since a Full block was completed, on a path that is full."""
-        return self._trajectory.is_full and self._needs.ends_block(steps, self.config.full_steps)
 
     def _confirm_jump(self) -> None:
         """A whole block of gradient steps has followed the last jump: it can no longer be rolled back."""

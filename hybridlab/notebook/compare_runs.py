@@ -82,15 +82,16 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
     Raises an error of some kind where the record holds something else than a run's.
     """
     summary, task = run.summary or _so_far(run), run.config.get("task", {})
+    hybrid = run.config.get("hybrid", {})
     peak = summary.get("peak_memory_bytes")
     row = {
-        "run": str(run.folder.relative_to(root)),
+        "run": run_name(run, root),
         "started": f"{datetime.fromtimestamp((run.folder / 'config.json').stat().st_mtime):%Y-%m-%d %H:%M}",
         "name": run.config.get("name"),
         "model": _text(task.get("model")),
         "data": _text(task.get("data")),
         "lr": run.config.get("optimizer", {}).get("lr"),
-        "predictor": _predictor(run.config.get("hybrid", {})),
+        "predictor": hybrid.get("predictor") if hybrid.get("max_predict_steps") else None,
         "seed": run.config.get("seed"),
         "state": "finished" if run.summary else "running" if in_use(run.folder) else "unfinished",
         **{name: summary.get(name) for name in COUNTED},
@@ -182,11 +183,6 @@ def _names(runs: Sequence[Run]) -> list[str]:
         f"{name} ({run.folder.parent.name}/{run.folder.name})" if name in twice else name
         for name, run in zip(names, runs, strict=True)
     ]
-
-
-def _predictor(hybrid: Mapping[str, Any]) -> str | None:
-    """The name of the one that a run asks; None for plain training."""
-    return hybrid.get("predictor") if hybrid.get("max_predict_steps") else None
 
 
 def _so_far(run: Run) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Session:
 
         Raises UserError when an error ended an earlier step.
         """
-        self._refuse_unfinished_step()
+        if getgeneratorstate(self._steps) == GEN_CLOSED and self.steps_done < self.config.steps:
+            raise UserError("this session has ended: Session(..., resume=True) goes on from its last checkpoint")
         wanted = self._wanted(steps)
         controls = Controls()
         with interrupts(controls), self._resting(), self._panel(controls, wanted) as panel:
@@ -172,10 +173,6 @@ class Session:
         if steps is not None and steps < 1:
             raise ValueError(f"steps is {steps}: it must be at least 1, or None for all that are left")
         return left if steps is None else min(steps, left)
-
-    def _refuse_unfinished_step(self) -> None:
-        if getgeneratorstate(self._steps) == GEN_CLOSED and self.steps_done < self.config.steps:
-            raise UserError("this session has ended: Session(..., resume=True) goes on from its last checkpoint")
 
     def _panel(self, controls: Controls, wanted: int) -> Live | Progress:
         """Gauges where a person looks, else plain progress."""

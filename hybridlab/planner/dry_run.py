@@ -112,7 +112,8 @@ class DryRun:
             state, update = self._set_up_optimizer()
             path = self._set_up_path()
             self._free_gradients_early()
-            self._shorten_()
+            if self._left_out:
+                _mark(keep_blocks_(self._model, FIRST, self._last), self._trace)
             if self._shards:
                 self._shards.gather_by_block_(self._model, self._spec.gathered_numbers)
             passes = self._unfolded(self._gradient_step())
@@ -160,10 +161,6 @@ class DryRun:
         if not (self._shortened and runs_alike(self._model, self._last)):
             return 0
         return len(blocks_of(self._model)) - FIRST - self._last
-
-    def _shorten_(self) -> None:
-        if self._left_out:
-            _mark(keep_blocks_(self._model, FIRST, self._last), self._trace)
 
     @property
     def _last(self) -> int:

@@ -160,7 +160,9 @@ class Shards:
             return
         with self._trace.counting_as(COMMUNICATION):
             self._summed = torch.empty(sum(self._parts * self.own[p].numel() for p in given))
-        self._drop(given)
+        for p in given:
+            p.grad = None
+            self._kept.pop(p, None)
         with self._trace.counting_as("gradients"):
             self._gradients.append(torch.empty(sum(self.own[p].numel() for p in given)))
 
@@ -171,11 +173,6 @@ class Shards:
                 with self._trace.counting_as("gradients"):
                     self._kept.setdefault(p, torch.empty_like(p, dtype=torch.float32))
                 p.grad = None
-
-    def _drop(self, params: Iterable[nn.Parameter]) -> None:
-        for p in params:
-            p.grad = None
-            self._kept.pop(p, None)
 
     def drop_gradients(self) -> None:
         """The optimizer has stepped."""

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +99,7 @@ def load_object(name: str) -> Any:
 def _import(place: str) -> Any:
     path = Path(place)
     is_file = path.suffix == ".py"
-    name, folders = (path.stem, [path.resolve().parent]) if is_file else (place, list(_folders()))
+    name, folders = (path.stem, [path.resolve().parent]) if is_file else (place, [Path.cwd(), project_root()])
     if is_file and not path.is_file():
         raise UserError(f"{place}: no such file")
     sys.path.extend(str(folder) for folder in folders if str(folder) not in sys.path)
@@ -116,12 +115,6 @@ def _import(place: str) -> Any:
     if is_file and Path(module.__file__ or "").resolve() != path.resolve():
         raise UserError(f"{place}: another module is called {name!r} ({module.__file__}): rename the file")
     return module
-
-
-def _folders() -> Iterator[Path]:
-    """Where a module of the user's own may lie."""
-    yield Path.cwd()
-    yield project_root()
 
 
 def _public(module: Any) -> list[str]:

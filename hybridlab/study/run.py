@@ -325,7 +325,8 @@ class TrainingRun(WatchedRun):
             "cuda_graphs": self._training.cuda_graphs,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
-        return {name: None if _is_not_finite(figure) else figure for name, figure in summary.items()}
+        overflowed = [n for n, figure in summary.items() if isinstance(figure, float) and not math.isfinite(figure)]
+        return summary | dict.fromkeys(overflowed)  # as a perplexity may: JSON holds neither NaN nor infinity
 
     def _by_rank(self) -> dict[str, Any]:
         """How the ranks trained it, and the peak of each."""
@@ -333,8 +334,3 @@ class TrainingRun(WatchedRun):
             return {}
         peaks = from_each(self._memory.peak().get("peak_memory_bytes"))
         return {"ranks": running(), **self._ranks.record(), "peak_memory_bytes_by_rank": peaks}
-
-
-def _is_not_finite(figure: Any) -> bool:
-    """Whether a figure is NaN or infinite, as a perplexity that overflows, which no JSON holds."""
-    return isinstance(figure, float) and not math.isfinite(figure)

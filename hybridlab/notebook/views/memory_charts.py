@@ -30,7 +30,8 @@ def memory_timeline(vram: pd.DataFrame, title: str, *, limit: Line | None = None
 
     Raises ValueError where the frame is empty or nothing of it was read.
     """
-    names = LINES | ({"used_bytes": "resident memory of the process"} if _without_gpu(vram) else {})
+    without_gpu = "source" in vram and set(vram["source"]) == {"process"}
+    names = LINES | ({"used_bytes": "resident memory of the process"} if without_gpu else {})
     series = []
     for column, name in names.items():
         if column in vram and len(read := vram[["seconds", column]].dropna()):
@@ -101,10 +102,6 @@ def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
     near = max(row["peak_memory_bytes"] for row in rows) / 1e9 > SAFE_PEAK.value / 2
     bound = (SAFE_PEAK,) if near else ()
     return Chart(title, "peak memory (GB)", label, tuple(series), lines=zero, x_lines=bound)
-
-
-def _without_gpu(vram: pd.DataFrame) -> bool:
-    return "source" in vram and set(vram["source"]) == {"process"}
 
 
 def _measured(row: MemoryRow) -> bool:
