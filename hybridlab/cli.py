@@ -11,7 +11,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -355,9 +355,9 @@ def plan(
         spec = replace(
             training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain)), depth=depth
         )
-    named = "null" if predictor == "none" else predictor
-    hybrid = HybridTrainerConfig(predictor=named, path_device=path_device, path_dtype=path_dtype, memory=settings)
-    if predictor != "none":
+    jumps: dict[str, Any] = {"predictor": predictor, "memory": settings} if predictor != "none" else {}
+    hybrid = HybridTrainerConfig(path_device=path_device, path_dtype=path_dtype, **jumps)
+    if jumps:
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
     spec = replace(spec, compiled=compiled, cuda_graphs=compiled)
     spec = replace(spec, ranks=ranks, wrap=wrap, gather=gather, copies=copies)

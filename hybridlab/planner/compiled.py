@@ -156,8 +156,7 @@ class Kernels(fx.Interpreter):
         if n.target._overloadpacket in FLOPS:  # type: ignore[union-attr]
             self._trace.count_work(n.target, *self.fetch_args_kwargs_from_env(n), out)
         else:
-            read = [self.env[s] for s in _needed_by(n, self._written) if _is_memory(s, self._written)]
-            self._trace.add("moved", _bytes(out) + _bytes(read))
+            self._trace.add("moved", _bytes(out) + _bytes([self.env[s] for s in _read_by(n, self._written)]))
             self._trace.add("kernels", 1)
             self._forget(self._overwritten(n, out))
         self._trace.count(out)
@@ -208,6 +207,10 @@ def _needed_by(n: fx.Node, written: set[fx.Node]) -> set[fx.Node]:
             found.add(source)
             waiting += [] if _is_memory(source, written) else source.all_input_nodes
     return found
+
+
+def _read_by(n: fx.Node, written: set[fx.Node]) -> list[fx.Node]:
+    return [source for source in _needed_by(n, written) if _is_memory(source, written)]
 
 
 def _is_memory(n: fx.Node, written: set[fx.Node]) -> bool:
