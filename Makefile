@@ -87,6 +87,6 @@ milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder
 	$(COMPILE)
 	touch $@ .venv/test .venv/run
 
-clean: ## remove the environment, caches and run records
+clean: ## remove the environment, caches and all of runs/, kept weights included
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
