@@ -114,7 +114,8 @@ def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterabl
     root = project_root() / folder
     rows = [key_figures(run, root) for run in find_runs(folder, sort=sort, where=where)]
     shown = table(rows, f"{len(rows)} runs in {root.name}", FORMATS) if rows else None
-    empty = f"no run in {folder} fits: loosen the conditions, or train one with `hybridlab run`"
+    fits = "fits: loosen the conditions, or" if where else "is recorded yet:"
+    empty = f"no run in {folder} {fits} train one with `hybridlab run`"
     return LiveTable(shown, empty, _brief(rows, shown.caption) if shown else "")
 
 
