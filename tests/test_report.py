@@ -1005,7 +1005,7 @@ def test_recipes_say_how_long_a_size_trains_and_can_be_pasted() -> None:
     assert "**small**, inexact" in guide
     assert "memory = MemoryConfig()\noptimizer = OptimizerConfig()\n" in guide
     names: dict[str, Any] = {}
-    exec(guide.partition("```\n")[2].partition("for result in")[0], names)
+    exec(guide.partition("```python\n")[2].partition("for result in")[0], names)
     assert (names["config"].compiled, names["config"].task.batch_size, names["config"].steps) == (True, 8, 1000)
     assert "A recipe for each size" not in gpu_guide(evidence(n03=entry()), {})
 
