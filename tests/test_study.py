@@ -432,6 +432,11 @@ def test_a_card_cannot_be_emulated_without_one(tmp_path: Path) -> None:
         train(replace(SHORT, card_gb=16), tmp_path)
 
 
+def test_an_arm_that_a_study_has_not_is_refused(result: StudyResult) -> None:
+    with pytest.raises(ValueError, match=r"arm 'jumpi' is unknown: did you mean 'jumpy'\? \(baseline, "):
+        compare(result, "jumpi")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from hybridlab.base.settings import check_choice
 from hybridlab.study.statistics import Base, Interval, holm
 from hybridlab.study.step_value import SeedRuns, StepValue
 from hybridlab.study.study import BASELINE, StudyResult
@@ -130,7 +131,8 @@ class Comparison:
 
 
 def compare(result: StudyResult, name: str) -> Comparison:
-    """Hold one hybrid arm against its truncated controls and the baseline."""
+    """Hold one hybrid arm against its truncated controls and the baseline. Raises ValueError for the name of no arm."""
+    check_choice("arm", name, dict.fromkeys(arm for arm, _ in result.runs))
     seeds = result.seeds
 
     def over_seeds(column: str) -> list[float]:
