@@ -382,6 +382,17 @@ def test_nan_in_the_very_last_step_is_seen_when_asked() -> None:
         trainer.check_finite()
 
 
+def test_what_is_no_model_no_clock_or_no_state_is_named() -> None:
+    model, _, _ = regression()
+    trainer = HybridTrainer(model, SGD(model.parameters(), lr=0.01), PLAIN)
+    with pytest.raises(TypeError, match="model and optimizer are Sequential and str: give"):
+        HybridTrainer(model, "sgd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clock 'nominl' is unknown: did you mean 'nominal'"):
+        trainer.steps_by("nominl")
+    with pytest.raises(UserError, match="no whole state of a HybridTrainer, it lacks jumps"):
+        trainer.load_state_dict({name: value for name, value in trainer.state_dict().items() if name != "jumps"})
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_gradient_norm_that_overflows_is_named(steps: int) -> None:
     """Clipping by it makes the step one of zero gradients, which nobody would notice."""

@@ -29,7 +29,7 @@ from hybridlab.notebook.views.study import comparison_chart, hybrid_claims
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, train
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, bracket_rates, compare, train
 from hybridlab.study import config as run_config
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
@@ -430,6 +430,23 @@ def test_the_gradient_clock_makes_the_decay_wait(tmp_path: Path) -> None:
 def test_a_card_cannot_be_emulated_without_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set card_gb to 0"):
         train(replace(SHORT, card_gb=16), tmp_path)
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One would take the other's place in the result."""
+    other = replace(SHORT, optimizer=OptimizerConfig(lr=1e-5))
+    with pytest.raises(ValueError, match=f"two runs are called '{SHORT.name}, seed 0'"):
+        run_arms([SHORT, other], tmp_path)
+    with pytest.raises(ValueError, match=f"two runs are called '{SHORT.name}'"):
+        bracket_rates([SHORT, other], tmp_path)
+    with pytest.raises(ValueError, match=r"control_fractions has 0.001, which is no step of \d+"):
+        Study(SHORT, {}, control_fractions=(0.001,))
+
+
+def test_a_folder_may_be_a_text(tmp_path: Path) -> None:
+    run = replace(SHORT, steps=2, schedule=None)
+    assert train(run, str(tmp_path / "run")).folder == tmp_path / "run"
+    assert Study(run, {}, seeds=1, control_fractions=()).run(str(tmp_path / "study")).seeds == [0]
 
 
 def test_an_arm_that_a_study_has_not_is_refused(result: StudyResult) -> None:

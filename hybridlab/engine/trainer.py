@@ -15,6 +15,7 @@ from hybridlab.base.checkpoint import differences
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.errors import UserError, nearest
 from hybridlab.base.ranks import Ranks
+from hybridlab.base.settings import check_choice
 from hybridlab.engine.closures import Closure, MicroBatches
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.depth import Choice, DepthController
@@ -37,6 +38,10 @@ CLOCKS = ("nominal", "gradient", "worth")
 
 CHANGEABLE = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings that may change while training."""
+
+
+STATE = ("config", "changed", "phase", "steps_in_phase", "statistics", "depth", "jumps", "delayed")
+"""What a trainer's state holds."""
 
 
 class DivergenceError(UserError):
@@ -312,6 +317,7 @@ class HybridTrainer:
             "gradient": self._statistics.gradient_steps,
             "worth": self._statistics.gradient_steps + self._jumps.equivalent_gradient_steps,
         }
+        check_choice("clock", clock, by_clock)
         return by_clock[clock]
 
     def stages_(self) -> Iterator[int | None]:
@@ -379,8 +385,12 @@ class HybridTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where `state_dict` was taken; load the model and the optimizer first.
 
-        Raises UserError when the state was taken under other settings.
+        Raises UserError when the state was taken under other settings, or is none of a trainer.
         """
+        if lacks := [name for name in STATE if name not in state]:
+            raise UserError(
+                f"this is no whole state of a HybridTrainer, it lacks {', '.join(lacks)}: give state_dict()'s"
+            )
         if changed := ", ".join(differences(state["config"], self._initial_config)):
             raise UserError(f"this state was saved under other settings: {changed}")
         self._jumps.change(replace(self.config, **state["changed"]))
@@ -397,6 +407,9 @@ def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTraine
     """Refuse what could not train this model."""
     if not isinstance(config, HybridTrainerConfig):
         raise TypeError(f"config is a {type(config).__name__}: give a HybridTrainerConfig")
+    if not isinstance(model, nn.Module) or not hasattr(optimizer, "param_groups"):
+        kinds = f"{type(model).__name__} and {type(optimizer).__name__}"
+        raise TypeError(f"model and optimizer are {kinds}: give a torch.nn.Module and a torch optimizer of it")
     refuse_own_step(optimizer)
     mine = {id(p) for p in model.parameters()}
     given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

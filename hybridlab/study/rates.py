@@ -12,7 +12,17 @@ from typing import Any
 from hybridlab.base.errors import UserError
 from hybridlab.study.config import RunConfig
 from hybridlab.study.run import Watch
-from hybridlab.study.study import BASELINE, OnStep, Study, StudyResult, control_name, ignore, run_arms, with_rate
+from hybridlab.study.study import (
+    BASELINE,
+    OnStep,
+    Study,
+    StudyResult,
+    control_name,
+    ignore,
+    refuse_one_name,
+    run_arms,
+    with_rate,
+)
 
 FACTOR = 2.0
 """Between two rates that are tried."""
@@ -68,7 +78,7 @@ class RateTrials:
 
 def bracket_rates(
     configs: Sequence[RunConfig],
-    folder: Path,
+    folder: Path | str,
     on_step: OnStep = ignore,
     *,
     most: int = 7,
@@ -86,10 +96,12 @@ def bracket_rates(
 
     most: trials of a run, at least 3; steps_before: as in `run_arms`; the rest as in `Study.run`
 
-    Raises ValueError for fewer trials, and UserError where a run diverged at every rate: it has no best one.
+    Raises ValueError for fewer trials and for two runs of one name, and UserError where a run diverged at every rate:
+    it has no best one.
     """
     if most < 3:
         raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
+    refuse_one_name(config.name for config in configs)
     trials = {config.name: RateTrials() for config in configs}
     powers, wanted, done = [-1, 0, 1], [-1, 0, 1], steps_before
     train = partial(
@@ -110,7 +122,7 @@ def bracket_rates(
     return trials
 
 
-def bracket_study(study: Study, folder: Path, **how: Any) -> tuple[Study, dict[str, RateTrials]]:
+def bracket_study(study: Study, folder: Path | str, **how: Any) -> tuple[Study, dict[str, RateTrials]]:
     """The study with the best rate of each arm and of each plain control, all bracketed at their own lengths.
 
     A control's length is what its arm cost at the arm's best rate. What is compared with an arm or a control whose best

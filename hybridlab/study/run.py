@@ -53,7 +53,7 @@ UNSETTLED_STEPS = 10
 
 def train(
     config: RunConfig,
-    folder: Path,
+    folder: Path | str,
     on_step: Callable[[], None] = lambda: None,
     *,
     resume: bool = False,
@@ -73,6 +73,7 @@ def train(
     Raises DivergenceError, and leaves a record that says so, when the run diverges; UserError when `resume` meets a run
     of another configuration, when another process trains in `folder`, and when memory runs out.
     """
+    folder = Path(folder)
     with locked(folder) if is_first() else nullcontext():
         if not (earlier := from_first(partial(_standing, config, folder, resume))):
             with report_oom(config, folder):

@@ -90,6 +90,8 @@ class Study:
         check_bounds(self, "control_fractions", above=0, most=4)
         if 1 in self.control_fractions:
             raise ValueError("control_fractions has 1, which is the baseline's own length: leave it out")
+        if short := [it for it in self.control_fractions if round(it * self.base.steps) < 1]:
+            raise ValueError(f"control_fractions has {short[0]}, which is no step of {self.base.steps}: leave it out")
         if twice := [name for name, times in Counter(self.arms()).items() if times > 1]:
             setting, choose = ("hybrids", "name") if twice[0] in self.hybrids else ("control_fractions", "fraction")
             raise ValueError(f"{setting}: a plain arm is called {twice[0]!r} already: choose another {choose}")
@@ -98,7 +100,7 @@ class Study:
         for _, rate in self.rates:
             with_rate(self.base, rate)  # refuses what is no rate
 
-    def run(self, folder: Path, on_step: OnStep = ignore, **how: Unpack[How]) -> StudyResult:
+    def run(self, folder: Path | str, on_step: OnStep = ignore, **how: Unpack[How]) -> StudyResult:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
 
         The control of an arm that predicts in time takes as many gradient steps; that of one that predicts depth takes
@@ -111,6 +113,7 @@ class Study:
 
         Raises UserError where another process trains the same study.
         """
+        folder = Path(folder)
         trained = partial(run_arms, folder=folder, on_step=on_step, **how)
         planned = list(self.planned())
         with _locked(folder, "study", planned):
@@ -249,7 +252,7 @@ class StudyResult:
 
 def run_arms(
     configs: Sequence[RunConfig],
-    folder: Path,
+    folder: Path | str,
     on_step: OnStep = ignore,
     *,
     steps_before: int = 0,
@@ -268,12 +271,14 @@ def run_arms(
     steps_after: of runs that may follow, by what has run so far; they count in the total too
 
     Raises UserError where another process trains the same, and for an `at_once` that is no whole number; ValueError for
-    `watch` with `isolated`: a run cannot be watched from another process.
+    two runs of one name and seed, and for `watch` with `isolated`: a run cannot be watched from another process.
     """
     check_processes("at_once", at_once)
     if watch and (isolated or cluster is not None or at_once > 1):
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
-    result, places = StudyResult(), [(config, folder / folder_name(config)) for config in configs]
+    refuse_one_name(label(config.name, config.seed) for config in configs)
+    folder, result = Path(folder), StudyResult()
+    places = [(config, folder / folder_name(config)) for config in configs]
     total = steps_before + _steps(configs) + steps_after(result)
 
     def step(config: RunConfig) -> None:
@@ -337,6 +342,12 @@ def length_name(fraction: float) -> str:
 def control_name(hybrid: str) -> str:
     """The name of a hybrid's truncated control."""
     return f"{CONTROL} of {hybrid}"
+
+
+def refuse_one_name(names: Iterable[str]) -> None:
+    """Raise ValueError where two runs are called alike: one of them would take the other's place."""
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"two runs are called {twice[0]!r}: give each a name of its own")
 
 
 def _check_arms(setting: str, given: Iterable[tuple[str, object]], known: Sequence[str]) -> None:
