@@ -996,7 +996,8 @@ RECIPE = {
 }
 
 
-def test_recipes_say_how_long_a_size_trains_and_can_be_pasted() -> None:
+def test_recipes_say_how_long_a_size_trains_and_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridlab.notebook.Session", lambda config, name: SimpleNamespace(config=config))
     planned = {"gpu": {"name": "GeForce RTX 5080"}, "spared_bytes": 2_000_000_000, "recipes": [RECIPE]}
     guide = gpu_guide(Evidence(evidence(n03=entry()).entries, planned), {})
     assert "for a GeForce RTX 5080 of which 2.00 GB are spared" in guide
