@@ -80,6 +80,16 @@ def test_the_blocks_of_the_readme_run(names: dict[str, Any]) -> None:
     assert names["trainer"].statistics().predicted_steps
 
 
+def test_the_recipes_of_the_gpu_guide_are_runs_that_keep_their_weights() -> None:
+    recipes = blocks(ROOT / "docs" / "RTX_5080_GUIDE.md", "python")
+    for block in recipes:
+        names: dict[str, Any] = {}
+        exec(block.partition("session =")[0], names)
+        assert names["config"].keep_weights
+        assert names["config"].hybrid.clip_norm or names["config"].memory.clip_in_backward
+    assert recipes
+
+
 def test_a_block_of_python_is_marked_as_one() -> None:
     assert [page.name for page in PAGES if blocks(page, "py")] == []
 

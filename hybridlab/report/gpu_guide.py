@@ -338,6 +338,7 @@ def _time(row: Row, tokens_per_parameter: int) -> str:
 def _code(row: Row) -> str:
     """All that a run needs; a thousand steps on the text of this machine."""
     compiled = ", compiled=True" if row["compiled"] else ""
+    clipped = "" if "clip_in_backward" in row["memory"] else "clip_norm=1.0, "
     windows, tokens = row["batch"]
     names = sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))
     return "\n".join(
@@ -351,8 +352,9 @@ def _code(row: Row) -> str:
             f"memory = {row['memory']}",
             f"optimizer = {row['optimizer']}",
             f'task = TextTaskConfig("{row["model"]}", vocab_size=50257, block_size={tokens}, batch_size={windows})',
-            f'config = RunConfig("{row["model"]}", task, 1000, optimizer=optimizer, '
-            f"hybrid=HybridTrainerConfig.plain(memory=memory){compiled}, keep_weights=True)",
+            f"plain = HybridTrainerConfig.plain({clipped}memory=memory)",
+            f'config = RunConfig("{row["model"]}", task, 1000, optimizer=optimizer, hybrid=plain{compiled}, '
+            "keep_weights=True)",
             'session = Session(config, "mine")',
             "for result in session.run():",
             "    pass",
