@@ -842,6 +842,17 @@ def test_an_interrupted_benchmark_of_recipes_leaves_the_whole_file_before(monkey
     assert before.read_text() == "whole"
 
 
+def test_a_benchmark_whose_folder_is_gone_at_the_end_says_so(monkeypatch, tmp_path):
+    def tables(gpu):
+        (tmp_path / "gone").rmdir()
+        (tmp_path / "gone").touch()
+        yield "recipes", {"model": "small"}
+
+    monkeypatch.setattr(recipes, "tables", tables)
+    with pytest.raises(SystemExit, match=r"^recipes: cannot write in the folder .*gone: File exists"):
+        recipes.main(out=tmp_path / "gone" / "recipes.json")
+
+
 def test_committed_recipes_are_what_the_planner_says():
     committed = json.loads((project_root() / "executed" / "rtx5080" / "recipes.json").read_text())
     row = committed["recipes"][0]

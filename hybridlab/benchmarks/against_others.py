@@ -409,12 +409,12 @@ def main(
     with one_line("against_others", out):
         config = configured(model, batch, vocab_size, data, device)
         measured = measure(config, rounds=rounds, turns=turns, steps=steps, quick=quick)
-    for row in measured["loops"]:
-        print(json.dumps(row))
-    for name, figure in measured["figures"].items():
-        print(f"{name}: {figure['value']:.3f} [{figure['low']}, {figure['high']}]")
-    if out:
-        write_json(out, measured)
+        for row in measured["loops"]:
+            print(json.dumps(row))
+        for name, figure in measured["figures"].items():
+            print(f"{name}: {figure['value']:.3f} [{figure['low']}, {figure['high']}]")
+        if out:
+            write_json(out, measured)
 
 
 if __name__ == "__main__":

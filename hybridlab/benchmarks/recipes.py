@@ -188,12 +188,12 @@ def main(
     """Plan every size, the largest model and one of seven billion parameters; minutes, without a GPU."""
     with one_line("recipes", out):
         check_choice("GPU", gpu, GPUS)
-    found: dict[str, Any] = {"gpu": asdict(GPUS[gpu]), "spared_bytes": SPARED_BYTES}
-    for table, row in tables(GPUS[gpu]):
-        found.setdefault(table, []).append(row)
-        print(table, json.dumps(row), flush=True)
-    if out:
-        write_json(out, found)
+        found: dict[str, Any] = {"gpu": asdict(GPUS[gpu]), "spared_bytes": SPARED_BYTES}
+        for table, row in tables(GPUS[gpu]):
+            found.setdefault(table, []).append(row)
+            print(table, json.dumps(row), flush=True)
+        if out:
+            write_json(out, found)
 
 
 if __name__ == "__main__":
