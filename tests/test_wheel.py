@@ -64,7 +64,7 @@ def test_every_command_works_in_a_stranger_s_project_and_writes_where_it_is_star
     command, env = [sys.executable, "-c", IN_TURN, COMMANDS], os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(command, cwd=here, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True, check=False)
     refused, ran, runs, report, plan, data, end = re.split(r"ended with (?=\d)", done.stdout)
-    assert "no such notebook: choose one of notebooks/01_mnist_cnn.ipynb" in refused
+    assert "no such notebook: choose one of notebooks/00_your_model.ipynb" in refused
     assert "Open it:  jupyter lab executed/cpu/01_mnist_cnn.ipynb" in ran
     assert "baseline" in runs
     assert "written: docs/VALIDATION_RESULTS.md" in report
