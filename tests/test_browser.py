@@ -206,11 +206,11 @@ def test_a_study_is_watched_paused_and_resumed(lab: Lab) -> None:
     lab.open(smaller(ROOT / "notebooks" / "03_gpt2_small_hybrid.ipynb"), "study.ipynb")
     lab.menu("Run", "Run All Cells")
     lab.page.wait_for_selector(".hl", timeout=30_000)
-    until(lambda: lab.step > 20, "the step counter moves")
+    seen: set[str] = set()
+    until(lambda: seen.add(lab.phase) or lab.step > 20, "the step counter moves")
     height = lab.height
     lab.hover()
     lab.shot("1_training")
-    seen: set[str] = set()
     until(lambda: seen.add(lab.phase) or lab.has_jumped, "a jump is taken", 240)
     assert "Full" in seen
     lab.press("Pause")
