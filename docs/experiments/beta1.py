@@ -78,6 +78,8 @@ def table(found: dict[str, Any]) -> str:
 if __name__ == "__main__":
     where = sys.argv[1] if len(sys.argv) > 1 else "cpu"
     found = {case: losses(case, *settings) for case, settings in CASES[where].items()}
-    for case, values in found.items():
-        print(f"{case}:\n\n{table(values)}\n", flush=True)
-    Path(__file__).with_name(f"beta1_{where}.json").write_text(json.dumps(found, indent=1) + "\n")
+    tables = {case: table(values) for case, values in found.items()}
+    for case, rows in tables.items():
+        print(f"{case}:\n\n{rows}\n", flush=True)
+    content = {"losses": found, "tables": tables}
+    Path(__file__).with_name(f"beta1_{where}.json").write_text(json.dumps(content, indent=1) + "\n")
