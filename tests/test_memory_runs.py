@@ -274,6 +274,12 @@ def test_the_time_in_which_the_gpu_waits_is_told_apart() -> None:
     assert "busy" not in str(cost_table([measured()], "arm"))
 
 
+def test_the_step_beside_the_control_s_is_that_of_the_run_whose_memory_was_measured() -> None:
+    """In 04 further seeds of float32 arms are trained in TF32, which is faster."""
+    shown = cost_table([replace(with_steps(3.0, 3.0), arm="bf16"), replace(with_steps(9.0, 4.0), arm="fp32")], "fp32")
+    assert [row[-1] for row in shown.cells()] == ["0.33", "1.00"]
+
+
 def test_runs_without_a_gpu_and_runs_too_short_have_no_step_time() -> None:
     without_a_gpu = replace(measured(), measured_allocated_bytes=None)
     assert step_time_claims(without_a_gpu, measured()) == step_time_claims(with_steps(None), measured()) == []

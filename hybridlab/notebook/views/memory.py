@@ -85,7 +85,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
     Where the GPU could hold neither of these, nothing is said of them.
     """
     fast = fast or control
-    base = next((f for f in footprints if f.arm == fast), None)
+    base = next((f.step_ms for f in footprints if f.arm == fast), None)  # further seeds may have another number format
     rows = [
         {
             "arm": f.arm,
@@ -93,7 +93,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             f"against {control} (nats)": str(f.change) if f.change else None,
             "perplexity gap": f"{math.expm1(f.change.mean):+.2%}" if f.change else None,
             "step (ms)": f.step_ms,
-            f"step over {fast}'s": ratio.mean if base and (ratio := f.step_ratio(base)) else None,
+            f"step over {fast}'s": f.step_ms / base if base and f.step_ms else None,
         }
         | ({} if f.gpu_busy_percent is None else {"GPU busy": f"{f.gpu_busy_percent:.0f}%"})
         for f in footprints
