@@ -83,6 +83,13 @@ def test_config_refuses_other_types(changes: dict[str, object]) -> None:
         GPT2Config(**changes)
 
 
+def test_a_shape_is_a_size_too() -> None:
+    wide = GPT2Config.named("48x32x2048", vocab_size=512)
+    assert (wide.n_layer, wide.n_head, wide.n_embd, wide.vocab_size) == (48, 32, 2048, 512)
+    with pytest.raises(ValueError, match=r"n_embd=100 is not divisible by n_head=12"):
+        GPT2Config.named("2x12x100")
+
+
 def test_unknown_size_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"GPT-2 size 'smal' is unknown: did you mean 'small'"):
         GPT2Config.named("smal")

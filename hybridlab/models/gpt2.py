@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,13 @@ class GPT2Config:
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> GPT2Config:
-        """The size of this name, one of `SIZES`. Raises ValueError for another; the message gives the nearest."""
+        """The size of this name: one of `SIZES`, or blocks x heads x width, as "48x32x2048".
+
+        Raises ValueError for another; the message gives the nearest.
+        """
+        if shape := re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", name):
+            blocks, heads, width = map(int, shape.groups())
+            return cls(**{"n_layer": blocks, "n_head": heads, "n_embd": width} | changes)
         check_choice("GPT-2 size", name, SIZES)
         made: GPT2Config = getattr(cls, name)(**changes)
         return made

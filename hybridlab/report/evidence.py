@@ -78,7 +78,8 @@ class Published(Claim):
 class Evidence:
     """Every committed result.
 
-    entries: profile -> notebook -> what it published; planned: what `hybridlab.benchmarks.recipes` wrote
+    entries: profile -> notebook -> what it published
+    planned: what `hybridlab.benchmarks.recipes` wrote, and as "trained" the rows of `hybridlab.benchmarks.largest`
     labels: profile -> what documents call it, from the table [tool.hybridlab.profiles] of `pyproject.toml`
     """
 
@@ -88,14 +89,14 @@ class Evidence:
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """Read `executed/*/results.json` and `recipes.json` below a project's root; what was never run is absent."""
+        """Read `executed/*/results.json`, `recipes.json` and `largest.json`; what was never run is absent."""
         labels = _labels(root / "pyproject.toml")
         there = sorted(path.parent.name for path in root.glob("executed/*/results.json"))
         profiles = [*(profile for profile in labels if profile in there), *(p for p in there if p not in labels)]
         read = {profile: load_results(root / "executed" / profile / "results.json") for profile in profiles}
         own = {profile: {k: v for k, v in entries.items() if k != REPORT} for profile, entries in read.items()}
-        recipes = root / "executed" / MAIN / "recipes.json"
-        planned = json.loads(recipes.read_text(encoding="utf-8")) if recipes.exists() else {}
+        planned = _json(root / "executed" / MAIN / "recipes.json")
+        planned["trained"] = _json(root / "executed" / MAIN / "largest.json").get("rows", [])
         entries = {profile: dict(sorted(of.items())) for profile, of in own.items() if of}
         return cls(entries, planned, labels)
 
@@ -143,6 +144,10 @@ class Evidence:
     def sha256(self) -> str:
         """The hash of everything that documents are written from."""
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _labels(pyproject: Path) -> dict[str, str]:

@@ -47,6 +47,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         recipes=recipe_rows(evidence),
         recipe_codes=code_of_recipes(evidence),
         largest=way_rows(evidence, "largest"),
+        trained=max((row.get("steps", 0) for row in evidence.planned.get("trained", ())), default=0),
         seven_billion=way_rows(evidence, "seven_billion"),
         plan_errors=plan_errors(evidence),
         step_errors=OF_MEASURED,
@@ -293,8 +294,9 @@ def code_of_recipes(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def way_rows(evidence: Evidence, table: str) -> list[dict[str, Any]]:
-    """One row per way to train a large model: "largest" or "seven_billion"."""
-    return [_way(row) for row in evidence.planned.get(table, ())]
+    """One row per way to train a large model: "largest", beside what training it took, or "seven_billion"."""
+    trained = {row["way"]: row for row in evidence.planned.get("trained", ())} if table == "largest" else {}
+    return known_columns([_way(row, trained.get(row["way"])) for row in evidence.planned.get(table, ())])
 
 
 def plan_errors(evidence: Evidence) -> dict[str, Any] | None:
@@ -363,17 +365,19 @@ def _code(row: Row) -> str:
     )
 
 
-def _way(row: Row) -> dict[str, Any]:
+def _way(row: Row, trained: Row | None) -> dict[str, Any]:
     return {
         "trained with": row["way"],
         "model": f"{row['parameters'] / 1e9:.2f} B ({row['n_layer']} blocks of {row['n_embd']})",
         "fits": "yes" if row["fits"] else "no",
         "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
+        "measured": trained and (trained["stopped"] or amount(trained["peak_memory_bytes"], "bytes")),
         "allocated in training": amount(row["peak_allocated_bytes"], "bytes"),
         "of it per parameter": f"{row['peak_allocated_bytes'] / row['parameters']:.1f} bytes",
         "host memory": amount(row["host_bytes"], "bytes"),
         "host bytes per parameter": f"{row['host_bytes_per_parameter']:.1f}",
         "est. step": f"{row['step_ms'] / 1e3:.1f} s",
+        "step measured elsewhere": trained and trained.get("step_ms") and f"{trained['step_ms'] / 1e3:.2f} s",
         "1 token per parameter": _time(row, 1),
         "loss of exactness": row["inexact"],
     }
