@@ -39,34 +39,45 @@ GPUS = {
 }
 """Source: NVIDIA's white papers: GA102, Ada, RTX Blackwell, A100, H100 and H200; the bus, PCI-SIG (16 lanes)."""
 
-LAUNCH_SECONDS = 7e-6
-"""Of the host per kernel that it starts, and HOST_UPDATE_BYTES per second of an AdamW on the host: rounded from runs on
-an H200's host, where kernels took 5 to 12 µs."""
+OF_RATES = 0.7
+"""Share of a data sheet's rates that kernels reach, and LAUNCH_SECONDS of the host per kernel, Python and autograd
+included: both rounded from the 17 arms of `OF_MEASURED`."""
 
-HOST_UPDATE_BYTES = 8e9
+LAUNCH_SECONDS = 50e-6
+
+HOST_UPDATE_BYTES = 16e9
+"""Per second of an AdamW on the host. It depends on the host: that of an H100 reached `HOST_FACTOR` times as much, that
+of an H200 less by the same factor."""
+
+HOST_FACTOR = 2
 
 OF_MEASURED = (0.65, 1.35)
-"""Estimated over measured time: the range of 17 arms of three GPT-2 sizes on an H200, on which the two
-figures above were chosen. A test recomputes it for 8 of them."""
+"""Estimated over measured time: the range of 17 arms of three GPT-2 sizes on an H100 and an H200, without the host's
+update. A test recomputes it for 8 of them."""
 
 
 def step_time_ms(plan: Plan, gpu: GpuSpec) -> float:
     """Estimate the time of a gradient step; it ranks settings, and is no measurement.
 
-        computation = sum over formats of flops / rate  +  moved / bandwidth
-        t           = max(computation, kernels × launch)  +  sent / bus  +  host traffic / host's update rate
+        computation = (sum over formats of flops / rate  +  moved / bandwidth) / OF_RATES
+        t           = max(computation, kernels × launch)  +  sent / bus  +  `host_update_ms`
 
     plan: flops, bytes and kernels, as counted in the graph; gpu: rates and bandwidths, as its data sheet has them
 
-    Real kernels reach less than these rates, and caches spare some of the traffic. Nothing is taken to be fused, the
-    bus is not used beside the computation, and float32 products are not in TF32.
+    Caches spare some of the traffic. Nothing is taken to be fused, the bus is not used beside the computation, and
+    float32 products are not in TF32.
     """
     costs = plan.costs
     half = costs.flops.get("bfloat16", 0) / gpu.bfloat16_flops
     full = costs.flops.get("float32", 0) / gpu.float32_flops
-    computation = half + full + costs.moved_bytes / gpu.bandwidth_bytes
-    beside = costs.bus_bytes / gpu.bus_bytes + costs.host_bytes / HOST_UPDATE_BYTES
-    return 1e3 * (max(computation, costs.kernels * LAUNCH_SECONDS) + beside)
+    computation = (half + full + costs.moved_bytes / gpu.bandwidth_bytes) / OF_RATES
+    on_gpu = max(computation, costs.kernels * LAUNCH_SECONDS) + costs.bus_bytes / gpu.bus_bytes
+    return 1e3 * on_gpu + host_update_ms(plan)
+
+
+def host_update_ms(plan: Plan) -> float:
+    """Estimate the part of a gradient step in which the host moves the weights; 0 where the GPU does."""
+    return 1e3 * plan.costs.host_bytes / HOST_UPDATE_BYTES
 
 
 def find_gpu(text: str) -> tuple[int, GpuSpec | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,9 @@ from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
 from hybridlab.planner.trace import COMMUNICATION, GATHERED, LiveBytes
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
+
+MOST_TOKENS = 2**16
+"""Of a micro batch that is rehearsed: a loss in pieces takes a rehearsal as long as it has pieces."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,38 @@ def plan_training(spec: TrainingSpec) -> Plan:
 
     The model, its loss, backward pass and torch's optimizer run on fake tensors, and every storage is followed from
     birth to death. torchao's state is counted by its format: its compiled step takes next to nothing besides.
-    A gradient that has not reached its parameter yet counts among the activations.
+    A gradient that has not reached its parameter yet counts among the activations. Where a micro batch has more than
+    `MOST_TOKENS`, a line through two smaller ones gives all figures but the allocator's, which are in proportion.
 
     Raises ValueError or UserError for settings that make no training; the message says what would.
     """
     spec.check()
+    windows, tokens = spec.batch
+    few = spec.parts * max(1, MOST_TOKENS // 2 // tokens)
+    if windows * tokens > MOST_TOKENS * spec.parts and windows > 2 * few:
+        first, second = (_rehearsed(spec.resized((count, tokens))) for count in (few, 2 * few))
+        return _beyond(first, second, windows / few - 1)
+    return _rehearsed(spec)
+
+
+def _beyond(first: Plan, second: Plan, place: float) -> Plan:
+    """On the line through two plans; the allocator holds as many times what is allocated as in the second."""
+    found: Plan = _on_the_line(first, second, place)
+    held = second.reserved_bytes / second.peak_allocated_bytes
+    return replace(found, reserved_bytes=round(held * found.peak_allocated_bytes))
+
+
+def _on_the_line(first: Any, second: Any, place: float) -> Any:
+    """What a line through two numbers, at 0 and 1, has at another place; of plans that of each of their numbers."""
+    if is_dataclass(second):
+        names = [field.name for field in fields(second)]
+        return replace(second, **{n: _on_the_line(getattr(first, n), getattr(second, n), place) for n in names})  # type: ignore[type-var]
+    if isinstance(second, dict):
+        return {name: _on_the_line(first.get(name, 0), value, place) for name, value in second.items()}
+    return round(first + place * (second - first))
+
+
+def _rehearsed(spec: TrainingSpec) -> Plan:
     training = rehearse(spec)
     phases = _phases_with_graphs(training) if spec.replays_graphs else _phases(training)
     for phase in [*(["Evaluation"] if not spec.judges_mean else []), *(["Start"] if not spec.is_sharded else [])]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +23,9 @@ Change = Callable[[TrainingSpec], TrainingSpec | None]
 """Switches a feature on; None where it is on already, or does not go with the training."""
 
 CHUNK_TOKENS, PAD_VOCAB_TO, GRAIN = 1024, 128, 64
+
+FAR = 16
+"""Times a GPU's memory that what takes the least must take, for nothing else to be tried."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,38 @@ def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0, *, asked: Plan
     gpu_bytes: left out is a combination that holds one which fits, since it can only be slower, and one whose weights,
         gradients and state alone do not fit, but for the one that takes the least; 0 keeps all
     asked: the plan of the training as it is, where it is known
+
+    Of a training that takes more than FAR times the GPU with all of them, there are two: as it is, and with all.
     """
-    found: list[Option] = []
-    for changes in ((), *COMBINATIONS):
+    found = list(_planned(spec, (), gpu, asked))
+    if far := [option for option in found if _is_far(option, gpu_bytes)]:
+        far += _planned(spec, COMBINATIONS[-1], gpu)
+        if _is_far(far[-1], gpu_bytes):
+            return sorted(far, key=lambda option: option.step_ms)
+    for changes in COMBINATIONS:
         features, changed = _switched_on(spec, changes)
         fitting = (set(o.features) for o in found if o.plan.fits(gpu_bytes))
         if any(set(features) == set(o.features) for o in found) or any(fits <= set(features) for fits in fitting):
             continue
         hopeless = found and gpu_bytes and _least_bytes(changed, found[0].plan.trained_numbers) > gpu_bytes
-        if hopeless and changes is not COMBINATIONS[-1]:
-            continue
-        try:
-            plan = plan_training(changed) if changes or asked is None else asked
-        except UserError:  # a model without blocks cannot be checkpointed
-            continue
-        exact = not any(name in INEXACT for name in features)
-        found.append(Option(features, exact, changed, plan, step_time_ms(plan, gpu)))
+        if not hopeless or changes is COMBINATIONS[-1]:
+            found += _planned(spec, changes, gpu)
     return sorted(found, key=lambda option: option.step_ms)
+
+
+def _planned(spec: TrainingSpec, changes: Sequence[Change], gpu: GpuSpec, plan: Plan | None = None) -> Iterator[Option]:
+    """The training with these changes; nothing where they do not go with it. plan: where it is known."""
+    features, changed = _switched_on(spec, changes)
+    try:
+        plan = plan or plan_training(changed)
+    except UserError:  # a model without blocks cannot be checkpointed
+        return
+    yield Option(features, not any(name in INEXACT for name in features), changed, plan, step_time_ms(plan, gpu))
+
+
+def _is_far(option: Option, gpu_bytes: int) -> bool:
+    """Whether it takes more than FAR times the GPU."""
+    return 0 < FAR * gpu_bytes < option.plan.peak_on_gpu_bytes
 
 
 def best_fit(options: list[Option], gpu_bytes: int) -> Option | None:

@@ -12,7 +12,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.settings import check_choice
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
-from hybridlab.planner.gpu_specs import OF_MEASURED, GpuSpec, nearest_gpu, step_time_ms
+from hybridlab.planner.gpu_specs import HOST_FACTOR, OF_MEASURED, GpuSpec, host_update_ms, nearest_gpu, step_time_ms
 from hybridlab.planner.plan import Plan, in_gigabytes, plan_stages
 from hybridlab.planner.spec import BatchShape, Model, TrainingSpec
 from hybridlab.planner.suggest import Option, best_fit, largest_batch, longest_sequence, options
@@ -119,7 +119,7 @@ def report_lines(question: Question) -> Iterator[str]:
         yield from _by_option(question)
     if best and best.plan.host_memory not in ({}, asked.host_memory):
         yield f"With the fastest that fits, host memory, {best.plan.in_host_memory}."
-    yield from _times(question)
+    yield from _times(question, best)
     if best and best.features:
         yield ""
         yield from _in_python(question.spec, best.spec)
@@ -134,7 +134,7 @@ def _found(question: Question) -> str:
     return f"The longest sequence that fits: {question.found} tokens, in {windows} windows."
 
 
-def _times(question: Question) -> Iterator[str]:
+def _times(question: Question, best: Option | None) -> Iterator[str]:
     if question.gpu is None:
         yield "No times: a size alone names no GPU. Name one instead, such as rtx5080."
         return
@@ -143,8 +143,15 @@ def _times(question: Question) -> Iterator[str]:
     a_step, took = "A step" if question.fits else "As it is, a step", _ms(step_time_ms(question.asked, question.gpu))
     yield (
         f"{a_step}{sent} is estimated to take {took}, from the data sheet of a {question.gpu.name}.\n"
-        f"Where it was measured, on an H200, the estimate was {low:g} to {high:g} times the measured time."
+        f"Where it was measured, on an H100 and an H200, the estimate was {low:g} to {high:g} times the measured time."
     )
+    last = question.asked if question.fits or not best else best.plan
+    if on_host := host_update_ms(last):
+        which = "" if last is question.asked else ", with the fastest that fits"
+        yield (
+            f"The host's part of it{which}: {_ms(on_host)}, which depends on the host: expect "
+            f"{_ms(on_host / HOST_FACTOR)} to {_ms(on_host * HOST_FACTOR)}."
+        )
 
 
 def _verdict(question: Question, best: Option | None) -> str:

@@ -28,7 +28,7 @@ FLOPS = dict(flop_registry) | {aten._grouped_mm: lambda a, b, *_, **__: 2 * a.nu
 RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
 """They change no memory; drawing fake numbers would take longer than all the rest of building a model."""
 
-NO_KERNEL = (aten.empty, aten.empty_like, aten.empty_strided, aten._unsafe_view)
+NO_KERNEL = (aten.empty, aten.empty_like, aten.empty_strided, aten._unsafe_view, torch.ops.prim.device)
 
 
 class Key(NamedTuple):
