@@ -1,17 +1,20 @@
-"""Tokens per second, memory and the cost of prediction on 1, 2, 4 ... GPUs of one host, for a GPT-2.
+"""Tokens per second, memory and the cost of prediction on 1, 2, 4 ... GPUs of one host.
 
 python -m hybridlab.benchmarks.ranks --model small --counts 1,2,4 --out ranks.json
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -22,29 +25,41 @@ from hybridlab.base.device import device_name, find_device, refuse_more_than_gpu
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import from_each, is_first, running
 from hybridlab.benchmarks import one_line
-from hybridlab.benchmarks.step_overhead import step_overhead
+from hybridlab.benchmarks.interleaved import Ratio, seconds_in_turns
 from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.engine.trainer import HybridTrainer
+from hybridlab.memory.config import CheckpointingConfig, MemoryConfig
 from hybridlab.models import GPT2Config
+from hybridlab.models.huggingface import causal_config, read_config
 from hybridlab.planner import plan_training
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.planning import training_spec_of
-from hybridlab.study.process_settings import ProcessSettings
+from hybridlab.study.process_settings import ProcessSettings, gc_frozen, refreeze_gc
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.record import write_json
+from hybridlab.study.tasks import HuggingFaceTaskConfig
 from hybridlab.study.training import Training
 from hybridlab.vram import MemoryMeter
 
 MEMORY_STEPS = 4
+
+JUMP = {"full_steps": 4, "max_predict_steps": 1, "correct_steps": 1, "confidence_threshold": 0.0, "gate": False}
+"""The shortest way through all phases: a full path, a jump that is taken unseen, and its snapshot."""
+
+JUMP_STEPS = 7
 
 
 @dataclass(frozen=True)
 class Question:
     """What is measured, alike for each number of ranks.
 
-    model: a GPT-2 size; windows: per rank, of `tokens` tokens each: the global batch grows with the number of ranks
-    precision, compiled: as `RunConfig` has them; path_device: as `HybridTrainerConfig` has it
+    model: a GPT-2 size, or what `HuggingFaceTaskConfig` takes: a config as JSON text, or its path
+    windows: per rank, of `tokens` tokens each: the global batch grows with the number of ranks
+    precision, compiled: as `RunConfig` has them; checkpointing: whether blocks are computed again in backward
     wrap, gather: as `RanksConfig` has them
-    rounds, turns, steps: as `step_overhead` takes them
+    path: whether prediction is measured too; path_device: as `HybridTrainerConfig` has it
+    rounds: timed; turns: of each trainer in a round; steps: of a turn. A path is recorded every fifth step, and a
+        predictor asked every twentieth: 20 steps in a round have both
     """
 
     model: str = "small"
@@ -56,90 +71,125 @@ class Question:
     gather: str = "bf16"
     path_device: str = "same"
     device: str = "auto"
-    rounds: int = 6
-    turns: int = 3
-    steps: int = 4
+    rounds: int = 12
+    turns: int = 4
+    steps: int = 5
+    checkpointing: bool = False
+    path: bool = True
 
     @property
     def ranks(self) -> RanksConfig:
         """How the ranks train it."""
         return RanksConfig(self.wrap, self.gather)
 
-    def config(self, ranks: int) -> RunConfig:
-        """The run on so many ranks; its tokens are random, so that nothing is downloaded."""
-        size = GPT2Config.named(self.model)
-        task = TextTaskConfig(
-            self.model, "uniform", size.vocab_size, self.tokens, self.windows * ranks, validation_batches=1
-        )
+    def config(self, ranks: int, **prediction: Any) -> RunConfig:
+        """The run on so many ranks; its tokens are random, so that nothing is downloaded.
+
+        prediction: settings of `HybridTrainerConfig`; without any nothing is predicted
+        """
+        memory = MemoryConfig(checkpointing=CheckpointingConfig()) if self.checkpointing else None
+        settings = prediction or {"max_predict_steps": 0}
         return RunConfig(
-            f"{self.model} on {ranks}",
-            task,
-            steps=1000,
-            hybrid=HybridTrainerConfig(warmup_steps=0, clip_norm=1.0, path_device=self.path_device),
+            f"{ranks} ranks",
+            self._task(self.windows * ranks),
+            steps=100_000,
+            hybrid=HybridTrainerConfig(
+                warmup_steps=0, clip_norm=1.0, path_device=self.path_device, memory=memory, **settings
+            ),
             precision=self.precision,
             compiled=self.compiled,
             cuda_graphs=False,
             device=self.device,
         )
 
+    def _task(self, windows: int) -> TextTaskConfig | HuggingFaceTaskConfig:
+        sizes = {"block_size": self.tokens, "batch_size": windows, "validation_batches": 1}
+        if self.model.lstrip().startswith("{") or Path(self.model).exists():
+            vocabulary = causal_config(read_config(self.model)).vocab_size
+            return HuggingFaceTaskConfig(self.model, "uniform", vocabulary, **sizes)
+        return TextTaskConfig(self.model, "uniform", GPT2Config.named(self.model).vocab_size, **sizes)
+
 
 def measured(question: Question) -> dict[str, Any]:
     """One row: the figures of as many ranks as there are; each of them calls it, inside a group.
 
-    sent_bytes_per_step: by each rank, as `RanksConfig.communication_bytes` counts it
-    tokens_per_second: of all ranks, by the trainer without prediction; step_ms: its median step
+    parameters: of the model; sent_bytes_per_step: by each rank, as `RanksConfig.communication_bytes` counts it
+    tokens_per_second: of all ranks, without prediction; step_ms: its median step
     recording_overhead: share of a step that recording the path and asking a predictor add, with its 95 % interval
-    peak_bytes, peak_with_path_bytes: by rank, without prediction and with the path of a predictor
+    peak_bytes, allocated_bytes, context_bytes: by rank, without prediction, as `MemoryMeter.peak` has them
+    peak_with_path_bytes, ...: the same of a run that predicts: with a full path, a jump and its rollback snapshot
     """
-    config = question.config(running())
-    device = find_device(config.device)
-    peak = _peak(config, question.ranks, device)
-    meter = MemoryMeter(device)
-    meter.reset_peak()
-    cost = step_overhead(
-        config, rounds=question.rounds, turns=question.turns, steps=question.steps, ranks=question.ranks
-    )
-    step_ms = cost.bare_step_ms * cost.plain_over_bare.median
-    tokens, parameters = config.task.batch_size * question.tokens, GPT2Config.named(question.model).parameter_count
-    return {
+    device = find_device(question.device)
+    with ProcessSettings.of(question.config(running())).applied():
+        row = _without_prediction(question, device)
+        return row | (_with_prediction(question, device) if question.path else {})
+
+
+def _without_prediction(question: Question, device: torch.device) -> dict[str, Any]:
+    training, peaks = _trained(question, question.config(running()), device, MEMORY_STEPS)
+    parameters = sum(p.numel() for p in training.task.model.parameters())
+    steps = question.turns * question.steps
+    seconds = _seconds(question, training, device)
+    step_ms = 1e3 * median(seconds["plain"]) / steps
+    row = {
         "ranks": running(),
         "device": device_name(device),
+        "parameters": parameters,
         "step_ms": step_ms,
-        "tokens_per_second": 1e3 * tokens / step_ms,
+        "tokens_per_second": 1e3 * question.windows * running() * question.tokens / step_ms,
         "sent_bytes_per_step": question.ranks.communication_bytes(parameters, running())["within"],
-        "plain_over_bare": cost.plain_over_bare.record(),
-        "recording_overhead": cost.recording_over_bare.record(),
-        "peak_bytes": from_each(peak),
-        "peak_with_path_bytes": from_each(meter.peak()["peak_memory_bytes"]),
     }
+    if question.path:
+        recording = [more - plain for more, plain in zip(seconds["recording"], seconds["plain"], strict=True)]
+        row["recording_overhead"] = Ratio.of(recording, seconds["plain"]).record()
+    return row | {f"{name}_bytes": peak for name, peak in peaks.items()}
 
 
-def _peak(config: RunConfig, ranks: RanksConfig, device: torch.device) -> int:
-    """Of a few plain steps on this rank."""
+def _with_prediction(question: Question, device: torch.device) -> dict[str, Any]:
+    training, peaks = _trained(question, question.config(running(), **JUMP), device, JUMP_STEPS)
+    if not training.trainer.statistics().proposals_accepted:
+        raise UserError("no jump was taken, so that its memory is not known: take --no-path, or another precision")
+    return {f"{name}_with_path_bytes": peak for name, peak in peaks.items()}
+
+
+def _trained(
+    question: Question, config: RunConfig, device: torch.device, steps: int
+) -> tuple[Training, dict[str, list[int | None]]]:
+    """A training after a few steps, and what they took of each rank's memory."""
     meter = MemoryMeter(device)
     meter.reset_peak()
-    plain = HybridTrainerConfig.plain(clip_norm=config.hybrid.clip_norm)
-    with ProcessSettings.of(config).applied():
-        training = Training(replace(config, hybrid=plain), device, ranks)
-        for number in range(MEMORY_STEPS):
-            training.step(number)
-    peak: int = meter.peak()["peak_memory_bytes"]
-    del training
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return peak
+    training = Training(config, device, question.ranks)
+    for number in range(steps):
+        training.step(number)
+    found = meter.peak()
+    names = {"peak": "peak_memory_bytes", "allocated": "peak_allocated_bytes", "context": "context_bytes"}
+    return training, {name: from_each(found.get(figure)) for name, figure in names.items()}
+
+
+def _seconds(question: Question, training: Training, device: torch.device) -> dict[str, list[float]]:
+    """By round, of the training's own trainer, which predicts nothing, and of one that records a path and asks."""
+    trainers, numbers = {"plain": training.trainer}, count()
+    if question.path:
+        asks = question.config(running(), predictor="null").hybrid
+        trainers["recording"] = HybridTrainer(training.trainer.model, training.trainer.optimizer, asks)
+
+    def turn(trainer: HybridTrainer) -> None:
+        training.trainer = trainer
+        for _ in range(question.steps):
+            training.step(next(numbers))
+
+    turns: dict[str, Callable[[], None]] = {name: partial(turn, trainer) for name, trainer in trainers.items()}
+    with gc_frozen():
+        refreeze_gc()
+        return seconds_in_turns(turns, device, question.rounds, question.turns)
 
 
 def planned(question: Question, ranks: int) -> dict[str, int]:
-    """What each rank is expected to take at its peak, without prediction and with the path: beside `peak_bytes`."""
-    config = question.config(ranks)
-    plain = replace(config, hybrid=HybridTrainerConfig.plain(clip_norm=config.hybrid.clip_norm))
-    runs = {"planned_bytes": plain, "planned_with_path_bytes": config}
-    return {
-        name: plan_training(training_spec_of(run, question.ranks, ranks)).peak_on_gpu_bytes
-        for name, run in runs.items()
-    }
+    """What each rank is expected to take at its peak, beside `peak_bytes` and `allocated_bytes` of the same run."""
+    runs = {"": question.config(ranks)} | ({"_with_path": question.config(ranks, **JUMP)} if question.path else {})
+    plans = {name: plan_training(training_spec_of(run, question.ranks, ranks)) for name, run in runs.items()}
+    peaks = {f"planned{name}_bytes": made.peak_on_gpu_bytes for name, made in plans.items()}
+    return peaks | {f"planned_allocated{name}_bytes": made.peak_allocated_bytes for name, made in plans.items()}
 
 
 def summary(question: Question, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,7 +204,9 @@ def summary(question: Question, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A GPT-2 size.")] = "small",
+    model: Annotated[
+        str, typer.Option(help="A GPT-2 size, or a config of Hugging Face: its JSON text or its path.")
+    ] = "small",
     counts: Annotated[str, typer.Option(help="Numbers of ranks, one after the other, on GPUs of this host.")] = "1,2,4",
     out: Annotated[Path, typer.Option(help="Where the results go, as JSON.")] = Path("ranks.json"),
     windows: Annotated[int, typer.Option(min=1, help="Per rank and step.")] = 8,
@@ -162,20 +214,37 @@ def main(
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "bf16",
     compiled: bool = True,
     wrap: Annotated[str, typer.Option(help="fsdp or ddp.")] = "fsdp",
-    gather: Annotated[str, typer.Option(help="Format in which fsdp gathers weights: fp32 or bf16.")] = "bf16",
+    gather: Annotated[
+        str, typer.Option(help="Format in which fsdp gathers weights, fp32 or bf16; else bf16 where it computes in it.")
+    ] = "",
     path_device: Annotated[
         str, typer.Option(help="Where the path is kept: same (beside the weights) or host.")
     ] = "same",
     device: str = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; six or more have an interval.")] = 6,
-    turns: Annotated[int, typer.Option(min=1, help="Of each loop in a round.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; six or more have an interval.")] = 12,
+    turns: Annotated[int, typer.Option(min=1, help="Of each trainer in a round.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Of a turn; with 20 in a round a predictor is asked in each.")] = 5,
+    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in backward.")] = False,
+    path: Annotated[bool, typer.Option(help="Measure what prediction costs, too.")] = True,
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
-    gather = gather if wrap == "fsdp" else "fp32"
+    gather = gather or ("bf16" if (wrap, precision) == ("fsdp", "bf16") else "fp32")
     with one_line("ranks", out):
         question = Question(
-            model, windows, tokens, precision, compiled, wrap, gather, path_device, device, rounds, turns, steps
+            model,
+            windows,
+            tokens,
+            precision,
+            compiled,
+            wrap,
+            gather,
+            path_device,
+            device,
+            rounds,
+            turns,
+            steps,
+            checkpointing,
+            path,
         )
         if "RANK" in os.environ:
             with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
@@ -209,13 +278,17 @@ def _started(ranks: int) -> dict[str, Any]:
         if done.returncode:
             raise UserError(f"{ranks} ranks ended with exit code {done.returncode}: see what they said above")
         found: dict[str, Any] = json.loads(row.read_text())
-    print(
-        f"{ranks} ranks: {found['tokens_per_second']:,.0f} tokens per second, {found['step_ms']:.1f} ms per step, "
-        f"recording adds {found['recording_overhead']['median']:.2%}, at most {max(found['peak_bytes']) / 1e9:.2f} GB, "
-        f"with a path {max(found['peak_with_path_bytes']) / 1e9:.2f} GB",
-        flush=True,
-    )
+    print(f"{ranks} ranks: {_in_words(found)}", flush=True)
     return found
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    speed = f"{row['tokens_per_second']:,.0f} tokens per second, {row['step_ms']:.1f} ms per step"
+    peaks = f"at most {max(row['peak_bytes']) / 1e9:.2f} GB"
+    if "recording_overhead" not in row:
+        return f"{speed}, {peaks}"
+    recording = f"recording adds {row['recording_overhead']['median']:.2%}"
+    return f"{speed}, {recording}, {peaks}, with prediction {max(row['peak_with_path_bytes']) / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

@@ -7,24 +7,26 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hybridlab.planner.trace import COMMUNICATION, Key, Segment
+from hybridlab.planner.trace import Key, Segment
 
 MIB = 2**20
 SMALL_BYTES, SMALL_SEGMENT = MIB, 2 * MIB
 MIDDLE_BYTES, MIDDLE_SEGMENT = 10 * MIB, 20 * MIB
 LARGE_GRAIN = 2 * MIB
 
+Pool = tuple[bool, str]
+
 
 @dataclass(eq=False)
 class _Block:
     """A stretch of a segment of the GPU's memory, and its neighbours there.
 
-    pool: whether it is small, and whether a collective uses it
+    pool: whether it is small, and the stream that it was allocated on
     """
 
     start: int
     size: int
-    pool: tuple[bool, bool]
+    pool: Pool
     free: bool = True
     before: _Block | None = None
     after: _Block | None = None
@@ -42,13 +44,13 @@ class _Block:
 
 
 class CachingAllocator:
-    """Allocates and frees as torch does on one stream, and counts what it takes of the GPU.
+    """Allocates and frees as torch does, and counts what it takes of the GPU.
 
         up to 1 MiB       from segments of 2 MiB
         below 10 MiB      from segments of 20 MiB
         from 10 MiB on    from segments of its own size, rounded up to 2 MiB
 
-    Buffers of collectives are used on streams of their own, and their memory is not used again on another.
+    Memory that was allocated on one stream is not used again on another.
     The smallest free block that is large enough is taken, and split where more than 1 MiB is left (512 bytes of a
     small one). Freed neighbours become one block. Nothing is given back.
 
@@ -59,7 +61,7 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved = 0
-        self._free: defaultdict[tuple[bool, bool], list[_Block]] = defaultdict(list)
+        self._free: defaultdict[Pool, list[_Block]] = defaultdict(list)
         self._used: dict[Key, _Block] = {}
 
     def follow(self, segments: Iterable[Segment]) -> int:
@@ -67,15 +69,15 @@ class CachingAllocator:
         for segment in segments:
             for event in segment.events:
                 if event.kind == "new":
-                    self._used[event.key] = self._allocate(event.size, event.part == COMMUNICATION)
+                    self._used[event.key] = self._allocate(event.size, event.stream)
                 elif event.kind == "free":
                     self._release(self._used.pop(event.key))
         return self.reserved
 
-    def _allocate(self, size: int, is_sent: bool) -> _Block:
+    def _allocate(self, size: int, stream: str) -> _Block:
         size = max(size, 512)
         is_small = size <= SMALL_BYTES
-        pool = is_small, is_sent
+        pool = is_small, stream
         free = self._free[pool]
         place = bisect_left(free, (size, 0), key=lambda block: block.order)
         block = free.pop(place) if place < len(free) else self._new_segment(size, pool)
@@ -89,7 +91,7 @@ class CachingAllocator:
         block.free = False
         return block
 
-    def _new_segment(self, size: int, pool: tuple[bool, bool]) -> _Block:
+    def _new_segment(self, size: int, pool: Pool) -> _Block:
         whole = MIDDLE_SEGMENT if size < MIDDLE_BYTES else -(-size // LARGE_GRAIN) * LARGE_GRAIN
         block = _Block(self.reserved, SMALL_SEGMENT if pool[0] else whole, pool)
         self.reserved += block.size

@@ -15,6 +15,9 @@ from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.planner.trace import COMMUNICATION, GATHERED, Trace
 
+GATHERING, REDUCING = "gathering", "reducing"
+"""Streams on which FSDP2 receives weights and adds gradients up."""
+
 BUCKET_NUMBERS = 25 * 2**20 // 4
 """Of DistributedDataParallel's buckets: 25 MiB of float32."""
 
@@ -128,7 +131,7 @@ class Shards:
 
     def _receive(self, group: _Group) -> None:
         if self._parts > 1 and group.received is None and not group.weights:
-            with self._trace.counting_as(COMMUNICATION):
+            with self._trace.counting_as(COMMUNICATION, GATHERING):
                 group.received = torch.empty(group.numbers, dtype=group.params[0].dtype)
 
     def _copy_out(self, group: _Group) -> None:
@@ -163,7 +166,7 @@ class Shards:
         for p in given:
             p.grad = None
             self._kept.pop(p, None)
-        with self._trace.counting_as("gradients"):
+        with self._trace.counting_as("gradients", REDUCING):
             self._gradients.append(torch.empty(sum(self.own[p].numel() for p in given)))
 
     def _keep(self, params: Iterable[nn.Parameter]) -> None:

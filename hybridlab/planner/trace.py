@@ -40,12 +40,16 @@ class Key(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A storage is new, is freed, or belongs to another part from now on. `size` in bytes, of a new one alone."""
+    """A storage is new, is freed, or belongs to another part from now on.
+
+    size: in bytes; stream: of the GPU, "" is the one that computes; both of a new one alone
+    """
 
     kind: Literal["new", "free", "is"]
     key: Key
     size: int = 0
     part: str = ""
+    stream: str = ""
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     logit_widths: lengths of a last dimension that make a new tensor of two dimensions or more "logits"
     new_part: the part that other new tensors belong to until `tag` says better; None: they are not on the GPU
+    new_stream: of the GPU, on which they are allocated
 
     Sizes are rounded up as the CUDA caching allocator does. Views count once, with what they look at.
     """
@@ -77,6 +82,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase, self._is_paused = "setup", False
         self.logit_widths: frozenset[int] = frozenset()
         self.new_part: str | None = "activations"
+        self.new_stream = ""
         self._made: Counter[tuple[str, int | None]] = Counter()
         self._keys: dict[int, Key | None] = {}
 
@@ -124,13 +130,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(value)
 
     @contextmanager
-    def counting_as(self, part: str | None) -> Iterator[None]:
-        """Set `new_part` inside the context."""
-        self.new_part, before = part, self.new_part
+    def counting_as(self, part: str | None, stream: str = "") -> Iterator[None]:
+        """Set `new_part` and `new_stream` inside the context."""
+        before = self.new_part, self.new_stream
+        self.new_part, self.new_stream = part, stream
         try:
             yield
         finally:
-            self.new_part = before
+            self.new_part, self.new_stream = before
 
     def tag(self, tensors: Iterable[Tensor], part: str) -> None:
         """Say what these tensors are."""
@@ -172,7 +179,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = self._keys[identity] = Key(*label, self._made[label])
         self._made[label] += 1
         size = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES
-        segment.events.append(Event("new", key, size, "logits" if is_logits else self.new_part))
+        segment.events.append(Event("new", key, size, "logits" if is_logits else self.new_part, self.new_stream))
 
     def _forget(self, identity: int) -> None:
         if key := self._keys.pop(identity):

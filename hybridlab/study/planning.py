@@ -20,7 +20,7 @@ from hybridlab.planner.architectures import rebuilt
 from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
 from hybridlab.study.ranks import RanksConfig
-from hybridlab.study.tasks import Batch, Task, TextTaskConfig
+from hybridlab.study.tasks import Batch, HuggingFaceTaskConfig, Task, TextTaskConfig
 
 
 @lru_cache
@@ -74,7 +74,8 @@ def nearest_fit_of(config: RunConfig, gpu_bytes: int) -> str:
 def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count: int = 1) -> TrainingSpec:
     """A run as the planner sees it; with `ranks`, as each of `count` processes sees it.
 
-    Of a task other than GPT-2's, the model and a batch are made on the CPU first, for their shapes.
+    Of a task other than GPT-2's, the model and a batch are made first, for their shapes: of transformers on "meta",
+    without their memory, of others on the CPU.
     """
     hybrid, memory = config.hybrid, config.memory
     if config.precision == "bf16":
@@ -87,7 +88,8 @@ def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count:
     spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, **past)
     if isinstance(config.task, TextTaskConfig):
         return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))
-    task = config.task.build(config.seed, torch.device("cpu"), memory)
+    place = "meta" if isinstance(config.task, HuggingFaceTaskConfig) else "cpu"
+    task = config.task.build(config.seed, torch.device(place), memory)
     sizes = (config.task.batch_size, getattr(config.task, "block_size", 1))
     loss = partial(_loss_like, task, task.batch(0))
     return replace(spec, model=rebuilt(task.model), batch=sizes, loss=loss)
