@@ -43,13 +43,14 @@ def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: Bl
     hooks = (inputs or BlockInputs()).hooks if config.inputs == "host" else nullcontext
     for block in blocks[: len(blocks) - config.keep_last]:
         block.forward = partial(_checkpointed, hooks, block, block.forward)  # type: ignore[method-assign]
+        block.is_checkpointed = True  # type: ignore[assignment]  # torch.compile hides the forward
 
 
 def is_checkpointed(model: nn.Module, config: CheckpointingConfig) -> bool:
     """Whether `checkpoint_blocks_` has been at work, or would find nothing to do."""
     blocks = blocks_of(model)
     chosen = blocks[: len(blocks) - config.keep_last]
-    return all(getattr(block.forward, "func", None) is _checkpointed for block in chosen)
+    return all(getattr(block, "is_checkpointed", False) for block in chosen)
 
 
 def _checkpointed(
