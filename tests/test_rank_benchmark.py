@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from hybridlab.benchmarks.ranks import Question, main, measured, summary
+from hybridlab.models import GPT2Config
 
 TOY = Question("nano", 2, 16, "fp32", False, "fsdp", "fp32", device="cpu", rounds=1, turns=1, steps=1)
 
@@ -18,8 +23,29 @@ def test_one_rank_is_measured() -> None:
         row = measured(TOY)
     assert row["ranks"] == 1
     assert row["tokens_per_second"] == pytest.approx(2 * 16 * 1000 / row["step_ms"])
+    assert row["parameters"] == GPT2Config.nano().parameter_count - (64 - 16) * 64  # 16 positions
     assert len(row["peak_bytes"]) == len(row["peak_with_path_bytes"]) == 1
     assert row["recording_overhead"]["low"] is None
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "vocab_size": 128}
+
+
+@pytest.mark.slow
+def test_a_hugging_face_config_is_measured_with_checkpointing_and_without_a_path() -> None:
+    pytest.importorskip("transformers")
+    question = replace(TOY, model=json.dumps(LLAMA), checkpointing=True, path=False)
+    with question.ranks.started(question.config(1)):
+        row = measured(question)
+    model = question.config(1).task.build(0, torch.device("meta")).model
+    assert row["parameters"] == sum(p.numel() for p in model.parameters())
+    assert not {"recording_overhead", "peak_with_path_bytes"} & row.keys()
+
+
+def test_without_transformers_one_line_says_what_to_install() -> None:
+    with patch.dict(sys.modules, {"transformers": None}), pytest.raises(SystemExit, match="pip install 'hybridlab"):
+        main(model=json.dumps(LLAMA), counts="1", device="cpu")
 
 
 def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
@@ -38,7 +64,7 @@ def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
         pytest.param(
             {"device": "cuda"}, "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
         ),
-        ({"precision": "fp32"}, "gather='bf16' computes in bfloat16, and precision is 'fp32'"),
+        ({"precision": "fp32", "gather": "bf16"}, "gather='bf16' computes in bfloat16, and precision is 'fp32'"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_anything_starts(options: dict[str, Any], said: str) -> None:

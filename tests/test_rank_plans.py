@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,10 +29,13 @@ from hybridlab.memory.checkpointing import checkpoint_blocks_
 from hybridlab.memory.config import CheckpointingConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.planner import GpuOverhead, Plan, TrainingSpec, plan
+from hybridlab.planner.caching_allocator import CachingAllocator
+from hybridlab.planner.dry_run import DryRun
 from hybridlab.planner.fake_gpu import fake_gpu
+from hybridlab.planner.ranks import GATHERING, REDUCING
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.planner.text_report import _in_python
-from hybridlab.planner.trace import LiveBytes, Trace
+from hybridlab.planner.trace import Event, Key, LiveBytes, Segment, Trace
 from hybridlab.weights.gram import PathNeeds
 
 SIZE = GPT2Config(n_layer=7, n_head=2, n_embd=50, vocab_size=1031, block_size=64, pad_vocab_to=0)
@@ -154,6 +158,8 @@ def test_ddp_holds_the_whole_model_and_a_bucket_for_each_gradient() -> None:
     assert buckets == pytest.approx(4 * SHALLOW.parameter_count, rel=0.001)
     assert ddp.peak_allocated_bytes == half.peak_allocated_bytes + buckets
     assert ddp.peak_allocated_bytes > fsdp.peak_allocated_bytes
+    one, few = (plan(SHALLOW, (2, 1), overhead=BARE, **ranks) for ranks in ({}, {"ranks": 2, "wrap": "ddp"}))
+    assert few.peak_allocated_bytes == pytest.approx(one.peak_allocated_bytes, rel=0.1)  # gradients are in the buckets
     assert shallow(1, wrap="ddp").phases == {
         phase: parts | {"gathered": 0, "communication": 0} for phase, parts in alone.phases.items()
     }
@@ -229,7 +235,36 @@ def test_to_compute_in_bf16_shards_are_gathered_so() -> None:
 
 def test_the_benchmark_names_the_plan_of_each_rank() -> None:
     toy = Question("nano", 2, 16, "bf16", False, "fsdp", "bf16", device="cpu")
-    alone, with_path = planned(toy, 2).values()
-    spec = TrainingSpec("nano", (4, 16), MemoryConfig(mixed_precision=MixedPrecisionConfig()), ranks=2, gather="bf16")
-    assert alone == plan(spec.model, spec.batch, spec.memory, ranks=2, gather="bf16").peak_on_gpu_bytes
-    assert with_path >= alone
+    found = planned(toy, 2)
+    model, memory = GPT2Config.nano(block_size=16), MemoryConfig(mixed_precision=MixedPrecisionConfig())
+    alone = plan(model, (4, 16), memory, ranks=2, gather="bf16")
+    assert found["planned_bytes"] == alone.peak_on_gpu_bytes
+    assert found["planned_allocated_bytes"] == alone.peak_allocated_bytes
+    assert found["planned_with_path_bytes"] >= alone.peak_on_gpu_bytes
+    assert list(planned(replace(toy, path=False), 2)) == ["planned_bytes", "planned_allocated_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["small", "xl"])
+def test_a_rank_reserves_what_was_measured(model: str) -> None:
+    file = Path(__file__).parents[1] / "docs" / "experiments" / f"ranks_{model}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    question = Question(**found["question"])
+    for row in found["rows"]:
+        assert planned(replace(question, path=False), row["ranks"])["planned_bytes"] == pytest.approx(
+            max(row["peak_bytes"]), rel=0.06
+        )
+
+
+def test_gradients_and_received_weights_lie_on_streams_of_their_own() -> None:
+    with fake_gpu():
+        rehearsal = DryRun(TrainingSpec(SHALLOW, (WINDOWS, TOKENS), ranks=2), shortened=False).rehearse()
+    made = [event for segment in rehearsal.passes for event in segment.events if event.kind == "new"]
+    assert {event.stream for event in made if event.part == "gathered"} == {""}
+    assert {event.stream for event in made if event.part == "communication"} == {"", GATHERING}
+    assert REDUCING in {event.stream for event in made if event.part == "gradients"}
+    memory = CachingAllocator()
+    here, there = Key("a", None, 0), Key("b", None, 0)
+    once = [Event("new", here, 2**25), Event("free", here)]
+    assert memory.follow([Segment("first", events=[*once, *once])]) == 2**25
+    assert memory.follow([Segment("other", events=[Event("new", there, 2**25, stream=REDUCING)])]) == 2**26

@@ -103,7 +103,7 @@ class DryRun:
     def __init__(self, spec: TrainingSpec, *, shortened: bool) -> None:
         self._spec, self._memory = spec, spec.memory
         self._trace, self._leaving = Trace(), deque[Tensor]()
-        self._shortened = shortened
+        self._shortened, self._is_last_part = shortened, False
 
     def rehearse(self) -> Rehearsal:
         """All phases. Raises NotRepeated where blocks that should be equal are not."""
@@ -173,8 +173,9 @@ class DryRun:
             with self._precision("training"):
                 loss = self._spec.part_loss(self._model)
             self._trace.begin(f"loss {part}")
+            self._is_last_part = part == self._parts_run - 1
             if self._shards:
-                self._shards.last = part == self._parts_run - 1
+                self._shards.last = self._is_last_part
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
             if self._shards:
@@ -358,6 +359,8 @@ class DryRun:
         self._trace.tag([gradient], "gradients")
         if self._memory.state_on_host:
             self._send(gradient)
+            p.grad = None
+        elif self._buckets and self._is_last_part:
             p.grad = None
         elif self._memory.step_in_backward and all(member.grad is not None for member in bucket):
             self._step_muon(bucket)

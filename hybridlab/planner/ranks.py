@@ -23,7 +23,7 @@ BUCKET_NUMBERS = 25 * 2**20 // 4
 
 
 def ddp_buckets(trace: Trace, numbers: int) -> list[Tensor]:
-    """In which DistributedDataParallel adds gradients up, beside the gradients themselves."""
+    """In which DistributedDataParallel adds gradients up; each gradient is copied there, and is a view of it then."""
     sizes = [min(BUCKET_NUMBERS, numbers - start) for start in range(0, numbers, BUCKET_NUMBERS)]
     with trace.counting_as(COMMUNICATION):
         return [torch.empty(size) for size in sizes]

@@ -43,6 +43,7 @@ def compile_(model: nn.Module, *, by_block: bool = False, settings: Hashable = N
     if not blocks:
         model.compile()
         return
+    torch._dynamo.config.optimize_ddp = False  # which would cut a block where a bucket of gradients ends
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
     for name in getattr(model, "compiled_methods", ()):

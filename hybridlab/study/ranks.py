@@ -73,7 +73,7 @@ class RanksConfig:
         if self.wrap == "ddp" and running() == 1:
             return model
         if self.wrap == "ddp":
-            return nn.parallel.DistributedDataParallel(model)
+            return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
