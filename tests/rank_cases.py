@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -112,7 +113,7 @@ WRAPS: dict[str, Callable[[GPT2], nn.Module]] = {
     "sharded": sharded,
     "sharded as one": fully_shard,
     "sharded in two dimensions": sharded_in_two_dimensions,
-    "replicated": DistributedDataParallel,
+    "replicated": partial(DistributedDataParallel, gradient_as_bucket_view=True),
 }
 
 
