@@ -259,17 +259,21 @@ def rates(
     resume: Annotated[bool, typer.Option("--resume", help="Keep the trials that have finished.")] = False,
 ) -> None:
     """Find the best learning rate of a run, by trials at its own length and batch on both sides of it."""
+    from hybridlab.base.settings import broken_bound
     from hybridlab.models import GPT2Config
     from hybridlab.optim import OptimizerConfig
     from hybridlab.planner.text_report import read_batch
     from hybridlab.study import RunConfig, TextTaskConfig, bracket_rates
 
+    for value in momentum or ():
+        if said := broken_bound(value, least=0, below=1):
+            raise UserError(f"momentum is {value:g}: it must be {said}")
     windows, tokens = read_batch(batch)
     vocab_size = GPT2Config.named(model).vocab_size
     task = TextTaskConfig(model, data, vocab_size=vocab_size, block_size=tokens, batch_size=windows)
     method = OptimizerConfig.tuned(optimizer, **({} if lr is None else {"lr": lr}))
     name = f"{model}, {optimizer}"
-    methods = {f"{name}, momentum {it:g}": method.with_momentum(it) for it in momentum or ()} or {name: method}
+    methods = {f"{name}, momentum {it}": method.with_momentum(it) for it in momentum or ()} or {name: method}
     run = RunConfig(name, task, steps, precision=precision, compiled=compiled)
     runs = [replace(run, name=name, optimizer=method) for name, method in methods.items()]
     trials = bracket_rates(runs, folder, most=most, resume=resume)

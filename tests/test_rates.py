@@ -66,15 +66,54 @@ def test_a_study_tries_each_arm_and_control_at_as_many_rates_at_its_own_length(
     best = {"baseline": 1e-3, "hybrid": 4e-3, "control, 50% of the steps": 2e-3, "control of hybrid": 5e-4}
     tried = pretend(monkeypatch, best, cost={"hybrid": 4.0})
     study, trials = bracket_study(Study(RUN, {"hybrid": HYBRID}, control_fractions=(0.5,)), tmp_path, most=5)
-    assert {name: sum(arm == name for arm, _ in tried) for name in trials} == dict.fromkeys(best, 5) | {
-        "control of hybrid": 4  # bracketed by then
-    }
+    assert {name: sum(arm == name for arm, _ in tried) for name in trials} == dict.fromkeys(best, 5)
     assert {name: trial.best for name, trial in trials.items()} == pytest.approx(best)
     planned = {run.name: run.optimizer.lr for run in study.planned()}
     assert planned == pytest.approx({name: rate for name, rate in best.items() if name != "control of hybrid"})
     control = study.shortened("control of hybrid", 4)
     assert (control.optimizer.lr, control.lr_schedule.total_steps) == (pytest.approx(5e-4), 4)
     assert dict(study.tried) == dict.fromkeys(best, "")
+
+
+@pytest.mark.parametrize(("most", "control_at", "trials"), [(7, 1.25e-4, 6), (5, 1.25e-4, 5), (7, 1e-3, 4)])
+def test_arms_are_tried_at_as_many_rates_as_a_control_that_needs_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, most: int, control_at: float, trials: int
+) -> None:
+    best = {"baseline": 1e-3, "hybrid": 2e-3, "control of hybrid": control_at}
+    tried = pretend(monkeypatch, best, cost={"hybrid": 4.0})
+    study, _ = bracket_study(Study(RUN, {"hybrid": HYBRID}, control_fractions=()), tmp_path, most=most)
+    assert {name: sum(arm == name for arm, _ in tried) for name in best} == dict.fromkeys(best, trials)
+    assert len(set(tried)) == len(tried), "none twice"
+    assert study.hybrid_run("hybrid").optimizer.lr == pytest.approx(2e-3)
+    edge = "the best rate of control of hybrid is the lowest tried, 0.000125: bracket it" * (most == 5)
+    assert dict(study.tried)["control of hybrid"] == edge
+
+
+def test_a_bracket_ends_at_the_largest_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what was tried before is not lost."""
+    pretend(monkeypatch, {"run": 5000.0})
+    trial = bracket_rates([replace(RUN, optimizer=OptimizerConfig("sgd", lr=200.0))], tmp_path)["run"]
+    assert sorted(trial.losses) == [100.0, 200.0, 400.0, 800.0]
+    assert trial.edge == "highest"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--lr=1e9", "lr is 1000000000.0: it must be above 0 and at most 1000"),
+        ("--lr=0", "lr is 0.0: it must be above 0 and at most 1000"),
+        ("--lr=nan", "lr is nan: it must be finite and above 0 and at most 1000"),
+        ("--lr=600", "rates on both sides are tried, up to 1000: begin at 500 or lower"),
+        ("--momentum=1", "momentum is 1: it must be at least 0 and below 1"),
+        ("--momentum=nan", "momentum is nan: it must be finite and at least 0 and below 1"),
+    ],
+)
+def test_what_is_no_rate_gives_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, message: str
+) -> None:
+    assert main(["rates", "--model=nano", "--data=markov", option, "--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"hybridlab: {message}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_keeps_which_best_rates_are_at_an_edge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hybridlab.base.errors import UserError
+from hybridlab.optim.build import LARGEST_LR
 from hybridlab.study.config import RunConfig
-from hybridlab.study.run import Watch
 from hybridlab.study.study import (
     BASELINE,
-    OnStep,
     Study,
     StudyResult,
     control_name,
-    ignore,
     refuse_one_name,
     run_arms,
     with_rate,
@@ -76,17 +74,74 @@ class RateTrials:
         return f"best rate {self.best:.3g} ({told}); losses in nats at {tried}"
 
 
+class Bracket:
+    """Some runs, each tried at as many rates as the others, relative to its own rate, so that none is tuned better.
+
+    trials: by the run's name; done: steps of all trials so far, and of what ran before
+    how: further settings of `run_arms`
+    """
+
+    def __init__(self, configs: Sequence[RunConfig], folder: Path | str, *, steps_before: int = 0, **how: Any) -> None:
+        refuse_one_name(config.name for config in configs)
+        self._configs = configs
+        self._train: Callable[..., StudyResult] = partial(run_arms, folder=folder, **how)
+        self._powers: list[int] = []
+        self.done = steps_before
+        self.trials = {config.name: RateTrials() for config in configs}
+
+    @property
+    def count(self) -> int:
+        """Trials of each run."""
+        return len(self._powers)
+
+    def widen(self, most: int, least: int = 3) -> Bracket:
+        """Try further rates: until there are so many at least, and while the best of any run is at an edge.
+
+        Raises UserError where there is no room for a rate on both sides of a run's own.
+        """
+        if not self._powers:
+            if not all(map(self._can_be, (-1, 0, 1))):
+                most_rate = LARGEST_LR / FACTOR
+                raise UserError(f"rates on both sides are tried, up to {LARGEST_LR:g}: begin at {most_rate:g} or lower")
+            self._try([-1, 0, 1])
+        while powers := self._wanted(least)[: max(0, most - self.count)]:
+            self._try(powers)
+        return self
+
+    def _wanted(self, least: int) -> list[int]:
+        """The next rates, beyond those edges at which a best one is; where there is none, the next towards `least`."""
+        edges = {trial.edge for trial in self.trials.values()}
+        ends = min(self._powers) - 1, max(self._powers) + 1
+        beyond = [ends[0]] * ("lowest" in edges) + [ends[1]] * ("highest" in edges)
+        if not self.trials or not (beyond or self.count < least):
+            return []
+        return [power for power in beyond if self._can_be(power)] or [
+            power for power in ends if self._can_be(power) and self.count < least
+        ][:1]
+
+    def _can_be(self, power: int) -> bool:
+        return all(0 < config.optimizer.lr * FACTOR**power <= LARGEST_LR for config in self._configs)
+
+    def _try(self, powers: list[int]) -> None:
+        tried = {(config.name, power): _at(config, FACTOR**power) for power in powers for config in self._configs}
+        result = self._train(list(tried.values()), steps_before=self.done)
+        for (name, _), trial in tried.items():
+            self.trials[name].note(trial, result)
+        self.done += sum(trial.steps for trial in tried.values())
+        self._powers += powers
+
+    def trained(self) -> dict[str, RateTrials]:
+        """The trials. Raises UserError where a run diverged at every rate: it has no best one."""
+        trials = self.trials
+        if lost := [trial.unbracketed(name) for name, trial in trials.items() if not trial.trained]:
+            raise UserError(
+                "; ".join((*lost, *(f"{name}: {trial}" for name, trial in trials.items() if trial.trained)))
+            )
+        return trials
+
+
 def bracket_rates(
-    configs: Sequence[RunConfig],
-    folder: Path | str,
-    on_step: OnStep = ignore,
-    *,
-    most: int = 7,
-    resume: bool = False,
-    watch: Watch | None = None,
-    isolated: bool = False,
-    at_once: int = 1,
-    steps_before: int = 0,
+    configs: Sequence[RunConfig], folder: Path | str, *, most: int = 7, **how: Any
 ) -> dict[str, RateTrials]:
     """Train each run at half, once and twice its rate, and further while the best of any is at an edge; by name.
 
@@ -94,50 +149,50 @@ def bracket_rates(
     their own, so that none is tuned better than another; differences of a trial that are within the noise of a seed say
     nothing.
 
-    most: trials of a run, at least 3; steps_before: as in `run_arms`; the rest as in `Study.run`
+    most: trials of a run, at least 3; how: as in `run_arms`, without the cluster
 
-    Raises ValueError for fewer trials and for two runs of one name, and UserError where a run diverged at every rate:
-    it has no best one.
+    Raises ValueError for fewer trials and for two runs of one name, and UserError where a run diverged at every rate,
+    since it has no best one, and where there is no room for a rate on both sides of a run's own.
     """
-    if most < 3:
-        raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
-    refuse_one_name(config.name for config in configs)
-    trials = {config.name: RateTrials() for config in configs}
-    powers, wanted, done = [-1, 0, 1], [-1, 0, 1], steps_before
-    train = partial(
-        run_arms, folder=folder, on_step=on_step, resume=resume, watch=watch, isolated=isolated, at_once=at_once
-    )
-    while wanted:
-        tried = {(config.name, power): _at(config, FACTOR**power) for power in wanted for config in configs}
-        result = train(list(tried.values()), steps_before=done)
-        for (name, _), trial in tried.items():
-            trials[name].note(trial, result)
-        done += sum(trial.steps for trial in tried.values())
-        edges = {trial.edge for trial in trials.values()}
-        beyond = [min(powers) - 1] * ("lowest" in edges) + [max(powers) + 1] * ("highest" in edges)
-        wanted = beyond[: max(0, most - len(powers))]
-        powers += wanted
-    if lost := [trial.unbracketed(name) for name, trial in trials.items() if not trial.trained]:
-        raise UserError("; ".join((*lost, *(f"{name}: {trial}" for name, trial in trials.items() if trial.trained))))
-    return trials
+    _check_most(most)
+    return Bracket(configs, folder, **how).widen(most).trained()
 
 
-def bracket_study(study: Study, folder: Path | str, **how: Any) -> tuple[Study, dict[str, RateTrials]]:
+def bracket_study(
+    study: Study, folder: Path | str, *, most: int = 7, **how: Any
+) -> tuple[Study, dict[str, RateTrials]]:
     """The study with the best rate of each arm and of each plain control, all bracketed at their own lengths.
 
-    A control's length is what its arm cost at the arm's best rate. What is compared with an arm or a control whose best
-    rate is at an edge of those tried stays open. how: further settings of `bracket_rates`
+    A control's length is what its arm cost at the arm's best rate. Arms and controls are tried at as many rates: where
+    one of them needs more, the others follow. What is compared with an arm or a control whose best rate is at an edge
+    of those tried stays open. most, how: as in `bracket_rates`
     """
-    planned = [run for run in study.planned() if not run.seed]
-    trials = bracket_rates(planned, folder, **how)
-    done = sum(len(trials[run.name].losses) * run.steps for run in planned)
-    costs = {name: round(trials[name].costs[trials[name].best]) for name in study.hybrids}
-    predicted = {name: cost for name, cost in costs.items() if study.hybrids[name].predicts and cost < study.base.steps}
-    controls = [study.shortened(control_name(name), cost) for name, cost in predicted.items()]
-    trials |= bracket_rates(controls, folder, steps_before=done, **how)
+    _check_most(most)
+    arms = Bracket([run for run in study.planned() if not run.seed], folder, **how).widen(most)
+    controls = _controls(study, arms.trained())
+    bracket, least = Bracket(controls, folder, steps_before=arms.done, **how), arms.count
+    while controls and bracket.widen(most, least).count > arms.count:
+        arms.done = bracket.done
+        least = arms.widen(most, bracket.count).count
+        if (again := _controls(study, arms.trials)) != controls:  # an arm has another best rate now, at another cost
+            controls, bracket = again, Bracket(again, folder, **how)
+        bracket.done = arms.done
+    trials = arms.trials | bracket.trained()
     rates = {name: trial.best for name, trial in trials.items()}
     base, tried = with_rate(study.base, rates.pop(BASELINE)), {name: t.unbracketed(name) for name, t in trials.items()}
     return replace(study, base=base, rates=tuple(rates.items()), tried=tuple(tried.items())), trials
+
+
+def _controls(study: Study, trials: Mapping[str, RateTrials]) -> list[RunConfig]:
+    """The truncated control of each hybrid that cost less than the baseline at its best rate."""
+    costs = {name: round(trials[name].costs[trials[name].best]) for name in study.hybrids}
+    predicted = {name: cost for name, cost in costs.items() if study.hybrids[name].predicts and cost < study.base.steps}
+    return [study.shortened(control_name(name), cost) for name, cost in predicted.items()]
+
+
+def _check_most(most: int) -> None:
+    if most < 3:
+        raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
 
 
 def _at(config: RunConfig, factor: float) -> RunConfig:
