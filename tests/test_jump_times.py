@@ -34,7 +34,7 @@ FULL = ("full", [GRADIENT_MS] * 6 + [700])
 JUMP = ("predict", [500, 2, 2, 40, 300, 2, 2, 60])
 CORRECT = ("correct", [180])
 WHOLE_JUMP = pytest.approx(
-    vars(JumpTimes(proposing=600, leaving=498, moving=298, returning=0 + 0 + 58 + 80, whole=600 + 1088, steps=8))
+    vars(JumpTimes(proposing=600, offloading=498, moving=298, restoring=0 + 0 + 58 + 80, whole=600 + 1088, steps=8))
 )
 
 

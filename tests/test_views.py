@@ -16,6 +16,7 @@ from hybridlab.notebook import (
     baseline_claims,
     comparison_chart,
     comparison_table,
+    comparisons_in_sentences,
     cost_claims,
     curves,
     hybrid_claims,
@@ -185,6 +186,17 @@ def test_one_seed_is_drawn_and_told_as_the_point_that_it_is() -> None:
     assert series.bounds() == ((-0.1,), (-0.1,))
     loss, seeds, *_ = hybrid_claims(compared(to_control=ONE_SEED))[0].quantities
     assert (loss.low, loss.high, loss.per_seed, seeds.value) == (-0.1, -0.1, (-0.1,), 1)
+
+
+def test_the_answer_says_why_nothing_was_predicted_and_what_to_run() -> None:
+    idle = {"predicted_steps": 0.0, "rejected": 45, "time_ratio": Interval.of([1.04, 1.06])}
+    (said,) = comparisons_in_sentences([compared("in time", **idle)])
+    assert said.startswith("Predicted nothing, every step was a gradient step: in time. 45 proposals were tried: none ")
+    assert said.endswith("a run took 1.05 times the baseline's time: run plain training instead.")
+    unsure = compared("linear", **idle | {"rejected": 0, "time_ratio": Interval.of([1.01, 1.01])})
+    (said,) = comparisons_in_sentences([compared("in time", **idle), unsure])
+    assert "Confidence stayed below its threshold, so that nothing was tried: linear." in said
+    assert "a run took 1.01 to 1.05 times" in said
 
 
 def test_the_best_arm_comes_first_and_idle_ones_are_named_apart() -> None:

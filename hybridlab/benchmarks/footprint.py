@@ -167,22 +167,22 @@ class JumpTimes:
     the weights nor measures the loss.
 
     proposing: the gradient step before: Gram matrix of the path, and a copy to go back to
-    leaving: the first predicted step: the weights move, and what leaves the GPU leaves it
-    moving: the first steps of its further chunks: the weights move again, wherever they are, and return with the last
-    returning: what follows in Predict and Correct: what else left returns, and the path begins anew
+    offloading: the first predicted step: the weights move, and what is offloaded goes
+    moving: the first steps of its further chunks: the weights move again, and are restored with the last
+    restoring: what follows in Predict and Correct: what else was offloaded comes back, and the path begins anew
     whole: all of the time from the end of an ordinary step to the end of Correct: what proposing takes, the predicted
         steps, and the steps of Correct with their forward passes
     steps: predicted ones
 
     The trainer waits for the device before Predict, after Correct, and in every predicted step, so that the host's
-    clock is right there. What is put away or fetched in a step goes beside its motion. Before `proposing` one step may
-    be under way.
+    clock is right there. Offloading and restoring in a step go beside its motion. Before `proposing` one step may be
+    under way.
     """
 
     proposing: float
-    leaving: float
+    offloading: float
     moving: float
-    returning: float
+    restoring: float
     whole: float
     steps: int
 
@@ -221,9 +221,9 @@ def _times(timed: pd.DataFrame, predict: int, correct: int, end: int) -> JumpTim
     moves = [i for i in range(predict, correct) if timed["moves"][i]]
     return JumpTimes(
         proposing=float(beyond[predict - 1]),
-        leaving=float(beyond[predict]),
+        offloading=float(beyond[predict]),
         moving=float(beyond[moves[1:]].sum()),
-        returning=float(beyond[moves[-1] + 1 : end].sum()),
+        restoring=float(beyond[moves[-1] + 1 : end].sum()),
         whole=float(beyond[predict - 1] + timed["ms"][predict:end].sum()),
         steps=correct - predict,
     )
@@ -254,7 +254,7 @@ def jumping_with(memory: MemoryConfig, *, full_steps: int, **changes: Any) -> Hy
 
 
 def ways_to_predict() -> dict[str, MemoryConfig]:
-    """`fit_16gb` with everything put away in Predict, the same fetched after the jump, and with nothing put away."""
+    """`fit_16gb` with everything offloaded in Predict, the same restored after the jump, and with nothing offloaded."""
     late = PredictAwareMemoryConfig("pinned", lookahead=0)
     return {
         "all away": MemoryConfig.fit_16gb(),

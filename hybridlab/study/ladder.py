@@ -31,7 +31,7 @@ SHORTEST, LONGEST = 12, 2
 
 @dataclass(frozen=True)
 class Rung:
-    """What a rung takes to the vanilla run's final validation loss, with all rungs before it.
+    """A rung: a setting together with all that were added before it, and what it takes to the vanilla run's final loss.
 
     config: its settings, at the vanilla run's length
     result: all of its runs, in the order in which they were trained

@@ -100,7 +100,7 @@ def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
 def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """Whether predicting pays: how many arms beat stopping earlier, the best of them, and those that never did."""
     predicted = [c for c in comparisons if c.predicted]
-    idle = [c.name for c in comparisons if not c.predicted]
+    idle = [c for c in comparisons if not c.predicted]
     sentences = []
     if predicted:
         paying, best = [c for c in predicted if c.pays], min(predicted, key=lambda c: c.to_control.mean)
@@ -109,8 +109,21 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
             f"The lowest loss against its control: {best.sentence}",
         ]
     if idle:
-        sentences.append(f"Predicted nothing, every step was a gradient step: {'; '.join(idle)}.")
+        names = "; ".join(c.name for c in idle)
+        sentences.append(f"Predicted nothing, every step was a gradient step: {names}. {_why_idle(idle)}")
     return sentences
+
+
+def _why_idle(idle: Sequence[Comparison]) -> str:
+    """What refused the proposals of arms that predicted nothing, and what asking took."""
+    tried, unsure = sum(c.rejected for c in idle), [c.name for c in idle if not c.rejected]
+    why = [f"{tried} proposals were tried: none beat the steps that it would replace."] if tried else []
+    if unsure:
+        why.append(f"Confidence stayed below its threshold, so that nothing was tried: {'; '.join(unsure)}.")
+    times = " to ".join(dict.fromkeys(f"{c(one.time_ratio.mean for one in idle):.2f}" for c in (min, max)))
+    return " ".join(
+        [*why, f"With these trials a run took {times} times the baseline's time: run plain training instead."]
+    )
 
 
 def _named(claims: Sequence[Claim]) -> str:

@@ -363,9 +363,9 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
         {
             "arm": name,
             "proposing (ms)": phase.typical_ms("proposing"),
-            "leaving (ms)": phase.typical_ms("leaving"),
+            "offloading (ms)": phase.typical_ms("offloading"),
             "moving again (ms)": phase.typical_ms("moving"),
-            "returning (ms)": phase.typical_ms("returning"),
+            "restoring (ms)": phase.typical_ms("restoring"),
             "a jump (ms)": phase.typical_ms(),
             "the first (ms)": phase.jumps[0].whole,
             "a jump in gradient steps": phase.typical_ms() / phase.gradient_step_ms,
@@ -378,9 +378,9 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
     if not rows:
         return table([{"arm": "no run jumped"}])
     caption = (
-        "Medians over all jumps but the first, which takes memory from the host. Parts are beyond ordinary steps; with "
-        f"{control}, leaving is the first motion of the weights, and returning the last forward pass and a new path's "
-        "beginning. A jump counts all of its time, proposing included; beyond "
+        "Medians over all jumps but the first, which takes memory from the host. Parts are beyond ordinary steps. With "
+        f"{control}, offloading is the first motion of the weights, and restoring the last pass and a new path; "
+        "a jump counts all of its time, proposing included; beyond "
         f"{control}, jumps of the same number are compared"
     )
     formats = dict.fromkeys([name for name in rows[0] if name.endswith("(ms)")], ".1f")
@@ -389,7 +389,7 @@ def transition_table(phases: Mapping[str, PredictPhase], control: str) -> Table:
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
     """That offloading for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
-    text, other = "leaving the GPU and returning adds less than a gradient step to a jump of", phases.get(control)
+    text, other = "offloading and restoring add less than a gradient step to a jump of", phases.get(control)
     if other is None:
         return []
     limit_ms = other.gradient_step_ms
@@ -401,10 +401,10 @@ def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[
 
 
 def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) -> list[Claim]:
-    """That fetching beside the last predicted steps is quicker than after them; nothing without a GPU, or two jumps."""
+    """That restoring beside the last predicted steps is quicker than after them; nothing without a GPU or two jumps."""
     if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
         return []
-    text = "a jump takes less time when the state returns beside its last predicted steps than after them"
+    text = "a jump takes less time when the state is restored beside its last predicted steps than after them"
     return [_claim("lookahead", ahead, text, beyond, 0.0, phases[ahead], phases[late])]
 
 
