@@ -257,15 +257,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """The part of a tensor that every rank has whole, cut as another tensor is; the reverse of `whole`."""
+    """The part of a tensor that every rank has whole, cut as another tensor is; the reverse of `whole`.
+
+    like: a tensor that is not spread gives the whole
+    """
+    if not is_sharded(like):
+        return tensor
     return local(_cut(tensor, like, like.placements))  # type: ignore[attr-defined, no-any-return]
 
 
 def in_shares(stack: Tensor, like: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
     """What `work` makes, item by item, of a stack that every rank has; each rank does its share of the items.
 
-    like: a tensor that is spread over the ranks
+    like: a tensor that is spread over the ranks; with another, each does all of them
     """
+    if not is_sharded(like):
+        return work(stack)
     from torch.distributed.tensor import Shard
 
     shares = _cut(stack, like, [Shard(0)] * like.device_mesh.ndim)  # type: ignore[attr-defined]

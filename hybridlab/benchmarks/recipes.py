@@ -16,7 +16,7 @@ import typer
 from hybridlab.base.settings import check_choice
 from hybridlab.benchmarks import one_line
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.memory.config import CheckpointingConfig, MemoryConfig, MixedPrecisionConfig
+from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig
 from hybridlab.models import GPT2Config
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner.gpu_specs import GPUS, GpuSpec, step_time_ms
@@ -42,27 +42,21 @@ DEPTH = 48
 
 SEVEN_BILLION = GPT2Config(n_layer=32, n_head=32, n_embd=4096)
 
-BF16 = MixedPrecisionConfig.conservative()
-RECIPE_BASE = MemoryConfig(mixed_precision=BF16)
-LEAN: dict[str, Any] = {
-    "mixed_precision": BF16,
-    "checkpointing": CheckpointingConfig(inputs="host"),
-    "loss_chunk_tokens": 512,
-}
-FEW_BITS: dict[str, Any] = {
-    "pad_vocab_to": 128,
-    "optimizer_state": "int8",
-    "step_in_backward": True,
-    "clip_in_backward": 1.0,
-}
+BASE = MemoryConfig(mixed_precision=MixedPrecisionConfig.conservative())
+ON_HOST = MemoryConfig.fit_16gb(
+    weights="bf16",
+    state_on_host=True,
+    optimizer_state="fp32",
+    pad_vocab_to=0,
+    step_in_backward=False,
+    clip_in_backward=None,
+)
 WAYS = {
     "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None),
-    "24-bit weights and 8-bit state on the GPU": MemoryConfig(**LEAN, **FEW_BITS, weights="24bit"),
-    "bf16 weights and 8-bit state on the GPU": MemoryConfig(**LEAN, **FEW_BITS, weights="bf16"),
-    "fp32 weights on the GPU, fp32 state on the host": MemoryConfig(**LEAN, state_on_host=True),
-    "bf16 weights on the GPU, fp32 masters and state on the host": MemoryConfig(
-        **LEAN, state_on_host=True, weights="bf16"
-    ),
+    "24-bit weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit"),
+    "bf16 weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="bf16"),
+    "fp32 weights on the GPU, fp32 state on the host": replace(ON_HOST, weights="fp32"),
+    "bf16 weights on the GPU, fp32 masters and state on the host": ON_HOST,
 }
 """How a model can be trained that is too large for the settings of its smaller relatives."""
 
@@ -75,7 +69,7 @@ def recipe(size: str, gpu: GpuSpec, gpu_bytes: int) -> dict[str, Any]:
     gpu_bytes: that the training may take of the GPU
     """
     model = GPT2Config.named(size)
-    plain = TrainingSpec(model, BATCH, RECIPE_BASE, OptimizerConfig.tuned())
+    plain = TrainingSpec(model, BATCH, BASE, OptimizerConfig.tuned())
     asked = [plain, replace(plain, compiled=True, cuda_graphs=True)]
     fits = [best_fit(options(spec, gpu, gpu_bytes), gpu_bytes) for spec in asked]
     best = min((option for option in fits if option), key=lambda option: option.step_ms)

@@ -119,9 +119,26 @@ class InFewCalls(Optimizer):
         """By torch's own AdamW in float32, and then rounded as the matrices are. params: of one format"""
         if not params:
             return
+        if params[0].dtype is torch.float32:
+            self._step_exact_([p.detach() for p in params], params, group)
+            return
+        rests = [self.state[p]["rest"] for p in params if "rest" in self._state_of(p)]
+        rounded = torch.cat([p.detach().flatten() for p in params])
+        rest = torch.cat([rest.flatten() for rest in rests]) if rests else None
+        exact = rounded.float() if rest is None else joined(rounded, rest)
+        self._step_exact_(views(exact, params), params, group)
+        if rest is not None:
+            split_(exact, rounded, rest)
+            torch._foreach_copy_(rests, views(rest, rests))
+        elif self.bf16_stochastic_round and rounded.dtype is torch.bfloat16:
+            rounded = torchao_optim("stochastic rounding").quant_utils._fp32_to_bf16_sr(exact)
+        else:
+            rounded.copy_(exact)
+        torch._foreach_copy_(list(params), views(rounded, params))
+
+    def _step_exact_(self, values: list[Tensor], params: list[nn.Parameter], group: ParamGroup) -> None:
+        """Let torch's AdamW move float32 values, by their parameters' gradients and states."""
         states, (beta1, beta2) = [self._state_of(p) for p in params], group["betas"]
-        rests = [state["rest"] for state in states if "rest" in state]
-        values = _joined_all(params, rests) if rests else [p.detach().float() for p in params]
         adamw(
             values,
             [p.grad.float() for p in params if p.grad is not None],
@@ -137,11 +154,6 @@ class InFewCalls(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        if rests:
-            _split_all_(values, params, rests)
-        elif params[0].dtype is not torch.float32:  # else values are the parameters' own memory
-            rounded = self.bf16_stochastic_round and params[0].dtype is torch.bfloat16
-            _copy_(params, values, stochastic_rounding=rounded)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         """The parameter's state: torchao's own form, and float32 for what is no matrix."""
@@ -234,29 +246,6 @@ def split_(value: Tensor, weight: Tensor, rest: Tensor) -> None:
     weight.copy_(value)
     beyond = value.view(torch.int32) - (weight.view(torch.int16).int() << 16)
     rest.copy_(((beyond + 128) >> 8).clamp(-128, 127))
-
-
-def _joined_all(params: Sequence[Tensor], rests: Sequence[Tensor]) -> list[Tensor]:
-    """All in a few calls."""
-    flat = joined(torch.cat([p.detach().flatten() for p in params]), torch.cat([rest.flatten() for rest in rests]))
-    return list(views(flat, params))
-
-
-def _split_all_(values: Sequence[Tensor], params: Sequence[Tensor], rests: Sequence[Tensor]) -> None:
-    """All in a few calls."""
-    flat = torch.cat([value.flatten() for value in values])
-    weights, left = torch.empty_like(flat, dtype=torch.bfloat16), torch.empty_like(flat, dtype=torch.int8)
-    split_(flat, weights, left)
-    torch._foreach_copy_(list(params), views(weights, params))
-    torch._foreach_copy_(list(rests), views(left, rests))
-
-
-def _copy_(params: Sequence[Tensor], values: Sequence[Tensor], *, stochastic_rounding: bool) -> None:
-    """Into each parameter its float32 values, all in a few calls."""
-    flat = torch.cat([value.flatten() for value in values])
-    if stochastic_rounding:
-        flat = torchao_optim("stochastic rounding").quant_utils._fp32_to_bf16_sr(flat)
-    torch._foreach_copy_(list(params), views(flat, params))
 
 
 @lru_cache

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -135,14 +134,11 @@ class Muon(Optimizer):
     def _step_together_(
         self, weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
-        shards = {"shards": weights} if is_sharded(weights[0]) else {}
-        weights, gradients, buffers = (list(map(local, tensors)) for tensors in (weights, gradients, buffers))
-        lr, decay, momentum = (_scalar(group[name], weights[0]) for name in SETTINGS)
-        update = _update(compiled=not shards and _is_compiled_for(weights[0]))
+        settings = (_scalar(group[name], weights[0]) for name in SETTINGS)
+        low_bit = is_traceable_wrapper_subclass(local(buffers[0]))  # compiled code would not see it
+        update = _update(compiled=_is_compiled_for(weights[0]))
         with torch._dynamo.utils.disable_cache_limit():  # a handful of stacks, each compiled once
-            low_bit = is_traceable_wrapper_subclass(buffers[0])  # compiled code would not see it
-            coefficients = COEFFICIENTS[group["coefficients"]]
-            update(weights, gradients, buffers, lr, decay, momentum, coefficients, low_bit, **shards)
+            update(weights, gradients, buffers, *settings, COEFFICIENTS[group["coefficients"]], low_bit)
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {"cuda_graphs": self.cuda_graphs, "_captured": {}}
@@ -245,27 +241,23 @@ def _update_all(
     momentum: Tensor,
     coefficients: tuple[Quintic, ...],
     low_bit: bool,
-    shards: list[Tensor] | None = None,
 ) -> None:
-    """shards: the weights as they are spread over ranks, where the others are this rank's parts of them alone."""
-    sources = zip(gradients, buffers, shards or repeat(None), strict=False)
+    """Step matrices of one shape together; of those that are spread over ranks, each rank moves its part."""
+    sources = zip(gradients, buffers, strict=True)
     stack = torch.stack([_unit(_averaged_(*source, momentum, low_bit)) for source in sources])
-    orthogonal = partial(orthogonalize, coefficients=coefficients)
-    updates = in_shares(stack, shards[0], orthogonal) if shards else orthogonal(stack)
-    for weight, matrix, update in zip(weights, shards or weights, updates, strict=True):
-        step, turned = lr * (0.2 * math.sqrt(max(matrix.shape))), _turned(update, matrix)
-        own = own_of(turned, matrix) if shards else turned
-        weight.copy_(weight * (1 - lr * decay) - step * own.to(weight.dtype))
+    updates = in_shares(stack, weights[0], partial(orthogonalize, coefficients=coefficients))
+    for weight, update in zip(weights, updates, strict=True):
+        own, step = local(weight), lr * (0.2 * math.sqrt(max(weight.shape)))
+        own.copy_(own * (1 - lr * decay) - step * own_of(_turned(update, weight), weight).to(weight.dtype))
 
 
-def _averaged_(gradient: Tensor, buffer: Tensor, shard: Tensor | None, momentum: Tensor, low_bit: bool) -> Tensor:
+def _averaged_(gradient: Tensor, buffer: Tensor, momentum: Tensor, low_bit: bool) -> Tensor:
     """Nesterov's direction, of the whole matrix; the buffer takes up the gradient."""
-    wide = gradient.to(buffer.dtype)
-    momentum = momentum.to(buffer.dtype)
-    mean = wide.lerp(buffer.dequantize() if low_bit else buffer, momentum)
-    buffer.copy_(mean)
-    direction = wide.lerp(mean, momentum)
-    return direction if shard is None else whole(spread(direction, shard))
+    kept = local(buffer)
+    wide, momentum = local(gradient).to(kept.dtype), momentum.to(kept.dtype)
+    mean = wide.lerp(kept.dequantize() if low_bit else kept, momentum)
+    kept.copy_(mean)
+    return whole(spread(wide.lerp(mean, momentum), like=buffer))
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
