@@ -89,24 +89,28 @@ class Ranks:
 
     def reshard_(self, model: nn.Module) -> None:
         """Give up whole weights that a forward pass has gathered: what is written to a shard would not reach them."""
-        for module in model.modules() if self.sharded else ():
-            if isinstance(module, _sharded_module()):
-                module.reshard()  # type: ignore[operator]
+        for module in self._sharded_modules(model):
+            module.reshard()
 
     def take_up_trained_(self, model: nn.Module) -> None:
         """Let shards know which weights are trained now: by these `unshard` settles the format of gradients anew."""
-        for module in model.modules() if self.sharded else ():
-            if isinstance(module, _sharded_module()):
-                module.unshard()  # type: ignore[operator]
-                module.reshard()  # type: ignore[operator]
+        for module in self._sharded_modules(model):
+            module.unshard()
+            module.reshard()
 
     def without_reduction(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
-        if self.sharded and isinstance(model, _sharded_module()):
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        for module in self._sharded_modules(model):
+            module.set_requires_gradient_sync(last)
         if isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()
+
+    def _sharded_modules(self, model: nn.Module) -> Iterator[Any]:
+        if self.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            yield from (module for module in model.modules() if isinstance(module, FSDPModule))
 
     def refuse(self, features: Sequence[str]) -> None:
         """Raise UserError for features that work on whole weights in one process only."""
@@ -290,9 +294,3 @@ def _cut(tensor: Tensor, like: Tensor, placements: Sequence[Any]) -> Tensor:
 
 def _is_initialized() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _sharded_module() -> type:
-    from torch.distributed.fsdp import FSDPModule
-
-    return FSDPModule

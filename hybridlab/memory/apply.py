@@ -76,22 +76,18 @@ def refuse_unprepared(model: nn.Module, optimizer: Optimizer, memory: MemoryConf
 def _method(model: nn.Module, config: OptimizerConfig, memory: MemoryConfig) -> Optimizer:
     if memory.optimizer_state == "fp32" and not memory.state_on_host:
         return build_optimizer(model, config)
-    params = [p for p in model.parameters() if p.requires_grad]
+    groups = rate_groups(model, config, [p for p in model.parameters() if p.requires_grad])
+    numbers: Any = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if memory.state_on_host:
-        return HostAdamW(rate_groups(model, config, params), lr=config.lr, betas=config.betas, eps=config.eps)
-    low_bit = partial(
-        low_bit_adamw,
-        buckets=buckets_of(model),
-        state=memory.optimizer_state,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weights=memory.weights,
+        return HostAdamW(groups, **numbers)
+    low_bit: Any = partial(
+        low_bit_adamw, buckets=buckets_of(model), state=memory.optimizer_state, weights=memory.weights, **numbers
     )
+    adamw = low_bit(groups)
     if config.name == "adamw":
-        return with_average(low_bit(rate_groups(model, config, params)), config)
-    formats: Any = low_bit(rate_groups(model, config, params))  # it steps nothing: it knows the format
-    muon = build_muon(model, config, low_bit, lambda p: formats._new_buffer(p, True))
+        return with_average(adamw, config)
+    # here that one steps nothing: it knows the format
+    muon = build_muon(model, config, low_bit, lambda p: adamw._new_buffer(p, True))
     return with_average(muon, config)
 
 

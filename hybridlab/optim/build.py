@@ -216,7 +216,7 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(self, muon: Muon, adamw: Optimizer) -> None:
-        self.methods: dict[str, Optimizer] = {"muon": muon, "adamw": adamw}
+        self.methods: dict[str, Any] = {"muon": muon, "adamw": adamw}
         groups = [group | {"method": name} for name, method in self.methods.items() for group in method.param_groups]
         super().__init__(groups, defaults={})
         self.defaults = {"momentum": muon.defaults["momentum"]}  # what a scheduler looks at; the groups have it all
@@ -231,13 +231,11 @@ class MuonWithAdamW(Optimizer):
 
     def use_cuda_graphs(self, wanted: bool) -> None:
         """Whether Muon's updates are replayed as CUDA graphs."""
-        muon: Any = self.methods["muon"]
-        muon.cuda_graphs = wanted
+        self.methods["muon"].cuda_graphs = wanted
 
     def warm_up_(self) -> None:
         """Compile what Muon's steps will need; nothing is trained."""
-        muon: Any = self.methods["muon"]
-        muon.warm_up_([group for group in self.param_groups if group["method"] == "muon"])
+        self.methods["muon"].warm_up_([group for group in self.param_groups if group["method"] == "muon"])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"methods": self.methods}

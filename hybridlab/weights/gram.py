@@ -34,11 +34,6 @@ class PathNeeds:
         check_bounds(self, "rows", "every", least=1)
         check_bounds(self, "velocity", least=0, below=1)
 
-    @property
-    def span(self) -> int:
-        """Gradient steps that a full path covers."""
-        return self.rows * self.every
-
     def ends_block(self, steps: int, full_steps: int) -> bool:
         """Whether a displacement recorded after so many steps of Full is the first since a block was completed."""
         return steps >= full_steps and steps % full_steps < self.every

@@ -41,11 +41,8 @@ def chunks_of(group: Sequence[Tensor]) -> Iterator[tuple[slice, slice]]:
 
 
 def move_along_(group: Sequence[Tensor], row: Flat, length: float) -> None:
-    """Add a row to a group's parameters; where it does not lie beside them, it is copied chunk by chunk."""
-    device = group[0].device
-    if (row.device, row.dtype) == (device, group[0].dtype):
-        torch._foreach_add_(list(group), views(row, group), alpha=length)
-        return
+    """Add a row to a group's parameters, chunk by chunk: a chunk is copied where it does not lie beside them."""
     for members, stretch in chunks_of(group):
         chunk = list(group[members])
-        torch._foreach_add_(chunk, views(to_device_async(row[stretch], device, chunk[0].dtype), chunk), alpha=length)
+        there = to_device_async(row[stretch], chunk[0].device, chunk[0].dtype)
+        torch._foreach_add_(chunk, views(there, chunk), alpha=length)

@@ -251,15 +251,14 @@ def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, An
 
 
 def _average_(mean: Flat, row: Flat, keep: float, weight: float, device: torch.device) -> None:
-    """Set mean to keep mean + weight row, on the device: piece by piece where it does not lie there."""
-    if (mean.device, mean.dtype) == (device, torch.float32):
-        mean.mul_(keep).add_(row, alpha=weight)
-        return
+    """Set mean to keep mean + weight row, piece by piece, in float32 on the device: in place where it lies there so."""
     for old, new in zip(torch.split(mean, PIECE), torch.split(row, PIECE), strict=True):
-        exact = to_device_async(old, device, torch.float32) * keep
-        exact.add_(to_device_async(new, device, torch.float32), alpha=weight)
-        old.copy_(exact.to(old.dtype), non_blocking=True)
-    wait_for_stream(device)
+        exact = to_device_async(old, device, torch.float32)
+        exact.mul_(keep).add_(to_device_async(new, device, torch.float32), alpha=weight)
+        if exact is not old:
+            old.copy_(exact.to(old.dtype), non_blocking=True)
+    if mean.device != device:
+        wait_for_stream(device)
 
 
 def _products(rows: Sequence[Flat], stretches: Sequence[slice], device: torch.device) -> Float64[Tensor, "row row"]:
