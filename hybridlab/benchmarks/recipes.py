@@ -42,7 +42,7 @@ DEPTH = 48
 
 SEVEN_BILLION = GPT2Config(n_layer=32, n_head=32, n_embd=4096)
 
-BASE = MemoryConfig(mixed_precision=MixedPrecisionConfig.conservative())
+RECIPE_BASE = MemoryConfig(mixed_precision=MixedPrecisionConfig.conservative())
 ON_HOST = MemoryConfig.fit_16gb(
     weights="bf16",
     state_on_host=True,
@@ -69,7 +69,7 @@ def recipe(size: str, gpu: GpuSpec, gpu_bytes: int) -> dict[str, Any]:
     gpu_bytes: that the training may take of the GPU
     """
     model = GPT2Config.named(size)
-    plain = TrainingSpec(model, BATCH, BASE, OptimizerConfig.tuned())
+    plain = TrainingSpec(model, BATCH, RECIPE_BASE, OptimizerConfig.tuned())
     asked = [plain, replace(plain, compiled=True, cuda_graphs=True)]
     fits = [best_fit(options(spec, gpu, gpu_bytes), gpu_bytes) for spec in asked]
     best = min((option for option in fits if option), key=lambda option: option.step_ms)
