@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from hybridlab.benchmarks.ranks import Question, main, measured, summary
+from hybridlab.base.errors import UserError
+from hybridlab.benchmarks.ranks import Question, _started, main, measured, summary
 from hybridlab.models import GPT2Config
 
 TOY = Question("nano", 2, 16, "fp32", False, "fsdp", "fp32", device="cpu", rounds=1, turns=1, steps=1)
@@ -70,3 +74,18 @@ def test_efficiency_is_per_rank_over_that_of_the_fewest() -> None:
 def test_what_cannot_be_measured_is_one_line_before_anything_starts(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SystemExit, match=f"^ranks: .*{said}"):
         main(**{"model": "nano", "counts": "1"} | options)
+
+
+ROW = {"ranks": 2, "tokens_per_second": 1.0, "step_ms": 1.0, "peak_bytes": [1]}
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_rank_that_fails_after_all_was_measured_loses_no_row(is_measured: bool) -> None:
+    def fails(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if is_measured:
+            Path(command[-1]).write_text(json.dumps(ROW))
+        return subprocess.CompletedProcess(command, 1)
+
+    refused = nullcontext() if is_measured else pytest.raises(UserError, match="2 ranks ended with exit code 1")
+    with patch.object(subprocess, "run", fails), refused:
+        assert _started(2) == ROW
