@@ -1,4 +1,4 @@
-"""The command line: `hybridlab run`, `plan`, `data`, `report` and `runs`."""
+"""The command line: `hybridlab run`, `plan`, `rates`, `data`, `report` and `runs`."""
 
 from __future__ import annotations
 

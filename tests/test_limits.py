@@ -44,6 +44,7 @@ def root(tmp_path, monkeypatch):
         ("03", "predictor linaer", "did you mean 'linear'?"),
         ("03", "model xxl", "model: 'xxl' after -p: 'xxl' is unknown: did you mean 'xl'?"),
         ("03", "steps -5", "steps: -5 after -p: it must be at least 1"),
+        ("00", "minutes -1", "minutes: -1 after -p: it must be above 0"),
         ("03", "seeds 0", "seeds: 0 after -p: it must be at least 1"),
         ("03", "device gpu", "device: 'gpu'"),
         ("03", "precision fp16", "precision: 'fp16'"),

@@ -71,6 +71,7 @@ LIMITS = {
     "lr": _bounds(above=0, most=1000),
     "lr_factors": _bounds(above=0, most=1000),
     "max_bytes": COUNT_OR_NONE,
+    "minutes": _bounds(above=0),
     "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
     "muon_lr": _bounds(above=0, most=1000),
     "nproc": SIZE,
