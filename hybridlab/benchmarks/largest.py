@@ -17,8 +17,8 @@ from hybridlab.benchmarks import one_line
 from hybridlab.benchmarks.recipes import BATCH, WAYS
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.results.publish import git_commit
 from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study.code_version import code_hashes
 from hybridlab.study.record import write_json
 from hybridlab.study.study import run_arms
 
@@ -88,7 +88,7 @@ def main(
         for name in way or ():
             check_choice("way", name, [row["way"] for row in rows])
         runs = [run_of(row, steps, device, card_gb) for row in rows if not way or row["way"] in way]
-        found: dict[str, Any] = {"device": runs[0].describe_device(), "git_commit": git_commit(), "rows": []}
+        found: dict[str, Any] = {"device": runs[0].describe_device(), "code": code_hashes(), "rows": []}
         for run in runs:
             found["rows"].append(measured(run))
             print(json.dumps(found["rows"][-1]), flush=True)
