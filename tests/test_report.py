@@ -1033,6 +1033,7 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
     [
         ("Predicted depth of GPT-2 Small at 1,000 steps", DEPTH_OF_SMALL),
         ("Predicted depth at 20 tokens per parameter", "executed/rtx5080_mini/10_predicted_depth.ipynb"),
+        ("Predicted depth of GPT-2 Small with Muon", "docs/experiments/small_muon.json"),
         ("A step beside other loops", "docs/experiments/against_others.json"),
         ("AdamW's beta1", "docs/experiments/beta1_cpu.json"),
     ],
