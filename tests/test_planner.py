@@ -874,6 +874,13 @@ def test_the_command_plans_a_compiled_training(capsys):
 # --- recipes ---------------------------------------------------------------------------------------------
 
 
+def test_a_recipe_is_compiled_where_that_fits(monkeypatch):
+    monkeypatch.setattr(recipes, "largest_batch", lambda *_: 1)
+    monkeypatch.setattr(recipes, "_longest_sequence", lambda *_: 1)
+    found = recipes.recipe("2x2x64", GPUS["rtx5080"], 10**10)
+    assert (found["compiled"], found["fits"]) == (True, True)
+
+
 def test_an_interrupted_benchmark_of_recipes_leaves_the_whole_file_before(monkeypatch, tmp_path):
     """Half a file would stand for a whole one."""
 
