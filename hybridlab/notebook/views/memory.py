@@ -260,7 +260,7 @@ def step_time_claims(
     ratio = fits.step_ratio(free)
     if fits.measured_allocated_bytes is None or ratio is None:
         return []
-    text = f"a step takes at most {within} times that of {free.arm}"
+    text = f"{fits.arm}: a step takes at most {within} times that of {free.arm}"
     measured = Quantity.over_seeds("step_ratio", ratio, "time ratio", within)
     verdict = holds_below(ratio.low, ratio.high, within)
     return [Claim(kind, text, verdict, (measured, *_busy(ratio.values[0], fits, free)))]
