@@ -46,6 +46,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(program: str, place: str
         ("architectures", {"speed": "fast"}, "speed 'fast' is unknown: choose one of eager"),
         ("architectures", {"models": ["nano", "nope"]}, "nope: no such config"),
         ("step_overhead", {"batch": "0x8"}, "batch '0x8' cannot be read"),
+        ("step_overhead", {"path_device": "disk"}, "path_device .disk. is unknown"),
         ("against_others", {"vocab_size": 0}, "vocab_size is 0"),
         ("against_others", {"model": "smal"}, "GPT-2 size 'smal' is unknown"),
         ("against_others", {"device": "gpu"}, "device 'gpu' is unknown"),

@@ -1,6 +1,7 @@
 """What the trainer itself costs: its step over the bare loop's, measured in turns.
 
-python -m hybridlab.benchmarks.step_overhead [--model small] [--batch 8x512] [--parts 1] [--device auto] [--out FILE]
+python -m hybridlab.benchmarks.step_overhead [--model small] [--batch 8x512] [--parts 1]
+    [--path-device host] [--device auto] [--out FILE]
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def main(
     vocab_size: int = 50257,
     data: str = "python",
     device: str = "auto",
+    path_device: Annotated[str, typer.Option(help="Where the path is recorded: same or host.")] = "same",
     rounds: Count = 8,
     turns: Count = 3,
     steps: Annotated[int, typer.Option(min=1, help="Per turn.")] = 4,
@@ -147,9 +149,11 @@ def main(
     """Time the bare loop, the trainer, and the trainer with a recorded path, in turns: compiled, in bf16 on a GPU."""
     with one_line("step_overhead", out):
         config = configured(model, batch, vocab_size, data, device)
+        config = replace(config, hybrid=replace(config.hybrid, path_device=path_device))
         cost = step_overhead(config, rounds=rounds, turns=turns, steps=steps, parts=parts)
         where = {"device": device_name(find_device(device)), "torch": str(torch.__version__)}
-        asked = {"model": model, "batch": batch, "parts": parts, "rounds": rounds, "steps_per_round": turns * steps}
+        asked = {"model": model, "batch": batch, "parts": parts, "path_device": path_device}
+        asked |= {"rounds": rounds, "steps_per_round": turns * steps}
         ratios = {"trainer": cost.plain_over_bare, "trainer with path": cost.null_over_bare}
         for name, ratio in ratios.items():
             print(f"{name} over the bare loop: {ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
