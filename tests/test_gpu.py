@@ -385,8 +385,10 @@ def test_weights_of_24_bits_take_the_same_steps_compiled(state: str) -> None:
                 optimizer.step()
         return [joined(p.detach(), optimizer.state[p]["rest"]) for p in params]
 
-    for compiled, eager in zip(after("default"), after("force_eager"), strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=0.0, atol=1e-4)
+    pairs = zip(after("default"), after("force_eager"), strict=True)
+    apart = torch.cat([(compiled - eager).abs().flatten() for compiled, eager in pairs])
+    assert apart.max() < 3e-3  # three steps at this rate: a code of the state may round the other way
+    assert (apart > 1e-5).float().mean() < 1e-4  # but seldom does
 
 
 def train_(model: nn.Module, optimizer: Optimizer, steps: int = 2) -> None:

@@ -1033,7 +1033,10 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
     [
         ("Predicted depth of GPT-2 Small at 1,000 steps", DEPTH_OF_SMALL),
         ("Predicted depth at 20 tokens per parameter", "executed/rtx5080_mini/10_predicted_depth.ipynb"),
-        ("Predicted depth of GPT-2 Small with Muon", "docs/experiments/small_muon.json"),
+        ("Predicted depth of GPT-2 Small with Muon", "executed/rtx5080_muon/10_predicted_depth.ipynb"),
+        ("Predicted depth of GPT-2 Medium at 1,000 steps", "docs/experiments/medium.json"),
+        ("Predicted depth of GPT-2 Small at 10,000 steps", "docs/experiments/small_10k.json"),
+        ("The trainer beside the bare loop", "docs/experiments/step_overhead.json"),
         ("A step beside other loops", "docs/experiments/against_others.json"),
         ("AdamW's beta1", "docs/experiments/beta1_cpu.json"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import GEN_CLOSED, GEN_SUSPENDED, getgeneratorstate
@@ -33,6 +34,9 @@ from hybridlab.study.run import TrainingRun
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import Study, StudyResult, folder_name, label, run_arms
 from hybridlab.study.watched_run import WatchedRun
+
+warnings.filterwarnings("ignore", module=r"torch\.(_inductor|autograd|profiler)")
+"""What torch's own code tells its authors; it would stand in an executed notebook, with paths of the machine."""
 
 
 class Stopped(UserError):
