@@ -390,7 +390,10 @@ def test_weights_of_24_bits_are_judged_by_memory_time_and_loss() -> None:
     few = replace(few, change=change, base=measured(change=change).base)
     control = replace(with_steps(2.0, 2.0, 2.0), arm="fp32")
     free = replace(with_steps(1.0, 1.0, 1.0), arm="free")
-    claims = few_bits_claims([control, few, free], control="fp32", fast="free")
+    fewer = replace(few, arm="24-bit weights, 4-bit state", peak_memory_bytes=9_600_000_000)
+    both = few_bits_claims([control, few, fewer, free], control="fp32", fast="free")
+    assert len({claim.id for claim in both}) == len(both) == 8
+    claims = both[:4]
     assert {claim.kind: claim.text for claim in claims}["few-bits-step-time"].startswith("24-bit weights: a step takes")
     assert {claim.kind: claim.verdict for claim in claims} == {
         "predicted-within-10-percent": "holds",
@@ -398,4 +401,6 @@ def test_weights_of_24_bits_are_judged_by_memory_time_and_loss() -> None:
         "few-bits-quality": "holds",
         "few-bits-step-time": "fails",
     }
+    (peak,) = (claim for claim in both[4:] if claim.kind == "few-bits-peak")
+    assert (peak.arm, peak.verdict) == (fewer.arm, "fails")
     assert few_bits_claims([control, free], control="fp32", fast="free") == []

@@ -338,18 +338,17 @@ def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: s
 def few_bits_claims(feet: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
     """That XL with weights of 24 bits takes less memory, at a step and a loss that are hardly more; as far as measured.
 
-    feet: one of them is "24-bit weights"; control, fast: as in `reference_claims`
+    feet: those arms count whose name begins with "24-bit weights"; control, fast: as in `reference_claims`
     """
-    by_arm = {foot.arm: foot for foot in feet}
-    few = by_arm.get("24-bit weights")
-    if few is None or few.measured_allocated_bytes is None:
-        return []
-    text = "with weights of 24 bits the peak stays below 9.5 GB, context included"
-    claims = predicted_claims([few]) + below_claim("few-bits-peak", text, few.peak_memory_bytes, FEW_BITS_BYTES)
-    if control in by_arm:
-        claims += quality_claims([few], by_arm[control].validation_loss, "few-bits-quality", FEW_BITS_LOSS)
-    if fast in by_arm:
-        claims += step_time_claims(few, by_arm[fast], "few-bits-step-time", FEW_BITS_STEP)
+    by_arm, claims = {foot.arm: foot for foot in feet}, list[Claim]()
+    for few in (foot for foot in feet if foot.arm.startswith("24-bit weights") and foot.measured_allocated_bytes):
+        text = f"{few.arm}: the peak stays below 9.5 GB, context included"
+        found = predicted_claims([few]) + below_claim("few-bits-peak", text, few.peak_memory_bytes, FEW_BITS_BYTES)
+        if control in by_arm:
+            found += quality_claims([few], by_arm[control].validation_loss, "few-bits-quality", FEW_BITS_LOSS)
+        if fast in by_arm:
+            found += step_time_claims(few, by_arm[fast], "few-bits-step-time", FEW_BITS_STEP)
+        claims += [replace(claim, arm=few.arm, id="") for claim in found]
     return claims
 
 
