@@ -54,6 +54,7 @@ ON_HOST = MemoryConfig.fit_16gb(
 WAYS = {
     "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None),
     "24-bit weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit"),
+    "24-bit weights and 4-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4"),
     "bf16 weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="bf16"),
     "fp32 weights on the GPU, fp32 state on the host": replace(ON_HOST, weights="fp32"),
     "bf16 weights on the GPU, fp32 masters and state on the host": ON_HOST,
