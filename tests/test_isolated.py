@@ -25,6 +25,7 @@ from nbclient import NotebookClient
 
 from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.notebook import session
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, isolated, train
 from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
@@ -111,6 +112,16 @@ def test_side_by_side_the_runs_of_a_study_are_those_of_one_after_the_other(tmp_p
         pd.testing.assert_frame_equal(there.runs[key].steps[columns], run.steps[columns])
         assert there.runs[key].folder.name == run.folder.name
     assert told["baseline, seed 0"] == told["jumping, seed 0"] == 12
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("forked")
+def test_rates_are_tried_side_by_side_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "runs_folder", lambda notebook: tmp_path / notebook)
+    study = Study(CONFIG, {}, seeds=1, control_fractions=())
+    (one, trials), (other, again) = (session.find_rates(study, str(n), most=3, at_once=n) for n in (1, 2))
+    assert trials == again
+    assert one == other
     assert multiprocessing.active_children() == []
 
 

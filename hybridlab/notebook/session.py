@@ -214,20 +214,21 @@ def run_study(study: Study, notebook: str, *, resume: bool = False, at_once: int
     at_once: as in `Study.run`: runs that train at the same time, on GPUs of their own; a bar alone shows their progress
     """
     arms = [(name, seed) for name in study.arms() for seed in range(study.seeds)]
-    apart = {"at_once": at_once} if at_once != 1 else {}
-    with _followed(study.base.steps, study, arms, notebook, resume, **apart) as how:
+    with _followed(study.base.steps, study, arms, notebook, resume, at_once=at_once) as how:
         return study.run(runs_folder(notebook), **how)
 
 
 def find_rates(
-    study: Study, notebook: str, *, most: int = 7, resume: bool = False
+    study: Study, notebook: str, *, most: int = 7, resume: bool = False, at_once: int = 1
 ) -> tuple[Study, dict[str, RateTrials]]:
     """Bracket the rate of every arm and control of a study, as `bracket_study` does; records go to `runs/<notebook>`.
+
+    resume, at_once: as in `run_study`
 
     Returns the study at the best rates, and what was tried.
     """
     arms = [(name, 0) for name in study.arms()]
-    with _followed(study.base.steps, (study, most), arms, notebook, resume) as how:
+    with _followed(study.base.steps, (study, most), arms, notebook, resume, at_once=at_once) as how:
         del how["on_run"]  # a trial is no run of the study
         return bracket_study(study, runs_folder(notebook), most=most, **how)
 
@@ -245,8 +246,7 @@ def run_configs(
     total, arms = sum(config.steps for config in configs), [(config.name, config.seed) for config in configs]
     if not configs:
         return StudyResult()
-    apart = {"isolated": True, "at_once": at_once} if isolated or at_once != 1 else {}
-    with _followed(total, tuple(configs), arms, notebook, resume, **apart) as how:
+    with _followed(total, tuple(configs), arms, notebook, resume, isolated, at_once) as how:
         return run_arms(configs, runs_folder(notebook), **how)
 
 
@@ -276,14 +276,21 @@ def runs_folder(notebook: str) -> Path:
 
 @contextmanager
 def _followed(
-    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str, resume: bool, **apart: Any
+    total: int,
+    what: object,
+    arms: Sequence[tuple[str, int]],
+    notebook: str,
+    resume: bool,
+    isolated: bool = False,
+    at_once: int = 1,
 ) -> Generator[dict[str, Any]]:
     """What `run_arms` is told, so that gauges or a bar follow the runs, and what was stopped before is gone on with.
 
-    apart: `isolated` and `at_once` of runs in processes of their own, which a bar alone follows
+    isolated, at_once: as in `run_arms`; a bar alone follows runs in processes of their own
     """
-    if apart:
+    if isolated or at_once != 1:
         with _in_processes(total, what, arms, notebook) as (bar, stopped):
+            apart = {"isolated": isolated, "at_once": at_once}
             yield apart | {"on_step": bar.step, "on_run": bar.note_run, "resume": resume or stopped}
         return
     if not shows_panel():

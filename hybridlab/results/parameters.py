@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-HOW_IT_RUNS = ("results", "resume")
-"""Parameters that say where results go and whether runs are gone on with: no part of what a notebook asks."""
+HOW_IT_RUNS = ("results", "resume", "at_once")
+"""Parameters that say where results go, what is gone on with, and how many runs train at once: no part of what a
+notebook asks."""
 
 
 def parameters_from(namespace: Mapping[str, Any]) -> dict[str, Any]:
