@@ -682,25 +682,6 @@ def test_one_ratio_of_times_without_an_interval_decides_nothing() -> None:
     assert "one ratio, without an interval" in older.text
 
 
-def test_older_number_formats_are_judged_by_their_interval_over_seeds_which_one_has_not() -> None:
-    losses = {"strict_seed_0_loss": 6.766, "tf32_seed_0_loss": 6.734, "tf32_seed_1_loss": 6.758}
-    quantities = [Quantity("after_steps", 50, unit="steps"), *(Quantity(k, v, unit="nats") for k, v in losses.items())]
-    (formats,) = evidence(n04=entry(claim("tf32-stands-for-fp32", "holds", *quantities))).claims()
-    assert formats.verdict == "open"
-    assert formats.value("difference_in_loss") == pytest.approx(-0.032)
-
-
-def test_older_jumps_of_two_runs_are_open_within_what_the_runs_own_steps_differ_by() -> None:
-    def jumps(arm: str, step_ms: float) -> Claim:
-        beyond = Quantity("beyond", -123.0, -287.0, -69.0, "ms", bound=0.0)
-        more = {"whole_jump": 2000.0, "gradient_step": step_ms}
-        return claim("lookahead", "holds", beyond, *(Quantity(k, v, unit="ms") for k, v in more.items()), arm=arm)
-
-    for other_ms, verdict in ((284.0, "holds"), (310.0, "open")):
-        one, _ = evidence(n04=entry(jumps("all away", 284.0), jumps("late", other_ms))).claims()
-        assert one.verdict == verdict
-
-
 def test_divergences_of_every_model_count_where_the_plan_wants_none_at_all() -> None:
     (stable,) = [it for it in CRITERIA[OVERALL[0]] if it.text == "Training stable, zero divergences"]
     names = ("01_mnist_cnn", HYBRID, "06_gpt2_xl")

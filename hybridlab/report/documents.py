@@ -27,7 +27,6 @@ FOREIGN = "surrogateescape"
 
 BEGIN, END = "<!-- results: written by `hybridlab report` -->", "<!-- end of results -->"
 
-OTHERWISE = "holds, but by other means"
 HEADLINES = (
     Criterion("The baseline is tuned: no neighbouring learning rate ends lower", (Claims(BASELINE, "lr-is-tuned"),)),
     Criterion("Nor does one with a neighbouring beta1", (Claims(BASELINE, "beta1-is-tuned"),)),
@@ -50,22 +49,8 @@ HEADLINES = (
 )
 """The README's sentences, and what decides each."""
 
-FASTEST = """\
-# needs a GPU
-from hybridlab import HybridTrainerConfig
-from hybridlab.notebook import Session
-from hybridlab.optim import OptimizerConfig
-from hybridlab.study import RunConfig, TextTaskConfig
-
-text = "python"  # the Python sources of this machine; yours: "file:my_text.txt"
-task = TextTaskConfig("{model}", text, vocab_size={vocab_size}, block_size={block_size}, batch_size={batch_size})
-muon, plain = OptimizerConfig.tuned("muon", lr={muon_lr}), HybridTrainerConfig.plain(clip_norm=1.0)
-fast = {{"precision": "bf16", "compiled": True, "keep_weights": True}}
-session = Session(RunConfig("mine", task, 1000, optimizer=muon, hybrid=plain, **fast), "mine")
-for result in session.run():
-    pass
-print(session.folder / "weights.pt")  # the trained weights, beside the record"""
-"""The stack up to Muon; its passes are CUDA graphs unless `cuda_graphs` is off."""
+IN_CODE = ("model", "steps", "vocab_size", "block_size", "batch_size", "muon_lr")
+"""Parameters of notebook 08 that the README names."""
 
 PREDICTORS = "07_step_value"
 """Where every predictor is tried."""
@@ -92,25 +77,22 @@ def report_files(root: Path) -> dict[Path, str | Chart]:
     evidence = Evidence.read(root)
     if not evidence.entries:
         raise UserError(f"{root / 'executed'} holds no results.json of a profile: {FIRST}")
+    docs = root / "docs"
     try:
-        return _files_of(evidence, root)
+        charts = charts_of(evidence)
+        titles = {name: chart.title for name, chart in charts.items()}
+        return {
+            **_with_section(root / "README.md", readme_section(evidence)),
+            docs / "VALIDATION_RESULTS.md": validation_document(evidence, titles),
+            docs / "CLAIMS.md": claims_document(evidence),
+            docs / "RTX_5080_GUIDE.md": gpu_guide(evidence, titles),
+            **{docs / "images" / name: chart for name, chart in charts.items()},
+        }
     except KeyError as error:
         raise UserError(
             f"an entry of {root / 'executed'} lacks {error}: restore its results.json with git checkout, or run its "
             "notebook again"
         ) from error
-
-
-def _files_of(evidence: Evidence, root: Path) -> dict[Path, str | Chart]:
-    docs, charts = root / "docs", charts_of(evidence)
-    titles = {name: chart.title for name, chart in charts.items()}
-    texts = {
-        **_with_section(root / "README.md", readme_section(evidence)),
-        docs / "VALIDATION_RESULTS.md": validation_document(evidence, titles),
-        docs / "CLAIMS.md": claims_document(evidence),
-        docs / "RTX_5080_GUIDE.md": gpu_guide(evidence, titles),
-    }
-    return texts | {docs / "images" / name: chart for name, chart in charts.items()}
 
 
 def stale_files(root: Path) -> list[Path]:
@@ -147,6 +129,8 @@ def _with_section(readme: Path, section: str) -> dict[Path, str]:
 def readme_section(evidence: Evidence) -> str:
     """The README's section between its markers: the questions that matter most, and what the results answer."""
     tried = [claim for claim in evidence.claims(kind="pays") if not (claim.is_idle or claim.grew)]
+    advice = depth_advice(evidence)
+    depths = [row for row in advice if row["profile"].startswith(MAIN)] or advice  # of the GPU, where it ran
     return render(
         "README_section.md",
         stack=_stack(evidence),
@@ -155,36 +139,30 @@ def readme_section(evidence: Evidence) -> str:
         least=LEAST,
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
         scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
-        depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in _on_gpus(depth_advice(evidence))],
+        depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in depths],
         devices=devices(evidence),
         shallow_is_better=any(claim.verdict == "fails" for claim in evidence.claims(DEPTH, kind="depth-pays")),
     )
 
 
-def _on_gpus(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the profiles that ran on a GPU; all, where none did."""
-    return [row for row in rows if row["profile"].startswith(MAIN)] or rows
-
-
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
-    """What notebook 08 ran up to Muon, as code, and how many times as fast as vanilla; None unless that is shown."""
+    """What notebook 08 ran up to Muon, and how many times as fast as vanilla; None unless that is shown."""
     parameters = (evidence.entry(LADDER) or {}).get("parameters", {})
     rungs = {row["rung"]: row for row in evidence.tables("ladder").get(LADDER, [])}
     times = rungs.get("Muon", {}).get("vanilla's time over it", "open")
     is_fast = any(claim.verdict == "holds" for claim in evidence.claims(LADDER, kind="stack-is-fast"))
     if not is_fast or times == "open" or not {"bf16", "compiled", "CUDA graph"} <= rungs.keys():
         return None
-    code = FASTEST.format(**parameters)
     told = {"times": times, "steps_taken": rungs["Muon"].get("steps to the loss", "open")}
     told |= {"tuned": rungs.get("tuned rates", {}).get("vanilla's time over it", "open")}
     short = {name: re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.3g}", text) for name, text in told.items()}
-    return parameters | short | {"link": notebook_link(LADDER, docs=""), "code": Markdown(code)}
+    return {name: parameters[name] for name in IN_CODE} | short | {"link": notebook_link(LADDER, docs="")}
 
 
 def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:
     """A sentence with its verdict and where it was measured."""
     outcome, findings = criterion.outcome(evidence), criterion.findings(evidence)
-    saved = outcome == OTHERWISE
+    saved = outcome == "holds, but by other means"
     deciding = [f for f in findings if f.otherwise == saved and (f.outcome == "holds" or not saved)]
     notebooks = dict.fromkeys(finding.notebook or "" for finding in deciding)
     links = notebooks if outcome == "not run yet" else [notebook_link(notebook, docs="") for notebook in notebooks]

@@ -14,8 +14,7 @@ from typing import Any, Self, TypeVar
 import scipy
 
 from hybridlab.notebook.views.depth import GROWN
-from hybridlab.notebook.views.memory import DRIFT, agreement_claims
-from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, holds_below, too_little
+from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, too_little
 from hybridlab.results.reading import load_results
 from hybridlab.study.comparison import SIGNIFICANCE
 from hybridlab.study.statistics import Base, holm
@@ -112,13 +111,12 @@ class Evidence:
         self, notebook: str | None = None, *, kind: str | None = None, arm: str | None = None, profile: str = MAIN
     ) -> list[Published]:
         """A profile's claims in the order of its notebooks, of one notebook, kind or arm where these are given."""
-        claims = [
-            claim
-            for name, entry in self.entries.get(profile, {}).items()
-            if notebook in (None, name)
-            for claim in _claims(profile, name, entry)
-        ]
-        return [claim for claim in claims if kind in (None, claim.kind) and arm in (None, claim.arm)]
+        found = []
+        for name, entry in self.entries.get(profile, {}).items():
+            if notebook in (None, name):
+                claims = [Published.from_record(it, profile=profile, notebook=name) for it in entry.get("claims", [])]
+                found += judged(claims, entry["parameters"])
+        return [claim for claim in found if kind in (None, claim.kind) and arm in (None, claim.arm)]
 
     def beside(self, claim: Published, kind: str) -> Published | None:
         """The claim of another kind that the same notebook makes on the same arm."""
@@ -164,19 +162,10 @@ def device_of(entry: Entry) -> str:
     return str(entry["device"]).replace("GB card", "GB GPU")
 
 
-def _claims(profile: str, notebook: str, entry: Entry) -> list[Published]:
-    """An entry's claims, with the verdicts that their bases allow."""
-    claims = [Published.from_record(claim, profile=profile, notebook=notebook) for claim in entry.get("claims", [])]
-    return judged(claims, entry["parameters"])
-
-
 C = TypeVar("C", bound=Claim)
 
 ON_LOSSES = ("pays", "quality", "speed", "speedup", "lr-is-tuned", "beta1-is-tuned", "beats-vanilla")
 """The kinds of claims that rest on losses."""
-
-AGREEMENT = "tf32-stands-for-fp32"
-"""The kind of a claim that is judged anew, from the losses that it holds."""
 
 
 def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
@@ -186,7 +175,7 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
     a p-value, gets it from its interval and those of the notebook's other arms, and loses its step value, which
     depended on the other arms' controls. An arm that grew was judged when it was published, by its study's own base.
     """
-    claims = _with_drift([_from_its_losses(c) if c.kind == AGREEMENT else _by_one_ratio(c) for c in claims])
+    claims = [_by_one_ratio(claim) for claim in claims]
     base, older = base_asked_for(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(c, p_values[c.id], len(older), base.seeds) if c in older else c for c in claims]
@@ -235,29 +224,6 @@ def _corrected(claim: C, p_value: float, tested: int, seeds: int) -> C:
     ]
     more = (Quantity("p_value", p_value, unit="probability"), Quantity("arms_corrected_for", tested))
     return replace(claim, verdict=decided if p_value < SIGNIFICANCE else "open", quantities=(*kept, *more))
-
-
-def _from_its_losses(claim: C) -> C:
-    """How far two number formats agree, by the whole interval over seeds."""
-    losses = {quantity.name: quantity.value for quantity in claim.quantities if quantity.value is not None}
-    for now in agreement_claims(losses):
-        return replace(claim, text=now.text, verdict=now.verdict, quantities=now.quantities)
-    return claim
-
-
-def _with_drift(claims: list[C]) -> list[C]:
-    """Older claims that compare the jumps of two runs: open where as much may be by how the runs' own steps differ."""
-    steps = [step for claim in claims if (step := claim.value("gradient_step"))]
-    return [_drifted(claim, max(steps) / min(steps) - 1) if claim.value("gradient_step") else claim for claim in claims]
-
-
-def _drifted(claim: C, share: float) -> C:
-    beyond, drift = claim.deciding, share * (claim.value("whole_jump") or math.inf)
-    if beyond is None or claim.quantity(DRIFT):
-        return claim
-    low, high = beyond.ends
-    is_decided = claim.verdict == holds_below(low - drift, high + drift, beyond.bound or 0.0)
-    return claim if is_decided else replace(claim, verdict="open")
 
 
 def _by_one_ratio(claim: C) -> C:

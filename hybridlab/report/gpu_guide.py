@@ -29,6 +29,8 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
     hybrids = [claim for claim in evidence.claims("03_gpt2_small_hybrid", kind="pays") if not claim.grew]
     preset = HybridTrainerConfig.conservative()
     needs = preset.path_needs
+    recipes, measured = evidence.planned.get("recipes", ()), _fastest_arms(evidence)
+    trained = {row["way"]: row for row in evidence.planned.get("trained", ())}
     memory = {name: build() for name, build in MEMORY_PRESETS.items() if name != "none"}
     return render(
         "RTX_5080_GUIDE.md",
@@ -43,12 +45,12 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         ],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
-        answers=answer_rows(evidence),
-        recipes=recipe_rows(evidence),
-        recipe_codes=code_of_recipes(evidence),
-        largest=way_rows(evidence, "largest"),
-        trained=max((row.get("steps", 0) for row in evidence.planned.get("trained", ())), default=0),
-        seven_billion=way_rows(evidence, "seven_billion"),
+        answers=known_columns([_answer(row, measured.get(row["model"])) for row in recipes]),
+        recipes=known_columns([_recipe(row, measured.get(row["model"])) for row in recipes]),
+        recipe_codes=[row | {"names": sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))} for row in recipes],
+        largest=known_columns([_way(row, trained.get(row["way"])) for row in evidence.planned.get("largest", ())]),
+        trained=max((row.get("steps", 0) for row in trained.values()), default=0),
+        seven_billion=known_columns([_way(row, None) for row in evidence.planned.get("seven_billion", ())]),
         plan_errors=plan_errors(evidence),
         step_errors=OF_MEASURED,
         planned_gpu=evidence.planned.get("gpu", {}).get("name"),
@@ -255,18 +257,6 @@ Row = Mapping[str, Any]
 HOURS = 3600
 
 
-def recipe_rows(evidence: Evidence) -> list[dict[str, Any]]:
-    """One row per size: estimated speed beside the measured one, memory, and how long it trains."""
-    measured = _fastest_arms(evidence)
-    return known_columns([_recipe(row, measured.get(row["model"])) for row in evidence.planned.get("recipes", ())])
-
-
-def answer_rows(evidence: Evidence) -> list[dict[str, Any]]:
-    """One row per size: what to switch on, and the arm recommended of those measured, beside its control."""
-    measured = _fastest_arms(evidence)
-    return known_columns([_answer(row, measured.get(row["model"])) for row in evidence.planned.get("recipes", ())])
-
-
 def _fastest_arms(evidence: Evidence) -> dict[str, Row]:
     """Model -> the arm that is recommended of those measured."""
     tables = evidence.tables("memory").items()
@@ -283,20 +273,6 @@ def _answer(row: Row, measured: Row | None) -> dict[str, Any]:
         "fastest arm measured": measured and arm_in_words(measured["arm"], measured["notebook"]),
         "its loss against the control (nats)": measured and loss_change(measured),
     }
-
-
-def code_of_recipes(evidence: Evidence) -> list[dict[str, Any]]:
-    """For each size its name, its settings as Python, and whether they are exact."""
-    return [
-        {"model": row["model"], "code": Markdown(_code(row)), "exact": row["exact"]}
-        for row in evidence.planned.get("recipes", ())
-    ]
-
-
-def way_rows(evidence: Evidence, table: str) -> list[dict[str, Any]]:
-    """One row per way to train a large model: "largest", beside what training it took, or "seven_billion"."""
-    trained = {row["way"]: row for row in evidence.planned.get("trained", ())} if table == "largest" else {}
-    return known_columns([_way(row, trained.get(row["way"])) for row in evidence.planned.get(table, ())])
 
 
 def plan_errors(evidence: Evidence) -> dict[str, Any] | None:
@@ -335,34 +311,6 @@ def _measured(row: Row, measured: Row | None) -> str | None:
 def _time(row: Row, tokens_per_parameter: int) -> str:
     hours = tokens_per_parameter * row["parameters"] / row["tokens_per_second"] / HOURS
     return f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
-
-
-def _code(row: Row) -> str:
-    """All that a run needs; a thousand steps on the text of this machine."""
-    compiled = ", compiled=True" if row["compiled"] else ""
-    clipped = "" if "clip_in_backward" in row["memory"] else "clip_norm=1.0, "
-    windows, tokens = row["batch"]
-    names = sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))
-    return "\n".join(
-        [
-            "from hybridlab import HybridTrainerConfig",
-            f"from hybridlab.memory import {', '.join(names)}",
-            "from hybridlab.notebook import Session",
-            "from hybridlab.optim import OptimizerConfig",
-            "from hybridlab.study import RunConfig, TextTaskConfig",
-            "",
-            f"memory = {row['memory']}",
-            f"optimizer = {row['optimizer']}",
-            f'task = TextTaskConfig("{row["model"]}", vocab_size=50257, block_size={tokens}, batch_size={windows})',
-            f"plain = HybridTrainerConfig.plain({clipped}memory=memory)",
-            f'config = RunConfig("{row["model"]}", task, 1000, optimizer=optimizer, hybrid=plain{compiled}, '
-            "keep_weights=True)",
-            'session = Session(config, "mine")',
-            "for result in session.run():",
-            "    pass",
-            'print(session.folder / "weights.pt")',
-        ]
-    )
 
 
 def _way(row: Row, trained: Row | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words
-from hybridlab.results.claims import Quantity, Unit
+from hybridlab.results.claims import Unit, holds_below, holds_if
 from hybridlab.results.words import amount, quantities_in_words
 
 WITHIN = 0.10
@@ -45,37 +45,32 @@ class Estimate:
         """Where it was measured."""
         return NOTEBOOKS[self.model]
 
-    def measured_bytes(self, evidence: Evidence) -> float | None:
-        """Peak of live tensors, or those alive in Predict; None where nothing was measured."""
-        if self.source == "claim":
-            claims = evidence.claims(self.notebook, kind=self.arm)
-            return next((claim.value("live") or claim.value("measured") for claim in claims), None)
-        return _row_bytes(evidence, self.notebook, self.source, self.arm)
-
-    def measured_saving(self, evidence: Evidence) -> float | None:
-        """Share of what FP32 takes; None for FP32, and where nothing was measured."""
-        mine = self.measured_bytes(evidence)
-        whole = _row_bytes(evidence, self.notebook, "memory", FP32[self.model])
-        return 1 - mine / whole if self.saving and mine and whole else None
-
-    def is_right(self, evidence: Evidence) -> bool | None:
-        """Whether the saving is as the plan estimates, within 10 % of that; None where nothing can be said."""
-        measured = self.measured_saving(evidence)
-        return abs(measured / self.saving - 1) <= WITHIN if measured is not None and self.saving else None
-
     def cells(self, evidence: Evidence) -> dict[str, Any]:
-        """A row of the table: what was expected, and what was measured."""
-        measured = self.measured_saving(evidence)
-        words = {True: "holds", False: "fails", None: None if self.saving is None else "not measured"}
+        """A row of the table: the peak of live tensors, or those alive in Predict, and what it saves of FP32's.
+
+        A saving is as the plan estimates it where it lies within 10 % of that.
+        """
+        whole = _row_bytes(evidence, self.notebook, "memory", FP32[self.model])
+        measured = self._measured_bytes(evidence)
+        saving = 1 - measured / whole if self.saving and measured and whole else None
+        verdict: Outcome | None = None if self.saving is None else "not measured"
+        if self.saving and saving is not None:
+            verdict = holds_if(abs(saving / self.saving - 1) <= WITHIN)
         return {
             "model": self.model,
             "what": self.what,
             "expected": amount(1e9 * self.expected, "bytes"),
-            "measured": amount(self.measured_bytes(evidence), "bytes"),
+            "measured": amount(measured, "bytes"),
             "saving expected": None if self.saving is None else f"{100 * self.saving:.0f} %",
-            "saving measured": None if measured is None else f"{100 * measured:.1f} %",
-            "verdict": words[self.is_right(evidence)],
+            "saving measured": None if saving is None else f"{100 * saving:.1f} %",
+            "verdict": verdict,
         }
+
+    def _measured_bytes(self, evidence: Evidence) -> float | None:
+        if self.source == "claim":
+            claims = evidence.claims(self.notebook, kind=self.arm)
+            return next((claim.value("live") or claim.value("measured") for claim in claims), None)
+        return _row_bytes(evidence, self.notebook, self.source, self.arm)
 
 
 ESTIMATES = (
@@ -190,9 +185,8 @@ class Ran:
         steps = entry["parameters"].get("steps")
         if steps is None:
             return [Finding("run", "not measured", "its steps are not among its parameters", self.notebook)]
-        outcome: Outcome = "holds" if steps >= self.steps else "fails"
-        whole = f"{steps} nominal steps, whole"
-        return [Finding("run", outcome, whole, self.notebook, evidence.is_emulated(self.notebook))]
+        words, emulated = f"{steps} nominal steps, whole", evidence.is_emulated(self.notebook)
+        return [Finding("run", holds_if(steps >= self.steps), words, self.notebook, emulated)]
 
 
 @dataclass(frozen=True)
@@ -210,9 +204,8 @@ class Peak:
         peak = next((row["peak_memory_bytes"] for row in mine), None)
         if peak is None:
             return [_absent(self.notebook, self.arm, evidence)]
-        words = f"peak memory {amount(peak, 'bytes')}"
-        outcome: Outcome = "holds" if peak < self.bound else "fails"
-        return [Finding(self.arm, outcome, words, self.notebook, evidence.is_emulated(self.notebook))]
+        words, emulated = f"peak memory {amount(peak, 'bytes')}", evidence.is_emulated(self.notebook)
+        return [Finding(self.arm, holds_if(peak < self.bound), words, self.notebook, emulated)]
 
 
 @dataclass(frozen=True)
@@ -245,12 +238,8 @@ class Planned:
     def findings(self, evidence: Evidence) -> list[Finding]:
         """How many ways to train were planned, and how many of them fit."""
         ways = evidence.planned.get(self.table, ())
-        words = (
-            f"planned without a GPU: {sum(way['fits'] for way in ways)} of {len(ways)} ways to train fit"
-            if ways
-            else ""
-        )
-        return [Finding("plan", "not run yet", words, None)]
+        words = f"planned without a GPU: {sum(way['fits'] for way in ways)} of {len(ways)} ways to train fit"
+        return [Finding("plan", "not run yet", words if ways else "", None)]
 
 
 def _absent(notebook: str, about: str, evidence: Evidence) -> Finding:
@@ -277,27 +266,18 @@ class Faster:
 
     def findings(self, evidence: Evidence) -> list[Finding]:
         """One per claim that has the quantity, by its whole interval; of a ladder, with what its parts brought."""
-        measured = [(claim, claim.quantity(self.quantity)) for claim in evidence.claims(self.notebook)]
         brought = what_parts_brought(evidence.tables("ladder").get(self.notebook, []))
         depths = evidence.claims(self.notebook, kind="depth-pays")
         pays = {claim.arm: f"whether depth pays, beside the shallow model: {claim.verdict}" for claim in depths}
-        return [
-            self._finding(claim, ratio, brought or pays.get(claim.arm, ""))
-            for claim, ratio in measured
-            if ratio is not None
-        ]
-
-    def _finding(self, claim: Published, ratio: Quantity, beside: str) -> Finding:
-        about = f"{self.means}, {claim.arm}" if claim.arm else self.means
-        words = "; ".join(filter(None, (quantities_in_words([ratio]), beside)))
-        return Finding(about, self._outcome(claim, ratio), words, claim.notebook)
-
-    def _outcome(self, claim: Published, ratio: Quantity) -> Outcome:
-        if claim.rests_on_too_little or ratio.low is None:
-            return "open"
-        if ratio.low >= 1 / self.share:
-            return "holds"
-        return "fails" if ratio.high is not None and ratio.high < 1 / self.share else "open"
+        found = []
+        for claim in evidence.claims(self.notebook):
+            if ratio := claim.quantity(self.quantity):
+                words = filter(None, (quantities_in_words([ratio]), brought or pays.get(claim.arm)))
+                is_shown = ratio.low is not None and not claim.rests_on_too_little
+                outcome = holds_below(-ratio.ends[1], -ratio.ends[0], -1 / self.share) if is_shown else "open"
+                about = f"{self.means}, {claim.arm}" if claim.arm else self.means
+                found.append(Finding(about, outcome, "; ".join(words), claim.notebook))
+        return found
 
 
 def what_parts_brought(rungs: Sequence[dict[str, Any]]) -> str:
@@ -333,7 +313,13 @@ class LeastTime:
         name, config = min(presets.items(), key=lambda preset: least_time(preset[1]))
         if least_time(config) <= self.share:
             return []
-        return [Finding(f"arithmetic, preset {name}", "cannot hold", _in_words(config), None)]
+        gradient, predicted = config.full_steps + config.correct_steps, config.max_predict_steps
+        words = (
+            f"{gradient} gradient steps and {_forward_passes(config)} forward passes, each a third of a step, for "
+            f"{gradient + predicted} steps: at least {least_time(config):.2f} of the time; with a forward pass on "
+            f"every predicted step at least {FORWARD:.2f}, whatever is predicted"
+        )
+        return [Finding(f"arithmetic, preset {name}", "cannot hold", words, None)]
 
 
 def least_time(config: HybridTrainerConfig) -> float:
@@ -350,12 +336,3 @@ def least_time(config: HybridTrainerConfig) -> float:
 
 def _forward_passes(config: HybridTrainerConfig) -> int:
     return math.ceil(config.max_predict_steps / config.correction_interval)
-
-
-def _in_words(config: HybridTrainerConfig) -> str:
-    gradient, predicted = config.full_steps + config.correct_steps, config.max_predict_steps
-    return (
-        f"{gradient} gradient steps and {_forward_passes(config)} forward passes, each a third of a step, for "
-        f"{gradient + predicted} steps: at least {least_time(config):.2f} of the time; with a forward pass on every "
-        f"predicted step at least {FORWARD:.2f}, whatever is predicted"
-    )
