@@ -29,7 +29,8 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
     hybrids = [claim for claim in evidence.claims("03_gpt2_small_hybrid", kind="pays") if not claim.grew]
     preset = HybridTrainerConfig.conservative()
     needs = preset.path_needs
-    recipes, measured = evidence.planned.get("recipes", ()), _fastest_arms(evidence)
+    recipes = evidence.planned.get("recipes", ())
+    measured = {model: recommended(rows) for model, rows in _memory_rows(evidence).items()}
     trained = {row["way"]: row for row in evidence.planned.get("trained", ())}
     memory = {name: build() for name, build in MEMORY_PRESETS.items() if name != "none"}
     return render(
@@ -74,11 +75,9 @@ def _settings(presets: Mapping[str, Any], names: Sequence[str]) -> list[dict[str
 
 
 def _setting(value: Any) -> str:
-    if value is None or (value is False) or value == 0:
-        return "off"
     if is_dataclass(value) and not isinstance(value, type):
         return ", ".join(f"{name} {setting}" for name, setting in asdict(value).items())
-    return "on" if value is True else str(value)
+    return "on" if value is True else str(value or "off")
 
 
 def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
@@ -162,8 +161,8 @@ TAKE, WATCH = Markdown("**take this**"), Markdown("**take this, watch its loss**
 
 def by_model(evidence: Evidence) -> str:
     """Every row of the tables "memory", the recommended ones marked, and a sentence on each model that has none."""
-    rows = [row | {"notebook": notebook} for notebook, rows in evidence.tables("memory").items() for row in rows]
-    of = {model: [row for row in rows if row["model"] == model] for model in dict.fromkeys(r["model"] for r in rows)}
+    of = _memory_rows(evidence)
+    rows = [row for mine in of.values() for row in mine]
     best = {model: recommended(mine) for model, mine in of.items()}
     advice = {row["model"]: _advice(evidence, row) for row in best.values() if row}
     shown = [
@@ -176,6 +175,15 @@ def by_model(evidence: Evidence) -> str:
         estimated=any(row.get("estimated_5080_ms") for row in rows),
         lacking=[(model, *why_none(mine)) for model, mine in of.items() if best[model] is None],
     )
+
+
+def _memory_rows(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
+    """Model -> its rows of the tables "memory", each with its notebook."""
+    of: dict[str, list[dict[str, Any]]] = {}
+    for notebook, rows in evidence.tables("memory").items():
+        for row in rows:
+            of.setdefault(row["model"], []).append(row | {"notebook": notebook})
+    return of
 
 
 def recommended(rows: Sequence[MemoryRow]) -> MemoryRow | None:
@@ -199,13 +207,9 @@ def control_of(row: MemoryRow, rows: Sequence[MemoryRow]) -> MemoryRow | None:
 
     None where it did not run: then no arm has a change.
     """
-    beside = [other for other in rows if _group(other) == _group(row)]
+    beside = [other for other in rows if all(other.get(key) == row.get(key) for key in ("notebook", "model"))]
     without = [other for other in beside if other.get("loss_change") is None]
     return without[0] if len(without) == 1 < len(beside) else None
-
-
-def _group(row: MemoryRow) -> tuple[Any, Any]:
-    return row.get("notebook"), row["model"]
 
 
 def _is_safe(row: MemoryRow) -> bool:
@@ -223,9 +227,10 @@ def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) 
     if control is None:
         return None
     base = _base(evidence, row)
-    length = [f"{base.steps} steps", f"{base.seeds} seed{'s' if base.seeds > 1 else ''}"] if base.steps else []
-    loss = control.get("validation_loss")
-    return ", ".join([*length, *([] if loss is None else [f"to a loss of {loss:.2f}"])])
+    said = [f"{base.steps} steps", f"{base.seeds} seed{'s' if base.seeds > 1 else ''}"] if base.steps else []
+    if (loss := control.get("validation_loss")) is not None:
+        said.append(f"to a loss of {loss:.2f}")
+    return ", ".join(said)
 
 
 def _advice(evidence: Evidence, row: MemoryRow) -> str:
@@ -255,13 +260,6 @@ def _shown(row: MemoryRow, judged_over: str | None, advice: str) -> Cells:
 
 Row = Mapping[str, Any]
 HOURS = 3600
-
-
-def _fastest_arms(evidence: Evidence) -> dict[str, Row]:
-    """Model -> the arm that is recommended of those measured."""
-    tables = evidence.tables("memory").items()
-    found = [{**row, "notebook": notebook} for notebook, rows in tables if (row := recommended(rows))]
-    return {row["model"]: row for row in found}
 
 
 def _answer(row: Row, measured: Row | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, get_args
 
 from hybridlab.notebook.views.memory_charts import MemoryRow
@@ -53,7 +54,10 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         jumps=[_jump(claim) for claim in evidence.claims(kind="transition") if claim.value("whole_jump")],
         reliability=[row for profile in evidence.entries for row in _reliability(evidence, profile)],
         well_told=WELL_TOLD,
-        quality=[_claim(claim, "arm", claim.about, claim.verdict) for claim in evidence.claims(kind="quality")],
+        quality=[
+            {"arm": claim.about, **_decided(claim), "notebook": notebook_link(claim.notebook, short=True)}
+            for claim in evidence.claims(kind="quality")
+        ],
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
         estimates=[estimate.cells(evidence) for estimate in ESTIMATES] if memory else [],
         copies=copies(evidence),
@@ -64,7 +68,14 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
 
 def claims_document(evidence: Evidence) -> str:
     """Every claim of every profile."""
-    profiles = [(p, evidence.label(p), list(_notebooks(evidence, p))) for p in evidence.entries]
+    profiles = []
+    for profile, entries in evidence.entries.items():
+        tables = []
+        for name in entries:
+            claims = evidence.claims(name, profile=profile)
+            rows = [{"claim": claim.sentence, **_decided(claim)} for claim in claims]
+            tables.append((notebook_link(name, profile), rows))
+        profiles.append((profile, evidence.label(profile), tables))
     return render("CLAIMS.md", claims=profiles)
 
 
@@ -122,8 +133,8 @@ def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
 
 def _criteria(title: str, evidence: Evidence) -> Iterator[Cells]:
     """Each criterion of a group with its verdict, then, where there are several findings, their rows."""
-    titles = list(CRITERIA)
-    before = {_key(criterion) for other, criterion in _everywhere() if titles.index(other) < titles.index(title)}
+    earlier = takewhile(lambda other: other != title, CRITERIA)
+    before = {_key(criterion) for other in earlier for criterion in CRITERIA[other]}
     for criterion in CRITERIA[title]:
         verdict = criterion_verdict(criterion, evidence)
         whole = {"criterion": Markdown(f"**{escaped(criterion.text)}**"), "verdict": verdict}
@@ -252,20 +263,8 @@ def loss_change(row: MemoryRow) -> str | None:
     return interval(row.get("loss_change"), row.get("loss_change_low"), row.get("loss_change_high"))
 
 
-def _notebooks(evidence: Evidence, profile: str) -> Iterator[tuple[str, list[Cells]]]:
-    """Every notebook of a profile: its link, and a row per claim."""
-    for notebook in evidence.entries[profile]:
-        claims = evidence.claims(notebook, profile=profile)
-        rows = [_claim(claim, "claim", claim.sentence, claim.verdict, link=False) for claim in claims]
-        yield notebook_link(notebook, profile), rows
-
-
-def _claim(claim: Published, heading: str, about: str, outcome: str, *, link: bool = True) -> Cells:
-    cells = {heading: about, "verdict": verdict_word(outcome), "numbers": quantities_in_words(claim.quantities)}
-    return cells | ({"notebook": notebook_link(claim.notebook, short=True)} if link else {})
-
-
-TODAYS, CHANGED, UNKNOWN = "today's", "changed since", "not recorded"
+def _decided(claim: Published) -> Cells:
+    return {"verdict": verdict_word(claim.verdict), "numbers": quantities_in_words(claim.quantities)}
 
 
 def copies(evidence: Evidence) -> list[Cells]:
@@ -288,33 +287,26 @@ def copies(evidence: Evidence) -> list[Cells]:
 def copies_at_a_glance(evidence: Evidence) -> str:
     """How many devices and commits the copies of the deciding profile come from, and how many ran by today's code."""
     entries = list(evidence.entries.get(MAIN, {}).values())
-    kinds, commits = len(evidence.devices(MAIN)), len({entry.get("git_commit") for entry in entries})
+    numbers = {"kind": len(evidence.devices(MAIN)), "commit": len({entry.get("git_commit") for entry in entries})}
+    kinds, commits = (f"{count} {name}{'s' if count != 1 else ''}" for name, count in numbers.items())
     states = Counter(_state(entry, "trains") for entry in entries)
     said = ", ".join(f"{state} in {count}" for state, count in states.items())
-    where = f"{len(entries)} copies on {_several(kinds, 'kind')} of GPU, at {_several(commits, 'commit')}"
+    where = f"{len(entries)} copies on {kinds} of GPU, at {commits}"
     return f"{MAIN}: {where}. Their code that trains is: {said}."
-
-
-def _several(count: int, name: str) -> str:
-    return f"{count} {name}{'s' if count != 1 else ''}"
 
 
 def _state(entry: Entry, kind: str) -> str:
     """By its own hash, in which words and places do not count."""
     hashed = entry.get("code", {}).get(kind)
     if hashed is None:
-        return UNKNOWN
-    return TODAYS if hashed == code_hashes()[kind] else f"{CHANGED} ({hashed})"
+        return "not recorded"
+    return "today's" if hashed == code_hashes()[kind] else f"changed since ({hashed})"
 
 
 def repeats(evidence: Evidence) -> list[Cells]:
     """A row per figure that decides a claim and was measured more than once: every value, and from where to where."""
-    rows = [
-        row
-        for profile, entries in evidence.entries.items()
-        for claim in evidence.claims(profile=profile)
-        if (row := _repeated(claim, entries[claim.notebook]))
-    ]
+    claims = [claim for profile in evidence.entries for claim in evidence.claims(profile=profile)]
+    rows = [row for claim in claims if (row := _repeated(claim, evidence.entries[claim.profile][claim.notebook]))]
     return list({(row["notebook"], row["measured"]): row for row in reversed(rows)}.values())[::-1]
 
 
@@ -325,20 +317,18 @@ def _repeated(claim: Published, entry: Entry) -> Cells | None:
         return None
     measured = [(repeat["figures"].get(f"{claim.id}.{q.name}"), repeat) for repeat in entry.get("repeats", ())]
     earlier = [(Quantity(q.name, **figure, unit=q.unit), repeat) for figure, repeat in measured if figure]
+    if not earlier:
+        return None
     values = [(q, entry), *((one, repeat) for one, repeat in earlier if one.value is not None)]
-    least, most = (end(values, key=lambda it: it[0].value or 0.0)[0].value for end in (min, max))
-    return (
-        {
-            "claim": f"{claim.about}: {name_in_words(q)}",
-            "notebook": notebook_link(claim.notebook, claim.profile, short=True),
-            "measured": "; ".join(f"{in_words(one)} ({_origin(where, entry)})" for one, where in values),
-            "times": len(values),
-            "from": amount(least, q.unit),
-            "to": amount(most, q.unit),
-        }
-        if earlier
-        else None
-    )
+    numbers = [one.value for one, _ in values if one.value is not None]
+    return {
+        "claim": f"{claim.about}: {name_in_words(q)}",
+        "notebook": notebook_link(claim.notebook, claim.profile, short=True),
+        "measured": "; ".join(f"{in_words(one)} ({_origin(where, entry)})" for one, where in values),
+        "times": len(values),
+        "from": amount(min(numbers), q.unit),
+        "to": amount(max(numbers), q.unit),
+    }
 
 
 def _origin(measured: Entry, entry: Entry) -> str:
