@@ -174,8 +174,13 @@ def shown(value: float | None) -> str:
 
 def _lasting_values(claim: Claim) -> dict[str, str]:
     """What repeats in every run, as notebooks show it, by name."""
-    lasting = [quantity for quantity in claim.quantities if not quantity.is_volatile]
-    return {name: shown(value) for quantity in lasting for name, value in quantity.values().items()}
+    return {
+        f"{q.name}{end}": shown(value)
+        for q in claim.quantities
+        if not q.is_volatile
+        for end, value in (("", q.value), ("_low", q.low), ("_high", q.high))
+        if value is not None or not end
+    }
 
 
 def _appears(word: str, text: str) -> bool:

@@ -201,7 +201,8 @@ def test_the_table_is_plain_in_batch_and_live_in_jupyterlab(monkeypatch: pytest.
 
 
 def test_runs_are_overlaid_with_controls_told_apart_and_names_that_differ() -> None:
-    chart = overlay(find_runs("runs"))
+    runs = find_runs("runs")
+    chart = overlay([*runs, runs[-1]])  # one that is named twice is drawn once
     names = [series.name for series in chart.series]
     assert names[:2] == ["baseline, seed 0", "baseline, seed 1"]
     assert names[2:] == ["bold, seed 0 (one/bold_seed_0)", "bold, seed 0 (two/bold_seed_0)"]

@@ -200,7 +200,9 @@ def test_quality_is_judged_by_the_whole_interval_and_fewer_than_three_seeds_leav
 ) -> None:
     (claim,) = quality_claims([measured(change=change)], control=5.0)
     assert claim.verdict == verdict
-    assert all(math.isfinite(value) for q in claim.quantities for value in q.values().values() if value is not None)
+    assert all(
+        math.isfinite(value) for q in claim.quantities for value in (q.value, q.low, q.high) if value is not None
+    )
     assert claim.quantities[0].per_seed == change.values
 
 

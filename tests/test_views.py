@@ -19,6 +19,7 @@ from hybridlab.notebook import (
     comparisons_in_sentences,
     cost_claims,
     curves,
+    final_table,
     hybrid_claims,
     overhead_table,
     phases,
@@ -121,6 +122,12 @@ def test_a_table_of_times_shows_how_far_the_machine_drifted() -> None:
     runs = [run("baseline", 3.0, seed, seconds=10.0 + seed, **times) for seed in range(2)]
     shown = str(time_table([], study(*runs)))
     assert "the baseline's seconds, seed by seed, show how far this machine drifted meanwhile: 10.0, 11.0" in shown
+
+
+def test_columns_of_the_final_figures_stand_in_one_order_in_every_process() -> None:
+    figures = {"gradient_steps": 2, "averaged_validation_loss": 3.1, "accuracy": 0.5, "perplexity": math.exp(3.0)}
+    columns = final_table(study(run("baseline", 3.0, 0, **figures))).columns
+    assert columns[2:] == ["Validation loss", "Perplexity", "Accuracy", "Averaged validation loss"]
 
 
 def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.files import project_root
+from hybridlab.base.files import project_root, replaced
 from hybridlab.base.lock import in_use
 from hybridlab.charts.tables import LiveTable, table
 from hybridlab.study.record import Run, runs_under
@@ -22,10 +25,6 @@ from hybridlab.study.record import Run, runs_under
 if TYPE_CHECKING:
     from hybridlab.charts.builders import Against
     from hybridlab.charts.display import Chart
-import json
-from contextlib import suppress
-
-from hybridlab.base.files import replaced
 
 COUNTED = ("nominal_steps", "gradient_steps", "predicted_steps", "validation_loss", "seconds")
 """The key figures that a run's summary has by the same name."""
@@ -52,26 +51,24 @@ def find_runs(folder: str | Path = "runs", *, sort: str = "run", where: Iterable
 
     Raises UserError for a column that is none of `COLUMNS`, and for a condition without "=".
     """
-    root = project_root() / folder
-    wanted = [_condition(text) for text in where]
+    return [run for run, _ in _with_figures(folder, sort, where)]
+
+
+def _with_figures(folder: str | Path, sort: str, where: Iterable[str]) -> list[tuple[Run, dict[str, Any]]]:
+    """As `find_runs`, each with its key figures; those with figures that no run of ours records are left out."""
+    root, wanted, kept = project_root() / folder, [_condition(text) for text in where], []
     descending, column = sort.startswith("-"), _known(sort.removeprefix("-"))
-    kept = [
-        (run, row)
-        for run, row in _with_figures(root)
-        if all(fnmatchcase(str(row[name]), text) for name, text in wanted)
-    ]
-    present = [pair for pair in kept if pair[1][column] is not None]
-    present.sort(key=lambda pair: pair[1][column], reverse=descending)
-    return [run for run, _ in present] + [run for run, row in kept if row[column] is None]
-
-
-def _with_figures(root: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Every run below a folder, those with figures that no run of ours records left out."""
     for run in runs_under(root):
         try:
-            yield run, key_figures(run, root)
+            row = key_figures(run, root)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             warnings.warn(f"{run.folder} holds no record of ours: it is left out", stacklevel=3)
+            continue
+        if all(fnmatchcase(str(row[name]), text) for name, text in wanted):
+            kept.append((run, row))
+    present = [pair for pair in kept if pair[1][column] is not None]
+    present.sort(key=lambda pair: pair[1][column], reverse=descending)
+    return present + [pair for pair in kept if pair[1][column] is None]
 
 
 def key_figures(run: Run, root: Path) -> dict[str, Any]:
@@ -88,8 +85,7 @@ def key_figures(run: Run, root: Path) -> dict[str, Any]:
         "run": run_name(run, root),
         "started": f"{datetime.fromtimestamp((run.folder / 'config.json').stat().st_mtime):%Y-%m-%d %H:%M}",
         "name": run.config.get("name"),
-        "model": _text(task.get("model")),
-        "data": _text(task.get("data")),
+        **{name: None if task.get(name) is None else str(task[name]) for name in ("model", "data")},
         "lr": run.config.get("optimizer", {}).get("lr"),
         "predictor": hybrid.get("predictor") if hybrid.get("max_predict_steps") else None,
         "seed": run.config.get("seed"),
@@ -111,9 +107,8 @@ def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterabl
 
     As text it has what fits into 120 columns.
     """
-    root = project_root() / folder
-    rows = [key_figures(run, root) for run in find_runs(folder, sort=sort, where=where)]
-    shown = table(rows, f"{len(rows)} runs in {root.name}", FORMATS) if rows else None
+    rows = [row for _, row in _with_figures(folder, sort, where)]
+    shown = table(rows, f"{len(rows)} runs in {(project_root() / folder).name}", FORMATS) if rows else None
     fits = "fits: loosen the conditions, or" if where else "is recorded yet:"
     empty = f"no run in {folder} {fits} train one with `hybridlab run`"
     return LiveTable(shown, empty, _brief(rows, shown.caption) if shown else "")
@@ -147,10 +142,6 @@ def _shortened(value: Any, longest: int) -> Any:
     return folder + (name if len(name) <= room else f"{name[: room - end - 1]}…{name[-end:]}")
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     """Draw any runs' validation losses together, each named by its arm, seed and, where need be, its folder.
 
@@ -158,32 +149,25 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
     that was not evaluated yet or has other data.
     """
     from hybridlab.charts.builders import loss_curves
+    from hybridlab.study.study import label
 
     if not runs:
         raise ValueError("there is nothing to draw: give at least one run")
-    for run in runs[1:]:
+    labels = [label(run.config["name"], run.config["seed"]) for run in runs]
+    times, curves, plain = Counter(labels), {}, []
+    for run, name in zip(runs, labels, strict=True):
         if run.config.get("data") != runs[0].config.get("data"):
             raise UserError(
                 f"{run.folder.name} was trained on other data than {runs[0].folder.name}: "
                 "their losses cannot be compared; choose runs with equal data"
             )
-    curves = dict(zip(_names(runs), (run.steps for run in runs), strict=True))
-    for run in runs:
         if "validation_loss" not in run.steps or run.steps["validation_loss"].dropna().empty:
             raise UserError(f"{run.folder.name} has no validation_loss yet: leave it out, or wait")
-    plain = [name for name, run in zip(curves, runs, strict=True) if run.is_plain]
+        if times[name] > 1:
+            name = f"{name} ({run.folder.parent.name}/{run.folder.name})"
+        curves[name] = run.steps
+        plain += [name] * run.is_plain
     return loss_curves(curves, against=against, control=plain)
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    from hybridlab.study.study import label
-
-    names = [label(run.config["name"], run.config["seed"]) for run in runs]
-    twice = {name for name in names if names.count(name) > 1}
-    return [
-        f"{name} ({run.folder.parent.name}/{run.folder.name})" if name in twice else name
-        for name, run in zip(names, runs, strict=True)
-    ]
 
 
 def _so_far(run: Run) -> dict[str, Any]:

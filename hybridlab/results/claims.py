@@ -76,11 +76,6 @@ class Quantity:
         """Whether it may differ between two equal runs."""
         return self.unit in VOLATILE_UNITS
 
-    def values(self) -> dict[str, float | None]:
-        """Value and ends by name: "loss", "loss_low", "loss_high"; without ends where there are none."""
-        ends = {f"{self.name}_low": self.low, f"{self.name}_high": self.high}
-        return {self.name: self.value} | {name: end for name, end in ends.items() if end is not None}
-
 
 @dataclass(frozen=True)
 class Claim:

@@ -135,10 +135,8 @@ def gradient_chart(result: StudyResult, arm: str) -> Chart:
 
 def final_table(result: StudyResult) -> Table:
     """The figures that every run ended with, as means over seeds."""
-    figures = [
-        "validation_loss",
-        *{"perplexity", "accuracy", "averaged_validation_loss"}.intersection(result.summaries.columns),
-    ]
+    known = ("validation_loss", "perplexity", "accuracy", "averaged_validation_loss")
+    figures = [figure for figure in known if figure in result.summaries]
     means = result.summaries.groupby("name", sort=False)[["gradient_steps", *figures]].mean()
     rows = [
         {"arm": name, "gradient steps": row["gradient_steps"]}
