@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ from hybridlab.planner.gpu_specs import (
     nearest_gpu,
     step_time_ms,
 )
-from hybridlab.planner.suggest import best_fit, largest_batch, longest_sequence, options
+from hybridlab.planner.suggest import best_fit, largest_batch, largest_that_fits, longest_sequence, options
 from hybridlab.planner.text_report import code_of, default_batch
 from hybridlab.planner.trace import LiveBytes, Trace
 from hybridlab.weights.gram import PathNeeds
@@ -423,16 +424,35 @@ def test_the_longest_sequence_fits_and_is_one_that_the_model_takes():
     assert longest_sequence(long, 10**6) == 0
 
 
+def test_where_peaks_do_not_rise_with_the_length_the_answer_is_one_that_fits():
+    peaks = {1: 1, 2: 5, 3: 2, 4: 2, 5: 3, 6: 9, 7: 3, 8: 9, 9: 9}
+
+    def plan_of(count):
+        return SimpleNamespace(peak_on_gpu_bytes=peaks[count])
+
+    for gpu_bytes in range(1, 10):
+        found = largest_that_fits(plan_of, gpu_bytes, at_most=9)
+        assert peaks[found] <= gpu_bytes, gpu_bytes
+        assert found == 9 or peaks[found + 1] > gpu_bytes, gpu_bytes
+    assert largest_that_fits(plan_of, 0, at_most=9) == 0
+
+
 @pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig.fit_16gb()], ids=["plain", "fit_16gb"])
 def test_a_batch_too_large_to_be_rehearsed_lies_on_the_line_of_smaller_ones(monkeypatch, memory):
     planner = sys.modules["hybridlab.planner.plan"]
     spec = TrainingSpec("nano", (256, 64), memory)
     whole = planner._rehearsed(spec)
-    monkeypatch.setattr(planner, "MOST_TOKENS", 64 * 64)
+    monkeypatch.setattr(planner, "MOST_TOKENS", 2 * 64 * 64)
     planned = planner.plan_training(replace(spec, batch=(256, 64)))
     assert (planned.costs, planned.host_memory) == (whole.costs, whole.host_memory)
     assert planned.peak_allocated_bytes == pytest.approx(whole.peak_allocated_bytes, rel=0.02)
     assert planned.peak_on_gpu_bytes == pytest.approx(whole.peak_on_gpu_bytes, rel=0.05)
+
+
+def test_a_batch_that_takes_no_longer_than_the_line_is_planned_exactly():
+    planner = sys.modules["hybridlab.planner.plan"]
+    spec = TrainingSpec("nano", (2**17 // 64, 64))
+    assert planner.plan_training(spec) == planner._rehearsed(spec)
 
 
 @pytest.mark.parametrize("memory", ["none", "fit_16gb"])

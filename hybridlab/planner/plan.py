@@ -20,8 +20,9 @@ from hybridlab.planner.trace import COMMUNICATION, GATHERED, LiveBytes
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
 
-MOST_TOKENS = 2**16
-"""Of a micro batch that is rehearsed: a loss in pieces takes a rehearsal as long as it has pieces."""
+MOST_TOKENS = 2**17
+"""Of a micro batch that is rehearsed. The loss goes in pieces, which take the more time the more there are: here as
+long as rehearsing a fourth and a half of it."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def plan_training(spec: TrainingSpec) -> Plan:
     """
     spec.check()
     windows, tokens = spec.batch
-    few = spec.parts * max(1, MOST_TOKENS // 2 // tokens)
+    few = spec.parts * max(1, MOST_TOKENS // 4 // tokens)
     if windows * tokens > MOST_TOKENS * spec.parts and windows > 2 * few:
         first, second = (_rehearsed(spec.resized((count, tokens))) for count in (few, 2 * few))
         return _beyond(first, second, windows / few - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,12 +33,10 @@ class Option:
     """A training with some features switched on.
 
     features: their names; none for the training as it is
-    exact: whether all of them leave the result as it is, but for rounding
     step_ms: estimated, on the GPU that it was planned for
     """
 
     features: tuple[str, ...]
-    exact: bool
     spec: TrainingSpec
     plan: Plan
     step_ms: float
@@ -47,6 +45,11 @@ class Option:
     def name(self) -> str:
         """In words."""
         return ", ".join(self.features) or "as it is"
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of them leave the result as it is, but for rounding."""
+        return INEXACT.isdisjoint(self.features)
 
 
 def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0, *, asked: Plan | None = None) -> list[Option]:
@@ -58,30 +61,29 @@ def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0, *, asked: Plan
 
     Of a training that takes more than FAR times the GPU with all of them, there are two: as it is, and with all.
     """
-    found = list(_planned(spec, (), gpu, asked))
-    if far := [option for option in found if _is_far(option, gpu_bytes)]:
-        far += _planned(spec, COMBINATIONS[-1], gpu)
-        if _is_far(far[-1], gpu_bytes):
-            return sorted(far, key=lambda option: option.step_ms)
-    for changes in COMBINATIONS:
+    plan = asked or plan_training(spec)
+    found = [Option((), spec, plan, step_time_ms(plan, gpu))]
+    if _is_far(found[0], gpu_bytes) and (least := _planned(spec, COMBINATIONS[-1], gpu)):
+        found.append(least)
+    for changes in COMBINATIONS if not _is_far(found[-1], gpu_bytes) else ():
         features, changed = _switched_on(spec, changes)
         fitting = (set(o.features) for o in found if o.plan.fits(gpu_bytes))
         if any(set(features) == set(o.features) for o in found) or any(fits <= set(features) for fits in fitting):
             continue
-        hopeless = found and gpu_bytes and _least_bytes(changed, found[0].plan.trained_numbers) > gpu_bytes
-        if not hopeless or changes is COMBINATIONS[-1]:
-            found += _planned(spec, changes, gpu)
+        hopeless = gpu_bytes and _least_bytes(changed, plan.trained_numbers) > gpu_bytes
+        if (not hopeless or changes is COMBINATIONS[-1]) and (option := _planned(spec, changes, gpu)):
+            found.append(option)
     return sorted(found, key=lambda option: option.step_ms)
 
 
-def _planned(spec: TrainingSpec, changes: Sequence[Change], gpu: GpuSpec, plan: Plan | None = None) -> Iterator[Option]:
-    """The training with these changes; nothing where they do not go with it. plan: where it is known."""
+def _planned(spec: TrainingSpec, changes: Sequence[Change], gpu: GpuSpec) -> Option | None:
+    """The training with these changes; None where they do not go with it."""
     features, changed = _switched_on(spec, changes)
     try:
-        plan = plan or plan_training(changed)
+        plan = plan_training(changed)
     except UserError:  # a model without blocks cannot be checkpointed
-        return
-    yield Option(features, not any(name in INEXACT for name in features), changed, plan, step_time_ms(plan, gpu))
+        return None
+    return Option(features, changed, plan, step_time_ms(plan, gpu))
 
 
 def _is_far(option: Option, gpu_bytes: int) -> bool:
@@ -120,7 +122,11 @@ def largest_batch(spec: TrainingSpec, gpu_bytes: int) -> int:
 
 
 def longest_sequence(spec: TrainingSpec, gpu_bytes: int) -> int:
-    """The most tokens per window, in steps of GRAIN, that fit with as many windows, and that the model takes."""
+    """Tokens per window, in steps of GRAIN, that fit with as many windows where one step more does not.
+
+    It is at most what the model takes, and 0 where one step does not fit. Peaks do not always rise with the length: a
+    shorter window may not fit, and a longer one may.
+    """
     windows, most = spec.batch[0], spec.longest
     at_most = None if most is None else most // GRAIN
     return GRAIN * largest_that_fits(
@@ -129,7 +135,7 @@ def longest_sequence(spec: TrainingSpec, gpu_bytes: int) -> int:
 
 
 def largest_that_fits(plan_of: Callable[[int], Plan], gpu_bytes: int, at_most: int | None = None) -> int:
-    """The largest number whose plan fits; 0 where 1 does not."""
+    """A number whose plan fits where the next one's does not: the largest, where peaks rise. 0 where 1 does not fit."""
     peaks: dict[int, int] = {}
     fits, too_many, guess = 0, None if at_most is None else at_most + 1, 1
     while too_many is None or too_many - fits > 1:

@@ -131,7 +131,7 @@ def _found(question: Question) -> str:
         return f"No {question.find} fits."
     if question.find == "batch":
         return f"The largest batch that fits: {question.found} windows of {tokens} tokens."
-    return f"The longest sequence that fits: {question.found} tokens, in {windows} windows."
+    return f"The longest sequence that was found to fit: {question.found} tokens, in {windows} windows."
 
 
 def _times(question: Question, best: Option | None) -> Iterator[str]:
