@@ -141,7 +141,7 @@ def test_committed_profiles_and_defaults_are_within_the_limits(root, file):
     for files in ([file], []):
         prepared(ROOT / "notebooks" / f"{file.stem}.ipynb", Path("out/out.ipynb"), files)
     declared = defaults(declared_parameters(read_document(ROOT / "notebooks" / f"{file.stem}.ipynb"), file.stem))
-    assert [name for name, value in declared.items() if limits.LIMITS.get(name, limits.ANY).broken(value)] == []
+    assert [name for name, value in declared.items() if limits.broken(name, value)] == []
 
 
 def test_every_limit_is_of_a_parameter_that_some_notebook_has():
@@ -162,9 +162,9 @@ def test_the_first_jump_comes_where_the_limits_say(predictor, full_steps):
 def test_choices_are_those_that_the_library_knows():
     assert tuple(TEXT_SOURCES.values()) == limits.TEXTS
     assert {form.partition(":")[0] for form in limits.IMAGES} == {name.partition(":")[0] for name in IMAGE_SOURCES}
-    assert limits.LIMITS["model"].choices == SIZES
-    assert limits.LIMITS["rules"].choices == (*RULES, BEST)
-    assert limits.LIMITS["precision"].choices == PRECISIONS
+    assert limits.LIMITS["model"] == SIZES
+    assert limits.LIMITS["rules"] == (*RULES, BEST)
+    assert limits.LIMITS["precision"] == PRECISIONS
 
 
 def test_a_name_that_means_something_else_in_a_notebook_is_let_be(root):

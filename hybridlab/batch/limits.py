@@ -7,7 +7,6 @@ or a number, since a refusal must not wait for it; tests hold these against what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hybridlab.base.errors import UserError, nearest
@@ -20,83 +19,54 @@ JUMP_WARMUP_STEPS = 2
 """Of `benchmarks.footprint.jumping_with`."""
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What one value may be, or each item of a list.
-
-    bounds: as `base.settings.broken_bound` takes them; choices: the names that are known; empty for any
-    """
-
-    bounds: Mapping[str, float]
-    choices: tuple[str, ...] = ()
-
-    def broken(self, value: Any) -> str | None:
-        """Say what is wrong with a value; None where nothing is."""
-        items = value if isinstance(value, list) else [value]
-        if doubled := next((item for item in items if items.count(item) > 1), None):
-            return f"{doubled!r} is named twice: keep one"
-        return next((said for item in items if (said := self._broken_item(item))), None)
-
-    def _broken_item(self, item: Any) -> str | None:
-        if isinstance(item, int | float) and (bound := broken_bound(item, **self.bounds)):
-            return f"it must be {bound}"
-        if self.choices and item not in self.choices:
-            return f"{item!r} is unknown: {nearest(item, self.choices)}"
-        return None
-
-
-def _bounds(**bounds: float) -> Limit:
-    return Limit(bounds)
-
-
-def _choice(*names: str) -> Limit:
-    return Limit({}, names)
-
-
-ANY, COUNT, COUNT_OR_NONE, SIZE = _bounds(), _bounds(least=1), _bounds(least=0), _bounds(least=1, most=10**6)
-LIMITS = {
+ANY: dict[str, float] = {}
+COUNT, COUNT_OR_NONE, SIZE = {"least": 1}, {"least": 0}, {"least": 1, "most": 10**6}
+RATE, SHARE = {"above": 0, "most": 1000}, {"least": 0, "below": 1}
+LIMITS: dict[str, Mapping[str, float] | tuple[str, ...]] = {
     "batch_size": SIZE,
-    "beta2": _bounds(least=0, below=1),
+    "beta2": SHARE,
     "block_size": SIZE,
     "card_gb": COUNT_OR_NONE,
-    "controls": _bounds(above=0, most=4),
-    "cpu_threads": _bounds(least=0, most=1024),
+    "controls": {"above": 0, "most": 4},
+    "cpu_threads": {"least": 0, "most": 1024},
     "depth_seeds": SIZE,
     "depth_steps": COUNT,
-    "device": _choice("auto", "cuda", "cpu"),
+    "device": ("auto", "cuda", "cpu"),
     "evaluate_every": COUNT,
     "full_steps": COUNT,
-    "grow_at": _bounds(above=0, below=1),
-    "grown_lr": _bounds(above=0, most=1000),
-    "lr": _bounds(above=0, most=1000),
-    "lr_factors": _bounds(above=0, most=1000),
+    "grow_at": {"above": 0, "below": 1},
+    "grown_lr": RATE,
+    "lr": RATE,
+    "lr_factors": RATE,
     "max_bytes": COUNT_OR_NONE,
-    "minutes": _bounds(above=0),
-    "model": _choice("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
-    "muon_lr": _bounds(above=0, most=1000),
+    "minutes": {"above": 0},
+    "model": ("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
+    "muon_lr": RATE,
     "nproc": SIZE,
     "overhead_rounds": SIZE,
     "panel_rounds": SIZE,
     "panel_turn_steps": SIZE,
-    "precision": _choice("fp32", "tf32", "bf16"),
+    "precision": ("fp32", "tf32", "bf16"),
     "predict_steps": COUNT_OR_NONE,
-    "predictor": _choice(*PREDICTORS),
-    "predictors": _choice(*PREDICTORS),
+    "predictor": tuple(PREDICTORS),
+    "predictors": tuple(PREDICTORS),
     "profile_steps": COUNT_OR_NONE,
     "reference_steps": COUNT_OR_NONE,
     "rate_trials": COUNT_OR_NONE,
-    "rungs": _choice("TF32", "bf16", "compiled", "CUDA graph", "tuned rates", "Muon", "predicted depth"),
-    "rules": _choice("interleave", "stack", "linear", "fresh", "best"),
+    "rungs": ("TF32", "bf16", "compiled", "CUDA graph", "tuned rates", "Muon", "predicted depth"),
+    "rules": ("interleave", "stack", "linear", "fresh", "best"),
     "seeds": SIZE,
     "steps": COUNT,
     "strict_steps": COUNT,
-    "tail_average": _bounds(least=0, below=1),
+    "tail_average": SHARE,
     "timed_steps": COUNT,
     "validation_batches": SIZE,
-    "vocab_size": _bounds(least=2, most=2**16),
+    "vocab_size": {"least": 2, "most": 2**16},
     "warmup_steps": COUNT_OR_NONE,
 }
-"""name -> what it may be. A notebook whose own default breaks it means something else by the name, and is let be."""
+"""name -> bounds, as `base.settings.broken_bound` takes them, or the names that are known; of a list, for each item.
+
+A notebook whose own default breaks it means something else by the name, and is let be."""
 
 NOT_ABOVE = [("evaluate_every", "steps"), ("timed_steps", "steps"), ("reference_steps", "steps")]
 NOT_ABOVE += [("strict_steps", "reference_steps")]
@@ -112,13 +82,27 @@ def check_limits(values: Mapping[str, Any], defaults: Mapping[str, Any], places:
     Raises UserError that names the parameter and what would do.
     """
     for name, value in values.items():
-        limit = LIMITS.get(name, ANY)
-        if (said := limit.broken(value)) and not limit.broken(defaults[name]):
+        if (said := broken(name, value)) and not broken(name, defaults[name]):
             raise UserError(f"{name}: {value!r}{_place(name, places)}: {said}")
     for check in (_order, _data, _vocabulary, _something_predicts, _jumps, _trials):
         if said := check(values):
             named = said.split(":")[0]
             raise UserError(f"{said}{_place(named, places, ' (given {})')}")
+
+
+def broken(name: str, value: Any) -> str | None:
+    """What is wrong with a parameter's value by itself; None where nothing is."""
+    items = value if isinstance(value, list) else [value]
+    if doubled := next((item for item in items if items.count(item) > 1), None):
+        return f"{doubled!r} is named twice: keep one"
+    limit = LIMITS.get(name, ANY)
+    for item in items:
+        if isinstance(limit, tuple):
+            if item not in limit:
+                return f"{item!r} is unknown: {nearest(item, limit)}"
+        elif isinstance(item, int | float) and (bound := broken_bound(item, **limit)):
+            return f"it must be {bound}"
+    return None
 
 
 def _place(name: str, places: Mapping[str, str], form: str = " {}") -> str:
