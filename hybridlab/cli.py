@@ -82,11 +82,11 @@ def run(
     Exit codes: 0 done, 1 a cell failed or OUT could not be written, 2 refused before the start, 130 stopped.
     """
     from hybridlab.base.files import marked_root, project_root, shipped
-    from hybridlab.batch.run import run_notebook
+    from hybridlab.batch.run import prepared, run_notebook
 
     output = output or Path(os.path.relpath(project_root() / "runs" / f"{notebook.stem}.ipynb"))
     settings, console = [_pair(text) for text in parameter or []], Console()
-    for sentence in run_notebook(notebook, output, file or [], settings, console, resume=resume, nproc=nproc):
+    for sentence in run_notebook(prepared(notebook, output, file or [], settings, resume=resume, nproc=nproc), console):
         console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
     look = "make lab" if marked_root() == shipped() else f"jupyter lab {shlex.quote(str(output))}"
@@ -349,22 +349,19 @@ def plan(
     if gather == "bf16" and not settings.mixed_precision:
         settings = replace(settings, mixed_precision=MixedPrecisionConfig.conservative())
     size = read_batch(batch) if batch else default_batch(chosen)
-    depth = read_stages(stages)
-    spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer), depth=depth)
+    spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer))
     if task:
         from hybridlab.study import RunConfig, find_task
         from hybridlab.study.planning import training_spec_of
 
         plain = HybridTrainerConfig.plain(memory=settings)
-        spec = replace(
-            training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain)), depth=depth
-        )
+        spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
     jumps: dict[str, Any] = {"predictor": predictor, "memory": settings} if predictor != "none" else {}
     hybrid = HybridTrainerConfig(path_device=path_device, path_dtype=path_dtype, **jumps)
     if jumps:
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
-    spec = replace(spec, compiled=compiled, cuda_graphs=compiled)
-    spec = replace(spec, ranks=ranks, wrap=wrap, gather=gather, copies=copies)
+    shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}
+    spec = replace(spec, depth=read_stages(stages), compiled=compiled, cuda_graphs=compiled, **shared)
     question = Question(spec, card_bytes, rates, find)
     if as_json:
         print(json.dumps(question.record(), indent=2))

@@ -7,7 +7,7 @@ import re
 import nbformat
 import pytest
 
-from hybridlab.batch.run import run_notebook
+from hybridlab.batch.run import prepared, run_notebook
 from hybridlab.notebook.views.answer import answer_rows, claims_in_sentences
 from hybridlab.results.claims import Claim, Quantity, Verdict
 from tests.notebook_maker import project, save, tiny_notebook
@@ -30,7 +30,7 @@ def claim(verdict: Verdict, value: float, arm: str = "") -> Claim:
 def test_the_answer_stands_at_the_top_of_an_executed_copy(tmp_path, monkeypatch):
     """Written by the last cell, kept in the first output; its table of verdicts needs no JavaScript."""
     monkeypatch.chdir(project(tmp_path))
-    run_notebook(save(tiny_notebook(PLACE, END), tmp_path / "tiny.ipynb"), tmp_path / "out" / "tiny.ipynb")
+    run_notebook(prepared(save(tiny_notebook(PLACE, END), tmp_path / "tiny.ipynb"), tmp_path / "out" / "tiny.ipynb"))
     cells = nbformat.read(tmp_path / "out" / "tiny.ipynb", as_version=4).cells
     answer, picture = next(cell for cell in cells if "answer_place()" in cell.source).outputs
     assert "It fails at 2.5 nats." in answer.data["text/plain"]

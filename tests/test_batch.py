@@ -219,7 +219,7 @@ def good_run(tmp_path_factory):
     notebook = save(tiny_notebook(*GOOD_CELLS), folder / "notebooks" / "good.ipynb")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run_notebook(notebook, folder / "executed" / "good.ipynb", [], GOOD_SETTINGS)
+        run_notebook(prepared(notebook, folder / "executed" / "good.ipynb", [], GOOD_SETTINGS))
     return folder
 
 
@@ -255,7 +255,7 @@ def test_the_copy_says_what_it_rests_on_as_its_results_do(good_run, monkeypatch)
 def test_two_equal_runs_leave_the_same_bytes(good_run, monkeypatch):
     monkeypatch.chdir(good_run)
     first = (good_run / "executed" / "good.ipynb").read_bytes()
-    run_notebook(good_run / "notebooks" / "good.ipynb", good_run / "again" / "good.ipynb", [], GOOD_SETTINGS)
+    run_notebook(prepared(good_run / "notebooks" / "good.ipynb", good_run / "again" / "good.ipynb", [], GOOD_SETTINGS))
     assert (good_run / "again" / "good.ipynb").read_bytes() == first
 
 
@@ -273,7 +273,7 @@ def test_a_run_that_stops_keeps_a_partial_copy_and_the_old_output(root, cell, re
     output.parent.mkdir()
     output.write_text("old", encoding="utf-8")
     with pytest.raises(RunFailed) as failed:
-        run_notebook(notebook, output)
+        run_notebook(prepared(notebook, output))
     offer = "" if "ValueError" in reason else f"; {GO_ON}"  # what refuses once refuses again
     assert str(failed.value) == f"{reason} (partial copy: {output.with_suffix('.failed.ipynb')}){offer}"
     assert output.read_text(encoding="utf-8") == "old"
@@ -284,7 +284,7 @@ def test_a_run_that_stops_keeps_a_partial_copy_and_the_old_output(root, cell, re
 def test_a_notebook_that_cannot_go_on_is_not_told_to(root):
     notebook = save(tiny_notebook("1 / 0", declared="steps: int = 3"), root / "stops.ipynb")
     with pytest.raises(RunFailed, match="ZeroDivisionError") as failed:
-        run_notebook(notebook, root / "out" / "stops.ipynb")
+        run_notebook(prepared(notebook, root / "out" / "stops.ipynb"))
     assert "--resume" not in str(failed.value)
 
 
@@ -307,7 +307,7 @@ def test_a_finished_copy_without_a_place_is_kept_elsewhere_whole_and_clean(root,
     source = "import os, pathlib\nos.rmdir('out')\npathlib.Path('out').touch()"
     notebook = save(tiny_notebook(source), root / "tiny.ipynb")
     with pytest.raises(RunFailed, match=r"^every cell has run, but cannot write in the folder out: ") as failed:
-        run_notebook(notebook, Path("out/tiny.ipynb"))
+        run_notebook(prepared(notebook, Path("out/tiny.ipynb")))
     kept = kept_as(str(failed.value))
     assert "\n" not in str(failed.value)
     copy = nbformat.read(kept, as_version=4)
@@ -320,7 +320,7 @@ def test_a_partial_copy_without_a_place_is_kept_elsewhere(root, temporary):
     source = "import os, pathlib\nos.rmdir('out')\npathlib.Path('out').touch()\n1 / 0"
     notebook = save(tiny_notebook(source), root / "tiny.ipynb")
     with pytest.raises(RunFailed) as failed:
-        run_notebook(notebook, Path("out/tiny.ipynb"))
+        run_notebook(prepared(notebook, Path("out/tiny.ipynb")))
     said = str(failed.value)
     assert said.startswith("code cell 3, `import os, pathlib`: ZeroDivisionError: division by zero (cannot write in")
     assert said.endswith(GO_ON)
@@ -341,7 +341,7 @@ def test_on_a_full_disk_the_copy_as_it_ran_is_moved_and_nothing_half_written_sta
 def test_a_full_temporary_folder_stops_a_run_with_one_line(root, temporary):
     notebook = save(tiny_notebook("print('all')"), root / "tiny.ipynb")
     with full_disk(100), pytest.raises(RunFailed) as failed:
-        run_notebook(notebook, Path("out/tiny.ipynb"))
+        run_notebook(prepared(notebook, Path("out/tiny.ipynb")))
     said = str(failed.value)
     assert "work.ipynb: File too large; make room there, or name another folder in TMPDIR" in said
     assert said.endswith(f"no copy could be kept); {GO_ON}")

@@ -15,7 +15,7 @@ import torch
 from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import LEFT_TO_OTHERS_BYTES
-from hybridlab.batch.run import run_notebook
+from hybridlab.batch.run import prepared, run_notebook
 from hybridlab.benchmarks.footprint import Footprint, JumpTimes, PredictPhase, footprint, footprints, predict_phase
 from hybridlab.memory import (
     CheckpointingConfig,
@@ -337,7 +337,9 @@ def test_xl_s_notebook_tells_what_it_can_where_its_references_have_no_room(
     copy = project(tmp_path) / "executed" / "cpu" / "06_gpt2_xl.ipynb"
     monkeypatch.chdir(tmp_path)
     settings = [("steps", "8"), ("reference_steps", "0"), ("predict_steps", "0"), ("first_blocks", "0")]
-    run_notebook(root / "notebooks" / copy.name, copy, [root / "params" / "cpu" / "06_gpt2_xl.yaml"], settings)
+    run_notebook(
+        prepared(root / "notebooks" / copy.name, copy, [root / "params" / "cpu" / "06_gpt2_xl.yaml"], settings)
+    )
     claims = load_results(copy.parent / "results.json")["06_gpt2_xl"]["claims"]
     assert [claim["id"] for claim in claims] == ["stable-1000-steps"]
 

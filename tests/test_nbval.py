@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hybridlab.batch.run import run_notebook
+from hybridlab.batch.run import prepared, run_notebook
 from hybridlab.results.publish import environment
 from hybridlab.results.reading import load_results
 from tests.hygiene import claim_differences
@@ -55,7 +55,9 @@ def test_a_committed_notebook_repeats(executed, tmp_path, monkeypatch):
         assert claim_differences(committed, load_results(copy.parent / "results.json")[executed.stem]) == []
     else:
         monkeypatch.chdir(tmp_path)
-        run_notebook(ROOT / "notebooks" / executed.name, copy, [ROOT / "params" / "cpu" / f"{executed.stem}.yaml"])
+        run_notebook(
+            prepared(ROOT / "notebooks" / executed.name, copy, [ROOT / "params" / "cpu" / f"{executed.stem}.yaml"])
+        )
         again = load_results(copy.parent / "results.json")[executed.stem]
         assert [claim["id"] for claim in again["claims"]] == [claim["id"] for claim in committed["claims"]]
 
@@ -68,7 +70,7 @@ def test_a_changed_number_is_seen_and_an_unchanged_notebook_passes(tmp_path, mon
         tmp_path / "tiny.ipynb",
     )
     executed = tmp_path / "executed" / "cpu" / "tiny.ipynb"
-    run_notebook(source, executed, [], [("steps", "4")])
+    run_notebook(prepared(source, executed, [], [("steps", "4")]))
     notebook = nbformat.read(executed, as_version=4)
     output = notebook.cells[3].outputs[0]
     output.text = output.text.replace("1.0000", "1.0001")

@@ -76,33 +76,16 @@ class Job:
         return self.output.with_suffix(".failed.ipynb")
 
 
-def run_notebook(
-    notebook: Path,
-    output: Path,
-    files: Sequence[Path] = (),
-    settings: Sequence[tuple[str, str]] = (),
-    console: Console | None = None,
-    *,
-    resume: bool = False,
-    nproc: int | None = None,
-) -> list[str]:
-    """Run `notebook` with the parameters of `files` and `settings`, and write it to `output`.
+def run_notebook(job: Job, console: Console | None = None) -> list[str]:
+    """Run the notebook of a job, and write the executed copy.
 
-    notebook: the source, as `find_source` takes it; it is only read
-    output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`.
-        The notebook's parameter `results`, if it has one, becomes the folder of `output`
-    files: YAML mappings of parameters; a later file wins
-    settings: (name, text) pairs, which win over the files, and over `output` for `results`
     console: where progress is shown; standard output by default
-    resume: go on with the training runs that an interrupted start left: the notebook's parameter `resume`
-    nproc: processes that train its run together, each on a GPU: the notebook's parameter `nproc`
 
     Returns the closing sentences that the notebook published.
 
-    Raises UserError where something is refused, before anything is run or written; RunFailed where the notebook
-    stopped before its end, and where its copy had to be kept elsewhere; RunInterrupted where somebody stopped it.
+    Raises RunFailed where the notebook stopped before its end, and where its copy had to be kept elsewhere;
+    RunInterrupted where somebody stopped it.
     """
-    job = prepared(notebook, output, files, settings, resume=resume, nproc=nproc)
     from hybridlab.results.publish import environment, git_commit  # torch, which a refusal need not wait for
 
     commit = git_commit()
@@ -130,9 +113,17 @@ def prepared(
     resume: bool = False,
     nproc: int | None = None,
 ) -> Job:
-    """Check everything that can be checked before a run; arguments as for `run_notebook`.
+    """Check everything that can be checked before a run of `notebook` with the parameters of `files` and `settings`.
 
-    Raises UserError with what to mend.
+    notebook: the source, as `find_source` takes it; it is only read
+    output: the executed copy, written only when every cell has run; a partial copy goes beside it as `.failed.ipynb`.
+        The notebook's parameter `results`, if it has one, becomes the folder of `output`
+    files: YAML mappings of parameters; a later file wins
+    settings: (name, text) pairs, which win over the files, and over `output` for `results`
+    resume: go on with the training runs that an interrupted start left: the notebook's parameter `resume`
+    nproc: processes that train its run together, each on a GPU: the notebook's parameter `nproc`
+
+    Raises UserError with what to mend, before anything is run or written.
     """
     notebook, root = find_source(notebook, NOTEBOOKS), project_root()
     declared = declared_parameters(read_document(notebook), notebook.name)

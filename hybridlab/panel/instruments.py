@@ -33,14 +33,10 @@ class Instruments:
         self._emulated_bytes = config.gpu_bytes if config.emulates_card() else 0
         self._gpu: deque[MemoryReading] = deque(maxlen=RATE_READINGS)
         self._memory = self._read_memory()
-        self._losses: dict[str, Any] = {}
-        self._gradient_norm: float | None = None
-        self._confidence: float | None = None
-        self._decision = ""
+        self._shown: dict[str, Any] = {}  # fields of State that stay until they are known anew
         self._first: StepRecord | None = None
         self._steps_in: Counter[str] = Counter()
         self._readings: deque[tuple[float, int]] = deque(maxlen=RATE_READINGS)
-        self._note = ""
 
     def note(self, record: StepRecord) -> None:
         """Take in a step; reads the losses of the one before it. Steps in between count as like it."""
@@ -54,17 +50,21 @@ class Instruments:
         if record.changes or record.result.event:
             changed = [f"changed {name} to {value:g}" for name, value in record.changes.items()]
             self.remark("; ".join([*changed, *([record.result.event] if record.result.event else [])]))
-        self._decision = decision_of(vars(record.result), self._threshold) or self._decision
-        if record.result.confidence is not None:
-            self._confidence = record.result.confidence
-        if "validation_loss" in record.evaluation:
-            self._losses["validation"] = record.evaluation["validation_loss"]
-            self.timeline.validate(record.result.nominal_step, record.evaluation["validation_loss"])
+        decision, validation = (
+            decision_of(vars(record.result), self._threshold),
+            record.evaluation.get("validation_loss"),
+        )
+        self._show(decision=decision or None, confidence=record.result.confidence, validation=validation)
+        if validation is not None:
+            self.timeline.validate(record.result.nominal_step, validation)
 
     def remark(self, text: str) -> None:
         """Say what happened at the latest step."""
         step = self.latest.result.nominal_step if self.latest else 0
-        self._note = f"step {step:,}: {text}"
+        self._show(note=f"step {step:,}: {text}")
+
+    def _show(self, **known: Any) -> None:
+        self._shown |= {name: value for name, value in known.items() if value is not None}
 
     def read_losses(self) -> None:
         """Read the losses of the latest step, once; that waits for the device unless another step has followed."""
@@ -73,8 +73,7 @@ class Instruments:
         result, self._unread = self._unread.result, None
         measured, predicted = result.measured_loss, result.predicted_loss
         self.timeline.add(result.nominal_step, result.phase, self._memory.used_bytes, measured, predicted)
-        self._losses |= {k: loss for k, loss in (("measured", measured), ("predicted", predicted)) if loss is not None}
-        self._gradient_norm = result.gradient_norm if result.gradient_norm is not None else self._gradient_norm
+        self._show(measured=measured, predicted=predicted, gradient_norm=result.gradient_norm)
 
     def state(self, status: str, *, done: int, total: int, seconds_left: float | None) -> State:
         """What the gauges show now; reads the memory. At least one step must have been noted."""
@@ -90,7 +89,6 @@ class Instruments:
             memory=self._memory,
             timeline=self.timeline,
             statistics=counts,
-            note=self._note,
             done=done,
             total=total,
             seconds_left=seconds_left,
@@ -100,12 +98,9 @@ class Instruments:
             seconds=self.latest.seconds,
             step_ms=self._step_ms(self.latest),
             learning_rate=self.run.learning_rate,
-            gradient_norm=self._gradient_norm,
             depth=getattr(result, "depth", None),
             threshold=self._threshold if self.run.settings.max_predict_steps else None,
-            confidence=self._confidence,
-            decision=self._decision,
-            **self._losses,
+            **self._shown,
             **self._of_gpu(),
         )
 
@@ -115,12 +110,10 @@ class Instruments:
 
     def _of_gpu(self) -> dict[str, Any]:
         """How busy and how hot the GPU is, as means over the last readings."""
-        names = {"gpu_busy_percent": "utilization_percent", "power_watts": "power_watts"}
-        names |= {"temperature_celsius": "temperature_celsius"}
-        known = {
-            name: [v for r in self._gpu if (v := getattr(r, column)) is not None] for name, column in names.items()
-        }
-        return {name: mean(values) if values else None for name, values in known.items()}
+        names = {"gpu_busy_percent": "utilization_percent"}
+        names |= {name: name for name in ("power_watts", "temperature_celsius")}
+        known = {name: [getattr(reading, column) for reading in self._gpu] for name, column in names.items()}
+        return {name: mean(values) for name, all_ in known.items() if (values := [v for v in all_ if v is not None])}
 
     def _rate(self, record: StepRecord) -> float | None:
         """Work of gradient steps per second of training, over the last readings."""

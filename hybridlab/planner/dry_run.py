@@ -115,7 +115,9 @@ class DryRun:
             if self._left_out:
                 _mark(keep_blocks_(self._model, FIRST, self._last), self._trace)
             if self._shards:
-                self._shards.gather_by_block_(self._model, self._spec.gathered_numbers)
+                self._shards.gather_by_block_(
+                    self._model, {"bf16": torch.bfloat16}.get(self._spec.gather, torch.float32)
+                )
             passes = self._unfolded(self._gradient_step())
             after = self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
             update += self._unfolded(after + self._stretch("end", self._drop_gradients))
@@ -145,10 +147,12 @@ class DryRun:
         self._joined = _deactivate_(model, self._spec.depth) if self._spec.depth else set()
         self._trace.tag({*self._weights, *model.buffers()}, "weights")
         self._params = [p for p in model.parameters() if p.requires_grad]
-        self._shards = Shards(self._trace, self._weights, self._spec.shards) if self._spec.is_sharded else None
+        sharing = self._spec.ranks // self._spec.copies
+        self._shards = Shards(self._trace, self._weights, sharing) if self._spec.is_sharded else None
         self._mean = TailAverage(self._own(averaged)) if self._spec.averages else None
         self._size = sum(p.numel() for p in self._own(self._params))
-        self._buckets = ddp_buckets(self._trace, self._size if self._spec.has_ddp_buckets else 0)
+        adds_up = self._spec.ranks > 1 and self._spec.wrap == "ddp"
+        self._buckets = ddp_buckets(self._trace, self._size if adds_up else 0)
         self._left_out = self._countable()
         return self._trace.take()
 

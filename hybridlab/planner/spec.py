@@ -161,21 +161,6 @@ class TrainingSpec:
         return self.ranks > 0 and self.wrap == "fsdp"
 
     @property
-    def shards(self) -> int:
-        """Ranks that share a copy of the model."""
-        return self.ranks // self.copies
-
-    @property
-    def has_ddp_buckets(self) -> bool:
-        """Whether gradients are added up in buckets beside them."""
-        return self.ranks > 1 and self.wrap == "ddp"
-
-    @property
-    def gathered_numbers(self) -> torch.dtype:
-        """The format in which whole weights are gathered and computed with."""
-        return torch.bfloat16 if self.gather == "bf16" else torch.float32
-
-    @property
     def longest(self) -> int | None:
         """Tokens per window that the model takes; None where it sets no limit, or it is unknown."""
         if isinstance(self._model, GPT2Config):

@@ -24,7 +24,7 @@ MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
     "fit_16gb": MemoryConfig.fit_16gb,
 }
 
-FINDS = ("batch", "sequence")
+FINDS = {"batch": largest_batch, "sequence": longest_sequence}
 
 WINDOWS, TOKENS = 8, 512
 """The batch, unless one is given."""
@@ -67,8 +67,7 @@ class Question:
     @cached_property
     def found(self) -> int | None:
         """The largest batch, in windows, or the longest sequence, in tokens, that fits."""
-        search = {"batch": largest_batch, "sequence": longest_sequence}.get(self.find)
-        return search(self.spec, self.gpu_bytes) if search else None
+        return FINDS[self.find](self.spec, self.gpu_bytes) if self.find else None
 
     def record(self) -> dict[str, Any]:
         """The answer, for JSON."""
