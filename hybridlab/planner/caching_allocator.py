@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from hybridlab.planner.trace import Key, Segment
 
@@ -15,32 +14,7 @@ MIDDLE_BYTES, MIDDLE_SEGMENT = 10 * MIB, 20 * MIB
 LARGE_GRAIN = 2 * MIB
 
 Pool = tuple[bool, str]
-
-
-@dataclass(eq=False)
-class _Block:
-    """A stretch of a segment of the GPU's memory, and its neighbours there.
-
-    pool: whether it is small, and the stream that it was allocated on
-    """
-
-    start: int
-    size: int
-    pool: Pool
-    free: bool = True
-    before: _Block | None = None
-    after: _Block | None = None
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.size, self.start
-
-    def absorb_next(self) -> None:
-        """Become one with the neighbour behind."""
-        assert self.after
-        self.size, self.after = self.size + self.after.size, self.after.after
-        if self.after:
-            self.after.before = self
+"""Whether its blocks are small, and the stream that they were allocated on."""
 
 
 class CachingAllocator:
@@ -60,9 +34,11 @@ class CachingAllocator:
     """
 
     def __init__(self) -> None:
-        self.reserved = 0
-        self._free: defaultdict[Pool, list[_Block]] = defaultdict(list)
-        self._used: dict[Key, _Block] = {}
+        self.reserved = self._segments = 0
+        self._free: defaultdict[Pool, list[tuple[int, int]]] = defaultdict(list)  # size and start of each block, sorted
+        self._begins: dict[int, int] = {}  # where a free block starts -> its size
+        self._ends: dict[int, int] = {}  # where one ends -> its size
+        self._used: dict[Key, tuple[Pool, int, int]] = {}
 
     def follow(self, segments: Iterable[Segment]) -> int:
         """Take in all their events; gives what is reserved then."""
@@ -71,43 +47,45 @@ class CachingAllocator:
                 if event.kind == "new":
                     self._used[event.key] = self._allocate(event.size, event.stream)
                 elif event.kind == "free":
-                    self._release(self._used.pop(event.key))
+                    self._release(*self._used.pop(event.key))
         return self.reserved
 
-    def _allocate(self, size: int, stream: str) -> _Block:
+    def _allocate(self, size: int, stream: str) -> tuple[Pool, int, int]:
         size = max(size, 512)
         is_small = size <= SMALL_BYTES
         pool = is_small, stream
         free = self._free[pool]
-        place = bisect_left(free, (size, 0), key=lambda block: block.order)
-        block = free.pop(place) if place < len(free) else self._new_segment(size, pool)
-        left = block.size - size
+        place = bisect_left(free, (size, 0))
+        if place == len(free):
+            self._add_segment(pool, size)
+        found, start = free[place]
+        self._take_out(pool, found, start)
+        left = found - size
         if left >= 512 if is_small else left > SMALL_BYTES:
-            rest = _Block(block.start + size, left, pool, before=block, after=block.after)
-            if rest.after:
-                rest.after.before = rest
-            block.size, block.after = size, rest
-            insort(free, rest, key=lambda block: block.order)
-        block.free = False
-        return block
+            self._put_in(pool, left, start + size)
+            found = size
+        return pool, found, start
 
-    def _new_segment(self, size: int, pool: Pool) -> _Block:
+    def _add_segment(self, pool: Pool, size: int) -> None:
         whole = MIDDLE_SEGMENT if size < MIDDLE_BYTES else -(-size // LARGE_GRAIN) * LARGE_GRAIN
-        block = _Block(self.reserved, SMALL_SEGMENT if pool[0] else whole, pool)
-        self.reserved += block.size
-        return block
+        whole = SMALL_SEGMENT if pool[0] else whole
+        self._segments += 1
+        self._put_in(pool, whole, self.reserved + self._segments)  # a byte apart, so that segments are no neighbours
+        self.reserved += whole
 
-    def _release(self, block: _Block) -> None:
-        if block.after and block.after.free:
-            self._take_out(block.after)
-            block.absorb_next()
-        if block.before and block.before.free:
-            block = block.before
-            self._take_out(block)
-            block.absorb_next()
-        block.free = True
-        insort(self._free[block.pool], block, key=lambda block: block.order)
+    def _release(self, pool: Pool, size: int, start: int) -> None:
+        if behind := self._begins.get(start + size):
+            self._take_out(pool, behind, start + size)
+            size += behind
+        if before := self._ends.get(start):
+            self._take_out(pool, before, start - before)
+            size, start = size + before, start - before
+        self._put_in(pool, size, start)
 
-    def _take_out(self, block: _Block) -> None:
-        free = self._free[block.pool]
-        del free[bisect_left(free, block.order, key=lambda block: block.order)]
+    def _put_in(self, pool: Pool, size: int, start: int) -> None:
+        insort(self._free[pool], (size, start))
+        self._begins[start] = self._ends[start + size] = size
+
+    def _take_out(self, pool: Pool, size: int, start: int) -> None:
+        free = self._free[pool]
+        del free[bisect_left(free, (size, start))], self._begins[start], self._ends[start + size]
