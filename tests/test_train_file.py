@@ -166,6 +166,8 @@ def test_what_cannot_be_meant_is_one_line(
         ("  steps: 1:30", "run: steps: YAML reads 1:30 as 90"),
         ("  steps: 0050", "run: steps: YAML reads 0050 as 40"),
         ("  optimizer: {lr: 0x1}", "run: optimizer: lr: YAML reads 0x1 as 1"),
+        ("  optimizer: !!set {lr}", "run: optimizer is {'lr'}: OptimizerConfig is wanted"),
+        ("  optimizer: !!omap [lr: 1]", "run: optimizer is [('lr', 1)]: OptimizerConfig is wanted"),
         ("  steps: 40\n  steps: 50", "'steps' is given twice"),
         ("  name: ../toy", "the run's name, '../toy', is no name of a folder"),
         ("  name: ''", "the run's name, '', is no name of a folder"),

@@ -139,14 +139,15 @@ def settings_in_file(path: Path) -> dict[str, Any]:
     return {item.name: item.value for item in given}
 
 
-def _misread(raw: Any, value: Any, place: str) -> Iterator[str]:
-    if isinstance(raw, dict):
-        for name, inner in zip(raw, value.values(), strict=True):
-            yield from _misread(raw[name], inner, f"{place}: {name}")
-    elif isinstance(raw, list):
-        for item, inner in zip(raw, value, strict=True):
-            yield from _misread(item, inner, place)
-    elif _is_misread(raw, value):
+def _misread(raw: Any, value: Any, place: str = "") -> Iterator[str]:
+    """Tell of each number that YAML 1.1 made of what is no plain decimal: 12:30, 0200, 0x10, 1_000, .nan."""
+    if isinstance(raw, dict) and isinstance(value, dict):
+        for (name, written), inner in zip(raw.items(), value.values(), strict=False):
+            yield from _misread(written, inner, f"{place}: {name}")
+    elif isinstance(raw, list) and isinstance(value, list):
+        for written, inner in zip(raw, value, strict=True):
+            yield from _misread(written, inner, place)
+    elif type(value) in (int, float) and not re.fullmatch(PLAIN, raw):
         yield f"{place}: YAML reads {raw} as {value!r}"
 
 
@@ -248,12 +249,8 @@ def _fix(item: Given, parameter: Parameter) -> str:
         return f"write for example {json.dumps(parameter.default)}"
     if _is_misread(item.raw, item.value) and parameter.accepts(item.value):
         return f"write {item.raw.lstrip('0')}, or {item.value}" if str(item.raw).isdigit() else f"write {item.value}"
-    if (
-        isinstance(item.raw, str)
-        and parameter.accepts(item.raw)
-        and item.raw
-        and not isinstance(item.value, list | dict)
-    ):
+    written = isinstance(item.raw, str) and item.raw and not isinstance(item.value, list | dict)
+    if written and parameter.accepts(item.raw):
         return f"write '{item.raw}' in quotes"
     if isinstance(number, float) and number.is_integer() and parameter.accepts(int(number)):
         return f"write {int(number)}"
@@ -287,7 +284,4 @@ def _written(node: yaml.Node | None) -> Any:
 
 
 def _is_misread(raw: Any, value: Any) -> bool:
-    """Tell a number that YAML 1.1 made of what is no plain decimal: 12:30, 0200, 0x10, 1_000, .nan."""
-    if isinstance(raw, list) and isinstance(value, list):
-        return any(map(_is_misread, raw, value))
-    return type(value) in (int, float) and not re.fullmatch(PLAIN, raw)
+    return any(_misread(raw, value))
