@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,22 +24,6 @@ from hybridlab.study.code_version import code_version
 from hybridlab.study.record import Run
 from hybridlab.study.step_log import RunMemory, StepLog, StepRecord, TrainingTimer
 from hybridlab.study.watched_run import WatchedRun, progress
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What the panel and the record say of a loop: a name, a seed, nominal steps, and what else is to be kept."""
-
-    name: str
-    steps: int
-    seed: int = 0
-    more: Mapping[str, Any] = field(default_factory=dict)
-    task: Any = field(default_factory=SimpleNamespace)
-    gpu_bytes: int = 0
-
-    def emulates_card(self) -> bool:
-        """No smaller GPU is emulated."""
-        return False
 
 
 class RecordedLoop(WatchedRun):
@@ -60,12 +43,15 @@ class RecordedLoop(WatchedRun):
     def __init__(
         self, trainer: HybridTrainer, folder: str, steps: int, seed: int = 0, more: Mapping[str, Any] | None = None
     ) -> None:
-        self.config = LoopSettings(folder, steps, seed, more or {})
+        self.config = SimpleNamespace(name=folder, steps=steps, seed=seed, task=SimpleNamespace())
+        self.config.emulates_card = lambda: False
         self.folder = runs_folder(folder)
         self._trainer, device = trainer, next(trainer.model.parameters()).device
         self._memory, self._timer = RunMemory(device), TrainingTimer(device)
         self._memory.begin(partial(progress, trainer, self._timer, steps))
-        self._log = StepLog(self.folder, self._settings(device), self._memory, keep_steps=0)
+        facts = {"name": folder, "seed": seed, "steps": steps, "task": {}, "hybrid": asdict(trainer.config)}
+        facts |= {"device": device_name(device), **(more or {})}
+        self._log = StepLog(self.folder, facts, self._memory, keep_steps=0)
         self._recording = self._log.open()
         self._recording.__enter__()
         self._evaluation: dict[str, float] = {}
@@ -125,11 +111,6 @@ class RecordedLoop(WatchedRun):
         self._timer.start()
         self._memory.sampler.start()
         self._memory.enter(str(self._trainer.current_phase))
-
-    def _settings(self, device: torch.device) -> dict[str, Any]:
-        config = self.config
-        facts = {"name": config.name, "seed": config.seed, "steps": config.steps, "task": {}}
-        return facts | {"hybrid": asdict(self._trainer.config), "device": device_name(device)} | dict(config.more)
 
 
 class HybridLoop:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 from tqdm.std import tqdm
 
@@ -97,7 +97,8 @@ class Progress:
         """Their loss, and the memory of each, in words; empty without ranks."""
         loss = next((news.loss for news in self._ranks.values() if news.loss is not None), None)
         known = sorted(self._ranks.items())
-        memory = [f"{_place(news)} {rank} {news.memory.used_bytes / 1e9:.2f} GB" for rank, news in known]
+        places = {rank: "process" if news.memory.source == "process" else "GPU" for rank, news in known}
+        memory = [f"{places[rank]} {rank} {news.memory.used_bytes / 1e9:.2f} GB" for rank, news in known]
         return ", ".join(["", *([] if loss is None else [f"loss {loss:.4f}"]), *memory])
 
     def between_steps(self, run: object) -> None:
@@ -114,10 +115,6 @@ class Progress:
     def _times(self) -> dict[str, float | None]:
         seconds = time.monotonic() - self._started
         return {"seconds": seconds, "seconds_left": seconds_left(self.done, self.total, seconds)}
-
-
-def _place(news: RankNews) -> str:
-    return "process" if news.memory.source == "process" else "GPU"
 
 
 def seconds_left(done: int, total: int, seconds: float) -> float | None:
@@ -156,13 +153,9 @@ def _show_bar(path: Path, console: Console, finished: threading.Event) -> None:
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting the kernel", total=None, left="")
         while not finished.wait(SHOW_EVERY_SECONDS):
-            _update(bar, task, _state(path))
-
-
-def _update(bar: Bar, task: TaskID, state: dict[str, Any] | None) -> None:
-    if state:
-        done, total, label = state["done"], state["total"], state["label"]
-        bar.update(task, completed=done, total=total, description=label, left=_left(state))
+            if state := _state(path):
+                done, total, label = state["done"], state["total"], state["label"]
+                bar.update(task, completed=done, total=total, description=label, left=_left(state))
 
 
 def _show_lines(path: Path, console: Console, finished: threading.Event) -> None:

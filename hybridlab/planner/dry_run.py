@@ -24,7 +24,6 @@ from hybridlab.planner.ranks import Shards, ddp_buckets
 from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
 from hybridlab.planner.trace import Segment, Trace
-from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 from hybridlab.weights.tail_average import TailAverage, put_back
 
@@ -389,13 +388,14 @@ class DryRun:
 
     def _set_up_path(self) -> list[Segment]:
         with self._trace.counting_as("path"):
-            self._path = self._new_path(self._spec.path, self._spec.path_storage)
+            self._path = self._new_path()
         with self._trace.counting_as("weights"):
             self._average()
         return self._trace.take()
 
-    def _new_path(self, path: PathNeeds | None, storage: PathStorage) -> list[Tensor]:
+    def _new_path(self) -> list[Tensor]:
         """Rows, last weights, velocity and direction, and the rollback snapshot."""
+        path, storage = self._spec.path, self._spec.path_storage
         made = [torch.empty(self._size)] if path and path.direction else []
         if storage.on_host:
             return made

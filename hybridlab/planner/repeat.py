@@ -46,17 +46,15 @@ def unfold(segments: Sequence[Segment], left_out: int) -> list[Segment]:
         return list(segments)
     unfolded: list[Segment] = []
     for i, segment in enumerate(segments):
-        copies = [_moved(segment, EXAMPLE + m) for m in range(1, left_out + 1)] if segment.block == EXAMPLE else []
         if segment.block is None:
             unfolded.append(Segment(segment.name, None, list(_between(segment, left_out)), segment.work))
-        elif not copies:
+        elif segment.block != EXAMPLE:
             unfolded.append(_moved(segment, _renumbered(segment.block, left_out)))
-        elif _precedes(segments[:i], segment.name, EXAMPLE - 1):
-            _check_equal(segment, segments)
-            unfolded += [_moved(segment, EXAMPLE), *copies]
         else:
             _check_equal(segment, segments)
-            unfolded += [*reversed(copies), _moved(segment, EXAMPLE)]
+            copies = [_moved(segment, EXAMPLE + m) for m in range(left_out + 1)]
+            is_forward = any((s.name, s.block) == (segment.name, EXAMPLE - 1) for s in segments[:i])
+            unfolded += copies if is_forward else copies[::-1]
     return unfolded
 
 
@@ -88,10 +86,6 @@ def _between(segment: Segment, left_out: int) -> Iterator[Event]:
 
 def _renumbered(block: int, left_out: int) -> int:
     return block if block <= EXAMPLE else block + left_out
-
-
-def _precedes(before: Sequence[Segment], name: str, block: int) -> bool:
-    return any((segment.name, segment.block) == (name, block) for segment in before)
 
 
 def _check_equal(example: Segment, segments: Sequence[Segment]) -> None:
