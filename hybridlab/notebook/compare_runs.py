@@ -153,20 +153,21 @@ def overlay(runs: Sequence[Run], against: Against = "nominal_step") -> Chart:
 
     if not runs:
         raise ValueError("there is nothing to draw: give at least one run")
-    labels = [label(run.config["name"], run.config["seed"]) for run in runs]
-    times, curves, plain = Counter(labels), {}, []
-    for run, name in zip(runs, labels, strict=True):
+    for run in runs:
         if run.config.get("data") != runs[0].config.get("data"):
             raise UserError(
                 f"{run.folder.name} was trained on other data than {runs[0].folder.name}: "
                 "their losses cannot be compared; choose runs with equal data"
             )
+    labels = [label(run.config["name"], run.config["seed"]) for run in runs]
+    times, curves, plain = Counter(labels), {}, []
+    for run, name in zip(runs, labels, strict=True):
         if "validation_loss" not in run.steps or run.steps["validation_loss"].dropna().empty:
             raise UserError(f"{run.folder.name} has no validation_loss yet: leave it out, or wait")
         if times[name] > 1:
             name = f"{name} ({run.folder.parent.name}/{run.folder.name})"
         curves[name] = run.steps
-        plain += [name] * run.is_plain
+        plain += [name] if run.is_plain else []
     return loss_curves(curves, against=against, control=plain)
 
 
