@@ -706,6 +706,12 @@ def test_the_command_plans_a_configuration_and_answers_in_json(capsys):
         ("[1]", 'has no "model_type"'),
         ('{"model_type": "nonsense"}', "transformers refuses the config"),
         ('{"model_type": "t5"}', "a 't5' is not a causal language model"),
+        ('{"model_type": "llama", "hidden_size": "abc"}', "expected int, got str (value: 'abc'); correct the config"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "makes no model of the config: ZeroDivisionError"),
+        ('{"model_type": "llama", "hidden_act": "nosuch"}', "makes no model of the config: KeyError: 'nosuch'"),
+        ('{"model_type": "gpt2", "n_layer": -3}', "num_hidden_layers=-3: at least 1 is wanted"),
+        ('{"model_type": "gpt2", "vocab_size": 0}', "vocab_size=0: at least 1 is wanted"),
+        ('{"model_type": "llama", "num_key_value_heads": 5}', "5 does not divide num_attention_heads=32"),
     ],
 )
 def test_a_configuration_of_no_causal_language_model_is_refused(tmp_path, capsys, content, message):

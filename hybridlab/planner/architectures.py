@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hybridlab.base.errors import UserError
 from hybridlab.models.huggingface import causal_config, fresh_model, read_config
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""Of a config, by the names that transformers gives them for every architecture."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,21 @@ class CausalLM:
         return getattr(self.config, "max_position_embeddings", None)
 
     def __call__(self) -> nn.Module:
-        """The model, in float32 and in training mode."""
-        return fresh_model(self.config)
+        """The model, in float32 and in training mode. Raises UserError where transformers cannot build it."""
+        with _refusing_config():
+            return fresh_model(self.config)
+
+
+@contextmanager
+def _refusing_config() -> Iterator[None]:
+    """Tell in one line what transformers or torch say of a config that makes no model, whatever error they raise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+        raise UserError(f"transformers makes no model of the config: {said}; correct the config") from error
 
 
 def causal_lm(place: str | Path) -> CausalLM:
@@ -42,7 +59,17 @@ def causal_lm(place: str | Path) -> CausalLM:
 
     Raises UserError where transformers is missing, there is no such file, or it describes no causal language model.
     """
-    return CausalLM(causal_config(read_config(str(place))))
+    settings = read_config(str(place))
+    with _refusing_config():
+        config = causal_config(settings)
+    sizes = {name: getattr(config, name, None) for name in SIZES}
+    for name, size in sizes.items():
+        if isinstance(size, int) and size < 1:
+            raise UserError(f"{place}: the config has {name}={size}: at least 1 is wanted")
+    heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise UserError(f"{place}: num_key_value_heads={shared} does not divide num_attention_heads={heads}")
+    return CausalLM(config)
 
 
 def language_model_loss(module: nn.Module, batch: tuple[int, int]) -> Tensor:
