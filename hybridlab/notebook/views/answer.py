@@ -119,7 +119,8 @@ def _why_idle(idle: Sequence[Comparison]) -> str:
     tried, unsure = sum(c.rejected for c in idle), [c.name for c in idle if not c.rejected]
     why = [f"{tried} proposals were tried: none beat the steps that it would replace."] if tried else []
     if unsure:
-        why.append(f"Confidence stayed below its threshold, so that nothing was tried: {'; '.join(unsure)}.")
+        cause = "confidence stayed below its threshold, or the run ended before the first proposal"
+        why.append(f"Nothing was tried, as {cause}: {'; '.join(unsure)}.")
     times = " to ".join(dict.fromkeys(f"{c(one.time_ratio.mean for one in idle):.2f}" for c in (min, max)))
     return " ".join(
         [*why, f"With these trials a run took {times} times the baseline's time: run plain training instead."]
