@@ -76,6 +76,7 @@ def test_results_that_are_damaged_are_refused_before_the_run(notebook: Path) -> 
         ("lr:", "lr: None is empty, a number is wanted"),
         ("steps: 2.0", "steps: 2.0 is a number with a fraction, a whole number is wanted: write 2 in"),
         ("steps: 1e3", "write 1000 in params.yaml"),
+        ("steps: 1e99", "a whole number is wanted: write for example 3 in params.yaml"),
         ("steps: true", "a whole number is wanted"),
         ("steps: 1:30", "steps: YAML reads 1:30 as 90, a whole number is wanted: write 90 in params.yaml"),
         ("start: 12:30", "start: YAML reads 12:30 as 750, text is wanted: write '12:30' in quotes in params.yaml"),
@@ -89,6 +90,7 @@ def test_results_that_are_damaged_are_refused_before_the_run(notebook: Path) -> 
         ("lr: 1.0\nlr: 2.0", "params.yaml: 'lr' is given twice: keep one line"),
         ("- lr", "params.yaml: not a mapping"),
         ("lr: [1", "params.yaml, line 1: not valid YAML"),
+        ("lr: 1.0\n\tsteps: 2", "params.yaml, line 2: not valid YAML: a tab: write spaces in its place"),
         ("lr: 1.0\n---\nlr: 2.0", "not valid YAML"),
     ],
 )

@@ -175,7 +175,8 @@ def _text_of(path: Path) -> str:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     line = f", line {mark.line + 1}" if mark else ""
-    return f"{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}"
+    said = getattr(error, "problem", None) or "unreadable"
+    return f"{line}: not valid YAML: {'a tab: write spaces in its place' if repr(chr(9)) in said else said}"
 
 
 def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]) -> Given:
@@ -252,7 +253,7 @@ def _fix(item: Given, parameter: Parameter) -> str:
     written = isinstance(item.raw, str) and item.raw and not isinstance(item.value, list | dict)
     if written and parameter.accepts(item.raw):
         return f"write '{item.raw}' in quotes"
-    if isinstance(number, float) and number.is_integer() and parameter.accepts(int(number)):
+    if isinstance(number, float) and abs(number) < 2**53 and number.is_integer() and parameter.accepts(int(number)):
         return f"write {int(number)}"
     if isinstance(item.value, str) and number is not None and parameter.accepts(number):
         return f"write {_yaml_number(item.value)}"
