@@ -18,26 +18,16 @@ COLUMNS = 240
 class Column:
     """What happened in a stretch of nominal steps.
 
-    phase: of most of its steps; memory_bytes: the most that was seen; steps_in: phase -> steps taken in it
-    losses: their mean, in nats; None where there was none
+    phase: of most of its steps; memory_bytes: the most that was seen
+    measured_loss, predicted_loss: their means, in nats; None where there was none
+    counts: of steps by phase, and of losses by the name of their mean
     """
 
     phase: str
-    memory_bytes: int
-    steps_in: Counter[str] = field(default_factory=Counter)
+    memory_bytes: int = 0
     measured_loss: float | None = None
     predicted_loss: float | None = None
-    measured: int = 0
-    predicted: int = 0
-
-    def add(self, phase: str, memory_bytes: int, measured: float | None, predicted: float | None) -> None:
-        """Count a step, and its losses into the means."""
-        self.steps_in[phase] += 1
-        if self.steps_in[phase] > self.steps_in[self.phase]:
-            self.phase = phase
-        self.memory_bytes = max(self.memory_bytes, memory_bytes)
-        self.measured, self.measured_loss = _mean(self.measured, self.measured_loss, measured)
-        self.predicted, self.predicted_loss = _mean(self.predicted, self.predicted_loss, predicted)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -62,10 +52,16 @@ class Timeline:
         self, nominal_step: int, phase: str, memory_bytes: int, measured: float | None, predicted: float | None
     ) -> None:
         """Note a nominal step, counted from 1."""
-        at = self.place(nominal_step)
-        if (column := self.columns.get(at)) is None:
-            column = self.columns[at] = Column(phase, memory_bytes)
-        column.add(phase, memory_bytes, measured, predicted)
+        column = self.columns.setdefault(self.place(nominal_step), Column(phase))
+        column.counts[phase] += 1
+        if column.counts[phase] > column.counts[column.phase]:
+            column.phase = phase
+        column.memory_bytes = max(column.memory_bytes, memory_bytes)
+        for name, loss in (("measured_loss", measured), ("predicted_loss", predicted)):
+            if loss is not None and math.isfinite(loss):
+                column.counts[name] += 1
+                mean = getattr(column, name) or 0.0
+                setattr(column, name, mean + (loss - mean) / column.counts[name])
 
     def place(self, nominal_step: int) -> int:
         """The column of a nominal step, counted from 1."""
@@ -111,9 +107,3 @@ def timeline_of(run: Run, steps: int) -> Timeline:
         for step, loss in zip(run.steps["nominal_step"], run.steps["validation_loss"], strict=True):
             timeline.validate(int(step), float(loss if loss is not None else math.nan))
     return timeline
-
-
-def _mean(count: int, mean: float | None, value: float | None) -> tuple[int, float | None]:
-    if value is None or not math.isfinite(value):
-        return count, mean
-    return count + 1, value if mean is None else mean + (value - mean) / (count + 1)
