@@ -18,9 +18,15 @@ from rich.console import Console
 
 from hybridlab import __version__
 from hybridlab.base.errors import UserError, printable, told
-from hybridlab.batch.terminal import guarded_output, signals_as_interrupts
-
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+from hybridlab.batch.terminal import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    RunFailed,
+    RunInterrupted,
+    guarded_output,
+    signals_as_interrupts,
+)
 
 app = typer.Typer(
     help="Measure whether predicting weights and saving memory pay, on your model and your GPU.",
@@ -399,18 +405,9 @@ def _ended(arguments: list[str]) -> int:
         return _say(error, EXIT_REFUSED)
     except OSError as error:  # a name that is too long, a folder that is gone: whatever the system refuses
         return _say(told(error), EXIT_FAILED)
-    except Exception as error:
-        return _say(error, _exit_code(error))
+    except RunFailed as error:
+        return _say(error, EXIT_INTERRUPTED if isinstance(error, RunInterrupted) else EXIT_FAILED)
     return 0
-
-
-def _exit_code(error: Exception) -> int:
-    """Tell a run that failed or was stopped from a bug, which keeps its traceback."""
-    from hybridlab.batch.run import RunFailed, RunInterrupted
-
-    if not isinstance(error, RunFailed):
-        raise error
-    return EXIT_INTERRUPTED if isinstance(error, RunInterrupted) else EXIT_FAILED
 
 
 def _joined(arguments: list[str]) -> list[str]:

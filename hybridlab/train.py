@@ -22,7 +22,7 @@ from hybridlab.base.files import project_root
 from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
 from hybridlab.base.settings import check_types, settings_from
 from hybridlab.batch.given import settings_in_file
-from hybridlab.batch.terminal import SIGNALS, signals_as_interrupts
+from hybridlab.batch.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, SIGNALS, signals_as_interrupts
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
 from hybridlab.study.ranks import RanksConfig
@@ -32,8 +32,6 @@ from hybridlab.study.watched_run import WatchedRun
 TASKS = {"text": TextTaskConfig, "images": ImageTaskConfig, "huggingface": HuggingFaceTaskConfig}
 
 GO_ON = "see what it said; --resume goes on"
-
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from rich.console import Console
 from hybridlab.base.errors import UserError
 from hybridlab.batch.executed import clean_, unfinished, write_or_rescue
 from hybridlab.batch.given import declared_parameters
-from hybridlab.batch.run import GO_ON, RunFailed, prepared, run_notebook, summary_of
+from hybridlab.batch.run import GO_ON, prepared, run_notebook, summary_of
+from hybridlab.batch.terminal import RunFailed
 from hybridlab.notebook.views.answer import claims_table
 from hybridlab.panel import progress
 from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched

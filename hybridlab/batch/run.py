@@ -32,6 +32,7 @@ from hybridlab.batch.given import (
     values_in_file,
 )
 from hybridlab.batch.limits import check_limits
+from hybridlab.batch.terminal import RunFailed, RunInterrupted
 from hybridlab.panel.progress import watched
 from hybridlab.results.parameters import asked, parameters_sha256
 
@@ -43,14 +44,6 @@ WORK, PROGRESS = "work.ipynb", "progress.json"
 GO_ON = "the same command with --resume goes on with its training runs"
 REFUSALS = ("UserError", "ValueError", "TypeError")
 """Errors by which a cell refuses what it was given: the same command ends the same way."""
-
-
-class RunFailed(Exception):
-    """The notebook stopped before its end, or its copy found no place; the message says where it is and why."""
-
-
-class RunInterrupted(RunFailed):
-    """Somebody stopped the run."""
 
 
 @dataclass(frozen=True)

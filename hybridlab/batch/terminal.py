@@ -1,4 +1,4 @@
-"""What a command is connected to: signals that end it, and a standard output that may be closed or full."""
+"""How a command ends: its exit codes, signals, and a standard output that may be closed or full."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
 SIGNALS = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
 """What a system sends to end a program, a closed terminal to all of its own; Windows has no SIGHUP."""
+
+
+class RunFailed(Exception):
+    """The notebook stopped before its end, or its copy found no place; the message says where it is and why."""
+
+
+class RunInterrupted(RunFailed):
+    """Somebody stopped the run."""
 
 
 @contextmanager
