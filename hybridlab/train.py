@@ -81,12 +81,16 @@ def _task(given: Any, place: str) -> Any:
 
 
 def run_file(path: Path, *, resume: bool = False) -> None:
-    """Train what a settings file says, and print how it goes."""
+    """Train what a settings file says, and print how it goes.
+
+    Raises UserError where a run lies in its folder already, unless it is gone on with.
+    """
     config = read_settings(path)
+    resume = resume or config.resume
+    if not resume and (config.path / "config.json").exists():  # no rank writes there before all have come to this
+        raise UserError(f"a run lies in {config.path} already: go on with it by --resume, or name another folder")
     with config.ranks.started(config.run):
-        done = train(
-            config.run, config.path, resume=resume or config.resume, watch=_say_progress, ranks=config.ranks
-        ).closing_figures
+        done = train(config.run, config.path, resume=resume, watch=_say_progress, ranks=config.ranks).closing_figures
         _say(f"done: validation loss {done['validation_loss']:.4f} nats; {config.path}")
 
 

@@ -76,6 +76,17 @@ def test_alone_it_leaves_a_record_and_finished_it_stands(alone: Path, capsys: py
     assert capsys.readouterr().out.startswith("done: validation loss")
 
 
+@pytest.mark.parametrize("settings", [{}, {"steps": 2}])
+def test_a_run_that_lies_there_is_not_replaced_by_the_same_or_by_another(
+    alone: Path, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()}
+    assert main(["-f", written(tmp_path, RUN | settings, folder=str(alone / "run"))]) == 2
+    assert "a run lies in" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    assert {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()} == before
+
+
 def test_replicated_it_trains_the_same(alone: Path, tmp_path: Path) -> None:
     assert main(["-f", written(tmp_path, RUN | {"tail_average": 0.3}, ranks={"wrap": "ddp"})]) == 0
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
