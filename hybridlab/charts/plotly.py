@@ -211,7 +211,9 @@ def _notes(figure: go.Figure, chart: ChartData, cell: dict[str, int], columns: i
     for line in chart.lines:
         _reference(figure, chart, cell, line.value, _plain(line.label))
     for line in chart.x_lines:
-        _x_reference(figure, cell, line.value, _plain(line.label))
+        figure.add_vline(line.value, line=REFERENCE, **cell)
+        beside = {"xanchor": "right", "yanchor": "bottom", "textangle": -90}
+        _note(figure, cell, _plain(line.label), x=line.value, y=0, yref="y domain", **beside)
     for place in chart.places():
         if place.series.kind == "bar" and place.topmost:
             for start, length, y in zip(place.base, place.series.x, place.series.y, strict=True):
@@ -235,12 +237,6 @@ def _reference(figure: go.Figure, chart: ChartData, cell: dict[str, int], value:
     else:
         where = {"x": 1, "y": value, "xref": "x domain", "xanchor": "right", "yanchor": "bottom"}
         figure.add_hline(value, line=REFERENCE, **cell)
-    _note(figure, cell, label, **where)
-
-
-def _x_reference(figure: go.Figure, cell: dict[str, int], value: float, label: str) -> None:
-    figure.add_vline(value, line=REFERENCE, **cell)
-    where = {"x": value, "y": 0, "yref": "y domain", "xanchor": "right", "yanchor": "bottom", "textangle": -90}
     _note(figure, cell, label, **where)
 
 

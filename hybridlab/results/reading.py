@@ -32,17 +32,19 @@ class _OfEqualLength(_Part):
         return self
 
 
-class _PredictRow(_Part):
+class _MemoryRow(_Part):
     arm: str
-    measured_allocated_bytes: Number | None
-
-
-class _MemoryRow(_PredictRow):
     model: str
     parts: dict[str, Number]
     peak_memory_bytes: Number
+    measured_allocated_bytes: Number | None
     loss_change: Number | None
     __pydantic_extra__: dict[str, Number | None]
+
+
+class _PredictRow(_Part):
+    arm: str
+    measured_allocated_bytes: Number | None
 
 
 class _VramRow(_OfEqualLength):

@@ -24,7 +24,7 @@ from hybridlab.results.claims import (
 )
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Base, Interval, median_ends
+from hybridlab.study.statistics import Interval, median_ends
 from hybridlab.study.study import StudyResult
 
 PREDICTED_WITHIN = 0.10
@@ -166,20 +166,20 @@ def quality_claims(
 
     The whole interval must lie below the bound. Where too little was trained for a verdict, it is open.
     """
-    return [_quality(kind, f.arm, f.change, f.base, within, control) for f in footprints if f.change and f.base]
-
-
-def _quality(kind: str, arm: str, change: Interval, base: Base, within: float, control: float) -> Claim:
-    bound = within * control
-    gap, low, high = (math.expm1(loss) for loss in (change.mean, *change.ends))
-    quantities = (
-        Quantity.over_seeds("loss_change", change, "nats", bound),
-        Quantity("seeds", change.seeds),
-        Quantity("perplexity_gap", gap, low, high, "share", tuple(map(math.expm1, change.values))),
-    )
-    seeds = f"{change.seeds} seeds" if change.seeds > 1 else "one seed"
-    text = f"{arm}: validation loss at most {100 * within:g} % above the control's ({seeds})"
-    return on_losses(kind, arm, text, holds_below(*change.ends, bound), quantities, base)
+    claims = []
+    for f in footprints:
+        if f.change and f.base:
+            bound, change = within * control, f.change
+            gap, low, high = (math.expm1(loss) for loss in (change.mean, *change.ends))
+            quantities = (
+                Quantity.over_seeds("loss_change", change, "nats", bound),
+                Quantity("seeds", change.seeds),
+                Quantity("perplexity_gap", gap, low, high, "share", tuple(map(math.expm1, change.values))),
+            )
+            seeds = f"{change.seeds} seeds" if change.seeds > 1 else "one seed"
+            text = f"{f.arm}: validation loss at most {100 * within:g} % above the control's ({seeds})"
+            claims.append(on_losses(kind, f.arm, text, holds_below(*change.ends, bound), quantities, f.base))
+    return claims
 
 
 def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | None) -> list[Claim]:

@@ -15,23 +15,22 @@ BOUND = 1.01
 
 def panel_table(costs: Mapping[str, PanelCost]) -> Table:
     """By what runs: a step with the panel and one without it again, both over one without; and the panel's own time."""
-    rows = [row for name, cost in costs.items() for row in _rows(name, cost)]
+    rows: list[dict[str, Any]] = []
+    for name, cost in costs.items():
+        rows += [
+            {"training": name, "a step": "without the panel", "ms": cost.step_ms},
+            {"training": name, "a step": "without it again: the control"} | cost.none_over_none.ends,
+            {"training": name, "a step": "with the panel"}
+            | cost.panel_over_none.ends
+            | {"drawings a round": cost.drawings},
+            {"training": name, "a step": "the panel's own code alone"}
+            | {"median": cost.panel_itself_ms / cost.step_ms, "ms": cost.panel_itself_ms},
+        ]
     caption = (
         "A step over one without the panel: medians over paired rounds, with the ends of their 95 % intervals. The "
         "panel's own code alone is the host's time in it, drawings included, over a step without it"
     )
     return table(rows, caption, {"ms": ".3f", "drawings a round": ".1f"})
-
-
-def _rows(name: str, cost: PanelCost) -> list[dict[str, Any]]:
-    panel = cost.panel_over_none.ends
-    rows: list[dict[str, Any]] = [
-        {"a step": "without the panel", "ms": cost.step_ms},
-        {"a step": "without it again: the control"} | cost.none_over_none.ends,
-        {"a step": "with the panel"} | panel | {"drawings a round": cost.drawings},
-        {"a step": "the panel's own code alone", "median": _itself_over_none(cost), "ms": cost.panel_itself_ms},
-    ]
-    return [{"training": name} | row for row in rows]
 
 
 def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
@@ -44,7 +43,7 @@ def _claim(name: str, cost: PanelCost) -> Claim:
     quantities = (
         Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio", panel.rounds, BOUND),
         Quantity("none_over_none", control.median, control.low, control.high, "time ratio", control.rounds),
-        Quantity("panel_itself_over_none", _itself_over_none(cost), unit="time ratio"),
+        Quantity("panel_itself_over_none", cost.panel_itself_ms / cost.step_ms, unit="time ratio"),
         Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
         Quantity("step", cost.step_ms, unit="ms"),
     )
@@ -52,7 +51,3 @@ def _claim(name: str, cost: PanelCost) -> Claim:
     verdict = "open" if control_is_off else holds_below(panel.low, panel.high, BOUND)
     text = f"{name}: a step with the panel on takes at most {BOUND} of one without"
     return Claim("panel-is-cheap", text, verdict, quantities, name)
-
-
-def _itself_over_none(cost: PanelCost) -> float:
-    return cost.panel_itself_ms / cost.step_ms
