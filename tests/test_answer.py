@@ -8,8 +8,12 @@ import nbformat
 import pytest
 
 from hybridlab.batch.run import prepared, run_notebook
+from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.answer import answer_rows, claims_in_sentences
+from hybridlab.notebook.views.your_model import steps_within
+from hybridlab.optim import Schedule
 from hybridlab.results.claims import Claim, Quantity, Verdict
+from hybridlab.study import RunConfig, Study, TextTaskConfig
 from tests.notebook_maker import project, save, tiny_notebook
 
 PLACE = "from hybridlab.notebook import answer_place\nanswer_place()"
@@ -60,3 +64,11 @@ def test_sentences_count_what_holds_and_name_what_fails(failed):
     assert len(fails) == min(failed, 1)
     assert "".join(fails).count("3.000 nats") == min(failed, 3)
     assert ("and 2 more" in "".join(fails)) == (failed == 5)
+
+
+@pytest.mark.parametrize(("predictor", "least"), [("linear", 200), ("river", 500)])
+def test_a_short_study_is_long_enough_for_a_verdict_and_for_its_predictor(predictor: str, least: int) -> None:
+    task = TextTaskConfig("nano", "markov", vocab_size=64, block_size=8, batch_size=2)
+    base = RunConfig("baseline", task, 10, schedule=Schedule("constant", warmup_steps=2), device="cpu")
+    jumping = HybridTrainerConfig.conservative(predictor=predictor, warmup_steps=50)
+    assert steps_within(1e-6, Study(base, {"jumping": jumping})) == least

@@ -38,14 +38,21 @@ def blocks_in(config: RunConfig) -> int:
 def steps_within(minutes: float, study: Study) -> int:
     """The length of the baseline with which a study takes about so many minutes here, by a short run's step time.
 
-    At least what a verdict needs; rounded to tens.
+    At least what a verdict needs, and so many that each predictor has a path to predict from for half of them; rounded
+    to tens.
     """
     short = replace(study.base, steps=TRIAL_STEPS, schedule=study.base.lr_schedule.fitted_to(TRIAL_STEPS))
     with tempfile.TemporaryDirectory() as folder:
         figures = train(replace(short, evaluate_every=TRIAL_STEPS), Path(folder)).closing_figures
     runs = 1 + sum(study.control_fractions) + 2 * len(study.hybrids)  # a control for each hybrid, as long as it at most
     steps = 60e3 * minutes / (figures["gradient_step_ms"] * study.seeds * runs)
-    return max(LEAST.steps, round(steps, -1)) if steps > 1 else LEAST.steps
+    return max(LEAST.steps, *(2 * _first_proposal(hybrid) for hybrid in study.hybrids.values()), round(steps, -1))
+
+
+def _first_proposal(config: HybridTrainerConfig) -> int:
+    """The step at which the path is long enough for the predictor; 0 where nothing is predicted in time."""
+    needs = config.path_needs
+    return config.warmup_steps + needs.rows * needs.every if needs else 0
 
 
 def fit_report(config: RunConfig, card: str) -> str:
