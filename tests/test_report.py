@@ -954,8 +954,10 @@ def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() ->
     assert "| grown (predicted depth) | in depth: 1000 at the cost of 475 |" in page
     assert "loss against a plain run of as much computation -0.200" in page
     assert at_a_glance(found) == at_a_glance(Evidence({MAIN: {"05_gpt2_medium": entry(parameters=parameters)}}))
-    (row,) = depth_advice(found)
-    assert (row["model"], row["arm"]) == ("medium", "grown from 3, 1000 steps")
+    with_muon = entry(*claims, shallow, parameters=parameters | {"optimizer": "muon"})
+    rows = depth_advice(Evidence({MAIN: found.entries[MAIN], "rtx5080_muon": {"05_gpt2_medium": with_muon}}))
+    told = [(row["model"], row["optimizer"], row["arm"]) for row in rows]
+    assert told == [("medium", optimizer, "grown from 3, 1000 steps") for optimizer in ("AdamW", "Muon")]
 
 
 RECIPE = {

@@ -59,6 +59,7 @@ PREDICTORS = "07_step_value"
 DEPTH_COLUMNS = (
     "model",
     "tokens per parameter",
+    "optimizer",
     "arm",
     "growing pays",
     "depth pays",

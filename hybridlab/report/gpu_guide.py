@@ -127,6 +127,7 @@ def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Ce
     return {
         "model": parameters.get("model"),
         "tokens per parameter": _tokens_per_parameter(parameters, pays),
+        "optimizer": {"muon": "Muon"}.get(parameters.get("optimizer", ""), "AdamW"),
         "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
         "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
         "growing pays": pays.verdict,
