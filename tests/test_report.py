@@ -918,7 +918,7 @@ def test_another_profile_needs_no_code_and_its_depths_stand_by_tokens_per_parame
     assert "## A mini one (`params/rtx5080_mini`)" in claims_document(found)
     rows = [(row["tokens per parameter"], row["depth pays"], row["profile"]) for row in depth_advice(found)]
     assert rows == [("5", "fails", "rtx5080_mini"), ("20", "holds", "rtx5080_mini")]
-    assert "| mini | 20 | grown from 6, 1632 steps | holds | holds |" in readme_section(found)
+    assert "| mini | 20 | AdamW | grown from 6, 1632 steps | holds | holds |" in readme_section(found)
 
 
 GROWS = (
