@@ -20,7 +20,10 @@ from hybridlab.results.parameters import HOW_IT_RUNS, asked, parameters_sha256
 from hybridlab.results.words import quantities_in_words
 
 MAX_NOTEBOOK_BYTES = 1_000_000
-MACHINE_PATH = re.compile(r"(?<![\w+/.~])(?:/(?:home|root|work|tmp|Users)/|[A-Z]:\\Users\\)[^\s\"'<>]*")
+WIDEST = 116
+"""Characters of a line of code that JupyterLab shows whole, 1366 pixels wide."""
+
+MACHINE_PATH = re.compile(r"(?<![\w+/.~])(?:/(?:home|root|work|tmp|Users|opt)/|[A-Z]:\\Users\\)[^\s\"'<>]*")
 
 
 def source_problems(path: Path) -> list[str]:
@@ -30,6 +33,11 @@ def source_problems(path: Path) -> list[str]:
     for number, cell in enumerate(notebook.cells, start=1):
         if cell.cell_type == "code" and (cell.outputs or cell.execution_count is not None):
             problems.append(f"cell {number} is not stripped: run nbstripout {path.name}")
+        shown = cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])
+        if shown and (longest := max(map(len, cell.source.splitlines()), default=0)) > WIDEST:
+            problems.append(
+                f"cell {number} has a line of {longest} characters, cut off at the right: wrap it at {WIDEST}"
+            )
         if not cell.source.strip():
             problems.append(f"cell {number} is empty: take it out")
         if INJECTED in cell.metadata.get("tags", []):

@@ -144,7 +144,7 @@ def waterfall_chart(rungs: Sequence[Rung]) -> Chart:
 
 
 def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> list[Claim]:
-    """That rounding changes no loss, that other rungs take fewer steps than the vanilla run, and the stack less time.
+    """That the stack takes less time, that rounding changes no loss, and that other rungs take fewer steps.
 
     least_ratio: what the vanilla run's time over the whole stack's is to be at least
     """
@@ -164,7 +164,7 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
     text = f"the whole stack reaches the vanilla run's final loss in {time} time"
     decided = holds_below(-ratio.high, -ratio.low, -least_ratio)
     quantities = (value_quantity("stack_time_ratio", ratio, "time ratio", least_ratio), Quantity("seeds", ratio.seeds))
-    return [*claims, on_losses("stack-is-fast", "", text, decided, quantities, base)]
+    return [on_losses("stack-is-fast", "", text, decided, quantities, base), *claims]
 
 
 def _same_loss(ladder: Ladder, vanilla: Rung, rung: Rung, change: Interval) -> Claim:
