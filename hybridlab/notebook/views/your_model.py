@@ -46,7 +46,8 @@ def steps_within(minutes: float, study: Study) -> int:
         figures = train(replace(short, evaluate_every=TRIAL_STEPS), Path(folder)).closing_figures
     runs = 1 + sum(study.control_fractions) + 2 * len(study.hybrids)  # a control for each hybrid, as long as it at most
     steps = 60e3 * minutes / (figures["gradient_step_ms"] * study.seeds * runs)
-    return max(LEAST.steps, *(2 * _first_proposal(hybrid) for hybrid in study.hybrids.values()), round(steps, -1))
+    least = [2 * _first_proposal(hybrid) for hybrid in study.hybrids.values()]
+    return max(LEAST.steps, *least, 10 * round(steps / 10))
 
 
 def _first_proposal(config: HybridTrainerConfig) -> int:
