@@ -40,6 +40,11 @@ class PanelCost:
     panel_itself_ms: float
     drawings: float
 
+    @property
+    def panel_itself_over_none(self) -> float:
+        """The host's time in the panel's own code, over a step without it."""
+        return self.panel_itself_ms / self.step_ms
+
 
 def panel_overhead(config: RunConfig, *, rounds: int = 20, turns: int = 6, steps: int = 15) -> PanelCost:
     """Measure what the panel costs, in one run whose steps are taken in turns: alone, alone again, and watched.

@@ -50,11 +50,9 @@ class Instruments:
         if record.changes or record.result.event:
             changed = [f"changed {name} to {value:g}" for name, value in record.changes.items()]
             self.remark("; ".join([*changed, *([record.result.event] if record.result.event else [])]))
-        decision, validation = (
-            decision_of(vars(record.result), self._threshold),
-            record.evaluation.get("validation_loss"),
-        )
-        self._show(decision=decision or None, confidence=record.result.confidence, validation=validation)
+        decision = decision_of(vars(record.result), self._threshold) or None
+        validation = record.evaluation.get("validation_loss")
+        self._show(decision=decision, confidence=record.result.confidence, validation=validation)
         if validation is not None:
             self.timeline.validate(record.result.nominal_step, validation)
 
@@ -110,10 +108,12 @@ class Instruments:
 
     def _of_gpu(self) -> dict[str, Any]:
         """How busy and how hot the GPU is, as means over the last readings."""
-        names = {"gpu_busy_percent": "utilization_percent"}
-        names |= {name: name for name in ("power_watts", "temperature_celsius")}
-        known = {name: [getattr(reading, column) for reading in self._gpu] for name, column in names.items()}
-        return {name: mean(values) for name, all_ in known.items() if (values := [v for v in all_ if v is not None])}
+        read: dict[str, list[float | None]] = {
+            "gpu_busy_percent": [reading.utilization_percent for reading in self._gpu],
+            "power_watts": [reading.power_watts for reading in self._gpu],
+            "temperature_celsius": [reading.temperature_celsius for reading in self._gpu],
+        }
+        return {name: mean(known) for name, all_ in read.items() if (known := [v for v in all_ if v is not None])}
 
     def _rate(self, record: StepRecord) -> float | None:
         """Work of gradient steps per second of training, over the last readings."""
