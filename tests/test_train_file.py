@@ -41,7 +41,7 @@ class Task:
         self.model, self.loss, self.evaluate = self.task.model, self.task.loss, self.task.evaluate
 
     def batch(self, step):
-        if step == 22 and os.environ.get("RANK") == "1":
+        if step == 22 and (os.environ.get("RANK"), os.environ.get("WORLD_SIZE")) == ("1", "2"):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.task.batch(step)
 """
@@ -105,21 +105,29 @@ def test_blocks_that_join_later_train_where_weights_are_gathered_in_bf16(tmp_pat
     assert steps["validation_loss"].dropna().is_monotonic_decreasing
 
 
-@pytest.mark.slow
-def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone: Path, tmp_path: Path) -> None:
-    """The same batches on any number of ranks; whoever is left says in one line why the run ends."""
-    (tmp_path / "dying.py").write_text(DYING)
-    file = written(tmp_path, RUN | {"task": f"{tmp_path}/dying.py:Task"})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "hybridlab.train", "-f", file],
-        env=environment,
+def started_on_two_and_one_dies(run: dict[str, Any], folder: Path) -> tuple[str, subprocess.CompletedProcess[str]]:
+    """The second of two ranks dies in step 22."""
+    (folder / "dying.py").write_text(DYING)
+    file = written(folder, run | {"task": f"{folder}/dying.py:Task"})
+    return file, on_ranks(2, file)
+
+
+def on_ranks(ranks: int, file: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    return subprocess.run(
+        [*command, "-m", "hybridlab.train", "-f", file, *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone: Path, tmp_path: Path) -> None:
+    """The same batches on any number of ranks; whoever is left says in one line why the run ends."""
+    file, done = started_on_two_and_one_dies(RUN, tmp_path)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("hybridlab")]
     # torchrun stops all ranks a tenth of a second after one has ended: a rank may learn of that first
@@ -130,6 +138,20 @@ def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone
         assert main(["-f", file, "--resume"]) == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_what_two_gpus_began_four_go_on_with(tmp_path: Path) -> None:
+    """Kernels of a GPU add in an order that the size of a part decides: the losses are equal within rounding."""
+    run = RUN | {"device": "cuda"}
+    file, done = started_on_two_and_one_dies(run, tmp_path)
+    assert done.returncode == 1
+    resumed = on_ranks(4, file, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "2 ranks wrote the checkpoint and 4 go on" in resumed.stderr
+    (whole := tmp_path / "whole").mkdir()
+    assert on_ranks(2, written(whole, run)).returncode == 0
+    pd.testing.assert_frame_equal(losses(whole), losses(tmp_path), atol=1e-4, rtol=0)
 
 
 def changed(**settings: Any) -> dict[str, Any]:
