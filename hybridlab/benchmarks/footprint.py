@@ -58,7 +58,7 @@ class Footprint:
         """Its step over another arm's, paired by seed; None where neither of a pair has a stable step time."""
         pairs = zip(self.steps_ms, other.steps_ms, strict=False)
         ratios = [mine / theirs for mine, theirs in pairs if mine and theirs]
-        return Interval.of(ratios) if ratios else None
+        return Interval.of_ratios(ratios) if ratios else None
 
     @property
     def error(self) -> float | None:

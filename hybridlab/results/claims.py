@@ -42,6 +42,7 @@ class Quantity:
     per_seed: the values behind value and interval, in the order of the seeds; in a results file None where a run
         diverged or the value is open. Of a benchmark, which has a median and its interval, those of its rounds or jumps
     bound: what the value is held against, where this quantity decides its claim
+    over: `Interval.over`
 
     Raises ValueError for an unknown unit.
     """
@@ -53,6 +54,7 @@ class Quantity:
     unit: Unit = "count"
     per_seed: tuple[float | None, ...] = ()
     bound: float | None = None
+    over: Literal["logarithms"] | None = None
     __pydantic_config__: ClassVar[dict[str, Any]] = AS_READ
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Quantity:
     @classmethod
     def over_seeds(cls, name: str, interval: Interval, unit: Unit, bound: float | None = None) -> Self:
         """A mean over seeds; low and high of one seed are its value."""
-        return cls(name, interval.mean, *interval.ends, unit, interval.values, bound)
+        return cls(name, interval.mean, *interval.ends, unit, interval.values, bound, interval.over)
 
     @property
     def ends(self) -> tuple[float, float]:

@@ -166,7 +166,7 @@ def compare(result: StudyResult, name: str) -> Comparison:
         tested=len(p_values),
         base=base_of(result, compared=[name, BASELINE, *(result.control_of(name, seed) for seed in seeds)]),
         step_value=StepValue.of([_seed_runs(result, name, seed) for seed in seeds]),
-        time_ratio=Interval.of(time_ratios),
+        time_ratio=Interval.of_ratios(time_ratios),
         peak_vram_bytes=_peak_vram_bytes(result, name),
         cost=sum(result.cost(name, seed) for seed in seeds) / len(seeds),
         grown=grown,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import scipy
@@ -17,12 +18,23 @@ class Interval:
     Where a run diverged, its loss is infinite, and so are the mean and both ends; with its control, the mean is NaN.
 
     values: what it was computed from, in the order of the seeds
+    over: what of them has the mean and Student's interval; None is the values themselves
     """
 
     mean: float
     low: float
     high: float
     values: tuple[float, ...]
+    over: Literal["logarithms"] | None = None
+
+    @classmethod
+    def of_ratios(cls, ratios: Sequence[float]) -> Interval:
+        """From one positive ratio per seed: the geometric mean, and the interval of the mean logarithm, exponentiated.
+
+        So no end is below 0, and the ratios' inverses have the inverse interval.
+        """
+        logs = cls.of([math.log(ratio) for ratio in ratios])
+        return cls(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), tuple(ratios), "logarithms")
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
