@@ -203,6 +203,7 @@ def test_the_answer_says_why_nothing_was_predicted_and_what_to_run() -> None:
     unsure = compared("linear", **idle | {"rejected": 0, "time_ratio": Interval.of([1.01, 1.01])})
     (said,) = comparisons_in_sentences([compared("in time", **idle), unsure])
     assert "below its threshold, or the run ended before the first proposal: linear." in said
+    assert "below its threshold, or the run ended before the first proposal)" in unsure.sentence
     assert "a run took 1.01 to 1.05 times" in said
 
 

@@ -86,7 +86,7 @@ class Comparison:
                 f"plain run to the same loss, as a multiple of its own: {computation}."
             )
         if not self.predicted_steps:
-            return f"{self.name}: predicted nothing ({self.asked}), {time}."
+            return f"{self.name}: predicted nothing ({self.why_idle}), {time}."
         return (
             f"{self.name}: {self.predicted_steps:.0f} of {self.predicted_steps + self.gradient_steps:.0f} steps were "
             f"predicted, {time}; final loss {self.to_control} nats against a plain run with as many gradient steps: "
@@ -110,10 +110,10 @@ class Comparison:
         return self.sign < 0
 
     @property
-    def asked(self) -> str:
-        """How often the gate said no."""
+    def why_idle(self) -> str:
+        """Why it predicted nothing: how many proposals the gate refused, or what may have kept any from being made."""
         if not self.rejected:
-            return "confidence stayed below its threshold"
+            return "confidence stayed below its threshold, or the run ended before the first proposal"
         return f"proposals tried and rejected: {self.rejected}"
 
     @property

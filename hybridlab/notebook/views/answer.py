@@ -116,11 +116,10 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _why_idle(idle: Sequence[Comparison]) -> str:
     """What refused the proposals of arms that predicted nothing, and what asking took."""
-    tried, unsure = sum(c.rejected for c in idle), [c.name for c in idle if not c.rejected]
+    tried, unsure = sum(c.rejected for c in idle), [c for c in idle if not c.rejected]
     why = [f"{tried} proposals were tried: none beat the steps that it would replace."] if tried else []
     if unsure:
-        cause = "confidence stayed below its threshold, or the run ended before the first proposal"
-        why.append(f"Nothing was tried, as {cause}: {'; '.join(unsure)}.")
+        why.append(f"Nothing was tried, as {unsure[0].why_idle}: {'; '.join(c.name for c in unsure)}.")
     times = " to ".join(dict.fromkeys(f"{c(one.time_ratio.mean for one in idle):.2f}" for c in (min, max)))
     return " ".join(
         [*why, f"With these trials a run took {times} times the baseline's time: run plain training instead."]
