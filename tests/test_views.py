@@ -199,12 +199,13 @@ def test_the_answer_says_why_nothing_was_predicted_and_what_to_run() -> None:
     idle = {"predicted_steps": 0.0, "rejected": 45, "time_ratio": Interval.of([1.04, 1.06])}
     (said,) = comparisons_in_sentences([compared("in time", **idle)])
     assert said.startswith("Predicted nothing, every step was a gradient step: in time. 45 proposals were tried: none ")
-    assert said.endswith("a run took 1.05 times the baseline's time: run plain training instead.")
+    assert said.endswith("Their runs took 1.05 times the baseline's time: run plain training instead.")
     unsure = compared("linear", **idle | {"rejected": 0, "time_ratio": Interval.of([1.01, 1.01])})
     (said,) = comparisons_in_sentences([compared("in time", **idle), unsure])
     assert "below its threshold, or the run ended before the first proposal: linear." in said
     assert "below its threshold, or the run ended before the first proposal)" in unsure.sentence
-    assert "a run took 1.01 to 1.05 times" in said
+    assert "Their runs took 1.01 to 1.05 times" in said
+    assert "trials" not in comparisons_in_sentences([unsure])[0], "none took place"
 
 
 def test_the_best_arm_comes_first_and_idle_ones_are_named_apart() -> None:

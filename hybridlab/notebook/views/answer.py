@@ -121,9 +121,7 @@ def _why_idle(idle: Sequence[Comparison]) -> str:
     if unsure:
         why.append(f"Nothing was tried, as {unsure[0].why_idle}: {'; '.join(c.name for c in unsure)}.")
     times = " to ".join(dict.fromkeys(f"{c(one.time_ratio.mean for one in idle):.2f}" for c in (min, max)))
-    return " ".join(
-        [*why, f"With these trials a run took {times} times the baseline's time: run plain training instead."]
-    )
+    return " ".join([*why, f"Their runs took {times} times the baseline's time: run plain training instead."])
 
 
 def _named(claims: Sequence[Claim]) -> str:
