@@ -42,6 +42,7 @@ from hybridlab.notebook.views.memory import (
 )
 from hybridlab.optim import Schedule
 from hybridlab.planner import plan
+from hybridlab.results.publish import repeats_of
 from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, TextTaskConfig, planning, train
 from hybridlab.study.planning import plan_of, room_for
@@ -305,7 +306,11 @@ def test_what_the_card_could_not_hold_is_not_claimed_about() -> None:
     fits = replace(measured(change=Interval.of([0.01])), arm="fit_16gb")
     free, control = (replace(measured(), arm=arm) for arm in ("no limits", "fp32"))
     words = {"control": "fp32", "fast": "no limits"}
-    assert [claim.id for claim in reference_claims(fits, [free, control], **words)] == ["step-time", "fit_16gb-quality"]
+    claims = reference_claims(fits, [free, control], **words)
+    assert [(claim.id, claim.arm) for claim in claims] == [("step-time", "fit_16gb"), ("fit_16gb-quality", "fit_16gb")]
+    committed = load_results(Path(__file__).parents[1] / "executed/rtx5080/results.json")["06_gpt2_xl"]
+    published = {"parameters": committed["parameters"], "claims": [claim.record() for claim in claims]}
+    assert any("step-time.step_ratio" in kept["figures"] for kept in repeats_of(committed, published))
     assert reference_claims(fits, [], **words) == []
     assert cost_table([fits], "fp32", fast="no limits").cells()[0][-1] == "–"
 

@@ -263,7 +263,8 @@ def step_time_claims(
     text = f"{fits.arm}: a step takes at most {within} times that of {free.arm}"
     measured = Quantity.over_seeds("step_ratio", ratio, "time ratio", within)
     verdict = holds_below(ratio.low, ratio.high, within)
-    return [Claim(kind, text, verdict, (measured, *_busy(ratio.values[0], fits, free)))]
+    quantities = (measured, *_busy(ratio.values[0], fits, free))
+    return [Claim(kind, text, verdict, quantities, fits.arm, id=kind)]  # by this id earlier results are matched
 
 
 def _busy(ratio: float, fits: Footprint, free: Footprint) -> tuple[Quantity, ...]:
