@@ -170,6 +170,17 @@ def test_a_checkpoint_of_other_code_is_refused_in_one_line_and_nothing_is_lost(
     assert Session(CONFIG, "cells", resume=True).steps_done == 5
 
 
+def test_a_damaged_record_is_named_and_without_it_the_session_goes_on() -> None:
+    driven = Session(CONFIG, "cells")
+    list(driven.run(5))
+    driven.close()
+    (driven.folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged, or no run's record: delete it"):
+        Session(CONFIG, "cells", resume=True)
+    (driven.folder / "config.json").unlink()
+    assert Session(CONFIG, "cells", resume=True).steps_done == 5
+
+
 def test_resume_starts_where_nothing_was_trained_yet() -> None:
     assert Session(CONFIG, "cells", resume=True).steps_done == 0
     assert Session(CONFIG, "cells", resume=True).steps_done == 0

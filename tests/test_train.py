@@ -427,6 +427,23 @@ def test_a_damaged_record_is_named_and_trained_afresh(
     assert_same(run, unbroken("plain"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "vram.parquet"])
+def test_a_damaged_record_beside_a_checkpoint_is_named_and_without_it_the_run_goes_on(
+    tmp_path: Path, name: str, unbroken: Callable[[str], Run]
+) -> None:
+    interrupted(PLAIN, tmp_path, 30)
+    first = Run.load(tmp_path).steps["seconds"][0]
+    (tmp_path / name).write_bytes(b"PAR1")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=rf"{name} is damaged, or no run's record: delete it, or train that run afresh"):
+        train(PLAIN, tmp_path, resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / name).unlink()
+    run = train(PLAIN, tmp_path, resume=True)
+    assert run.steps["seconds"][0] == first, "what was trained before is kept"
+    assert_same(run, unbroken("plain"))
+
+
 def test_a_checkpoint_that_finds_the_disk_full_leaves_the_one_before_and_training_goes_on(
     tmp_path: Path, unbroken: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

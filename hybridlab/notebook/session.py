@@ -79,7 +79,7 @@ class Session:
         earlier = earlier_run(self.config, self.folder) if resume else None
         if earlier:
             self._refuse_resume(earlier)
-        else:
+        elif not resume:
             remove_checkpoint(self.folder / CHECKPOINT)
         self._run = TrainingRun(self.config, self.folder)
         self.steps_done = self._saved_at = self._run.start()

@@ -73,9 +73,14 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / RANK_CHECKPOINTS, ignore_errors=True)
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether an earlier start, of one process or of several, left a checkpoint."""
+    return has_checkpoint(folder / CHECKPOINT) or RankCheckpoints.newest_file(folder / RANK_CHECKPOINTS) is not None
+
+
 def kept_in(folder: Path, advice: str = "") -> str:
     """What a run that ends before its time leaves, in words; advice: where it can be gone on from."""
-    if has_checkpoint(folder / CHECKPOINT) or RankCheckpoints.newest_file(folder / RANK_CHECKPOINTS):
+    if has_checkpoints(folder):
         return f"the record and the last checkpoint in {folder} are intact{advice}"
     return f"no checkpoint was written to {folder}: the run begins anew"
 

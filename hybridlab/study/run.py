@@ -36,6 +36,7 @@ from hybridlab.study.resume import (
     FileCheckpoints,
     can_stand,
     earlier_run,
+    has_checkpoints,
     identity,
     other_code,
     remove_checkpoints,
@@ -65,13 +66,15 @@ def train(
     on_step: called after every nominal step, for a progress bar; at once for those that are not taken again
     resume: go on with the run that lies in `folder`, from its last checkpoint, if it has one; a finished run is
         returned as it is. What other code has trained, finished or not, is trained afresh: no run mixes the figures of
-        two programs. So is a run whose record is damaged, with a warning. By default, what lies there is replaced
+        two programs. So is a run whose record is damaged and that has no checkpoint, with a warning. By default, what
+        lies there is replaced
     watch: called after every step that is taken, with the run and what the step did
     ranks: how several processes train it together, each of which calls this, inside `RanksConfig.started`; the first
         one writes, on a disk that all of them see
 
     Raises DivergenceError, and leaves a record that says so, when the run diverges; UserError when `resume` meets a run
-    of another configuration, when another process trains in `folder`, and when memory runs out.
+    of another configuration, or a checkpoint beside a damaged record, when another process trains in `folder`, and when
+    memory runs out.
     """
     folder = Path(folder)
     with locked(folder) if is_first() else nullcontext():
@@ -88,17 +91,19 @@ def train(
 def _standing(config: RunConfig, folder: Path, resume: bool) -> Run | None:
     """The finished run in `folder` that needs no training; a checkpoint that is not gone on from is deleted."""
     earlier = _readable_run(config, folder) if resume else None
-    if not earlier or earlier.summary is not None or other_code(folder):
+    if not resume or other_code(folder) or (earlier and earlier.summary is not None):
         remove_checkpoints(folder)
     lacks_weights = config.keep_weights and not (folder / WEIGHTS).exists()
     return earlier if earlier and can_stand(earlier) and not lacks_weights else None
 
 
 def _readable_run(config: RunConfig, folder: Path) -> Run | None:
-    """The earlier run in `folder`; a damaged one is told, and trained afresh."""
+    """The earlier run in `folder`; a damaged one is told, and trained afresh where it left no checkpoint."""
     try:
         return earlier_run(config, folder)
     except DamagedRecordError as error:
+        if has_checkpoints(folder):
+            raise
         warnings.warn(f"{error}; training {_name(config)}, afresh", stacklevel=4)
         return None
 
