@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from hybridlab.optim import OptimizerConfig, PrimalAveraging, build_optimizer
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.run import TrainingRun
-from tests.conftest import TINY_TEXT
+from tests.conftest import TINY_TEXT, full_disk
 
 WINDOWS = 12
 UNGUARDED = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "clip_norm": 0.5}
@@ -206,8 +207,16 @@ def train_chain(folder: Path, stage: int) -> dict[str, dict[str, Any]]:
     return {name: train("sharded", name, folder / name, ends[stage]) for name, ends in CHAINS.items()}
 
 
-def refuse_unwritable() -> None:
+FULL = r"^cannot write in the folder .*: File too large; make room there or choose another folder$"
+"""What is said of a full disk (`full_disk`)."""
+
+
+def refuse_unwritable(folder: Path) -> None:
     """Where one rank cannot write, all say so, and why, so that none goes on alone."""
+    ranks, rank = place()
+    room = full_disk(10_000) if rank == ranks - 1 else nullcontext()
+    with room, pytest.raises(UserError, match=FULL):
+        RankCheckpoints(folder).save(1, fully_shard(nn.Linear(600, 600)).state_dict(), meta={})
     with pytest.raises(UserError, match="cannot write") as refused:
         RankCheckpoints(Path(__file__) / "checkpoints").save(1, {}, meta={})
     assert isinstance(refused.value.__cause__, OSError)
@@ -232,7 +241,7 @@ def main(folder: Path, *only: str) -> None:
     """Train a part of each chain, then cases in every form, or sharded those named, and leave what came of it."""
     distributed.init_process_group("gloo")
     ranks, rank = place()
-    refuse_unwritable()
+    refuse_unwritable(folder / "full disk")
     refuse_unflushed(folder / "full")
     torch.save(train_chain(folder.parent / "chain", ranks - 1), folder / f"chain, {rank}.pt")
     for wrap, names in ({"sharded": only} if only else BY_WRAP).items():

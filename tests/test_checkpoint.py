@@ -22,6 +22,7 @@ from hybridlab.base.checkpoint import (
     remove_checkpoint,
     restore_random_state_,
     save_checkpoint,
+    save_tensors,
 )
 from hybridlab.base.errors import UserError
 from tests.conftest import full_disk
@@ -256,6 +257,11 @@ def test_a_full_disk_is_told_in_one_line_and_costs_nothing(path: Path, room_byte
     assert load(path) == 2
     path.unlink()
     assert load(path) == 1
+
+
+def test_weights_that_find_no_room_say_what_the_disk_said(path: Path) -> None:
+    with full_disk(100_000), pytest.raises(OSError, match="File too large"):
+        save_tensors({"weights": torch.zeros(100_000)}, path)
 
 
 def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,25 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, meta: Mapping[str, 
     """
     content = {_MARK: FORMAT, "meta": dict(meta), "state": dict(state)}
     _refuse_foreign(content)
-    with replaced(path, keep_as=_previous(path)) as beside, beside.open("wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch's writer hides what the disk said
-                raise error.__context__ from None
-            raise
+    with replaced(path, keep_as=_previous(path)) as beside:
+        save_tensors(content, beside)
+
+
+def save_tensors(content: Mapping[str, Any], path: Path) -> None:
+    """Write a file as torch does. Raises OSError where the disk is full or cannot be written."""
+    with path.open("wb") as file, disk_errors():
+        torch.save(content, file)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise what the disk said, which torch's writer hides behind an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path, tree_unflatten
 
-from hybridlab.base.checkpoint import DamagedError, load_checkpoint, save_checkpoint
-from hybridlab.base.errors import UserError, first_line, told
+from hybridlab.base.checkpoint import DamagedError, disk_errors, load_checkpoint, save_checkpoint
+from hybridlab.base.errors import UserError, first_line
 from hybridlab.base.files import names_to_disk, writing_to
 from hybridlab.base.ranks import from_each, from_first, is_first, is_sharded, local, running, spread
 
@@ -107,19 +107,22 @@ class RankCheckpoints:
     def _write(self, beside: Path, parts: dict[str, Tensor], group: Any) -> None:
         """In a thread: each rank writes its part; torch's save ends on the first one when it has on all."""
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
+        writer = FileSystemWriter(beside)
+        writer.write_data = disk_errors()(writer.write_data)  # type: ignore[method-assign]
         try:
             if parts:
-                save(parts, checkpoint_id=beside, process_group=group)
+                save(parts, storage_writer=writer, process_group=group)
             if is_first():
                 self._end(beside)
         except CheckpointException as error:  # none of Exception
             if is_first():
                 shutil.rmtree(beside, ignore_errors=True)  # the record needs the room
             cause = _cause(error)
-            said = told(cause) if isinstance(cause, OSError) else first_line(cause)
-            raise UserError(f"cannot write the checkpoint in {self._folder}: {said}") from OSError(said)
+            with writing_to(self._folder):
+                raise cause if isinstance(cause, OSError) else OSError(first_line(cause)) from error
 
     def _end(self, beside: Path) -> None:
         """The first rank gives a whole checkpoint its name, and deletes those before the last ones."""
@@ -203,7 +206,6 @@ def _in_place(parts: dict[str, Tensor], model: nn.Module, path: Any, value: Any)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first of the ranks where something did; torch's writer hides what the disk said."""
+    """What went wrong on the first of the ranks where something did."""
     failures = getattr(error, "failures", None)
-    first: BaseException = next(iter(failures.values()))[0] if failures else error
-    return first.__context__ if isinstance(first.__context__, OSError) else first
+    return next(iter(failures.values()))[0] if failures else error

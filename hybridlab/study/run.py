@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
-from hybridlab.base.checkpoint import random_state, restore_random_state_
+from hybridlab.base.checkpoint import random_state, restore_random_state_, save_tensors
 from hybridlab.base.device import find_device, wait_for
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
@@ -197,7 +196,7 @@ class TrainingRun(WatchedRun):
         with self._process.applied(), self._training.weights() as weights:
             if is_first():
                 with replaced(self.folder / WEIGHTS) as beside:
-                    torch.save(weights, beside)
+                    save_tensors(weights, beside)
 
     # --- between two steps -------------------------------------------------------------------------------
 
