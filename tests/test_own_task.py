@@ -100,12 +100,18 @@ def test_a_module_may_hold_settings_of_a_task(mine: Path) -> None:
         ("none.py:Bytes", "none.py: no such file"),
         ("my_task:Byte", "my_task has no 'Byte': it has Bytes"),
         ("my_task:TEXT", "my_task:TEXT is not a task: give a class with batch_size"),
-        ("broken:Bytes", r"broken cannot be imported: ZeroDivisionError: division by zero \(line 2\)"),
+        ("broken:Bytes", r"broken cannot be imported: ZeroDivisionError: division by zero \(broken.py, line 2\)"),
+        ("in_torch.py:Bytes", r"RuntimeError: shape .* is invalid for input of size 3 \(in_torch.py, line 2\)$"),
+        ("open.py:Bytes", r"open.py cannot be imported: SyntaxError: '\(' was never closed \(open.py, line 2\)$"),
+        ("imports_open:Bytes", r"imports_open cannot be imported: SyntaxError: .* \(open.py, line 2\)$"),
         ("json.py:x", "another module is called 'json'"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(name: str, message: str, mine: Path) -> None:
     (mine / "broken.py").write_text("\n1 / 0\n")
+    (mine / "in_torch.py").write_text("import torch\ntorch.zeros(3).reshape(7)\n")
+    (mine / "open.py").write_text("\nx = (\n")
+    (mine / "imports_open.py").write_text("import open\n")
     (mine / "json.py").touch()
     with pytest.raises(UserError, match=message):
         find_task(name)

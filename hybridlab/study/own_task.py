@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, first_line
 from hybridlab.base.files import project_root
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.memory.config import MemoryConfig
@@ -110,8 +110,11 @@ def _import(place: str) -> Any:
             raise UserError(f"there is no module {name!r}: put {name}.py into {folders[0]}") from None
         raise UserError(f"{place} needs the module {error.name!r}: install it") from error
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(f"{place} cannot be imported: {type(error).__name__}: {error} (line {line})") from error
+        said = f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ran = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
+        if ran and not isinstance(error, SyntaxError):  # which names its own file and line
+            said += f" ({Path(ran[-1].filename).name}, line {ran[-1].lineno})"
+        raise UserError(said) from error
     if is_file and Path(module.__file__ or "").resolve() != path.resolve():
         raise UserError(f"{place}: another module is called {name!r} ({module.__file__}): rename the file")
     return module
