@@ -33,9 +33,14 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+FEW, MANY = 8, 24
+"""A hint lists all names, or so few of them where they are more than many."""
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
-    """A hint for a name that is not among the known ones: the likeliest of them, and all of them."""
+    """A hint for a name that is not among the known ones: the likeliest of them, and all, or the likeliest few."""
     names = list(known)
     near = difflib.get_close_matches(str(name).lower(), names, n=1)
-    listed = ", ".join(names)
+    likeliest = difflib.get_close_matches(str(name).lower(), names, n=FEW, cutoff=0.0)
+    listed = ", ".join(names if len(names) <= MANY else [*likeliest, "..."])
     return f"did you mean {near[0]!r}? ({listed})" if near else f"choose one of {listed}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -157,8 +156,7 @@ def missing(path: Path, what: str, pattern: str) -> UserError:
     known = {str(file) for file in path.parent.glob(f"*{Path(pattern).suffix}")}
     known |= {os.path.relpath(file) for file in project_root().glob(pattern)}
     known |= {str(file.relative_to(shipped())) for file in shipped().glob(pattern)}
-    likeliest = sorted(difflib.get_close_matches(str(path), known, n=12, cutoff=0.0))
-    return UserError(f"{path}: no such {what}{f': {nearest(path, likeliest)}' if likeliest else ''}")
+    return UserError(f"{path}: no such {what}{f': {nearest(path, sorted(known))}' if known else ''}")
 
 
 def shipped() -> Path:

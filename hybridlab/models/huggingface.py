@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridlab.base.errors import UserError, first_line
+from hybridlab.base.errors import UserError, first_line, nearest
 from hybridlab.base.lazy import quiet_imports
 
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -45,13 +45,15 @@ def causal_config(settings: dict[str, Any]) -> Any:
     kind = settings["model_type"]
     others = {name: value for name, value in settings.items() if name != "model_type"}
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         config = AutoConfig.for_model(kind, **others | NO_TOKENS | {"use_cache": False})
     except ImportError:
         raise UserError("transformers is not installed: pip install 'hybridlab[hf]'") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"transformers refuses the config with model_type={kind!r}: {first_line(error)}") from None
+        said = first_line(error) if kind in CONFIG_MAPPING else nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise UserError(f"transformers refuses the config with model_type={kind!r}: {said}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"a {kind!r} is not a causal language model: give the config of one")
     return config
