@@ -523,7 +523,7 @@ def test_a_frame_stays_without_widgets_and_says_the_same_as_the_record() -> None
     live, recorded = driven.frame().state, final_frame(driven.record).state
     same = attrgetter("title", "status", "step", "statistics", "measured", "validation", "unit")
     assert same(live) == same(recorded)
-    counted, written = ([c.counts for c in s.timeline.columns.values()] for s in (live, recorded))
+    counted, written = ([(c.steps, c.losses) for c in s.timeline.columns.values()] for s in (live, recorded))
     assert counted == written, "each step once, however often it was looked at"
     bundle = final_frame(driven.record)._repr_mimebundle_()
     assert set(bundle) == {"text/html", "image/png", "text/plain"}

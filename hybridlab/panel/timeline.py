@@ -18,16 +18,21 @@ COLUMNS = 240
 class Column:
     """What happened in a stretch of nominal steps.
 
-    phase: of most of its steps; memory_bytes: the most that was seen
+    memory_bytes: the most that was seen
     measured_loss, predicted_loss: their means, in nats; None where there was none
-    counts: of steps by phase, and of losses by the name of their mean
+    steps: how many of each phase; losses: how many each of the means is of
     """
 
-    phase: str
     memory_bytes: int = 0
     measured_loss: float | None = None
     predicted_loss: float | None = None
-    counts: Counter[str] = field(default_factory=Counter)
+    steps: Counter[str] = field(default_factory=Counter)
+    losses: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def phase(self) -> str:
+        """Of most of its steps."""
+        return self.steps.most_common(1)[0][0]
 
 
 @dataclass
@@ -52,16 +57,14 @@ class Timeline:
         self, nominal_step: int, phase: str, memory_bytes: int, measured: float | None, predicted: float | None
     ) -> None:
         """Note a nominal step, counted from 1."""
-        column = self.columns.setdefault(self.place(nominal_step), Column(phase))
-        column.counts[phase] += 1
-        if column.counts[phase] > column.counts[column.phase]:
-            column.phase = phase
+        column = self.columns.setdefault(self.place(nominal_step), Column())
+        column.steps[phase] += 1
         column.memory_bytes = max(column.memory_bytes, memory_bytes)
         for name, loss in (("measured_loss", measured), ("predicted_loss", predicted)):
             if loss is not None and math.isfinite(loss):
-                column.counts[name] += 1
+                column.losses[name] += 1
                 mean = getattr(column, name) or 0.0
-                setattr(column, name, mean + (loss - mean) / column.counts[name])
+                setattr(column, name, mean + (loss - mean) / column.losses[name])
 
     def place(self, nominal_step: int) -> int:
         """The column of a nominal step, counted from 1."""
