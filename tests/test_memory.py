@@ -29,7 +29,7 @@ from hybridlab.memory.config import (
 )
 from hybridlab.memory.state_offload import StateOffload, _HostStore, _Storage
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups, low_bit
+from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups, low_bit, set_lr_
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.optim.low_bit import joined, low_bit_adamw, split_
 from hybridlab.study import TextTaskConfig
@@ -407,6 +407,60 @@ def test_a_state_keeps_its_number_formats_when_it_is_loaded(weights: str, in_bac
     for part, state in zip(second, torch.load(tmp_path / "saved.pt", weights_only=False), strict=True):
         part.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(trained(*first), trained(*second), strict=True))
+
+
+@pytest.mark.parametrize("state", ["int8", "int4"])
+def test_steps_of_a_captured_backward_pass_are_those_of_an_ordinary_one(
+    state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played back without a GPU: the pass runs again, and writes none of the numbers that change."""
+    pytest.importorskip("torchao.optim")
+    memory, captured = MemoryConfig.fit_16gb(weights="24bit", optimizer_state=state), False
+    monkeypatch.setattr(low_bit, "_is_captured", lambda _: captured)
+
+    def trained(captured_from: int) -> list[Tensor]:
+        nonlocal captured
+        buckets: list[int] = []
+        model = fresh(n_embd=64, **memory.model_settings)
+        prepare_model_(model, memory)
+        optimizer = optimizer_for(model, OptimizerConfig(), memory)
+        assert isinstance(optimizer, StepInBackward)
+        for step in range(6):
+            set_lr_(optimizer, 1e-2 / (1 + step))
+            optimizer.zero_grad()
+            loss, places = model(tokens(step), tokens(step)), optimizer.replays_as
+            if step >= captured_from:
+                optimizer.advance_(buckets)
+            captured = step >= captured_from
+            loss.backward()
+            buckets, captured = optimizer.captured(), False
+            optimizer.step()
+            assert step < 2 or optimizer.replays_as == places, "what a graph would read has not moved"
+        return [t for p in model.parameters() for t in (p.detach(), *map(torch.Tensor.detach, rest_of(optimizer, p)))]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(3), trained(99), strict=True))
+
+
+def rest_of(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
+    return [optimizer.state[param][name] for name in ("step", "rest") if name in optimizer.state[param]]
+
+
+def test_what_cannot_be_captured_says_so() -> None:
+    pytest.importorskip("torchao.optim")
+    model = fresh(n_embd=64)
+    assert StepInBackward(torch.optim.SGD(model.parameters(), lr=1.0), buckets_of(model)).replays_as is None
+    model = fresh(n_embd=64)
+    optimizer = optimizer_for(model, OptimizerConfig(), MemoryConfig(optimizer_state="int8", step_in_backward=True))
+    assert isinstance(optimizer, StepInBackward)
+    assert optimizer.replays_as is not None
+    with optimizer.no_step():
+        assert optimizer.replays_as is None
+    model.h[0].mlp(torch.ones(1, 64)).sum().backward()
+    with pytest.raises(ValueError, match="parameters without a gradient"):
+        optimizer.captured()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["betas"] = (0.5, 0.99)
+    assert optimizer.replays_as is None, "the update has its betas as numbers"
 
 
 def one_bucket(params: list[nn.Parameter], state: str) -> Optimizer:

@@ -190,6 +190,8 @@ SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
             replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))),
             "checkpointing",
         ),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb(weights="24bit"))), None),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), "to the host"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=SKIPS)), "skips other blocks"),
     ],
 )

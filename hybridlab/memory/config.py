@@ -182,7 +182,8 @@ class MemoryConfig:
     def fit_16gb(cls, **changes: Any) -> Self:
         """GPT-2 XL in 16 GB with float32 master weights: no feature of this is there for its own sake.
 
-        With other weights nothing can be predicted, and what is for Predict is left out.
+        With other weights nothing can be predicted, and what is for Predict is left out. They are small enough for the
+        inputs of blocks to stay on the GPU, where a CUDA graph can hold the whole step.
         """
         preset: dict[str, Any] = {
             "mixed_precision": MixedPrecisionConfig.aggressive(),
@@ -196,6 +197,7 @@ class MemoryConfig:
         }
         if changes.get("weights", "fp32") != "fp32":
             preset |= {"mixed_precision": MixedPrecisionConfig.conservative(), "predict_aware": None}
+            preset["checkpointing"] = CheckpointingConfig()
         return cls(**preset | changes)
 
     def __post_init__(self) -> None:
@@ -263,12 +265,19 @@ class MemoryConfig:
         return self.weights != "fp32"
 
     @property
+    def checkpoints_to_host(self) -> bool:
+        """Whether what blocks are computed from waits in host memory."""
+        return self.checkpointing is not None and self.checkpointing.inputs == "host"
+
+    @property
     def without_cuda_graphs(self) -> str | None:
         """Which of these settings a pass that is replayed as a CUDA graph does not allow; None where all go with it."""
+        stepping = self.step_in_backward and self.weights == "24bit"  # nothing but the step itself moves these
         reasons = {
             "gradients of micro_batches are added up": self.micro_batches > 1,
-            "checkpointing computes blocks anew in backward": self.checkpointing is not None,
-            "step_in_backward takes each gradient away": self.step_in_backward,
+            "checkpointing sends inputs to the host": self.checkpoints_to_host,
+            "checkpointing computes blocks anew in backward": self.checkpointing is not None and not stepping,
+            "step_in_backward takes each gradient away": self.step_in_backward and not stepping,
             "state_on_host takes each gradient away": self.state_on_host,
             "predict_aware moves weights": self.predict_aware is not None,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.weak_hook import weak_hook
-from hybridlab.optim.stepping import keep_formats_, step_with_
+from hybridlab.optim.stepping import keep_formats_, lend_, step_with_
 
 LEAST_SHARE = 1e-3
 """Of the squared norm: a bucket that had less of it, such as an idle layer, tells nothing about the others."""
@@ -58,11 +58,13 @@ class StepInBackward(Optimizer):
         self._matrices = [self._by_group({p for p in bucket if p.ndim > 1}) for bucket in self._buckets]
         self._vectors = self._by_group({p for bucket in self._buckets for p in bucket if p.ndim < 2})
         self._arrived = [0] * len(self._buckets)
+        self._stepped: list[int] = []
         self._discards_gradients = False
         sizes = torch.tensor([sum(p.numel() for p in bucket) for bucket in self._buckets], dtype=torch.float32)
         self._squares = torch.zeros_like(sizes, device=self._buckets[0][0].device)
         self.param_groups[0].setdefault("clip_shares", (sizes / sizes.sum()).to(self._squares.device))
         self.param_groups[0].setdefault("clip_squares", torch.zeros_like(self._squares))
+        self._known, self._tells = self._squares.new_zeros(2, 2), self._squares.new_zeros(2, len(self._buckets))
         self._forget_arrivals()
         for i, bucket in enumerate(self._buckets):
             for param in bucket:
@@ -92,7 +94,7 @@ class StepInBackward(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a new step."""
-        self._arrived = [0] * len(self._buckets)
+        self._arrived, self._stepped = [0] * len(self._buckets), []
         self._squares.zero_()
         self._forget_arrivals()
         super().zero_grad(set_to_none)
@@ -105,6 +107,32 @@ class StepInBackward(Optimizer):
         for name in ("clip_shares", "clip_squares"):
             settings[name] = settings.get(name, torch.zeros_like(self._squares)).to(self._squares.device)
         self._forget_arrivals()
+
+    @property
+    def replays_as(self) -> Hashable:
+        """What a captured backward pass depends on, beside the model; None where it has to run as it is."""
+        if self._discards_gradients or not hasattr(self.method, "advance_"):
+            return None
+        method: Any = self.method
+        lend_(method, self.param_groups, self.state)
+        shares = (self.param_groups[0][name].data_ptr() for name in ("clip_shares", "clip_squares"))
+        return (key, *shares) if (key := method.replays_as) else None
+
+    def captured(self) -> list[int]:
+        """The buckets whose steps the pass took that has just been captured, for `advance_`.
+
+        Raises ValueError where a bucket waits for a gradient: it would step at the end, outside of the graph.
+        """
+        if any(self._arrived):
+            raise ValueError("a block has parameters without a gradient")
+        return self._stepped
+
+    def advance_(self, buckets: list[int]) -> None:
+        """What the host does for these buckets' steps before the graph replays them."""
+        method: Any = self.method
+        for i in buckets:
+            lend_(method, self._with(self._matrices[i]), self.state)
+            method.advance_()
 
     @contextmanager
     def no_step(self) -> Iterator[None]:
@@ -131,6 +159,7 @@ class StepInBackward(Optimizer):
     @torch.no_grad()
     def _step_bucket_(self, i: int) -> None:
         self._arrived[i] = 0
+        self._stepped.append(i)
         gradients = [p.grad for p in self._buckets[i] if p.grad is not None]
         self._note_(i, gradients)
         if self._clip is not None:
@@ -151,7 +180,8 @@ class StepInBackward(Optimizer):
         """
         shares, before = (self.param_groups[0][name] for name in ("clip_shares", "clip_squares"))
         tells = (shares >= LEAST_SHARE) & (before >= LEAST_SHARE * before.sum())
-        self._known, self._tells = shares.new_zeros(2, 2), torch.stack((tells, ~tells)).to(shares)
+        self._known.zero_()
+        self._tells.copy_(torch.stack((tells, ~tells)))
 
     def _estimated_norm(self) -> Tensor:
         """Norm of all gradients, from those that have arrived."""
@@ -164,7 +194,7 @@ class StepInBackward(Optimizer):
         whole, before = self._squares.sum(), self.param_groups[0]["clip_shares"]
         shares, teaches = torch.lerp(before, self._squares / whole, weight), (whole > 0) & whole.isfinite()
         for name, new in (("clip_shares", shares), ("clip_squares", self._squares)):
-            self.param_groups[0][name] = torch.where(teaches, new, self.param_groups[0][name])
+            self.param_groups[0][name].copy_(torch.where(teaches, new, self.param_groups[0][name]))
 
     def _by_group(self, chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
         """The chosen parameters, one list per group."""
@@ -174,7 +204,11 @@ class StepInBackward(Optimizer):
         """Let the method see these alone, with this object's settings and state, and step them."""
         if not any(chosen):
             return
-        groups = zip(self.param_groups, chosen, strict=True)
-        step_with_(self.method, [group | {"params": members} for group, members in groups if members], self.state)
+        step_with_(self.method, self._with(chosen), self.state)
         for p in (p for members in chosen for p in members):
             p.grad = None
+
+    def _with(self, chosen: list[list[nn.Parameter]]) -> list[dict[str, Any]]:
+        """The groups, with these parameters alone."""
+        groups = zip(self.param_groups, chosen, strict=True)
+        return [group | {"params": members} for group, members in groups if members]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -57,18 +57,28 @@ def low_bit_adamw(
     method = type("LowBitAdamW", (InFewCalls, getattr(optim, CLASSES[state])), {})
     optimizer: Any = method(groups, lr=lr, betas=betas, eps=eps, bf16_stochastic_round=weights == "bf16")
     optimizer.keeps_rest = weights == "24bit"
-    optimizer.bucket_of = {p: i for i, bucket in enumerate(buckets) for p in bucket}
+    optimizer.bucket_of, optimizer.numbers = {p: i for i, bucket in enumerate(buckets) for p in bucket}, {}
     return optimizer
 
 
 Owned = tuple[nn.Parameter, ParamGroup]
 """A parameter, and the group that has its settings."""
 
+Settings = tuple[Tensor | float, ...]
+"""Learning rate, both betas, weight decay, eps."""
+
 
 class InFewCalls(Optimizer):
-    """Replaces torchao's step by one that hands many parameters to each call of the compiled update."""
+    """Replaces torchao's step by one that hands many parameters to each call of the compiled update.
+
+    The steps of matrices may be captured in a CUDA graph: what changes from step to step is read from tensors that stay
+    where they are, and `advance_` writes the next step's numbers there.
+
+    numbers: those tensors, each with the number that it holds
+    """
 
     bucket_of: dict[Tensor, int]
+    numbers: dict[Hashable, tuple[float, Tensor]]
     _new_buffer: Callable[[Tensor, bool], Tensor]
     bf16_stochastic_round: bool
     keeps_rest: bool
@@ -87,17 +97,38 @@ class InFewCalls(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient."""
+        for group in self.param_groups:
+            vectors = [p for p in group["params"] if p.grad is not None and p.ndim < 2]
+            for dtype in {p.dtype for p in vectors}:
+                self._step_vectors_([p for p in vectors if p.dtype is dtype], group)
+        with torch._dynamo.utils.disable_cache_limit():  # a handful of shapes, each compiled once
+            for members in self._calls():
+                if stepping := [(p, group) for p, group in members if p.grad is not None]:
+                    self._step_together_(stepping)
+
+    def advance_(self) -> None:
+        """Count a step of every matrix, and write the numbers that its captured step reads."""
+        for members in self._calls():
+            self._count_(members)
+            self._numbers_of(members)
+
+    @property
+    def replays_as(self) -> Hashable:
+        """What captured steps depend on, beside the numbers; None where steps cannot be captured."""
+        if any(map(_is_cycled, self.param_groups)):
+            return None
+        moments = [m for p, state in self.state.items() if p.ndim > 1 for m in state.values() if m.ndim]
+        places = tuple(part.data_ptr() for moment in moments for part in _parts(moment).values())
+        return places, tuple((group["betas"], group["weight_decay"], group["eps"]) for group in self.param_groups)
+
+    def _calls(self) -> Iterator[list[Owned]]:
+        """The matrices, bucket by bucket, as one call steps them."""
         calls: dict[int, list[Owned]] = defaultdict(list)
         for group in self.param_groups:
-            stepping = [p for p in group["params"] if p.grad is not None]
-            for dtype in {p.dtype for p in stepping}:
-                self._step_vectors_([p for p in stepping if p.ndim < 2 and p.dtype is dtype], group)
-            for p in stepping:
+            for p in group["params"]:
                 if p.ndim > 1:
                     calls[self.bucket_of[p]].append((p, group))
-        with torch._dynamo.utils.disable_cache_limit():  # a handful of shapes, each compiled once
-            for members in calls.values():
-                self._step_together_(members)
+        yield from calls.values()
 
     def _step_together_(self, members: list[Owned]) -> None:
         states = [self._state_of(p) for p, _ in members]
@@ -105,15 +136,31 @@ class InFewCalls(Optimizer):
             for member in members:
                 self._step_together_([member])
             return
-        for state in states:
-            state["step"] += 1
-        cycled = any(tuple(g["betas"]) != tuple(g.get("first_betas") or g["betas"]) for _, g in members)
-        _update(compiled=members[0][0].is_cuda and not cycled)(
+        if not _is_captured(members[0][0]):  # which takes no step
+            self._count_(members)
+        _update(compiled=members[0][0].is_cuda and not any(_is_cycled(group) for _, group in members))(
             [_taken(p, state) for (p, _), state in zip(members, states, strict=True)],
-            states[0]["step"],
-            [_settings(group) for _, group in members],
+            *self._numbers_of(members),
             self.bf16_stochastic_round,
         )
+
+    def _count_(self, members: list[Owned]) -> None:
+        for p, _ in members:
+            self.state[p]["step"] += 1
+
+    def _numbers_of(self, members: list[Owned]) -> tuple[Tensor, list[Settings]]:
+        """What a call of the update takes of these: how often they were stepped, and each one's settings."""
+        first, of_group = members[0][0], {id(group): i for i, group in enumerate(self.param_groups)}
+        step = self._kept((first,), float(self.state[first]["step"]))
+        rates = [self._kept((first, of_group[id(group)]), float(group["lr"])) for _, group in members]
+        return step, [(rate, *_fixed(group)) for rate, (_, group) in zip(rates, members, strict=True)]
+
+    def _kept(self, name: tuple[Any, ...], number: float) -> Tensor:
+        """A number in its tensor; while a step is captured, the tensor as it was last written."""
+        held, place = self.numbers.get(name) or (None, torch.empty((), device=name[0].device))
+        if held != number and not _is_captured(place):
+            self.numbers[name] = number, place.fill_(number)
+        return place
 
     def _step_vectors_(self, params: list[nn.Parameter], group: ParamGroup) -> None:
         """By torch's own AdamW in float32, and then rounded as the matrices are. params: of one format"""
@@ -167,12 +214,21 @@ class InFewCalls(Optimizer):
         return state
 
 
-def _settings(group: ParamGroup) -> tuple[Tensor | float, ...]:
-    """Learning rate, both betas, weight decay, eps: in tensors what may change, as each new number compiles anew."""
+def _fixed(group: ParamGroup) -> Settings:
+    """Both betas, weight decay and eps; a decay that has changed in a tensor, as each new number compiles anew."""
     decay: float = group["weight_decay"]
     changed = decay != group.get("first_decay", decay)
-    rate = torch.as_tensor(group["lr"], dtype=torch.float32)
-    return (rate, *group["betas"], torch.as_tensor(decay) if changed else decay, group["eps"])
+    return (*group["betas"], torch.as_tensor(decay) if changed else decay, group["eps"])
+
+
+def _is_cycled(group: ParamGroup) -> bool:
+    """Whether a scheduler has changed the betas since the update was first compiled."""
+    return tuple(group["betas"]) != tuple(group.get("first_betas") or group["betas"])
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with it goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class StoredState(NamedTuple):
@@ -221,12 +277,19 @@ def _taken(param: nn.Parameter, state: dict[str, Any]) -> Member:
 
 def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> StoredState:
     """Taken apart; whatever has the parameter's shape, or tells it, takes on that of `rows`."""
+    parts = _parts(tensor)
     if not is_traceable_wrapper_subclass(tensor):
-        return StoredState({"itself": tensor})
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: getattr(tensor, name) for name in names}
+        return StoredState(parts)
     parts = {name: part.view(rows) if part.shape == shape else part for name, part in parts.items()}
+    context = tensor.__tensor_flatten__()[1]
     return StoredState(parts, type(tensor), tuple(rows if told == shape else told for told in context))
+
+
+def _parts(tensor: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that a moment is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {"itself": tensor}
+    return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
 
 
 def _float32_zeros(like: Tensor, _: bool) -> Tensor:
@@ -256,7 +319,7 @@ def _update(compiled: bool) -> Callable[..., None]:
     def update_all(
         members: list[Member],
         step: Tensor,
-        settings: list[tuple[Tensor | float, ...]],
+        settings: list[Settings],
         stochastic_rounding: bool,
     ) -> None:
         for (p, g, mean, square, rest), (lr, beta1, beta2, decay, eps) in zip(members, settings, strict=True):

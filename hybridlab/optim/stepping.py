@@ -18,12 +18,17 @@ def run_closure(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-def step_with_(method: Optimizer, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
-    """One step of another optimizer, on groups and state that it is lent: they stay the lender's.
+def lend_(method: Optimizer, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
+    """Let another optimizer work on groups and state that stay the lender's.
 
-    groups: a step of `method` sees these alone; state: by parameter, where it reads and keeps its moments
+    groups: `method` sees these alone; state: by parameter, where it reads and keeps its moments
     """
     method.param_groups, method.state = groups, state  # type: ignore[assignment]
+
+
+def step_with_(method: Optimizer, groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
+    """One step of another optimizer, on what it is lent (`lend_`)."""
+    lend_(method, groups, state)
     method.step()
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import blocks_of
+from hybridlab.optim.in_backward import StepInBackward
 
 _compiled_for: Hashable = None
 
@@ -67,6 +70,9 @@ class CudaGraphs(nn.Module):
     The next backward writes over the gradients. So set them to None between two passes, as
     `optimizer.zero_grad()` does; adding up gradients of several passes is refused.
 
+    An optimizer that steps inside backward is captured with the pass, once `replay_steps_of` has named it: its
+    gradients never all exist at once. Such a pass moves weights, so the first `WARM_UP_PASSES` run as they are.
+
     A pass that cannot be captured, since it asks the GPU for a number, moves data to the host or puts another tensor in
     a buffer's place, warns once, and is run as it is from then on. Capturing leaves buffers as they were.
 
@@ -83,6 +89,8 @@ class CudaGraphs(nn.Module):
         if not all(p.is_cuda for p in self._params):
             raise UserError("CUDA graphs need the model on a GPU: move it there first, or leave cuda_graphs off")
         self._pool: Any = None
+        self._stepping: StepInBackward | None = None
+        self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Callable[..., Any]] = {}
         self._fails = False
 
@@ -92,6 +100,11 @@ class CudaGraphs(nn.Module):
             return self.model(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         key = self._key(leaves, form)
+        if self._stepping and torch.is_grad_enabled():
+            key = (key, stepping := self._stepping.replays_as)
+            self._seen[key] += 1
+            if stepping is None or self._seen[key] <= WARM_UP_PASSES:
+                return self.model(*args, **kwargs)
         if key not in self._captured and not self._capture(key, leaves, form):
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled() and any(p.grad is not None for p in self._params):
@@ -100,6 +113,10 @@ class CudaGraphs(nn.Module):
                 "optimizer.zero_grad(set_to_none=True) before it, or leave cuda_graphs off where gradients are added up"
             )
         return self._captured[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def replay_steps_of(self, optimizer: StepInBackward) -> None:
+        """Capture these steps with the backward pass that they are taken in."""
+        self._stepping = optimizer
 
     def _key(self, leaves: list[Any], form: TreeSpec) -> Hashable:
         """All that a captured pass depends on, but for the numbers in its tensors."""
@@ -113,7 +130,7 @@ class CudaGraphs(nn.Module):
             return self._give_up(f"{MOST_GRAPHS} graphs were captured, and the next pass differs again")
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        capture = _with_backward if torch.is_grad_enabled() else _forward_only
+        capture = self._with_gradients if torch.is_grad_enabled() else _forward_only
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         same_format = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
         try:
@@ -127,6 +144,14 @@ class CudaGraphs(nn.Module):
                 raise
             return self._give_up(str(error).split("\n")[0])
         return True
+
+    def _with_gradients(self, call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
+        if not self._stepping:
+            return _with_backward(call, leaves, pool)
+        try:
+            return _with_steps(call, leaves, pool, self._stepping)
+        finally:  # what the capture computed is none of the next pass's gradients
+            self._stepping.zero_grad()
 
     def _give_up(self, reason: str) -> bool:
         self._fails = True
@@ -168,6 +193,42 @@ def _with_backward(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., A
         call, tensors, num_warmup_iters=WARM_UP_PASSES, allow_unused_input=True, pool=pool
     )
     return lambda *given: tree_map_only(Tensor, _kept, graphed(*given))
+
+
+def _with_steps(call: _Pass, leaves: list[Any], pool: Any, stepping: StepInBackward) -> Callable[..., Any]:
+    """Forward in one graph; backward in another, with the steps that the optimizer takes in it."""
+    tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+    with torch.cuda.graph(forward, pool=pool):
+        loss = call(*tensors)
+    if not isinstance(loss, Tensor) or loss.numel() > 1:
+        raise ValueError("forward returns more than its loss")
+    scale = torch.ones_like(loss)
+    with torch.cuda.graph(backward, pool=pool):
+        loss.backward(scale)  # type: ignore[no-untyped-call]
+    buckets, loss = stepping.captured(), loss.detach()
+    gradients = [(p, p.grad) for p in call.model.parameters() if p.grad is not None]
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, _: Tensor, *given: Tensor) -> Tensor:
+            for mine, theirs in zip(tensors, given, strict=True):
+                mine.copy_(theirs)
+            forward.replay()
+            return loss.clone()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+            scale.copy_(gradient)
+            stepping.advance_(buckets)
+            backward.replay()
+            for p, of_graph in gradients:
+                p.grad = of_graph
+            return (None,) * (len(tensors) + 1)
+
+    anchor = torch.empty((), device=loss.device, requires_grad=True)
+    return lambda *given: Replay.apply(anchor, *given)  # type: ignore[no-untyped-call]
 
 
 def _kept(output: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from hybridlab.memory.precision import autocast
 from hybridlab.optim import set_lr_
 from hybridlab.optim.averaging import averaged_weights, method_of
 from hybridlab.optim.build import MuonWithAdamW
+from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.speed import CudaGraphs, buffers_kept, compile_
 from hybridlab.study.config import RunConfig
 from hybridlab.study.ranks import RanksConfig, own_part
@@ -65,6 +66,8 @@ class Training:
             torch.manual_seed(config.seed + (rank() << 32))  # noise such as dropout's is each rank's own
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
         self._method = method_of(self._optimizer)
+        if isinstance(self._model, CudaGraphs) and isinstance(self._optimizer, StepInBackward):
+            self._model.replay_steps_of(self._optimizer)
         if isinstance(self._method, MuonWithAdamW):
             self._method.use_cuda_graphs(isinstance(self._model, CudaGraphs))
         self.trainer = HybridTrainer(model, self._optimizer, config.trainer)
