@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
-from hybridlab.memory.apply import optimizer_for
-from hybridlab.memory.config import CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
+from hybridlab.memory.apply import optimizer_for, prepare_model_
+from hybridlab.memory.config import INPUTS, CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer, muon
 from hybridlab.speed import CudaGraphs, buffers_kept, compilation, compile_
@@ -118,6 +118,21 @@ def test_models_of_one_shape_share_what_was_compiled(by_block: bool, compiled: C
     assert losses == [loss_of(model_of(2, seed)).item() for seed in (0, 1)], "each computes with its own weights"
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_blocks_that_are_computed_again_compile_once_and_give_the_same_gradients(
+    inputs: str, compiled: CompileCounter
+) -> None:
+    """Copies to the host and back are made in Python, around what is compiled."""
+    plain, model = model_of(3), model_of(3)
+    prepare_model_(model, MemoryConfig(checkpointing=CheckpointingConfig(inputs=inputs)))
+    compile_(model, by_block=True)
+    for each in (plain, model):
+        loss_of(each).backward()
+    assert compiled.frame_count == 3, "the embedding, a block and the loss"
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 def test_growth_compiles_nothing_anew(compiled: CompileCounter) -> None:
     compile_(model := model_of(4), by_block=True)
     schedule = DepthSchedule(stages=((0, 1), (2, 2), (4, 4)))
@@ -176,6 +191,7 @@ def test_warming_up_leaves_buffers_as_they_were() -> None:
 
 ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")
 PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
+AGAIN = HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))
 SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
 
 
@@ -186,10 +202,7 @@ SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
         (replace(ON_GPU, compiled=False), "compiled is off"),
         (replace(ON_GPU, cuda_graphs=False), "cuda_graphs is off"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=PARTS)), "micro_batches"),
-        (
-            replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))),
-            "checkpointing",
-        ),
+        (replace(ON_GPU, hybrid=AGAIN), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb(weights="24bit"))), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), "to the host"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=SKIPS)), "skips other blocks"),

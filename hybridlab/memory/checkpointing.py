@@ -46,6 +46,16 @@ def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: Bl
         block.is_checkpointed = True  # type: ignore[assignment]  # torch.compile hides the forward
 
 
+def compile_block_(block: nn.Module) -> None:
+    """Compile a block's forward in place: where its input goes to the host, what is computed from that alone."""
+    forward = block.forward
+    if isinstance(forward, partial) and forward.func is _checkpointed and forward.args[0] is not nullcontext:
+        *around, computed = forward.args
+        block.forward = partial(_checkpointed, *around, torch.compile(computed, dynamic=False))  # type: ignore[method-assign]
+    else:
+        block.forward = torch.compile(forward, dynamic=False)  # type: ignore[method-assign]
+
+
 def is_checkpointed(model: nn.Module, config: CheckpointingConfig) -> bool:
     """Whether `checkpoint_blocks_` has been at work, or would find nothing to do."""
     blocks = blocks_of(model)

@@ -276,7 +276,6 @@ class MemoryConfig:
         reasons = {
             "gradients of micro_batches are added up": self.micro_batches > 1,
             "checkpointing sends inputs to the host": self.checkpoints_to_host,
-            "checkpointing computes blocks anew in backward": self.checkpointing is not None and not stepping,
             "step_in_backward takes each gradient away": self.step_in_backward and not stepping,
             "state_on_host takes each gradient away": self.state_on_host,
             "predict_aware moves weights": self.predict_aware is not None,

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from hybridlab.base.compiler import require_compiler
 from hybridlab.base.errors import UserError
-from hybridlab.memory.checkpointing import blocks_of
+from hybridlab.memory.checkpointing import blocks_of, compile_block_
 from hybridlab.optim.in_backward import StepInBackward
 
 _compiled_for: Hashable = None
@@ -48,7 +48,7 @@ def compile_(model: nn.Module, *, by_block: bool = False, settings: Hashable = N
         return
     torch._dynamo.config.optimize_ddp = False  # which would cut a block where a bucket of gradients ends
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+        compile_block_(block)
     for name in getattr(model, "compiled_methods", ()):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
 

@@ -35,14 +35,15 @@ WARM_UP_PASSES = 3
 def sped_up(model: nn.Module, config: RunConfig, *, by_ranks: bool = False) -> nn.Module:
     """What to call in the model's place: the model itself, compiled in place where asked, or its CUDA graphs.
 
-    A model whose depth changes, or that several ranks train, is compiled by block, so that nothing is compiled anew.
+    By block: what graphs replay; a model whose depth changes or that several ranks train, so that nothing is compiled
+    anew; and one whose blocks are computed again, so that hooks stay out of what is compiled.
 
     by_ranks: whether several ranks will train it: their reductions stay out of graphs
     """
     if not config.compiled:
         return model
     graphs = config.without_cuda_graphs is None and not by_ranks
-    by_block = graphs or by_ranks or config.hybrid.depth is not None
+    by_block = graphs or by_ranks or config.hybrid.depth is not None or config.memory.checkpointing is not None
     compile_(model, by_block=by_block, settings=(config.training_precision, config.memory))
     return CudaGraphs(model) if graphs else model
 
