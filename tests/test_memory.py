@@ -737,3 +737,24 @@ def test_buckets_hold_every_trainable_parameter_once() -> None:
     flat = [id(p) for bucket in buckets_of(model) for p in bucket]
     assert sorted(flat) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert len(blocks_of(model)) == SHAPE["n_layer"]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "24bit"])
+@pytest.mark.parametrize("state", low_bit.CLASSES)
+def test_a_large_matrix_steps_in_pieces_as_it_would_whole(
+    state: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedding, say: 4-bit codes would take 24 bytes for each number at a time."""
+    pytest.importorskip("torchao.optim")
+
+    def after() -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for shape in ((96, 256), (32, 256), (7, 512))]
+        optimizer = low_bit_adamw(
+            [{"params": params}], [params], state=state, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weights=weights
+        )
+        return stepped(params, optimizer)
+
+    whole = after()
+    monkeypatch.setattr(low_bit, "MOST_AT_ONCE", 96 * 128)
+    assert all(torch.equal(p, q) for p, q in zip(after(), whole, strict=True))

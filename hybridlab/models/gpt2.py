@@ -189,8 +189,10 @@ class GPT2(nn.Module):
     Source: Language Models are Unsupervised Multitask Learners; https://github.com/openai/gpt-2.
     """
 
-    compiled_methods = ("_embed", "_loss")
-    """What is worth compiling beside the blocks."""
+    @property
+    def compiled_methods(self) -> tuple[str, ...]:
+        """What is compiled beside the blocks. Compiled, a loss in chunks would hold the products of four at a time."""
+        return ("_embed",) if self.config.loss_chunk_tokens else ("_embed", "_loss")
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()

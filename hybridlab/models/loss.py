@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits[:, vocab_size:] = 0.0
                 to_x.append(logits @ layer)
                 added = logits.mT @ piece
-                to_weight = added if to_weight is None else to_weight.float() + added
+                to_weight = added if to_weight is None else to_weight.float().add_(added)
         if with_gradients:
             ctx.save_for_backward(torch.cat(to_x).to(x.dtype), to_weight)
             ctx.weight_dtype = weight.dtype

@@ -61,6 +61,9 @@ def low_bit_adamw(
     return optimizer
 
 
+MOST_AT_ONCE, MOST_PIECES = 12 * 2**20, 64
+"""Numbers of a matrix that one call steps: 4-bit codes are up to 24 bytes each on their way."""
+
 Owned = tuple[nn.Parameter, ParamGroup]
 """A parameter, and the group that has its settings."""
 
@@ -138,11 +141,11 @@ class InFewCalls(Optimizer):
             return
         if not _is_captured(members[0][0]):  # which takes no step
             self._count_(members)
-        _update(compiled=members[0][0].is_cuda and not any(_is_cycled(group) for _, group in members))(
-            [_taken(p, state) for (p, _), state in zip(members, states, strict=True)],
-            *self._numbers_of(members),
-            self.bf16_stochastic_round,
-        )
+        update = _update(compiled=members[0][0].is_cuda and not any(_is_cycled(group) for _, group in members))
+        step, settings = self._numbers_of(members)
+        taken = [_taken(p, state) for (p, _), state in zip(members, states, strict=True)]
+        for calls in _at_once(list(zip(taken, settings, strict=True))):
+            update([member for member, _ in calls], step, [its for _, its in calls], self.bf16_stochastic_round)
 
     def _count_(self, members: list[Owned]) -> None:
         for p, _ in members:
@@ -248,6 +251,12 @@ class StoredState(NamedTuple):
         whole: Tensor = self.kind.__tensor_unflatten__(self.parts, self.context)
         return whole
 
+    def piece(self, i: int, count: int, shape: torch.Size) -> StoredState:
+        """One of so many equal pieces; shape: of the whole."""
+        parts = {name: part if name == "qmap" else part.chunk(count)[i] for name, part in self.parts.items()}
+        its = torch.Size((shape[0] // count, *shape[1:]))
+        return StoredState(parts, self.kind, tuple(its if told == shape else told for told in self.context))
+
 
 class Member(NamedTuple):
     """What the update works on, of one parameter."""
@@ -273,6 +282,29 @@ def _taken(param: nn.Parameter, state: dict[str, Any]) -> Member:
     rows = torch.Size((weights.numel() // block, block))
     moments = _moment(mean, shape, rows), _moment(square, shape, rows)
     return Member(weights.view(rows), gradient.view(rows), *moments, None if rest is None else rest.view(rows))
+
+
+def _at_once(given: list[tuple[Member, Settings]]) -> Iterator[list[tuple[Member, Settings]]]:
+    """What one call of the update takes: all small matrices, or a piece of a large one, such as the embedding."""
+    small = [(member, its) for member, its in given if member.param.numel() <= MOST_AT_ONCE]
+    if small:
+        yield small
+    for member, its in (pair for pair in given if pair[0].param.numel() > MOST_AT_ONCE):
+        yield from ([(piece, its)] for piece in _pieces(member))
+
+
+def _pieces(member: Member) -> Iterator[Member]:
+    """A matrix in equal pieces, each of some rows that share a scale."""
+    rows, least = len(member.param), -(-member.param.numel() // MOST_AT_ONCE)
+    count = next((n for n in range(least, MOST_PIECES) if rows % n == 0), 1) if member.mean.kind else 1
+    for i in range(count):
+        yield Member(
+            member.param.chunk(count)[i],
+            member.gradient.chunk(count)[i],
+            member.mean.piece(i, count, member.param.shape),
+            member.square.piece(i, count, member.param.shape),
+            None if member.rest is None else member.rest.chunk(count)[i],
+        )
 
 
 def _moment(tensor: Tensor, shape: torch.Size, rows: torch.Size) -> StoredState:
