@@ -745,7 +745,6 @@ MEASURED = {
     ("small", "state on host"): MemoryConfig(state_on_host=True),
     ("small", "aggressive"): MemoryConfig.aggressive(),
     ("medium", "conservative"): MemoryConfig.conservative(),
-    ("medium", "fit_16gb"): MemoryConfig.fit_16gb(),
     ("xl", "no limits"): MemoryConfig(**BF16, **CHECKPOINTED),
 }
 
