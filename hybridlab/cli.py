@@ -327,6 +327,12 @@ def plan(
     copies: Annotated[
         int, typer.Option(min=1, help="With fsdp: copies of the model, each sharded over RANKS / COPIES GPUs.")
     ] = 1,
+    blocks_per_group: Annotated[
+        int, typer.Option(min=1, help="With fsdp: blocks whose weights are gathered at once.")
+    ] = 1,
+    keep_gathered: Annotated[
+        bool, typer.Option("--keep-gathered", help="With fsdp: keep gathered weights from forward to backward.")
+    ] = False,
     find: Annotated[str, typer.Option(help="batch or sequence: the largest one that fits.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of text.")] = False,
 ) -> None:
@@ -367,6 +373,7 @@ def plan(
     if jumps:
         spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
     shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}
+    shared |= {"blocks_per_group": blocks_per_group, "keep_gathered": keep_gathered}
     spec = replace(spec, depth=read_stages(stages), compiled=compiled, cuda_graphs=compiled, **shared)
     question = Question(spec, card_bytes, rates, find)
     if as_json:

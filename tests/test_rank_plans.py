@@ -77,7 +77,7 @@ def fake_ranks(count: int) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def measured(ranks: int, memory: MemoryConfig, gather: str) -> dict[str, int]:
+def measured(ranks: int, memory: MemoryConfig, gather: str, at_once: int, keep: bool) -> dict[str, int]:
     """Peaks of a gradient step and of a forward pass under FSDP2, on tensors without values."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if gather == "bf16" else MixedPrecisionPolicy()
     trace, live, peaks = TraceOfShards(), LiveBytes(), {}
@@ -92,8 +92,10 @@ def measured(ranks: int, memory: MemoryConfig, gather: str) -> dict[str, int]:
         model = GPT2(SIZE)
         if memory.checkpointing:
             checkpoint_blocks_(model, memory.checkpointing)
-        for module in [*model.h, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        for start in range(0, SIZE.n_layer, at_once):
+            blocks = list(model.h[start : start + at_once])
+            fully_shard(blocks, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         tokens = torch.zeros(WINDOWS // ranks // parts, TOKENS, dtype=torch.long)
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=bool(memory.mixed_precision), cache_enabled=False)
         live.follow(trace.take())
@@ -121,19 +123,25 @@ def shallow(ranks: int, **others: Any) -> Plan:
 
 @pytest.mark.slow  # FSDP2 itself, block by block
 @pytest.mark.parametrize(
-    ("ranks", "gather", "settings"),
+    ("ranks", "gather", "settings", "at_once", "keep"),
     [
-        (1, "fp32", {}),
-        (2, "fp32", PARTS | {"mixed_precision": MixedPrecisionConfig()}),
-        (3, "bf16", PARTS | {"checkpointing": CheckpointingConfig()}),
+        (1, "fp32", {}, 1, False),
+        (2, "fp32", PARTS | {"mixed_precision": MixedPrecisionConfig()}, 1, False),
+        (3, "bf16", PARTS | {"checkpointing": CheckpointingConfig()}, 1, False),
+        (2, "bf16", {}, 3, False),
+        (2, "bf16", PARTS, 1, True),
+        (3, "fp32", {"checkpointing": CheckpointingConfig()}, 2, True),
     ],
 )
-def test_a_rank_takes_what_fsdp_takes(ranks: int, gather: str, settings: dict[str, Any]) -> None:
+def test_a_rank_takes_what_fsdp_takes(
+    ranks: int, gather: str, settings: dict[str, Any], at_once: int, keep: bool
+) -> None:
     if gather == "bf16":
         settings = settings | {"mixed_precision": MixedPrecisionConfig()}
     memory = MemoryConfig(**settings)
-    made = plan(SIZE, (WINDOWS, TOKENS), memory, ranks=ranks, gather=gather, overhead=BARE)
-    peaks = measured(ranks, memory, gather)
+    sharing: dict[str, Any] = {"ranks": ranks, "gather": gather, "blocks_per_group": at_once, "keep_gathered": keep}
+    made = plan(SIZE, (WINDOWS, TOKENS), memory, overhead=BARE, **sharing)
+    peaks = measured(ranks, memory, gather, at_once, keep)
     for phase, peak in peaks.items():
         parts = made.phases[phase]
         assert sum(parts.values()) - parts["optimizer"] == pytest.approx(peak, rel=0.002)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,13 +20,17 @@ from hybridlab.base.settings import check_bounds, check_choice
 T = TypeVar("T")
 
 
+SHARDING: dict[str, Any] = {"gather": "fp32", "copies": 1, "blocks_per_group": 1, "keep_gathered": False}
+"""Settings that say how ranks share a model's weights, at their defaults; `RanksConfig` explains them."""
+
+
 def check_sharing(settings: Any) -> None:
-    """Raise ValueError where `wrap`, `gather` and `copies` of some settings do not say how ranks share a model."""
+    """Raise ValueError where `wrap` and the settings of `SHARDING` do not say how ranks share a model."""
     check_choice("wrap", settings.wrap, ("fsdp", "ddp"))
     check_choice("gather", settings.gather, ("fp32", "bf16"))
-    check_bounds(settings, "copies", least=1)
-    if settings.wrap == "ddp" and (settings.gather, settings.copies) != ("fp32", 1):
-        raise ValueError("gather and copies are of wrap='fsdp': with ddp each rank holds the whole model")
+    check_bounds(settings, "copies", "blocks_per_group", least=1)
+    if settings.wrap == "ddp" and any(getattr(settings, name) != value for name, value in SHARDING.items()):
+        raise ValueError(f"{', '.join(SHARDING)} are of wrap='fsdp': with ddp each rank holds the whole model")
 
 
 def check_copies(ranks: int, copies: int) -> None:
@@ -41,19 +45,22 @@ class Ranks:
 
     count: how many; rank: which one this is
     sharded: each holds a part of the weights (`fully_shard`); else each holds all of them
+    groups: the modules that `fully_shard` has wrapped; the weights of each are gathered together
     """
 
     count: int = 1
     rank: int = 0
     sharded: bool = False
+    groups: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
         """The ranks that train a model: all, where it is sharded or wrapped in DistributedDataParallel."""
-        sharded = any(map(is_sharded, model.parameters()))
+        groups = _sharded_modules(model)
+        sharded = bool(groups) or any(map(is_sharded, model.parameters()))
         if not sharded and (running() == 1 or not isinstance(model, DistributedDataParallel)):
             return cls()
-        return cls(running(), distributed.get_rank(), sharded)
+        return cls(running(), distributed.get_rank(), sharded, groups)
 
     def mean(self, loss: Tensor) -> Tensor:
         """Mean over the ranks, each of which has as large a part of the batch: every rank decides by one number."""
@@ -87,30 +94,24 @@ class Ranks:
         place = zip(param.device_mesh.get_coordinate(), param.placements, strict=True)  # type: ignore[attr-defined]
         return not any(at for at, placement in place if placement.is_replicate())
 
-    def reshard_(self, model: nn.Module) -> None:
+    def reshard_(self) -> None:
         """Give up whole weights that a forward pass has gathered: what is written to a shard would not reach them."""
-        for module in self._sharded_modules(model):
+        for module in self.groups:
             module.reshard()
 
-    def take_up_trained_(self, model: nn.Module) -> None:
+    def take_up_trained_(self) -> None:
         """Let shards know which weights are trained now: by these `unshard` settles the format of gradients anew."""
-        for module in self._sharded_modules(model):
+        for module in self.groups:
             module.unshard()
             module.reshard()
 
     def without_reduction(self, model: nn.Module, *, last: bool) -> AbstractContextManager[object]:
         """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
-        for module in self._sharded_modules(model):
-            module.set_requires_gradient_sync(last)
+        for module in self.groups:
+            module.set_requires_gradient_sync(last, recurse=False)
         if isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return nullcontext()
-
-    def _sharded_modules(self, model: nn.Module) -> Iterator[Any]:
-        if self.sharded:
-            from torch.distributed.fsdp import FSDPModule
-
-            yield from (module for module in model.modules() if isinstance(module, FSDPModule))
 
     def refuse(self, features: Sequence[str]) -> None:
         """Raise UserError for features that work on whole weights in one process only."""
@@ -211,7 +212,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Any:
     """The part of a tensor that lies on this rank; a plain one is its own."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def spread(part: Tensor, like: Tensor) -> Tensor:
@@ -290,6 +291,14 @@ def _cut(tensor: Tensor, like: Tensor, placements: Sequence[Any]) -> Tensor:
     mesh = like.device_mesh  # type: ignore[attr-defined]
     everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=placements)
+
+
+def _sharded_modules(model: nn.Module) -> tuple[Any, ...]:
+    if not _is_initialized():
+        return ()
+    from torch.distributed.fsdp import FSDPModule
+
+    return tuple(module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _is_initialized() -> bool:

@@ -57,7 +57,7 @@ class Question:
     model: a GPT-2 size, or what `HuggingFaceTaskConfig` takes: a config as JSON text, or its path
     windows: per rank, of `tokens` tokens each: the global batch grows with the number of ranks
     precision, compiled: as `RunConfig` has them; checkpointing: whether blocks are computed again in backward
-    wrap, gather: as `RanksConfig` has them
+    wrap, gather, blocks_per_group, keep_gathered: as `RanksConfig` has them
     path: whether prediction is measured too; path_device: as `HybridTrainerConfig` has it
     rounds: timed; turns: of each trainer in a round; steps: of a turn. A path is recorded every fifth step, and a
         predictor asked every twentieth: 20 steps in a round have both
@@ -77,11 +77,15 @@ class Question:
     steps: int = 5
     checkpointing: bool = False
     path: bool = True
+    blocks_per_group: int = 1
+    keep_gathered: bool = False
 
     @property
     def ranks(self) -> RanksConfig:
         """How the ranks train it."""
-        return RanksConfig(self.wrap, self.gather)
+        return RanksConfig(
+            self.wrap, self.gather, blocks_per_group=self.blocks_per_group, keep_gathered=self.keep_gathered
+        )
 
     def config(self, ranks: int, **prediction: Any) -> RunConfig:
         """The run on so many ranks; its tokens are random, so that nothing is downloaded.
@@ -227,6 +231,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of a turn; with 20 in a round a predictor is asked in each.")] = 5,
     checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in backward.")] = False,
     path: Annotated[bool, typer.Option(help="Measure what prediction costs, too.")] = True,
+    blocks_per_group: Annotated[int, typer.Option(min=1, help="Whose weights fsdp gathers at once.")] = 1,
+    keep_gathered: Annotated[
+        bool, typer.Option("--keep-gathered", help="Keep gathered weights from forward to backward.")
+    ] = False,
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
     gather = gather or ("bf16" if (wrap, precision) == ("fsdp", "bf16") else "fp32")
@@ -246,6 +254,8 @@ def main(
             steps,
             checkpointing,
             path,
+            blocks_per_group,
+            keep_gathered,
         )
         if "RANK" in os.environ:
             with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):

@@ -128,12 +128,15 @@ class Passes:
         if isinstance(self._optimizer, _ClipsItself):  # it has taken the gradients away
             return self._optimizer.clip_(limit)
         params, ranks = self._weights.params, self._weights.ranks
-        gradients = [local(p.grad) for p in params if p.grad is not None and ranks.holds(p)]
+        gradients = [local(p.grad) for p in self._weights.held if p.grad is not None]
         norm = nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
         if ranks.sharded:
             parts = norm.to(self._weights.device, torch.float64).square()  # 0 of a rank that counts no weight
             norm = ranks.total(parts).sqrt().to(params[0].dtype)
-        if limit is not None:
+        if limit is not None and ranks.sharded:  # on shards at once: DTensors would be taken apart one by one
+            scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(p.grad) for p in params if p.grad is not None], scale)
+        elif limit is not None:
             nn.utils.clip_grads_with_norm_(params, limit, norm)
         return norm
 

@@ -326,9 +326,9 @@ class HybridTrainer:
         For whoever compiles, captures or measures before training starts: exhaust the iterator. Yields the depths.
         """
         for depth in self._depth.stages_():
-            self._weights.ranks.take_up_trained_(self.model)
+            self._weights.ranks.take_up_trained_()
             yield depth
-        self._weights.ranks.take_up_trained_(self.model)
+        self._weights.ranks.take_up_trained_()
 
     def weigh_blocks_(self, closure: Closure) -> None:
         """Count what one block costs, so that each step's result says what the step did (`StepResult.cost`).

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from hybridlab.base.ranks import is_sharded, local
 from hybridlab.base.settings import check_bounds, check_choice, check_types
 from hybridlab.optim.averaging import PrimalAveraging
 from hybridlab.optim.muon import COEFFICIENTS, Muon
@@ -127,13 +128,36 @@ def _build(model: nn.Module, config: OptimizerConfig, parameters: list[nn.Parame
         case "adamw":
             return _adamw(groups, config)
         case "adam":
-            return Adam(groups, betas=config.betas, eps=config.eps, fused=_fused(groups))
+            method = ShardedAdam if _are_sharded(groups) else Adam
+            return method(groups, betas=config.betas, eps=config.eps, fused=_fused(groups))
         case _:
             return SGD(groups, momentum=config.momentum, fused=_fused(groups))
 
 
 def _adamw(groups: list[ParamGroup], config: OptimizerConfig) -> AdamW:
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fused(groups))
+    method = ShardedAdamW if _are_sharded(groups) else AdamW
+    return method(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_fused(groups))
+
+
+class ShardedAdam(Adam):
+    """Adam of weights that are spread over ranks: it computes with this rank's part of each, and so does what it did.
+
+    Its state is spread as the weights are. Torch's own takes each of its tensors apart by itself in every step.
+    """
+
+    def _init_group(self, group: ParamGroup, *lists: list[Any]) -> bool:
+        is_complex: bool = super()._init_group(group, *lists)  # type: ignore[misc, no-untyped-call]
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return is_complex
+
+
+class ShardedAdamW(ShardedAdam, AdamW):
+    """AdamW of weights that are spread over ranks, as `ShardedAdam`."""
+
+
+def _are_sharded(groups: list[ParamGroup]) -> bool:
+    return all(is_sharded(p) for group in groups for p in group["params"])
 
 
 def _fused(groups: list[ParamGroup]) -> bool | None:

@@ -114,9 +114,9 @@ class DryRun:
             if self._left_out:
                 _mark(keep_blocks_(self._model, FIRST, self._last), self._trace)
             if self._shards:
-                self._shards.gather_by_block_(
-                    self._model, {"bf16": torch.bfloat16}.get(self._spec.gather, torch.float32)
-                )
+                numbers = {"bf16": torch.bfloat16}.get(self._spec.gather, torch.float32)
+                at_once, keep = self._spec.blocks_per_group, self._spec.keep_gathered
+                self._shards.gather_by_block_(self._model, numbers, at_once, keep=keep)
             passes = self._unfolded(self._gradient_step())
             after = self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
             update += self._unfolded(after + self._stretch("end", self._drop_gradients))
@@ -161,7 +161,8 @@ class DryRun:
 
     def _countable(self) -> int:
         """How many blocks others can stand for."""
-        if not (self._shortened and runs_alike(self._model, self._last)):
+        alike = self._spec.blocks_per_group == 1 and runs_alike(self._model, self._last)
+        if not (self._shortened and alike):
             return 0
         return len(blocks_of(self._model)) - FIRST - self._last
 

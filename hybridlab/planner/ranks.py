@@ -59,6 +59,8 @@ class Shards:
                    buffer that stays until the next block's, and out of it comes this rank's part of their sum
         the rest   what lies in no block is copied out from its forward to its backward
 
+    A block stands for all that are gathered together. Weights that are kept gathered stay from forward to backward.
+
     model: computes on whole weights, which are not counted; parts: ranks that share a copy of it
     own: weight -> this rank's rows, as many as the rank with the most has
     last: whether gradients are added up in this backward pass, or kept whole until a later one
@@ -67,7 +69,7 @@ class Shards:
     """
 
     def __init__(self, trace: Trace, weights: Iterable[nn.Parameter], parts: int) -> None:
-        self._trace, self._parts, self.last = trace, parts, True
+        self._trace, self._parts, self._stays_gathered, self.last = trace, parts, False, True
         self.own: dict[nn.Parameter, nn.Parameter] = {}
         for p in weights:
             with trace.counting_as("weights"):
@@ -78,19 +80,25 @@ class Shards:
         self._gradients: list[Tensor] = []
         self._kept: dict[nn.Parameter, Tensor] = {}
 
-    def gather_by_block_(self, model: nn.Module, numbers: torch.dtype) -> None:
-        """From here on the model's passes gather its weights, in this format, and scatter its gradients."""
+    def gather_by_block_(self, model: nn.Module, numbers: torch.dtype, at_once: int = 1, *, keep: bool = False) -> None:
+        """From here on the model's passes gather its weights, in this format, and scatter its gradients.
+
+        at_once: blocks that are gathered together; keep: from forward to backward
+        """
+        self._stays_gathered = keep
         with self._trace.counting_as(None):
             for p in model.parameters():
                 p.data = p.data.to(numbers)
         blocks = blocks_of(model)
+        together = [blocks[start : start + at_once] for start in range(0, len(blocks), at_once)]
         inside = {p for block in blocks for p in block.parameters()}
         rest = self._group(p for p in model.parameters() if p not in inside)
-        self._groups = [*(self._group(block.parameters()) for block in blocks), rest]
+        self._groups = [*(self._group(p for block in some for p in block.parameters()) for some in together), rest]
         before: _Group | None = None
-        for module, group in zip([*blocks, model], self._groups, strict=True):
-            module.register_forward_pre_hook(partial(self._enter, group))
-            module.register_forward_hook(partial(self._leave, group, before))
+        for modules, group in zip([*together, [model]], self._groups, strict=True):
+            for module in modules:
+                module.register_forward_pre_hook(partial(self._enter, group))
+            modules[-1].register_forward_hook(partial(self._leave, group, before))
             before = group
             for p in group.trained if group is not rest else ():
                 p.register_post_accumulate_grad_hook(partial(self._arrived, group))  # type: ignore[no-untyped-call]
@@ -105,7 +113,9 @@ class Shards:
     # --- gathering ---------------------------------------------------------------------------------------
 
     def _enter(self, group: _Group, *_: object) -> None:
-        """Before its forward."""
+        """Before the forward of one of its modules."""
+        if group.weights:
+            return
         self._receive(group)
         self._received = None
         self._copy_out(group)
@@ -116,8 +126,11 @@ class Shards:
         is_rest = group is self._groups[-1]
         if is_rest:
             self._received = None
-        if not (is_rest and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and is_rest) and not self._stays_gathered:
             group.weights = []
+        if is_rest and not torch.is_grad_enabled():  # the trainer puts shards in their place after each pass
+            for each in self._groups:
+                each.weights = []
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
         if made and torch.is_grad_enabled():
             made[0].register_hook(lambda _: self._enter_backward(group, before))  # type: ignore[no-untyped-call]

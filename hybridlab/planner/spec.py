@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.ranks import check_copies, check_sharing
+from hybridlab.base.ranks import SHARDING, check_copies, check_sharing
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
@@ -76,7 +76,7 @@ class TrainingSpec:
     compiled: by torch.compile, which is planned block by block
     ranks: how many processes share the batch and the model; it is planned for the one with the most. 0 trains in one
         process, without any of what follows
-    wrap, gather, copies: as `RanksConfig` has them: "fsdp" or "ddp", "fp32" or "bf16", copies of the model
+    wrap, gather, copies, blocks_per_group, keep_gathered: as `RanksConfig` has them
     cuda_graphs: whether the passes of a compiled training are replayed as CUDA graphs, where `memory` allows it
     weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
     overhead: what the GPU takes beside tensors
@@ -98,6 +98,8 @@ class TrainingSpec:
     wrap: str = "fsdp"
     gather: str = "fp32"
     copies: int = 1
+    blocks_per_group: int = 1
+    keep_gathered: bool = False
     overhead: GpuOverhead = field(default_factory=GpuOverhead)
 
     def changed(self, **settings: Any) -> TrainingSpec:
@@ -125,8 +127,9 @@ class TrainingSpec:
         check_bounds(self, "ranks", least=0)
         check_sharing(self)
         if not self.ranks:
-            if (self.wrap, self.gather, self.copies) != ("fsdp", "fp32", 1):
-                raise UserError("wrap, gather and copies say how ranks share a model: give their number as ranks too")
+            settings = {"wrap": "fsdp"} | SHARDING
+            if any(getattr(self, name) != value for name, value in settings.items()):
+                raise UserError(f"{', '.join(settings)} say how ranks share a model: give their number as ranks too")
             return
         check_copies(self.ranks, self.copies)
         numbers = self.memory.mixed_precision

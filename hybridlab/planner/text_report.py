@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import SHARDING
 from hybridlab.base.settings import check_choice
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.config import MemoryConfig
@@ -84,7 +85,7 @@ class Question:
                 "memory": asdict(self.spec.memory),
                 "compiled": self.spec.compiled,
                 "cuda_graphs": self.spec.replays_graphs,
-                **{name: getattr(self.spec, name) for name in ("ranks", "wrap", "gather", "copies")},
+                **{name: getattr(self.spec, name) for name in ("ranks", "wrap", *SHARDING)},
             },
             "options": [self._option(option) for option in self.options],
             "fastest_fit": self._option(best) if best else None,

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from hybridlab.base.device import find_device
 from hybridlab.base.pinned_memory import host_holds
+from hybridlab.base.ranks import SHARDING
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
 from hybridlab.planner.architectures import rebuilt
@@ -84,7 +85,7 @@ def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count:
     past |= {"depth": config.trainer.depth, "averages": config.tail_average > 0, "compiled": config.compiled}
     past["cuda_graphs"] = config.without_cuda_graphs is None
     if ranks:
-        past |= {"ranks": count, "wrap": ranks.wrap, "gather": ranks.gather, "copies": ranks.copies}
+        past |= {"ranks": count} | {name: getattr(ranks, name) for name in ("wrap", *SHARDING)}
     spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, **past)
     if isinstance(config.task, TextTaskConfig):
         return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))

@@ -27,6 +27,10 @@ class RanksConfig:
     gather: number format in which weights are gathered, "fp32" or "bf16"; gradients are added up in float32
     copies: of the model: so many groups of ranks, each of which shares one among its ranks. With as many copies as
         hosts, weights are gathered within a host, and gradients alone cross from one to the next
+    blocks_per_group: whose weights are gathered, and whose gradients added up, at once: the more, the less work for the
+        host, and the more memory for whole weights and gradients
+    keep_gathered: whole weights stay from forward to backward: they are gathered once, and take 2 bytes (bf16) or 4
+        per parameter
     async_save: write checkpoints beside the training; they take the size of a rank's part in host memory meanwhile
     timeout_s: after which a rank that waits for another one ends the run
 
@@ -36,6 +40,8 @@ class RanksConfig:
     wrap: str = "fsdp"
     gather: str = "fp32"
     copies: int = 1
+    blocks_per_group: int = 1
+    keep_gathered: bool = False
     async_save: bool = True
     timeout_s: int = 600
 
@@ -84,32 +90,37 @@ class RanksConfig:
         mesh = init_device_mesh(device, tuple(along.values()), mesh_dim_names=tuple(along))
         formats = (torch.bfloat16, torch.float32) if self.gather == "bf16" else ()
         how: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(*formats)}
-        for block in blocks_of(model):
-            fully_shard(block, **how)
+        blocks = blocks_of(model)
+        for start in range(0, len(blocks), self.blocks_per_group):
+            together = blocks[start : start + self.blocks_per_group]
+            fully_shard(together, reshard_after_forward=not self.keep_gathered, **how)
         fully_shard(model, **how)
         return model
 
     def communication_bytes(self, parameters: int, ranks: int) -> dict[str, float]:
         """What each rank sends in a gradient step, "within" a copy of the model and "between" copies.
 
-            fsdp: within  (g - 1) / g (2 w + 4) P      weights gathered in forward and backward, gradients scattered
+            fsdp: within  (g - 1) / g (n w + 4) P      weights gathered n times, gradients scattered
                   between 2 (c - 1) / c 4 P / g        gradients of a rank's part added up over the copies
             ddp:  within  2 (N - 1) / N 4 P            all gradients added up
 
         P: parameters; N: ranks; c: copies; g: N / c, the ranks of a copy; w: bytes of a gathered weight, 4 or 2
+        n: 2, for forward and backward, or 1 with `keep_gathered`
         The outermost module's own weights stay gathered from forward to backward, and are counted twice all the same.
         """
         if self.wrap == "ddp":
             return {"within": 2 * (ranks - 1) / ranks * 4 * parameters, "between": 0.0}
         of_copy, weight_bytes = ranks // self.copies, 2 if self.gather == "bf16" else 4
+        gathers = 1 if self.keep_gathered else 2
         return {
-            "within": (of_copy - 1) / of_copy * (2 * weight_bytes + 4) * parameters,
+            "within": (of_copy - 1) / of_copy * (gathers * weight_bytes + 4) * parameters,
             "between": 2 * (self.copies - 1) / self.copies * 4 * parameters / of_copy,
         }
 
     def record(self) -> dict[str, Any]:
         """What the arithmetic and the form of a checkpoint depend on; not how many ranks there are."""
-        return {name: value for name, value in asdict(self).items() if name not in ("async_save", "timeout_s")}
+        others = ("keep_gathered", "async_save", "timeout_s")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
 
 def own_part(batch: Batch) -> Batch:

@@ -56,6 +56,7 @@ class Weights:
         again when neither the snapshot nor a tensor of it is in use any more
 
     params: the parameters that require gradients, by optimizer group, all in one list; device: where they lie
+    held: those of them that this rank counts (`Ranks.holds`)
     groups: by group, the part of each that lies on this rank: the parameter itself, unless it is sharded
     trained: by group, the parameters; ranks: the processes that train the model
     fp32: offloads and restores the float32 weights; motions are added to the exact ones, so that no rounding adds up
@@ -74,7 +75,8 @@ class Weights:
         self.trained = [group for group in groups if group]
         self.params = [p for group in self.trained for p in group]
         self.ranks = Ranks.of(self._model)
-        self.ranks.take_up_trained_(self._model)
+        self.held = [p for p in self.params if self.ranks.holds(p)]
+        self.ranks.take_up_trained_()
         self.groups = [[local(p) for p in group] for group in self.trained]
         self._parts = [p for group in self.groups for p in group]
         self.device = self.params[0].device
@@ -100,7 +102,7 @@ class Weights:
 
     def reshard_(self) -> None:
         """Put the model's shards in the place of whole weights that a forward pass has gathered."""
-        self.ranks.reshard_(self._model)
+        self.ranks.reshard_()
 
     def without_reduction(self, *, last: bool) -> AbstractContextManager[object]:
         """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
