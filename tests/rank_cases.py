@@ -27,6 +27,7 @@ from hybridlab.base.ranks import is_first, whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, PrimalAveraging, build_optimizer
+from hybridlab.optim.build import ShardedAdamW
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.run import TrainingRun
@@ -90,6 +91,7 @@ BY_WRAP = {
     "sharded": tuple(name for name in CASES if name not in AS_ONE),
     "sharded as one": AS_ONE,
     "sharded in two dimensions": ("grown and jumping",),
+    "sharded in one group, kept gathered": ("grown and jumping", "gated", "parts", "resumed"),
     "replicated": ("adam_coast", "gated", "parts", "rolled back"),
 }
 
@@ -114,6 +116,7 @@ WRAPS: dict[str, Callable[[GPT2], nn.Module]] = {
     "sharded": sharded,
     "sharded as one": fully_shard,
     "sharded in two dimensions": sharded_in_two_dimensions,
+    "sharded in one group, kept gathered": RanksConfig(blocks_per_group=2, keep_gathered=True).wrapped,
     "replicated": partial(DistributedDataParallel, gradient_as_bucket_view=True),
 }
 
@@ -131,7 +134,8 @@ class Training:
         torch.manual_seed(0)
         size = GPT2Config(n_layer=2, n_head=2, n_embd=10, vocab_size=31, block_size=7, pad_vocab_to=0)
         net = WRAPS[wrap](GPT2(size).double())  # few of its shapes divide by two or three
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+        method = ShardedAdamW if wrap in ("sharded", "sharded in one group, kept gathered") else torch.optim.AdamW
+        optimizer: torch.optim.Optimizer = method(net.parameters(), lr=1e-3, fused=True)
         if case.optimizer == "averaged":
             optimizer = PrimalAveraging(optimizer, decay=0.9, share=0.7)
         elif case.optimizer == "muon":

@@ -214,8 +214,12 @@ def test_what_fsdp_refuses_is_refused() -> None:
         (["--ranks", "4", "--copies", "3"], "4 ranks do not hold 3 copies of the model: change copies"),
         (["--ranks", "2", "--wrap", "dpp"], "wrap 'dpp' is unknown: did you mean 'ddp'? (fsdp, ddp)"),
         (["--ranks", "2", "--wrap", "ddp", "--stages", "1,2"], "a depth schedule with wrap='ddp'"),
-        (["--ranks", "2", "--wrap", "ddp", "--gather", "bf16"], "gather and copies are of wrap='fsdp'"),
-        (["--gather", "bf16"], "wrap, gather and copies say how ranks share a model: give their number as ranks too"),
+        (
+            ["--ranks", "2", "--wrap", "ddp", "--gather", "bf16"],
+            "gather, copies, blocks_per_group, keep_gathered are of wrap='fsdp'",
+        ),
+        (["--gather", "bf16"], "say how ranks share a model: give their number as ranks too"),
+        (["--keep-gathered"], "keep_gathered say how ranks share a model: give their number as ranks too"),
         (["--ranks", "2", "--memory", "fit_16gb"], "memory.predict_aware, memory.step_in_backward"),
     ],
 )

@@ -19,14 +19,16 @@ from torch import distributed, nn
 from torch.distributed import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
-from hybridlab.base.ranks import Ranks
+from hybridlab.base.ranks import Ranks, is_sharded, whole
 from hybridlab.memory import MemoryConfig, optimizer_for
-from hybridlab.optim import OptimizerConfig
+from hybridlab.optim import OptimizerConfig, build_optimizer
 from tests.conftest import full_disk
 from tests.rank_cases import BY_WRAP, CASES, CHAINS, FULL, KILLED, Training, main, train, train_chain
 
@@ -131,6 +133,48 @@ def test_three_ranks_with_uneven_shards_train_as_one_process_does(on_three: Path
 def test_one_rank_with_shards_trains_as_one_process_does(name: str) -> None:
     with as_only_rank():
         refuse_other(train("sharded", name), name)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_steps_on_shards_as_torchs_own_does_to_the_bit(name: str) -> None:
+    with as_only_rank():
+        nets = [fully_shard(nn.Linear(7, 5)) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        config = OptimizerConfig(name, weight_decay=0.0)
+        torchs = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+        optimizers = [build_optimizer(nets[0], config), torchs(nets[1].parameters(), config.lr, weight_decay=0.0)]
+        for _ in range(3):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                net(torch.ones(2, 7)).square().sum().backward()
+                optimizer.step()
+        assert are_equal(*({key: whole(p) for key, p in net.named_parameters()} for net in nets))
+        state = optimizers[0].state_dict()["state"].values()
+        assert all(is_sharded(each[moment]) for each in state for moment in ("exp_avg", "exp_avg_sq"))
+
+
+class OnSpread(TorchDispatchMode):
+    """Operations on tensors that are spread over ranks: each is work for the host before it starts on the part here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            self.operations.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_computes_with_parts_alone() -> None:
+    with as_only_rank():
+        net = fully_shard(nn.Linear(7, 5))
+        optimizer = build_optimizer(net, OptimizerConfig())
+        trainer = HybridTrainer(net, optimizer, HybridTrainerConfig.plain(clip_norm=1e-3))
+        trainer.step(lambda: net(torch.ones(2, 7)).square().sum())  # makes the optimizer's state
+        with OnSpread() as seen:
+            trainer.step(lambda: net(torch.ones(2, 7)).square().sum())
+    assert not seen.operations
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ NUMBERS = [field for field in FIELDS if re.search(r"\b(int|float)\b", field[2]) 
 
 ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 ABOVE_ZERO = (
-    "batch_size block_size clip_in_backward clip_norm control_fractions copies correction_interval "
+    "batch_size block_size blocks_per_group clip_in_backward clip_norm control_fractions copies correction_interval "
     "decay_fraction divergence_threshold embedding_multiple eps evaluate_every every full_steps gate_batches lr "
     "micro_batches n_embd n_head n_layer rows seeds steps timeout_s total_steps validation_batches "
     "vector_multiple vocab_size"

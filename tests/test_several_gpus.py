@@ -7,10 +7,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridlab.models import GPT2Config
+from hybridlab.models import GPT2, GPT2Config
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.train import read_settings
@@ -67,6 +72,47 @@ def test_the_steps_of_the_page(name: str, parameters: int) -> None:
 def test_ddp_sends_each_gradient_twice_and_one_rank_nothing() -> None:
     assert RanksConfig(wrap="ddp").communication_bytes(100, 4) == {"within": 600.0, "between": 0.0}
     assert set(RanksConfig().communication_bytes(100, 1).values()) == {0.0}
+
+
+class Sent(TorchDispatchMode):
+    """The bytes that each of two ranks sends, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered: list[int] = []
+        self.scattered: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "c10d::_allgather_base_":
+            self.gathered.append(args[1].nbytes)
+        if func._schema.name == "c10d::_reduce_scatter_base_":
+            self.scattered.append(args[0].nbytes)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gathers"),
+    [
+        (RanksConfig(), 7 + 6),
+        (RanksConfig(gather="bf16", blocks_per_group=4), 3 + 2),
+        (RanksConfig(blocks_per_group=3, keep_gathered=True), 3),
+    ],
+)
+def test_ranks_send_what_is_counted(ranks: RanksConfig, gathers: int) -> None:
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        net = GPT2(GPT2Config.micro())
+        numbers = sum(p.numel() for p in net.parameters())
+        outside = numbers - sum(p.numel() for p in net.h.parameters())
+        net, tokens = ranks.wrapped(net), torch.zeros(1, 8, dtype=torch.long)  # type: ignore[assignment]
+        with Sent() as sent:
+            net(tokens, tokens).backward()
+    finally:
+        distributed.destroy_process_group()
+    assert len(sent.gathered) == gathers
+    assert len(sent.scattered) == 1 + -(-6 // ranks.blocks_per_group)
+    stays = 0 if ranks.keep_gathered else (2 if ranks.gather == "bf16" else 4) * outside // 2
+    assert sum(sent.gathered + sent.scattered) == ranks.communication_bytes(numbers, 2)["within"] - stays
 
 
 @pytest.mark.parametrize("model", ["small", "xl"])

@@ -180,7 +180,7 @@ def test_a_run_that_diverges_has_failed(tmp_path: Path, capsys: pytest.CaptureFi
         (changed(cpu_threads=100_000), {}, "cpu_threads is 100000: it must be at least 0 and at most 1024"),
         ({"name": "toy"}, {}, "run: task is missing: write it down"),
         (RUN, {"wrap": "fspd"}, "ranks: wrap 'fspd' is unknown: did you mean 'fsdp'?"),
-        (RUN, {"wrap": "ddp", "copies": 2}, "ranks: gather and copies are of wrap='fsdp'"),
+        (RUN, {"wrap": "ddp", "copies": 2}, "keep_gathered are of wrap='fsdp'"),
         (RUN, {"gather": "bf16"}, "gather='bf16' computes in bfloat16, and precision is 'fp32'"),
         (RUN, {"copies": 2}, "1 ranks do not hold 2 copies of the model: change copies"),
     ],
