@@ -16,7 +16,7 @@ import typer
 from hybridlab.base.settings import check_choice
 from hybridlab.benchmarks import one_line
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.memory.config import MemoryConfig, MixedPrecisionConfig
+from hybridlab.memory.config import CheckpointingConfig, MemoryConfig, MixedPrecisionConfig
 from hybridlab.models import GPT2Config
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner.gpu_specs import GPUS, GpuSpec, step_time_ms
@@ -43,8 +43,10 @@ DEPTH = 48
 SEVEN_BILLION = GPT2Config(n_layer=32, n_head=32, n_embd=4096)
 
 RECIPE_BASE = MemoryConfig(mixed_precision=MixedPrecisionConfig.conservative())
+INPUTS_ON_HOST = CheckpointingConfig(inputs="host")
 ON_HOST = MemoryConfig.fit_16gb(
     weights="bf16",
+    checkpointing=INPUTS_ON_HOST,
     state_on_host=True,
     optimizer_state="fp32",
     pad_vocab_to=0,
@@ -53,9 +55,11 @@ ON_HOST = MemoryConfig.fit_16gb(
 )
 WAYS = {
     "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None),
-    "24-bit weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit"),
-    "24-bit weights and 4-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4"),
-    "bf16 weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="bf16"),
+    "24-bit weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit", checkpointing=INPUTS_ON_HOST),
+    "24-bit weights and 4-bit state on the GPU": MemoryConfig.fit_16gb(
+        weights="24bit", optimizer_state="int4", checkpointing=INPUTS_ON_HOST
+    ),
+    "bf16 weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="bf16", checkpointing=INPUTS_ON_HOST),
     "fp32 weights on the GPU, fp32 state on the host": replace(ON_HOST, weights="fp32"),
     "bf16 weights on the GPU, fp32 masters and state on the host": ON_HOST,
 }
