@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,6 @@ def test_a_file_that_cannot_be_written_is_refused_first(program: str, place: str
 def test_what_cannot_be_meant_is_refused_first(program: str, wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(SystemExit, match=f"^{program}: .*{says}"):
         MAINS[program](**wrong)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_micro_batches_are_timed_without_cuda_graphs_which_cannot_add_gradients_up(parts: int, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(step_overhead, "step_overhead", lambda config, **_: asked.append(config) or sys.exit())
-    with pytest.raises(SystemExit):
-        step_overhead.main("nano", "2x32", parts, vocab_size=512, device="cpu")
-    assert asked[0].cuda_graphs == (parts == 1)
 
 
 def test_a_model_that_cannot_be_trained_is_a_row_beside_those_that_can(tmp_path, monkeypatch) -> None:

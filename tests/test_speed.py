@@ -201,7 +201,7 @@ SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
         (ON_GPU, None),
         (replace(ON_GPU, compiled=False), "compiled is off"),
         (replace(ON_GPU, cuda_graphs=False), "cuda_graphs is off"),
-        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=PARTS)), "micro_batches"),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=PARTS)), None),
         (replace(ON_GPU, hybrid=AGAIN), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb(weights="24bit"))), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), "to the host"),

@@ -146,13 +146,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Per turn.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
 ) -> None:
-    """Time the bare loop, the trainer, and the trainer with a recorded path, in turns: compiled, in bf16 on a GPU.
-
-    Micro-batches add their gradients up, which CUDA graphs of the passes cannot do: several parts go without.
-    """
+    """Time the bare loop, the trainer, and the trainer with a recorded path, in turns: compiled, in bf16 on a GPU."""
     with one_line("step_overhead", out):
         config = configured(model, batch, vocab_size, data, device)
-        config = replace(config, cuda_graphs=parts == 1, hybrid=replace(config.hybrid, path_device=path_device))
+        config = replace(config, hybrid=replace(config.hybrid, path_device=path_device))
         cost = step_overhead(config, rounds=rounds, turns=turns, steps=steps, parts=parts)
         where = {"device": device_name(find_device(device)), "torch": str(torch.__version__)}
         asked = {"model": model, "batch": batch, "parts": parts, "path_device": path_device}

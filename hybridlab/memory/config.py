@@ -274,7 +274,6 @@ class MemoryConfig:
         """Which of these settings a pass that is replayed as a CUDA graph does not allow; None where all go with it."""
         stepping = self.step_in_backward and self.weights == "24bit"  # nothing but the step itself moves these
         reasons = {
-            "gradients of micro_batches are added up": self.micro_batches > 1,
             "checkpointing sends inputs to the host": self.checkpoints_to_host,
             "step_in_backward takes each gradient away": self.step_in_backward and not stepping,
             "state_on_host takes each gradient away": self.state_on_host,

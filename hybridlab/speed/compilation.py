@@ -67,8 +67,9 @@ class CudaGraphs(nn.Module):
     growth, they reach the next replay; a pass whose weights have other addresses is captured anew. All graphs share one
     pool of memory, which holds their activations and gradients as long as this object exists.
 
-    The next backward writes over the gradients. So set them to None between two passes, as
-    `optimizer.zero_grad()` does; adding up gradients of several passes is refused.
+    The next backward writes over the gradients in the pool. Those that are still there when the next pass begins are
+    copied to memory of their own first, to which that pass's are added: set them to None before each step, as
+    `optimizer.zero_grad()` does, and nothing is copied.
 
     An optimizer that steps inside backward is captured with the pass, once `replay_steps_of` has named it: its
     gradients never all exist at once. Such a pass moves weights, so the first `WARM_UP_PASSES` run as they are.
@@ -92,6 +93,7 @@ class CudaGraphs(nn.Module):
         self._stepping: StepInBackward | None = None
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Callable[..., Any]] = {}
+        self._sums: dict[Tensor, Tensor] = {}
         self._fails = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,16 +109,28 @@ class CudaGraphs(nn.Module):
                 return self.model(*args, **kwargs)
         if key not in self._captured and not self._capture(key, leaves, form):
             return self.model(*args, **kwargs)
-        if torch.is_grad_enabled() and any(p.grad is not None for p in self._params):
-            raise UserError(
-                "the graph of this pass writes over gradients that are still there: call "
-                "optimizer.zero_grad(set_to_none=True) before it, or leave cuda_graphs off where gradients are added up"
-            )
+        if torch.is_grad_enabled():
+            self._set_gradients_aside()
         return self._captured[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def replay_steps_of(self, optimizer: StepInBackward) -> None:
         """Capture these steps with the backward pass that they are taken in."""
         self._stepping = optimizer
+
+    def _set_gradients_aside(self) -> None:
+        """Where gradients of earlier passes lie in the pool, copy them out of it: the next are added to the copies."""
+        found = {p: p.grad for p in self._params if p.grad is not None and p.grad is not self._sums.get(p)}
+        if not found:
+            return
+        if self._stepping:
+            raise UserError(
+                "gradients are still there, and the steps inside this backward pass are captured: call "
+                "optimizer.step() and optimizer.zero_grad() between two passes"
+            )
+        sums = [self._sums.setdefault(p, torch.empty_like(p)) for p in found]
+        torch._foreach_copy_(sums, list(found.values()))
+        for p, total in zip(found, sums, strict=True):
+            p.grad = total
 
     def _key(self, leaves: list[Any], form: TreeSpec) -> Hashable:
         """All that a captured pass depends on, but for the numbers in its tensors."""
