@@ -449,10 +449,17 @@ def test_a_batch_too_large_to_be_rehearsed_lies_on_the_line_of_smaller_ones(monk
     assert planned.peak_on_gpu_bytes == pytest.approx(whole.peak_on_gpu_bytes, rel=0.05)
 
 
-def test_a_batch_that_takes_no_longer_than_the_line_is_planned_exactly():
+def test_a_long_batch_is_planned_exactly():
     planner = sys.modules["hybridlab.planner.plan"]
-    spec = TrainingSpec("nano", (2**17 // 64, 64))
+    spec = TrainingSpec("nano", (2**18 // 64, 64))
     assert planner.plan_training(spec) == planner._rehearsed(spec)
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(loss_chunk_tokens=1000), MemoryConfig.fit_16gb()])
+def test_pieces_of_the_loss_that_are_alike_are_recalled_to_the_byte(monkeypatch, memory):
+    recalled = plan("nano", (24, 64), memory)
+    monkeypatch.setattr(Trace, "recalled", lambda _, act: act)
+    assert recalled == plan("nano", (24, 64), memory)
 
 
 @pytest.mark.parametrize("memory", ["none", "fit_16gb"])
@@ -464,6 +471,7 @@ def test_a_batch_far_beyond_the_gpu_is_not_rehearsed(monkeypatch, capsys, memory
         return dry_run.rehearse(spec)
 
     monkeypatch.setattr(sys.modules["hybridlab.planner.plan"], "rehearse", rehearse)
+    monkeypatch.setattr(sys.modules["hybridlab.planner.plan"], "MOST_TOKENS", 2**17)
     assert ended(f"--batch 999999999x64 --memory {memory}", size="--model nano") == 0
     assert "Nor does it with everything switched on; take a shorter batch" in capsys.readouterr().out
     assert len(rehearsed) <= 4

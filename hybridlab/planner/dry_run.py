@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from hybridlab.base.errors import UserError
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
+from hybridlab.models import loss as own_loss
 from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
 from hybridlab.optim.muon import Muon
@@ -106,7 +107,7 @@ class DryRun:
 
     def rehearse(self) -> Rehearsal:
         """All phases. Raises NotRepeated where blocks that should be equal are not."""
-        with self._trace:
+        with self._trace, _pieces_recalled(self._trace):
             setup = self._set_up()
             state, update = self._set_up_optimizer()
             path = self._set_up_path()
@@ -433,6 +434,17 @@ class DryRun:
         numbers = getattr(self._memory.mixed_precision, phase, "fp32")
         cached = self._spec.weight_cache
         return torch.autocast("cpu", torch.bfloat16, enabled=numbers != "fp32", cache_enabled=cached)
+
+
+@contextmanager
+def _pieces_recalled(trace: Trace) -> Iterator[None]:
+    """Inside, a piece of our loss is computed once for all that are like it: a long batch has thousands."""
+    of_piece = own_loss._loss_of_
+    own_loss._loss_of_ = trace.recalled(of_piece)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        own_loss._loss_of_ = of_piece
 
 
 def _deactivate_(model: nn.Module, depth: DepthSchedule) -> set[nn.Parameter]:

@@ -20,9 +20,9 @@ from hybridlab.planner.trace import COMMUNICATION, GATHERED, LiveBytes
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
 
-MOST_TOKENS = 2**17
-"""Of a micro batch that is rehearsed. The loss goes in pieces, which take the more time the more there are: here as
-long as rehearsing a fourth and a half of it."""
+MOST_TOKENS = 2**20
+"""Of a micro batch that is rehearsed. The loss goes in pieces, which take the more time the more there are: here a few
+seconds."""
 
 
 @dataclass(frozen=True)

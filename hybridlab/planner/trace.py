@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -37,6 +37,10 @@ class Key(NamedTuple):
     name: str
     block: int | None
     number: int
+
+    def moved(self, further: int) -> Key:
+        """The storage that was made so many later."""
+        return self._replace(number=self.number + further)
 
 
 class Event(NamedTuple):
@@ -139,6 +143,37 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.new_part, self.new_stream = before
 
+    def recalled(self, act: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function that is computed once for each form of its arguments; later, what was recorded of it is copied.
+
+        It may keep nothing of what it makes but its result, one float32 number.
+        """
+        known: dict[Any, tuple[int, list[Event], Counter[str], Key | None]] = {}
+
+        def run(*args: Any) -> Tensor:
+            if torch.compiler.is_compiling():  # into a graph, which must have all of it
+                return act(*args)
+            segment = self.segments[-1]
+            label = segment.name, segment.block
+            form = label, *((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg for arg in args)
+            if form not in known:
+                first, begun, before = self._made[label], len(segment.events), segment.work.copy()
+                out = act(*args)
+                key = self._keys[out.untyped_storage()._cdata]
+                known[form] = first, segment.events[begun:], segment.work - before, key
+                return out
+            first, events, work, key = known[form]
+            further = self._made[label] - first
+            segment.events += [event._replace(key=event.key.moved(further)) for event in events]
+            segment.work += work
+            self._made[label] += sum(event.kind == "new" for event in events)
+            with self.paused():
+                out = torch.empty(())
+            self._follow(out.untyped_storage(), key and key.moved(further))
+            return out
+
+        return run
+
     def tag(self, tensors: Iterable[Tensor], part: str) -> None:
         """Say what these tensors are."""
         for tensor in tensors:
@@ -166,20 +201,23 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        identity = storage._cdata
-        if identity in self._keys:
+        if storage._cdata in self._keys:
             return
-        weakref.finalize(storage, self._forget, identity).atexit = False
         if self.new_part is None:
-            self._keys[identity] = None
+            self._follow(storage, None)
             return
         is_logits = self.new_part == "activations" and tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths
         segment = self.segments[-1]
         label = segment.name, segment.block
-        key = self._keys[identity] = Key(*label, self._made[label])
+        self._follow(storage, key := Key(*label, self._made[label]))
         self._made[label] += 1
         size = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES
         segment.events.append(Event("new", key, size, "logits" if is_logits else self.new_part, self.new_stream))
+
+    def _follow(self, storage: Any, key: Key | None) -> None:
+        """Until it is freed; None: it is not on the GPU."""
+        self._keys[storage._cdata] = key
+        weakref.finalize(storage, self._forget, storage._cdata).atexit = False
 
     def _forget(self, identity: int) -> None:
         if key := self._keys.pop(identity):
