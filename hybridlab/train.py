@@ -87,7 +87,8 @@ def run_file(path: Path, *, resume: bool = False) -> None:
     """
     config = read_settings(path)
     resume = resume or config.resume
-    if not resume and (config.path / "config.json").exists():  # no rank writes there before all have come to this
+    lies_there = any((config.path / name).exists() for name in ("config.json", "steps.parquet"))
+    if lies_there and not resume:  # no rank writes there before all have come to this
         raise UserError(f"a run lies in {config.path} already: go on with it by --resume, or name another folder")
     with config.ranks.started(config.run):
         done = train(config.run, config.path, resume=resume, watch=_say_progress, ranks=config.ranks).closing_figures

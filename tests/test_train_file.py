@@ -89,6 +89,13 @@ def test_a_run_that_lies_there_is_not_replaced_by_the_same_or_by_another(
     assert {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()} == before
 
 
+def test_nor_is_a_run_whose_damaged_settings_were_deleted(tmp_path: Path) -> None:
+    file = written(tmp_path, RUN)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "steps.parquet").touch()
+    assert main(["-f", file]) == 2
+
+
 def test_replicated_it_trains_the_same(alone: Path, tmp_path: Path) -> None:
     assert main(["-f", written(tmp_path, RUN | {"tail_average": 0.3}, ranks={"wrap": "ddp"})]) == 0
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
