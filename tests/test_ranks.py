@@ -28,9 +28,11 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
 from hybridlab.base.ranks import Ranks, is_sharded, whole
 from hybridlab.memory import MemoryConfig, optimizer_for
+from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer
+from hybridlab.study.ranks import RanksConfig
 from tests.conftest import full_disk
-from tests.rank_cases import BY_WRAP, CASES, CHAINS, FULL, KILLED, Training, main, train, train_chain
+from tests.rank_cases import BY_WRAP, CASES, CHAINS, FULL, GROWING, KILLED, Training, main, train, train_chain
 
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
 FEW = ("gated", "grown and jumping", "averaged")
@@ -175,6 +177,25 @@ def test_a_step_computes_with_parts_alone() -> None:
         with OnSpread() as seen:
             trainer.step(lambda: net(torch.ones(2, 7)).square().sum())
     assert not seen.operations
+
+
+@pytest.mark.parametrize("ranks", [RanksConfig(), RanksConfig(blocks_per_group=2, keep_gathered=True)])
+def test_passes_that_leave_weights_gathered_change_nothing_that_is_trained(ranks: RanksConfig) -> None:
+    """Before a trainer is built, and at each depth that it shows."""
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    with as_only_rank():
+        net: Any = ranks.wrapped(GPT2(GPT2Config.nano()))
+        optimizer = build_optimizer(net, OptimizerConfig())
+        with torch.no_grad():
+            net(tokens)
+        trainer = HybridTrainer(net, optimizer, HybridTrainerConfig.plain(depth=GROWING))
+        for _ in trainer.stages_():
+            with torch.no_grad():
+                net(tokens)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        assert [{id(p) in trained for p in block.parameters()} for block in net.h] == [{True}, {False}]
+        trainer.step(lambda: net(tokens, tokens))
+        assert all((p in optimizer.state) is (id(p) in trained) for p in net.parameters())
 
 
 @pytest.mark.slow

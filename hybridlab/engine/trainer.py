@@ -85,6 +85,8 @@ class HybridTrainer:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None = None) -> None:
         config = config or HybridTrainerConfig()
+        if isinstance(model, nn.Module):
+            Ranks.of(model).reshard_()  # a pass before may have left whole weights in the place of what is trained
         _refuse_misfits(model, optimizer, config)
         memory = config.memory or MemoryConfig()
         refuse_unprepared(model, optimizer, memory)
@@ -328,6 +330,7 @@ class HybridTrainer:
         for depth in self._depth.stages_():
             self._weights.ranks.take_up_trained_()
             yield depth
+            self._weights.reshard_()
         self._weights.ranks.take_up_trained_()
 
     def weigh_blocks_(self, closure: Closure) -> None:
