@@ -96,8 +96,9 @@ def test_decisions_hold_no_tensor_of_the_model() -> None:
 
 
 def test_few_files_write_parameters_in_place() -> None:
-    """Beside them, models draw first weights, and optimizers scale gradients, average, or write what is rounded."""
+    """Beside them, models draw first weights, optimizers average or write what is rounded, and gradients are changed."""
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
     optimizers = {ROOT / "optim" / f"{name}.py" for name in ("averaging", "in_backward", "low_bit")}
     weights = ("motion", "snapshot", "bf16_resident", "tail_average")
-    assert writers == {ROOT / "weights" / f"{name}.py" for name in weights} | optimizers
+    of_gradients = {ROOT / "engine" / "passes.py", ROOT / "speed" / "compilation.py"}
+    assert writers == {ROOT / "weights" / f"{name}.py" for name in weights} | optimizers | of_gradients
