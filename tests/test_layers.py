@@ -96,7 +96,7 @@ def test_decisions_hold_no_tensor_of_the_model() -> None:
 
 
 def test_few_files_write_parameters_in_place() -> None:
-    """Beside them, models draw first weights, optimizers average or write what is rounded, and gradients are changed."""
+    """Beside them, models draw first weights, optimizers average or write what is rounded; gradients change, too."""
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
     optimizers = {ROOT / "optim" / f"{name}.py" for name in ("averaging", "in_backward", "low_bit")}
     weights = ("motion", "snapshot", "bf16_resident", "tail_average")
