@@ -1,12 +1,12 @@
-"""torch's CUDA caching allocator, on paper: how much of the GPU it reserves for what is allocated."""
+"""torch's CUDA caching allocator, on paper: what is allocated, and how much of the GPU it reserves for it."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from hybridlab.planner.trace import Key, Segment
+from hybridlab.planner.trace import Event, Key, Segment
 
 MIB = 2**20
 SMALL_BYTES, SMALL_SEGMENT = MIB, 2 * MIB
@@ -15,6 +15,9 @@ LARGE_GRAIN = 2 * MIB
 
 Pool = tuple[bool, str]
 """Whether its blocks are small, and the stream that they were allocated on."""
+
+Block = tuple[Pool, int, int]
+"""Its pool, size and start."""
 
 
 class CachingAllocator:
@@ -26,9 +29,10 @@ class CachingAllocator:
 
     Memory that was allocated on one stream is not used again on another.
     The smallest free block that is large enough is taken, and split where more than 1 MiB is left (512 bytes of a
-    small one). Freed neighbours become one block. Nothing is given back.
+    small one): what is left counts as allocated otherwise. Freed neighbours become one block. Nothing is given back.
 
     reserved: bytes that it has taken of the GPU
+    now: part -> bytes that are allocated; peak: the same when their sum was greatest since `reset_peak`
 
     Source: c10/cuda/CUDACachingAllocator.cpp.
     """
@@ -38,19 +42,45 @@ class CachingAllocator:
         self._free: defaultdict[Pool, list[tuple[int, int]]] = defaultdict(list)  # size and start of each block, sorted
         self._begins: dict[int, int] = {}  # where a free block starts -> its size
         self._ends: dict[int, int] = {}  # where one ends -> its size
-        self._used: dict[Key, tuple[Pool, int, int]] = {}
+        self._used: dict[Key, tuple[str, Block]] = {}
+        self.now: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+        self._total = self._peak_total = 0
 
-    def follow(self, segments: Iterable[Segment]) -> int:
-        """Take in all their events; gives what is reserved then."""
+    def reset_peak(self) -> None:
+        """Begin a new peak at what is allocated now."""
+        self._peak_total, self.peak = self._total, dict(self.now)
+
+    def follow(self, segments: Iterable[Segment]) -> dict[str, int]:
+        """Take in all their events; gives the peak so far."""
         for segment in segments:
             for event in segment.events:
-                if event.kind == "new":
-                    self._used[event.key] = self._allocate(event.size, event.stream)
-                elif event.kind == "free":
-                    self._release(*self._used.pop(event.key))
-        return self.reserved
+                self._take(event)
+        return self.peak
 
-    def _allocate(self, size: int, stream: str) -> tuple[Pool, int, int]:
+    def _take(self, event: Event) -> None:
+        if event.kind == "new":
+            assert event.key not in self._used, event
+            self._count(event.key, event.part, self._allocate(event.size, event.stream))
+            return
+        part, block = self._used.pop(event.key)
+        _, size, _ = block
+        self.now[part] -= size
+        self._total -= size
+        if event.kind == "is":
+            self._count(event.key, event.part, block)
+        else:
+            self._release(*block)
+
+    def _count(self, key: Key, part: str, block: Block) -> None:
+        self._used[key] = part, block
+        _, size, _ = block
+        self.now[part] += size
+        self._total += size
+        if self._total > self._peak_total:
+            self.reset_peak()
+
+    def _allocate(self, size: int, stream: str) -> Block:
         size = max(size, 512)
         is_small = size <= SMALL_BYTES
         pool = is_small, stream

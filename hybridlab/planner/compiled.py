@@ -163,13 +163,15 @@ class Kernels(fx.Interpreter):
 
     def _overwritten(self, n: fx.Node, out: Any) -> list[fx.Node]:
         """Of what is used here for the last time, what is one storage of the result's size."""
-        by_storage = defaultdict(list)
+        by_storage: dict[int, list[tuple[fx.Node, Tensor]]] = defaultdict(list)
         for node in self._last_used[n]:
-            if isinstance(value := self.env.get(node), Tensor) and value.untyped_storage().nbytes() == _bytes(out):
-                by_storage[value.untyped_storage()._cdata].append(node)
-        for nodes in by_storage.values():
-            is_whole = all(self.env[node].nbytes == _bytes(out) for node in nodes)
-            if is_whole and any(_is_memory(node, self._written) for node in nodes):
+            for value in _tensors(self.env.get(node)):
+                if value.untyped_storage().nbytes() == _bytes(out):
+                    by_storage[value.untyped_storage()._cdata].append((node, value))
+        for read in by_storage.values():
+            nodes = [node for node, _ in read]
+            in_place = all(_lies_in_place(value, out) for _, value in read)
+            if in_place and any(_is_memory(node, self._written) for node in nodes):
                 return nodes
         return []
 
@@ -237,5 +239,14 @@ def _is_fused(n: fx.Node) -> bool:
     return torch.Tag.pointwise in n.target.tags or not FUSED.isdisjoint((n.target, n.target._overloadpacket))
 
 
+def _lies_in_place(read: Tensor, out: Tensor) -> bool:
+    """Whether each of the numbers read lies where the result's own will lie: all of them, or the first of each row."""
+    return read.nbytes == out.nbytes or (read.stride(), read.storage_offset()) == (out.stride(), 0)
+
+
 def _bytes(values: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+    return sum(tensor.nbytes for tensor in _tensors(values))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from hybridlab.planner.architectures import example_loss, rebuilt, shape_of
 from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
-from hybridlab.planner.trace import COMMUNICATION, GATHERED, LiveBytes
+from hybridlab.planner.trace import COMMUNICATION, GATHERED
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
 
@@ -167,7 +168,7 @@ def plan_stages(spec: TrainingSpec) -> Plan:
 def plan_training(spec: TrainingSpec) -> Plan:
     """Predict peak memory by part and phase from the real autograd graph, without a GPU and without computing it.
 
-        peak = max over time of the sum of all live storages, each rounded up to 512 bytes, + cuBLAS's workspace
+        peak = max over time of the sum of all live storages, each as large as the allocator's block, + cuBLAS's workspace
 
     The model, its loss, backward pass and torch's optimizer run on fake tensors, and every storage is followed from
     birth to death. torchao's state is counted by its format: its compiled step takes next to nothing besides.
@@ -203,60 +204,50 @@ def _on_the_line(first: Any, second: Any, place: float) -> Any:
 
 
 def _rehearsed(spec: TrainingSpec) -> Plan:
-    training = rehearse(spec)
-    phases = _phases_with_graphs(training) if spec.replays_graphs else _phases(training)
+    training, graphs = rehearse(spec), spec.replays_graphs
+    phases, beside, in_pool = (_with_graphs if graphs else _without_graphs)(training)
     for phase in [*(["Evaluation"] if not spec.judges_mean else []), *(["Start"] if not spec.is_sharded else [])]:
         phases.pop(phase, None)
-    workspace = {"workspace": spec.overhead.workspace_bytes}
+    in_graphs = in_pool + spec.overhead.workspace_bytes if graphs else 0
+    workspaces = (1 + graphs) * spec.overhead.workspace_bytes
     parts = (*PARTS, *((GATHERED, COMMUNICATION) if spec.ranks else ()))
-    by_part = {phase: {part: peak.get(part, 0) for part in parts} | workspace for phase, peak in phases.items()}
-    in_graphs = _in_graphs(training) + spec.overhead.workspace_bytes if spec.replays_graphs else 0
-    beside = _beside_graphs(training) if spec.replays_graphs else _reserved(training)
-    reserved = beside + spec.overhead.workspace_bytes + in_graphs
+    by_part = {
+        phase: {part: peak.get(part, 0) for part in parts} | {"workspace": workspaces} for phase, peak in phases.items()
+    }
     known = training.costs, training.host_memory, training.trained_numbers
-    overhead = spec.overhead.of(compiled=spec.compiled, ranks=spec.ranks)
-    return Plan(by_part, reserved, overhead, *known, graphs_bytes=in_graphs)
+    overhead = spec.overhead.of(ranks=spec.ranks, sharded=spec.is_sharded)
+    return Plan(by_part, beside + in_pool + workspaces, overhead, *known, graphs_bytes=in_graphs)
 
 
-def _phases(training: Rehearsal) -> dict[str, dict[str, int]]:
-    live = LiveBytes()
-    start = live.follow(training.setup)
-    live.follow(training.state + training.path)
-    live.reset_peak()
-    step = live.follow(training.passes + training.update)
-    live.reset_peak()
-    evaluation = live.follow(training.evaluation)
-    live.follow(training.offload)
-    live.reset_peak()
-    predict = live.follow(training.predict)
-    return {"Full": step, "Predict": predict, "Correct": step, "Evaluation": evaluation, "Start": start}
+Found = tuple[dict[str, dict[str, int]], int, int]
+"""Phase -> part -> bytes at its peak; what torch's allocator then holds of the GPU, and what of a pool for graphs."""
 
 
-def _phases_with_graphs(training: Rehearsal) -> dict[str, dict[str, int]]:
-    """What passes take is in the graphs, where gradients stay."""
-    live = LiveBytes()
-    live.follow(training.setup + training.state + training.path + training.passes)
-    *update, _ = training.update
-    live.reset_peak()
-    step, rest = live.follow(update), dict(live.now)
-    return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}
-
-
-def _reserved(training: Rehearsal) -> int:
-    """What torch's allocator takes of the GPU by the third step: one pass warms up, the first step makes the state."""
+def _without_graphs(training: Rehearsal) -> Found:
+    """By the third step: one pass warms up, the first step makes the state."""
     passes, update, end = training.passes, training.update[:-1], training.update[-1:]
     warm_up = [*passes, *(segment for segment in update if segment.name != UPDATE), *end]
     first = [*passes, *update, *training.state, *end, *training.path]
-    later = 2 * [*passes, *update, *end] + training.evaluation
-    return CachingAllocator().follow([*training.setup, *warm_up, *first, *later])
+    memory = CachingAllocator()
+    start = memory.follow(training.setup)
+    memory.follow([*warm_up, *first])
+    memory.reset_peak()
+    step = memory.follow(2 * [*passes, *update, *end])
+    memory.reset_peak()
+    evaluation, held = memory.follow(training.evaluation), memory.reserved
+    memory.follow(training.offload)
+    memory.reset_peak()
+    predict = memory.follow(training.predict)
+    return {"Full": step, "Predict": predict, "Correct": step, "Evaluation": evaluation, "Start": start}, held, 0
 
 
-def _beside_graphs(training: Rehearsal) -> int:
-    """As `_reserved`, without the passes."""
-    kept = [*training.setup, *training.state, *training.path]
-    return CachingAllocator().follow([*kept, *training.update[:-1], *training.evaluation])
-
-
-def _in_graphs(training: Rehearsal) -> int:
-    """What graphs of a gradient step's passes, and of one without gradients, take of their common pool."""
-    return CachingAllocator().follow([*training.passes, *training.predict])
+def _with_graphs(training: Rehearsal) -> Found:
+    """What passes take, and one without gradients, is in a pool of the graphs, where gradients stay."""
+    pool, beside = CachingAllocator(), CachingAllocator()
+    pool.follow([*training.passes, *training.predict])
+    beside.follow([*training.setup, *training.state, *training.path])
+    beside.reset_peak()
+    step = pool.now + Counter(beside.follow(training.update[:-1]))
+    rest = pool.now + beside.now
+    beside.follow(training.evaluation)
+    return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}, beside.reserved, pool.reserved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -31,27 +31,27 @@ Loss = Callable[[nn.Module, BatchShape], Tensor]
 
 @dataclass(frozen=True)
 class GpuOverhead:
-    """What a GPU takes beside the tensors; the context is rounded from what 18 runs took of an H200, and 4
-    compiled ones of that and of an H100.
+    """What a GPU takes beside the tensors; rounded from what 18 runs took of an H200, and those of ranks from 9 more.
 
-    workspace_bytes: that cuBLAS takes from torch's allocator
+    workspace_bytes: that cuBLAS takes from torch's allocator for the streams that compute; for those of graphs, again
     context_bytes: CUDA's context and the kernels that it loads, outside torch's allocator
-    compiled_bytes: of kernels that a compiled training loads besides
-    nccl_bytes: that NCCL takes for its channels where several ranks train; assumed, not measured
+    nccl_bytes: that NCCL takes besides, where ranks share a model or add gradients up; of one rank alone, too
+    channel_bytes: and for its channels to other ranks
     """
 
     workspace_bytes: int = 2 * 32 * 2**20
     context_bytes: int = 800_000_000
-    compiled_bytes: int = 150_000_000
-    nccl_bytes: int = 400_000_000
+    nccl_bytes: int = 590_000_000
+    channel_bytes: int = 290_000_000
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_bounds(self, "workspace_bytes", "context_bytes", "compiled_bytes", "nccl_bytes", least=0)
+        check_bounds(self, *(field.name for field in fields(self)), least=0)
 
-    def of(self, *, compiled: bool, ranks: int = 0) -> GpuOverhead:
-        """The same with `compiled_bytes` in the context of a compiled training, and `nccl_bytes` in that of ranks."""
-        besides = compiled * self.compiled_bytes + (ranks > 1) * self.nccl_bytes
+    def of(self, *, ranks: int, sharded: bool) -> GpuOverhead:
+        """The same with what NCCL takes in the context of ranks."""
+        others = ranks > 1
+        besides = (sharded or others) * self.nccl_bytes + others * self.channel_bytes
         return replace(self, context_bytes=self.context_bytes + besides)
 
 
