@@ -281,7 +281,7 @@ class DryRun:
         with self._trace.counting_as(None):
             for p in self._muons:
                 p.grad = torch.empty_like(p)
-        update = self._stretch(UPDATE, partial(self._step_muon, self._params))
+        update = self._stretch(UPDATE, partial(self._step, self._params))
         self._drop_gradients()
         return made, [] if self._memory.step_in_backward else update
 
@@ -321,8 +321,20 @@ class DryRun:
         left_out = blocks[FIRST : FIRST + self._left_out]
         return {p: blocks[EXAMPLE][name] for block in left_out for name, p in block.items() if p.requires_grad}
 
-    def _step_muon(self, params: Iterable[nn.Parameter]) -> None:
-        """What Muon's update of these parameters takes for its length; AdamW's takes nothing, and is none."""
+    def _step(self, params: list[nn.Parameter]) -> None:
+        """What the update of these parameters takes while it lasts; AdamW's takes nothing but in 4 bits, and is none."""
+        self._step_muon(params)
+        if self._memory.optimizer_state == "int4":
+            self._step_in_4_bits(p for p in params if p.ndim > 1 and p not in self._muons)
+
+    def _step_in_4_bits(self, matrices: Iterable[nn.Parameter]) -> None:
+        """Two codes share a byte, so that each moment's scaled values and codes are written before they are packed."""
+        for p in matrices:
+            with self._trace.counting_as("optimizer"):
+                written = [torch.empty_like(p, dtype=numbers) for numbers in (torch.float32, torch.int64) for _ in range(2)]
+            del written
+
+    def _step_muon(self, params: list[nn.Parameter]) -> None:
         mine = [p for p in params if p in self._muons and p.grad is not None]
         if not mine:
             return
@@ -368,7 +380,7 @@ class DryRun:
         elif self._buckets and self._is_last_part:
             p.grad = None
         elif self._memory.step_in_backward and all(member.grad is not None for member in bucket):
-            self._step_muon(bucket)
+            self._step(bucket)
             for member in bucket:
                 if member.ndim > 1:  # the others wait for the step's end
                     member.grad = None

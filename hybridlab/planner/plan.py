@@ -226,7 +226,9 @@ Found = tuple[dict[str, dict[str, int]], int, int]
 def _without_graphs(training: Rehearsal) -> Found:
     """By the third step: one pass warms up, the first step makes the state."""
     passes, update, end = training.passes, training.update[:-1], training.update[-1:]
-    warm_up = [*passes, *(segment for segment in update if segment.name != UPDATE), *end]
+    steps = {event.key for segment in passes for event in segment.events if event.part == "optimizer"}
+    resting = [replace(s, events=[event for event in s.events if event.key not in steps]) for s in passes]
+    warm_up = [*resting, *(segment for segment in update if segment.name != UPDATE), *end]
     first = [*passes, *update, *training.state, *end, *training.path]
     memory = CachingAllocator()
     start = memory.follow(training.setup)
