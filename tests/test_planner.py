@@ -36,6 +36,7 @@ from hybridlab.models import GPT2, GPT2Config, MnistCNN
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner import GpuOverhead, TrainingSpec, dry_run, nearest_fit, plan, plan_training, suggest
 from hybridlab.planner.architectures import causal_lm
+from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.gpu_specs import (
     GPUS,
@@ -48,7 +49,7 @@ from hybridlab.planner.gpu_specs import (
 )
 from hybridlab.planner.suggest import best_fit, largest_batch, largest_that_fits, longest_sequence, options
 from hybridlab.planner.text_report import code_of, default_batch
-from hybridlab.planner.trace import LiveBytes, Trace
+from hybridlab.planner.trace import Trace
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 from hybridlab.weights.residency import Residency
@@ -137,7 +138,7 @@ def test_the_loss_keeps_no_further_copy_of_the_logits(arm, saved_gb):
 
 
 def test_a_storage_counts_once_from_birth_to_death_in_whole_grains():
-    live = LiveBytes()
+    live = CachingAllocator()
     with fake_gpu(), Trace() as trace:
         a = torch.empty(1000)
         view = a[10:].view(-1, 10)

@@ -19,6 +19,7 @@ from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, c
 from hybridlab.models import loss as own_loss
 from hybridlab.optim import build_optimizer, hidden_matrices
 from hybridlab.optim.host_adamw import LEAVING_BYTES
+from hybridlab.optim.low_bit import MOST_AT_ONCE
 from hybridlab.optim.muon import Muon
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.ranks import Shards, ddp_buckets
@@ -328,10 +329,10 @@ class DryRun:
             self._step_in_4_bits(p for p in params if p.ndim > 1 and p not in self._muons)
 
     def _step_in_4_bits(self, matrices: Iterable[nn.Parameter]) -> None:
-        """Two codes share a byte, so that each moment's scaled values and codes are written before they are packed."""
-        for p in matrices:
+        """Two codes share a byte: each moment's scaled values and int64 codes are written before they are packed."""
+        for numbers in (min(p.numel(), MOST_AT_ONCE) for p in matrices):
             with self._trace.counting_as("optimizer"):
-                written = [torch.empty_like(p, dtype=numbers) for numbers in (torch.float32, torch.int64) for _ in range(2)]
+                written = [torch.empty(numbers, dtype=dtype) for dtype in (torch.float32, torch.int64) for _ in range(2)]
             del written
 
     def _step_muon(self, params: list[nn.Parameter]) -> None:

@@ -112,6 +112,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in RANDOM_FILLS:
             return args[0]
         kwargs = kwargs or {}
+        if func is aten.add.Tensor and _is_last_of(args[0]):
+            func = aten.add_.Tensor  # as autograd adds gradients up, but of fake tensors
         out = func(*args, **kwargs)
         if not self._is_paused:
             self.count_work(func, args, kwargs, out)
@@ -222,3 +224,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, identity: int) -> None:
         if key := self._keys.pop(identity):
             self.segments[-1].events.append(Event("free", key))
+
+
+def _is_last_of(gradient: Tensor) -> bool:
+    """Whether autograd adds to a gradient that nobody else holds.
+
+    Source: torch/csrc/autograd/input_buffer.cpp.
+    """
+    if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == 2  # its own, and that of the call itself
