@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from hybridlab.planner.trace import Event, Key, Segment
+from hybridlab.planner.trace import WORKSPACE, Event, Key, Segment
 
 MIB = 2**20
 SMALL_BYTES, SMALL_SEGMENT = MIB, 2 * MIB
@@ -38,7 +38,8 @@ class CachingAllocator:
     """
 
     def __init__(self) -> None:
-        self.reserved = self._segments = 0
+        self.reserved = self._end = 0
+        self._segments: dict[int, int] = {}  # where one starts -> its size
         self._free: defaultdict[Pool, list[tuple[int, int]]] = defaultdict(list)  # size and start of each block, sorted
         self._begins: dict[int, int] = {}  # where a free block starts -> its size
         self._ends: dict[int, int] = {}  # where one ends -> its size
@@ -58,8 +59,18 @@ class CachingAllocator:
                 self._take(event)
         return self.peak
 
+    def empty_cache(self) -> None:
+        """Give back the segments that are free as a whole."""
+        for start, size in list(self._segments.items()):
+            if self._begins.get(start) == size:
+                pool = next(pool for pool, free in self._free.items() if (size, start) in free)
+                self._take_out(pool, size, start)
+                self.reserved -= self._segments.pop(start)
+
     def _take(self, event: Event) -> None:
         if event.kind == "new":
+            if event.part == WORKSPACE and event.key in self._used:
+                return
             assert event.key not in self._used, event
             self._count(event.key, event.part, self._allocate(event.size, event.stream))
             return
@@ -99,8 +110,9 @@ class CachingAllocator:
     def _add_segment(self, pool: Pool, size: int) -> None:
         whole = MIDDLE_SEGMENT if size < MIDDLE_BYTES else -(-size // LARGE_GRAIN) * LARGE_GRAIN
         whole = SMALL_SEGMENT if pool[0] else whole
-        self._segments += 1
-        self._put_in(pool, whole, self.reserved + self._segments)  # a byte apart, so that segments are no neighbours
+        self._segments[self._end] = whole
+        self._put_in(pool, whole, self._end)
+        self._end += whole + 1  # a byte apart, so that segments are no neighbours
         self.reserved += whole
 
     def _release(self, pool: Pool, size: int, start: int) -> None:

@@ -17,9 +17,9 @@ from hybridlab.planner.architectures import example_loss, rebuilt, shape_of
 from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
-from hybridlab.planner.trace import COMMUNICATION, GATHERED
+from hybridlab.planner.trace import COMMUNICATION, GATHERED, WORKSPACE
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", "workspace")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", WORKSPACE)
 
 MOST_TOKENS = 2**20
 """Of a micro batch that is rehearsed. The loss goes in pieces, which take the more time the more there are: here a few
@@ -204,23 +204,19 @@ def _on_the_line(first: Any, second: Any, place: float) -> Any:
 
 
 def _rehearsed(spec: TrainingSpec) -> Plan:
-    training, graphs = rehearse(spec), spec.replays_graphs
-    phases, beside, in_pool = (_with_graphs if graphs else _without_graphs)(training)
+    training = rehearse(spec)
+    phases, reserved, in_graphs = (_with_graphs if spec.replays_graphs else _without_graphs)(training)
     for phase in [*(["Evaluation"] if not spec.judges_mean else []), *(["Start"] if not spec.is_sharded else [])]:
         phases.pop(phase, None)
-    in_graphs = in_pool + spec.overhead.workspace_bytes if graphs else 0
-    workspaces = (1 + graphs) * spec.overhead.workspace_bytes
     parts = (*PARTS, *((GATHERED, COMMUNICATION) if spec.ranks else ()))
-    by_part = {
-        phase: {part: peak.get(part, 0) for part in parts} | {"workspace": workspaces} for phase, peak in phases.items()
-    }
+    by_part = {phase: {part: peak.get(part, 0) for part in parts} for phase, peak in phases.items()}
     known = training.costs, training.host_memory, training.trained_numbers
     overhead = spec.overhead.of(ranks=spec.ranks, sharded=spec.is_sharded)
-    return Plan(by_part, beside + in_pool + workspaces, overhead, *known, graphs_bytes=in_graphs)
+    return Plan(by_part, reserved, overhead, *known, graphs_bytes=in_graphs)
 
 
 Found = tuple[dict[str, dict[str, int]], int, int]
-"""Phase -> part -> bytes at its peak; what torch's allocator then holds of the GPU, and what of a pool for graphs."""
+"""Phase -> part -> bytes at its peak; what torch's allocator then holds of the GPU; and of that, what graphs do."""
 
 
 def _without_graphs(training: Rehearsal) -> Found:
@@ -244,12 +240,19 @@ def _without_graphs(training: Rehearsal) -> Found:
 
 
 def _with_graphs(training: Rehearsal) -> Found:
-    """What passes take, and one without gradients, is in a pool of the graphs, where gradients stay."""
-    pool, beside = CachingAllocator(), CachingAllocator()
+    """What passes take, and one without gradients, is in a pool of the graphs, where gradients stay.
+
+    They warm up on a stream of their own. What that has cached goes back, but for what cuBLAS's workspaces lie in.
+    """
+    pool, warm_up, beside = CachingAllocator(), CachingAllocator(), CachingAllocator()
     pool.follow([*training.passes, *training.predict])
+    warm_up.follow([*training.passes, *training.update[-1:]])
+    warm_up.empty_cache()
     beside.follow([*training.setup, *training.state, *training.path])
     beside.reset_peak()
-    step = pool.now + Counter(beside.follow(training.update[:-1]))
-    rest = pool.now + beside.now
+    kept = pool.now + warm_up.now
+    step = kept + Counter(beside.follow(training.update[:-1]))
+    rest = kept + beside.now
     beside.follow(training.evaluation)
-    return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}, beside.reserved, pool.reserved
+    reserved = beside.reserved + warm_up.reserved + pool.reserved
+    return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}, reserved, pool.reserved

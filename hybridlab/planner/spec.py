@@ -33,13 +33,13 @@ Loss = Callable[[nn.Module, BatchShape], Tensor]
 class GpuOverhead:
     """What a GPU takes beside the tensors; rounded from what 18 runs took of an H200, and those of ranks from 9 more.
 
-    workspace_bytes: that cuBLAS takes from torch's allocator for the streams that compute; for those of graphs, again
+    workspace_bytes: that cuBLAS takes from torch's allocator for each thread that computes, of forward and of backward
     context_bytes: CUDA's context and the kernels that it loads, outside torch's allocator
     nccl_bytes: that NCCL takes besides, where ranks share a model or add gradients up; of one rank alone, too
     channel_bytes: and for its channels to other ranks
     """
 
-    workspace_bytes: int = 2 * 32 * 2**20
+    workspace_bytes: int = 32 * 2**20
     context_bytes: int = 800_000_000
     nccl_bytes: int = 590_000_000
     channel_bytes: int = 290_000_000

@@ -21,6 +21,9 @@ GRAIN_BYTES = 512
 GATHERED, COMMUNICATION = "gathered", "communication"
 """Parts of a rank's memory: whole weights of what is computed, and buffers that other ranks fill or read."""
 
+WORKSPACE = "workspace"
+"""The part that cuBLAS takes at a thread's first product, and keeps."""
+
 aten = torch.ops.aten
 FLOPS = dict(flop_registry) | {aten._grouped_mm: lambda a, b, *_, **__: 2 * a.numel() * b.shape[-1]}
 """Operation -> what counts its floating-point operations."""
@@ -76,6 +79,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     logit_widths: lengths of a last dimension that make a new tensor of two dimensions or more "logits"
     new_part: the part that other new tensors belong to until `tag` says better; None: they are not on the GPU
     new_stream: of the GPU, on which they are allocated
+    workspace_bytes: that cuBLAS takes for forward's thread, and as much for backward's; workspace_stream: beside which
+        other memory they lie
 
     Sizes are rounded up as the CUDA caching allocator does. Views count once, with what they look at.
     """
@@ -86,7 +91,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase, self._is_paused = "setup", False
         self.logit_widths: frozenset[int] = frozenset()
         self.new_part: str | None = "activations"
-        self.new_stream = ""
+        self.new_stream, self.workspace_bytes, self.workspace_stream = "", 0, ""
+        self._products: set[tuple[str, bool]] = set()
         self._made: Counter[tuple[str, int | None]] = Counter()
         self._keys: dict[int, Key | None] = {}
 
@@ -195,11 +201,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         work, count = self.segments[-1].work, FLOPS.get(func._overloadpacket)
         if count is not None:
             work[str(args[0].dtype).removeprefix("torch.")] += count(*args, **kwargs, out_val=out)
+            self._take_workspace()
         elif func.is_view or func._overloadpacket in NO_KERNEL:
             return
         else:
             work["moved"] += sum(leaf.nbytes for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor))
         work["kernels"] += 1
+
+    def _take_workspace(self) -> None:
+        """At the first product of a phase's forward or backward."""
+        thread = self._phase, torch._C._current_graph_task_id() != -1
+        if self.workspace_bytes and thread not in self._products:
+            self._products.add(thread)
+            key = Key(WORKSPACE, None, thread[1])
+            self.segments[-1].events.append(Event("new", key, self.workspace_bytes, WORKSPACE, self.workspace_stream))
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
