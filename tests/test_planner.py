@@ -73,6 +73,7 @@ def _tests_share_their_plans(monkeypatch):
 # All with the optimizer's state in place, no logits returned, backward outside the autocast region, fused AdamW (the
 # temporaries of its foreach form would not reach the peaks of B to D). C to E let autocast cache the weights' bf16
 # copies, F and later do not; K and L compute in bf16 without autocast. The loss is torch's, its chunks checkpointed.
+# A GPU counted 41.9 for B of XL.
 
 BF16 = {"mixed_precision": MixedPrecisionConfig()}
 CHUNKED = {"loss_chunk_tokens": 1024}
@@ -96,8 +97,8 @@ ARMS = {
 WITH_AUTOCAST_CACHE = "CDE"
 
 GOLDEN_GB = {
-    "small": {"B": 6.41, "C": 5.59, "D": 3.84, "E": 2.46, "F": 1.79, "G": 1.79, "H": 1.54, "K": 1.29, "L": 1.04},
-    "xl": {"B": 41.37, "C": 35.66, "D": 34.01, "F": 16.27, "G": 11.84, "L": 4.56},
+    "small": {"B": 6.43, "C": 5.60, "D": 3.85, "E": 2.46, "F": 1.80, "G": 1.80, "H": 1.54, "K": 1.30, "L": 1.05},
+    "xl": {"B": 41.88, "C": 36.17, "D": 34.55, "F": 16.16, "G": 11.99, "L": 4.63},
 }
 GRAPH_ALONE = GpuOverhead(workspace_bytes=0)
 

@@ -40,9 +40,9 @@ class GpuOverhead:
     """
 
     workspace_bytes: int = 32 * 2**20
-    context_bytes: int = 800_000_000
-    nccl_bytes: int = 590_000_000
-    channel_bytes: int = 290_000_000
+    context_bytes: int = 850_000_000
+    nccl_bytes: int = 530_000_000
+    channel_bytes: int = 300_000_000
 
     def __post_init__(self) -> None:
         check_types(self)
