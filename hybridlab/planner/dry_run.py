@@ -326,7 +326,7 @@ class DryRun:
         return {p: blocks[EXAMPLE][name] for block in left_out for name, p in block.items() if p.requires_grad}
 
     def _step(self, params: list[nn.Parameter]) -> None:
-        """What the update of these parameters takes while it lasts; AdamW's takes nothing but in 4 bits, and is none."""
+        """What the update of these parameters takes while it lasts: AdamW's takes something in 4 bits alone."""
         self._step_muon(params)
         if self._memory.optimizer_state == "int4":
             self._step_in_4_bits(p for p in params if p.ndim > 1 and p not in self._muons)
@@ -335,7 +335,9 @@ class DryRun:
         """Two codes share a byte: each moment's scaled values and int64 codes are written before they are packed."""
         for numbers in (min(p.numel(), MOST_AT_ONCE) for p in matrices):
             with self._trace.counting_as("optimizer"):
-                written = [torch.empty(numbers, dtype=dtype) for dtype in (torch.float32, torch.int64) for _ in range(2)]
+                written = [
+                    torch.empty(numbers, dtype=dtype) for dtype in (torch.float32, torch.int64) for _ in range(2)
+                ]
             del written
 
     def _step_muon(self, params: list[nn.Parameter]) -> None:

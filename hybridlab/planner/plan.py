@@ -168,7 +168,7 @@ def plan_stages(spec: TrainingSpec) -> Plan:
 def plan_training(spec: TrainingSpec) -> Plan:
     """Predict peak memory by part and phase from the real autograd graph, without a GPU and without computing it.
 
-        peak = max over time of the sum of all live storages, each as large as the allocator's block, + cuBLAS's workspace
+        peak = max over time of the sum of all live storages, each as large as the allocator's block for it
 
     The model, its loss, backward pass and torch's optimizer run on fake tensors, and every storage is followed from
     birth to death. torchao's state is counted by its format: its compiled step takes next to nothing besides.
@@ -240,19 +240,22 @@ def _without_graphs(training: Rehearsal) -> Found:
 
 
 def _with_graphs(training: Rehearsal) -> Found:
-    """What passes take, and one without gradients, is in a pool of the graphs, where gradients stay.
+    """What a part of the batch takes, and a pass without gradients, is in a pool of the graphs, where gradients stay.
 
-    They warm up on a stream of their own. What that has cached goes back, but for what cuBLAS's workspaces lie in.
+    Those of further parts are added up outside. Passes warm up on a stream of their own: what that has cached goes back
+    then, but for what cuBLAS's workspaces lie in.
     """
+    passes = [segment for segment in training.passes if not segment.name.endswith(" 1")]
     pool, warm_up, beside = CachingAllocator(), CachingAllocator(), CachingAllocator()
-    pool.follow([*training.passes, *training.predict])
-    warm_up.follow([*training.passes, *training.update[-1:]])
+    pool.follow([*passes, *training.predict])
+    warm_up.follow([*passes, *training.update[-1:]])
     warm_up.empty_cache()
     beside.follow([*training.setup, *training.state, *training.path])
     beside.reset_peak()
-    kept = pool.now + warm_up.now
+    sums = pool.now["gradients"] if len(passes) < len(training.passes) else 0
+    kept = pool.now + warm_up.now + Counter(gradients=sums)
     step = kept + Counter(beside.follow(training.update[:-1]))
     rest = kept + beside.now
     beside.follow(training.evaluation)
-    reserved = beside.reserved + warm_up.reserved + pool.reserved
+    reserved = beside.reserved + warm_up.reserved + pool.reserved + sums
     return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}, reserved, pool.reserved
