@@ -123,7 +123,7 @@ class Kernels(fx.Interpreter):
 
     Written are results of reductions and of what has a kernel of its own, such as products and attention, what the
     latter read, and the outputs. All else is computed where it is used, and keeps alive what it is computed from. A
-    fused kernel writes over an input of its result's size that it reads as a whole and that nobody needs after it.
+    fused kernel writes over an input of its result's size that it reads where it writes and that nobody needs after it.
     """
 
     def __init__(self, module: fx.GraphModule, trace: Trace) -> None:
@@ -240,7 +240,7 @@ def _is_fused(n: fx.Node) -> bool:
 
 
 def _lies_in_place(read: Tensor, out: Tensor) -> bool:
-    """Whether each of the numbers read lies where the result's own will lie: all of them, or the first of each row."""
+    """Whether each of the numbers that are read lies where the result's own will lie: all, or the first of each row."""
     return read.nbytes == out.nbytes or (read.stride(), read.storage_offset()) == (out.stride(), 0)
 
 
