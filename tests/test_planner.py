@@ -951,6 +951,16 @@ def test_graphs_hold_what_the_passes_take_and_the_gradients():
     assert added.parts["gradients"] == 2 * graphs.parts["gradients"], "in the pool, and added up outside"
 
 
+def test_steps_in_graphs_take_as_much_before_they_are_captured():
+    training = (*MUCH, MemoryConfig.fit_16gb(weights="24bit"))
+    compiled, graphs = (
+        plan(*training, compiled=True, cuda_graphs=replayed, overhead=GRAPH_ALONE) for replayed in (False, True)
+    )
+    assert graphs.graphs_bytes > 0
+    assert graphs.peak_allocated_bytes == compiled.peak_allocated_bytes
+    assert graphs.phases["Predict"]["activations"] == 0
+
+
 def test_the_command_plans_a_compiled_training(capsys):
     assert ended("--compiled --json --batch 2x32", size="--model nano") == 0
     settings = json.loads(capsys.readouterr().out)["settings"]

@@ -205,7 +205,7 @@ def _on_the_line(first: Any, second: Any, place: float) -> Any:
 
 def _rehearsed(spec: TrainingSpec) -> Plan:
     training = rehearse(spec)
-    phases, reserved, in_graphs = (_with_graphs if spec.replays_graphs else _without_graphs)(training)
+    phases, reserved, in_graphs = _found(training, spec)
     for phase in [*(["Evaluation"] if not spec.judges_mean else []), *(["Start"] if not spec.is_sharded else [])]:
         phases.pop(phase, None)
     parts = (*PARTS, *((GATHERED, COMMUNICATION) if spec.ranks else ()))
@@ -217,6 +217,17 @@ def _rehearsed(spec: TrainingSpec) -> Plan:
 
 Found = tuple[dict[str, dict[str, int]], int, int]
 """Phase -> part -> bytes at its peak; what torch's allocator then holds of the GPU; and of that, what graphs do."""
+
+
+def _found(training: Rehearsal, spec: TrainingSpec) -> Found:
+    if not spec.replays_graphs:
+        return _without_graphs(training)
+    phases, reserved, in_graphs = _with_graphs(training)
+    if spec.memory.step_in_backward:  # its first steps run as they are, since they move weights
+        as_they_are, held, _ = _without_graphs(training)
+        phases |= {phase: max(phases[phase], as_they_are[phase], key=_total) for phase in ("Full", "Correct")}
+        reserved = max(reserved, held)
+    return phases, reserved, in_graphs
 
 
 def _without_graphs(training: Rehearsal) -> Found:
