@@ -459,6 +459,14 @@ def test_what_cannot_be_captured_says_so() -> None:
     with pytest.raises(ValueError, match="parameters without a gradient"):
         optimizer.captured()
     optimizer.zero_grad()
+    for step in (0, 1):
+        model(tokens(0), tokens(0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (optimizer.replays_as is None) == (step == 1)
+        optimizer.state[model.h[0].mlp.c_fc.weight]["step"] += 1  # as if its neighbours had missed a step
+    optimizer.state[model.h[0].mlp.c_fc.weight]["step"] -= 2
+    assert optimizer.replays_as is not None
     optimizer.param_groups[0]["betas"] = (0.5, 0.99)
     assert optimizer.replays_as is None, "the update has its betas as numbers"
 

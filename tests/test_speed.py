@@ -189,6 +189,20 @@ def test_warming_up_leaves_buffers_as_they_were() -> None:
     assert training.task.model.passes.item() == 1
 
 
+def test_warming_up_shows_how_the_norm_is_shared_out() -> None:
+    """By the buckets' sizes the first step of a run would be clipped, and their gradients are not shared out so."""
+    memory = MemoryConfig(step_in_backward=True, clip_in_backward=1.0)
+    config = RunConfig(
+        "shares", TextTaskConfig(**TINY_TEXT), 4, hybrid=HybridTrainerConfig.plain(memory=memory), device="cpu"
+    )
+    training = Training(config, torch.device("cpu"))
+    shares = training._optimizer.param_groups[0]["clip_shares"]
+    before = shares.clone()
+    training.warm_up_()
+    assert not torch.allclose(shares, before, rtol=0.1)
+    assert shares.sum().item() == pytest.approx(1.0)
+
+
 ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")
 PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
 AGAIN = HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))
@@ -203,6 +217,7 @@ SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
         (replace(ON_GPU, cuda_graphs=False), "cuda_graphs is off"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=PARTS)), None),
         (replace(ON_GPU, hybrid=AGAIN), None),
+        (replace(ON_GPU, hybrid=AGAIN, task=replace(ON_GPU.task, dropout=0.1)), "of dropout again"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb(weights="24bit"))), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), "to the host"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=SKIPS)), "skips other blocks"),

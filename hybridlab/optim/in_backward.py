@@ -95,7 +95,8 @@ class StepInBackward(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a new step."""
         self._arrived, self._stepped = [0] * len(self._buckets), []
-        self._squares.zero_()
+        if not self._discards_gradients:
+            self._squares.zero_()
         self._forget_arrivals()
         super().zero_grad(set_to_none)
 

@@ -118,7 +118,8 @@ class InFewCalls(Optimizer):
     @property
     def replays_as(self) -> Hashable:
         """What captured steps depend on, beside the numbers; None where steps cannot be captured."""
-        if any(map(_is_cycled, self.param_groups)):
+        counts = ({float(its["step"]) for p, _ in call if (its := self.state.get(p))} for call in self._calls())
+        if any(map(_is_cycled, self.param_groups)) or any(len(count) > 1 for count in counts):
             return None
         moments = [m for p, state in self.state.items() if p.ndim > 1 for m in state.values() if m.ndim]
         places = tuple(part.data_ptr() for moment in moments for part in _parts(moment).values())

@@ -79,6 +79,7 @@ class CudaGraphs(nn.Module):
 
     model: on a GPU; call this object in its place, and give the model itself to the trainer. Parameters that are added
         later are not known
+    fails: why passes are run as they are; None where they are captured
 
     Raises UserError for a model that is not on a GPU.
     """
@@ -94,11 +95,11 @@ class CudaGraphs(nn.Module):
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Callable[..., Any]] = {}
         self._sums: dict[Tensor, Tensor] = {}
-        self._fails = False
+        self.fails: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
-        if self._fails:
+        if self.fails:
             return self.model(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
         key = self._key(leaves, form)
@@ -106,7 +107,8 @@ class CudaGraphs(nn.Module):
             key = (key, stepping := self._stepping.replays_as)
             self._seen[key] += 1
             if stepping is None or self._seen[key] <= WARM_UP_PASSES:
-                return self.model(*args, **kwargs)
+                with _as_captured():
+                    return self.model(*args, **kwargs)
         if key not in self._captured and not self._capture(key, leaves, form):
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -114,7 +116,10 @@ class CudaGraphs(nn.Module):
         return self._captured[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def replay_steps_of(self, optimizer: StepInBackward) -> None:
-        """Capture these steps with the backward pass that they are taken in."""
+        """Capture these steps with the backward pass that they are taken in.
+
+        In a loop of your own, let go of a loss before the next pass: it holds on to the stream of its own.
+        """
         self._stepping = optimizer
 
     def _set_gradients_aside(self) -> None:
@@ -127,7 +132,8 @@ class CudaGraphs(nn.Module):
                 "gradients are still there, and the steps inside this backward pass are captured: call "
                 "optimizer.step() and optimizer.zero_grad() between two passes"
             )
-        sums = [self._sums.setdefault(p, torch.empty_like(p)) for p in found]
+        self._sums |= {p: torch.empty_like(p) for p in found if p not in self._sums}
+        sums = [self._sums[p] for p in found]
         torch._foreach_copy_(sums, list(found.values()))
         for p, total in zip(found, sums, strict=True):
             p.grad = total
@@ -145,11 +151,10 @@ class CudaGraphs(nn.Module):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         capture = self._with_gradients if torch.is_grad_enabled() else _forward_only
-        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-        same_format = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
+        stream = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails may leave another one behind
         try:
-            devices = [self._params[0].device]
-            with same_format, torch.random.fork_rng(devices), buffers_kept(self._modules_within) as replaced:
+            streams = torch.random.fork_rng([self._params[0].device])
+            with stream, _as_captured(), streams, buffers_kept(self._modules_within) as replaced:
                 self._captured[key] = capture(_Pass(self.model, leaves, form), leaves, self._pool)
                 if replaced():  # which a replay would not repeat
                     raise ValueError("forward puts another tensor in a buffer's place")
@@ -168,10 +173,16 @@ class CudaGraphs(nn.Module):
             self._stepping.zero_grad()
 
     def _give_up(self, reason: str) -> bool:
-        self._fails = True
+        self.fails = reason
         self._captured.clear()
         warnings.warn(f"runs without CUDA graphs: {reason}", stacklevel=4)
         return False
+
+
+def _as_captured() -> torch.autocast:
+    """The number format of the caller, without a cache of lowered weights, which a replay would not make anew."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 @contextmanager
@@ -218,7 +229,7 @@ def _with_steps(call: _Pass, leaves: list[Any], pool: Any, stepping: StepInBackw
     if not isinstance(loss, Tensor) or loss.numel() > 1:
         raise ValueError("forward returns more than its loss")
     scale = torch.ones_like(loss)
-    with torch.cuda.graph(backward, pool=pool):
+    with torch.cuda.graph(backward, pool=pool), torch.autocast("cuda", enabled=False):  # as a trainer's backward runs
         loss.backward(scale)  # type: ignore[no-untyped-call]
     buckets, loss = stepping.captured(), loss.detach()
     gradients = [(p, p.grad) for p in call.model.parameters() if p.grad is not None]

@@ -112,12 +112,13 @@ class RunConfig:
     @property
     def without_cuda_graphs(self) -> str | None:
         """Why the run's passes are not replayed as CUDA graphs; None where they are."""
-        depth = self.hybrid.depth
+        depth, drops = self.hybrid.depth, getattr(self.task, "dropout", 0.0) > 0
         reasons = {
             "cuda_graphs is off": not self.cuda_graphs,
             "compiled is off": not self.compiled,
             "they need a GPU": find_device(self.device).type != "cuda",
             "the depth schedule skips other blocks in each step": depth is not None and depth.skip_share > 0,
+            "checkpointing draws the random numbers of dropout again": drops and self.memory.checkpointing is not None,
         }
         return next((reason for reason, holds in reasons.items() if holds), self.memory.without_cuda_graphs)
 

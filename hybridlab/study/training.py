@@ -80,7 +80,7 @@ class Training:
     def cuda_graphs(self) -> str:
         """Whether passes are replayed: "in use", or why they are not."""
         if isinstance(self._model, CudaGraphs):
-            return "in use"
+            return self._model.fails or "in use"
         return self._config.without_cuda_graphs or "what ranks say to each other stays out of graphs"
 
     def warm_up_(self) -> None:
