@@ -785,10 +785,18 @@ MEASURED = {
 
 @pytest.mark.parametrize("arm", MEASURED, ids=", ".join)
 def test_memory_and_time_are_as_near_to_the_measured_as_the_plan_says(arm):
-    """The arms of Small that are left out had their peak in an evaluation beside gradients, which are dropped now."""
+    """The arms of Small that are left out had their peak in an evaluation beside gradients, which are dropped now.
+
+    A chunked loss held the embedding's gradient twice in float32 when these ran, and holds it once today.
+    """
     measured, planned = measured_arms()[arm], plan(arm[0], (8, 512), MEASURED[arm])
-    assert planned.peak_allocated_bytes == pytest.approx(measured["measured_allocated_bytes"], rel=0.03)
-    assert planned.peak_on_gpu_bytes == pytest.approx(measured["peak_memory_bytes"], rel=0.05)
+    size = GPT2Config.named(arm[0])
+    saved = 4 * size.n_embd * size.vocab_size if MEASURED[arm].loss_chunk_tokens else 0
+    for name, found, near in (
+        ("measured_allocated_bytes", planned.peak_allocated_bytes, 0.03),
+        ("peak_memory_bytes", planned.peak_on_gpu_bytes, 0.05),
+    ):
+        assert (1 - near) * (measured[name] - saved) < found < (1 + near) * measured[name]
     (low, high), gpu = OF_MEASURED, GPUS["h100" if arm[0] == "small" else "h200"]
     on_host = host_update_ms(planned)
     least, most = (step_time_ms(planned, gpu) + on_host * (factor - 1) for factor in (1 / HOST_FACTOR, HOST_FACTOR))

@@ -15,6 +15,9 @@ IGNORED_TARGET = -100
 ROWS_IN_FLOAT32 = 256
 """Tokens whose log-probabilities exist at a time; compiled code has no need of them."""
 
+ROWS_AT_ONCE = 8192
+"""Of the layer's weight, whose part of a gradient exists at a time beside the sum."""
+
 Hidden = Float[Tensor, "tokens dim"]
 Head = Float[Tensor, "rows dim"]
 
@@ -61,8 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if with_gradients:
                 logits[:, vocab_size:] = 0.0
                 to_x.append(logits @ layer)
-                added = logits.mT @ piece
-                to_weight = added if to_weight is None else to_weight.float().add_(added)
+                to_weight = _added_to_(to_weight, logits, piece, whole=chunk >= len(targets))
         if with_gradients:
             ctx.save_for_backward(torch.cat(to_x).to(x.dtype), to_weight)
             ctx.weight_dtype = weight.dtype
@@ -71,7 +73,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         to_x, to_weight = ctx.saved_tensors
-        return to_x * scale, to_weight.to(ctx.weight_dtype) * scale, None, None, None, None
+        return to_x * scale, to_weight.to(ctx.weight_dtype, copy=True).mul_(scale), None, None, None, None
+
+
+def _added_to_(to_weight: Tensor | None, to_logits: Tensor, piece: Hidden, *, whole: bool) -> Tensor:
+    """The gradient of the layer's weight with a piece's part, of which some rows exist at a time.
+
+    whole: whether this is the only piece: then it stays in the format in which the layer computes, else float32
+    """
+    if whole:
+        return to_logits.mT @ piece
+    if to_weight is None:
+        to_weight = to_logits.new_zeros(to_logits.shape[1], piece.shape[1], dtype=torch.float32)
+    for rows, columns in zip(
+        torch.split(to_weight, ROWS_AT_ONCE), torch.split(to_logits, ROWS_AT_ONCE, 1), strict=True
+    ):
+        rows += columns.mT @ piece
+    return to_weight
 
 
 def _pairs(x: Tensor, goals: Tensor, rows: int) -> Iterable[tuple[Tensor, Tensor]]:

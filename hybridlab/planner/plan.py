@@ -253,8 +253,8 @@ def _without_graphs(training: Rehearsal) -> Found:
 def _with_graphs(training: Rehearsal) -> Found:
     """What a part of the batch takes, and a pass without gradients, is in a pool of the graphs, where gradients stay.
 
-    Those of further parts are added up outside. Passes warm up on a stream of their own: what that has cached goes back
-    then, but for what cuBLAS's workspaces lie in.
+    Those of further parts are added up outside. Passes warm up on a stream of their own. Capturing gives back what is
+    cached, but for what cuBLAS's workspaces lie in.
     """
     passes = [segment for segment in training.passes if not segment.name.endswith(" 1")]
     pool, warm_up, beside = CachingAllocator(), CachingAllocator(), CachingAllocator()
@@ -262,6 +262,7 @@ def _with_graphs(training: Rehearsal) -> Found:
     warm_up.follow([*passes, *training.update[-1:]])
     warm_up.empty_cache()
     beside.follow([*training.setup, *training.state, *training.path])
+    beside.empty_cache()
     beside.reset_peak()
     sums = pool.now["gradients"] if len(passes) < len(training.passes) else 0
     kept = pool.now + warm_up.now + Counter(gradients=sums)
