@@ -97,6 +97,7 @@ def test_a_module_may_hold_settings_of_a_task(mine: Path) -> None:
     [
         ("my_task", "write module:object or file.py:object"),
         ("no_such_task:Bytes", "there is no module 'no_such_task'"),
+        ("pieces.no_such_task:Bytes", "there is no module 'pieces.no_such_task': put pieces/no_such_task.py into"),
         ("none.py:Bytes", "none.py: no such file"),
         ("my_task:Byte", "my_task has no 'Byte': it has Bytes"),
         ("my_task:TEXT", "my_task:TEXT is not a task: give a class with batch_size"),
@@ -104,6 +105,7 @@ def test_a_module_may_hold_settings_of_a_task(mine: Path) -> None:
         ("in_torch.py:Bytes", r"RuntimeError: shape .* is invalid for input of size 3 \(in_torch.py, line 2\)$"),
         ("open.py:Bytes", r"open.py cannot be imported: SyntaxError: '\(' was never closed \(open.py, line 2\)$"),
         ("imports_open:Bytes", r"imports_open cannot be imported: SyntaxError: .* \(open.py, line 2\)$"),
+        ("ends.py:Bytes", r"ends.py cannot be imported: SystemExit: 0 \(ends.py, line 2\)$"),
         ("json.py:x", "another module is called 'json'"),
     ],
 )
@@ -112,7 +114,9 @@ def test_a_name_that_leads_nowhere_is_one_line(name: str, message: str, mine: Pa
     (mine / "in_torch.py").write_text("import torch\ntorch.zeros(3).reshape(7)\n")
     (mine / "open.py").write_text("\nx = (\n")
     (mine / "imports_open.py").write_text("import open\n")
+    (mine / "ends.py").write_text("import sys\nsys.exit(0)\n")
     (mine / "json.py").touch()
+    (mine / "pieces").mkdir()
     with pytest.raises(UserError, match=message):
         find_task(name)
 

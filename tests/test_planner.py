@@ -463,10 +463,11 @@ def test_where_peaks_do_not_rise_with_the_length_the_answer_is_one_that_fits():
     assert largest_that_fits(plan_of, 0, at_most=9) == 0
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig.fit_16gb()], ids=["plain", "fit_16gb"])
-def test_a_batch_too_large_to_be_rehearsed_lies_on_the_line_of_smaller_ones(monkeypatch, memory):
+def test_a_batch_too_large_to_be_rehearsed_lies_on_the_line_of_smaller_ones(monkeypatch, memory, graphs):
     planner = sys.modules["hybridlab.planner.plan"]
-    spec = TrainingSpec("nano", (256, 64), memory)
+    spec = TrainingSpec("nano", (256, 64), memory, compiled=graphs, cuda_graphs=graphs)
     whole = planner._rehearsed(spec)
     monkeypatch.setattr(planner, "MOST_TOKENS", 2 * 64 * 64)
     planned = planner.plan_training(replace(spec, batch=(256, 64)))

@@ -237,12 +237,12 @@ def test_the_command_plans_a_rank(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_to_compute_in_bf16_shards_are_gathered_so() -> None:
-    spec = TrainingSpec(SHALLOW, (WINDOWS, TOKENS), ranks=2)
+    spec = TrainingSpec(SHALLOW, (WINDOWS, TOKENS), ranks=2, blocks_per_group=2)
     change = next(change for name, change in FEATURES if name == "bf16 autocast")
     changed = change(spec)
     assert changed
     assert changed.gather == "bf16"
-    assert "ranks = RanksConfig(gather='bf16')" in "\n".join(_in_python(spec, changed))
+    assert "ranks = RanksConfig(gather='bf16', blocks_per_group=2)" in "\n".join(_in_python(spec, changed))
 
 
 def test_the_benchmark_names_the_plan_of_each_rank() -> None:

@@ -186,7 +186,8 @@ def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
     if fits.path_storage.on_host and not asked.path_storage.on_host:
         yield "hybrid = HybridTrainerConfig(path_device='host', memory=memory)  # beside your other settings"
     if fits.gather != asked.gather:
-        yield f"ranks = RanksConfig(gather={fits.gather!r})  # of hybridlab.study.ranks"
+        changed = {name: getattr(fits, name) for name, value in SHARDING.items() if getattr(fits, name) != value}
+        yield f"ranks = RanksConfig({', '.join(f'{n}={v!r}' for n, v in changed.items())})  # of hybridlab.study.ranks"
 
 
 def code_of(settings: object) -> str:

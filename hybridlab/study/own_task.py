@@ -106,10 +106,10 @@ def _import(place: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name == name.partition(".")[0]:
-            raise UserError(f"there is no module {name!r}: put {name}.py into {folders[0]}") from None
+        if f"{name}.".startswith(f"{error.name}."):
+            raise UserError(f"there is no module {name!r}: put {name.replace('.', '/')}.py into {folders[0]}") from None
         raise UserError(f"{place} needs the module {error.name!r}: install it") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads the command line ends the process
         said = f"{place} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ran = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "<module>"]
         if ran and not isinstance(error, SyntaxError):  # which names its own file and line
