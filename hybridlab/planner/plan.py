@@ -187,7 +187,7 @@ def plan_training(spec: TrainingSpec) -> Plan:
 
 
 def _beyond(first: Plan, second: Plan, place: float) -> Plan:
-    """On the line through two plans; the allocator holds as many times what tensors and graphs take as in the second."""
+    """On the line through two plans; the allocator holds as many times what tensors and graphs take as in one."""
     found: Plan = _on_the_line(first, second, place)
     more = (found.peak_allocated_bytes + found.graphs_bytes) / (second.peak_allocated_bytes + second.graphs_bytes)
     return replace(found, reserved_bytes=round(more * second.reserved_bytes))
