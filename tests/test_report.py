@@ -1022,6 +1022,7 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
         ("The trainer beside the bare loop", "docs/experiments/step_overhead.json"),
         ("A step beside other loops", "docs/experiments/against_others.json"),
         ("AdamW's beta1", "docs/experiments/beta1_cpu.json"),
+        ("Short windows or few at first", "docs/experiments/ramps.json"),
     ],
 )
 def test_numbers_of_an_experiment_are_those_of_its_committed_file(title: str, source: str) -> None:

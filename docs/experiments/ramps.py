@@ -94,9 +94,6 @@ class Arm:
         )
 
 
-SMALL_BATCH = "4 windows for ever"
-"""No ramp, and as much computation as most of them."""
-
 ARMS = {
     "3 blocks until 70%": Arm(0.7, blocks=3),
     "16 tokens until 50%": Arm(0.5, tokens=16),
@@ -105,13 +102,15 @@ ARMS = {
     "2 windows until 50%": Arm(0.5, windows=2),
     "2 windows until 70%": Arm(0.7, windows=2),
     "4 windows until 70%": Arm(0.7, windows=4),
-    SMALL_BATCH: Arm(1.0, windows=4),
     "3 blocks and 16 tokens until 70%": Arm(0.7, blocks=3, tokens=16),
     "3 blocks and 2 windows until 70%": Arm(0.7, blocks=3, windows=2),
     "3 blocks and 4 windows until 70%": Arm(0.7, blocks=3, windows=4),
 }
 PLAIN = {f"plain, {steps} steps": Arm(steps=steps) for steps in (96, 120, 150, 180, STEPS)}
-"""What the arms are held against: each arm's cost lies beside one of these lengths."""
+SMALL = {f"4 windows for ever, {steps} steps": Arm(1.0, windows=4, steps=steps) for steps in (192, STEPS, 312)}
+"""What the arms are held against: plain runs, and such of half a batch all the time."""
+
+ALL = PLAIN | SMALL | ARMS
 
 
 @lru_cache
@@ -131,50 +130,61 @@ def at_best(arm: RunConfig, rate: float) -> RunConfig:
 
 def trained() -> tuple[dict[str, RateTrials], dict[str, list[float]]]:
     """The trials of every arm on the first seed, and its losses at the best rate, by seed."""
-    folder, arms = Path("runs/ramps"), [arm.config(name) for name, arm in (PLAIN | ARMS).items()]
-    trials = bracket_rates(arms, folder, most=3, resume=True)
+    folder, arms = Path("runs/ramps"), [arm.config(name) for name, arm in ALL.items()]
+    trials = bracket_rates(arms, folder, most=4, resume=True)
     best = [at_best(arm, trials[arm.name].best) for arm in arms]
     result: StudyResult = run_arms([replace(arm, seed=seed) for seed in SEEDS for arm in best], folder, resume=True)
     named = zip(arms, best, strict=True)
     return trials, {arm.name: [result.value("validation_loss", it.name, seed) for seed in SEEDS] for arm, it in named}
 
 
+def of_as_much(controls: dict[str, Arm], cost: float, losses: dict[str, list[float]]) -> list[float]:
+    """The losses of runs that cost as much, between those of two lengths in ln n; NaN beyond them."""
+    costs, of_seeds = [arm.cost for arm in controls.values()], np.array([losses[name] for name in controls]).T
+    return [float(np.interp(np.log(cost), np.log(costs), them, np.nan, np.nan)) for them in of_seeds]
+
+
 def figures(name: str, trials: RateTrials, losses: dict[str, list[float]]) -> dict[str, Any]:
-    """What an arm came to: against a plain run of as much computation, between the lengths in ln n; and what a plain
-    run takes to its loss, over its own cost.
+    """What an arm came to, against others of as much computation; and what a plain run takes to its loss, over its
+    own cost.
     """
-    cost, lengths = (PLAIN | ARMS)[name].cost, tuple(arm.steps for arm in PLAIN.values())
-    plain = [tuple(losses[control][seed] for control in PLAIN) for seed in range(len(SEEDS))]
-    at_cost = [float(np.interp(np.log(cost), np.log(lengths), of_seed)) for of_seed in plain]
-    runs = [SeedRuns(loss, 0.0, cost, lengths, of) for loss, of in zip(losses[name], plain, strict=True)]
+    cost, mine = ALL[name].cost, losses[name]
+    plain = np.array([losses[control] for control in PLAIN]).T.tolist()
+    lengths = tuple(arm.steps for arm in PLAIN.values())
+    ratio = StepValue.of([SeedRuns(loss, 0.0, cost, lengths, them) for loss, them in zip(mine, plain, strict=True)])
+    beside = {"plain": PLAIN, "half a batch": SMALL}
+    differences = {
+        f"against {what}": np.subtract(mine, of_as_much(controls, cost, losses)).tolist()
+        for what, controls in beside.items()
+        if name not in controls
+    }
     return {
         "arm": name,
         "cost": cost,
         "trials": [{"rate": rate, "loss": loss} for rate, loss in sorted(trials.losses.items())],
         "rate": trials.best,
         "edge": trials.edge,
-        "losses": losses[name],
-        "loss": sum(losses[name]) / len(SEEDS),
-        "against": str(Interval.of(np.subtract(losses[name], at_cost).tolist())),
-        f"against {SMALL_BATCH}": str(Interval.of(np.subtract(losses[name], losses[SMALL_BATCH]).tolist())),
-        "computation_to_loss": ratio.as_ratio if (ratio := StepValue.of(runs)) else "",
+        "losses": mine,
+        "loss": sum(mine) / len(SEEDS),
+        "computation to its loss": ratio.as_ratio if ratio and name not in PLAIN else "",
+        **{what: str(Interval.of(of)) for what, of in differences.items() if np.isfinite(of).all()},
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A row per arm, plain runs last."""
-    heads = ("at first", "first seed by rate", "cost", "loss", "against as much computation", "computation to its loss")
-    lines = [f"| {' | '.join(heads)} |", "|---" * 6 + "|"]
+    held = ("against plain", "against half a batch", "computation to its loss")
+    lines = [f"| {' | '.join(('at first', 'cost', 'rate', 'loss', *held))} |", "|---" * 7 + "|"]
     for row in rows:
-        rates = ", ".join(f"{it['rate']:g}: {it['loss']:.3f}" for it in row["trials"])
-        held = ("", "") if row["arm"] in PLAIN else (row["against"], row["computation_to_loss"])
-        cells = (row["arm"], rates, f"{row['cost']:.0f}", f"{row['loss']:.3f}", *held)
+        rate = f"{row['rate']:g}{', ' * bool(row['edge'])}{row['edge']}"
+        compared = (row.get(column, "") for column in held)
+        cells = (row["arm"], f"{row['cost']:.0f}", rate, f"{row['loss']:.3f}", *compared)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     trials, losses = trained()
-    rows = [figures(name, trials[name], losses) for name in ARMS | PLAIN]
+    rows = [figures(name, trials[name], losses) for name in ARMS | SMALL | PLAIN]
     Path(__file__).with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
