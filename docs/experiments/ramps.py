@@ -60,6 +60,9 @@ class RampedText(TextTask):
         return self._first(step) if step < self._steps else super().batch(step)
 
 
+TASK = Ramp("micro", block_size=TOKENS, batch_size=WINDOWS, max_bytes=4_000_000)
+
+
 @dataclass(frozen=True)
 class Arm:
     """What is trained first, and until which share of the steps; a plain run has another length."""
@@ -78,12 +81,11 @@ class Arm:
 
     def config(self, name: str) -> RunConfig:
         """Its run, in the middle of the rates that are tried: those that notebook 10 bracketed."""
-        ramp = {"windows": self.windows, "tokens": self.tokens, "steps": round(self.until * self.steps)}
         stages = ((0.0, self.blocks), (self.until, BLOCKS))
         depth = DepthSchedule.shares(stages, rule="fresh") if self.blocks < BLOCKS else None
         return RunConfig(
             name,
-            Ramp("micro", block_size=TOKENS, batch_size=WINDOWS, max_bytes=4_000_000, **ramp),
+            replace(TASK, windows=self.windows, tokens=self.tokens, steps=round(self.until * self.steps)),
             self.steps,
             OptimizerConfig.tuned(lr=0.001 if depth else 0.002),
             Schedule("wsd", 40, STEPS).fitted_to(self.steps),
@@ -116,7 +118,7 @@ ALL = PLAIN | SMALL | ARMS
 @lru_cache
 def operations(blocks: int, windows: int, tokens: int) -> int:
     """Floating-point operations of forward and backward, attention in full."""
-    model = GPT2(replace(Arm().config("").task.model_config, n_layer=blocks))
+    model = GPT2(replace(TASK.model_config, n_layer=blocks))
     batch = torch.zeros(windows, tokens, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch, batch).backward()
