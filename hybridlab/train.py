@@ -89,7 +89,8 @@ def run_file(path: Path, *, resume: bool = False) -> None:
     resume = resume or config.resume
     lies_there = any((config.path / name).exists() for name in ("config.json", "steps.parquet"))
     if lies_there and not resume:  # no rank writes there before all have come to this
-        raise UserError(f"a run lies in {config.path} already: go on with it by --resume, or name another folder")
+        said = f"a run lies in {config.path} already"
+        raise UserError(f"{said}: go on with it by --resume, delete it, or name another folder")
     with config.ranks.started(config.run):
         done = train(config.run, config.path, resume=resume, watch=_say_progress, ranks=config.ranks).closing_figures
         _say(f"done: validation loss {done['validation_loss']:.4f} nats; {config.path}")

@@ -85,6 +85,7 @@ def test_a_run_that_lies_there_is_not_replaced_by_the_same_or_by_another(
     file.write_text(file.read_text().replace(str(tmp_path), str(alone)))
     assert main(["-f", str(file)]) == 2
     assert "a run lies in" in (said := capsys.readouterr().err)
+    assert "delete it, or name another folder" in said  # to start afresh, as a damaged record asks for
     assert said.count("\n") == 1
     assert {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()} == before
 
