@@ -752,12 +752,13 @@ def test_buckets_hold_every_trainable_parameter_once() -> None:
 def test_a_large_matrix_steps_in_pieces_as_it_would_whole(
     state: str, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An embedding, say: 4-bit codes would take 24 bytes for each number at a time."""
+    """An embedding, say: 4-bit codes would take 24 bytes for each number at a time. No blocks fill the last one."""
     pytest.importorskip("torchao.optim")
+    shapes = ((96, 256), (32, 256), (7, 512), (50, 301))
 
     def after() -> list[Tensor]:
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for shape in ((96, 256), (32, 256), (7, 512))]
+        params = [nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for shape in shapes]
         optimizer = low_bit_adamw(
             [{"params": params}], [params], state=state, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weights=weights
         )

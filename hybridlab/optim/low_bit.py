@@ -295,9 +295,12 @@ def _at_once(given: list[tuple[Member, Settings]]) -> Iterator[list[tuple[Member
 
 
 def _pieces(member: Member) -> Iterator[Member]:
-    """A matrix in equal pieces, each of some rows that share a scale."""
-    rows, least = len(member.param), -(-member.param.numel() // MOST_AT_ONCE)
-    count = next((n for n in range(least, MOST_PIECES) if rows % n == 0), 1) if member.mean.kind else 1
+    """A matrix in equal pieces, each of some rows that share a scale; whole where its moments are plain tensors."""
+    least, scales = -(-member.param.numel() // MOST_AT_ONCE), member.mean.parts.get("scale")
+    if scales is None:
+        yield member
+        return
+    count = next((n for n in range(least, MOST_PIECES) if len(member.param) % n == len(scales) % n == 0), 1)
     for i in range(count):
         yield Member(
             member.param.chunk(count)[i],
