@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import distributed
@@ -130,6 +131,15 @@ def test_what_was_measured_stands_on_the_page(model: str) -> None:
         if with_path:
             low, middle, high = (f"{100 * row['recording_overhead'][end]:+.0f}" for end in ("low", "median", "high"))
             assert f"| {middle} [{low}, {high}] |" in line
+
+
+def test_how_busy_the_gpus_were_stands_on_the_page() -> None:
+    seconds = pd.read_csv(Path(__file__).parents[1] / "docs" / "experiments" / "ranks_xl_busy.csv")
+    seconds["least"] = [min(row[3 : 3 + row.ranks]) for row in seconds.itertuples()]
+    one, two, four = (f"{busy:.0f}" for busy in seconds.groupby("ranks")["least"].median())
+    words = " ".join(PAGE.split())
+    assert f"was busy {one} % of a second by NVML" in words
+    assert f"the least busy one was at {two} and {four} %" in words
 
 
 def test_how_far_the_plans_were_off_stands_on_the_page() -> None:

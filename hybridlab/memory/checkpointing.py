@@ -47,7 +47,7 @@ def checkpoint_blocks_(model: nn.Module, config: CheckpointingConfig, inputs: Bl
 
 
 def compile_block_(block: nn.Module) -> None:
-    """Compile a block's forward in place: where its input goes to the host, what is computed from that alone."""
+    """Compile a block's forward in place. The hooks that send an input to the host stay in Python, around it."""
     forward = block.forward
     if isinstance(forward, partial) and forward.func is _checkpointed and forward.args[0] is not nullcontext:
         *around, computed = forward.args

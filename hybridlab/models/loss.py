@@ -16,7 +16,7 @@ ROWS_IN_FLOAT32 = 256
 """Tokens whose log-probabilities exist at a time; compiled code has no need of them."""
 
 ROWS_AT_ONCE = 8192
-"""Of the layer's weight, whose part of a gradient exists at a time beside the sum."""
+"""Of the layer's weight: of a piece's gradient so many exist at a time, beside the sum of all pieces."""
 
 Hidden = Float[Tensor, "tokens dim"]
 Head = Float[Tensor, "rows dim"]
@@ -77,9 +77,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _added_to_(to_weight: Tensor | None, to_logits: Tensor, piece: Hidden, *, whole: bool) -> Tensor:
-    """The gradient of the layer's weight with a piece's part, of which some rows exist at a time.
+    """The gradient of the layer's weight after one more piece. Of what is added, `ROWS_AT_ONCE` rows exist at a time.
 
-    whole: whether this is the only piece: then it stays in the format in which the layer computes, else float32
+    whole: whether this is the only piece: the gradient is in the format in which the layer computes then, else float32
     """
     if whole:
         return to_logits.mT @ piece

@@ -62,7 +62,7 @@ def low_bit_adamw(
 
 
 MOST_AT_ONCE, MOST_PIECES = 12 * 2**20, 64
-"""Numbers of a matrix that one call steps: 4-bit codes are up to 24 bytes each on their way."""
+"""The most numbers of a matrix in one call, since 4 bits take 24 further bytes for each; the most pieces."""
 
 Owned = tuple[nn.Parameter, ParamGroup]
 """A parameter, and the group that has its settings."""
