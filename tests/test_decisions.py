@@ -251,6 +251,15 @@ def test_a_single_odd_batch_is_no_divergence() -> None:
     assert [monitor.check(loss, gradient_norm=1.0) for loss in (4.0, 3.0, 4.0, 4.0, 3.0)] == [None] * 5
 
 
+@pytest.mark.parametrize("at", [0, 19])
+def test_a_batch_of_padding_does_not_teach_the_gradient_norm(at: int) -> None:
+    """Its loss and gradient are 0; late in the warm-up, three usual norms after it counted as an explosion."""
+    monitor = DivergenceMonitor(band=6.0)
+    for step in range(40):
+        assert monitor.check(*(0.0, 0.0) if step == at else (3.0, 0.5)) is None
+    assert monitor.log_norm == pytest.approx(math.log(0.5), abs=0.1)
+
+
 def test_the_pace_of_the_loss_prices_a_change() -> None:
     monitor = DivergenceMonitor(band=6.0)
     for step in range(400):

@@ -427,6 +427,20 @@ def test_compiles_without_graph_breaks_and_keeps_gradients(chunk: int) -> None:
         torch.testing.assert_close(ours, eager, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [0, 16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_of_padding_has_no_loss_and_moves_nothing(chunk: int, compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, (tokens, targets) = mini(n_layer=1, loss_chunk_tokens=chunk), batch_of(MINI)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    padding = torch.full_like(targets, -100)
+    loss = forward(tokens, padding)
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, list(model.parameters())))
+    with torch.no_grad():
+        assert forward(tokens, padding).item() == 0
+
+
 # --- MNIST ------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,8 @@ class DivergenceMonitor:
 
     and likewise the mean of the gradient norm's logarithm (`log_norm`) and of the loss's change per step (`slope`). A
     single batch may be odd, so a loss or a norm of a gradient step counts as divergence when it stays out of order for
-    `PATIENCE` steps; inside a jump one is enough. What is out of order enters no average.
+    `PATIENCE` steps; inside a jump one is enough. What is out of order enters no average, and a norm of 0 (a batch of
+    padding) not that of the norm.
 
     band: standard deviations of the loss above its running mean from which on it is out of order
     smoothing: a; warmup: first measurements, which only enter the averages; count: measurements so far
@@ -151,14 +152,14 @@ class DivergenceMonitor:
     def _average(self, loss: float, norm: float | None) -> None:
         if self.count == 0:
             self.mean = loss
-            self.log_norm = math.log(max(norm or 1.0, 1e-30))
+            self.log_norm = math.log(norm or 1.0)
         error = loss - self.mean
         self.offsets.append(error)
         self.mean += self.smoothing * error
         self.slope += self.smoothing * (self.smoothing * error - self.slope)
         self.variance = (1 - self.smoothing) * (self.variance + self.smoothing * error * error)
-        if norm is not None:
-            self.log_norm += self.smoothing * (math.log(max(norm, 1e-30)) - self.log_norm)
+        if norm:
+            self.log_norm += self.smoothing * (math.log(norm) - self.log_norm)
         self.count += 1
 
     def restart_warmup(self) -> None:

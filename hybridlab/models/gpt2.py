@@ -244,7 +244,8 @@ class GPT2(nn.Module):
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, ""]:
         """Logits of every next token; with targets, their mean cross-entropy in nats instead.
 
-        Targets of -100 do not count. Raises ValueError for a sequence longer than config.block_size.
+        Targets of -100 do not count; where all are -100, the loss is 0. Raises ValueError for a sequence longer than
+        config.block_size.
         """
         x = self._embed(tokens)
         for block in self.h:

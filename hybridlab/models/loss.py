@@ -33,7 +33,8 @@ def linear_cross_entropy(
     which the layer computes, and nothing is computed twice.
 
     x: what the layer is given; weight: of the layer; rows beyond vocab_size take no part
-    targets: -100 does not count; N is the number of the others
+    targets: -100 does not count; N is the number of the others. Where all are -100, as in a batch of padding, loss and
+        gradients are 0, where `torch.nn.functional.cross_entropy` gives NaN
     chunk_tokens: tokens whose logits exist at a time; 0 takes all
     """
     chunk = chunk_tokens or max(1, len(targets))
@@ -51,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = (targets != IGNORED_TARGET).sum()
         if not torch.compiler.is_compiling():
             ctx.counted_targets = count  # for whoever compares the parts of a batch
-        scale = 1.0 / count
+        scale = 1.0 / count.clamp(min=1)
         layer = weight.to(_computing_dtype(weight))
         losses: list[Tensor] = []
         to_x: list[Tensor] = []
