@@ -23,6 +23,7 @@ from hybridlab.memory import CheckpointingConfig, MemoryConfig, optimizer_for, p
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.notebook import (
     budget_chart,
+    by_seed,
     claims_table,
     depth_arms,
     depth_claims,
@@ -617,6 +618,19 @@ def test_a_sweep_whose_arm_diverged_is_told_and_not_drawn(study: StudyResult) ->
     assert list(chart.names) == ["grown"]
     without = StudyResult(study.runs | {("baseline", 1): spoilt})
     assert budget_chart({1.5: without}, ["grown", "shallow"]) == "at every budget an arm or its baseline diverged"
+
+
+def test_an_arm_that_diverged_before_it_grew_is_judged_as_a_grown_one(study: StudyResult) -> None:
+    ended = {"validation_loss": math.inf, "diverged": "the loss is nan", "growths": 0, "seconds": 0.0}
+    runs = {k: replace(r, summary=r.closing_figures | ended) if k[0] == "grown" else r for k, r in study.runs.items()}
+    arm = compare(StudyResult(runs), "grown")
+    assert (arm.grown, arm.time_ratio.mean, compare(StudyResult(runs), "shallow").grown) == (True, 0.0, False)
+    assert by_seed(StudyResult(runs), [arm]) == "no arm predicted anything (diverged: grown)"
+
+
+def test_a_baseline_that_took_no_time_leaves_the_ratio_open(study: StudyResult) -> None:
+    runs = {k: replace(r, summary=r.closing_figures | {"seconds": 0.0}) for k, r in study.runs.items()}
+    assert math.isnan(compare(StudyResult(runs), "grown").time_ratio.mean)
 
 
 def test_a_ratio_of_times_is_named_for_the_results(study: StudyResult) -> None:

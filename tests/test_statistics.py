@@ -181,6 +181,14 @@ def test_interval_is_student_s() -> None:
     assert interval.p_value == pytest.approx(stats.ttest_1samp([1.0, 2.0, 3.0], 0).pvalue)
 
 
+def test_a_ratio_of_nothing_is_zero_and_one_that_is_no_number_is_told() -> None:
+    assert Interval.of_ratios([0.0, 1.0]).ends == (0.0, 0.0)
+    unknown = Interval.of_ratios([math.nan, 1.0])
+    assert (math.isnan(unknown.mean), unknown.low, unknown.high) == (True, 0.0, math.inf)
+    with pytest.raises(ValueError, match=r"ratios have -0.5: their geometric mean takes none below 0"):
+        Interval.of_ratios([1.0, -0.5])
+
+
 @pytest.mark.parametrize("ratios", [[0.706, 0.834], [0.2, 0.9, 1.4], [1.3]])
 def test_a_ratio_is_never_below_zero_and_turned_over_has_the_inverse_interval(ratios: list[float]) -> None:
     ratio, inverse = Interval.of_ratios(ratios), Interval.of_ratios([1 / value for value in ratios])

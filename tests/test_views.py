@@ -20,7 +20,9 @@ from hybridlab.notebook import (
     cost_claims,
     curves,
     final_table,
+    gradient_chart,
     hybrid_claims,
+    loss_rows,
     overhead_table,
     phases,
     rate_claims,
@@ -238,6 +240,30 @@ def test_curves_leave_out_what_predicted_nothing_and_pair_controls_with_their_ar
     colors = {series.name: series.color for series in chart.series}
     assert colors["control of bold"] == colors["bold"]
     assert colors["baseline"] is None
+
+
+def test_a_study_in_which_all_diverges_at_once_is_told_and_not_drawn() -> None:
+    ended: dict[str, Any] = {"diverged": "the loss is nan", "gradient_steps": 1, "predicted_steps": 0}
+    runs = [run(name, math.inf, **ended) for name in ("baseline", "bold")]
+    for one in runs:
+        del one.steps["validation_loss"]
+        one.steps[["measured_loss", "gradient_norm"]] = math.nan
+        one.config["task"] = {"batch_size": 8}
+    result = study(*runs)
+    assert curves(result, ["baseline", "bold"], "seconds") == "no arm has a curve (diverged: baseline, bold)"
+    assert loss_rows(result, ["baseline", "bold"]) == []
+    assert gradient_chart(result, "baseline") == phases(result, "baseline")
+    assert "diverged at its first step" in str(phases(result, "baseline"))
+    assert of_baseline(runs) == ["fails"]
+
+
+def test_an_arm_that_diverged_before_it_predicted_is_not_said_to_have_taken_every_step() -> None:
+    ended = Interval.of([math.inf] * 3)
+    arm = compared("bold", validation_loss=ended, to_control=ended, predicted_steps=0.0)
+    assert comparisons_in_sentences([arm]) == ["bold: diverged with 3 of 3 seeds."]
+    beside = compared("worse", to_control=WORSE)
+    unknown = compared("lost", to_control=always(math.nan))
+    assert all(beside.sentence in comparisons_in_sentences(arms)[1] for arms in ([unknown, beside], [beside, unknown]))
 
 
 def test_every_interval_over_seeds_can_be_computed_again_from_its_seeds() -> None:

@@ -40,6 +40,8 @@ def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
         if any(claim.value("loss_to_control") is not None for claim in claims):
             yield f"against_control_{profile}.png", against_control(claims, evidence.label(profile))
         for notebook, rows in evidence.tables("losses", profile).items():
+            if not rows:  # every arm diverged
+                continue
             yield f"{notebook}_{profile}.png", losses_chart(rows)
     for notebook, rows in evidence.tables("memory").items():
         yield f"memory_breakdown_{notebook}.png", memory_breakdown(rows, f"{notebook}: where the memory goes")

@@ -145,10 +145,11 @@ def compare(result: StudyResult, name: str) -> Comparison:
         return int(sum(over_seeds(column)))
 
     time_ratios = [
-        mine / result.value("seconds", BASELINE, s) for mine, s in zip(over_seeds("seconds"), seeds, strict=True)
+        mine / (result.value("seconds", BASELINE, s) or math.nan)
+        for mine, s in zip(over_seeds("seconds"), seeds, strict=True)
     ]
     p_values = _p_values(result)
-    grown = any(result.grew(name, seed) for seed in seeds)
+    grown = any(result.was_to_grow(name, seed) for seed in seeds)
     return Comparison(
         name=name,
         gradient_steps=mean("gradient_steps"),
@@ -239,7 +240,9 @@ def _beside(result: StudyResult, name: str) -> tuple[str, ...]:
 def _full_steps_in_its_time(result: StudyResult, name: str) -> list[float]:
     """How many of the baseline's steps take the time of an arm, seed by seed."""
     return [
-        result.value("seconds", name, seed) / result.value("seconds", BASELINE, seed) * result.cost(BASELINE, seed)
+        result.value("seconds", name, seed)
+        / (result.value("seconds", BASELINE, seed) or math.nan)
+        * result.cost(BASELINE, seed)
         for seed in result.seeds
     ]
 

@@ -31,9 +31,12 @@ class Interval:
     def of_ratios(cls, ratios: Sequence[float]) -> Interval:
         """From one positive ratio per seed: the geometric mean, and the interval of the mean logarithm, exponentiated.
 
-        So no end is below 0, and the ratios' inverses have the inverse interval.
+        So no end is below 0, and the ratios' inverses have the inverse interval. With a ratio of 0 all of it is 0, with
+        one that is no number the mean is NaN. Raises ValueError for one below 0.
         """
-        logs = cls.of([math.log(ratio) for ratio in ratios])
+        if below := [ratio for ratio in ratios if ratio < 0]:
+            raise ValueError(f"ratios have {below[0]}: their geometric mean takes none below 0")
+        logs = cls.of([math.log(ratio) if ratio else -math.inf for ratio in ratios])
         return cls(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), tuple(ratios), "logarithms")
 
     @classmethod

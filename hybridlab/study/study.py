@@ -219,6 +219,12 @@ class StudyResult:
         """Whether blocks joined in a run."""
         return bool(self.runs[name, seed].closing_figures.get("growths"))
 
+    def was_to_grow(self, name: str, seed: int) -> bool:
+        """Whether blocks joined in a run, or would have, had it not diverged before."""
+        run = self.runs[name, seed]
+        stages = (run.config.get("hybrid", {}).get("depth") or {}).get("stages", ())
+        return self.grew(name, seed) or bool(run.diverged and len(stages) > 1)
+
     def cost(self, name: str, seed: int) -> float:
         """What a run's gradient steps cost, in steps with all blocks, by floating-point operations."""
         figures = self.runs[name, seed].closing_figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -100,11 +101,11 @@ def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
 def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """Whether predicting pays: how many arms beat stopping earlier, the best of them, and those that never did."""
     predicted = [c for c in comparisons if c.predicted]
-    idle = [c for c in comparisons if not c.predicted]
-    sentences = []
+    idle = [c for c in comparisons if not c.predicted and c.validation_loss.mean != math.inf]
+    sentences = [c.sentence for c in comparisons if not c.predicted and c not in idle]
     if predicted:
-        paying, best = [c for c in predicted if c.pays], min(predicted, key=lambda c: c.to_control.mean)
-        sentences = [
+        paying, best = [c for c in predicted if c.pays], _best(predicted)
+        sentences += [
             f"Prediction beats stopping earlier in {len(paying)} of {len(predicted)} arms that predicted anything.",
             f"The lowest loss against its control: {best.sentence}",
         ]
@@ -112,6 +113,11 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         names = "; ".join(c.name for c in idle)
         sentences.append(f"Predicted nothing, every step was a gradient step: {names}. {_why_idle(idle)}")
     return sentences
+
+
+def _best(comparisons: Sequence[Comparison]) -> Comparison:
+    """The one with the lowest loss against its control; where a control diverged, that is not known, and comes last."""
+    return min(comparisons, key=lambda c: (math.isnan(c.to_control.mean), c.to_control.mean))
 
 
 def _why_idle(idle: Sequence[Comparison]) -> str:

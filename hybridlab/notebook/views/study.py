@@ -9,6 +9,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from hybridlab.benchmarks.interleaved import Ratio
@@ -63,16 +64,29 @@ def _said(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
-def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart:
-    """Validation loss of the arms, plain runs as controls; what predicted nothing, or diverged, is named instead."""
+def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart | str:
+    """Validation loss of the arms, plain runs as controls; what predicted nothing, or diverged, is named instead.
+
+    A sentence says so where that are all.
+    """
     diverged = [name for name in arms if result.has_diverged(name)]
     idle = [name for name in arms if name not in diverged and _is_idle(result, name)]
     runs = {name: result.steps(name) for name in arms if name not in [*idle, *diverged]}
-    title = f"Validation loss over {AXES[against]}" + (f"; predicted nothing: {', '.join(idle)}" if idle else "")
+    left_out = (f"; predicted nothing: {', '.join(idle)}" if idle else "") + _left_out(diverged)
+    if not runs:
+        return f"no arm has a curve{left_out}"
     plain = [name for name in runs if result.is_plain(name)]
     return loss_curves(
-        runs, against=against, control=plain, control_of=_control_of(runs), title=title + _left_out(diverged)
+        runs,
+        against=against,
+        control=plain,
+        control_of=_control_of(runs),
+        title=f"Validation loss over {AXES[against]}{left_out}",
     )
+
+
+def _at_once(arm: str, seed: int) -> str:
+    return f"{arm}, seed {seed}: it diverged at its first step, and there is nothing to draw"
 
 
 def _left_out(diverged: Sequence[str]) -> str:
@@ -94,9 +108,10 @@ def _control_of(names: Iterable[str]) -> dict[str, str]:
 
 def loss_rows(result: StudyResult, arms: Sequence[str]) -> list[dict[str, Any]]:
     """The table "losses" that a notebook publishes: what `curves` draws over gradient steps, a row per arm."""
+    chart = curves(result, arms, "gradient_step")
     return [
         {"arm": s.name, "control": s.control, "gradient_steps": s.x, "loss": s.y, "low": s.low, "high": s.high}
-        for s in (series.drawn() for series in curves(result, arms, "gradient_step").series)
+        for s in (series.drawn() for series in (chart.series if isinstance(chart, Chart) else ()))
     ]
 
 
@@ -114,20 +129,32 @@ def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | 
     """Each hybrid that predicted anything, seed by seed, beside its truncated control."""
     names = [c.name for c in comparisons if c.predicted]
     controls = {name: control for name in names for control in result.controls([name])}
+    diverged = [name for pair in controls.items() for name in pair if result.has_diverged(name)]
+    controls = {name: control for name, control in controls.items() if not {name, control} & {*diverged}}
     if not controls:
-        return "no arm predicted anything"
+        return f"no arm predicted anything{_left_out(diverged)}"
     runs = {name: result.steps(name) for name in {*controls, *controls.values()}}
-    return seed_panels(runs, controls, against="gradient_step", title="Validation loss by seed, beside the control")
+    return seed_panels(
+        runs,
+        controls,
+        against="gradient_step",
+        title=f"Validation loss by seed, beside the control{_left_out(diverged)}",
+    )
 
 
-def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart:
-    """One run's losses over its phases, measured and predicted ones apart."""
-    return phase_chart(result.runs[arm, seed].steps, f"{arm}: what each nominal step did (seed {seed})")
+def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart | str:
+    """One run's losses over its phases, measured and predicted ones apart; a sentence where it diverged at once."""
+    steps = result.runs[arm, seed].steps
+    if not np.isfinite(steps["measured_loss"]).any():
+        return _at_once(arm, seed)
+    return phase_chart(steps, f"{arm}: what each nominal step did (seed {seed})")
 
 
-def gradient_chart(result: StudyResult, arm: str) -> Chart:
-    """The gradient's norm before clipping, step by step, in an arm's first run."""
+def gradient_chart(result: StudyResult, arm: str) -> Chart | str:
+    """The gradient's norm before clipping, step by step, in an arm's first run; a sentence where there is none."""
     steps = result.runs[arm, 0].steps
+    if not np.isfinite(steps["gradient_norm"]).any():
+        return _at_once(arm, 0)
     return loss_curves(
         {arm: steps}, against="nominal_step", smooth=10, value="gradient_norm", title="Gradient norm", y_label="norm"
     )
@@ -234,7 +261,7 @@ def averaged_cell(c: Comparison) -> dict[str, float]:
 def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Those that predicted anything, by the difference to their control, the best first."""
     predicted = [c for c in comparisons if c.predicted]
-    return sorted(predicted, key=lambda c: c.to_control.mean)
+    return sorted(predicted, key=lambda c: (math.isnan(c.to_control.mean), c.to_control.mean))
 
 
 def comparison_chart(comparisons: Sequence[Comparison]) -> Chart | str:
@@ -305,7 +332,8 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     losses: dict[str, dict[int, float]] = {}
     for (name, seed), run in result.runs.items():
         losses.setdefault(name, {})[seed] = run.validation_loss()
-    first = float(result.runs[BASELINE, 0].steps["validation_loss"].dropna().iloc[0])
+    evaluated = result.runs[BASELINE, 0].steps.get("validation_loss", pd.Series(dtype=float)).dropna()
+    first = float(evaluated.iloc[0]) if len(evaluated) else math.nan
     final = tuple(
         Quantity(f"{name.replace(' ', '_')}_loss", fmean(runs.values()), unit="nats", per_seed=tuple(runs.values()))
         for name, runs in losses.items()
