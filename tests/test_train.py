@@ -427,7 +427,7 @@ def test_a_damaged_record_is_named_and_trained_afresh(
     assert_same(run, unbroken("plain"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "vram.parquet"])
+@pytest.mark.parametrize("name", ["config.json", "vram.parquet", "summary.json"])
 def test_a_damaged_record_beside_a_checkpoint_is_named_and_without_it_the_run_goes_on(
     tmp_path: Path, name: str, unbroken: Callable[[str], Run]
 ) -> None:
@@ -442,6 +442,31 @@ def test_a_damaged_record_beside_a_checkpoint_is_named_and_without_it_the_run_go
     run = train(PLAIN, tmp_path, resume=True)
     assert run.steps["seconds"][0] == first, "what was trained before is kept"
     assert_same(run, unbroken("plain"))
+
+
+@pytest.mark.parametrize("done", ["damaged", "damaged, without config.json", "deleted"])
+def test_without_its_steps_a_run_goes_on_from_no_checkpoint_and_the_advice_works(
+    tmp_path: Path, done: str, unbroken: Callable[[str], Run]
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(PLAIN, folder, 30)
+    (folder / "steps.parquet").write_bytes(b"PAR1")
+    if done == "deleted":
+        (folder / "steps.parquet").unlink()
+    if "without" in done:
+        (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=rf"run/steps\.parquet .*: delete the folder {folder}, so that this run is"):
+        train(PLAIN, folder, resume=True)
+    shutil.rmtree(folder)
+    assert_same(train(PLAIN, folder, resume=True), unbroken("plain"))
+
+
+def test_a_finished_run_whose_steps_were_deleted_is_trained_afresh(
+    tmp_path: Path, unbroken: Callable[[str], Run]
+) -> None:
+    shutil.copytree(unbroken("plain").folder, tmp_path / "run")
+    (tmp_path / "run" / "steps.parquet").unlink()
+    assert_same(train(PLAIN, tmp_path / "run", resume=True), unbroken("plain"))
 
 
 def test_a_checkpoint_that_finds_the_disk_full_leaves_the_one_before_and_training_goes_on(

@@ -40,7 +40,7 @@ class GrowingTable:
         self._rows: list[dict[str, Any]] = []
         self._groups = 0
         if keep_steps and path.exists():
-            self._keep(keep_steps)
+            _read(path, lambda _: self._keep(keep_steps))
 
     def __bool__(self) -> bool:
         """Whether there are any rows."""
@@ -96,6 +96,8 @@ FLUSH_SHARE = 0.02
 
 T = TypeVar("T")
 
+STEPS = "steps.parquet"
+"""Of a run's files the one that it cannot go on without, nor be compared: its losses, step by step."""
 
 WORST = {"validation_loss": math.inf, "perplexity": math.inf, "accuracy": -math.inf}
 """What counts for a run that diverged: worse than any other."""
@@ -115,8 +117,8 @@ class RunRecorder:
     Every file is replaced as a whole (written beside, then renamed), so that a reader never sees half of one,
     and a run that is killed leaves what it had measured. A run without summary.json did not finish.
 
-    Raises UserError where the disk is full or cannot be written, and where the steps to keep are not there; what was
-    written before stays readable.
+    Raises UserError where the disk is full or cannot be written, and where the steps to keep are not there or are
+    damaged; what was written before stays readable.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, keep_steps: int = 0) -> None:
@@ -124,8 +126,7 @@ class RunRecorder:
         self._tables = {name: GrowingTable(folder / f"{name}.parquet", keep_steps) for name in ("steps", "vram")}
         if self._tables["steps"].last_step < keep_steps:
             raise UserError(
-                f"{folder / 'steps.parquet'} does not reach step {keep_steps}, where its checkpoint is: "
-                "start afresh without resume"
+                f"{folder / STEPS} does not reach step {keep_steps}, where its checkpoint is: {_afresh(folder)}"
             )
         remove(folder / "summary.json", *[table.path for table in self._tables.values() if not table])
         write_json(folder / "config.json", config)
@@ -189,7 +190,7 @@ class Run:
         return cls(
             folder=folder,
             config=_read(folder / "config.json", _mapping),
-            steps=_read_table(folder / "steps.parquet"),
+            steps=_read_table(folder / STEPS),
             vram=_read_table(folder / "vram.parquet"),
             summary=summary,
         )
@@ -251,6 +252,10 @@ def _read(path: Path, reader: Callable[[Path], T]) -> T:
     except FileNotFoundError:
         raise
     except Exception:  # a damaged file makes its reader fail in a dozen ways
-        raise DamagedRecordError(
-            f"{path} is damaged, or no run's record: delete it, or train that run afresh"
-        ) from None
+        mend = _afresh(path.parent) if path.name == STEPS else "delete it, or train that run afresh"
+        raise DamagedRecordError(f"{path} is damaged, or no run's record: {mend}") from None
+
+
+def _afresh(folder: Path) -> str:
+    """What to do about a run that cannot go on: the others of its study are kept then, also with resume."""
+    return f"delete the folder {folder}, so that this run is trained afresh"

@@ -94,5 +94,5 @@ def other_code(folder: Path) -> str | None:
 
 
 def can_stand(run: Run) -> bool:
-    """Whether a run has finished, and this code has trained it."""
-    return run.summary is not None and run.summary.get("code") == code_version()
+    """Whether a run has finished, its steps are there, and this code has trained it."""
+    return run.summary is not None and not run.steps.empty and run.summary.get("code") == code_version()
