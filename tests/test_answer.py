@@ -58,13 +58,30 @@ def test_what_was_decided_comes_first_and_many_arms_are_one_row():
 
 
 @pytest.mark.parametrize("failed", [0, 1, 5])
-def test_sentences_count_what_holds_and_name_what_fails(failed):
+def test_sentences_name_what_holds_and_what_fails(failed):
+    """Of one kind, as a notebook picks them out of all its claims: "1 of 1 claims" would contradict its table."""
     claims = [claim("holds", 0.5), *(claim("fails", 3.0, f"arm {i}") for i in range(failed))]
-    count, *fails = claims_in_sentences(claims)
-    assert count == f"1 of {1 + failed} claims hold, such as: it is low (loss 0.500 nats)."
+    holds, *fails = claims_in_sentences(claims)
+    assert holds == "What holds: it is low (loss 0.500 nats)."
     assert len(fails) == min(failed, 1)
     assert "".join(fails).count("3.000 nats") == min(failed, 3)
     assert ("and 2 more" in "".join(fails)) == (failed == 5)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "count"),
+    [
+        (["holds", "open", "open"], "1 of 3 claims holds, 2 are open."),
+        (["holds", "holds"], "2 of 2 claims hold."),
+        (["fails", "open", "predicted nothing"], "0 of 3 claims hold, 1 fails, 1 is open, 1 predicted nothing."),
+    ],
+)
+def test_the_count_agrees_with_the_verdicts_of_the_table(verdicts, count):
+    claims = [replace(claim(verdict, 0.5), kind=f"kind {i}") for i, verdict in enumerate(verdicts)]
+    said, *named = claims_in_sentences(claims)
+    assert said == count
+    assert (named[0] == "One that holds: it is low (loss 0.500 nats).") == ("holds" in verdicts)
+    assert [row["verdict"] for row in answer_rows(claims)] == verdicts
 
 
 @pytest.mark.parametrize(("predictor", "least"), [("linear", 200), ("river", 500)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -26,8 +26,18 @@ SHORT = ("value", "bound", "verdict")
 ALONE = 2
 """More claims than these of one kind and verdict are one row of the answer."""
 
-IDLE = "predicted nothing"
+IDLE: Verdict = "predicted nothing"
 """The verdict on an arm that did."""
+
+OPEN = "Open, which these numbers cannot decide"
+
+VERBS: dict[Verdict, tuple[str, str]] = {
+    "holds": ("holds", "hold"),
+    "fails": ("fails", "fail"),
+    "open": ("is open", "are open"),
+    IDLE: ("predicted nothing", "predicted nothing"),
+}
+"""Each verdict of one claim, and of several."""
 
 NAMED = 3
 """A sentence names so many claims; the others are counted."""
@@ -90,12 +100,27 @@ def answer_rows(claims: Iterable[Claim]) -> list[dict[str, Any]]:
 
 
 def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
-    """How many claims hold, and which do not, with the numbers that decide."""
-    by = {verdict: [c for c in claims if c.verdict == verdict] for verdict in get_args(Verdict)}
-    count = f"{len(by['holds'])} of {len(claims)} claims hold"
-    kept = [f"{count}, such as: {_named(by['holds'][:1])}."] if by["holds"] else []
-    words = {"fails": "What fails", "open": "Open, which these numbers cannot decide"}
-    return kept + [f"{word}: {_named(by[verdict])}." for verdict, word in words.items() if by[verdict]]
+    """How many claims have which verdict, one that holds, and which do not, with the numbers that decide.
+
+    Of claims of one kind, those that hold are named and not counted: the table below has other kinds beside them.
+    """
+    by = {verdict: [c for c in claims if c.verdict == verdict] for verdict in VERBS}
+    several = len({c.kind for c in claims}) > 1
+    shown = by | {"holds": by["holds"][:1]} if several else by
+    words: dict[Verdict, str] = {
+        "holds": "One that holds" if several else "What holds",
+        "fails": "What fails",
+        "open": OPEN,
+    }
+    named = [f"{word}: {_named(shown[verdict])}." for verdict, word in words.items() if shown[verdict]]
+    return [_count(by), *named] if several else named
+
+
+def _count(by: Mapping[Verdict, Sequence[Claim]]) -> str:
+    """As "1 of 3 claims holds, 2 are open."."""
+    total = sum(map(len, by.values()))
+    said = {v: f"{len(of)} {VERBS[v][len(of) != 1]}" for v, of in by.items() if of or v == "holds"}
+    return ", ".join(said.values()).replace(" ", f" of {total} claims ", 1) + "."
 
 
 def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
