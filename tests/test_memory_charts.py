@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,17 @@ def test_an_arm_that_changes_nothing_is_no_control() -> None:
     exact = MEMORY_ROWS[1] | {"arm": "exact", "loss_change": 0.0, "loss_change_low": 0.0, "loss_change_high": 0.0}
     chart = quality_against_memory([MEMORY_ROWS[0], exact], "Quality")
     assert [series.name for series in chart.series if series.control] == ["fp32"]
+
+
+def test_an_arm_that_diverged_is_named_and_not_drawn() -> None:
+    ended = MEMORY_ROWS[1] | {
+        "arm": "ended",
+        "loss_change": math.inf,
+        "loss_change_low": None,
+        "loss_change_high": None,
+    }
+    chart = quality_against_memory([MEMORY_ROWS[0], ended], "Quality")
+    assert ([series.name for series in chart.series], chart.title) == (["fp32"], "Quality (diverged: ended)")
 
 
 def test_a_time_line_starts_at_zero_and_shows_every_phase_and_the_bound() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,11 +85,14 @@ def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
     """Draw each arm's change of the loss over its peak memory; down and to the left is better.
 
     rows: with `arm`, `peak_memory_bytes`, `loss_change`, `loss_change_low` and `loss_change_high`. The only one without
-        a change is the control; of several, none is known to be it, and they are left out. 0 is an arm that is exact
+        a change is the control; of several, none is known to be it, and they are left out. So is one whose change is
+        not finite, as it or the control diverged. 0 is an arm that is exact
 
     Raises ValueError where no row is left.
     """
     lacking = [row["arm"] for row in rows if row["loss_change"] is None]
+    diverged = [row["arm"] for row in rows if not math.isfinite(row["loss_change"] or 0.0)]
+    rows = [row for row in rows if row["arm"] not in diverged]
     series = []
     for row in rows if len(lacking) < 2 else (row for row in rows if row["arm"] not in lacking):
         change = 0.0 if row["loss_change"] is None else row["loss_change"]
@@ -97,6 +101,7 @@ def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
         where = ([row["peak_memory_bytes"] / 1e9], [change], [low], [high])
         series.append(Series(row["arm"], *where, kind="points", control=row["loss_change"] is None))
     title = without(title, lacking if len(lacking) > 1 else ())
+    title += f" (diverged: {', '.join(diverged)})" if diverged else ""
     label = "change of the final loss (nats)"
     zero = (Line(0.0, "as good as the control"),)
     near = max(row["peak_memory_bytes"] for row in rows) / 1e9 > SAFE_PEAK.value / 2
