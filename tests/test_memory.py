@@ -409,13 +409,14 @@ def test_a_state_keeps_its_number_formats_when_it_is_loaded(weights: str, in_bac
     assert all(torch.equal(a, b) for a, b in zip(trained(*first), trained(*second), strict=True))
 
 
-@pytest.mark.parametrize("state", ["int8", "int4"])
+@pytest.mark.parametrize(("weights", "state"), [("24bit", "int8"), ("24bit", "int4"), ("fp32", "int8")])
 def test_steps_of_a_captured_backward_pass_are_those_of_an_ordinary_one(
-    state: str, monkeypatch: pytest.MonkeyPatch
+    weights: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Played back without a GPU: the pass runs again, and writes none of the numbers that change."""
     pytest.importorskip("torchao.optim")
-    memory, captured = MemoryConfig.fit_16gb(weights="24bit", optimizer_state=state), False
+    memory = MemoryConfig.fit_16gb(weights=weights, optimizer_state=state, predict_aware=None)
+    captured = False
     monkeypatch.setattr(low_bit, "_is_captured", lambda _: captured)
 
     def trained(captured_from: int) -> list[Tensor]:
@@ -745,6 +746,29 @@ def test_buckets_hold_every_trainable_parameter_once() -> None:
     flat = [id(p) for bucket in buckets_of(model) for p in bucket]
     assert sorted(flat) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert len(blocks_of(model)) == SHAPE["n_layer"]
+
+
+def test_pairs_of_numbers_step_as_torchao_s_update_steps_them_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of all sizes, infinite ones too; weights, their further bits, and codes and scales of the state."""
+    pytest.importorskip("torchao.optim")
+
+    def after() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in ((96, 256), (50, 301))]
+        optimizer = low_bit_adamw(
+            [{"params": params}], [params], state="int4", lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weights="24bit"
+        )
+        for step in range(8):
+            for p in params:
+                p.grad = (torch.randn(p.shape, generator=generator) * 10.0 ** (step - 6)).bfloat16()
+            optimizer.step()
+        states = [(state[name] for name in ("rest", "exp_avg", "exp_avg_sq")) for state in optimizer.state.values()]
+        kept = [part for state in states for value in state for part in low_bit._parts(value).values()]
+        return [*(p.detach() for p in params), *kept]
+
+    in_pairs = after()
+    monkeypatch.setattr(low_bit.Member, "paired", lambda member, rest: member)
+    assert all(torch.equal(a, b) for a, b in zip(in_pairs, after(), strict=True))
 
 
 @pytest.mark.parametrize("weights", ["fp32", "24bit"])

@@ -206,6 +206,8 @@ def test_warming_up_shows_how_the_norm_is_shared_out() -> None:
 ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")
 PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
 AGAIN = HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))
+STEPPING, IN_FULL = MemoryConfig.fit_16gb(predict_aware=None), MemoryConfig(step_in_backward=True)
+MUON = OptimizerConfig.tuned("muon")
 SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
 
 
@@ -219,6 +221,11 @@ SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
         (replace(ON_GPU, hybrid=AGAIN), None),
         (replace(ON_GPU, hybrid=AGAIN, task=replace(ON_GPU.task, dropout=0.1)), "of dropout again"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb(weights="24bit"))), None),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=STEPPING)), None),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig(memory=STEPPING)), "takes each gradient away"),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=replace(STEPPING, weights="bf16"))), "takes each"),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=STEPPING), optimizer=MUON), "takes each gradient"),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=IN_FULL)), "takes each gradient away"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), "to the host"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=SKIPS)), "skips other blocks"),
     ],

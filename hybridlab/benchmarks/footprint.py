@@ -255,11 +255,12 @@ def jumping_with(memory: MemoryConfig, *, full_steps: int, **changes: Any) -> Hy
 
 def ways_to_predict() -> dict[str, MemoryConfig]:
     """`fit_16gb` with everything offloaded in Predict, the same restored after the jump, and with nothing offloaded."""
+    preset = MemoryConfig.fit_16gb()
     late = PredictAwareMemoryConfig("pinned", lookahead=0)
     return {
-        "all away": MemoryConfig.fit_16gb(),
-        "all away, no lookahead": MemoryConfig.fit_16gb(predict_aware=late),
-        "nothing away": MemoryConfig.fit_16gb(predict_aware=None, mixed_precision=MixedPrecisionConfig.conservative()),
+        "all away": preset,
+        "all away, no lookahead": replace(preset, predict_aware=late),
+        "nothing away": replace(preset, predict_aware=None, mixed_precision=MixedPrecisionConfig.conservative()),
     }
 
 

@@ -54,7 +54,7 @@ ON_HOST = MemoryConfig.fit_16gb(
     clip_in_backward=None,
 )
 WAYS = {
-    "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None),
+    "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None, checkpointing=INPUTS_ON_HOST),
     "24-bit weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit", checkpointing=INPUTS_ON_HOST),
     "24-bit weights and 4-bit state on the GPU": MemoryConfig.fit_16gb(
         weights="24bit", optimizer_state="int4", checkpointing=INPUTS_ON_HOST

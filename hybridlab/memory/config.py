@@ -182,8 +182,8 @@ class MemoryConfig:
     def fit_16gb(cls, **changes: Any) -> Self:
         """GPT-2 XL in 16 GB with float32 master weights: no feature of this is there for its own sake.
 
-        With other weights nothing can be predicted, and what is for Predict is left out. They are small enough for the
-        inputs of blocks to stay on the GPU, where a CUDA graph can hold the whole step.
+        Where nothing is predicted, with `predict_aware=None` or with other weights, what is for Predict is left out,
+        and the inputs of blocks stay on the GPU, where a CUDA graph can hold the whole step.
         """
         preset: dict[str, Any] = {
             "mixed_precision": MixedPrecisionConfig.aggressive(),
@@ -195,7 +195,7 @@ class MemoryConfig:
             "step_in_backward": True,
             "clip_in_backward": CLIP_NORM,
         }
-        if changes.get("weights", "fp32") != "fp32":
+        if changes.get("weights", "fp32") != "fp32" or changes.get("predict_aware", preset) is None:
             preset |= {"mixed_precision": MixedPrecisionConfig.conservative(), "predict_aware": None}
             preset["checkpointing"] = CheckpointingConfig()
         return cls(**preset | changes)
@@ -269,10 +269,13 @@ class MemoryConfig:
         """Whether what blocks are computed from waits in host memory."""
         return self.checkpointing is not None and self.checkpointing.inputs == "host"
 
-    @property
-    def without_cuda_graphs(self) -> str | None:
-        """Which of these settings a pass that is replayed as a CUDA graph does not allow; None where all go with it."""
-        stepping = self.step_in_backward and self.weights == "24bit"  # nothing but the step itself moves these
+    def without_cuda_graphs(self, optimizer: OptimizerConfig, *, predicts: bool) -> str | None:
+        """Which of these settings a pass that is replayed as a CUDA graph does not allow; None where all go with it.
+
+        predicts: whether steps leave a path that predictors read
+        """
+        read_from_tensors = self.optimizer_state != "fp32" and optimizer.name == "adamw" and not optimizer.average_decay
+        stepping = read_from_tensors and self.weights != "bf16" and not predicts
         reasons = {
             "checkpointing sends inputs to the host": self.checkpoints_to_host,
             "step_in_backward takes each gradient away": self.step_in_backward and not stepping,

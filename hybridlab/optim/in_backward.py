@@ -109,6 +109,18 @@ class StepInBackward(Optimizer):
             settings[name] = settings.get(name, torch.zeros_like(self._squares)).to(self._squares.device)
         self._forget_arrivals()
 
+    def make_state_(self) -> None:
+        """Make the state of all that is trained now, where the method can; else each bucket's first step makes it."""
+        if hasattr(self.method, "make_state_"):
+            lend_(self.method, self.param_groups, self.state)
+            self.method.make_state_()
+
+    def compile_steps_(self) -> None:
+        """Compile what steps will need, where the method is compiled; nothing is trained."""
+        if hasattr(self.method, "compile_steps_"):
+            lend_(self.method, self.param_groups, self.state)
+            self.method.compile_steps_()
+
     @property
     def replays_as(self) -> Hashable:
         """What a captured backward pass depends on, beside the model; None where it has to run as it is."""

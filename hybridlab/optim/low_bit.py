@@ -62,7 +62,10 @@ def low_bit_adamw(
 
 
 MOST_AT_ONCE, MOST_PIECES = 12 * 2**20, 64
-"""The most numbers of a matrix in one call, since 4 bits take 24 further bytes for each; the most pieces."""
+"""The most numbers of a matrix in one call, since 4 bits by torchao take 24 further bytes for each; the most pieces."""
+
+PAIR = torch.int32
+"""Two neighbouring bf16 numbers of a matrix as one: the first in its lower half."""
 
 Owned = tuple[nn.Parameter, ParamGroup]
 """A parameter, and the group that has its settings."""
@@ -108,6 +111,28 @@ class InFewCalls(Optimizer):
             for members in self._calls():
                 if stepping := [(p, group) for p, group in members if p.grad is not None]:
                     self._step_together_(stepping)
+
+    @torch.no_grad()
+    def make_state_(self) -> None:
+        """Make the state of all that is trained, so that it does not come to lie among what passes take."""
+        for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad):
+            self._state_of(p)
+
+    @torch.no_grad()
+    def compile_steps_(self) -> None:
+        """Compile the updates of steps inside backward, on zeros; nothing is trained."""
+        kinds, numbers = {}, dict(self.numbers)
+        for call in self._calls():
+            kinds[tuple((p.shape, p.dtype, id(group)) for p, group in call)] = call
+        for call in kinds.values():
+            zeros = [(nn.Parameter(torch.zeros_like(p)), group) for p, group in call if p.is_cuda]
+            for p, _ in zeros:
+                p.grad = torch.zeros_like(p)
+            if zeros:
+                self._step_together_(zeros)
+            for p, _ in zeros:
+                del self.state[p]
+        self.numbers = numbers
 
     def advance_(self) -> None:
         """Count a step of every matrix, and write the numbers that its captured step reads."""
@@ -268,11 +293,25 @@ class Member(NamedTuple):
     square: StoredState
     rest: Tensor | None
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether the numbers are taken two by two, as their codes are kept."""
+        return self.param.dtype is PAIR
+
+    def paired(self, rest: Tensor) -> Member:
+        """The same memory, two numbers of a row as one; rest: the parameter's."""
+        mean, square = (
+            moment._replace(parts=moment.parts | {"codes": moment.parts["codes"].view(len(self.param), -1)})
+            for moment in (self.mean, self.square)
+        )
+        return Member(self.param.view(PAIR), self.gradient.view(PAIR), mean, square, rest.view(torch.int16))
+
 
 def _taken(param: nn.Parameter, state: dict[str, Any]) -> Member:
     """All of a parameter, in rows of the numbers that share a scale, where they lie in order and have one.
 
-    In the parameter's own shape, the scales would take a pass of their own before the codes can be written.
+    In the parameter's own shape, the scales would take a pass of their own before the codes can be written; and so
+    would codes that share a byte, where their numbers are taken one by one.
     """
     mean, square, rest = state["exp_avg"], state["exp_avg_sq"], state.get("rest")
     weights, gradient, shape = param.detach(), param.grad, param.shape
@@ -282,15 +321,18 @@ def _taken(param: nn.Parameter, state: dict[str, Any]) -> Member:
         return Member(weights, gradient, _moment(mean, shape, shape), _moment(square, shape, shape), rest)
     rows = torch.Size((weights.numel() // block, block))
     moments = _moment(mean, shape, rows), _moment(square, shape, rows)
-    return Member(weights.view(rows), gradient.view(rows), *moments, None if rest is None else rest.view(rows))
+    member = Member(weights.view(rows), gradient.view(rows), *moments, None if rest is None else rest.view(rows))
+    if rest is None or mean.codes.numel() == param.numel() or gradient.dtype is not weights.dtype:
+        return member
+    return member.paired(rest.view(rows))
 
 
 def _at_once(given: list[tuple[Member, Settings]]) -> Iterator[list[tuple[Member, Settings]]]:
     """What one call of the update takes: all small matrices, or a piece of a large one, such as the embedding."""
-    small = [(member, its) for member, its in given if member.param.numel() <= MOST_AT_ONCE]
-    if small:
+    large = [member.param.numel() > MOST_AT_ONCE and not member.in_pairs for member, _ in given]
+    if small := [pair for pair, is_large in zip(given, large, strict=True) if not is_large]:
         yield small
-    for member, its in (pair for pair in given if pair[0].param.numel() > MOST_AT_ONCE):
+    for member, its in (pair for pair, is_large in zip(given, large, strict=True) if is_large):
         yield from ([(piece, its)] for piece in _pieces(member))
 
 
@@ -334,7 +376,7 @@ def _float32_zeros(like: Tensor, _: bool) -> Tensor:
 
 def joined(weight: Tensor, rest: Tensor) -> Tensor:
     """The float32 values of bf16 weights and their 8 further bits, which `split_` took apart."""
-    return ((weight.view(torch.int16).int() << 16) + (rest.int() << 8)).view(torch.float32)
+    return _of_bits(weight.view(torch.int16).int(), rest)
 
 
 def split_(value: Tensor, weight: Tensor, rest: Tensor) -> None:
@@ -343,14 +385,58 @@ def split_(value: Tensor, weight: Tensor, rest: Tensor) -> None:
     value: float32; weight: bf16; rest: int8; all of one shape
     """
     weight.copy_(value)
-    beyond = value.view(torch.int32) - (weight.view(torch.int16).int() << 16)
-    rest.copy_(((beyond + 128) >> 8).clamp(-128, 127))
+    rest.copy_(_rest(value, weight.view(torch.int16).int()))
+
+
+def _of_bits(weight: Tensor, rest: Tensor | None = None) -> Tensor:
+    """The float32 values of the lowest 16 bits of int32 numbers, and of 8 further bits."""
+    bits = weight << 16
+    return (bits if rest is None else bits + (rest.int() << 8)).view(torch.float32)
+
+
+def _rest(value: Tensor, weight: Tensor) -> Tensor:
+    """What bf16 weights, as int32 bits, leave of float32 values, in 2^-8 of the last place; -128 to 127."""
+    return ((value.view(torch.int32) - (weight << 16) + 128) >> 8).clamp(-128, 127)
+
+
+Update = Callable[..., None]
+"""torchao's, of one parameter."""
+
+
+def _step_pairs_(update: Update, member: Member, step: Tensor, its: Settings, quantized: Callable[..., Tensor]) -> None:
+    """The update of both numbers of each pair, so that a kernel has both codes of a byte at hand.
+
+    quantized: torchao's, which gives the codes of scaled numbers
+    """
+    assert member.rest is not None
+    moments = [_opened(moment) for moment in (member.mean, member.square)]
+    weights, rests = [], []
+    for half, mean, square in zip((0, 1), *moments, strict=True):
+        rest = member.rest.int() << 24 - 8 * half >> 24  # the lower 8 bits, or the upper, with their sign
+        value, gradient = _of_bits(member.param >> 16 * half, rest), _of_bits(member.gradient >> 16 * half)
+        update(value, gradient, step, mean, square, None, *its, True, False)
+        weights.append(value.bfloat16().view(torch.int16).int())
+        rests.append(_rest(value, weights[-1]))
+    member.param.copy_((weights[1] << 16) | (weights[0] & 0xFFFF))
+    member.rest.copy_((rests[1] << 8) | (rests[0] & 0xFF))
+    for moment, halves in zip((member.mean, member.square), moments, strict=True):
+        scale = torch.maximum(*map(torch.abs, halves)).amax(-1).clip(1e-12)
+        first, second = (quantized(half / scale[:, None], moment.parts["qmap"]) for half in halves)
+        moment.parts["scale"].copy_(scale)
+        moment.parts["codes"].copy_((first << 4) | second)
+
+
+def _opened(moment: StoredState) -> list[Tensor]:
+    """The float32 values of the first of each pair, and of the second."""
+    codes, scale, qmap = (moment.parts[name] for name in ("codes", "scale", "qmap"))
+    return [qmap[half.int()] * scale[:, None] for half in (codes >> 4, codes & 0b1111)]
 
 
 @lru_cache
 def _update(compiled: bool) -> Callable[..., None]:
     """The update of one parameter that torchao has, for a list of them."""
-    update = torchao_optim("a low-bit state").adam.single_param_adam
+    optim = torchao_optim("a low-bit state")
+    update, quantized = optim.adam.single_param_adam, optim.quant_utils.quantize_4bit_with_qmap
 
     def update_all(
         members: list[Member],
@@ -358,10 +444,14 @@ def _update(compiled: bool) -> Callable[..., None]:
         settings: list[Settings],
         stochastic_rounding: bool,
     ) -> None:
-        for (p, g, mean, square, rest), (lr, beta1, beta2, decay, eps) in zip(members, settings, strict=True):
+        for member, its in zip(members, settings, strict=True):
+            if member.in_pairs:
+                _step_pairs_(update, member, step, its, quantized)
+                continue
+            p, gradient, mean, square, rest = member
             rounded = stochastic_rounding and p.dtype is torch.bfloat16
             value = p if rest is None else joined(p, rest)
-            update(value, g, step, mean.tensor(), square.tensor(), None, lr, beta1, beta2, decay, eps, True, rounded)
+            update(value, gradient, step, mean.tensor(), square.tensor(), None, *its, True, rounded)
             if rest is not None:
                 split_(value, p, rest)
 

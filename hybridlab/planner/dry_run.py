@@ -328,7 +328,7 @@ class DryRun:
     def _step(self, params: list[nn.Parameter]) -> None:
         """What the update of these parameters takes while it lasts: AdamW's takes something in 4 bits alone."""
         self._step_muon(params)
-        if self._memory.optimizer_state == "int4":
+        if self._memory.optimizer_state == "int4" and self._memory.weights != "24bit":
             self._step_in_4_bits(p for p in params if p.ndim > 1 and p not in self._muons)
 
     def _step_in_4_bits(self, matrices: Iterable[nn.Parameter]) -> None:

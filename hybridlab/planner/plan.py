@@ -221,25 +221,29 @@ Found = tuple[dict[str, dict[str, int]], int, int]
 
 def _found(training: Rehearsal, spec: TrainingSpec) -> Found:
     if not spec.replays_graphs:
-        return _without_graphs(training)
+        return _without_graphs(training, spec)
     phases, reserved, in_graphs = _with_graphs(training)
     if spec.memory.step_in_backward:  # its first steps run as they are, since they move weights
-        as_they_are, held, _ = _without_graphs(training)
+        as_they_are, held, _ = _without_graphs(training, spec)
         phases |= {phase: max(phases[phase], as_they_are[phase], key=_total) for phase in ("Full", "Correct")}
         reserved = max(reserved, held)
     return phases, reserved, in_graphs
 
 
-def _without_graphs(training: Rehearsal) -> Found:
-    """By the third step: one pass warms up, the first step makes the state."""
+def _without_graphs(training: Rehearsal, spec: TrainingSpec) -> Found:
+    """By the third step: one pass warms up, the first step makes the state, or it is made before (`makes_state`)."""
     passes, update, end = training.passes, training.update[:-1], training.update[-1:]
     steps = {event.key for segment in passes for event in segment.events if event.part == "optimizer"}
     resting = [replace(s, events=[event for event in s.events if event.key not in steps]) for s in passes]
     warm_up = [*resting, *(segment for segment in update if segment.name != UPDATE), *end]
-    first = [*passes, *update, *training.state, *end, *training.path]
     memory = CachingAllocator()
     start = memory.follow(training.setup)
-    memory.follow([*warm_up, *first])
+    memory.follow(warm_up)
+    if spec.makes_state:
+        memory.empty_cache()
+        memory.follow([*training.state, *passes, *update, *end, *training.path])
+    else:
+        memory.follow([*passes, *update, *training.state, *end, *training.path])
     memory.reset_peak()
     step = memory.follow(2 * [*passes, *update, *end])
     memory.reset_peak()

@@ -187,7 +187,14 @@ class TrainingSpec:
     @property
     def replays_graphs(self) -> bool:
         """Whether its passes are CUDA graphs."""
-        return not self.ranks and self.compiled and self.cuda_graphs and self.memory.without_cuda_graphs is None
+        against = self.memory.without_cuda_graphs(self.optimizer, predicts=self.path is not None)
+        return not self.ranks and self.compiled and self.cuda_graphs and against is None
+
+    @property
+    def makes_state(self) -> bool:
+        """Whether the optimizer's state is made before the first step."""
+        in_few_bits = self.memory.optimizer_state != "fp32" and self.optimizer.name == "adamw"
+        return self.memory.step_in_backward and in_few_bits and not self.optimizer.average_decay
 
     @property
     def is_gpt2(self) -> bool:

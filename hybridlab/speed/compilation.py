@@ -92,6 +92,7 @@ class CudaGraphs(nn.Module):
             raise UserError("CUDA graphs need the model on a GPU: move it there first, or leave cuda_graphs off")
         self._pool: Any = None
         self._stepping: StepInBackward | None = None
+        self._stream: Any = None
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Callable[..., Any]] = {}
         self._sums: dict[Tensor, Tensor] = {}
@@ -107,8 +108,7 @@ class CudaGraphs(nn.Module):
             key = (key, stepping := self._stepping.replays_as)
             self._seen[key] += 1
             if stepping is None or self._seen[key] <= WARM_UP_PASSES:
-                with _as_captured():
-                    return self.model(*args, **kwargs)
+                return self._beside(*args, **kwargs)
         if key not in self._captured and not self._capture(key, leaves, form):
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -116,11 +116,17 @@ class CudaGraphs(nn.Module):
         return self._captured[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def replay_steps_of(self, optimizer: StepInBackward) -> None:
-        """Capture these steps with the backward pass that they are taken in.
+        """Capture these steps with the backward pass that they are taken in."""
+        self._stepping, self._stream = optimizer, torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-        In a loop of your own, let go of a loss before the next pass: it holds on to the stream of its own.
-        """
-        self._stepping = optimizer
+    def _beside(self, *args: Any, **kwargs: Any) -> Any:
+        """The pass as it is, on the stream that will capture: a loss that a loop keeps holds on to its stream."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream), _as_captured():
+            output = self.model(*args, **kwargs)
+        here.wait_stream(self._stream)
+        return output
 
     def _set_gradients_aside(self) -> None:
         """Where gradients of earlier passes lie in the pool, copy them out of it: the next are added to the copies."""
@@ -159,6 +165,7 @@ class CudaGraphs(nn.Module):
                 if replaced():  # which a replay would not repeat
                     raise ValueError("forward puts another tensor in a buffer's place")
         except (RuntimeError, ValueError, TypeError) as error:
+            _leave_capture_(self._params[0].device)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return self._give_up(str(error).split("\n")[0])
@@ -168,7 +175,7 @@ class CudaGraphs(nn.Module):
         if not self._stepping:
             return _with_backward(call, leaves, pool)
         try:
-            return _with_steps(call, leaves, pool, self._stepping)
+            return _with_steps(call, leaves, pool, self._stepping, self._stream)
         finally:  # what the capture computed is none of the next pass's gradients
             self._stepping.zero_grad()
 
@@ -177,6 +184,12 @@ class CudaGraphs(nn.Module):
         self._captured.clear()
         warnings.warn(f"runs without CUDA graphs: {reason}", stacklevel=4)
         return False
+
+
+def _leave_capture_(device: torch.device) -> None:
+    """Let random numbers be drawn again: a capture that failed leaves the generator's state as that of a graph."""
+    generator: Any = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _as_captured() -> torch.autocast:
@@ -220,16 +233,17 @@ def _with_backward(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., A
     return lambda *given: tree_map_only(Tensor, _kept, graphed(*given))
 
 
-def _with_steps(call: _Pass, leaves: list[Any], pool: Any, stepping: StepInBackward) -> Callable[..., Any]:
+def _with_steps(call: _Pass, leaves: list[Any], pool: Any, stepping: StepInBackward, stream: Any) -> Callable[..., Any]:
     """Forward in one graph; backward in another, with the steps that the optimizer takes in it."""
     tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    with torch.cuda.graph(forward, pool=pool):
+    with torch.cuda.graph(forward, pool=pool, stream=stream):
         loss = call(*tensors)
     if not isinstance(loss, Tensor) or loss.numel() > 1:
         raise ValueError("forward returns more than its loss")
     scale = torch.ones_like(loss)
-    with torch.cuda.graph(backward, pool=pool), torch.autocast("cuda", enabled=False):  # as a trainer's backward runs
+    as_trained = torch.autocast("cuda", enabled=False)  # as a trainer's backward runs
+    with torch.cuda.graph(backward, pool=pool, stream=stream), as_trained:
         loss.backward(scale)  # type: ignore[no-untyped-call]
     buckets, loss = stepping.captured(), loss.detach()
     gradients = [(p, p.grad) for p in call.model.parameters() if p.grad is not None]

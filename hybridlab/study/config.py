@@ -120,7 +120,8 @@ class RunConfig:
             "the depth schedule skips other blocks in each step": depth is not None and depth.skip_share > 0,
             "checkpointing draws the random numbers of dropout again": drops and self.memory.checkpointing is not None,
         }
-        return next((reason for reason, holds in reasons.items() if holds), self.memory.without_cuda_graphs)
+        of_memory = self.memory.without_cuda_graphs(self.optimizer, predicts=self.hybrid.path_needs is not None)
+        return next((reason for reason, holds in reasons.items() if holds), of_memory)
 
     def as_vanilla(self) -> RunConfig:
         """The plan's own setting for the same task and length: FP32, Adam at 6e-4, constant, no clipping."""

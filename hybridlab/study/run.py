@@ -158,6 +158,8 @@ class TrainingRun(WatchedRun):
             wait_for(self._device)
             self._warm_up_seconds = time.perf_counter() - started
             self._first = self._restore()
+            if not self._first:
+                self._training.make_state_()
         self._memory.begin(partial(progress, self._trainer, self._timer, self.config.steps))
         self._log: StepLog | SilentLog = SilentLog(self._memory)
         if is_first():

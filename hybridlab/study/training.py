@@ -84,7 +84,7 @@ class Training:
         return self._config.without_cuda_graphs or "what ranks say to each other stays out of graphs"
 
     def warm_up_(self) -> None:
-        """Compile forward, backward, the forward without gradients and Muon, at each depth; nothing is trained."""
+        """Compile forward, backward, the forward without gradients and the steps, at each depth; nothing is trained."""
         kept = buffers_kept(self.task.model.modules())
         with torch.random.fork_rng(gpus(self._device)), no_step(self._optimizer), kept:
             with torch.compiler.set_stance("force_eager"), autocast(self._config.training_precision, self._device):
@@ -93,7 +93,15 @@ class Training:
                 self._warm_up_passes()
                 if isinstance(self._method, MuonWithAdamW) and not self._config.memory.step_in_backward:
                     self._method.warm_up_()
+            if isinstance(self._optimizer, StepInBackward):
+                self._optimizer.compile_steps_()
         self.task.model.zero_grad(set_to_none=True)
+
+    def make_state_(self) -> None:
+        """Make the optimizer's state, where steps inside backward would make it among what a pass takes."""
+        if isinstance(self._optimizer, StepInBackward):
+            torch.cuda.empty_cache()
+            self._optimizer.make_state_()
 
     def _warm_up_passes(self) -> None:
         closure = self._losses(0, self._model)[0]
