@@ -17,7 +17,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.memory.apply import optimizer_for, prepare_model_
 from hybridlab.memory.config import INPUTS, CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
-from hybridlab.optim import OptimizerConfig, build_optimizer, muon
+from hybridlab.optim import OptimizerConfig, build_optimizer, low_bit, muon
 from hybridlab.speed import CudaGraphs, buffers_kept, compilation, compile_
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study import config as run_config
@@ -82,6 +82,27 @@ def test_nothing_is_compiled_once_a_run_has_begun(
     training.evaluate()
     muon._update.cache_clear()
     assert compiled.frame_count == before > 3
+
+
+def test_updates_of_many_shapes_are_compiled_before_the_first_step(
+    compiled: CompileCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than torch by default compiles of one function."""
+    pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(low_bit, "_is_compiled_for", lambda p: True)
+    low_bit._update.cache_clear()
+    model = nn.Sequential(*(nn.Linear(64 * n, 64 * (n + 1)) for n in range(1, 11)))
+    optimizer: Any = optimizer_for(
+        model, OptimizerConfig(), MemoryConfig(optimizer_state="int8", step_in_backward=True)
+    )
+    optimizer.compile_steps_()
+    before = compiled.frame_count
+    for _ in range(2):
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    low_bit._update.cache_clear()
+    assert compiled.frame_count == before >= len(model)
 
 
 @pytest.mark.parametrize("state", ["fp32", "int8"])

@@ -263,6 +263,20 @@ def test_adam_coast_refuses_an_optimizer_without_moments() -> None:
         trainer.step(task.closure(17))
 
 
+def test_adam_coast_refuses_moments_that_were_made_and_never_stepped() -> None:
+    """As those of a layer that no batch has used yet, where all are made before the first step."""
+    task = Problem()
+    task.model.unused = nn.Parameter(torch.zeros(4))
+    optimizer = task.adamw()
+    made = {name: torch.zeros(4) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[task.model.unused] = {"step": torch.tensor(0.0), **made}
+    trainer = HybridTrainer(task.model, optimizer, replace(EAGER, predictor="adam_coast"))
+    for step in range(17):
+        trainer.step(task.closure(step))
+    with pytest.raises(UserError, match=r"keeps none for a parameter of shape \(4,\)"):
+        trainer.step(task.closure(17))
+
+
 @pytest.mark.parametrize("config", [EAGER, GATED], ids=["unguarded", "gated"])
 @pytest.mark.parametrize("stop", [5, 16, 18, 20, 22, 27, 29, 31, 33, 41])
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(stop: int, config: HybridTrainerConfig) -> None:

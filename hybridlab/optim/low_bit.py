@@ -125,11 +125,12 @@ class InFewCalls(Optimizer):
         for call in self._calls():
             kinds[tuple((p.shape, p.dtype, id(group)) for p, group in call)] = call
         for call in kinds.values():
-            zeros = [(nn.Parameter(torch.zeros_like(p)), group) for p, group in call if p.is_cuda]
+            zeros = [(nn.Parameter(torch.zeros_like(p)), group) for p, group in call if _is_compiled_for(p)]
             for p, _ in zeros:
                 p.grad = torch.zeros_like(p)
             if zeros:
-                self._step_together_(zeros)
+                with torch._dynamo.utils.disable_cache_limit():
+                    self._step_together_(zeros)
             for p, _ in zeros:
                 del self.state[p]
         self.numbers = numbers
@@ -167,10 +168,11 @@ class InFewCalls(Optimizer):
             return
         if not _is_captured(members[0][0]):  # which takes no step
             self._count_(members)
-        update = _update(compiled=members[0][0].is_cuda and not any(_is_cycled(group) for _, group in members))
+        compiled = _is_compiled_for(members[0][0]) and not any(_is_cycled(group) for _, group in members)
+        update = _update(compiled)
         step, settings = self._numbers_of(members)
         taken = [_taken(p, state) for (p, _), state in zip(members, states, strict=True)]
-        for calls in _at_once(list(zip(taken, settings, strict=True))):
+        for calls in _at_once(list(zip(taken, settings, strict=True)), compiled):
             update([member for member, _ in calls], step, [its for _, its in calls], self.bf16_stochastic_round)
 
     def _count_(self, members: list[Owned]) -> None:
@@ -255,6 +257,10 @@ def _is_cycled(group: ParamGroup) -> bool:
     return tuple(group["betas"]) != tuple(group.get("first_betas") or group["betas"])
 
 
+def _is_compiled_for(p: Tensor) -> bool:
+    return p.is_cuda
+
+
 def _is_captured(tensor: Tensor) -> bool:
     """Whether what is done with it goes into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -324,12 +330,17 @@ def _taken(param: nn.Parameter, state: dict[str, Any]) -> Member:
     member = Member(weights.view(rows), gradient.view(rows), *moments, None if rest is None else rest.view(rows))
     if rest is None or mean.codes.numel() == param.numel() or gradient.dtype is not weights.dtype:
         return member
+    if any(t.storage_offset() % 2 for t in (weights, gradient, rest)):  # in the middle of a pair of something larger
+        return member
     return member.paired(rest.view(rows))
 
 
-def _at_once(given: list[tuple[Member, Settings]]) -> Iterator[list[tuple[Member, Settings]]]:
-    """What one call of the update takes: all small matrices, or a piece of a large one, such as the embedding."""
-    large = [member.param.numel() > MOST_AT_ONCE and not member.in_pairs for member, _ in given]
+def _at_once(given: list[tuple[Member, Settings]], compiled: bool) -> Iterator[list[tuple[Member, Settings]]]:
+    """What one call of the update takes: all small matrices, or a piece of a large one, such as the embedding.
+
+    compiled: whether pairs take no further memory, as one kernel steps them
+    """
+    large = [member.param.numel() > MOST_AT_ONCE and not (compiled and member.in_pairs) for member, _ in given]
     if small := [pair for pair, is_large in zip(given, large, strict=True) if not is_large]:
         yield small
     for member, its in (pair for pair, is_large in zip(given, large, strict=True) if is_large):

@@ -235,7 +235,7 @@ def optimizer_direction(optimizer: Optimizer, param: Tensor, group: dict[str, An
     Raises UserError where the optimizer keeps no such moments for the parameter.
     """
     state = optimizer.state.get(param, {})
-    if "exp_avg" not in state or "betas" not in group:
+    if "exp_avg" not in state or "betas" not in group or not state["step"]:  # made, and never stepped
         raise UserError(
             f"adam_coast needs Adam's moments, and {type(optimizer).__name__} keeps none for a parameter of shape "
             f"{tuple(param.shape)}: use AdamW, or predictor='linear'"
