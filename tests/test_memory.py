@@ -446,6 +446,25 @@ def rest_of(optimizer: Optimizer, param: Tensor) -> list[Tensor]:
     return [optimizer.state[param][name] for name in ("step", "rest") if name in optimizer.state[param]]
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_a_matrix_without_a_gradient_is_named_when_its_block_is_captured(made: bool) -> None:
+    """However its state came to be."""
+    pytest.importorskip("torchao.optim")
+    model = nn.Sequential(*(nn.ModuleDict({"used": nn.Linear(64, 64), "unused": nn.Linear(64, 64)}) for _ in range(2)))
+    optimizer = optimizer_for(model, OptimizerConfig(), MemoryConfig(optimizer_state="int8", step_in_backward=True))
+    assert isinstance(optimizer, StepInBackward)
+    if made:
+        optimizer.make_state_()
+    for _ in range(2):
+        sum(block["used"](torch.ones(1, 64)).square().sum() for block in model).backward()  # type: ignore[operator, index, union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.replays_as is not None
+    sum(block["used"](torch.ones(1, 64)).square().sum() for block in model).backward()  # type: ignore[operator, index, union-attr]
+    with pytest.raises(ValueError, match="parameters without a gradient"):
+        optimizer.captured()
+
+
 def test_what_cannot_be_captured_says_so() -> None:
     pytest.importorskip("torchao.optim")
     model = fresh(n_embd=64)

@@ -136,7 +136,8 @@ class StepInBackward(Optimizer):
 
         Raises ValueError where a bucket waits for a gradient: it would step at the end, outside of the graph.
         """
-        if any(self._arrived):
+        stepped = [p for i in self._stepped for members in self._matrices[i] for p in members]
+        if any(self._arrived) or not all(self.state[p]["step"] for p in stepped):  # which had no gradient before
             raise ValueError("a block has parameters without a gradient")
         return self._stepped
 

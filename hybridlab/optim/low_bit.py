@@ -144,7 +144,8 @@ class InFewCalls(Optimizer):
     @property
     def replays_as(self) -> Hashable:
         """What captured steps depend on, beside the numbers; None where steps cannot be captured."""
-        counts = ({float(its["step"]) for p, _ in call if (its := self.state.get(p))} for call in self._calls())
+        steps = ([self.state[p]["step"].item() for p, _ in call if self.state.get(p)] for call in self._calls())
+        counts = [set(of_call) - {0} for of_call in steps]  # 0: made, and not stepped yet
         if any(map(_is_cycled, self.param_groups)) or any(len(count) > 1 for count in counts):
             return None
         moments = [m for p, state in self.state.items() if p.ndim > 1 for m in state.values() if m.ndim]
