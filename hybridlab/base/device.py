@@ -65,6 +65,17 @@ def gpus(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
+def give_back_cached() -> None:
+    """Return to the GPU what torch holds of it and no tensor needs, cuBLAS's workspaces too.
+
+    Before a capture, so that its workspaces are in the graph's own memory; and after it, so that no other pass takes
+    those.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
 def reserve_contiguous(device: torch.device, tensors: Iterable[Tensor]) -> None:
     """Let torch reserve from a GPU, in one request, what as many tensors as these are about to take one by one.
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from hybridlab.base.compiler import require_compiler
+from hybridlab.base.device import give_back_cached
 from hybridlab.base.errors import UserError
 from hybridlab.memory.checkpointing import blocks_of, compile_block_
 from hybridlab.optim.in_backward import StepInBackward
@@ -72,7 +73,8 @@ class CudaGraphs(nn.Module):
     `optimizer.zero_grad()` does, and nothing is copied.
 
     An optimizer that steps inside backward is captured with the pass, once `replay_steps_of` has named it: its
-    gradients never all exist at once. Such a pass moves weights, so the first `WARM_UP_PASSES` run as they are.
+    gradients never all exist at once. Such a pass moves weights, so the first `WARM_UP_PASSES` run as they are. Where
+    other weights take part than before, the graphs of before give their memory back.
 
     A pass that cannot be captured, since it asks the GPU for a number, moves data to the host or puts another tensor in
     a buffer's place, warns once, and is run as it is from then on. Capturing leaves buffers as they were.
@@ -94,6 +96,8 @@ class CudaGraphs(nn.Module):
         self._stepping: StepInBackward | None = None
         self._stream: Any = None
         self._seen: Counter[Hashable] = Counter()
+        self._at: Hashable = None
+        self._moves = 0
         self._captured: dict[Hashable, Callable[..., Any]] = {}
         self._sums: dict[Tensor, Tensor] = {}
         self.fails: str | None = None
@@ -103,7 +107,10 @@ class CudaGraphs(nn.Module):
         if self.fails:
             return self.model(*args, **kwargs)
         leaves, form = tree_flatten((args, kwargs))
-        key = self._key(leaves, form)
+        places = tuple((p.data_ptr(), p.requires_grad) for p in self._params)
+        key: Hashable = (*self._call(leaves, form), places)
+        if self._stepping:
+            self._keep_graphs_of(places)
         if self._stepping and torch.is_grad_enabled():
             key = (key, stepping := self._stepping.replays_as)
             self._seen[key] += 1
@@ -144,15 +151,24 @@ class CudaGraphs(nn.Module):
         for p, total in zip(found, sums, strict=True):
             p.grad = total
 
-    def _key(self, leaves: list[Any], form: TreeSpec) -> Hashable:
-        """All that a captured pass depends on, but for the numbers in its tensors."""
+    def _keep_graphs_of(self, places: Hashable) -> None:
+        """Let go of graphs in which other weights take part, such as those of a stage that has ended."""
+        if places == self._at:
+            return
+        self._at, self._moves = places, self._moves + 1
+        self._captured.clear()
+        self._pool = None
+        give_back_cached()
+
+    def _call(self, leaves: list[Any], form: TreeSpec) -> tuple[Hashable, ...]:
+        """All that a captured pass depends on, but for the weights' places and the numbers in tensors."""
         given = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
         mode = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
         modules = tuple((m.training, id(vars(m).get("forward"))) for m in self._modules_within)
-        return form, given, mode, modules, tuple((p.data_ptr(), p.requires_grad) for p in self._params)
+        return form, given, mode, modules
 
     def _capture(self, key: Hashable, leaves: list[Any], form: TreeSpec) -> bool:
-        if len(self._captured) == MOST_GRAPHS:
+        if max(len(self._captured), self._moves - 1) >= MOST_GRAPHS:
             return self._give_up(f"{MOST_GRAPHS} graphs were captured, and the next pass differs again")
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -174,10 +190,12 @@ class CudaGraphs(nn.Module):
     def _with_gradients(self, call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
         if not self._stepping:
             return _with_backward(call, leaves, pool)
+        give_back_cached()
         try:
             return _with_steps(call, leaves, pool, self._stepping, self._stream)
         finally:  # what the capture computed is none of the next pass's gradients
             self._stepping.zero_grad()
+            give_back_cached()
 
     def _give_up(self, reason: str) -> bool:
         self.fails = reason

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridlab.base.device import gpus
+from hybridlab.base.device import give_back_cached, gpus
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import rank
 from hybridlab.engine.closures import Closure
@@ -100,7 +100,7 @@ class Training:
     def make_state_(self) -> None:
         """Make the optimizer's state, where steps inside backward would make it among what a pass takes."""
         if isinstance(self._optimizer, StepInBackward):
-            torch.cuda.empty_cache()
+            give_back_cached()
             self._optimizer.make_state_()
 
     def _warm_up_passes(self) -> None:
