@@ -70,7 +70,8 @@ class CudaGraphs(nn.Module):
 
     The next backward writes over the gradients in the pool. Those that are still there when the next pass begins are
     copied to memory of their own first, to which that pass's are added: set them to None before each step, as
-    `optimizer.zero_grad()` does, and nothing is copied.
+    `optimizer.zero_grad()` does, and nothing is copied. A pass without gradients may write over them too: step
+    before you evaluate.
 
     An optimizer that steps inside backward is captured with the pass, once `replay_steps_of` has named it: its
     gradients never all exist at once. Such a pass moves weights, so the first `WARM_UP_PASSES` run as they are. Where
@@ -118,7 +119,7 @@ class CudaGraphs(nn.Module):
                 return self._beside(*args, **kwargs)
         if key not in self._captured and not self._capture(key, leaves, form):
             return self.model(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._stepping:
             self._set_gradients_aside()
         return self._captured[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
@@ -172,7 +173,7 @@ class CudaGraphs(nn.Module):
             return self._give_up(f"{MOST_GRAPHS} graphs were captured, and the next pass differs again")
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        capture = self._with_gradients if torch.is_grad_enabled() else _forward_only
+        capture = self._with_gradients if torch.is_grad_enabled() else self._without_gradients
         stream = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails may leave another one behind
         try:
             streams = torch.random.fork_rng([self._params[0].device])
@@ -187,12 +188,18 @@ class CudaGraphs(nn.Module):
             return self._give_up(str(error).split("\n")[0])
         return True
 
+    def _without_gradients(self, call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
+        try:
+            return _forward_only(call, leaves, pool, self._stream)
+        finally:
+            if self._stepping:
+                give_back_cached()
+
     def _with_gradients(self, call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
         if not self._stepping:
             return _with_backward(call, leaves, pool)
-        give_back_cached()
         try:
-            return _with_steps(call, leaves, pool, self._stepping, self._stream)
+            return _CapturedSteps(call, leaves, pool, self._stepping, self._stream)
         finally:  # what the capture computed is none of the next pass's gradients
             self._stepping.zero_grad()
             give_back_cached()
@@ -251,41 +258,55 @@ def _with_backward(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., A
     return lambda *given: tree_map_only(Tensor, _kept, graphed(*given))
 
 
-def _with_steps(call: _Pass, leaves: list[Any], pool: Any, stepping: StepInBackward, stream: Any) -> Callable[..., Any]:
+class _CapturedSteps:
     """Forward in one graph; backward in another, with the steps that the optimizer takes in it."""
-    tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
-    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    with torch.cuda.graph(forward, pool=pool, stream=stream):
-        loss = call(*tensors)
-    if not isinstance(loss, Tensor) or loss.numel() > 1:
-        raise ValueError("forward returns more than its loss")
-    scale = torch.ones_like(loss)
-    as_trained = torch.autocast("cuda", enabled=False)  # as a trainer's backward runs
-    with torch.cuda.graph(backward, pool=pool, stream=stream), as_trained:
-        loss.backward(scale)  # type: ignore[no-untyped-call]
-    buckets, loss = stepping.captured(), loss.detach()
-    gradients = [(p, p.grad) for p in call.model.parameters() if p.grad is not None]
 
-    class Replay(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, _: Tensor, *given: Tensor) -> Tensor:
-            for mine, theirs in zip(tensors, given, strict=True):
-                mine.copy_(theirs)
-            forward.replay()
-            return loss.clone()
+    def __init__(self, call: _Pass, leaves: list[Any], pool: Any, stepping: StepInBackward, stream: Any) -> None:
+        give_back_cached()
+        self._tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(self._forward, pool=pool, stream=stream):
+            loss = call(*self._tensors)
+        if not isinstance(loss, Tensor) or loss.numel() > 1:
+            raise ValueError("forward returns more than its loss")
+        self._scale = torch.ones_like(loss)
+        as_trained = torch.autocast("cuda", enabled=False)  # as a trainer's backward runs
+        with torch.cuda.graph(self._backward, pool=pool, stream=stream), as_trained:
+            loss.backward(self._scale)  # type: ignore[no-untyped-call]
+        self._stepping, self._buckets, self._loss = stepping, stepping.captured(), loss.detach()
+        self._gradients = [(p, p.grad) for p in call.model.parameters() if p.grad is not None]
+        self._anchor = torch.empty((), device=loss.device, requires_grad=True)
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-            scale.copy_(gradient)
-            stepping.advance_(buckets)
-            backward.replay()
-            for p, of_graph in gradients:
-                p.grad = of_graph
-            return (None,) * (len(tensors) + 1)
+    def __call__(self, *given: Tensor) -> Any:
+        return _Replayed.apply(self._anchor, self, *given)  # type: ignore[no-untyped-call]
 
-    anchor = torch.empty((), device=loss.device, requires_grad=True)
-    return lambda *given: Replay.apply(anchor, *given)  # type: ignore[no-untyped-call]
+    def forward_(self, given: tuple[Tensor, ...]) -> Tensor:
+        for mine, theirs in zip(self._tensors, given, strict=True):
+            mine.copy_(theirs)
+        self._forward.replay()
+        return self._loss.clone()
+
+    def backward_(self, gradient: Tensor) -> None:
+        self._scale.copy_(gradient)
+        self._stepping.advance_(self._buckets)
+        self._backward.replay()
+        for p, of_graph in self._gradients:
+            p.grad = of_graph
+
+
+class _Replayed(torch.autograd.Function):
+    """A pass of `_CapturedSteps`; no class of each capture's own, which would keep its memory until it is collected."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, captured: _CapturedSteps, *given: Tensor) -> Tensor:
+        ctx.captured, ctx.count = captured, len(given)
+        return captured.forward_(given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.captured.backward_(gradient)
+        return (None,) * (ctx.count + 2)
 
 
 def _kept(output: Tensor) -> Tensor:
@@ -293,15 +314,18 @@ def _kept(output: Tensor) -> Tensor:
     return output.clone() if output.numel() == 1 else output
 
 
-def _forward_only(call: _Pass, leaves: list[Any], pool: Any) -> Callable[..., Any]:
+def _forward_only(call: _Pass, leaves: list[Any], pool: Any, stream: Any | None) -> Callable[..., Any]:
+    """stream: of the other passes, whose memory in the pool it shares; None takes one of its own."""
     tensors = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
-    graph, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph, beside = torch.cuda.CUDAGraph(), stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
         for _ in range(WARM_UP_PASSES):
             call(*tensors)
     torch.cuda.current_stream().wait_stream(beside)
-    with torch.cuda.graph(graph, pool=pool):
+    if stream:
+        give_back_cached()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         outputs = call(*tensors)
 
     def replay(*given: Tensor) -> Any:
