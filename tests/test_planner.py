@@ -946,6 +946,36 @@ def test_graphs_take_what_was_measured(monkeypatch, size, precision):
     assert planned.peak_on_gpu_bytes == pytest.approx(on_gpu, rel=0.02)
 
 
+EXACT, FEW_BITS = (
+    MemoryConfig.fit_16gb(predict_aware=None),
+    MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4"),
+)
+MEASURED_STEPS = {
+    ("24-bit weights, 4-bit state", FEW_BITS, 48): (7_796_229_632, 9_401_532_416),
+    ("4 blocks of 48", EXACT, 4): (7_738_364_416, 9_412_018_176),
+    ("grown to 48 blocks", EXACT, 48): (11_710_142_976, 13_394_509_824),
+}
+"""Of XL, allocated and on the GPU: an H200 that gives 16 GB and replays whole steps."""
+
+
+@pytest.mark.parametrize("arm", MEASURED_STEPS, ids=[name for name, *_ in MEASURED_STEPS])
+def test_whole_steps_in_graphs_take_what_was_measured(arm):
+    """On the GPU never less by more than 2 %: that decides what fits."""
+    (_, memory, blocks), (allocated, on_gpu) = arm, MEASURED_STEPS[arm]
+    planned = plan(
+        "xl",
+        (8, 512),
+        memory,
+        OptimizerConfig.tuned(),
+        DepthSchedule.constant(blocks),
+        path_storage=PathStorage(Residency.OFFLOADED),
+        compiled=True,
+        cuda_graphs=True,
+    )
+    assert planned.peak_allocated_bytes == pytest.approx(allocated, rel=0.005)
+    assert 0.98 < planned.peak_on_gpu_bytes / on_gpu < 1.02
+
+
 def test_graphs_hold_what_the_passes_take_and_the_gradients():
     training = (*MUCH, MemoryConfig(**BF16))
     compiled, graphs = (plan(*training, compiled=True, cuda_graphs=replayed) for replayed in (False, True))

@@ -224,10 +224,20 @@ def _found(training: Rehearsal, spec: TrainingSpec) -> Found:
         return _without_graphs(training, spec)
     phases, reserved, in_graphs = _with_graphs(training)
     if spec.memory.step_in_backward:  # its first steps run as they are, since they move weights
-        as_they_are, held, _ = _without_graphs(training, spec)
+        as_they_are, _, _ = _without_graphs(training, spec)
         phases |= {phase: max(phases[phase], as_they_are[phase], key=_total) for phase in ("Full", "Correct")}
-        reserved = max(reserved, held)
+        reserved = max(reserved, _held_by_first_steps(training))
     return phases, reserved, in_graphs
+
+
+def _held_by_first_steps(training: Rehearsal) -> int:
+    """By those before the capture: on a stream of their own, beside the graph that evaluates."""
+    lasting, steps, evaluation = CachingAllocator(), CachingAllocator(), CachingAllocator()
+    lasting.follow([*training.setup, *training.state, *training.path])
+    lasting.empty_cache()
+    steps.follow(3 * [*training.passes, *training.update])
+    evaluation.follow(training.predict)
+    return lasting.reserved + steps.reserved + evaluation.reserved
 
 
 def _without_graphs(training: Rehearsal, spec: TrainingSpec) -> Found:
