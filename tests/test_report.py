@@ -1019,6 +1019,7 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
         ("Predicted depth of GPT-2 Small with Muon", "executed/rtx5080_muon/10_predicted_depth.ipynb"),
         ("Predicted depth of GPT-2 Medium at 1,000 steps", "executed/rtx5080/05_gpt2_medium.ipynb"),
         ("Predicted depth of GPT-2 Small at 10,000 steps", "executed/rtx5080_10k/10_predicted_depth.ipynb"),
+        ("GPT-2 XL in 16 GB", "docs/experiments/xl_graphs.json"),
         ("The trainer beside the bare loop", "docs/experiments/step_overhead.json"),
         ("A step beside other loops", "docs/experiments/against_others.json"),
         ("AdamW's beta1", "docs/experiments/beta1_cpu.json"),
