@@ -190,6 +190,8 @@ def hugging_face(config: RunConfig, device: torch.device, folder: Path) -> Loop:
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"))
     settings = transformers.GPT2Config(**sizes, **dropout, **ends, n_positions=task.block_size, use_cache=False)
+    model = transformers.GPT2LMHeadModel(settings)
+    model.loss_type = "ForCausalLM"  # as it is: where it is guessed, a log breaks the compiled graph
     tokens = np.asarray(task.load_text().train)
     windows = tokens[: len(tokens) // task.block_size * task.block_size].reshape(-1, task.block_size).astype(np.int64)
     arguments = transformers.TrainingArguments(
@@ -209,7 +211,7 @@ def hugging_face(config: RunConfig, device: torch.device, folder: Path) -> Loop:
     )
     turns = _Turns()
     trainer = transformers.Trainer(
-        transformers.GPT2LMHeadModel(settings),
+        model,
         arguments,
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
         callbacks=[type("InTurns", (transformers.TrainerCallback,), turns.hooks())()],
