@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
-from hybridlab.base.ranks import is_first, whole
+from hybridlab.base.ranks import Replica, is_first, whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, PrimalAveraging, build_optimizer
@@ -93,6 +93,7 @@ BY_WRAP = {
     "sharded in two dimensions": ("grown and jumping",),
     "sharded in one group, kept gathered": ("grown and jumping", "gated", "parts", "resumed"),
     "replicated": ("adam_coast", "gated", "parts", "rolled back"),
+    "averaged by the trainer": ("adam_coast", "gated", "parts", "rolled back"),
 }
 
 
@@ -118,6 +119,7 @@ WRAPS: dict[str, Callable[[GPT2], nn.Module]] = {
     "sharded in two dimensions": sharded_in_two_dimensions,
     "sharded in one group, kept gathered": RanksConfig(blocks_per_group=2, keep_gathered=True).wrapped,
     "replicated": partial(DistributedDataParallel, gradient_as_bucket_view=True),
+    "averaged by the trainer": Replica,
 }
 
 

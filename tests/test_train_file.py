@@ -148,6 +148,19 @@ def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("wrap", "graphs"), [("ddp", "in use"), ("fsdp", "weights that ranks gather")])
+def test_two_gpus_train_as_one(wrap: str, graphs: str, tmp_path: Path) -> None:
+    run = RUN | {"device": "cuda", "compiled": True}
+    folders = []
+    for count in (1, 2):
+        (folder := tmp_path / str(count)).mkdir()
+        assert on_ranks(count, written(folder, run, ranks={"wrap": wrap})).returncode == 0
+        folders.append(folder)
+    pd.testing.assert_frame_equal(*map(losses, folders), atol=1e-3, rtol=0)
+    assert Run.load(folders[1] / "run").closing_figures["cuda_graphs"].startswith(graphs)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 def test_what_two_gpus_began_four_go_on_with(tmp_path: Path) -> None:
     """Kernels of a GPU add in an order that the size of a part decides: the losses are equal within rounding."""

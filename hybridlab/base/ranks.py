@@ -45,22 +45,24 @@ class Ranks:
 
     count: how many; rank: which one this is
     sharded: each holds a part of the weights (`fully_shard`); else each holds all of them
+    averages: nothing averages the gradients in the backward pass (`Replica`), so that `average_` has to
     groups: the modules that `fully_shard` has wrapped; the weights of each are gathered together
     """
 
     count: int = 1
     rank: int = 0
     sharded: bool = False
+    averages: bool = False
     groups: tuple[Any, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
-        """The ranks that train a model: all, where it is sharded or wrapped in DistributedDataParallel."""
+        """The ranks that train a model: all, where it is sharded, in DistributedDataParallel or a `Replica`."""
         groups = _sharded_modules(model)
         sharded = bool(groups) or any(map(is_sharded, model.parameters()))
-        if not sharded and (running() == 1 or not isinstance(model, DistributedDataParallel)):
+        if not sharded and (running() == 1 or not isinstance(model, DistributedDataParallel | Replica)):
             return cls()
-        return cls(running(), distributed.get_rank(), sharded, groups)
+        return cls(running(), distributed.get_rank(), sharded, isinstance(model, Replica), groups)
 
     def mean(self, loss: Tensor) -> Tensor:
         """Mean over the ranks, each of which has as large a part of the batch: every rank decides by one number."""
@@ -113,6 +115,16 @@ class Ranks:
             return model.no_sync()
         return nullcontext()
 
+    def average_(self, params: Sequence[Tensor]) -> None:
+        """Average the gradients of all ranks, where nothing has done so in the backward pass."""
+        gradients = [p.grad for p in params if p.grad is not None and self.averages]
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            alike = [gradient for gradient in gradients if gradient.dtype is dtype]
+            with distributed._coalescing_manager():  # one collective for all
+                for gradient in alike:
+                    distributed.all_reduce(gradient)
+            torch._foreach_div_(alike, self.count)
+
     def refuse(self, features: Sequence[str]) -> None:
         """Raise UserError for features that work on whole weights in one process only."""
         if features and self != Ranks():
@@ -127,6 +139,24 @@ class Ranks:
                 "DistributedDataParallel: each would decide alone about jumps. Give the trainer the wrapped model, or "
                 "set max_predict_steps=0"
             )
+
+
+class Replica(nn.Module):
+    """A model of which each rank holds all; the trainer averages the gradients when they are all there.
+
+    For passes that are CUDA graphs, which what ranks say to each other stays out of. DistributedDataParallel averages
+    beside the backward pass.
+
+    module: equal on all ranks, as models built from one seed are
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+        return self.module(*args, **kwargs)
 
 
 @contextmanager

@@ -103,7 +103,6 @@ class Question:
             ),
             precision=self.precision,
             compiled=self.compiled,
-            cuda_graphs=False,
             device=self.device,
         )
 

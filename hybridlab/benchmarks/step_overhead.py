@@ -93,7 +93,7 @@ def _loops(config: RunConfig, ranks: RanksConfig | None) -> tuple[dict[str, Step
     """A step of each loop, and the loss of a new batch whenever it is called."""
     device = find_device(config.device)
     task = config.task.build(config.seed, device)
-    model = sped_up(task.model, config, by_ranks=ranks is not None)
+    model = sped_up(task.model, replace(config, cuda_graphs=False) if ranks else config, ranks)
     if ranks:
         model = ranks.wrapped(task.model)
     known = model if ranks else task.model

@@ -82,6 +82,7 @@ class Passes:
             with self._weights.without_reduction(last=part == len(batch.closures) - 1):
                 batch.share_of(loss, part).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
+        self._weights.average_gradients_()
         self._compare(counts)
         return self._weights.ranks.mean(batch.mean(losses))
 

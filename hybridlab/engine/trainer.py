@@ -65,9 +65,10 @@ class HybridTrainer:
     Weights may be frozen, unfrozen or added between steps: a jump under way ends, and the path begins anew. A step
     whose closure raises an error counts nothing, and can be tried again.
 
-    Several ranks train one model under `torch.distributed`: give the trainer the model after `fully_shard`, or in
-    DistributedDataParallel, and each rank an equal part of every batch. Losses, norms and products of the path are
-    reduced before anything is decided, so that all ranks do the same.
+    Several ranks train one model under `torch.distributed`: give the trainer the model after `fully_shard`, in
+    DistributedDataParallel or, for passes that are CUDA graphs, as a `hybridlab.base.ranks.Replica`, and each rank an
+    equal part of every batch. Losses, norms and products of the path are reduced before anything is decided, so that
+    all ranks do the same.
 
     model: any `torch.nn.Module`
     optimizer: a torch optimizer over the model's parameters whose step needs no closure

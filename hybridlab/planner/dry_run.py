@@ -155,7 +155,7 @@ class DryRun:
         self._shards = Shards(self._trace, self._weights, sharing) if self._spec.is_sharded else None
         self._mean = TailAverage(self._own(averaged)) if self._spec.averages else None
         self._size = sum(p.numel() for p in self._own(self._params))
-        adds_up = self._spec.ranks > 1 and self._spec.wrap == "ddp"
+        adds_up = self._spec.ranks > 1 and self._spec.wrap == "ddp" and not self._spec.replays_graphs
         self._buckets = ddp_buckets(self._trace, self._size if adds_up else 0)
         self._left_out = self._countable()
         return self._trace.take()

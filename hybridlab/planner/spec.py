@@ -188,7 +188,8 @@ class TrainingSpec:
     def replays_graphs(self) -> bool:
         """Whether its passes are CUDA graphs."""
         against = self.memory.without_cuda_graphs(self.optimizer, predicts=self.path is not None)
-        return not self.ranks and self.compiled and self.cuda_graphs and against is None
+        whole = not self.ranks or self.wrap == "ddp"
+        return whole and self.compiled and self.cuda_graphs and against is None
 
     @property
     def makes_state(self) -> bool:

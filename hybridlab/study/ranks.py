@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.ranks import check_copies, check_sharing, group, rank, running
+from hybridlab.base.ranks import Replica, check_copies, check_sharing, group, rank, running
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.study.config import RunConfig
@@ -23,7 +23,8 @@ class RanksConfig:
     """How several processes train one model; each trains on an equal part of every batch.
 
     wrap: "fsdp": each holds a part of weights, gradients and optimizer state, and the blocks' weights are gathered when
-        they are needed (`fully_shard`); "ddp": each holds all of them (DistributedDataParallel)
+        they are needed (`fully_shard`); "ddp": each holds all of them, in DistributedDataParallel, or, where passes are
+        CUDA graphs, as a `Replica`
     gather: number format in which weights are gathered, "fp32" or "bf16"; gradients are added up in float32
     copies: of the model: so many groups of ranks, each of which shares one among its ranks. With as many copies as
         hosts, weights are gathered within a host, and gradients alone cross from one to the next
@@ -74,10 +75,12 @@ class RanksConfig:
             )
         check_copies(ranks, self.copies)
 
-    def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model as these ranks train it."""
+    def wrapped(self, model: nn.Module, *, replayed: bool = False) -> nn.Module:
+        """The model as these ranks train it; replayed: whether its passes are CUDA graphs, as "ddp" allows."""
         if self.wrap == "ddp" and running() == 1:
             return model
+        if self.wrap == "ddp" and replayed:
+            return Replica(model)
         if self.wrap == "ddp":
             return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         from torch.distributed.device_mesh import init_device_mesh

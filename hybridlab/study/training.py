@@ -32,18 +32,18 @@ from hybridlab.weights.tail_average import TailAverage
 WARM_UP_PASSES = 3
 
 
-def sped_up(model: nn.Module, config: RunConfig, *, by_ranks: bool = False) -> nn.Module:
+def sped_up(model: nn.Module, config: RunConfig, ranks: RanksConfig | None = None) -> nn.Module:
     """What to call in the model's place: the model itself, compiled in place where asked, or its CUDA graphs.
 
     By block: what graphs replay; a model whose depth changes or that several ranks train, so that nothing is compiled
     anew; and one whose blocks are computed again, so that hooks stay out of what is compiled.
 
-    by_ranks: whether several ranks will train it: their reductions stay out of graphs
+    ranks: how several processes will train it; weights that are gathered within passes stay out of graphs
     """
     if not config.compiled:
         return model
-    graphs = config.without_cuda_graphs is None and not by_ranks
-    by_block = graphs or by_ranks or config.hybrid.depth is not None or config.memory.checkpointing is not None
+    graphs = config.without_cuda_graphs is None and (ranks is None or ranks.wrap == "ddp")
+    by_block = graphs or ranks is not None or config.hybrid.depth is not None or config.memory.checkpointing is not None
     compile_(model, by_block=by_block, settings=(config.training_precision, config.memory))
     return CudaGraphs(model) if graphs else model
 
@@ -60,10 +60,12 @@ class Training:
         self._config, self._device = config, device
         self.task = config.task.build(config.seed, device, config.memory)
         prepare_model_(self.task.model, config.memory)
-        self._model = sped_up(self.task.model, config, by_ranks=ranks is not None)
+        self._model = sped_up(self.task.model, config, ranks)
         model = self.task.model
         if ranks:
-            self._model = model = ranks.wrapped(self.task.model)
+            replayed = isinstance(self._model, CudaGraphs)
+            model = ranks.wrapped(self.task.model, replayed=replayed)
+            self._model = self._model if replayed else model
             torch.manual_seed(config.seed + (rank() << 32))  # noise such as dropout's is each rank's own
         self._optimizer = optimizer_for(self.task.model, config.optimizer, config.memory)
         self._method = method_of(self._optimizer)
@@ -81,7 +83,7 @@ class Training:
         """Whether passes are replayed: "in use", or why they are not."""
         if isinstance(self._model, CudaGraphs):
             return self._model.fails or "in use"
-        return self._config.without_cuda_graphs or "what ranks say to each other stays out of graphs"
+        return self._config.without_cuda_graphs or "weights that ranks gather stay out of graphs"
 
     def warm_up_(self) -> None:
         """Compile forward, backward, the forward without gradients and the steps, at each depth; nothing is trained."""

@@ -108,6 +108,10 @@ class Weights:
         """For a part of a batch: gradients of all ranks are added up once, in the last part's backward."""
         return self.ranks.without_reduction(self._model, last=last)
 
+    def average_gradients_(self) -> None:
+        """Of all ranks, where the backward pass has not."""
+        self.ranks.average_(self.params)
+
     def counted(self, g: int) -> list[slice]:
         """Stretches of a group's flat piece of memory that this rank counts; others count what they hold too."""
         ends = list(accumulate((part.numel() for part in self.groups[g]), initial=0))
