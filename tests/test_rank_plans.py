@@ -166,6 +166,8 @@ def test_ddp_holds_the_whole_model_and_a_bucket_for_each_gradient() -> None:
     assert buckets == pytest.approx(4 * SHALLOW.parameter_count, rel=0.001)
     assert ddp.peak_allocated_bytes == half.peak_allocated_bytes + buckets
     assert ddp.peak_allocated_bytes > fsdp.peak_allocated_bytes
+    graphs = shallow(2, wrap="ddp", compiled=True, cuda_graphs=True)
+    assert graphs.graphs_bytes > graphs.phases["Full"]["communication"] == 0, "averaged where they are"
     one, few = (plan(SHALLOW, (2, 1), overhead=BARE, **ranks) for ranks in ({}, {"ranks": 2, "wrap": "ddp"}))
     assert few.peak_allocated_bytes == pytest.approx(one.peak_allocated_bytes, rel=0.1)  # gradients are in the buckets
     assert shallow(1, wrap="ddp").phases == {
