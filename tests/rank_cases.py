@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.base.rank_checkpoints import RankCheckpoints
-from hybridlab.base.ranks import Replica, is_first, whole
+from hybridlab.base.ranks import Replica, from_each, is_first, whole
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, PrimalAveraging, build_optimizer
@@ -243,12 +243,42 @@ def refuse_unflushed(folder: Path) -> None:
         run.save()
 
 
+class Lopsided(nn.Module):
+    """Begins unlike on each rank; has a buffer that follows the batch, and a weight that need not take part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(place()[1])
+        self.norm, self.head, self.spare = nn.BatchNorm1d(3), nn.Linear(3, 1), nn.Linear(1, 1)
+
+    def forward(self, x: Tensor, spare: bool) -> Tensor:
+        y = self.head(self.norm(x))
+        return (self.spare(y) if spare else y).square().mean()
+
+
+def check_replicas() -> None:
+    """Ranks begin and stay equal; a weight that one of them alone has a gradient of is refused there."""
+    net, rank = Lopsided(), place()[1]
+    replica = Replica(net)
+    trainer = HybridTrainer(replica, torch.optim.AdamW(net.parameters()), HybridTrainerConfig.plain())
+    for _ in range(2):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+        trainer.step(lambda: replica(x, True))  # noqa: B023
+        for ours, name in zip(net.state_dict().values(), net.state_dict(), strict=True):
+            first, *others = from_each(ours)
+            assert all(torch.equal(other, first) for other in others), name
+    if rank == 1:
+        with pytest.raises(UserError, match=r"2 trained weights have no gradient, the first of shape \(1, 1\)"):
+            trainer.step(lambda: replica(x, False))
+
+
 def main(folder: Path, *only: str) -> None:
     """Train a part of each chain, then cases in every form, or sharded those named, and leave what came of it."""
     distributed.init_process_group("gloo")
     ranks, rank = place()
     refuse_unwritable(folder / "full disk")
     refuse_unflushed(folder / "full")
+    check_replicas()
     torch.save(train_chain(folder.parent / "chain", ranks - 1), folder / f"chain, {rank}.pt")
     for wrap, names in ({"sharded": only} if only else BY_WRAP).items():
         for name in names:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from hybridlab.base.settings import check_bounds, check_choice
 
 T = TypeVar("T")
 
+BROADCAST_BYTES = 32 << 20
+"""That are sent at once where ranks take what the first of them has."""
 
 SHARDING: dict[str, Any] = {"gather": "fp32", "copies": 1, "blocks_per_group": 1, "keep_gathered": False}
 """Settings that say how ranks share a model's weights, at their defaults; `RanksConfig` explains them."""
@@ -116,8 +119,19 @@ class Ranks:
         return nullcontext()
 
     def average_(self, params: Sequence[Tensor]) -> None:
-        """Average the gradients of all ranks, where nothing has done so in the backward pass."""
-        gradients = [p.grad for p in params if p.grad is not None and self.averages]
+        """Average the gradients of all ranks, where nothing has done so in the backward pass.
+
+        Raises UserError where a weight has none: other ranks may have it, and would average it with another weight's.
+        """
+        if not self.averages:
+            return
+        gradients = [p.grad for p in params if p.grad is not None]
+        if len(gradients) < len(params):
+            missing = next(tuple(p.shape) for p in params if p.grad is None)
+            raise UserError(
+                f"{len(params) - len(gradients)} trained weights have no gradient, the first of shape {missing}, and "
+                "ranks average those of all: freeze what the loss does not depend on (requires_grad_(False))"
+            )
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             alike = [gradient for gradient in gradients if gradient.dtype is dtype]
             with distributed._coalescing_manager():  # one collective for all
@@ -145,18 +159,27 @@ class Replica(nn.Module):
     """A model of which each rank holds all; the trainer averages the gradients when they are all there.
 
     For passes that are CUDA graphs, which what ranks say to each other stays out of. DistributedDataParallel averages
-    beside the backward pass.
+    beside the backward pass. As there, weights and buffers begin as the first rank's, and every weight that is trained
+    needs a gradient in each step.
 
-    module: equal on all ranks, as models built from one seed are
+    module: of the same shape on all ranks
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        if running() > 1:
+            take_first_([t.detach() for t in chain(module.parameters(), module.buffers())])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns."""
         return self.module(*args, **kwargs)
+
+
+def take_first_(tensors: Sequence[Tensor]) -> None:
+    """Write the first rank's numbers into tensors that each rank has."""
+    if tensors:
+        distributed._broadcast_coalesced(distributed.group.WORLD, list(tensors), BROADCAST_BYTES, 0)
 
 
 @contextmanager

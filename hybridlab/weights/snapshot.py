@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 
 from hybridlab.base.device import wait_for_stream
 from hybridlab.base.pinned_memory import ArenaPool, to_device_async
-from hybridlab.base.ranks import Ranks, is_sharded, local, spread
+from hybridlab.base.ranks import Ranks, is_sharded, local, spread, take_first_
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.motion import Flat, Motion, move_along_, views
 from hybridlab.weights.reach import notify_weights_moved
@@ -109,8 +109,10 @@ class Weights:
         return self.ranks.without_reduction(self._model, last=last)
 
     def average_gradients_(self) -> None:
-        """Of all ranks, where the backward pass has not."""
+        """Of all ranks, where the backward pass has not; float buffers are the first's then."""
         self.ranks.average_(self.params)
+        if self.ranks.averages:
+            take_first_([b for b in self._buffers.values() if b.is_floating_point()])
 
     def counted(self, g: int) -> list[slice]:
         """Stretches of a group's flat piece of memory that this rank counts; others count what they hold too."""
