@@ -179,7 +179,8 @@ class Replica(nn.Module):
 def take_first_(tensors: Sequence[Tensor]) -> None:
     """Write the first rank's numbers into tensors that each rank has."""
     if tensors:
-        distributed._broadcast_coalesced(distributed.group.WORLD, list(tensors), BROADCAST_BYTES, 0)
+        everyone = distributed.distributed_c10d._get_default_group()
+        distributed._broadcast_coalesced(everyone, list(tensors), BROADCAST_BYTES, 0)
 
 
 @contextmanager
