@@ -306,7 +306,9 @@ def plan(
         str | None, typer.Option(metavar="WINDOWSxTOKENS", help="By default 8x512, or what the model takes.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
-    memory: Annotated[str, typer.Option(help="none, conservative, aggressive or fit_16gb.")] = "none",
+    memory: Annotated[
+        str, typer.Option(help="none, conservative, aggressive, fit_16gb, fit_16gb_plain or fit_16gb_24bit.")
+    ] = "none",
     compiled: Annotated[
         bool,
         typer.Option("--compiled", help="With torch.compile, and CUDA graphs where the memory settings allow."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from hybridlab.base.errors import UserError
@@ -23,7 +23,10 @@ MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
     "conservative": MemoryConfig.conservative,
     "aggressive": MemoryConfig.aggressive,
     "fit_16gb": MemoryConfig.fit_16gb,
+    "fit_16gb_plain": partial(MemoryConfig.fit_16gb, predict_aware=None),
+    "fit_16gb_24bit": partial(MemoryConfig.fit_16gb, weights="24bit", optimizer_state="int4"),
 }
+"""`hybridlab plan`'s; the last two are for training that predicts nothing in time."""
 
 FINDS = {"batch": largest_batch, "sequence": longest_sequence}
 
