@@ -100,5 +100,5 @@ def test_few_files_write_parameters_in_place() -> None:
     writers = {path for path in FILES if "torch._foreach_" in path.read_text()}
     optimizers = {ROOT / "optim" / f"{name}.py" for name in ("averaging", "in_backward", "low_bit")}
     weights = ("motion", "snapshot", "bf16_resident", "tail_average")
-    of_gradients = {ROOT / "engine" / "passes.py", ROOT / "speed" / "compilation.py"}
+    of_gradients = {ROOT / name for name in ("engine/passes.py", "speed/compilation.py", "base/ranks.py")}
     assert writers == {ROOT / "weights" / f"{name}.py" for name in weights} | optimizers | of_gradients
