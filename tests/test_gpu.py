@@ -861,8 +861,8 @@ def test_a_run_in_cuda_graphs_resumes_where_it_was_stopped(tmp_path: Path) -> No
         assert losses[0] == pytest.approx(losses[1], abs=0.01), "compiled sums are not repeated bit for bit"
 
 
-def trained_inside_backward(memory: MemoryConfig, *, graphs: bool, **settings: Any) -> list[Any]:
-    """A loop of one's own that keeps its last loss: losses, weights, and why passes were not captured."""
+def stepping_inside_backward(memory: MemoryConfig, graphs: bool, **settings: Any) -> tuple[GPT2, Optimizer, nn.Module]:
+    """A model, its optimizer, and what to call in the model's place."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config.nano(**memory.model_settings, **settings)).to(CUDA)
     prepare_model_(model, memory)
@@ -871,6 +871,12 @@ def trained_inside_backward(memory: MemoryConfig, *, graphs: bool, **settings: A
     if graphs:
         run = CudaGraphs(model)
         run.replay_steps_of(optimizer)  # type: ignore[arg-type]
+    return model, optimizer, run
+
+
+def trained_inside_backward(memory: MemoryConfig, *, graphs: bool, **settings: Any) -> list[Any]:
+    """A loop of one's own that keeps its last loss: losses, weights, and why passes were not captured."""
+    model, optimizer, run = stepping_inside_backward(memory, graphs, **settings)
     losses = []
     for step in range(8):
         loss = run(batch(step), batch(step))
@@ -907,14 +913,7 @@ def test_steps_inside_backward_are_replayed_as_they_would_be_taken(
     memory = MemoryConfig.fit_16gb(weights=weights, optimizer_state=state, predict_aware=None)
 
     def trained(graphs: bool) -> list[Any]:
-        torch.manual_seed(0)
-        model = GPT2(GPT2Config.nano(**memory.model_settings)).to(CUDA)
-        prepare_model_(model, memory)
-        optimizer = optimizer_for(model, OptimizerConfig(), memory)
-        run: nn.Module = model
-        if graphs:
-            run = CudaGraphs(model)
-            run.replay_steps_of(optimizer)  # type: ignore[arg-type]
+        model, optimizer, run = stepping_inside_backward(memory, graphs)
         trainer, told = HybridTrainer(model, optimizer, HybridTrainerConfig.plain(memory=memory, depth=depth)), []
         for step in range(24):
             x = batch(step)
@@ -959,16 +958,20 @@ def test_gradients_of_several_replayed_passes_add_up_bit_for_bit(to_none: bool) 
     assert gradients(graphs=True) == gradients(graphs=False)
 
 
+class Asks(nn.Module):
+    """Asks the GPU for a number, once dropout has drawn some."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = self.layer(x).sum()
+        return drawn * (2.0 if drawn.item() > 0 else 1.0)
+
+
 def test_a_pass_that_cannot_be_captured_runs_as_it_is_with_a_warning() -> None:
-    class Asks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).sum() * (2.0 if x.sum().item() > 0 else 1.0)
-
-    model = Asks().to(CUDA)
+    model = Asks(4, dropout=0.0).to(CUDA)
     graphs, x = CudaGraphs(model), torch.ones(2, 4, device=CUDA)
     with pytest.warns(UserWarning, match="runs without CUDA graphs"):
         loss = graphs(x)
@@ -978,16 +981,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is_with_a_warning() -> None:
 
 
 def test_random_numbers_are_drawn_on_after_a_capture_that_failed() -> None:
-    class Draws(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(64, 64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            drawn = nn.functional.dropout(self.layer(x)).sum()
-            return drawn * (2.0 if drawn.item() > 0 else 1.0)
-
-    model, x = Draws().to(CUDA), torch.ones(2, 64, device=CUDA)
+    model, x = Asks(64, dropout=0.5).to(CUDA), torch.ones(2, 64, device=CUDA)
     torch.manual_seed(0)
     expected = [model(x).item() for _ in range(2)]
     torch.manual_seed(0)

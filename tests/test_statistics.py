@@ -290,7 +290,8 @@ def test_every_committed_comparison_follows_from_the_runs_beside_it(profile: str
                 new = Quantity.over_seeds(new.name, Interval.of([value for value in new.per_seed if value]), new.unit)
             tolerance = 0.01 if old.name in ("p_value", *MAY_BE_OPEN) else 1e-4  # figures keep six digits
             pair = [np.array((q.value, q.low, q.high), dtype=float) for q in (new, old)]  # None becomes NaN
-            relative = 2e-4 if new.over else 1e-5  # of logarithms, an end is off by its distance as many times
+            # of logarithms, an end is off as many times as Student's t takes the standard error
+            relative = 1e-5 * max(1.0, stats.t.ppf(0.975, len(new.per_seed) - 1) if new.over else 1.0)
             np.testing.assert_allclose(*pair, rtol=relative, atol=tolerance)
 
 

@@ -195,7 +195,7 @@ class MemoryConfig:
             "step_in_backward": True,
             "clip_in_backward": CLIP_NORM,
         }
-        if changes.get("weights", "fp32") != "fp32" or changes.get("predict_aware", preset) is None:
+        if changes.get("weights", "fp32") != "fp32" or (preset | changes)["predict_aware"] is None:
             preset |= {"mixed_precision": MixedPrecisionConfig.conservative(), "predict_aware": None}
             preset["checkpointing"] = CheckpointingConfig()
         return cls(**preset | changes)
@@ -269,13 +269,20 @@ class MemoryConfig:
         """Whether what blocks are computed from waits in host memory."""
         return self.checkpointing is not None and self.checkpointing.inputs == "host"
 
+    def low_bit_in_backward(self, optimizer: OptimizerConfig) -> bool:
+        """Whether AdamW with a state in few bits steps inside backward.
+
+        That state is made before the first step, and what changes from step to step is read from tensors.
+        """
+        low_bit_adamw = self.optimizer_state != "fp32" and optimizer.name == "adamw" and not optimizer.average_decay
+        return self.step_in_backward and low_bit_adamw
+
     def without_cuda_graphs(self, optimizer: OptimizerConfig, *, predicts: bool) -> str | None:
         """Which of these settings a pass that is replayed as a CUDA graph does not allow; None where all go with it.
 
         predicts: whether steps leave a path that predictors read
         """
-        read_from_tensors = self.optimizer_state != "fp32" and optimizer.name == "adamw" and not optimizer.average_decay
-        stepping = read_from_tensors and self.weights != "bf16" and not predicts
+        stepping = self.low_bit_in_backward(optimizer) and self.weights != "bf16" and not predicts
         reasons = {
             "checkpointing sends inputs to the host": self.checkpoints_to_host,
             "step_in_backward takes each gradient away": self.step_in_backward and not stepping,

@@ -411,17 +411,14 @@ def _rest(value: Tensor, weight: Tensor) -> Tensor:
     return ((value.view(torch.int32) - (weight << 16) + 128) >> 8).clamp(-128, 127)
 
 
-Update = Callable[..., None]
-"""torchao's, of one parameter."""
-
-
-def _step_pairs_(update: Update, member: Member, step: Tensor, its: Settings, quantized: Callable[..., Tensor]) -> None:
+def _step_pairs_(optim: Any, member: Member, step: Tensor, its: Settings) -> None:
     """The update of both numbers of each pair, so that a kernel has both codes of a byte at hand.
 
-    quantized: torchao's, which gives the codes of scaled numbers
+    optim: torchao's package
     """
     assert member.rest is not None
-    moments = [_opened(moment) for moment in (member.mean, member.square)]
+    update, quant_utils = optim.adam.single_param_adam, optim.quant_utils
+    moments = [_opened(moment, quant_utils) for moment in (member.mean, member.square)]
     weights, rests = [], []
     for half, mean, square in zip((0, 1), *moments, strict=True):
         rest = member.rest.int() << 24 - 8 * half >> 24  # the lower 8 bits, or the upper, with their sign
@@ -433,22 +430,24 @@ def _step_pairs_(update: Update, member: Member, step: Tensor, its: Settings, qu
     member.rest.copy_((rests[1] << 8) | (rests[0] & 0xFF))
     for moment, halves in zip((member.mean, member.square), moments, strict=True):
         scale = torch.maximum(*map(torch.abs, halves)).amax(-1).clip(1e-12)
-        first, second = (quantized(half / scale[:, None], moment.parts["qmap"]) for half in halves)
+        first, second = (
+            quant_utils.quantize_4bit_with_qmap(half / scale[:, None], moment.parts["qmap"]) for half in halves
+        )
         moment.parts["scale"].copy_(scale)
         moment.parts["codes"].copy_((first << 4) | second)
 
 
-def _opened(moment: StoredState) -> list[Tensor]:
+def _opened(moment: StoredState, quant_utils: Any) -> list[Tensor]:
     """The float32 values of the first of each pair, and of the second."""
     codes, scale, qmap = (moment.parts[name] for name in ("codes", "scale", "qmap"))
-    return [qmap[half.int()] * scale[:, None] for half in (codes >> 4, codes & 0b1111)]
+    return [quant_utils.dequant_with_qmap(half, qmap, scale) for half in (codes >> 4, codes & 0b1111)]
 
 
 @lru_cache
 def _update(compiled: bool) -> Callable[..., None]:
     """The update of one parameter that torchao has, for a list of them."""
     optim = torchao_optim("a low-bit state")
-    update, quantized = optim.adam.single_param_adam, optim.quant_utils.quantize_4bit_with_qmap
+    update = optim.adam.single_param_adam
 
     def update_all(
         members: list[Member],
@@ -458,7 +457,7 @@ def _update(compiled: bool) -> Callable[..., None]:
     ) -> None:
         for member, its in zip(members, settings, strict=True):
             if member.in_pairs:
-                _step_pairs_(update, member, step, its, quantized)
+                _step_pairs_(optim, member, step, its)
                 continue
             p, gradient, mean, square, rest = member
             rounded = stochastic_rounding and p.dtype is torch.bfloat16

@@ -17,7 +17,7 @@ from hybridlab.planner.architectures import example_loss, rebuilt, shape_of
 from hybridlab.planner.caching_allocator import CachingAllocator
 from hybridlab.planner.dry_run import UPDATE, Rehearsal, StepCosts, rehearse
 from hybridlab.planner.spec import BatchShape, GpuOverhead, Model, TrainingSpec
-from hybridlab.planner.trace import COMMUNICATION, GATHERED, WORKSPACE
+from hybridlab.planner.trace import COMMUNICATION, GATHERED, WORKSPACE, Segment
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "path", WORKSPACE)
 
@@ -222,26 +222,15 @@ Found = tuple[dict[str, dict[str, int]], int, int]
 def _found(training: Rehearsal, spec: TrainingSpec) -> Found:
     if not spec.replays_graphs:
         return _without_graphs(training, spec)
-    phases, reserved, in_graphs = _with_graphs(training)
+    phases, reserved, in_graphs = _with_graphs(training, spec)
     if spec.memory.step_in_backward:  # its first steps run as they are, since they move weights
         as_they_are, _, _ = _without_graphs(training, spec)
         phases |= {phase: max(phases[phase], as_they_are[phase], key=_total) for phase in ("Full", "Correct")}
-        reserved = max(reserved, _held_by_first_steps(training))
     return phases, reserved, in_graphs
 
 
-def _held_by_first_steps(training: Rehearsal) -> int:
-    """By those before the capture: on a stream of their own, beside the graph that evaluates."""
-    lasting, steps, evaluation = CachingAllocator(), CachingAllocator(), CachingAllocator()
-    lasting.follow([*training.setup, *training.state, *training.path])
-    lasting.empty_cache()
-    steps.follow(3 * [*training.passes, *training.update])
-    evaluation.follow(training.predict)
-    return lasting.reserved + steps.reserved + evaluation.reserved
-
-
 def _without_graphs(training: Rehearsal, spec: TrainingSpec) -> Found:
-    """By the third step: one pass warms up, the first step makes the state, or it is made before (`makes_state`)."""
+    """By the third step: one pass warms up, the first step makes the state, or it is made before."""
     passes, update, end = training.passes, training.update[:-1], training.update[-1:]
     steps = {event.key for segment in passes for event in segment.events if event.part == "optimizer"}
     resting = [replace(s, events=[event for event in s.events if event.key not in steps]) for s in passes]
@@ -249,7 +238,7 @@ def _without_graphs(training: Rehearsal, spec: TrainingSpec) -> Found:
     memory = CachingAllocator()
     start = memory.follow(training.setup)
     memory.follow(warm_up)
-    if spec.makes_state:
+    if spec.memory.low_bit_in_backward(spec.optimizer):
         memory.empty_cache()
         memory.follow([*training.state, *passes, *update, *end, *training.path])
     else:
@@ -264,11 +253,12 @@ def _without_graphs(training: Rehearsal, spec: TrainingSpec) -> Found:
     return {"Full": step, "Predict": predict, "Correct": step, "Evaluation": evaluation, "Start": start}, held, 0
 
 
-def _with_graphs(training: Rehearsal) -> Found:
+def _with_graphs(training: Rehearsal, spec: TrainingSpec) -> Found:
     """What a part of the batch takes, and a pass without gradients, is in a pool of the graphs, where gradients stay.
 
     Those of further parts are added up outside. Passes warm up on a stream of their own. Capturing gives back what is
-    cached, but for what cuBLAS's workspaces lie in.
+    cached, but for what cuBLAS's workspaces lie in. Passes that step inside backward move weights: three such steps are
+    taken before the capture, beside the graph that evaluates.
     """
     passes = [segment for segment in training.passes if not segment.name.endswith(" 1")]
     pool, warm_up, beside = CachingAllocator(), CachingAllocator(), CachingAllocator()
@@ -278,10 +268,20 @@ def _with_graphs(training: Rehearsal) -> Found:
     beside.follow([*training.setup, *training.state, *training.path])
     beside.empty_cache()
     beside.reset_peak()
+    before = 0
+    if spec.memory.step_in_backward:
+        before = beside.reserved + _reserved(3 * [*training.passes, *training.update]) + _reserved(training.predict)
     sums = pool.now["gradients"] if len(passes) < len(training.passes) else 0
     kept = pool.now + warm_up.now + Counter(gradients=sums)
     step = kept + Counter(beside.follow(training.update[:-1]))
     rest = kept + beside.now
     beside.follow(training.evaluation)
-    reserved = beside.reserved + warm_up.reserved + pool.reserved + sums
+    reserved = max(before, beside.reserved + warm_up.reserved + pool.reserved + sums)
     return {"Full": step, "Predict": rest, "Correct": step, "Evaluation": rest}, reserved, pool.reserved
+
+
+def _reserved(segments: list[Segment]) -> int:
+    """What an allocator of their own takes of the GPU for them."""
+    allocator = CachingAllocator()
+    allocator.follow(segments)
+    return allocator.reserved

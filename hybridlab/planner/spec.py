@@ -192,12 +192,6 @@ class TrainingSpec:
         return whole and self.compiled and self.cuda_graphs and against is None
 
     @property
-    def makes_state(self) -> bool:
-        """Whether the optimizer's state is made before the first step."""
-        in_few_bits = self.memory.optimizer_state != "fp32" and self.optimizer.name == "adamw"
-        return self.memory.step_in_backward and in_few_bits and not self.optimizer.average_decay
-
-    @property
     def is_gpt2(self) -> bool:
         """Whether the model is ours, so that its loss can be chunked and its vocabulary padded."""
         return isinstance(self._model, GPT2Config)

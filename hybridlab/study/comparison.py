@@ -94,6 +94,11 @@ class Comparison:
         )
 
     @property
+    def order(self) -> tuple[bool, float]:
+        """Sorts by the loss against the control, the lowest first; where a control diverged, none is known: last."""
+        return math.isnan(self.to_control.mean), self.to_control.mean
+
+    @property
     def sign(self) -> int:
         """-1 or 1 where the loss is below or above the control's, corrected for all arms of the study; 0 otherwise.
 
@@ -144,10 +149,6 @@ def compare(result: StudyResult, name: str) -> Comparison:
     def total(column: str) -> int:
         return int(sum(over_seeds(column)))
 
-    time_ratios = [
-        mine / (result.value("seconds", BASELINE, s) or math.nan)
-        for mine, s in zip(over_seeds("seconds"), seeds, strict=True)
-    ]
     p_values = _p_values(result)
     grown = any(result.was_to_grow(name, seed) for seed in seeds)
     return Comparison(
@@ -167,7 +168,7 @@ def compare(result: StudyResult, name: str) -> Comparison:
         tested=len(p_values),
         base=base_of(result, compared=[name, BASELINE, *(result.control_of(name, seed) for seed in seeds)]),
         step_value=StepValue.of([_seed_runs(result, name, seed) for seed in seeds]),
-        time_ratio=Interval.of_ratios(time_ratios),
+        time_ratio=Interval.of_ratios(_time_over_baselines(result, name)),
         peak_vram_bytes=_peak_vram_bytes(result, name),
         cost=sum(result.cost(name, seed) for seed in seeds) / len(seeds),
         grown=grown,
@@ -239,12 +240,14 @@ def _beside(result: StudyResult, name: str) -> tuple[str, ...]:
 
 def _full_steps_in_its_time(result: StudyResult, name: str) -> list[float]:
     """How many of the baseline's steps take the time of an arm, seed by seed."""
-    return [
-        result.value("seconds", name, seed)
-        / (result.value("seconds", BASELINE, seed) or math.nan)
-        * result.cost(BASELINE, seed)
-        for seed in result.seeds
-    ]
+    ratios = zip(_time_over_baselines(result, name), result.seeds, strict=True)
+    return [ratio * result.cost(BASELINE, seed) for ratio, seed in ratios]
+
+
+def _time_over_baselines(result: StudyResult, name: str) -> list[float]:
+    """An arm's time over the baseline's, seed by seed; NaN where that took none."""
+    times = ((result.value("seconds", arm, seed) for arm in (name, BASELINE)) for seed in result.seeds)
+    return [mine / (plain or math.nan) for mine, plain in times]
 
 
 def _seed_runs(result: StudyResult, name: str, seed: int, steps: tuple[float, float] | None = None) -> SeedRuns:

@@ -129,7 +129,7 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     idle = [c for c in comparisons if not c.predicted and c.validation_loss.mean != math.inf]
     sentences = [c.sentence for c in comparisons if not c.predicted and c not in idle]
     if predicted:
-        paying, best = [c for c in predicted if c.pays], _best(predicted)
+        paying, best = [c for c in predicted if c.pays], min(predicted, key=lambda c: c.order)
         sentences += [
             f"Prediction beats stopping earlier in {len(paying)} of {len(predicted)} arms that predicted anything.",
             f"The lowest loss against its control: {best.sentence}",
@@ -138,11 +138,6 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         names = "; ".join(c.name for c in idle)
         sentences.append(f"Predicted nothing, every step was a gradient step: {names}. {_why_idle(idle)}")
     return sentences
-
-
-def _best(comparisons: Sequence[Comparison]) -> Comparison:
-    """The one with the lowest loss against its control; where a control diverged, that is not known, and comes last."""
-    return min(comparisons, key=lambda c: (math.isnan(c.to_control.mean), c.to_control.mean))
 
 
 def _why_idle(idle: Sequence[Comparison]) -> str:

@@ -261,7 +261,7 @@ def averaged_cell(c: Comparison) -> dict[str, float]:
 def _by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Those that predicted anything, by the difference to their control, the best first."""
     predicted = [c for c in comparisons if c.predicted]
-    return sorted(predicted, key=lambda c: (math.isnan(c.to_control.mean), c.to_control.mean))
+    return sorted(predicted, key=lambda c: c.order)
 
 
 def comparison_chart(comparisons: Sequence[Comparison]) -> Chart | str:

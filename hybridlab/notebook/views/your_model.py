@@ -72,7 +72,7 @@ def fits_claim(config: RunConfig, card: str) -> Claim:
 def best_arm(comparisons: Iterable[Comparison]) -> str | None:
     """Of the arms that beat their controls beyond doubt, the one that beats its own by most; None where none does."""
     paying = [comparison for comparison in comparisons if comparison.pays]
-    return min(paying, key=lambda comparison: comparison.to_control.mean).name if paying else None
+    return min(paying, key=lambda comparison: comparison.order).name if paying else None
 
 
 def recipe(base: RunConfig, arm: str | None, hybrids: Mapping[str, HybridTrainerConfig], card: str) -> str:
