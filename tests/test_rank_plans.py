@@ -259,15 +259,16 @@ def test_the_benchmark_names_the_plan_of_each_rank() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["small", "xl"])
-def test_a_rank_takes_what_was_measured(model: str) -> None:
-    file = Path(__file__).parents[1] / "docs" / "experiments" / f"ranks_{model}.json"
-    found = json.loads(file.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.005), ("xl_groups", 0.02)])
+def test_a_rank_takes_what_was_measured(name: str, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)  # where the config of 7B lies
+    found = json.loads((root / "docs" / "experiments" / f"ranks_{name}.json").read_text(encoding="utf-8"))
     question = Question(**found["question"])
     for row in found["rows"]:
         plans = planned(question, row["ranks"])
         for run in ["", "_with_path"] if question.path else [""]:
-            assert plans[f"planned_allocated{run}_bytes"] == pytest.approx(max(row[f"allocated{run}_bytes"]), rel=0.005)
+            assert plans[f"planned_allocated{run}_bytes"] == pytest.approx(max(row[f"allocated{run}_bytes"]), rel=near)
             assert plans[f"planned{run}_bytes"] == pytest.approx(max(row[f"peak{run}_bytes"]), rel=0.05)
 
 

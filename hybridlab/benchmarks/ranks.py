@@ -159,10 +159,12 @@ def _with_prediction(question: Question, device: torch.device) -> dict[str, Any]
 def _trained(
     question: Question, config: RunConfig, device: torch.device, steps: int
 ) -> tuple[Training, dict[str, list[int | None]]]:
-    """A training after a few steps, and what they took of each rank's memory."""
+    """A training after a few steps, and what they took of each rank's memory once it had warmed up, as in a run."""
     meter = MemoryMeter(device)
-    meter.reset_peak()
     training = Training(config, device, question.ranks)
+    training.warm_up_()
+    training.make_state_()
+    meter.reset_peak()
     for number in range(steps):
         training.step(number)
     found = meter.peak()

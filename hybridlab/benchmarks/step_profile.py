@@ -145,6 +145,7 @@ def _settled(config: RunConfig) -> Iterator[Callable[[int], None]]:
     with ProcessSettings.of(config).applied():
         training, numbers = Training(config, device), count()
         training.warm_up_()
+        training.make_state_()
 
         def take(steps: int) -> None:
             for _ in range(steps):
