@@ -34,8 +34,9 @@ from hybridlab.notebook import (
     shallow_claim,
 )
 from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare
+from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, statistics
 from hybridlab.study.rates import RateTrials
+from hybridlab.study.statistics import Base
 
 BLOCKS, GROWS_AT = 6, 8
 GROWING = DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)))
@@ -556,6 +557,59 @@ def test_a_grown_arm_is_held_against_a_plain_run_of_as_much_computation(study: S
     assert study.cost("shallow", 0) < study.cost("grown", 0)
 
 
+CONTROL = "control of grown, shallow"
+
+
+def test_the_shallow_model_is_trained_again_for_as_much_computation(study: StudyResult) -> None:
+    assert study.controls(["grown", "shallow"]) == ["control of grown", CONTROL]
+    for seed in study.seeds:
+        step = study.cost("shallow", seed) / 40
+        assert study.cost(CONTROL, seed) == pytest.approx(study.cost("grown", seed), abs=step)
+        assert study.runs[CONTROL, seed].config["optimizer"] == study.runs["shallow", seed].config["optimizer"]
+        assert study.runs[CONTROL, seed].steps["depth"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("depth", "shallow"),
+    [
+        (DepthSchedule.shares(((0.0, 1), (0.6, 6))), "shallow"),
+        (DepthSchedule(((0, 1), (10, 3), (20, 6))), "shallow"),
+        (DepthSchedule.shares(((0.0, 2), (0.6, 6))), None),
+        (DepthSchedule.constant(1), None),
+        (None, None),
+    ],
+)
+def test_a_growing_arm_knows_the_shallow_model_that_it_began_as(depth: DepthSchedule, shallow: str) -> None:
+    plain = HybridTrainerConfig.plain()
+    arms = {"arm": replace(plain, depth=depth), "shallow": replace(plain, depth=DepthSchedule.constant(1))}
+    arms["another rule"] = replace(plain, depth=depth and replace(depth, rule="stack"))
+    study = Study(RunConfig("baseline", TextTaskConfig("micro"), 40), arms)
+    assert study.shallow_of("arm") == shallow
+    assert [arm for arm in study.arms() if arm.endswith(", shallow")] == ["control of arm, shallow"] * bool(shallow)
+
+
+@pytest.mark.parametrize(
+    ("shallow", "control", "verdict"),
+    [(2.1, 2.1, "holds"), (2.1, 1.9, "fails"), (2.1, None, "open"), (1.9, None, "fails"), (2.1, 2.0, "open")],
+)
+def test_depth_pays_where_the_grown_model_beats_a_shallow_one_of_as_much_computation(
+    study: StudyResult, monkeypatch: pytest.MonkeyPatch, shallow: float, control: float | None, verdict: str
+) -> None:
+    """One of as many steps has had less: it can refute, and not show."""
+    monkeypatch.setattr(statistics, "LEAST", Base(steps=1, seeds=1, tokens=1, fall_nats=-math.inf))
+    losses = {"grown": 2.0, "shallow": shallow, CONTROL: control}
+    runs = {
+        (arm, seed): replace(run, summary=run.closing_figures | {"validation_loss": loss + 0.01 * (seed == 1)})
+        for (arm, seed), run in study.runs.items()
+        if (loss := losses.get(arm, 3.0)) is not None
+    }
+    runs["grown", 2] = replace(runs["grown", 2], summary=runs["grown", 2].closing_figures | {"validation_loss": 2.001})
+    claim = shallow_claim(replace(study, runs=runs), "grown", "shallow")
+    assert claim.verdict == verdict
+    assert ("no shallow run had as much computation" in claim.text) == (verdict == "open" and control is None)
+    assert claim.value("loss_to_shallow") == pytest.approx(2.0 - shallow, abs=0.001)
+
+
 def test_growing_beats_as_much_computation_where_the_budget_is_small(study: StudyResult) -> None:
     grown = compare(study, "grown")
     assert grown.to_control.high < 0
@@ -575,6 +629,7 @@ def test_the_sweep_shows_each_arm_beside_the_plain_run_and_the_shallow_control(s
     assert {row["arm"]: (row["blocks"], row["answer"] == "a control") for row in rows} == {
         "grown": ("1 -> 6", False),
         "shallow": ("1", True),
+        CONTROL: ("1", True),
     }
     chart = budget_chart({1.5: study}, ["grown", "shallow"])
     assert isinstance(chart, Chart)
@@ -601,7 +656,8 @@ def test_a_grown_arm_and_its_shallow_control_are_made_and_judged_together(study:
     }
     claims = depth_claims(study)
     assert [claim.id for claim in claims] == ["grown-pays", "grown-depth-pays", "grown-speed", "grown-stable"]
-    assert "below the shallow control" in claims[1].text
+    assert "below the shallow model of as much computation" in claims[1].text
+    assert claims[1].deciding.name == "loss_to_shallow_control"
     numbers = str(claims_table(claims))
     assert "loss against a plain run of as much computation" in numbers
     assert "as many gradient steps" not in numbers
@@ -651,7 +707,7 @@ EDGE = "the best rate of {} is the highest tried, 0.006: bracket it"
         ("", [], False),
         ("grown", ["pays", "depth-pays", "speed"], True),
         ("control of grown", ["pays", "speed"], True),
-        ("shallow", ["depth-pays"], False),
+        (CONTROL, ["depth-pays"], False),
         ("control, 125% of the steps", [], True),
     ],
 )

@@ -212,7 +212,7 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
             need="any",
         ),
         Criterion("Growing beats a plain run of as much computation", grown("pays")),
-        Criterion("Depth pays: the grown model ends below the shallow one", grown("depth-pays")),
+        Criterion("Depth pays: the grown model ends below the shallow one of as much computation", grown("depth-pays")),
     ),
     OURS: (
         Criterion(

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import scipy
 
-from hybridlab.notebook.views.depth import GROWN
+from hybridlab.notebook.views.depth import GROWN, UNEQUAL
 from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, too_little
 from hybridlab.results.reading import load_results
 from hybridlab.study.comparison import SIGNIFICANCE
@@ -175,7 +175,7 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
     a p-value, gets it from its interval and those of the notebook's other arms, and loses its step value, which
     depended on the other arms' controls. An arm that grew was judged when it was published, by its study's own base.
     """
-    claims = [_by_one_ratio(claim) for claim in claims]
+    claims = [_by_equal_computation(_by_one_ratio(claim)) for claim in claims]
     base, older = base_asked_for(parameters), [claim for claim in claims if _is_older(claim)]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(c, p_values[c.id], len(older), base.seeds) if c in older else c for c in claims]
@@ -233,6 +233,13 @@ def _by_one_ratio(claim: C) -> C:
     if claim.kind in ON_LOSSES or not is_one:
         return claim
     return replace(claim, text=f"{claim.text} ({TOO_LITTLE}: one ratio, without an interval)", verdict="open")
+
+
+def _by_equal_computation(claim: C) -> C:
+    """Whether depth pays is open where the shallow model that it beats had less computation."""
+    if claim.kind != "depth-pays" or claim.verdict != "holds" or claim.quantity("loss_to_shallow_control"):
+        return claim
+    return replace(claim, text=f"{claim.text} ({UNEQUAL})", verdict="open")
 
 
 def _judged(claim: C, base: Base, idle: bool) -> C:

@@ -131,7 +131,7 @@ def _row(parameters: Mapping[str, Any], pays: Published, depth: Published) -> Ce
         "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
         "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
         "growing pays": pays.verdict,
-        "against the shallow model": quantity_interval(depth.quantity("loss_to_shallow")),
+        "against the shallow model": quantity_interval(depth.deciding),
         "depth pays": depth.verdict,
         "computation to its loss": ratios["compute_to_loss"] or "open",
         "time to its loss": ratios["time_to_loss"] or "open",

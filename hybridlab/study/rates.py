@@ -16,7 +16,6 @@ from hybridlab.study.study import (
     BASELINE,
     Study,
     StudyResult,
-    control_name,
     refuse_one_name,
     run_arms,
     with_rate,
@@ -161,7 +160,7 @@ def bracket_rates(
 def bracket_study(
     study: Study, folder: Path | str, *, most: int = 7, **how: Any
 ) -> tuple[Study, dict[str, RateTrials]]:
-    """The study with the best rate of each arm and of each plain control, all bracketed at their own lengths.
+    """The study with the best rate of each arm and of each control, all bracketed at their own lengths.
 
     A control's length is what its arm cost at the arm's best rate. Arms and controls are tried at as many rates: where
     one of them needs more, the others follow. What is compared with an arm or a control whose best rate is at an edge
@@ -184,10 +183,10 @@ def bracket_study(
 
 
 def _controls(study: Study, trials: Mapping[str, RateTrials]) -> list[RunConfig]:
-    """The truncated control of each hybrid that cost less than the baseline at its best rate."""
-    costs = {name: round(trials[name].costs[trials[name].best]) for name in study.hybrids}
-    predicted = {name: cost for name, cost in costs.items() if study.hybrids[name].predicts and cost < study.base.steps}
-    return [study.shortened(control_name(name), cost) for name, cost in predicted.items()]
+    """The controls of each hybrid that cost less than the baseline at its best rate."""
+    costs = {name: trials[name].costs[trials[name].best] for name in study.hybrids}
+    cheaper = [name for name, cost in costs.items() if study.hybrids[name].predicts and round(cost) < study.base.steps]
+    return [control for name in cheaper for control in study.controls_of(name, costs)]
 
 
 def _check_most(most: int) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 from hybridlab.base.device import check_processes
 from hybridlab.base.lock import locked
 from hybridlab.base.settings import check_bounds, check_choice, check_types
+from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.cluster import train_as_jobs
@@ -104,7 +105,8 @@ class Study:
         """Train every arm, then the controls that the hybrids turned out to need; one folder per run under `folder`.
 
         The control of an arm that predicts in time takes as many gradient steps; that of one that predicts depth takes
-        as many full steps as its shallow and its full ones cost together.
+        as many full steps as its shallow and its full ones cost together. Where the study has the shallow model that it
+        began as, that one is trained again for as much computation.
 
         on_step: called after every nominal step; how: as `How` has it
 
@@ -122,19 +124,34 @@ class Study:
             return replace(result | trained(controls, steps_before=_steps(planned)), tried=dict(self.tried))
 
     def arms(self) -> list[str]:
-        """Every arm that may run, each hybrid before its truncated control, which it needs if it predicts anything."""
+        """Every arm that may run, each hybrid before its controls, which it needs if it predicts anything."""
         lengths = [length_name(fraction) for fraction in self.control_fractions]
-        return [BASELINE, *lengths, *(arm for name in self.hybrids for arm in (name, control_name(name)))]
+        return [BASELINE, *lengths, *(arm for name in self.hybrids for arm in (name, *self._controls_of(name)))]
+
+    def _controls_of(self, name: str) -> list[str]:
+        """The arm's truncated control and, of one that grows, its shallow model for as much computation."""
+        return [control_name(name), *([shallow_control_name(name)] if self.shallow_of(name) else [])]
+
+    def shallow_of(self, name: str) -> str | None:
+        """The arm that trains the first blocks of a growing one and never grows.
+
+        None where the study has none, and for an arm with the stages of one before it, which takes as much computation.
+        """
+        depths = {arm: hybrid.depth for arm, hybrid in self.hybrids.items() if hybrid.depth}
+        depth = depths.get(name)
+        if depth is None or not depth.grows or name != _first(depths, "stages", depth.stages):
+            return None
+        return _first(depths, "depths", depth.depths[:1])
 
     def _control_steps(self, result: StudyResult) -> int:
-        """Steps of the truncated controls: a baseline's at most for each hybrid that has not run yet."""
-        return sum(self._control_length(result, name, seed) for name in self.hybrids for seed in range(self.seeds))
-
-    def _control_length(self, result: StudyResult, name: str, seed: int) -> int:
-        if (name, seed) not in result.runs:
-            return self.base.steps if self.hybrids[name].predicts else 0
-        compared = result.predicted(name, seed) and not result.runs[name, seed].diverged
-        return round(result.cost(name, seed)) if compared else 0
+        """Steps of the controls: a baseline's at most for each of a hybrid that has not run yet."""
+        waiting = (
+            self.base.steps * len(self._controls_of(name))
+            for name, hybrid in self.hybrids.items()
+            for seed in range(self.seeds)
+            if hybrid.predicts and (name, seed) not in result.runs
+        )
+        return sum(waiting) + _steps(list(self._controls(result)))
 
     def planned(self) -> Iterator[RunConfig]:
         """What runs first: seed by seed, every second one in reverse, so that a drift of the machine is spread."""
@@ -153,18 +170,28 @@ class Study:
         return with_rate(run, dict(self.rates).get(run.name, run.optimizer.lr))
 
     def _controls(self, result: StudyResult) -> Iterator[RunConfig]:
-        """For each arm that predicted weights, in time or in depth, and did not diverge: a plain run of as much
-        computation.
-        """
+        """Those of each arm that predicted weights, in time or in depth, and did not diverge."""
         for name in self.hybrids:
             for seed in range(self.seeds):
-                if steps := self._control_length(result, name, seed):
-                    yield self.shortened(control_name(name), steps, seed)
+                ended = [arm for arm, s in result.runs if s == seed and not result.runs[arm, s].diverged]
+                if name in ended and result.predicted(name, seed):
+                    yield from self.controls_of(name, {arm: result.cost(arm, seed) for arm in ended}, seed)
 
-    def shortened(self, name: str, steps: int, seed: int = 0) -> RunConfig:
-        """A plain run of another length, the schedule fitted to it: shorter ones are truncated controls."""
+    def controls_of(self, name: str, costs: Mapping[str, float], seed: int = 0) -> Iterator[RunConfig]:
+        """Runs of as much computation as a hybrid took: a plain one and, of one that grew, the shallow model's.
+
+        costs: arm -> what it took, in steps with all blocks
+        """
+        yield self.shortened(control_name(name), round(costs[name]), seed)
+        shallow = self.shallow_of(name)
+        if shallow and shallow in costs:
+            steps = round(self.base.steps * costs[name] / costs[shallow])
+            yield self.shortened(shallow_control_name(name), steps, seed, self.hybrid_run(shallow))
+
+    def shortened(self, name: str, steps: int, seed: int = 0, like: RunConfig | None = None) -> RunConfig:
+        """A run of another length, the schedule fitted to it; a plain one, or one like that of an arm."""
         fitted = self.base.lr_schedule.fitted_to(steps)
-        return self._at_its_rate(replace(self.base, name=name, seed=seed, steps=steps, schedule=fitted))
+        return self._at_its_rate(replace(like or self.base, name=name, seed=seed, steps=steps, schedule=fitted))
 
 
 @dataclass
@@ -251,8 +278,8 @@ class StudyResult:
         return tuple(left for arm in dict.fromkeys(arms) if (left := self.tried.get(arm)))
 
     def controls(self, names: Iterable[str]) -> list[str]:
-        """The truncated controls of some hybrids, those that every seed has."""
-        known = [control_name(name) for name in names]
+        """The controls of some hybrids that every seed has: truncated ones, and those of their shallow models."""
+        known = [control for name in names for control in (control_name(name), shallow_control_name(name))]
         return [name for name in known if all((name, seed) in self.runs for seed in self.seeds)]
 
 
@@ -350,6 +377,11 @@ def control_name(hybrid: str) -> str:
     return f"{CONTROL} of {hybrid}"
 
 
+def shallow_control_name(hybrid: str) -> str:
+    """The name of the run of a growing arm's shallow model that takes as much computation as that arm."""
+    return f"{control_name(hybrid)}, shallow"
+
+
 def refuse_one_name(names: Iterable[str]) -> None:
     """Raise ValueError where two runs are called alike: one of them would take the other's place."""
     if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -362,6 +394,10 @@ def _check_arms(setting: str, given: Iterable[tuple[str, object]], known: Sequen
         check_choice(f"{setting}: arm", name, known)
         if times > 1:
             raise ValueError(f"{setting} has the arm {name!r} twice: leave one of them out")
+
+
+def _first(depths: Mapping[str, DepthSchedule], field: str, value: Any) -> str | None:
+    return next((arm for arm, depth in depths.items() if getattr(depth, field) == value), None)
 
 
 def _steps(configs: Sequence[RunConfig]) -> int:

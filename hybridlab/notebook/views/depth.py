@@ -18,10 +18,13 @@ from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import Comparison, base_of, compare
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Interval
-from hybridlab.study.study import StudyResult
+from hybridlab.study.study import StudyResult, shallow_control_name
 
 GROWN, SHALLOW = "grown", "shallow"
 """The arms of `depth_arms`."""
+
+UNEQUAL = "no shallow run had as much computation"
+"""Why a grown model that ends below the shallow one of as many steps shows nothing."""
 
 
 def depth_arms(
@@ -65,7 +68,7 @@ def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Ta
     rows = [
         {"tokens per parameter": budget} | _depth_row(result, comparison)
         for budget, result in results.items()
-        for comparison in sorted((compare(result, arm) for arm in arms), key=lambda c: c.validation_loss.mean)
+        for comparison in sorted((compare(result, arm) for arm in _shown(result, arms)), key=_final_loss)
     ]
     caption = (
         "A difference below 0 is better. Computation and time to its loss are those of a plain run over the arm's own: "
@@ -73,6 +76,16 @@ def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Ta
     )
     formats = {"tokens per parameter": ".3g", "cost (full steps)": ",d", "time over the baseline's": ".2f"}
     return table(rows, caption, formats) if rows else table([{"arm": "no arm predicts depth"}])
+
+
+def _shown(result: StudyResult, arms: Sequence[str]) -> list[str]:
+    """The arms, and the shallow models that took as much computation as those that grew."""
+    equal = {shallow_control_name(arm) for arm in arms}
+    return [*arms, *(control for control in result.controls(arms) if control in equal)]
+
+
+def _final_loss(comparison: Comparison) -> float:
+    return comparison.validation_loss.mean
 
 
 def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
@@ -148,18 +161,34 @@ def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, Any]
 def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "") -> Claim:
     """That the grown model ends below the shallow one that it began as: that depth pays at this budget.
 
+    The shallow model trains for as many steps, and again for as much computation: the second decides. Where it did not
+    run, the first can refute the claim, and not show it.
+
     budget: of the study, in words, for the claim's name, where there are several
     """
-    pairs = (
-        (result.value("validation_loss", grown, s), result.value("validation_loss", shallow, s)) for s in result.seeds
-    )
-    change = Interval.of([mine - other for mine, other in pairs])
-    quantities = (Quantity.over_seeds("loss_to_shallow", change, "nats", 0.0), Quantity("seeds", change.seeds))
-    arm = f"{grown}, {budget}" if budget else grown
-    control = shallow.replace(",", " control of") if "," in shallow else f"{shallow} control"
-    text = f"{arm}: depth pays at this budget, as the grown model ends below the {control}"
-    base = base_of(result, compared=(grown, shallow))
-    return on_losses("depth-pays", arm, text, holds_below(*change.ends, 0.0), quantities, base)
+    control, arm = shallow_control_name(grown), f"{grown}, {budget}" if budget else grown
+    is_equal = control in result.controls([grown])
+    losses = {"loss_to_shallow": _below(result, grown, shallow)}
+    if is_equal:
+        losses = {"loss_to_shallow_control": _below(result, grown, control)} | losses
+    deciding = next(iter(losses))
+    verdict = holds_below(*losses[deciding].ends, 0.0)
+    quantities = [
+        Quantity.over_seeds(name, change, "nats", 0.0 if name == deciding else None) for name, change in losses.items()
+    ]
+    quantities.append(Quantity("seeds", losses[deciding].seeds))
+    name = shallow.replace(",", " model of", 1) if "," in shallow else f"{shallow} model"
+    text = f"{arm}: depth pays at this budget, as the grown model ends below the {name} of as much computation"
+    if not is_equal and verdict == "holds":
+        verdict, text = "open", f"{text} ({UNEQUAL})"
+    base = base_of(result, compared=(grown, control if is_equal else shallow))
+    return on_losses("depth-pays", arm, text, verdict, quantities, base)
+
+
+def _below(result: StudyResult, mine: str, other: str) -> Interval:
+    """The difference of final losses, paired by seed."""
+    losses = ([result.value("validation_loss", arm, seed) for arm in (mine, other)] for seed in result.seeds)
+    return Interval.of([own - others for own, others in losses])
 
 
 def _blocks(result: StudyResult, name: str) -> str:

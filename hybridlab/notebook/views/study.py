@@ -128,7 +128,7 @@ def losses_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
 def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | str:
     """Each hybrid that predicted anything, seed by seed, beside its truncated control."""
     names = [c.name for c in comparisons if c.predicted]
-    controls = {name: control for name in names for control in result.controls([name])}
+    controls = {name: control_name(name) for name in names if control_name(name) in result.controls([name])}
     diverged = [name for pair in controls.items() for name in pair if result.has_diverged(name)]
     controls = {name: control for name, control in controls.items() if not {name, control} & {*diverged}}
     if not controls:

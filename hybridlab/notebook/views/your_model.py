@@ -44,7 +44,8 @@ def steps_within(minutes: float, study: Study) -> int:
     short = replace(study.base, steps=TRIAL_STEPS, schedule=study.base.lr_schedule.fitted_to(TRIAL_STEPS))
     with tempfile.TemporaryDirectory() as folder:
         figures = train(replace(short, evaluate_every=TRIAL_STEPS), Path(folder)).closing_figures
-    runs = 1 + sum(study.control_fractions) + 2 * len(study.hybrids)  # a control for each hybrid, as long as it at most
+    fractions = study.control_fractions
+    runs = sum(fractions) + len(study.arms()) - len(fractions)  # each of the others costs a baseline at most
     steps = 60e3 * minutes / (figures["gradient_step_ms"] * study.seeds * runs)
     least = [2 * _first_proposal(hybrid) for hybrid in study.hybrids.values()]
     return max(LEAST.steps, *least, 10 * round(steps / 10))
