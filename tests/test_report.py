@@ -674,6 +674,24 @@ def test_an_older_rate_of_one_seed_is_not_shown_to_be_tuned(kind: str) -> None:
     assert (tuned.verdict, tuned.rests_on_too_little) == ("open", True)
 
 
+@pytest.mark.parametrize(
+    ("name", "verdict", "judged_as"),
+    [
+        ("loss_to_shallow", "holds", "open"),
+        ("loss_to_shallow", "fails", "fails"),
+        ("loss_to_shallow_control", "holds", "holds"),
+    ],
+)
+def test_that_depth_pays_is_open_where_the_shallow_model_had_less_computation(
+    name: str, verdict: Verdict, judged_as: Verdict
+) -> None:
+    against = Quantity(name, -0.1, -0.2, -0.05, "nats", bound=0.0)
+    found = Evidence({MAIN: {"10_predicted_depth": entry(claim("depth-pays", verdict, against, arm="grown"))}})
+    (judged,) = found.claims("10_predicted_depth", kind="depth-pays")
+    assert judged.verdict == judged_as
+    assert ("no shallow run had as much computation" in judged.text) == (verdict != judged_as)
+
+
 def test_one_ratio_of_times_without_an_interval_decides_nothing() -> None:
     ratio = Quantity("null_over_bare", 1.001, unit="time ratio", bound=1.02)
     thin, sure = claim("trainer-is-thin", "holds", ratio), claim("thin", "holds", replace(ratio, low=0.99, high=1.01))
@@ -884,7 +902,10 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
     arm, parameters = "grown from 3, 800 steps", {"model": "micro", "batch_size": 8, "block_size": 64, "budgets": [800]}
     claims = [
         claim(kind, verdict, Quantity(name, -0.2, -0.3, -0.1, "nats", bound=0.0), Quantity("seeds", 3), steps, arm=arm)
-        for kind, name, verdict in (("pays", "loss_to_control", growing), ("depth-pays", "loss_to_shallow", depth))
+        for kind, name, verdict in (
+            ("pays", "loss_to_control", growing),
+            ("depth-pays", "loss_to_shallow_control", depth),
+        )
         for steps in [Quantity("gradient_steps", 800.0, unit="steps")]
     ]
     for trials, rates in ((0, "not tried"), (4, "tried")):
@@ -897,7 +918,10 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
 
 def grown_at(steps: int, depth: Verdict) -> list[Claim]:
     """What notebook 10 claims at one budget."""
-    loss, control = Quantity("loss_to_control", -0.2, unit="nats"), Quantity("loss_to_shallow", -0.1, unit="nats")
+    loss, control = (
+        Quantity("loss_to_control", -0.2, unit="nats"),
+        Quantity("loss_to_shallow_control", -0.1, unit="nats"),
+    )
     arm, cost = f"grown from 6, {steps} steps", Quantity("cost_in_full_steps", 0.75 * steps, unit="steps")
     taken = Quantity("gradient_steps", float(steps), unit="steps")
     return [claim("pays", "holds", loss, taken, cost, arm=arm), claim("depth-pays", depth, control, arm=arm)]
