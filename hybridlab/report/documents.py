@@ -17,7 +17,7 @@ from hybridlab.report.gpu_guide import depth_advice, gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
 from hybridlab.report.validation import claims_document, criterion_verdict, devices, validation_document
-from hybridlab.report.words import Markdown, notebook_link, render
+from hybridlab.report.words import BY_OTHER_MEANS, Markdown, notebook_link, render
 from hybridlab.results.words import quantity_interval
 from hybridlab.study.statistics import LEAST
 
@@ -163,7 +163,7 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
 def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:
     """A sentence with its verdict and where it was measured."""
     outcome, findings = criterion.outcome(evidence), criterion.findings(evidence)
-    saved = outcome == "holds, but by other means"
+    saved = outcome in BY_OTHER_MEANS
     deciding = [f for f in findings if f.otherwise == saved and (f.outcome == "holds" or not saved)]
     notebooks = dict.fromkeys(finding.notebook or "" for finding in deciding)
     links = notebooks if outcome == "not run yet" else [notebook_link(notebook, docs="") for notebook in notebooks]

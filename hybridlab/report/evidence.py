@@ -79,25 +79,27 @@ class Evidence:
 
     entries: profile -> notebook -> what it published
     planned: what `hybridlab.benchmarks.recipes` wrote, and as "trained" the rows of `hybridlab.benchmarks.largest`
+    side_by_side: what `hybridlab.benchmarks.against_others` wrote, a record per machine
     labels: profile -> what documents call it, from the table [tool.hybridlab.profiles] of `pyproject.toml`
     """
 
     entries: Mapping[str, Mapping[str, Entry]]
     planned: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    side_by_side: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """Read `executed/*/results.json`, `recipes.json` and `largest.json`; what was never run is absent."""
+        """Read `executed/*/*.json`, and what was measured on further machines; what was never run is absent."""
         labels = _labels(root / "pyproject.toml")
         there = sorted(path.parent.name for path in root.glob("executed/*/results.json"))
         profiles = [*(profile for profile in labels if profile in there), *(p for p in there if p not in labels)]
         read = {profile: load_results(root / "executed" / profile / "results.json") for profile in profiles}
         own = {profile: {k: v for k, v in entries.items() if k != REPORT} for profile, entries in read.items()}
-        planned = _json(root / "executed" / MAIN / "recipes.json")
-        planned["trained"] = _json(root / "executed" / MAIN / "largest.json").get("rows", [])
+        planned = dict(_json(root / "executed" / MAIN / "recipes.json", {}))
+        planned["trained"] = _json(root / "executed" / MAIN / "largest.json", {}).get("rows", [])
         entries = {profile: dict(sorted(of.items())) for profile, of in own.items() if of}
-        return cls(entries, planned, labels)
+        return cls(entries, planned, labels, _json(root / "docs" / "experiments" / "against_others.json", []))
 
     def label(self, profile: str) -> str:
         """What documents call a profile."""
@@ -144,8 +146,8 @@ class Evidence:
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _json(path: Path, absent: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else absent
 
 
 def _labels(pyproject: Path) -> dict[str, str]:

@@ -12,8 +12,9 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words
-from hybridlab.results.claims import Unit, holds_below, holds_if
+from hybridlab.notebook.views.ladder import side_by_side_claims
+from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, device_of
+from hybridlab.results.claims import Claim, Unit, holds_below, holds_if, rounded
 from hybridlab.results.words import amount, quantities_in_words
 
 WITHIN = 0.10
@@ -98,6 +99,7 @@ Outcome = Literal[
     "holds, but by other means",
     "fails",
     "cannot hold",
+    "cannot hold, but by other means it does",
     "open",
     "predicted nothing",
     "not measured",
@@ -168,6 +170,31 @@ class Claims:
         if claim.verdict == "fails" or low >= self.below:
             return "fails"
         return claim.verdict if high < self.below else "open"
+
+
+@dataclass(frozen=True)
+class OnMachines:
+    """The claims of one kind in the notebook that times loops side by side, and the same of every other machine."""
+
+    notebook: str
+    kind: str
+
+    def findings(self, evidence: Evidence) -> list[Finding]:
+        """One per machine, which is named by its GPU; the notebook's own run of the benchmark counts once."""
+        own = evidence.claims(self.notebook, kind=self.kind)
+        gpu = device_of(evidence.entry(self.notebook) or {"device": ""})
+        found: list[tuple[str, Claim, str]] = [(gpu, claim, self.notebook) for claim in own]
+        known = {quantity.value for claim in own for quantity in claim.quantities}
+        for measured in evidence.side_by_side:
+            for claim in side_by_side_claims(measured):
+                (ratio,) = claim.quantities
+                if claim.kind == self.kind and rounded(ratio.value or 0.0) not in known:
+                    gpu = measured["figures"][ratio.name]["rests_on"]["device"]
+                    found.append((f"{gpu} (docs/experiments)", claim, ""))
+        return [
+            Finding(gpu, claim.verdict, quantities_in_words(claim.quantities), notebook or None)
+            for gpu, claim, notebook in found
+        ] or [_absent(self.notebook, self.kind.replace("-", " "), evidence)]
 
 
 @dataclass(frozen=True)
@@ -265,7 +292,10 @@ class Faster:
     share: float
 
     def findings(self, evidence: Evidence) -> list[Finding]:
-        """One per claim that has the quantity, by its whole interval; of a ladder, with what its parts brought."""
+        """One per claim that has the quantity, by its whole interval; of a ladder, with what its parts brought.
+
+        An end that is open decides nothing, and hinders the other one in nothing.
+        """
         brought = what_parts_brought(evidence.tables("ladder").get(self.notebook, []))
         depths = evidence.claims(self.notebook, kind="depth-pays")
         pays = {claim.arm: f"whether depth pays, beside the shallow model: {claim.verdict}" for claim in depths}
@@ -273,11 +303,11 @@ class Faster:
         for claim in evidence.claims(self.notebook):
             if ratio := claim.quantity(self.quantity):
                 words = filter(None, (quantities_in_words([ratio]), brought or pays.get(claim.arm)))
-                is_shown = ratio.low is not None and not claim.rests_on_too_little
+                is_shown = (ratio.low, ratio.high) != (None, None) and not claim.rests_on_too_little
                 outcome = holds_below(-ratio.ends[1], -ratio.ends[0], -1 / self.share) if is_shown else "open"
                 about = f"{self.means}, {claim.arm}" if claim.arm else self.means
                 found.append(Finding(about, outcome, "; ".join(words), claim.notebook))
-        return found
+        return found or [_absent(self.notebook, self.means, evidence)]
 
 
 def what_parts_brought(rungs: Sequence[dict[str, Any]]) -> str:

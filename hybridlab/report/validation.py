@@ -98,7 +98,7 @@ def at_a_glance(evidence: Evidence) -> str:
     once = {_key(criterion): criterion for title, criterion in _everywhere() if title not in (IN_DEPTH, OURS)}
     counts = Counter(criterion.outcome(evidence) for criterion in once.values())
     words = [f"{outcome} {counts[outcome]}" for outcome in get_args(Outcome) if counts[outcome]]
-    return f"The plan's {counts.total()} criteria: {', '.join(words)}."
+    return f"The plan's {counts.total()} criteria: {'; '.join(words)}."
 
 
 def _verdicts(evidence: Evidence) -> list[Cells]:
