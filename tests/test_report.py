@@ -601,6 +601,39 @@ def test_what_a_loss_was_judged_over_names_the_control_s_loss() -> None:
     assert "to a loss" not in by_model(rows_of(XL | {"loss_change": None}, steps=40, seeds=3))
 
 
+def test_the_seeds_of_a_loss_are_those_of_its_own_claim() -> None:
+    counted = replace(quality("fit_16gb", "holds"), quantities=(Quantity("loss_change", 0.001), Quantity("seeds", 3)))
+    row = XL | {"loss_change": 0.001, "loss_change_high": 0.002}
+    parameters = {"steps": 200, "seeds": 4, "batch_size": 8, "block_size": 512}
+    tables = {"memory": [row, row | {"arm": "few"}, CONTROL]}
+    text = by_model(evidence(n04=entry(counted, tables=tables, parameters=parameters)))
+    assert "| 200 steps, 3 seeds, to a loss of 4.00 | **take this** |" in text
+    assert "| 200 steps, 4 seeds, to a loss of 4.00 |  |" in text
+
+
+@pytest.mark.parametrize(
+    ("ratios", "taken", "alike"),
+    [
+        ((1.3, 1.48, 1.65), "fit_16gb", True),
+        ((1.3, 1.31, 1.30), "24-bit weights", False),
+        ((1.0, 1.7, 1.3), "24-bit weights", True),
+        ((1.7, 1.71, 1.72), "fit_16gb", False),
+    ],
+)
+def test_the_fastest_arm_is_so_over_all_seeds_and_what_is_not_told_apart_is_named(
+    ratios: tuple[float, ...], taken: str, alike: bool
+) -> None:
+    """As older results have it, whose claims name no arm: fit_16gb takes 1.4 of the step without limits."""
+    loss = {"loss_change": 0.001, "loss_change_high": 0.002}
+    rows = [XL | loss | {"step_ms": 140.0}, XL | loss | {"arm": "24-bit weights", "step_ms": 100 * ratios[0]}, CONTROL]
+    steps = {"step-time": (1.41, 1.43, 1.36), "few-bits-step-time": ratios}
+    claims = [claim(kind, "open", Quantity("step_ratio", 1.4, per_seed=seeds)) for kind, seeds in steps.items()]
+    text = by_model(evidence(n04=entry(*claims, tables={"memory": rows})))
+    (line,) = [line for line in text.splitlines() if "take this" in line]
+    assert line.startswith(f"| xl | {taken} |")
+    assert ("not told apart from that of" in line) is alike
+
+
 def test_the_estimated_time_is_shown_where_rows_have_it() -> None:
     row = XL | {"loss_change": 0.001}
     assert "est. on a 5080" not in by_model(rows_of(row, CONTROL))

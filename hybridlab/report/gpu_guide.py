@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 from hybridlab.engine.config import HybridTrainerConfig
@@ -15,10 +15,10 @@ from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED
 from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for
 from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
-from hybridlab.report.words import Markdown, known_columns, notebook_link, render, verdict_word
+from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, in_words, quantity_interval
-from hybridlab.study.statistics import LEAST, Base
+from hybridlab.study.statistics import LEAST, Base, Interval
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -165,7 +165,7 @@ def by_model(evidence: Evidence) -> str:
     of = _memory_rows(evidence)
     rows = [row for mine in of.values() for row in mine]
     best = {model: recommended(mine) for model, mine in of.items()}
-    advice = {row["model"]: _advice(evidence, row) for row in best.values() if row}
+    advice = {row["model"]: _advice(evidence, row, of[row["model"]]) for row in best.values() if row}
     shown = [
         _shown(row, _judged_over(evidence, row, rows), advice[row["model"]] if row is best[row["model"]] else "")
         for row in rows
@@ -178,19 +178,47 @@ def by_model(evidence: Evidence) -> str:
     )
 
 
+EARLIER_ARMS = {"step-time": "fit_16gb", "few-bits-step-time": "24-bit weights"}
+"""By kind of claim, of older results: what it is about."""
+
+
 def _memory_rows(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
-    """Model -> its rows of the tables "memory", each with its notebook."""
+    """Model -> its rows of the tables "memory", each with its notebook and, where claimed, its steps by seed.
+
+    step_ratios: per seed, over the step of the notebook's arm without limits
+    """
     of: dict[str, list[dict[str, Any]]] = {}
     for notebook, rows in evidence.tables("memory").items():
+        claims = [(claim, claim.quantity("step_ratio")) for claim in evidence.claims(notebook)]
+        ratios = {claim.arm or EARLIER_ARMS.get(claim.kind): ratio.per_seed for claim, ratio in claims if ratio}
         for row in rows:
-            of.setdefault(row["model"], []).append(row | {"notebook": notebook})
+            more = {"notebook": notebook, "step_ratios": ratios.get(row["arm"], ())}
+            of.setdefault(row["model"], []).append(row | more)
     return of
 
 
 def recommended(rows: Sequence[MemoryRow]) -> MemoryRow | None:
     """The fastest arm of one model that stays below 14 GB and within 2 % of the control; None where none does."""
-    good = [row for row in rows if _is_safe(row) and _within(row.get("loss_change"))]
-    return min((row for row in good if row.get("step_ms")), key=lambda row: row["step_ms"], default=None)
+    return min(_timed(rows), key=_step_ms, default=None)
+
+
+def _timed(rows: Sequence[MemoryRow]) -> list[MemoryRow]:
+    """Those that may be recommended."""
+    return [row for row in rows if _is_safe(row) and _within(row.get("loss_change")) and row.get("step_ms")]
+
+
+def _step_ms(row: MemoryRow) -> float:
+    """Mean over seeds; of a row without ratios, its own, which is the first seed's."""
+    ratios = row.get("step_ratios")
+    return float(row["step_ms"] * (Interval.of_ratios(ratios).mean / ratios[0] if ratios else 1.0))
+
+
+def not_told_apart(best: MemoryRow, rows: Sequence[MemoryRow]) -> list[str]:
+    """The arms that might be recommended too, as the interval of their steps' ratio over the best one's holds 1."""
+    mine = best.get("step_ratios") or ()
+    others = {row["arm"]: row.get("step_ratios") or () for row in _timed(rows) if row is not best}
+    paired = {arm: [its / own for its, own in zip(ratios, mine, strict=False)] for arm, ratios in others.items()}
+    return [arm for arm, ratios in paired.items() if len(ratios) > 1 and Interval.of_ratios(ratios).low < 1]
 
 
 def why_none(rows: Sequence[MemoryRow]) -> tuple[str, list[str]]:
@@ -234,13 +262,19 @@ def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) 
     return ", ".join(said)
 
 
-def _advice(evidence: Evidence, row: MemoryRow) -> str:
-    """To watch the loss, unless its whole interval is good and rests on what a verdict needs."""
-    return TAKE if _within(row.get("loss_change_high")) and not _base(evidence, row).lacks else WATCH
+def _advice(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> str:
+    """To watch the loss, unless its whole interval is good and rests on what a verdict needs; and what is as fast."""
+    advice = TAKE if _within(row.get("loss_change_high")) and not _base(evidence, row).lacks else WATCH
+    alike = ", ".join(not_told_apart(row, rows))
+    return Markdown(f"{advice}; its step is not told apart from that of {escaped(alike)}") if alike else advice
 
 
 def _base(evidence: Evidence, row: MemoryRow) -> Base:
-    return base_asked_for((evidence.entry(row["notebook"]) or {}).get("parameters", {}))
+    """What the notebook trained, and as many seeds as the row's own claim on its loss counts."""
+    base = base_asked_for((evidence.entry(row["notebook"]) or {}).get("parameters", {}))
+    claims = evidence.claims(row["notebook"], arm=row["arm"])
+    counted = [claim.value("seeds") for claim in claims if claim.quantity("loss_change")]
+    return replace(base, seeds=int(next(filter(None, counted), base.seeds)))
 
 
 def _shown(row: MemoryRow, judged_over: str | None, advice: str) -> Cells:
