@@ -387,6 +387,16 @@ def test_each_copy_says_whether_the_code_that_trains_is_today_s() -> None:
     assert "today's in 1, changed since (0ld) in 1, not recorded in 1." in page
 
 
+def test_a_copy_names_the_parameters_that_have_changed_since(copy: Path) -> None:
+    (folder := copy / "params" / MAIN).mkdir(parents=True)
+    ran = load_results(copy / "executed" / MAIN / "results.json")[MEMORY]["parameters"]
+    (folder / f"{MEMORY}.yaml").write_text(f"seeds: {ran['seeds'] + 1}\nmodel: {ran['model']}\nlonger: true\n")
+    found = Evidence.read(copy)
+    changed = {row["notebook"]: row["parameters changed since"] for row in copies(found) if row["profile"] == MAIN}
+    assert [names for names in changed.values() if names] == ["seeds, longer"]
+    assert "| seeds, longer |" in validation_document(found, {})
+
+
 def test_a_figure_that_was_measured_more_than_once_stands_with_all_its_values() -> None:
     ratio = Quantity("step_ratio", 1.85, 1.8, 1.9, "time ratio", bound=2.0)
     earlier = {"slow.step_ratio": {"value": 1.33, "low": 1.3, "high": 1.4}, "slow.other": {"value": 3.0}}

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 import scipy
 
+from hybridlab.batch.given import settings_in_file
 from hybridlab.notebook.views.depth import GROWN, UNEQUAL
 from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, too_little
 from hybridlab.results.reading import load_results
@@ -80,6 +81,7 @@ class Evidence:
     entries: profile -> notebook -> what it published
     planned: what `hybridlab.benchmarks.recipes` wrote, and as "trained" the rows of `hybridlab.benchmarks.largest`
     side_by_side: what `hybridlab.benchmarks.against_others` wrote, a record per machine
+    parameters: profile -> notebook -> what the folder `params` gives it today
     labels: profile -> what documents call it, from the table [tool.hybridlab.profiles] of `pyproject.toml`
     """
 
@@ -87,10 +89,11 @@ class Evidence:
     planned: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     side_by_side: Sequence[Mapping[str, Any]] = ()
+    parameters: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """Read `executed/*/*.json`, and what was measured on further machines; what was never run is absent."""
+        """Read `executed/*/*.json`, `params`, and what was measured on further machines; what never ran is absent."""
         labels = _labels(root / "pyproject.toml")
         there = sorted(path.parent.name for path in root.glob("executed/*/results.json"))
         profiles = [*(profile for profile in labels if profile in there), *(p for p in there if p not in labels)]
@@ -99,7 +102,10 @@ class Evidence:
         planned = dict(_json(root / "executed" / MAIN / "recipes.json", {}))
         planned["trained"] = _json(root / "executed" / MAIN / "largest.json", {}).get("rows", [])
         entries = {profile: dict(sorted(of.items())) for profile, of in own.items() if of}
-        return cls(entries, planned, labels, _json(root / "docs" / "experiments" / "against_others.json", []))
+        side_by_side = _json(root / "docs" / "experiments" / "against_others.json", [])
+        files = {profile: (root / "params" / profile).glob("*.yaml") for profile in entries}
+        today = {profile: {path.stem: settings_in_file(path) for path in paths} for profile, paths in files.items()}
+        return cls(entries, planned, labels, side_by_side, today)
 
     def label(self, profile: str) -> str:
         """What documents call a profile."""
@@ -132,6 +138,12 @@ class Evidence:
             for notebook, rows in found.items()
             if rows
         }
+
+    def changed_parameters(self, notebook: str, profile: str) -> list[str]:
+        """Those whose value in `params` is another one today than its copy ran with, or that are new."""
+        ran = self.entries[profile][notebook]["parameters"]
+        today = self.parameters.get(profile, {}).get(notebook, {})
+        return [name for name, value in today.items() if name not in ran or ran[name] != value]
 
     def devices(self, profile: str) -> list[str]:
         """What a profile was measured on."""

@@ -268,7 +268,7 @@ def _decided(claim: Published) -> Cells:
 
 
 def copies(evidence: Evidence) -> list[Cells]:
-    """A row per executed copy: device, torch, commit, and whether the code that trains and measures is today's."""
+    """A row per executed copy: device, torch, commit, and whether its code and its parameters are today's."""
     return [
         {
             "profile": profile,
@@ -278,6 +278,7 @@ def copies(evidence: Evidence) -> list[Cells]:
             "device": device_of(entry),
             "code that trains": _state(entry, "trains"),
             "code that measures": _state(entry, "measures"),
+            "parameters changed since": ", ".join(evidence.changed_parameters(notebook, profile)) or None,
         }
         for profile, entries in evidence.entries.items()
         for notebook, entry in entries.items()
