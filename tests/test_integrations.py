@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from ipywidgets import VBox
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
-from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop
+from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop, recorded_loop
 from hybridlab.notebook import find_runs
+from hybridlab.panel import live
 from tests.notebook_maker import project
 
 JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
@@ -213,16 +216,72 @@ def test_a_lightning_checkpoint_goes_on_as_if_it_had_not_stopped() -> None:
 # --- any loop --------------------------------------------------------------------------------------------
 
 
-def test_any_loop_leaves_a_record() -> None:
+def linear() -> HybridTrainer:
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    trainer = HybridTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), JUMPS)
-    loop = RecordedLoop(trainer, "loop", steps=20, more={"task": {"batch_size": 8}})
-    for step in range(20):
+    return HybridTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), JUMPS)
+
+
+def drive(loop: RecordedLoop, steps: int) -> RecordedLoop:
+    trainer = loop._trainer
+    for step in range(steps):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-        result = trainer.step(lambda: F.mse_loss(model(x), x.sum(1, keepdim=True)))  # noqa: B023
+        result = trainer.step(lambda: F.mse_loss(trainer.model(x), x.sum(1, keepdim=True)))  # noqa: B023
         loop.note(result, {"validation_loss": 1.0 / (step + 1)} if step % 5 == 4 else None)
-    run = loop.finish()
+    return loop
+
+
+def test_any_loop_leaves_a_record() -> None:
+    run = drive(RecordedLoop(linear(), "loop", steps=20, more={"task": {"batch_size": 8}}), 20).finish()
     assert run.validation_loss() == run.validation_loss(at_step=20) == 1 / 20
     assert run.closing_figures["nominal_steps"] == 20
     assert run.closing_figures["seconds"] > 0
+
+
+@pytest.fixture
+def panel(monkeypatch: pytest.MonkeyPatch) -> list[VBox]:
+    """As if a person looked; gives the panels that were shown."""
+    shown: list[VBox] = []
+    monkeypatch.setattr(recorded_loop, "shows_panel", lambda: True)
+    monkeypatch.setattr(live, "show", shown.append)
+    return shown
+
+
+def status(panel: VBox) -> str:
+    return panel.children[1].value.split("hl-status'><b>")[1].split("<")[0]
+
+
+def test_the_panel_tells_a_loop_that_ended_early_from_one_that_finished(panel: list[VBox]) -> None:
+    drive(RecordedLoop(linear(), "whole", steps=5), 5).finish()
+    drive(early := RecordedLoop(linear(), "early", steps=20), 5).close()
+    with pytest.raises(RuntimeError, match="the device is gone"), RecordedLoop(linear(), "failed", steps=20) as loop:
+        drive(loop, 5)
+        raise RuntimeError("the device is gone")
+    assert [status(each) for each in panel] == ["finished", "stopped", "failed"]
+    assert len(early.record.steps) == 5
+
+
+def test_an_error_in_another_library_s_loop_closes_the_record(panel: list[VBox]) -> None:
+    face, module = trainer_of(gpt2(), hybrid={"record": "face"}), module_of(record="light")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no data is left")
+
+    face.evaluate = module.validation_step = fail
+    face.args.eval_strategy, face.args.eval_steps = "steps", 5
+    face.control.should_evaluate = True
+    for train, record in ((face.train, "face"), (lambda: fit(module, num_sanity_val_steps=0), "light")):
+        with pytest.raises(RuntimeError, match="no data is left"):
+            train()
+        (run,) = find_runs("runs", where=[f"name={record}"])
+        assert len(run.steps)
+    assert [status(each) for each in panel] == ["failed", "failed"]
+    assert "memory sampler" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_paused_loop_samples_no_memory() -> None:
+    with RecordedLoop(linear(), "paused", steps=20) as loop:
+        drive(loop, 2).pause()
+        assert "memory sampler" not in {thread.name for thread in threading.enumerate()}
+        drive(loop, 1)
+        assert "memory sampler" in {thread.name for thread in threading.enumerate()}

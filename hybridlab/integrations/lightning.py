@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -89,6 +91,18 @@ class HybridModule(HybridLoop, LightningModule):
         if self._loop:
             self._loop.finish({name: float(value) for name, value in self.trainer.callback_metrics.items()})
             self._loop = None
+
+    def configure_callbacks(self) -> list[Any]:
+        """The module's own, and one that closes the record where an error ends training."""
+        module = next(base for base in type(self).__mro__ if base.__name__ == "LightningModule")
+        package: Any = import_module(module.__module__.partition(".core.")[0])  # pytorch_lightning or lightning.pytorch
+
+        class ClosesRecord(package.Callback):
+            def on_exception(self, trainer: Any, module: HybridModule, error: BaseException) -> None:
+                module._close(error)
+
+        given = super().configure_callbacks()
+        return [*(given if isinstance(given, Sequence) else [given]), ClosesRecord()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the hybrid trainer's state beside the optimizer's."""

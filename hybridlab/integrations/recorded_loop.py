@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,8 +18,9 @@ from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
 from hybridlab.notebook.session import runs_folder
 from hybridlab.panel.controls import Controls
+from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live
-from hybridlab.panel.progress import in_jupyterlab
+from hybridlab.panel.progress import shows_panel
 from hybridlab.study.code_version import code_version
 from hybridlab.study.record import Run
 from hybridlab.study.step_log import RunMemory, StepLog, StepRecord, TrainingTimer
@@ -34,7 +35,8 @@ class RecordedLoop(WatchedRun):
             loop.note(trainer.step(lambda: loss_of(model, batch)))
         loop.finish({"validation_loss": ...})
 
-    The buttons pause and take single steps; `stopping` says that Stop was pressed, and the loop should end then.
+    The buttons pause and take single steps; `stopping` says that Stop was pressed, and the loop should end then. A
+    `with` block closes it where the loop ends without `finish`; the panel says so, and whether that was by an error.
 
     trainer: whose steps are noted; folder: below `runs`; a record that lies there is replaced
     steps: nominal steps that the loop takes; seed, more: kept in the record
@@ -52,14 +54,20 @@ class RecordedLoop(WatchedRun):
         facts = {"name": folder, "seed": seed, "steps": steps, "task": {}, "hybrid": asdict(trainer.config)}
         facts |= {"device": device_name(device), **(more or {})}
         self._log = StepLog(self.folder, facts, self._memory, keep_steps=0)
-        self._recording = self._log.open()
-        self._recording.__enter__()
+        self._open = ExitStack()
+        self._open.enter_context(self._log.open())
         self._evaluation: dict[str, float] = {}
         self._changes: dict[str, float] = {}
-        self._live = Live(Controls(), steps, settings=trainer.config) if in_jupyterlab() else None
+        self._live = Live(Controls(), steps, Instruments(self), trainer.config) if shows_panel() else None
         if self._live:
             self._live.__enter__()
         self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(error)
 
     def note(self, result: StepResult, evaluation: Mapping[str, float] | None = None) -> None:
         """Record a step, and what was evaluated after it; do what the buttons ask."""
@@ -80,11 +88,17 @@ class RecordedLoop(WatchedRun):
         self.close()
         return self.record
 
-    def close(self) -> None:
-        """Keep what was recorded, without calling the run finished."""
-        if self._live:
-            self._live.__exit__(None)
-        self._recording.__exit__(None, None, None)
+    def close(self, error: type[BaseException] | None = None) -> None:
+        """Keep what was recorded, without calling the run finished; does nothing where that is done.
+
+        error: that ended the loop; the panel then says "failed", and else "stopped" before the last step
+        """
+        live, self._live = self._live, None
+        with self._open:
+            if error is None:  # else the losses of the last step may not be read
+                self._log.catch_up()
+            if live:
+                live.__exit__(error)
 
     @property
     def stopping(self) -> bool:
@@ -99,8 +113,9 @@ class RecordedLoop(WatchedRun):
         return float(self._trainer.optimizer.param_groups[0]["lr"])
 
     def pause(self) -> None:
-        """Stop the clock, and bring what was recorded to the disk."""
+        """Stop the clock and the sampling until the next step, and bring what was recorded to the disk."""
         self._timer.pause()
+        self._memory.sampler.stop()
         self._log.flush()
 
     def save(self) -> None:
@@ -143,6 +158,12 @@ class HybridLoop:
         if self._record:
             self._loop = RecordedLoop(trainer, self._record, steps, seed)
         return trainer
+
+    def _close(self, error: BaseException) -> None:
+        """Keep the record of a run that an error ended."""
+        if self._loop:
+            self._loop.close(type(error))
+            self._loop = None
 
     def _materialize(self) -> None:
         if self.hybrid_trainer:

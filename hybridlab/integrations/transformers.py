@@ -95,9 +95,9 @@ class HybridTraining(HybridLoop, Trainer):
                 self._loop.finish(self._evaluated())
                 self._loop = None
             return output
-        finally:
-            if self._loop:
-                self._loop.close()
+        except BaseException as error:
+            self._close(error)
+            raise
 
     def _evaluated(self) -> dict[str, float]:
         """The Trainer's last evaluation, with its loss under our name."""

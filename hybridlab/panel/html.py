@@ -53,7 +53,7 @@ class Memory:
 class State:
     """Everything that the panel shows; None where it is not known, or was not measured yet.
 
-    title: of the run; status: "running", "paused", "stopped" or "finished"
+    title: of the run; status: "running", "paused", "stopped", "failed" or "finished"
     phase: of the latest step; step, steps: nominal, of the run
     note: the latest event
     done, total: nominal steps of everything that the cell trains, controls that may still be needed included

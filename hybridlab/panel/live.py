@@ -75,10 +75,11 @@ class Live:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Show the last state, and switch the controls off; they stay, so that nothing below them moves."""
-        failed = kind is not None and not issubclass(kind, GeneratorExit | UserError)
-        if self._instruments is not None and not failed:
-            self._instruments.read_losses()
-            self.refresh("finished" if self._is_over and not kind else "stopped")
+        failed = kind is not None and not issubclass(kind, GeneratorExit | KeyboardInterrupt | UserError)
+        if self._instruments is not None:
+            if not failed:  # else the device may answer no more
+                self._instruments.read_losses()
+            self.refresh("failed" if failed else "finished" if self._is_over and not kind else "stopped")
         switch_off(self._row)
         self._reloads.close()
 
