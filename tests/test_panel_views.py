@@ -9,7 +9,8 @@ import pytest
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.notebook.views.panel import panel_claims, panel_table
 from hybridlab.panel.cost import PanelCost
-from hybridlab.results.claims import Verdict
+from hybridlab.results.claims import Claim, Verdict
+from hybridlab.results.words import quantities_in_words
 
 WIDE = (0.9, 1.1)
 NONE = (-math.inf, math.inf)
@@ -50,6 +51,15 @@ def test_the_claim_rests_on_times_alone() -> None:
     assert panel.high == 1.005
     assert control.low == 0.9
     assert claim.value("panel_itself_over_none") == pytest.approx(0.005)
+
+
+def test_under_six_rounds_there_is_no_interval_in_a_notebook_and_in_its_results() -> None:
+    costs = {"bf16": cost(NONE, NONE)}
+    (claim,) = panel_claims(costs)
+    said = quantities_in_words(claim.quantities)
+    assert said.startswith("panel over none 1.000; none over none 1.000; ")
+    assert said == quantities_in_words(Claim.from_record(claim.record()).quantities)
+    assert [row[4:6] for row in panel_table(costs).cells()] == [["–", "–"]] * 4
 
 
 def test_the_control_stands_beside_the_panel() -> None:

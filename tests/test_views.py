@@ -340,7 +340,7 @@ def test_a_rate_is_not_shown_to_be_tuned_by_fewer_seeds_or_steps_than_a_verdict_
 def costing(low: float, high: float) -> StepOverhead:
     """A trainer whose path takes between these shares of a step, and all else nothing."""
     recording = Ratio((low + high) / 2, low, high)
-    null = Ratio(**{name: 1 + end for name, end in recording.ends.items()})
+    null = Ratio(**{name: 1 + end for name, end in recording.record().items()})
     return StepOverhead(Ratio(1.0, 1.0, 1.0), null, recording, bare_step_ms=1.0)
 
 

@@ -56,14 +56,10 @@ class Ratio:
         ratios = [mine / other for mine, other in zip(seconds, others, strict=True)]
         return cls(median(ratios), *median_ends(ratios), tuple(ratios))
 
-    def record(self) -> dict[str, float | None]:
-        """As JSON; an end that is not known is None."""
-        return {name: value if math.isfinite(value) else None for name, value in self.ends.items()}
-
-    @property
-    def ends(self) -> dict[str, Any]:
-        """The median and its interval, without the rounds."""
-        return {"median": self.median, "low": self.low, "high": self.high}
+    def record(self) -> dict[str, Any]:
+        """The median and its interval, without the rounds; an end that is not known is None."""
+        known = {"median": self.median, "low": self.low, "high": self.high}
+        return {name: value if math.isfinite(value) else None for name, value in known.items()}
 
 
 def _order(names: list[str], number: int) -> list[str]:

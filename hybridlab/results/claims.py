@@ -37,7 +37,8 @@ class Quantity:
 
     name: as "loss_to_control"
     value: a mean where there are several seeds; None where it was not finite
-    low, high: ends of its 95 % interval; None where there is none, and one alone where that end is open
+    low, high: ends of its 95 % interval; None where there is none, and one alone where that end is open; an infinite
+        end becomes None
     unit: "share" is a part of 1, "percent" of 100; a "time ratio" is one time over another
     per_seed: the values behind value and interval, in the order of the seeds; in a results file None where a run
         diverged or the value is open. Of a benchmark, which has a median and its interval, those of its rounds or jumps
@@ -60,6 +61,9 @@ class Quantity:
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
             raise ValueError(f"quantity '{self.name}': unit is {self.unit!r}: take one of {', '.join(get_args(Unit))}")
+        for end in ("low", "high"):
+            if math.isinf(getattr(self, end) or 0):
+                object.__setattr__(self, end, None)
 
     @classmethod
     def over_seeds(cls, name: str, interval: Interval, unit: Unit, bound: float | None = None) -> Self:
@@ -156,11 +160,11 @@ def holds_if(condition: bool) -> Verdict:
     return "holds" if condition else "fails"
 
 
-def holds_below(low: float, high: float, bound: float) -> Verdict:
-    """Whether an interval lies wholly below a bound, above it, or on both sides."""
-    if high < bound:
+def holds_below(low: float | None, high: float | None, bound: float) -> Verdict:
+    """Whether an interval lies wholly below a bound, above it, or on both sides; an open end is infinite or None."""
+    if high is not None and high < bound:
         return "holds"
-    return "fails" if low > bound else "open"
+    return "fails" if low is not None and low > bound else "open"
 
 
 def holds_within(low: float, high: float, bound: float) -> Verdict:

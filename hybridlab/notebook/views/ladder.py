@@ -247,8 +247,7 @@ def side_by_side_claims(measured: Mapping[str, Any]) -> list[Claim]:
     for name, (kind, text, bound) in BESIDE.items():
         if figure := measured.get("figures", {}).get(name):
             value, low, high = (figure[end] for end in ("value", "low", "high"))
-            ends = (-math.inf if low is None else low, math.inf if high is None else high)
             rounds = tuple(figure.get("per_round", ()))
             quantity = Quantity(name, value, low, high, "time ratio", rounds, bound)
-            claims.append(Claim(kind, text.format(bound), holds_below(*ends, bound), (quantity,)))
+            claims.append(Claim(kind, text.format(bound), holds_below(low, high, bound), (quantity,)))
     return claims

@@ -421,11 +421,8 @@ def _claim(
     """
     low, high = median_ends(beyond)
     drift = abs(phase.gradient_step_ms / other.gradient_step_ms - 1) * phase.typical_ms()
-    beyond_ms = Quantity("beyond", median(beyond), unit="ms", per_seed=tuple(beyond), bound=limit_ms)
-    if math.isfinite(low):
-        beyond_ms = replace(beyond_ms, low=low, high=high)
     quantities = (
-        beyond_ms,
+        Quantity("beyond", median(beyond), low, high, "ms", tuple(beyond), limit_ms),
         Quantity("jumps", len(beyond)),
         Quantity("limit", limit_ms, unit="ms"),
         Quantity("whole_jump", phase.typical_ms(), unit="ms"),

@@ -19,9 +19,9 @@ def panel_table(costs: Mapping[str, PanelCost]) -> Table:
     for name, cost in costs.items():
         rows += [
             {"training": name, "a step": "without the panel", "ms": cost.step_ms},
-            {"training": name, "a step": "without it again: the control"} | cost.none_over_none.ends,
+            {"training": name, "a step": "without it again: the control"} | cost.none_over_none.record(),
             {"training": name, "a step": "with the panel"}
-            | cost.panel_over_none.ends
+            | cost.panel_over_none.record()
             | {"drawings a round": cost.drawings},
             {"training": name, "a step": "the panel's own code alone"}
             | {"median": cost.panel_itself_over_none, "ms": cost.panel_itself_ms},

@@ -376,9 +376,9 @@ def overhead_table(overhead: StepOverhead) -> Table:
     """Step times over the bare loop's, and that one's own."""
     rows: list[dict[str, Any]] = [
         {"a step": "the bare loop's", "ms": overhead.bare_step_ms},
-        {"a step": "the trainer's, which never predicts"} | overhead.plain_over_bare.ends,
-        {"a step": "the same, with the null predictor"} | overhead.null_over_bare.ends,
-        {"a step": "of that, recording the path"} | overhead.recording_over_bare.ends,
+        {"a step": "the trainer's, which never predicts"} | overhead.plain_over_bare.record(),
+        {"a step": "the same, with the null predictor"} | overhead.null_over_bare.record(),
+        {"a step": "of that, recording the path"} | overhead.recording_over_bare.record(),
     ]
     caption = "Over a step of the bare loop: medians over paired rounds, with the ends of their 95 % intervals"
     return table(rows, caption, {"ms": ".3f"})
@@ -474,9 +474,8 @@ def _control_loss(c: Comparison) -> Interval:
 
 
 def value_quantity(name: str, value: StepValue, unit: Unit = "steps", bound: float | None = None) -> Quantity:
-    """With its interval, whose ends are missing where they are open."""
-    low, high = (end if math.isfinite(end) else None for end in (value.low, value.high))
-    return Quantity(name, value.value, low, high, unit, value.per_seed, bound)
+    """With its interval."""
+    return Quantity(name, value.value, value.low, value.high, unit, value.per_seed, bound)
 
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
