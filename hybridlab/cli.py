@@ -175,14 +175,15 @@ def runs(
     if context.invoked_subcommand:
         return
     from hybridlab.base.files import project_root
-    from hybridlab.notebook.compare_runs import find_runs, run_name, runs_table
+    from hybridlab.notebook.compare_runs import figures_table, runs_with_figures
 
     root = project_root() / folder
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}: name another after --folder, or train a run: hybridlab run NOTEBOOK"
         )
-    shown = runs_table(folder, sort=sort, where=where or [])
+    found = runs_with_figures(folder, sort, where or [])
+    shown = figures_table(found, folder, where or [])
     if not shown.table:
         raise UserError(shown.empty)
     print(json.dumps(shown.table.rows, indent=1, default=str) if as_json else shown)
@@ -190,21 +191,21 @@ def runs(
         return
     from hybridlab.study import exports
 
-    found = {run_name(run, root): run for run in find_runs(folder, sort=sort, where=where or [])}
+    named = {figures["run"]: run for run, figures in found}
     say = partial(print, file=sys.stderr if as_json else sys.stdout)
     if csv:
-        exports.export_metrics(found, csv)
+        exports.export_metrics(named, csv)
         say(f"written: {csv}")
     if memory_csv:
-        for name, run in found.items():
+        for name, run in named.items():
             exports.export_csv(run, memory_csv / f"{name}.csv")
         say(f"written: {memory_csv}")
     if tensorboard:
-        for name, run in found.items():
+        for name, run in named.items():
             exports.export_tensorboard(run, tensorboard / name)
         say(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
     if trackio:
-        exports.export_trackio(found, trackio / "hybridlab.db")
+        exports.export_trackio(named, trackio / "hybridlab.db")
         command = f"TRACKIO_DIR={trackio} trackio show --project hybridlab"
         say(f"written: {trackio / 'hybridlab.db'}; compare them in a browser with: pip install trackio; {command}")
 

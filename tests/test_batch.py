@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -551,6 +552,19 @@ def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
     assert "training" in capfd.readouterr().err
     with pytest.raises(ValueError, match="at least 1 step"):
         Progress(0, "nothing")
+
+
+def test_in_a_terminal_progress_is_a_bar_with_the_time_left_that_goes_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SHOW_EVERY_SECONDS", 0.01)
+    path, shown = tmp_path / "progress.json", io.StringIO()
+    with watched(path, Console(file=shown, force_terminal=True)):
+        path.write_text(json.dumps({"done": 1, "total": 4, "label": "b[0]", "seconds": 60.0, "seconds_left": 180.0}))
+        while "3 min" not in shown.getvalue():
+            time.sleep(0.01)
+    frames = shown.getvalue().split("\r")
+    assert any(frame.startswith("starting the kernel") for frame in frames)
+    assert re.search(r"b\[0\]:  25%\|.+\| 1/4, 3 min 00 s left", shown.getvalue())
+    assert not "".join(frames[-2:]).strip()
 
 
 def test_without_a_terminal_progress_is_logged_with_the_time_left(tmp_path, monkeypatch, capsys):

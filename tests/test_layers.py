@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Collection
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -102,3 +106,24 @@ def test_few_files_write_parameters_in_place() -> None:
     weights = ("motion", "snapshot", "bf16_resident", "tail_average")
     of_gradients = {ROOT / name for name in ("engine/passes.py", "speed/compilation.py", "base/ranks.py")}
     assert writers == {ROOT / "weights" / f"{name}.py" for name in weights} | optimizers | of_gradients
+
+
+def test_every_package_that_the_library_imports_is_declared() -> None:
+    imported: set[str] = set()
+    for node in (node for path in ROOT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            imported |= {name.split(".")[0] for name in names}
+    imported -= {*sys.stdlib_module_names, "hybridlab", "_typeshed"}
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    listed = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    declared = {re.split(r"[\[><=]", name)[0].replace("-", "_").lower() for name in listed}
+    from_package = packages_distributions()
+
+    def distributions(name: str) -> set[str]:
+        return {found.replace("-", "_").lower() for found in from_package.get(name, [name])}
+
+    assert [name for name in sorted(imported) if not distributions(name) & declared] == []

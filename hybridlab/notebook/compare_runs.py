@@ -51,11 +51,11 @@ def find_runs(folder: str | Path = "runs", *, sort: str = "run", where: Iterable
 
     Raises UserError for a column that is none of `COLUMNS`, and for a condition without "=".
     """
-    return [run for run, _ in _with_figures(folder, sort, where)]
+    return [run for run, _ in runs_with_figures(folder, sort, where)]
 
 
-def _with_figures(folder: str | Path, sort: str, where: Iterable[str]) -> list[tuple[Run, dict[str, Any]]]:
-    """As `find_runs`, each with its key figures; those with figures that no run of ours records are left out."""
+def runs_with_figures(folder: str | Path, sort: str, where: Iterable[str]) -> list[tuple[Run, dict[str, Any]]]:
+    """The runs that `find_runs` gives, each with its key figures."""
     root, wanted, kept = project_root() / folder, [_condition(text) for text in where], []
     descending, column = sort.startswith("-"), _known(sort.removeprefix("-"))
     for run in runs_under(root):
@@ -107,7 +107,14 @@ def runs_table(folder: str | Path = "runs", *, sort: str = "run", where: Iterabl
 
     As text it has what fits into 120 columns.
     """
-    rows = [row for _, row in _with_figures(folder, sort, where)]
+    return figures_table(runs_with_figures(folder, sort, where), folder, where)
+
+
+def figures_table(
+    found: Sequence[tuple[Run, Mapping[str, Any]]], folder: str | Path, where: Iterable[str]
+) -> LiveTable:
+    """What `runs_with_figures` found in a folder under these conditions, as `runs_table` shows it."""
+    rows = [row for _, row in found]
     shown = table(rows, f"{len(rows)} runs in {(project_root() / folder).name}", FORMATS) if rows else None
     fits = "fits: loosen the conditions, or" if where else "is recorded yet:"
     empty = f"no run in {folder} {fits} train one with `hybridlab run`"

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
-from rich.progress import Progress as Bar
 from tqdm.std import tqdm
 
 from hybridlab.base.errors import UserError
@@ -148,14 +146,13 @@ def watched(path: Path, console: Console) -> Iterator[None]:
 
 
 def _show_bar(path: Path, console: Console, finished: threading.Event) -> None:
-    left = TextColumn("{task.fields[left]}")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting the kernel", total=None, left="")
+    parts = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+    with tqdm(desc="starting the kernel", file=console.file, leave=False, bar_format=parts) as bar:
         while not finished.wait(SHOW_EVERY_SECONDS):
             if state := _state(path):
-                done, total, label = state["done"], state["total"], state["label"]
-                bar.update(task, completed=done, total=total, description=label, left=_left(state))
+                bar.n, bar.total = state["done"], state["total"]
+                bar.set_description(state["label"], refresh=False)
+                bar.set_postfix_str(_left(state))
 
 
 def _show_lines(path: Path, console: Console, finished: threading.Event) -> None:
