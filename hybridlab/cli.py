@@ -167,9 +167,6 @@ def runs(
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write their scalars there, for TensorBoard.")
     ] = None,
-    trackio: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also write them into one file there, for trackio's dashboard.")
-    ] = None,
 ) -> None:
     """List recorded runs with their key figures; `show`, `diff` and `tag` look closer."""
     if context.invoked_subcommand:
@@ -187,27 +184,23 @@ def runs(
     if not shown.table:
         raise UserError(shown.empty)
     print(json.dumps(shown.table.rows, indent=1, default=str) if as_json else shown)
-    if not (csv or memory_csv or tensorboard or trackio):
+    if not (csv or memory_csv or tensorboard):
         return
     from hybridlab.study import exports
 
     named = {figures["run"]: run for run, figures in found}
     say = partial(print, file=sys.stderr if as_json else sys.stdout)
     if csv:
-        exports.export_metrics(named, csv)
+        exports.export_steps(named, csv)
         say(f"written: {csv}")
     if memory_csv:
         for name, run in named.items():
-            exports.export_csv(run, memory_csv / f"{name}.csv")
+            exports.export_nvidia_smi(run, memory_csv / f"{name}.csv")
         say(f"written: {memory_csv}")
     if tensorboard:
         for name, run in named.items():
             exports.export_tensorboard(run, tensorboard / name)
         say(f"written: {tensorboard}; look at it with: tensorboard --logdir {tensorboard}")
-    if trackio:
-        exports.export_trackio(named, trackio / "hybridlab.db")
-        command = f"TRACKIO_DIR={trackio} trackio show --project hybridlab"
-        say(f"written: {trackio / 'hybridlab.db'}; compare them in a browser with: pip install trackio; {command}")
 
 
 @runs_app.command()

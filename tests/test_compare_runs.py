@@ -6,9 +6,7 @@ import json
 import math
 import platform
 import re
-import sqlite3
 import sys
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,7 +231,7 @@ def test_runs_tell_which_predictor_they_asked() -> None:
     assert found(where=["predictor=river", "state=finished"]) == ["one/bold_seed_0"]
 
 
-@pytest.mark.parametrize("option", ["--tensorboard", "--csv", "--memory-csv", "--trackio"])
+@pytest.mark.parametrize("option", ["--tensorboard", "--csv", "--memory-csv"])
 def test_a_place_that_cannot_be_written_is_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     record(Path("runs/card/x"), "x", 0, 3.0, card=True)
@@ -291,24 +289,17 @@ def test_tags_are_given_found_and_taken_away(capsys: pytest.CaptureFixture[str])
 
 
 def test_rows_and_steps_reach_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = json.loads(said_by(["runs", "--where", "name=bold", "--json", "--csv", "out/steps.csv"], capsys))
+    broken = Path("runs/broken/config.json")
+    broken.parent.mkdir()
+    broken.write_text("{")
+    assert main(["runs", "--where", "name=bold", "--json", "--csv", "out/steps.csv"]) == 0
+    out, said = capsys.readouterr()
+    assert said.count("runs/broken/config.json is damaged") == 1, "each record is read once"
+    rows = json.loads(out)
     assert [row["validation_loss"] for row in rows] == [3.5, pytest.approx(3.45)]
     steps = pd.read_csv("out/steps.csv")
     assert list(steps.columns[:3]) == ["run", "seed", "nominal_step"]
     assert steps.groupby("run").size().to_dict() == {"one/bold_seed_0": 4, "two/bold_seed_0": 4}
-
-
-def test_runs_reach_trackio_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = said_by(["runs", "--where", "name=bold", "--trackio", "board"], capsys)
-    assert "TRACKIO_DIR=board trackio show --project hybridlab" in said
-    assert [path.name for path in Path("board").iterdir()] == ["hybridlab.db"]
-    with closing(sqlite3.connect("board/hybridlab.db")) as file:
-        rows = file.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
-        configs = dict(file.execute("SELECT run_name, config FROM configs").fetchall())
-    last = [json.loads(metrics) for name, step, metrics in rows if (name, step) == ("one/bold_seed_0", 4)]
-    assert [row.get("validation_loss") for row in last] == [pytest.approx(3.75), None]
-    assert last[1]["vram/used_bytes"] == 10**9
-    assert json.loads(configs["one/bold_seed_0"])["final_validation_loss"] == 3.5
 
 
 def test_a_full_disk_ends_an_export_with_one_line(tmp_path: Path) -> None:
@@ -322,7 +313,7 @@ def test_scalars_reach_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = find_runs("runs")[0]
-    assert export_tensorboard(run, tmp_path / "events") == 3
+    export_tensorboard(run, tmp_path / "events")
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["steps/measured_loss", "steps/validation_loss", "vram/used_bytes"]
     last = events.Scalars("steps/validation_loss")[-1]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hybridlab.base.errors import UserError
-from hybridlab.study.exports import export_csv
+from hybridlab.study.exports import export_nvidia_smi
 from hybridlab.study.memory_log import gpu_busy_percent, growth_bytes
 from hybridlab.study.record import Run, RunRecorder
 from hybridlab.study.step_log import RunMemory
@@ -437,7 +437,7 @@ def test_samples_are_written_as_nvidia_smi_writes_them_in_local_time(tmp_path: P
         sample | {"device_used_bytes": None, "utilization_percent": None},
     ]
     path = tmp_path / "memory.csv"
-    export_csv(recorded(tmp_path, rows), path)
+    export_nvidia_smi(recorded(tmp_path, rows), path)
     assert path.read_text().splitlines() == [
         "timestamp, name, memory.total [MiB], memory.used [MiB], utilization.gpu [%]",
         "2023/11/14 12:00:00.250, NVIDIA H100, 81559, 1024, 97",
@@ -449,7 +449,7 @@ def test_samples_are_written_as_nvidia_smi_writes_them_in_local_time(tmp_path: P
 @pytest.mark.parametrize("rows", [[], [{"nominal_step": 1, "used_bytes": 5, "device_used_bytes": None}]])
 def test_a_run_without_a_card_has_no_such_columns(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="has no figures of a GPU"):
-        export_csv(recorded(tmp_path, rows), tmp_path / "memory.csv")
+        export_nvidia_smi(recorded(tmp_path, rows), tmp_path / "memory.csv")
 
 
 def test_a_card_of_the_same_class_is_not_emulated(card: PlayedCard) -> None:

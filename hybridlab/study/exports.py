@@ -1,14 +1,11 @@
-"""Runs as other programs read them: CSV, nvidia-smi's columns, TensorBoard, trackio."""
+"""Runs as other programs read them: CSV, nvidia-smi's columns, TensorBoard."""
 
 from __future__ import annotations
 
-import json
-import math
-import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ COUNTERS = ("nominal_step", "gradient_step", "seconds", "unix_seconds")
 """What a scalar is drawn against; no scalars themselves."""
 
 
-def export_metrics(runs: Mapping[str, Run], path: Path) -> None:
+def export_steps(runs: Mapping[str, Run], path: Path) -> None:
     """Write every recorded step of some runs as one CSV file: the run's name and seed, then what each step measured.
 
     Raises UserError where the disk is full or cannot be written.
@@ -35,7 +32,7 @@ def export_metrics(runs: Mapping[str, Run], path: Path) -> None:
         whole[["run", "seed", *whole.columns.drop(["run", "seed"])]].to_csv(beside, index=False)
 
 
-def export_csv(run: Run, path: Path) -> None:
+def export_nvidia_smi(run: Run, path: Path) -> None:
     """Write the samples as `nvidia-smi --query-gpu=... --format=csv,nounits` would have, in local time.
 
     Raises UserError for a run without NVML's figures, and where the disk is full or cannot be written.
@@ -64,8 +61,8 @@ def _local_time(unix_seconds: pd.Series) -> pd.Series:
     return unix_seconds.map(lambda moment: f"{datetime.fromtimestamp(moment):%Y/%m/%d %H:%M:%S.%f}"[:-3])
 
 
-def export_tensorboard(run: Run, folder: Path) -> int:
-    """Write every number that a run recorded at each nominal step; returns how many scalars there are.
+def export_tensorboard(run: Run, folder: Path) -> None:
+    """Write every number that a run recorded at each nominal step.
 
     folder: takes one event file; what lies there stays, so export each run into a folder of its own
 
@@ -73,15 +70,14 @@ def export_tensorboard(run: Run, folder: Path) -> int:
     Raises UserError where TensorBoard is not installed, and where the disk is full or cannot be written.
     """
     with writing_to(folder), _disk_told_once(), _writer(folder) as writer:
-        return sum(_add_scalars(writer, table, rows) for table, rows in (("steps", run.steps), ("vram", run.vram)))
+        for table, rows in (("steps", run.steps), ("vram", run.vram)):
+            _add_scalars(writer, table, rows)
 
 
-def _add_scalars(writer: Any, table: str, rows: pd.DataFrame) -> int:
-    columns = [column for column in rows.select_dtypes("number") if column not in COUNTERS]
-    for column in columns:
+def _add_scalars(writer: Any, table: str, rows: pd.DataFrame) -> None:
+    for column in rows.select_dtypes("number").columns.difference(COUNTERS, sort=False):
         for row in rows[["nominal_step", "seconds", column]].dropna().itertuples(index=False):
             writer.add_scalar(f"{table}/{column}", row[2], int(row[0]), walltime=row[1])
-    return len(columns)
 
 
 @contextmanager
@@ -101,48 +97,3 @@ def _writer(folder: Path) -> Any:
     except ImportError:
         raise UserError("TensorBoard is not installed: .venv/bin/pip install -e '.[tensorboard]'") from None
     return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
-
-
-TABLES = """
-CREATE TABLE metrics (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, timestamp TEXT NOT NULL,
-    run_name TEXT NOT NULL, step INTEGER NOT NULL, metrics TEXT NOT NULL);
-CREATE TABLE configs (id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, run_name TEXT NOT NULL,
-    config TEXT NOT NULL, created_at TEXT NOT NULL, UNIQUE(run_id));
-"""
-"""Of trackio's own file of a project; it adds what else it needs when it opens one."""
-
-
-def export_trackio(runs: Mapping[str, Run], path: Path) -> int:
-    """Write every number that some runs recorded, with their settings; returns how many rows there are.
-
-    runs: by the name that the dashboard shows; path: `<folder>/<project>.db`; it is replaced as a whole
-
-    Raises UserError where the disk is full or cannot be written.
-    """
-    with replaced(path) as beside:
-        try:
-            with closing(sqlite3.connect(beside)) as file, file:
-                file.executescript(TABLES)
-                return sum(_add_run(file, name, run) for name, run in runs.items())
-        except sqlite3.Error as error:
-            raise UserError(f"cannot write in the folder {path.parent}: {error}; make room there") from error
-
-
-def _add_run(file: sqlite3.Connection, name: str, run: Run) -> int:
-    began = datetime.fromtimestamp((run.folder / "config.json").stat().st_mtime, UTC).isoformat()
-    config = run.config | {f"final_{key}": value for key, value in (run.summary or {}).items()}
-    file.execute(
-        "INSERT INTO configs (run_id, run_name, config, created_at) VALUES (?, ?, ?, ?)",
-        (name, name, json.dumps(config, default=str), began),
-    )
-    rows = [(name, began, name, step, json.dumps(numbers)) for step, numbers in _numbers(run)]
-    file.executemany("INSERT INTO metrics (run_id, timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?, ?)", rows)
-    return len(rows)
-
-
-def _numbers(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
-    """By nominal step, the finite numbers of a row of steps or of memory."""
-    for table, rows in (("", run.steps), ("vram/", run.vram)):
-        for row in rows.select_dtypes("number").to_dict("records"):
-            step = int(row.pop("nominal_step"))
-            yield step, {f"{table}{key}": value for key, value in row.items() if math.isfinite(value)}
