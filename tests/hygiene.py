@@ -15,7 +15,7 @@ from nbformat import NotebookNode
 from hybridlab.base.errors import UserError
 from hybridlab.batch.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
 from hybridlab.batch.given import checked_values, declared_parameters, defaults, values_in_file
-from hybridlab.results.claims import Claim, rounded
+from hybridlab.results.claims import VOLATILE_UNITS, Claim, rounded
 from hybridlab.results.parameters import HOW_IT_RUNS, asked, parameters_sha256
 from hybridlab.results.words import quantities_in_words
 
@@ -185,7 +185,7 @@ def _lasting_values(claim: Claim) -> dict[str, str]:
     return {
         f"{q.name}{end}": shown(value)
         for q in claim.quantities
-        if not q.is_volatile
+        if q.unit not in VOLATILE_UNITS
         for end, value in (("", q.value), ("_low", q.low), ("_high", q.high))
         if value is not None or not end
     }
@@ -219,5 +219,5 @@ def _repeatable(entry: dict[str, Any]) -> dict[str, str]:
 def _is_decided_by_the_machine(claim: Claim) -> bool:
     """Whether times or bytes decide a claim: one of them has its bound, or there is nothing else in it."""
     quantities = claim.quantities
-    bounded = any(quantity.is_volatile and quantity.bound is not None for quantity in quantities)
-    return bounded or all(quantity.is_volatile for quantity in quantities)
+    bounded = any(quantity.unit in VOLATILE_UNITS and quantity.bound is not None for quantity in quantities)
+    return bounded or all(quantity.unit in VOLATILE_UNITS for quantity in quantities)

@@ -168,11 +168,12 @@ def test_one_seed_has_a_value_and_no_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "sign"), [([0.1, 0.11, 0.12], 1), ([-0.1, -0.11, -0.12], -1), ([-0.1, 0.1, 0.05], 0), ([0.5], 0)]
+    ("values", "holds_zero"),
+    [([0.1, 0.11, 0.12], False), ([-0.1, -0.11, -0.12], False), ([-0.1, 0.1, 0.05], True), ([0.5], True)],
 )
-def test_an_interval_that_holds_zero_has_no_sign(values: list[float], sign: int) -> None:
-    assert Interval.of(values).sign == sign
-    assert (Interval.of(values).p_value < 0.05) == bool(sign)
+def test_an_interval_holds_zero_where_the_test_does_not_refuse_it(values: list[float], holds_zero: bool) -> None:
+    interval = Interval.of(values)
+    assert (interval.low <= 0 <= interval.high) == holds_zero == (interval.p_value >= 0.05)
 
 
 def test_interval_is_student_s() -> None:

@@ -31,7 +31,6 @@ from hybridlab.memory.precision import autocast
 from hybridlab.optim import build_optimizer
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
-from hybridlab.study.ranks import RanksConfig, own_part
 from hybridlab.study.record import write_json
 from hybridlab.study.training import sped_up
 
@@ -61,7 +60,6 @@ def step_overhead(
     turns: int = 6,
     steps: int = 10,
     parts: int = 1,
-    ranks: RanksConfig | None = None,
 ) -> StepOverhead:
     """Measure it, on one model and one optimizer.
 
@@ -69,14 +67,13 @@ def step_overhead(
     turns: of each loop in a round, best a multiple of six: then each has each place equally often
     steps: nominal steps per turn
     parts: of a step's batch, each a batch of the config: what they add up to is one step
-    ranks: how several processes train it together, each of which calls this, inside `RanksConfig.started`
 
     Raises UserError for a config with memory features, which the bare loop has not.
     """
     if config.memory != MemoryConfig():
         raise UserError("the bare loop, beside which the trainer is timed, has no memory features: set memory to None")
     with ProcessSettings.of(config).applied():
-        loops, closure = _loops(config, ranks)
+        loops, closure = _loops(config)
         taken = {name: partial(_take, step, [closure] * parts, steps) for name, step in loops.items()}
         seconds = seconds_in_turns(taken, find_device(config.device), rounds, turns)
     bare, plain, null = (seconds[name] for name in ("bare", "plain", "null"))
@@ -89,26 +86,23 @@ def step_overhead(
     )
 
 
-def _loops(config: RunConfig, ranks: RanksConfig | None) -> tuple[dict[str, Step], Closure]:
+def _loops(config: RunConfig) -> tuple[dict[str, Step], Closure]:
     """A step of each loop, and the loss of a new batch whenever it is called."""
     device = find_device(config.device)
     task = config.task.build(config.seed, device)
-    model = sped_up(task.model, replace(config, cuda_graphs=False) if ranks else config, ranks)
-    if ranks:
-        model = ranks.wrapped(task.model)
-    known = model if ranks else task.model
+    model = sped_up(task.model, config)
     optimizer = build_optimizer(task.model, config.optimizer)
     hybrid = replace(config.hybrid, warmup_steps=0)
     numbers = count()
 
     def closure() -> Tensor:
         with autocast(config.precision, device):
-            return task.loss(model, own_part(task.batch(next(numbers))))
+            return task.loss(model, task.batch(next(numbers)))
 
     loops: dict[str, Step] = {
         "bare": _bare(task.model, optimizer, hybrid),
-        "plain": HybridTrainer(known, optimizer, replace(hybrid, max_predict_steps=0)).step,
-        "null": HybridTrainer(known, optimizer, replace(hybrid, max_predict_steps=50, predictor="null")).step,
+        "plain": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=0)).step,
+        "null": HybridTrainer(task.model, optimizer, replace(hybrid, max_predict_steps=50, predictor="null")).step,
     }
     return loops, closure
 

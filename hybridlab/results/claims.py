@@ -77,11 +77,6 @@ class Quantity:
             return self.value, self.value
         return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
 
-    @property
-    def is_volatile(self) -> bool:
-        """Whether it may differ between two equal runs."""
-        return self.unit in VOLATILE_UNITS
-
 
 @dataclass(frozen=True)
 class Claim:

@@ -69,11 +69,6 @@ class Interval:
         error = float(np.std(self.values, ddof=1)) / math.sqrt(self.seeds)
         return float(2 * scipy.stats.t.sf(abs(self.mean) / error, self.seeds - 1)) if error else float(not self.mean)
 
-    @property
-    def sign(self) -> int:
-        """-1 or 1 where the whole interval lies below or above 0; 0 where it holds 0."""
-        return int(self.low > 0) - int(self.high < 0)
-
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return "diverged"
