@@ -18,6 +18,7 @@ from rich.console import Console
 
 from hybridlab import __version__
 from hybridlab.base.errors import UserError, printable, told
+from hybridlab.base.one_line import in_one_line
 from hybridlab.batch.terminal import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -429,5 +430,5 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _say(message: object, code: int) -> int:
-    print(f"hybridlab: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    print(f"hybridlab: {in_one_line(message)}", file=sys.stderr)
     return code

@@ -19,6 +19,7 @@ import typer
 
 from hybridlab.base.errors import UserError, first_line, nearest, printable, told
 from hybridlab.base.files import project_root
+from hybridlab.base.one_line import in_one_line
 from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
 from hybridlab.base.settings import check_types, settings_from
 from hybridlab.batch.given import settings_in_file
@@ -155,14 +156,14 @@ def _told(message: object, code: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     if is_first_to_tell():
         place = f" rank {rank()}:" if running() > 1 else ""
-        print(f"hybridlab.train:{place} {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+        print(f"hybridlab.train:{place} {in_one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """In one line, by the first rank: what is worth a warning is so on all."""
     if is_first():
-        print(f"hybridlab.train: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+        print(f"hybridlab.train: {in_one_line(message)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

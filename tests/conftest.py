@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, groupby, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from hybridlab import HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
+from hybridlab.study.tasks import Task
 
 torch.set_num_threads(1)
 os.environ.pop("JPY_SESSION_NAME", None)  # started from a notebook, tests still take the way without a panel
@@ -88,6 +90,16 @@ TINY_TEXT = {
     "max_bytes": 40_000,
 }  # fmt: skip
 """Settings of a text task that trains in a second."""
+
+
+class TaskWithin:
+    """Does what the task within it does, but for what a subclass defines."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage, Trajectory
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
-from tests.conftest import CountedArenas
+from tests.conftest import CountedArenas, TaskWithin
 from tests.model_card import reserved_in_jumps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -172,22 +172,16 @@ class GreedyTaskConfig(TextTaskConfig):
         return Greedy(super().build(*given, **named))
 
 
-class Greedy:
-    def __init__(self, task: Task) -> None:
-        self.model, self._task, self._step = task.model, task, 0
-
+class Greedy(TaskWithin):
     def batch(self, step: int) -> Batch:
         self._step = step
-        return self._task.batch(step)
+        return self.task.batch(step)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         held = torch.empty(10**8 if self._step == 12 else 1, dtype=torch.uint8, device=CUDA)
         if self._step == 12:
             torch.empty(2**40, dtype=torch.uint8, device=CUDA)
-        return self._task.loss(model, batch) + 0 * held[0]
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._task.evaluate(model)
+        return self.task.loss(model, batch) + 0 * held[0]
 
 
 def test_a_full_card_leaves_a_snapshot_and_lets_go_of_what_the_step_held(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hybridlab.study.planning import nearest_fit_of
 from hybridlab.study.record import Run
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryReading
-from tests.conftest import TINY_TEXT
+from tests.conftest import TINY_TEXT, TaskWithin
 
 CARD_IS_FULL = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.47 GiB of which 1.10 GiB is free."
@@ -42,26 +42,20 @@ class HungryTaskConfig(TextTaskConfig):
         return Hungry(super().build(*given, **named))
 
 
-class Hungry:
+class Hungry(TaskWithin):
     error: RuntimeError | None = None
     held: weakref.ref[Tensor] | None = None
 
-    def __init__(self, task: Task) -> None:
-        self.model, self._task, self._step = task.model, task, 0
-
     def batch(self, step: int) -> Batch:
         self._step = step
-        return self._task.batch(step)
+        return self.task.batch(step)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         activations = torch.ones(5)
         if self._step >= 12 and Hungry.error:
             Hungry.held = weakref.ref(activations)
             raise Hungry.error
-        return self._task.loss(model, batch)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._task.evaluate(model)
+        return self.task.loss(model, batch)
 
 
 CONFIG = RunConfig(

@@ -18,7 +18,7 @@ from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryMeter
-from tests.conftest import TINY_TEXT
+from tests.conftest import TINY_TEXT, TaskWithin
 
 TF32_ON_TWO = ("high", True, 2)
 """What the runs here ask for; nothing of it is this process's own."""
@@ -98,24 +98,18 @@ class CuriousTaskConfig(TextTaskConfig):
         return Curious(super().build(*given, **named))
 
 
-class Curious:
+class Curious(TaskWithin):
     """Notes what is in force whenever the run computes."""
 
     seen: list[tuple[str, bool, int]]
 
-    def __init__(self, task: Task) -> None:
-        self.model, self._task = task.model, task
-
-    def batch(self, step: int) -> Batch:
-        return self._task.batch(step)
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         self.seen.append(in_force())
-        return self._task.loss(model, batch)
+        return self.task.loss(model, batch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         self.seen.append(in_force())
-        return self._task.evaluate(model)
+        return self.task.evaluate(model)
 
 
 CONFIG = RunConfig(

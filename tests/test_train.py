@@ -38,6 +38,7 @@ from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
 from hybridlab.study.step_log import TrainingTimer
 from hybridlab.study.tasks import Batch, Task
+from tests.conftest import TaskWithin
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -56,23 +57,17 @@ class RestlessTaskConfig(TextTaskConfig):
         return RestlessTask(super().build(seed, device, memory))
 
 
-class RestlessTask:
+class RestlessTask(TaskWithin):
     """Evaluates to a hash of the weights beside the usual figures."""
 
-    def __init__(self, task: Task) -> None:
-        self.model, self._task = task.model, task
-
-    def batch(self, step: int) -> Batch:
-        return self._task.batch(step)
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._task.loss(model, batch) * (1 + 0.1 * random.random() + 0.1 * np.random.random())  # noqa: NPY002
+        return self.task.loss(model, batch) * (1 + 0.1 * random.random() + 0.1 * np.random.random())  # noqa: NPY002
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
             digest.update(parameter.detach().numpy().tobytes())
-        return self._task.evaluate(model) | {"weights_hash": float(int(digest.hexdigest()[:12], 16))}
+        return self.task.evaluate(model) | {"weights_hash": float(int(digest.hexdigest()[:12], 16))}
 
 
 TASK = RestlessTaskConfig(

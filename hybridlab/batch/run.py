@@ -13,6 +13,7 @@ from rich.console import Console
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import NOTEBOOKS, PARAMS, RESULTS_LOCK, find_source, make_folders, project_root
+from hybridlab.base.one_line import in_one_line
 from hybridlab.batch.executed import (
     clean_,
     read_document,
@@ -197,7 +198,7 @@ def _keep_partial(job: Job, work: Path, reason: str) -> str:
         copy = f"partial copy: {job.partial}"
     except UserError as error:
         copy = str(error)
-    said = f"{stopping_place(executed)}: {' '.join(reason.split())} ({copy})"
+    said = f"{stopping_place(executed)}: {in_one_line(reason)} ({copy})"
     return f"{said}; {GO_ON}" if job.resumable and not reason.startswith(REFUSALS) else said
 
 

@@ -1,4 +1,4 @@
-"""Measurements that are no training runs: time of a step, of a jump, and the memory of an arm."""
+"""Measurements beside the runs of a study: time of a step and of a jump, memory of an arm, the largest model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import make_folders
+from hybridlab.base.one_line import in_one_line
 
 
 @contextmanager
@@ -20,4 +21,4 @@ def one_line(program: str, out: Path | None) -> Iterator[None]:
         make_folders(*[out] if out else [])
         yield
     except (UserError, ValueError) as error:
-        raise SystemExit(f"{program}: {error}") from None
+        raise SystemExit(f"{program}: {in_one_line(error)}") from None

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -239,25 +239,9 @@ def main(
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
     gather = gather or ("bf16" if (wrap, precision) == ("fsdp", "bf16") else "fp32")
+    options = locals()
     with one_line("ranks", out):
-        question = Question(
-            model,
-            windows,
-            tokens,
-            precision,
-            compiled,
-            wrap,
-            gather,
-            path_device,
-            device,
-            rounds,
-            turns,
-            steps,
-            checkpointing,
-            path,
-            blocks_per_group,
-            keep_gathered,
-        )
+        question = Question(**{field.name: options[field.name] for field in fields(Question)})
         if "RANK" in os.environ:
             with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
                 row = measured(question)

@@ -97,7 +97,7 @@ class HybridModule(HybridLoop, LightningModule):
         module = next(base for base in type(self).__mro__ if base.__name__ == "LightningModule")
         package: Any = import_module(module.__module__.partition(".core.")[0])  # pytorch_lightning or lightning.pytorch
 
-        class ClosesRecord(package.Callback):
+        class ClosesRecord(package.Callback):  # type: ignore[misc]
             def on_exception(self, trainer: Any, module: HybridModule, error: BaseException) -> None:
                 module._close(error)
 

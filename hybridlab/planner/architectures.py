@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.one_line import in_one_line
 from hybridlab.models.huggingface import causal_config, fresh_model, read_config
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -50,7 +51,7 @@ def _refusing_config() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+        said = f"{type(error).__name__}: {in_one_line(error).rstrip('.')}"
         raise UserError(f"transformers makes no model of the config: {said}; correct the config") from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.one_line import in_one_line
 from hybridlab.study.config import RunConfig
 from hybridlab.study.record import Run
 from hybridlab.study.run import train
@@ -62,7 +63,7 @@ def _executor(folder: Path, cluster: Mapping[str, Any]) -> Any:
         executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", None))
         executor.update_parameters(**settings)
     except (NameError, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"cluster: submitit does not take {cluster}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cluster: submitit does not take {cluster}: {in_one_line(error)}") from error
     return executor
 
 
@@ -72,7 +73,7 @@ def _record(job: Any, folder: Path) -> Run:
     try:
         error = job.result()
     except UncompletedJobError as ended:
-        said = " ".join(str(ended).split())
+        said = in_one_line(ended)
         raise UserError(f"the job of {folder} ended before its run: go on with resume. submitit says: {said}") from None
     if error:
         raise error

@@ -75,7 +75,7 @@ def export_tensorboard(run: Run, folder: Path) -> None:
 
 
 def _add_scalars(writer: Any, table: str, rows: pd.DataFrame) -> None:
-    for column in rows.select_dtypes("number").columns.difference(COUNTERS, sort=False):
+    for column in [name for name in rows.select_dtypes("number") if name not in COUNTERS]:
         for row in rows[["nominal_step", "seconds", column]].dropna().itertuples(index=False):
             writer.add_scalar(f"{table}/{column}", row[2], int(row[0]), walltime=row[1])
 
