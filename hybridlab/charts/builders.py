@@ -106,6 +106,8 @@ def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, 
 
     steps: columns `over` (such as the count of steps, or the seconds, after the row's step) and `phase`. A row
     covers what lies between the row before it and its own, so that bands touch without gaps.
+
+    Raises ValueError where there are no rows.
     """
     if steps.empty:
         raise ValueError("no steps to draw phases from: record at least one")

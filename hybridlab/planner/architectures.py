@@ -102,7 +102,10 @@ def shape_of(example: Any) -> tuple[int, int]:
 
 
 def example_loss(example: Any) -> Callable[[nn.Module, tuple[int, int]], Tensor]:
-    """The loss of a module called with such a batch: what it returns, or the `loss` or first item of that."""
+    """The loss of a module called with such a batch: what it returns, or the `loss` or first item of that.
+
+    Raises UserError for a batch without a tensor; the function does so where the module returns no loss.
+    """
     windows, tokens = shape_of(example)
 
     def loss(module: nn.Module, batch: tuple[int, int]) -> Tensor:

@@ -86,7 +86,10 @@ class Rehearsal:
 
 
 def rehearse(spec: TrainingSpec) -> Rehearsal:
-    """Take a training through all its phases; of many equal blocks a few stand for all, where they are found equal."""
+    """Take a training through all its phases; of many equal blocks a few stand for all, where they are found equal.
+
+    Raises UserError where shapes or values in the model depend on its numbers.
+    """
     with fake_gpu():
         try:
             return DryRun(spec, shortened=True).rehearse()

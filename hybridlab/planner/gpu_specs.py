@@ -40,16 +40,16 @@ GPUS = {
 """Source: NVIDIA's white papers: GA102, Ada, RTX Blackwell, A100, H100 and H200; the bus, PCI-SIG (16 lanes)."""
 
 OF_RATES = 0.7
-"""Share of a data sheet's rates that kernels reach, and LAUNCH_SECONDS of the host per kernel, Python and autograd
-included: both rounded from the 17 arms of `OF_MEASURED`."""
+"""Share of a data sheet's rates that kernels reach, rounded from the 17 arms of `OF_MEASURED`."""
 
 LAUNCH_SECONDS = 50e-6
+"""Of the host per kernel, Python and autograd included, rounded from the same arms."""
 
 HOST_UPDATE_BYTES = 16e9
-"""Per second of an AdamW on the host. It depends on the host: that of an H100 reached `HOST_FACTOR` times as much, that
-of an H200 less by the same factor."""
+"""Per second of an AdamW on the host."""
 
 HOST_FACTOR = 2
+"""How that depends on the host: that of an H100 reached so many times as much, that of an H200 less by the factor."""
 
 OF_MEASURED = (0.65, 1.35)
 """Estimated over measured time: the range of 17 arms of three GPT-2 sizes on an H100 and an H200, without the host's

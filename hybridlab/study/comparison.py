@@ -19,6 +19,9 @@ SIGNIFICANCE = 0.05
 class Comparison:
     """One hybrid arm beside its controls. Differences are hybrid minus control, paired by seed, in nats.
 
+    gradient_steps, predicted_steps, forward_only_passes: means over its seeds
+    accepted, rejected: proposals; rollbacks, divergences: all of them totals over its seeds
+    validation_loss: final, in nats
     to_control: final validation loss against the plain run with as many gradient steps; it decides whether an arm pays
     to_baseline: final validation loss against the full-length plain run
     accuracy_to_baseline: the same of the accuracy, a part of 1; None of a language model
@@ -28,7 +31,8 @@ class Comparison:
     step_value: what a predicted step is worth in real ones, to read beside the verdict; None where nothing was
         predicted, or the control runs have one length only
     time_ratio: training time over the baseline's of the same seed, all that happens between two steps included
-    cost: of its gradient steps, in steps with all blocks, by floating-point operations
+    cost: of its gradient steps, in steps with all blocks, by floating-point operations: a mean over its seeds
+    grown: whether it was to predict depth
     compute_to_loss, time_to_loss: of an arm that predicted depth: how many times its own computation, or its own time,
         a plain run takes to its final loss; above 1, it pays. None of others. Their ends are open where the arm or a
         plain run beside it is unbracketed

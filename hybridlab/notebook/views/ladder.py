@@ -207,7 +207,7 @@ def ladder_figures(rungs: Sequence[Rung]) -> Figures:
 def side_by_side(file: str) -> dict[str, Any]:
     """What `python -m hybridlab.benchmarks.against_others --out FILE` wrote, a path below the project's root.
 
-    Empty where no file is named, and, told in one line, where it is not there.
+    Empty where no file is named, and, told in one line, where it is not there. Raises UserError for another file.
     """
     if not file:
         return {}
