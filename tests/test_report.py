@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import scipy
 
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
@@ -27,7 +28,7 @@ from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.criteria import CRITERIA, DEPTH, IN_DEPTH, LADDER, OURS, OVERALL, Criterion
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
-from hybridlab.report.evidence import MAIN, REPORT, Evidence
+from hybridlab.report.evidence import MAIN, REPORT, Evidence, least_difference
 from hybridlab.report.gpu_guide import by_model, depth_advice, gpu_guide, recommended
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.rules import Claims, Peak, Ran, Savings, least_time
@@ -819,11 +820,16 @@ def test_the_readme_says_first_what_to_run_beside_its_control_and_as_code(
     times = {"bf16": "2.38", "compiled": "3.02", "CUDA graph": "7.08", "Muon": muon}
     rungs = [{"rung": rung, "vanilla's time over it": ratio} for rung, ratio in times.items()]
     lost = entry(pays("aggressive", "fails", 100.0, 900.0), pays("conservative", "holds", 0.0, 1000.0))
-    ladder = entry(claim("stack-is-fast", verdict), tables={"ladder": rungs}, parameters=FASTEST)
+    ran = {"tables": {"ladder": rungs}, "parameters": FASTEST, "device": "NVIDIA H100 80GB HBM3"}
+    ladder = entry(claim("stack-is-fast", verdict), **ran)
     section = readme_section(Evidence({MAIN: {HYBRID: lost, LADDER: ladder}}))
     assert section.startswith("## What should I run?")
     assert "of 1 setting on a GPU, each against its own truncated control, none was shown" in section
     assert ("final loss of the plan's FP32 run of 500 steps 47.2 [31.6, open] times as fast" in section) is found
+    assert ("small and one NVIDIA H100 80GB HBM3 this reached" in section) is found
+    h100, rtx5080 = (GPUS[name].bfloat16_flops / GPUS[name].float32_flops for name in ("h100", "rtx5080"))
+    ratios = f"it is {h100:.1f} times (H100 SXM 80GB) and {rtx5080:.1f} times (GeForce RTX 5080)."
+    assert (ratios in section) is found
     for code in re.findall("```python\n(.*?)for result in", section, re.DOTALL):
         names: dict[str, Any] = {}
         exec(code, names)
@@ -843,6 +849,23 @@ def test_the_readme_names_the_stack_s_tuned_control_and_the_shallow_model_that_i
         assert "times as fast, in 54 [open, 81] steps (" in section
         assert "AdamW at a tuned rate, in the same formats, was 25.2 [18.8, 31.8] times as fast" in section
         assert ("the shallow model that never grows ends lower still" in section) is (verdict == "fails")
+
+
+def test_the_readme_says_which_difference_could_have_been_shown() -> None:
+    """With three seeds: at the bound, the p-value that Holm makes of it for 15 arms is 5 %."""
+    loss = Quantity("loss_to_control", 0.01, -0.02, 0.04, "nats")
+    counts = Quantity("seeds", 3), Quantity("predicted_steps", 10.0, unit="steps")
+    corrected = Quantity("p_value", 0.5, unit="probability"), Quantity("arms_corrected_for", 15)
+    setting = claim("pays", "open", loss, *counts, *corrected, arm="linear")
+    least = least_difference(setting)
+    assert least is not None
+    standard_error = 0.03 / scipy.stats.t.ppf(0.975, 2)
+    assert 15 * 2 * scipy.stats.t.sf(least / standard_error, 2) == pytest.approx(0.05)
+    ran = {"model": "small", "steps": 230, "seeds": 3, "batch_size": 4, "block_size": 512}
+    section = " ".join(readme_section(evidence(n07=entry(setting, parameters=ran))).split())
+    assert "With 3 seeds each, and corrected for all settings of a study (Holm), only a difference above " in section
+    assert f"above {least:.2f} nats would have been shown" in section
+    assert "- GPT-2 small, 230 steps of 4 x 512 tokens, a GPU (" in section
 
 
 def test_criteria_that_repeat_each_other_count_once_and_ours_not_among_the_plan_s() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
+from hybridlab.planner.gpu_specs import GPUS, spec_of
 from hybridlab.report.criteria import BASELINE, DEPTH, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
-from hybridlab.report.evidence import MAIN, Evidence
-from hybridlab.report.gpu_guide import depth_advice, gpu_guide
+from hybridlab.report.evidence import MAIN, Evidence, Published, device_of, least_difference
+from hybridlab.report.gpu_guide import bf16_over_float32, depth_advice, gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
 from hybridlab.report.validation import claims_document, criterion_verdict, devices, validation_document
@@ -136,6 +139,7 @@ def readme_section(evidence: Evidence) -> str:
         "README_section.md",
         stack=_stack(evidence),
         tried=len(tried),
+        least_shown=_least_shown(tried),
         paying=[f"{claim.about} ({claim.notebook[:2]})" for claim in tried if claim.verdict == "holds"],
         least=LEAST,
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
@@ -144,6 +148,15 @@ def readme_section(evidence: Evidence) -> str:
         devices=devices(evidence),
         shallow_is_better=any(claim.verdict == "fails" for claim in evidence.claims(DEPTH, kind="depth-pays")),
     )
+
+
+def _least_shown(tried: Sequence[Published]) -> dict[str, str] | None:
+    """What difference of losses could have been shown: in nats, the median over the settings, and with which seeds."""
+    known = [(least, claim.value("seeds") or 0) for claim in tried if (least := least_difference(claim)) is not None]
+    if not known:
+        return None
+    seeds = sorted({f"{count:.0f}" for _, count in known})
+    return {"nats": f"{median(least for least, _ in known):.2f}", "seeds": " or ".join(seeds)}
 
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
@@ -157,7 +170,10 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
     told = {"times": times, "steps_taken": rungs["Muon"].get("steps to the loss", "open")}
     told |= {"tuned": rungs.get("tuned rates", {}).get("vanilla's time over it", "open")}
     short = {name: re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.3g}", text) for name, text in told.items()}
-    return {name: parameters[name] for name in IN_CODE} | short | {"link": notebook_link(LADDER, docs="")}
+    told = {name: parameters[name] for name in IN_CODE} | short | {"link": notebook_link(LADDER, docs="")}
+    device = device_of(evidence.entry(LADDER) or {})
+    gpus = filter(None, (spec_of(device), GPUS["rtx5080"]))
+    return told | {"device": device, "bf16": [bf16_over_float32(gpu) for gpu in gpus]}
 
 
 def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:
@@ -184,8 +200,10 @@ def _scale(evidence: Evidence, profile: str) -> dict[str, Any]:
     paying = [claim for claim in tried if claim.verdict == "holds"]
     valued = [claim for claim in paying if claim.value("step_value") is not None]
     best = max(valued, key=lambda claim: claim.value("step_value") or 0.0, default=next(iter(paying), None))
+    entry = evidence.entries[profile][PREDICTORS]
+    ran = "GPT-2 {model}, {steps} steps of {batch_size} x {block_size} tokens".format_map(entry["parameters"])
     return {
-        "where": f"GPT-2 {evidence.entries[profile][PREDICTORS]['parameters'].get('model')}, {evidence.label(profile)}",
+        "where": f"{ran}, {device_of(entry)}",
         "link": notebook_link(PREDICTORS, profile, docs=""),
         "counts": Counter(claim.verdict for claim in tried),
         "tried": len(tried),

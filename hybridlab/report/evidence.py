@@ -227,6 +227,18 @@ def _p_value(claim: Claim, seeds: int) -> float:
     return float(2 * scipy.stats.t.sf(t, seeds - 1))
 
 
+def least_difference(claim: Claim) -> float | None:
+    """The smallest difference to the control, in nats, that a claim's test would have called significant.
+
+    t(1 - 0.05 / 2m) standard errors, with m the arms that it is corrected for: what Holm asks of the first of them.
+    """
+    loss, seeds, arms = (claim.quantity("loss_to_control"), claim.value("seeds"), claim.value("arms_corrected_for"))
+    if loss is None or loss.low is None or loss.high is None or not arms or not seeds or seeds < 2:
+        return None
+    t = scipy.stats.t(seeds - 1)
+    return float((loss.high - loss.low) / 2 / t.ppf(0.975) * t.ppf(1 - SIGNIFICANCE / (2 * arms)))
+
+
 def _corrected(claim: C, p_value: float, tested: int, seeds: int) -> C:
     """An older claim's "seeds" are those of its step value, which it loses; its loss is over all."""
     better = (claim.value("loss_to_control") or 0.0) < 0

@@ -11,7 +11,7 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig
 from hybridlab.models.gpt2 import SIZES, GPT2Config
 from hybridlab.notebook.views.memory_charts import MemoryRow
-from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED
+from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED, GpuSpec
 from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for
 from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
@@ -40,10 +40,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         paying=[claim.about for claim in hybrids if claim.verdict == "holds" and not claim.is_idle],
         emulated=any("emulated" in device for device in evidence.devices(MAIN)),
         mebibytes=f"{GPU_BYTES / 2**20:.0f}",
-        ratios=[
-            f"{gpu.bfloat16_flops / gpu.float32_flops:.1f} times ({gpu.name})"  # bf16 over float32
-            for gpu in (GPUS["h100"], GPUS["rtx5080"])
-        ],
+        ratios=[bf16_over_float32(gpu) for gpu in (GPUS["h100"], GPUS["rtx5080"])],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
         answers=known_columns([_answer(row, measured.get(row["model"])) for row in recipes]),
@@ -63,6 +60,11 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         path_rows=needs.rows if needs else 0,
         predictor=preset.predictor,
     )
+
+
+def bf16_over_float32(gpu: GpuSpec) -> str:
+    """How many times as fast a GPU computes in bf16 as in float32, by its data sheet."""
+    return f"{gpu.bfloat16_flops / gpu.float32_flops:.1f} times ({gpu.name})"
 
 
 def _settings(presets: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, str]]:
