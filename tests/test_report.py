@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -866,6 +867,25 @@ def test_the_readme_says_which_difference_could_have_been_shown() -> None:
     assert "With 3 seeds each, and corrected for all settings of a study (Holm), only a difference above " in section
     assert f"above {least:.2f} nats would have been shown" in section
     assert "- GPT-2 small, 230 steps of 4 x 512 tokens, a GPU (" in section
+
+
+def test_one_percent_of_a_loss_is_told_in_perplexity_with_what_stands_for_fp32() -> None:
+    loss = Quantity("loss_change", 0.01, 0.005, 0.015, "nats", bound=0.057)
+    memory = claim("quality", "holds", loss, arm="fit_16gb")
+    stands = claim("tf32-stands-for-fp32", "open", Quantity("difference_in_loss", 0.0, unit="nats"))
+    found = Evidence({MAIN: {"06_gpt2_xl": entry(memory, stands)}})
+    percent = 100 * math.expm1(0.057)
+    section, page = readme_section(found), validation_document(found, {})
+    assert (
+        f"1 % of XL's loss is {percent:.1f} % of its perplexity. Whether TF32 stands for strict FP32 there: open."
+        in section
+    )
+    assert f"of its perplexity: {percent:.1f} % ([06](../" in page
+    (finding,) = Claims("06_gpt2_xl", "quality", below=0.02).findings(found)
+    assert finding.outcome == "holds"
+    assert finding.words.endswith("the control is FP32 in TF32, whether that stands for strict FP32: open")
+    without = Evidence({MAIN: {"06_gpt2_xl": entry(memory)}})
+    assert "TF32" not in Claims("06_gpt2_xl", "quality").findings(without)[0].words
 
 
 def test_criteria_that_repeat_each_other_count_once_and_ours_not_among_the_plan_s() -> None:

@@ -19,7 +19,13 @@ from hybridlab.report.evidence import MAIN, Evidence, Published, device_of, leas
 from hybridlab.report.gpu_guide import bf16_over_float32, depth_advice, gpu_guide
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
-from hybridlab.report.validation import claims_document, criterion_verdict, devices, validation_document
+from hybridlab.report.validation import (
+    bounds_in_perplexity,
+    claims_document,
+    criterion_verdict,
+    devices,
+    validation_document,
+)
 from hybridlab.report.words import BY_OTHER_MEANS, Markdown, notebook_link, render
 from hybridlab.results.words import quantity_interval
 from hybridlab.study.statistics import LEAST
@@ -45,7 +51,10 @@ HEADLINES = (
     ),
     Criterion("Prediction in time by the plan's presets beats stopping earlier", (of_presets("pays"),)),
     Criterion("Prediction in time, unguarded, beats stopping earlier", (of_presets("pays", ", unguarded"),)),
-    Criterion("hybridlab plan predicts peak memory within 10 %", (Claims(MEMORY, "predicted-within-10-percent"),)),
+    Criterion(
+        "hybridlab plan predicts the peak of allocated memory within 10 %",
+        (Claims(MEMORY, "predicted-within-10-percent"),),
+    ),
     Criterion("GPT-2 XL trains on a 16 GB GPU", (Claims(XL, "fits-16gb"),)),
     Criterion("Its peak stays below 14 GB", (Claims(XL, "peak-below-14gb"),)),
     Criterion("Its validation loss ends at most 1 % above that of FP32 in TF32", (Claims(XL, "quality"),)),
@@ -142,6 +151,8 @@ def readme_section(evidence: Evidence) -> str:
         least_shown=_least_shown(tried),
         paying=[f"{claim.about} ({claim.notebook[:2]})" for claim in tried if claim.verdict == "holds"],
         least=LEAST,
+        xl_percent=bounds_in_perplexity(evidence).get(XL),
+        xl_tf32=evidence.tf32_stands_for_fp32(XL),
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
         scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
         depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in depths],

@@ -130,6 +130,11 @@ class Evidence:
         """The claim of another kind that the same notebook makes on the same arm."""
         return next(iter(self.claims(claim.notebook, kind=kind, arm=claim.arm, profile=claim.profile)), None)
 
+    def tf32_stands_for_fp32(self, notebook: str) -> Verdict | None:
+        """Of a notebook whose losses are held against FP32 in TF32, whether that gives the loss of strict FP32."""
+        claims = self.claims(notebook, kind="tf32-stands-for-fp32")
+        return claims[0].verdict if claims else None
+
     def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
         """Rows by notebook, for every notebook of a profile that published a table of this name."""
         found = {n: entry.get("tables", {}).get(name) for n, entry in self.entries.get(profile, {}).items()}

@@ -157,7 +157,9 @@ class Claims:
     def _finding(self, claim: Published, evidence: Evidence) -> Finding:
         of_memory = claim.kind == "completes" or any(q.unit == "bytes" for q in claim.quantities)
         emulated = of_memory and evidence.is_emulated(claim.notebook)
-        words = quantities_in_words(claim.quantities)
+        words, tf32 = quantities_in_words(claim.quantities), evidence.tf32_stands_for_fp32(claim.notebook)
+        if claim.kind == "quality" and tf32:
+            words += f"; the control is FP32 in TF32, whether that stands for strict FP32: {tf32}"
         return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
 
     def _outcome(self, claim: Published) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -58,6 +59,9 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
             {"arm": claim.about, **_decided(claim), "notebook": notebook_link(claim.notebook, short=True)}
             for claim in evidence.claims(kind="quality")
         ],
+        percents=Markdown(
+            ", ".join(f"{p} ({notebook_link(n, short=True)})" for n, p in bounds_in_perplexity(evidence).items())
+        ),
         memory=known_columns([_memory(notebook, row) for notebook, row in memory]),
         estimates=[estimate.cells(evidence) for estimate in ESTIMATES] if memory else [],
         copies=copies(evidence),
@@ -261,6 +265,12 @@ def step_time(row: MemoryRow) -> Cells:
 def loss_change(row: MemoryRow) -> str | None:
     """What a row of the table "memory" lost against the control."""
     return interval(row.get("loss_change"), row.get("loss_change_low"), row.get("loss_change_high"))
+
+
+def bounds_in_perplexity(evidence: Evidence) -> dict[str, str]:
+    """Notebook -> what its bound on the loss of memory settings, 1 % of the control's, is in perplexity."""
+    losses = [(claim.notebook, claim.quantity("loss_change")) for claim in evidence.claims(kind="quality")]
+    return {notebook: f"{100 * math.expm1(loss.bound):.1f} %" for notebook, loss in losses if loss and loss.bound}
 
 
 def _decided(claim: Published) -> Cells:
