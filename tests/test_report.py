@@ -40,6 +40,7 @@ from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
 from hybridlab.results.words import interval, quantities_in_words
 from hybridlab.study.code_version import code_hashes
+from hybridlab.study.statistics import formatted
 from tests.notebook_maker import project
 from tests.test_memory_charts import MEMORY_ROWS, vram
 
@@ -906,6 +907,8 @@ def test_an_arm_that_predicted_nothing_stands_with_what_asking_cost_it() -> None
     cost = Quantity("time_over_baseline", 4.4, 4.3, 4.5, "time ratio")
     page = validation_document(evidence(n07=entry(pays("rssm, conservative", "fails", 0.0, 300.0, cost))), {})
     assert "rssm, conservative (07; 4.40 times the baseline's time)" in page
+    earlier = pays("conservative", "fails", 0.0, 1000.0), claim("speed", "open", cost, arm="conservative")
+    assert "(03; 4.40 times the baseline's time)" in validation_document(evidence(n03=entry(*earlier)), {})
 
 
 def test_the_documents_tell_how_well_acceptance_was_told() -> None:
@@ -986,6 +989,30 @@ def test_numbers_are_written_with_their_units() -> None:
         "loss against a plain run with as many gradient steps +0.115 [-0.120, +0.349] nats; seeds 3; peak memory "
         "4.68 GB; perplexity +29.3 %; time over the baseline's 0.960; gradient steps 176.5; rollbacks 0"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (-0.0002, "+.3f", "0.000"),
+        (0.0002, "+.3f", "0.000"),
+        (-0.0006, "+.3f", "-0.001"),
+        (-0.0, ".1f", "0.0"),
+        (-0.0001, "+.1%", "0.0%"),
+        (-2e-9, ".2g", "-2e-09"),
+        (-math.inf, "+.3f", "-inf"),
+        (0.5, "+.2f", "+0.50"),
+    ],
+)
+def test_what_is_rounded_to_zero_has_no_sign(value: float, spec: str, text: str) -> None:
+    assert formatted(value, spec) == text
+
+
+def test_no_document_signs_a_zero() -> None:
+    texts = [content for content in report_files(ROOT).values() if isinstance(content, str)]
+    assert not re.findall(r"(?<![\d.e])[-+]0\.0+(?![\d.])", "".join(texts))
+    small = Quantity("loss_change", -0.0002, -0.0004, 0.0004, "nats")
+    assert quantities_in_words([small]) == "loss against the control 0.000 [0.000, 0.000] nats"
 
 
 def test_a_ratio_has_no_sign_before_it_or_its_bounds() -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from hybridlab.base.errors import printable
 from hybridlab.base.front_end import in_jupyterlab
+from hybridlab.study.statistics import formatted
 
 MISSING = "–"
 
@@ -103,7 +104,7 @@ class Table:
         if not _is_number(value):
             return printable(str(value))
         if spec is not None:
-            return format(value, spec)
+            return formatted(value, spec)
         return str(int(value)) if isinstance(value, Integral) else f"{round(float(value), 4) + 0.0:.4f}"
 
 

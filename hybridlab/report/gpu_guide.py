@@ -18,7 +18,7 @@ from hybridlab.report.validation import Cells, devices, loss_change, p_value, pr
 from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, in_words, quantity_interval
-from hybridlab.study.statistics import LEAST, Base, Interval
+from hybridlab.study.statistics import LEAST, Base, Interval, formatted
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -314,7 +314,8 @@ def plan_errors(evidence: Evidence) -> dict[str, Any] | None:
     """How far plans of allocated memory were from what was measured, in percent, and over how many arms."""
     rows = [row for rows in evidence.tables("memory").values() for row in rows if row.get("predicted_allocated_bytes")]
     errors = [100 * (row["predicted_allocated_bytes"] / row["measured_allocated_bytes"] - 1) for row in rows]
-    return {"low": f"{min(errors):+.1f}", "high": f"{max(errors):+.1f}", "count": len(errors)} if errors else None
+    low, high = (formatted(of(errors, default=0.0), "+.1f") for of in (min, max))
+    return {"low": low, "high": high, "count": len(errors)} if errors else None
 
 
 def _recipe(row: Row, measured: Row | None) -> dict[str, Any]:

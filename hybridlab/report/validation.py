@@ -51,7 +51,7 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         verdicts=_verdicts(evidence),
         criteria=[(title, list(_criteria(title, evidence))) for title in CRITERIA],
         speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
-        idle=[_idle(claim) for claim in pays if claim.is_idle],
+        idle=[_idle(claim, evidence) for claim in pays if claim.is_idle],
         jumps=[_jump(claim) for claim in evidence.claims(kind="transition") if claim.value("whole_jump")],
         reliability=[row for profile in evidence.entries for row in _reliability(evidence, profile)],
         well_told=WELL_TOLD,
@@ -191,8 +191,7 @@ def p_value(claim: Published) -> str | None:
 
 
 def _speedup(claim: Published, evidence: Evidence) -> Cells:
-    speed = evidence.beside(claim, "speed")
-    time = claim.value("time_over_baseline") or (speed.value("time_over_baseline") if speed else None)
+    time = _time(claim, evidence)
     predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
     return {
         "arm": claim.about,
@@ -236,9 +235,15 @@ def _reliability(evidence: Evidence, profile: str) -> Iterator[Cells]:
             }
 
 
-def _idle(claim: Published) -> str:
+def _time(claim: Published, evidence: Evidence) -> float | None:
+    """Over the baseline's; of older results it stands in the claim on speed."""
+    claims = filter(None, (claim, evidence.beside(claim, "speed")))
+    return next((time for it in claims if (time := it.value("time_over_baseline")) is not None), None)
+
+
+def _idle(claim: Published, evidence: Evidence) -> str:
     """An arm that predicted nothing, with what asking cost it."""
-    time = claim.value("time_over_baseline")
+    time = _time(claim, evidence)
     cost = "time not published" if time is None else f"{time:.2f} times the baseline's time"
     return f"{claim.about} ({claim.notebook[:2]}; {cost})"
 

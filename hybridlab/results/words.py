@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from hybridlab.results.claims import Quantity, Unit, rounded
+from hybridlab.study.statistics import formatted
 
 NAMES = {
     "loss_to_control": "loss against a plain run with as many gradient steps",
@@ -72,7 +73,7 @@ def bound_in_words(q: Quantity) -> str | None:
 def amount(value: float | None, unit: Unit) -> str | None:
     """A number with its unit, None as it is."""
     scale, spec, behind = FORMATS[unit]
-    return None if value is None else f"{scale * value:{spec}}{behind}"
+    return None if value is None else f"{formatted(scale * value, spec)}{behind}"
 
 
 def in_words(q: Quantity) -> str:
@@ -86,7 +87,7 @@ def in_words(q: Quantity) -> str:
     value, low, high = kept  # as results.json has them, so that both show the same last digit
     if value is not None and low is None and high is None:
         ends = " [open, open]" if q.name.startswith(MAY_BE_OPEN) else ""
-        return f"{value:{spec}}".removesuffix(".0" if q.unit == "steps" else "") + ends + unit  # means over seeds
+        return formatted(value, spec).removesuffix(".0" if q.unit == "steps" else "") + ends + unit  # means over seeds
     signed = spec if q.unit in ("ratio", "time ratio", "share") else "+.3f"
     return f"{interval(value, low, high, signed)}{unit}"
 
@@ -106,5 +107,5 @@ def interval(value: float | None, low: float | None, high: float | None, spec: s
     """
     if value is None and low is None and high is None:
         return None
-    first, *ends = ("open" if number is None else format(number, spec) for number in (value, low, high))
+    first, *ends = ("open" if number is None else formatted(number, spec) for number in (value, low, high))
     return first if low == high and low in (None, value) else f"{first} [{', '.join(ends)}]"

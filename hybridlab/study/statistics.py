@@ -11,6 +11,12 @@ import numpy as np
 import scipy
 
 
+def formatted(value: float, spec: str) -> str:
+    """A number as `format` writes it; one that is rounded to 0 has no sign."""
+    text = format(value, spec)
+    return text if any(sign.isalnum() and sign != "0" for sign in text) else text.lstrip("+-")
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over seeds with its 95 % confidence interval (Student's t); infinitely wide for one seed.
@@ -73,8 +79,9 @@ class Interval:
         if not math.isfinite(self.mean):
             return "diverged"
         if self.seeds < 2:
-            return f"{self.mean:+.3f} (one seed: no interval)"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+            return f"{formatted(self.mean, '+.3f')} (one seed: no interval)"
+        mean, low, high = (formatted(value, "+.3f") for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
 
 def median_ends(values: Sequence[float]) -> tuple[float, float]:

@@ -11,6 +11,8 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from hybridlab.study.statistics import formatted
+
 Array = NDArray[np.float64]
 Scale = Callable[[Array], Array]
 
@@ -91,7 +93,7 @@ class StepValue:
 
     def __str__(self) -> str:
         if self.seeds < 2 and self.value is not None:
-            return f"{self.value:+.3f} (one seed: no interval)"
+            return f"{formatted(self.value, '+.3f')} (one seed: no interval)"
         value, low, high = (_shown(number) for number in (self.value, self.low, self.high))
         return "open" if low == high == value else f"{value} [{low}, {high}]"
 
@@ -221,7 +223,7 @@ class PairedTest:
 
 
 def _shown(number: float | None) -> str:
-    return f"{number:+.3f}" if number is not None and math.isfinite(number) else "open"
+    return formatted(number, "+.3f") if number is not None and math.isfinite(number) else "open"
 
 
 def _weights(lengths: Array, at: Array, degree: int) -> Array:

@@ -24,7 +24,7 @@ from hybridlab.results.claims import (
 )
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Interval, median_ends
+from hybridlab.study.statistics import Interval, formatted, median_ends
 from hybridlab.study.study import StudyResult
 
 PREDICTED_WITHIN = 0.10
@@ -62,7 +62,7 @@ def memory_table(footprints: Sequence[Footprint]) -> Table:
             "arm": f.arm,
             "predicted (GB)": f.predicted.peak_allocated_bytes / 1e9,
             "measured (GB)": _gigabytes(f.measured_allocated_bytes),
-            "error": None if f.error is None else f"{f.error:+.1%}",
+            "error": None if f.error is None else formatted(f.error, "+.1%"),
             "on the GPU (GB)": None if f.measured_allocated_bytes is None else f.peak_memory_bytes / 1e9,
         }
         for f in footprints
@@ -91,7 +91,7 @@ def cost_table(footprints: Sequence[Footprint], control: str, *, fast: str | Non
             "arm": f.arm,
             "validation loss (nats)": f.validation_loss,
             f"against {control} (nats)": str(f.change) if f.change else None,
-            "perplexity gap": f"{math.expm1(f.change.mean):+.2%}" if f.change else None,
+            "perplexity gap": formatted(math.expm1(f.change.mean), "+.2%") if f.change else None,
             "step (ms)": f.step_ms,
             f"step over {fast}'s": f.step_ms / base if base and f.step_ms else None,
         }
