@@ -177,7 +177,8 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
         Quantity.over_seeds(name, change, "nats", 0.0 if name == deciding else None) for name, change in losses.items()
     ]
     quantities.append(Quantity("seeds", losses[deciding].seeds))
-    name = shallow.replace(",", " model of", 1) if "," in shallow else f"{shallow} model"
+    kind, _, size = shallow.partition(", ")
+    name = f"{kind} model ({size})" if size else f"{kind} model"
     text = f"{arm}: depth pays at this budget, as the grown model ends below the {name} of as much computation"
     if not is_equal and verdict == "holds":
         verdict, text = "open", f"{text} ({UNEQUAL})"
