@@ -656,6 +656,12 @@ def test_the_estimated_time_is_shown_where_rows_have_it() -> None:
     assert "| 200.0 ms | – |" in text
 
 
+@pytest.mark.parametrize(("device", "shown"), [("NVIDIA H100 80GB HBM3", "at least 200 ms"), ("RTX 4080", "150 ms")])
+def test_an_estimate_below_what_a_faster_gpu_took_is_no_estimate(device: str, shown: str) -> None:
+    rows = [XL | {"loss_change": 0.001, "estimated_5080_ms": 150.0}, CONTROL]
+    assert f"| 200.0 ms | {shown} |" in by_model(evidence(n04=entry(tables={"memory": rows}, device=device)))
+
+
 def test_where_no_control_ran_no_loss_is_drawn() -> None:
     assert f"quality_against_memory_{MEMORY}.png" not in charts_of(rows_of(XL | {"loss_change": None}))
 
