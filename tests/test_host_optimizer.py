@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hybridlab import HybridTrainer, HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.checkpoint import load_checkpoint, save_checkpoint
 from hybridlab.base.errors import UserError
-from hybridlab.memory.config import PredictAwareMemoryConfig
+from hybridlab.memory.config import GradientAccumulationConfig, MemoryConfig, PredictAwareMemoryConfig
 from hybridlab.memory.state_offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import decay_groups, set_lr_
@@ -72,6 +73,18 @@ def weights(model: nn.Module) -> Tensor:
 
 
 # --- the same steps --------------------------------------------------------------------------------------
+
+
+def test_a_trainer_gives_it_a_batch_in_parts() -> None:
+    config = HybridTrainerConfig.plain(memory=MemoryConfig(gradient_accumulation=GradientAccumulationConfig(2)))
+    ended = []
+    for make in (on_host, fused):
+        model = fresh()
+        trainer = HybridTrainer(model, make(model), config)
+        for step in range(4):
+            trainer.step([partial(loss_of, model, part) for part in (2 * step, 2 * step + 1)])
+        ended.append(weights(model))
+    assert torch.equal(*ended)
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -696,6 +696,28 @@ def test_whoever_waits_for_a_step_is_asked_before_the_first_bucket_steps() -> No
     assert not torch.equal(model.wte.weight, before)
 
 
+@pytest.mark.parametrize("settings", [{"step_in_backward": True}, {"state_on_host": True}], ids=str)
+def test_a_jump_is_not_corrected_by_slopes_that_are_not_known(settings: dict[str, bool]) -> None:
+    """The optimizer has taken the gradients: from Correct on the weights are those of ordinary steps."""
+    model, memory = nn.Linear(4, 1), MemoryConfig(**settings)
+    jumping = HybridTrainerConfig(
+        warmup_steps=2, full_steps=6, max_predict_steps=4, confidence_threshold=0.0, gate=False, memory=memory
+    )
+    trainer, inputs = HybridTrainer(model, adamw(model, memory), jumping), torch.randn(8, 4)
+    while trainer.current_phase != "correct":
+        trainer.step(lambda: model(inputs).square().mean())
+    twin = nn.Linear(4, 1)
+    twin.load_state_dict(model.state_dict())
+    plain = adamw(twin, memory)
+    plain.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
+    alone = HybridTrainer(twin, plain, HybridTrainerConfig.plain(memory=memory))
+    while trainer.current_phase == "correct":
+        trainer.step(lambda: model(inputs).square().mean())
+        alone.step(lambda: twin(inputs).square().mean())
+    assert torch.equal(model.weight, twin.weight)
+    assert trainer.state_dict()["jumps"]["residuals"]["outcomes"] == []
+
+
 def test_bf16_weights_in_predict_change_measurements_alone() -> None:
     plain, _ = run_hybrid(None)
     low, _ = run_hybrid(MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights")))

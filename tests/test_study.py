@@ -341,6 +341,21 @@ def test_a_batch_falls_into_equal_parts_that_share_its_memory() -> None:
     assert parts[0][0].data_ptr() == tokens.data_ptr()
 
 
+def test_what_all_windows_share_goes_into_each_part() -> None:
+    parts = in_parts({"tokens": torch.arange(4), "mask": torch.ones(1, 3), "temperature": torch.tensor(0.5)}, 2)
+    assert [(len(part["tokens"]), part["mask"].shape, part["temperature"].item()) for part in parts] == [
+        (2, (1, 3), 0.5)
+    ] * 2
+
+
+@pytest.mark.parametrize(("rows", "said"), [((4, 3), "have 3 and 4 rows"), ((3, 3), "have 3 rows")])
+def test_a_batch_that_does_not_fall_into_equal_parts_is_refused(rows: tuple[int, int], said: str) -> None:
+    batch = tuple(torch.zeros(count, 2) for count in rows)
+    with pytest.raises(UserError, match=f"2 equal parts of a batch are wanted, and its tensors {said}"):
+        in_parts(batch, 2)
+    assert in_parts(batch, 1)[0][0] is not None
+
+
 def test_the_trainer_s_cost_is_measured_in_pairs() -> None:
     cost = step_overhead(replace(SHORT, compiled=False), rounds=6, turns=1, steps=2, parts=2)
     for ratio in (cost.plain_over_bare, cost.null_over_bare, cost.recording_over_bare):

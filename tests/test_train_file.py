@@ -47,6 +47,36 @@ class Task:
 """
 
 
+UNEQUAL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.aside = nn.Embedding(16, 8), nn.Linear(8, 16), nn.Linear(2, 2)
+
+    def forward(self, tokens):
+        return self.last(self.first(tokens))
+
+class Task:
+    batch_size, block_size = 4, 8
+
+    def __init__(self, seed, device):
+        self.model = Net()
+
+    def batch(self, step):
+        tokens = torch.arange(36).reshape(4, 9) % 16
+        return tokens[:, :-1], tokens[:, 1:].index_fill(0, torch.tensor([0]), -100)
+
+    def loss(self, model, batch):
+        return nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def evaluate(self, model):
+        return {"validation_loss": self.loss(model, self.batch(0))}
+"""
+"""Its first window counts nothing, and one module takes no part."""
+
 EARLY = {"stages": [[0.0, 1], [0.001, 2]], "in_shares": True}
 
 
@@ -146,6 +176,23 @@ def test_two_ranks_train_the_same_and_when_one_dies_another_number_goes_on(alone
         assert main(["-f", file, "--resume"]) == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
     pd.testing.assert_frame_equal(losses(alone), losses(tmp_path), atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        ("fsdp", "count different numbers of targets, and their mean losses would weigh alike: give each rank as many"),
+        ("ddp", "every weight needs a gradient, and aside.weight has none (2 in all): set requires_grad to False"),
+    ],
+)
+def test_ranks_whose_losses_cannot_be_averaged_end_in_one_line(wrap: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(UNEQUAL)
+    run = RUN | {"task": f"{tmp_path / 'task.py'}:Task", "steps": 4, "hybrid": {"max_predict_steps": 0}}
+    done = on_ranks(2, written(tmp_path, run, ranks={"wrap": wrap}))
+    said = [line for line in done.stderr.splitlines() if line.startswith("hybridlab")]
+    assert done.returncode == 1
+    assert any(reason in line for line in said), done.stderr[-3000:]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

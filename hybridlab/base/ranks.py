@@ -75,6 +75,14 @@ class Ranks:
         distributed.all_reduce(mean)
         return mean.div_(self.count)
 
+    def spread(self, numbers: Tensor) -> Tensor:
+        """The greatest of some numbers, those of all ranks, minus the least."""
+        least, most = numbers.aminmax()
+        ends = torch.stack([most, -least])
+        if self.count > 1:
+            distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+        return ends.sum()
+
     def total(self, part: Tensor) -> Tensor:
         """Sum of what each rank makes out of its shards (`holds`); where each has all of the weights, as it is."""
         if self.sharded:

@@ -30,10 +30,12 @@ class MicroBatches:
     """A batch, whole or in parts.
 
     closures: one for each part; shares: of the batch, by part; None where the parts are equal
+    weight: what all parts count together, such as tokens; None where that was not given
     """
 
     closures: Sequence[Closure]
     shares: Sequence[float] | None = None
+    weight: float | None = None
 
     @classmethod
     def of(cls, closure: Closure | Sequence[Closure], weights: Sequence[float] | None) -> MicroBatches:
@@ -49,7 +51,7 @@ class MicroBatches:
                 f"weights is {counts}: give one number above 0 for each part, such as its count of tokens, and leave "
                 "out parts that count nothing"
             )
-        return cls(closures, [count / sum(counts) for count in counts])
+        return cls(closures, [count / sum(counts) for count in counts], sum(counts))
 
     def share_of(self, loss: Tensor, part: int) -> Tensor:
         """What a part's loss adds to the batch's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -259,13 +260,19 @@ class JumpController:
         self._unconfirmed_equivalent_steps += jump.equivalent_steps_per_step
 
     def correct_(self, result: StepResult) -> None:
-        """Record the slopes after the jump; at the end of Correct move each group to where its slope vanishes."""
+        """Record the slopes after the jump; at the end of Correct move each group to where its slope vanishes.
+
+        Where the slopes are not known, as with an optimizer that has taken the gradients away, nothing moves, and
+        nothing is learned from the jump.
+        """
         jump = self._current_jump()
         jump.slopes_after.append(self._slopes(jump.proposal, result))
         if len(jump.slopes_after) < self.config.correct_steps:
             return
         confidence, taken = jump.proposal.confidence, jump.scale * jump.moved
         before, after = jump.slopes_per_move()
+        if not math.isfinite(before.sum() + after.sum()):
+            return
         blended = self._residuals.blend(wanted_length(before, after), confidence, taken)
         together = float(wanted_length(before.sum(), after.sum()))
         self._residuals.add(JumpOutcome(confidence, jump.loss_error, together * taken))

@@ -23,6 +23,7 @@ from hybridlab.engine.closures import (
 from hybridlab.engine.result import AsyncScalar
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.memory.precision import autocast
+from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.weights.snapshot import Weights
 
 
@@ -56,7 +57,7 @@ class Passes:
                 f"the batch came in {given} parts and {wanted} are wanted: give a list with one closure for each, "
                 "the loss of an equal part of the batch"
             )
-        if given > 1 and isinstance(self._optimizer, _ClipsItself):
+        if given > 1 and isinstance(self._optimizer, StepInBackward):
             raise UserError(
                 "the optimizer steps inside backward, and would step once for each part of the batch: give the batch "
                 "whole, or leave step_in_backward off"
@@ -77,21 +78,27 @@ class Passes:
             if self._first_backward:
                 refuse_float16(loss)
                 self._first_backward = False
-            if len(batch.closures) > 1 and batch.shares is None:
+            if self._weights.ranks.count > 1 or len(batch.closures) > 1:
                 counts.append(counted_targets(loss))
             with self._weights.without_reduction(last=part == len(batch.closures) - 1):
                 batch.share_of(loss, part).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         self._weights.average_gradients_()
-        self._compare(counts)
+        self._compare(batch, counts)
         return self._weights.ranks.mean(batch.mean(losses))
 
-    def _compare(self, counts: list[Tensor | None]) -> None:
-        """Whether the parts count equally many targets: known at once, or by the next step."""
-        known = [count for count in counts if count is not None]
-        if known and len(known) == len(counts):
-            least, most = torch.stack(known).aminmax()
-            self._unequal = AsyncScalar(most - least)
+    def _compare(self, batch: MicroBatches, counts: list[Tensor | None]) -> None:
+        """Whether all parts that weigh alike count equally many targets: known at once, or by the next step.
+
+        Ranks weigh alike too: the parts of all are compared, or what each was given as its weight. One that does not
+        know its own counts says -1.
+        """
+        ranks, known = self._weights.ranks, [count for count in counts if count is not None]
+        if batch.weight is not None or len(known) < len(counts):
+            weight = torch.full((), batch.weight or -1.0, device=self._weights.device)
+            known = [weight] if ranks.count > 1 else []
+        if known:
+            self._unequal = AsyncScalar(ranks.spread(torch.stack(known).double()))
             self._refuse_unequal(wait=False)
 
     def _refuse_unequal(self, *, wait: bool) -> None:
@@ -99,9 +106,14 @@ class Passes:
         if unequal is not None and (wait or unequal.is_ready):
             self._unequal = None
             if float(unequal):
+                way = (
+                    "give each rank as many, or train in one process"
+                    if self._weights.ranks.count > 1
+                    else "give step(parts, weights=[...]) the number of targets that each part counts"
+                )
                 raise UserError(
                     "the parts of the batch count different numbers of targets, and their mean losses would weigh "
-                    "alike: give step(parts, weights=[...]) the number of targets that each part counts"
+                    f"alike: {way}"
                 )
 
     def forward(self, batch: MicroBatches, *, predicting: bool = False, probing: bool = False) -> Tensor:

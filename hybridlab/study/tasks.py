@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hybridlab.base.errors import UserError
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.data import (
     ImageBatches,
@@ -261,7 +262,21 @@ class ImageTask(_ModelTask):
 
 
 def in_parts(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in so many equal parts, which share its memory; what is no tensor goes into each."""
+    """A batch in so many equal parts, which share its memory.
+
+    Tensors of one row, or of none, go into each, as does what is no tensor. Raises UserError where the others have
+    different numbers of rows, or one that does not split.
+    """
     leaves, form = tree_flatten(batch)
-    split = [leaf.chunk(parts) if isinstance(leaf, Tensor) else [leaf] * parts for leaf in leaves]
+    rows = sorted({len(leaf) for leaf in leaves if _has_rows(leaf)})
+    if parts > 1 and (len(rows) > 1 or any(count % parts for count in rows)):
+        raise UserError(
+            f"{parts} equal parts of a batch are wanted, and its tensors have {' and '.join(map(str, rows))} rows: "
+            f"give each as many, a multiple of {parts}, or one row where all windows share it"
+        )
+    split = [leaf.chunk(parts) if _has_rows(leaf) else [leaf] * parts for leaf in leaves]
     return [tree_unflatten(part, form) for part in zip(*split, strict=True)]
+
+
+def _has_rows(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) > 1

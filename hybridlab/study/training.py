@@ -57,7 +57,7 @@ class Training:
     """
 
     def __init__(self, config: RunConfig, device: torch.device, ranks: RanksConfig | None = None) -> None:
-        self._config, self._device = config, device
+        self._config, self._device, self._ranks = config, device, ranks
         self.task = config.task.build(config.seed, device, config.memory)
         prepare_model_(self.task.model, config.memory)
         self._model = sped_up(self.task.model, config, ranks)
@@ -115,9 +115,21 @@ class Training:
         for _ in range(WARM_UP_PASSES):
             self.task.model.zero_grad(set_to_none=True)
             loss().backward()  # type: ignore[no-untyped-call]
+            self._refuse_without_gradient()
         with torch.no_grad():
             loss()
         self.evaluate()
+
+    def _refuse_without_gradient(self) -> None:
+        """Raise UserError for weights that replicas would wait for."""
+        if self._ranks is None or self._ranks.wrap != "ddp":
+            return
+        lacking = [name for name, p in self.task.model.named_parameters() if p.requires_grad and p.grad is None]
+        if lacking:
+            raise UserError(
+                f"with wrap: ddp every weight needs a gradient, and {lacking[0]} has none ({len(lacking)} in all): set "
+                "requires_grad to False where it takes no part, or take wrap: fsdp"
+            )
 
     def step(self, number: int) -> StepResult:
         """Take the nominal step of a number, counted from 0."""
