@@ -132,8 +132,8 @@ class MemoryConfig:
     loss_chunk_tokens: tokens whose logits exist at a time; 0 keeps those of the whole batch
     pad_vocab_to: round the vocabulary up to a multiple of this, for kernels and quantizers; 0 leaves it to the model
     optimizer_state: format of AdamW's moments: "fp32", or torchao's "int8", "fp8" or "int4"
-    step_in_backward: step each block's weights as soon as its gradients are there, and free these. Without them, as with
-        `state_on_host`, no slopes are known, and a jump is not corrected after it
+    step_in_backward: step each block's weights as soon as its gradients are there, and free these. Slopes are not known
+        then, nor with `state_on_host`: a jump is not corrected after it
     clip_in_backward: with `step_in_backward`, gradient norm above which gradients are scaled down, estimated while
         they arrive (`hybridlab.optim.in_backward`); None leaves them alone
     state_on_host: gradients and optimizer state live in host memory, where AdamW steps
