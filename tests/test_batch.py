@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_output
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
-from hybridlab.batch.executed import clean_, unfinished, write_or_rescue
+from hybridlab.batch.executed import clean_, joined_streams, unfinished, write_or_rescue
 from hybridlab.batch.given import declared_parameters
 from hybridlab.batch.run import GO_ON, prepared, run_notebook, summary_of
 from hybridlab.batch.terminal import RunFailed
@@ -283,6 +283,27 @@ def test_a_run_that_stops_keeps_a_partial_copy_and_the_old_output(root, cell, re
     assert output.read_text(encoding="utf-8") == "old"
     partial = nbformat.read(output.with_suffix(".failed.ipynb"), as_version=4)
     assert partial.cells[-1].execution_count is None
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [("1\r2\r", "3\nend"), ("a\r\r\nb\r\n", "\rc"), ("\r", "\n", ""), ("", "x\n\n\ry\r"), ("10 %\r20 %\r",)],
+)
+def test_what_a_line_was_written_over_with_is_kept_as_a_terminal_shows_it(texts):
+    outputs = [new_output("stream", name="stderr", text="warned")]
+    outputs += [new_output("stream", name="stdout", text=text) for text in texts]
+    out, err = joined_streams(outputs)
+    assert out.text == re.sub(r".*\r(?=[^\n])", "", "".join(texts)), "as Jupyter's own tools do"
+    assert (out.name, err.name, err.text) == ("stdout", "stderr", "warned")
+
+
+def test_no_pattern_is_tried_at_every_place_of_a_long_line(root, monkeypatch):
+    """nbclient's takes minutes for a line of a million characters."""
+    monkeypatch.setattr("nbclient.client._RGX_CARRIAGERETURN", None)
+    cell = "import sys\nprint('x' * 10**6, 'y' * 10**6, flush=True)\nsys.stderr.write('z\\rw')\nprint(1)"
+    run_notebook(prepared(save(tiny_notebook(cell), root / "long.ipynb"), root / "out" / "long.ipynb"))
+    copy = nbformat.read(root / "out" / "long.ipynb", as_version=4)
+    assert [len(output.text) for output in copy.cells[-1].outputs] == [2 * 10**6 + 4, 1]
 
 
 def test_a_notebook_that_cannot_go_on_is_not_told_to(root):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,30 @@ def _rescued(notebook: NotebookNode, name: str, working_copy: Path) -> str:
     with suppress(OSError):
         kept.parent.rmdir()  # if it is empty
     return f"the copy is kept as {kept}" if kept.exists() else "no copy could be kept"
+
+
+def joined_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """What a cell left, with all of a stream in one output, where it began; standard output precedes what it warned of.
+
+    Of a line that was written over, after a carriage return, the last state is kept.
+    """
+    texts: dict[str, list[str]] = {}
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            joined.append(output)
+            continue
+        if output.name not in texts:
+            joined.append(output)
+        texts.setdefault(output.name, []).append(output.text)
+    for output in (output for output in joined if output.output_type == "stream"):
+        lines = "".join(texts[output.name]).split("\n")
+        output.text = "\n".join(line[line.rfind("\r", 0, -1) + 1 :] for line in lines)
+    for i, (first, second) in enumerate(pairwise(joined)):
+        if (first.get("name"), second.get("name")) == ("stderr", "stdout"):
+            joined[i : i + 2] = second, first
+            break
+    return joined
 
 
 def unfinished(notebook: NotebookNode) -> str | None:
