@@ -13,6 +13,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import SHARDING, check_copies, check_sharing
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.depth import DepthSchedule
+from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig
@@ -121,7 +122,14 @@ class TrainingSpec:
             among = f" on each of {self.ranks} ranks" if self.ranks else ""
             raise ValueError(f"{windows} windows do not split into {memory.micro_batches} equal micro_batches{among}")
         memory.refuse_optimizer(self.optimizer)
+        self._check_trainer()
         self._check_ranks()
+
+    def _check_trainer(self) -> None:
+        """Raise what the trainer does for settings that it cannot have together."""
+        checked = HybridTrainerConfig if self.path else HybridTrainerConfig.plain
+        path_device = "host" if self.path_storage.on_host else "same"
+        checked(memory=self.memory, depth=self.depth, path_device=path_device)
 
     def _check_ranks(self) -> None:
         check_bounds(self, "ranks", least=0)

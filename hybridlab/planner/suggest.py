@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,7 +21,7 @@ from hybridlab.planner.spec import TrainingSpec
 from hybridlab.weights.residency import Residency
 
 Change = Callable[[TrainingSpec], TrainingSpec | None]
-"""Switches a feature on; None where it is on already, or does not go with the training."""
+"""Switches a feature on; None where it is on already, or changes nothing. It may raise what such settings do."""
 
 CHUNK_TOKENS, PAD_VOCAB_TO, GRAIN = 1024, 128, 64
 
@@ -63,15 +64,16 @@ def options(spec: TrainingSpec, gpu: GpuSpec, gpu_bytes: int = 0, *, asked: Plan
     """
     plan = asked or plan_training(spec)
     found = [Option((), spec, plan, step_time_ms(plan, gpu))]
-    if _is_far(found[0], gpu_bytes) and (least := _planned(spec, COMBINATIONS[-1], gpu)):
-        found.append(least)
+    least = min(LEAST, key=lambda changes: _least_bytes(_switched_on(spec, changes)[1], plan.trained_numbers))
+    if _is_far(found[0], gpu_bytes) and (option := _planned(spec, least, gpu)):
+        found.append(option)
     for changes in COMBINATIONS if not _is_far(found[-1], gpu_bytes) else ():
         features, changed = _switched_on(spec, changes)
         fitting = (set(o.features) for o in found if o.plan.fits(gpu_bytes))
         if any(set(features) == set(o.features) for o in found) or any(fits <= set(features) for fits in fitting):
             continue
         hopeless = gpu_bytes and _least_bytes(changed, plan.trained_numbers) > gpu_bytes
-        if (not hopeless or changes is COMBINATIONS[-1]) and (option := _planned(spec, changes, gpu)):
+        if (not hopeless or changes is least) and (option := _planned(spec, changes, gpu)):
             found.append(option)
     return sorted(found, key=lambda option: option.step_ms)
 
@@ -166,12 +168,14 @@ def _least_bytes(spec: TrainingSpec, numbers: int) -> int:
 
 
 def _switched_on(spec: TrainingSpec, changes: Sequence[Change]) -> tuple[tuple[str, ...], TrainingSpec]:
-    """The names of the changes that can be made, and the training with them."""
+    """The names of the changes that go with the training, and the training with them."""
     names = []
     for change in changes:
-        if (changed := change(spec)) is not None:
-            names.append(NAMES[change])
-            spec = changed
+        with suppress(ValueError, UserError):
+            if (changed := change(spec)) is not None:
+                changed.check()
+                names.append(NAMES[change])
+                spec = changed
     return tuple(names), spec
 
 
@@ -212,10 +216,8 @@ def _low_bit(spec: TrainingSpec) -> TrainingSpec | None:
 
 
 def _in_backward(spec: TrainingSpec) -> TrainingSpec | None:
-    memory = spec.memory
-    if memory.step_in_backward or memory.gradient_accumulation or memory.state_on_host:
-        return None
-    return spec.changed(step_in_backward=True, clip_in_backward=CLIP_NORM)
+    is_on = spec.memory.step_in_backward
+    return None if is_on else spec.changed(step_in_backward=True, clip_in_backward=CLIP_NORM)
 
 
 def _inputs_on_host(spec: TrainingSpec) -> TrainingSpec | None:
@@ -226,7 +228,7 @@ def _inputs_on_host(spec: TrainingSpec) -> TrainingSpec | None:
 
 
 def _state_on_host(spec: TrainingSpec) -> TrainingSpec | None:
-    if spec.optimizer.name != "adamw" or spec.memory.state_on_host:
+    if spec.memory.state_on_host:
         return None
     return spec.changed(
         state_on_host=True, optimizer_state="fp32", step_in_backward=False, clip_in_backward=None, predict_aware=None
@@ -235,17 +237,14 @@ def _state_on_host(spec: TrainingSpec) -> TrainingSpec | None:
 
 def _bf16_weights(spec: TrainingSpec) -> TrainingSpec | None:
     numbers, memory = spec.memory.mixed_precision, spec.memory
-    if spec.path or memory.lowers_weights or not memory.state_on_host:
+    if memory.lowers_weights or not memory.state_on_host:
         return None
     return spec.changed(weights="bf16", mixed_precision=numbers and replace(numbers, predict="bf16"))
 
 
 def _micro_batches(count: int, spec: TrainingSpec) -> TrainingSpec | None:
-    if spec.memory.step_in_backward or spec.memory.micro_batches >= count:
-        return None
-    if spec.batch[0] % (count * max(spec.ranks, 1)):
-        return None
-    return spec.changed(gradient_accumulation=GradientAccumulationConfig(count))
+    is_on = spec.memory.micro_batches >= count
+    return None if is_on else spec.changed(gradient_accumulation=GradientAccumulationConfig(count))
 
 
 _TWO, _FOUR, _EIGHT = (partial(_micro_batches, count) for count in (2, 4, 8))
@@ -282,3 +281,5 @@ COMBINATIONS: tuple[tuple[Change, ...], ...] = (
     (*_LEAN, _state_on_host),
     (*_LEAN, _inputs_on_host, _state_on_host, _bf16_weights, _EIGHT),
 )
+LEAST = (COMBINATIONS[-1], COMBINATIONS[-3])
+"""Those that may take the least: the second where the optimizer's state cannot be on the host."""
