@@ -235,6 +235,8 @@ def tag(
     """Give a run tags."""
     from hybridlab.notebook.compare_runs import find_run, set_tags
 
+    if not remove and not all(map(str.strip, tags)):
+        raise UserError("a tag is empty: give a word, such as baseline")
     run = find_run(name, folder)
     print(", ".join(set_tags(run, remove=tags) if remove else set_tags(run, add=tags)) or "no tags")
 
@@ -284,8 +286,9 @@ def rates(
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Option(help="A GPT-2 size: nano, micro, tiny, mini, small, medium, large or xl.")
-    ] = "small",
+        str | None,
+        typer.Option(help="A GPT-2 size: nano, micro, tiny, mini, small, medium, large or xl; by default small."),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="MODULE:OBJECT", help="A task of your own, in place of model and batch.")
     ] = None,
@@ -334,6 +337,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print an object instead of text.")] = False,
 ) -> None:
     """Predict the memory that a training takes, without a GPU; if it does not fit, say what to switch on."""
+    from hybridlab.base.settings import check_choice
     from hybridlab.engine.config import HybridTrainerConfig
     from hybridlab.memory import MixedPrecisionConfig
     from hybridlab.optim import OptimizerConfig
@@ -348,12 +352,20 @@ def plan(
         read_stages,
         report_lines,
     )
+    from hybridlab.predictors import PREDICTORS
 
+    named = {"--task": task, "--config": config, "--model": model, "--batch": batch}
+    beside = [option for option, value in named.items() if value is not None]
+    if task and len(beside) > 1 or config and model:
+        raise UserError(f"{' and '.join(beside)} name the model or the batch twice: leave all but {beside[0]} off")
+    if predictor == "none" and not stages and (path_device, path_dtype) != ("same", "fp32"):
+        raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")
+    check_choice("predictor", predictor, ("none", *PREDICTORS))
     card_bytes, rates = find_gpu(card)
     if taken * 1e9 >= card_bytes:
         raise UserError(f"other programs hold {taken:g} GB, all of a GPU of {card_bytes / 1e9:g} GB: close some")
     card_bytes -= round(taken * 1e9)
-    chosen = causal_lm(config) if config else model
+    chosen = causal_lm(config) if config else model or "small"
     settings = memory_named(memory)
     if gather == "bf16" and not settings.mixed_precision:
         settings = replace(settings, mixed_precision=MixedPrecisionConfig.conservative())
@@ -367,8 +379,7 @@ def plan(
         spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
     jumps: dict[str, Any] = {"predictor": predictor, "memory": settings} if predictor != "none" else {}
     hybrid = HybridTrainerConfig(path_device=path_device, path_dtype=path_dtype, **jumps)
-    if jumps:
-        spec = replace(spec, path=hybrid.path_needs, path_storage=hybrid.path_storage)
+    spec = replace(spec, path=hybrid.path_needs if jumps else None, path_storage=hybrid.path_storage)
     shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}
     shared |= {"blocks_per_group": blocks_per_group, "keep_gathered": keep_gathered}
     spec = replace(spec, depth=read_stages(stages), compiled=compiled, cuda_graphs=compiled, **shared)

@@ -145,14 +145,15 @@ def plan(
     schedule: of predicted depth; each of its stages is planned
     others: further fields of `TrainingSpec`, such as `path` and `loss`
 
-    Raises ValueError or UserError for settings that make no training; the message says what would.
+    Raises TypeError, ValueError or UserError for what makes no training; the message says what would.
     """
     if isinstance(model, nn.Module):
         model = rebuilt(model)
     if not _is_shape(batch):
         batch, others = shape_of(batch), {"loss": example_loss(batch)} | others
     settings = OptimizerConfig(optimizer) if isinstance(optimizer, str) else optimizer
-    return plan_stages(TrainingSpec(model, batch, memory or MemoryConfig(), settings, depth=schedule, **others))
+    memory = MemoryConfig() if memory is None else memory
+    return plan_stages(TrainingSpec(model, tuple(batch), memory, settings, depth=schedule, **others))
 
 
 def _is_shape(batch: Any) -> bool:
@@ -161,6 +162,7 @@ def _is_shape(batch: Any) -> bool:
 
 def plan_stages(spec: TrainingSpec) -> Plan:
     """As `plan_training`, with the plans of all stages of a growing model."""
+    spec.check()
     stages = {blocks: plan_training(stage) for blocks, stage in spec.stages.items()}
     return replace(stages[max(stages)], stages=stages) if stages else plan_training(spec)
 
@@ -175,7 +177,7 @@ def plan_training(spec: TrainingSpec) -> Plan:
     A gradient that has not reached its parameter yet counts among the activations. Where a micro batch has more than
     `MOST_TOKENS`, a line through two smaller ones gives all figures but the allocator's, which are in proportion.
 
-    Raises ValueError or UserError for settings that make no training; the message says what would.
+    Raises TypeError, ValueError or UserError for what makes no training; the message says what would.
     """
     spec.check()
     windows, tokens = spec.batch

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import SHARDING, check_copies, check_sharing
-from hybridlab.base.settings import check_bounds, check_types
+from hybridlab.base.settings import check_bounds, check_types, fits
 from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory.config import MemoryConfig
@@ -108,7 +108,8 @@ class TrainingSpec:
         return replace(self, memory=replace(self.memory, **settings))
 
     def check(self) -> None:
-        """Raise ValueError or UserError for settings that make no training; the message says what would."""
+        """Raise TypeError, ValueError or UserError for what makes no training; the message says what would."""
+        self._check_kinds()
         memory, (windows, tokens) = self.memory, self.batch
         if min(self.batch) < 1:
             raise ValueError(f"batch={self.batch} is empty: give windows and tokens, such as (8, 512)")
@@ -124,6 +125,17 @@ class TrainingSpec:
         memory.refuse_optimizer(self.optimizer)
         self._check_trainer()
         self._check_ranks()
+
+    def _check_kinds(self) -> None:
+        """Raise TypeError for a field that is of another type than it says."""
+        if not fits(self.batch, BatchShape):
+            raise TypeError(f"batch is {self.batch!r}: give windows and tokens, such as (8, 512)")
+        if not (isinstance(self.model, str | GPT2Config | CausalLM) or callable(self.model)):
+            raise TypeError(f"model is {self.model!r}: give a GPT-2 size, its settings, or what builds a module")
+        kinds = get_type_hints(TrainingSpec)
+        for name in kinds.keys() - {"batch", "model", "loss"}:
+            if not fits(value := getattr(self, name), kind := kinds[name]):
+                raise TypeError(f"{name} is {value!r}: {getattr(kind, '__name__', kind)} is wanted")
 
     def _check_trainer(self) -> None:
         """Raise what the trainer does for settings that it cannot have together."""
