@@ -356,7 +356,7 @@ def plan(
 
     named = {"--task": task, "--config": config, "--model": model, "--batch": batch}
     beside = [option for option, value in named.items() if value is not None]
-    if task and len(beside) > 1 or config and model:
+    if (task and len(beside) > 1) or (config and model):
         raise UserError(f"{' and '.join(beside)} name the model or the batch twice: leave all but {beside[0]} off")
     if predictor == "none" and not stages and (path_device, path_dtype) != ("same", "fp32"):
         raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")

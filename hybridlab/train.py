@@ -10,6 +10,8 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,9 @@ from hybridlab.study.step_log import StepRecord
 from hybridlab.study.watched_run import WatchedRun
 
 TASKS = {"text": TextTaskConfig, "images": ImageTaskConfig, "huggingface": HuggingFaceTaskConfig}
+
+AFRESH = "start afresh without resume"
+"""What `train` offers, which replaces the run that lies there."""
 
 GO_ON = "see what it said; --resume goes on"
 
@@ -92,9 +97,20 @@ def run_file(path: Path, *, resume: bool = False) -> None:
     if lies_there and not resume:  # no rank writes there before all have come to this
         said = f"a run lies in {config.path} already"
         raise UserError(f"{said}: go on with it by --resume, delete it, or name another folder")
-    with config.ranks.started(config.run):
+    with config.ranks.started(config.run), _afresh_is_told(config.path):
         done = train(config.run, config.path, resume=resume, watch=_say_progress, ranks=config.ranks).closing_figures
         _say(f"done: validation loss {done['validation_loss']:.4f} nats; {config.path}")
+
+
+@contextmanager
+def _afresh_is_told(folder: Path) -> Iterator[None]:
+    """Where training refuses to go on, say what begins anew here: `run_file` replaces no run."""
+    try:
+        yield
+    except UserError as error:
+        if AFRESH not in str(error):
+            raise
+        raise UserError(str(error).replace(AFRESH, f"delete {folder} to start afresh")) from error
 
 
 def _say_progress(run: WatchedRun, record: StepRecord) -> None:

@@ -52,6 +52,8 @@ from hybridlab.planner.gpu_specs import (
 from hybridlab.planner.suggest import best_fit, largest_batch, largest_that_fits, longest_sequence, options
 from hybridlab.planner.text_report import code_of, default_batch
 from hybridlab.planner.trace import Event, Key, Segment, Trace
+from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study.training import Training
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 from hybridlab.weights.residency import Residency
@@ -432,6 +434,81 @@ def test_what_is_on_already_or_cannot_be_is_no_option():
     assert names == {"gradients and fp32 state on the host instead of int8 state", "8 micro batches"}
     muon = replace(SPEC, optimizer=OptimizerConfig("muon"))
     assert not any("state" in option.name for option in options(muon, GPUS["rtx5080"]))
+
+
+SMALL_TASK = TextTaskConfig("nano", "markov", 64, 16, batch_size=8, validation_batches=1, max_bytes=40_000)
+TO_FIT = {
+    "as it is": TrainingSpec("nano", (8, 16)),
+    "muon": TrainingSpec("nano", (8, 16), optimizer=OptimizerConfig("muon")),
+    "mean": TrainingSpec("nano", (8, 16), optimizer=OptimizerConfig(average_decay=0.9)),
+    "in time": TrainingSpec("nano", (8, 16), path=HybridTrainerConfig().path_needs),
+    "in depth": TrainingSpec("nano", (8, 16), depth=DepthSchedule(((0, 1), (1, 2)), shallow=True)),
+    "in both": TrainingSpec(
+        "nano", (8, 16), path=HybridTrainerConfig().path_needs, depth=DepthSchedule(((0, 1), (1, 2)), shallow=True)
+    ),
+    "with parts": TrainingSpec("nano", (8, 16), MemoryConfig(gradient_accumulation=GradientAccumulationConfig(2))),
+    "24 bits": TrainingSpec("nano", (8, 16), MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4")),
+    "compressed": TrainingSpec("nano", (8, 16), MemoryConfig(predict_aware=PredictAwareMemoryConfig("compress"))),
+    "fit_16gb": TrainingSpec(
+        "nano", (8, 16), MemoryConfig.fit_16gb(), path=HybridTrainerConfig().path_needs, path_storage=ON_THE_HOST
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", TO_FIT)
+def test_whatever_is_suggested_trains(asked):
+    """From the planner's answer to a first step, on the CPU."""
+    found = options(spec := TO_FIT[asked], GPUS["rtx5080"])
+    assert len(found) > 4
+    for option in found:
+        fits = option.spec
+        hybrid = HybridTrainerConfig(
+            max_predict_steps=50 if fits.path else 0,
+            path_device="host" if fits.path_storage.on_host else "same",
+            memory=fits.memory,
+            depth=fits.depth,
+        )
+        run = RunConfig("suggested", SMALL_TASK, 2, spec.optimizer, hybrid=hybrid, device="cpu")
+        assert Training(run, torch.device("cpu")).step(0).loss > 0, option.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": MemoryConfig(state_on_host=True), "depth": DepthSchedule(((0, 1), (1, 2)))}, "depth does not go"),
+        ({"memory": MemoryConfig.fit_16gb(), "path": PathNeeds(4, 5)}, "set path_device='host'"),
+        ({"memory": MemoryConfig(weights="bf16", optimizer_state="int8"), "path": PathNeeds(4, 5)}, "drown"),
+        ({"batch": (8,)}, r"batch is \(8,\): give windows and tokens, such as \(8, 512\)"),
+        ({"batch": (True, 64)}, r"batch is \(True, 64\): give windows"),
+        ({"memory": "aggressive"}, "memory is 'aggressive': MemoryConfig is wanted"),
+        ({"optimizer": None}, "optimizer is None: OptimizerConfig is wanted"),
+        ({"ranks": 2.0}, "ranks is 2.0: int is wanted"),
+        ({"model": 3}, "model is 3: give a GPT-2 size"),
+    ],
+)
+def test_what_the_trainer_refuses_is_not_planned(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message) as refused:
+        plan(
+            **{"model": "nano", "batch": (8, 16)}
+            | {("schedule" if k == "depth" else k): v for k, v in settings.items()}
+        )
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--task my_task.py:TASK --batch 8x64", "--task and --batch"),
+        ("--task my_task.py:TASK --model nano", "--task and --model"),
+        (f"--config {CONFIGS / 'llama.json'} --model nano", "--config and --model"),
+        ("--predictor nope", "(none, null, linear"),
+        ("--path-device host", "give --predictor"),
+        ("--model nano --stages 1,2 --memory fit_16gb", None),
+    ],
+)
+def test_options_that_would_be_dropped_are_refused(capsys, arguments, message):
+    assert ended(arguments, size="") == (2 if message else 0)
+    assert (message or "") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("windows", [1, 24])

@@ -24,6 +24,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.ranks import Question, planned
 from hybridlab.cli import main
 from hybridlab.depth import DepthSchedule
+from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig, MixedPrecisionConfig
 from hybridlab.memory.checkpointing import checkpoint_blocks_
 from hybridlab.memory.config import CheckpointingConfig
@@ -36,6 +37,7 @@ from hybridlab.planner.ranks import GATHERING, REDUCING
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.planner.text_report import _in_python
 from hybridlab.planner.trace import Event, Key, Segment, Trace
+from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.weights.gram import PathNeeds
 
 SIZE = GPT2Config(n_layer=7, n_head=2, n_embd=50, vocab_size=1031, block_size=64, pad_vocab_to=0)
@@ -244,7 +246,13 @@ def test_to_compute_in_bf16_shards_are_gathered_so() -> None:
     changed = change(spec)
     assert changed
     assert changed.gather == "bf16"
-    assert "ranks = RanksConfig(gather='bf16', blocks_per_group=2)" in "\n".join(_in_python(spec, changed))
+    code = "\n".join(_in_python(spec, changed))
+    assert "ranks = RanksConfig(gather='bf16', blocks_per_group=2)" in code
+    pasted: dict[str, Any] = {}
+    exec(code.replace("ranks = ", "from hybridlab.study.ranks import RanksConfig\nranks = "), pasted)
+    hybrid = HybridTrainerConfig.plain(memory=pasted["memory"])
+    run = RunConfig("pasted", TextTaskConfig("nano", batch_size=WINDOWS), 1, hybrid=hybrid, precision="bf16")
+    pasted["ranks"].check(run, 2)
 
 
 def test_the_benchmark_names_the_plan_of_each_rank() -> None:

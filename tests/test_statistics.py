@@ -190,6 +190,23 @@ def test_a_ratio_of_nothing_is_zero_and_one_that_is_no_number_is_told() -> None:
         Interval.of_ratios([1.0, -0.5])
 
 
+@pytest.mark.parametrize(
+    ("ratios", "holds_one"), [([0.7, 0.71, 0.72], False), ([0.8, 1.3, 1.1], True), ([1.0, 1.0], True)]
+)
+def test_ratios_are_tested_against_one(ratios: list[float], holds_one: bool) -> None:
+    interval = Interval.of_ratios(ratios)
+    assert (interval.low <= 1 <= interval.high) == holds_one == (interval.p_value >= 0.05)
+    if not holds_one:
+        assert interval.p_value == pytest.approx(stats.ttest_1samp([math.log(ratio) for ratio in ratios], 0).pvalue)
+    assert Interval.of_ratios([0.0, 1.0]).p_value == 1.0
+
+
+def test_ratios_too_far_apart_for_a_float_have_an_interval_without_end() -> None:
+    interval = Interval.of_ratios([1e-300, 1e300])
+    assert interval.mean == pytest.approx(1)
+    assert interval.ends == (0.0, math.inf)
+
+
 @pytest.mark.parametrize("ratios", [[0.706, 0.834], [0.2, 0.9, 1.4], [1.3]])
 def test_a_ratio_is_never_below_zero_and_turned_over_has_the_inverse_interval(ratios: list[float]) -> None:
     ratio, inverse = Interval.of_ratios(ratios), Interval.of_ratios([1 / value for value in ratios])

@@ -120,6 +120,17 @@ def test_a_run_that_lies_there_is_not_replaced_by_the_same_or_by_another(
     assert {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_run_of_other_settings_is_not_gone_on_with_and_what_works_is_told(
+    alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(written(tmp_path, RUN | {"seed": 5}))
+    file.write_text(file.read_text().replace(str(tmp_path), str(alone)))
+    assert main(["-f", str(file), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "is of another run: seed" in said
+    assert f"choose another folder, or delete {alone / 'run'} to start afresh\n" in said
+
+
 def test_nor_is_a_run_whose_damaged_settings_were_deleted(tmp_path: Path) -> None:
     file = written(tmp_path, RUN)
     (tmp_path / "run").mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -181,16 +181,18 @@ def _columns(texts: Iterable[str]) -> str:
 
 
 def _in_python(asked: TrainingSpec, fits: TrainingSpec) -> Iterator[str]:
-    """What to paste, where the path goes if it went to the host, and how ranks gather weights if that changed."""
-    memory = code_of(fits.memory)
+    """What to paste, where the path goes if it went to the host, and how ranks gather weights if not in float32."""
+    run_in_bf16 = fits.gather == "bf16"  # RanksConfig wants the format as the run's own, which is set once
+    memory = code_of(replace(fits.memory, mixed_precision=None) if run_in_bf16 else fits.memory)
     yield "# prepare_model_ and optimizer_for put it to work: see README.md, A 16 GB GPU"
     yield f"from hybridlab.memory import {', '.join(sorted(set(re.findall(r'[A-Z][A-Za-z]+Config', memory))))}"
     yield f"memory = {memory}"
     if fits.path_storage.on_host and not asked.path_storage.on_host:
         yield "hybrid = HybridTrainerConfig(path_device='host', memory=memory)  # beside your other settings"
-    if fits.gather != asked.gather:
+    if run_in_bf16:
         changed = {name: getattr(fits, name) for name, value in SHARDING.items() if getattr(fits, name) != value}
         yield f"ranks = RanksConfig({', '.join(f'{n}={v!r}' for n, v in changed.items())})  # of hybridlab.study.ranks"
+        yield "# and RunConfig(..., precision='bf16')"
 
 
 def code_of(settings: object) -> str:

@@ -38,12 +38,15 @@ class Interval:
         """From one positive ratio per seed: the geometric mean, and the interval of the mean logarithm, exponentiated.
 
         So no end is below 0, and the ratios' inverses have the inverse interval. With a ratio of 0 all of it is 0, with
-        one that is no number the mean is NaN. Raises ValueError for one below 0.
+        one that is no number the mean is NaN; an end that is beyond any float is 0 or infinite. Raises ValueError for
+        one below 0.
         """
         if below := [ratio for ratio in ratios if ratio < 0]:
             raise ValueError(f"ratios have {below[0]}: their geometric mean takes none below 0")
         logs = cls.of([math.log(ratio) if ratio else -math.inf for ratio in ratios])
-        return cls(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), tuple(ratios), "logarithms")
+        with np.errstate(over="ignore"):
+            mean, low, high = map(float, np.exp([logs.mean, logs.low, logs.high]))
+        return cls(mean, low, high, tuple(ratios), "logarithms")
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
@@ -69,11 +72,16 @@ class Interval:
 
     @property
     def p_value(self) -> float:
-        """Of Student's two-sided test that the mean is 0; 1 for one seed, and where a value is not finite."""
-        if self.seeds < 2 or not math.isfinite(self.mean):
+        """Of Student's two-sided test that the mean is 0, of ratios that it is 1.
+
+        1 for one seed, and where a value, or the logarithm of a ratio, is not finite.
+        """
+        with np.errstate(divide="ignore"):
+            values = np.log(self.values) if self.over else np.asarray(self.values)
+        if self.seeds < 2 or not np.isfinite(values).all():
             return 1.0
-        error = float(np.std(self.values, ddof=1)) / math.sqrt(self.seeds)
-        return float(2 * scipy.stats.t.sf(abs(self.mean) / error, self.seeds - 1)) if error else float(not self.mean)
+        error, mean = float(np.std(values, ddof=1)) / math.sqrt(self.seeds), float(np.mean(values))
+        return float(2 * scipy.stats.t.sf(abs(mean) / error, self.seeds - 1)) if error else float(not mean)
 
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
