@@ -358,8 +358,6 @@ def plan(
     beside = [option for option, value in named.items() if value is not None]
     if (task and len(beside) > 1) or (config and model):
         raise UserError(f"{' and '.join(beside)} name the model or the batch twice: leave all but {beside[0]} off")
-    if predictor == "none" and not stages and (path_device, path_dtype) != ("same", "fp32"):
-        raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")
     check_choice("predictor", predictor, ("none", *PREDICTORS))
     card_bytes, rates = find_gpu(card)
     if taken * 1e9 >= card_bytes:
@@ -379,6 +377,8 @@ def plan(
         spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
     jumps: dict[str, Any] = {"predictor": predictor, "memory": settings} if predictor != "none" else {}
     hybrid = HybridTrainerConfig(path_device=path_device, path_dtype=path_dtype, **jumps)
+    if predictor == "none" and not stages and (path_device, path_dtype) != ("same", "fp32"):
+        raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")
     spec = replace(spec, path=hybrid.path_needs if jumps else None, path_storage=hybrid.path_storage)
     shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}
     shared |= {"blocks_per_group": blocks_per_group, "keep_gathered": keep_gathered}

