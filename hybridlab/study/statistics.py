@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
-import scipy
 
 
 def formatted(value: float, spec: str) -> str:
@@ -51,6 +50,8 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         """From one value per seed."""
+        import scipy  # which tables of runs, that only write numbers, need not wait for
+
         finite, count = all(map(math.isfinite, values)), len(values)
         mean = float(np.mean(values)) if finite else float(sum(values))
         if math.isinf(mean):
@@ -76,6 +77,8 @@ class Interval:
 
         1 for one seed, and where a value, or the logarithm of a ratio, is not finite.
         """
+        import scipy
+
         with np.errstate(divide="ignore"):
             values = np.log(self.values) if self.over else np.asarray(self.values)
         if self.seeds < 2 or not np.isfinite(values).all():
@@ -98,6 +101,8 @@ def median_ends(values: Sequence[float]) -> tuple[float, float]:
     The k-th smallest and the k-th largest value, k as large as the sign test at 5 % lets it be; infinite for fewer than
     six values, of which none are far enough out.
     """
+    import scipy
+
     ordered = sorted(values)
     k = int(scipy.stats.binom.ppf(0.025, len(ordered), 0.5))
     return (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
