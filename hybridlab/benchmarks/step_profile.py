@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlab.base.device import find_device, wait_for
+from hybridlab.base.operations import operations_of
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.precision import autocast
 from hybridlab.study.config import RunConfig
@@ -163,6 +163,4 @@ def _operations(config: RunConfig, device: torch.device) -> int:
     task = training.task
     with torch.no_grad(), autocast(config.precision, device):
         task.loss(task.model, task.batch(0))  # a bypassed block runs once to show what it returns
-        with FlopCounterMode(display=False) as counter:
-            task.loss(task.model, task.batch(0))
-    return counter.get_total_flops()
+        return operations_of(lambda: task.loss(task.model, task.batch(0)))

@@ -92,6 +92,11 @@ class DepthSchedule:
             raise ValueError(f"stages is {self.stages}: shares of a run are at least 0 and below 1")
         if self.in_shares and self.skip_until > 1:
             raise ValueError(f"skip_until is {self.skip_until}: with stages in shares, it is a share of the run too")
+        if self.skip_share and not self.skip_until:
+            raise ValueError(
+                f"skip_share is {self.skip_share} and skip_until 0: no block is skipped; set skip_until to the step, "
+                "or share of the run, from which on none is"
+            )
         if not self.stages[0][1] and self.grows and self.rule != "fresh":
             raise ValueError(f"rule={self.rule!r} copies trained blocks, and a stage of 0 has none: set rule='fresh'")
 
@@ -118,7 +123,8 @@ class DepthSchedule:
                 f"of the stages {self.stages}, in shares of a run, two begin at the same of {steps} steps: let them "
                 "begin further apart, or train for longer"
             )
-        return replace(self, stages=stages, in_shares=False, skip_until=round(self.skip_until * steps))
+        until = max(int(self.skip_share > 0), round(self.skip_until * steps))
+        return replace(self, stages=stages, in_shares=False, skip_until=until)
 
     def stage_at(self, step: int) -> int:
         """The stage of a step, counted from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.operations import operations_of
 from hybridlab.depth.growth import forget_, grow_, losses_by_rule, output_projections, positions
 from hybridlab.depth.schedule import BEST, RULES, DepthSchedule
 from hybridlab.depth.stack import BlockStack, restore_blocks_
@@ -62,11 +63,11 @@ class DepthController:
         self._optimizer, self._config, self._schedule = optimizer, config, schedule
         self._tried: list[Tensor] = []
         self._stage, self._grown_at, self._not_before = 0, -(10**9), 0
-        self._block_share = 0.0
+        self._block_share = math.nan
         if schedule is None:
             restore_blocks_(model)
             return
-        self._stack = BlockStack(model, schedule.blocks)
+        self._model, self._stack = model, BlockStack(model, schedule.blocks)
         _refuse_misfit(schedule, self._stack)
         self._positions = positions(schedule.rule, schedule.depths, len(self._stack))
         self._stack.activate_(self._positions[0])
@@ -76,19 +77,32 @@ class DepthController:
         """Blocks that take part; None without a schedule."""
         return None if self._schedule is None else len(self._stack.active)
 
-    def weigh_(self, forward: Callable[[], Tensor]) -> None:
-        """Count the floating-point operations of a forward pass with all blocks, and with all but one.
+    def weigh_(self, forward: Callable[[], Tensor], *, with_backward: bool) -> None:
+        """Count the floating-point operations of a pass with few blocks, and with one more: what one costs.
 
-        cost of a step = 1 - (blocks left out) (1 - operations without one / operations with all)
+        cost of a step = 1 - (blocks left out) (operations of a block) / (operations with all)
+
+        with_backward: what checkpointing computes again then counts too; gradients go nowhere
         """
         if self._schedule is None:
             return
-        active, everything = self._stack.active, range(len(self._stack))
-        self._stack.activate_(everything[:-1])
-        _operations(forward)  # the first time, a bypassed block runs all the same, to see what it returns
-        without_one = _operations(forward)
-        self._stack.activate_(everything)
-        self._block_share = 1.0 - without_one / _operations(forward)
+
+        def one_pass() -> None:
+            loss = forward()
+            if with_backward:
+                params = [p for p in self._model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss, params, allow_unused=True)
+
+        active, blocks = self._stack.active, len(self._stack)
+        counts, few = [], min(1, blocks - 1)
+        with torch.set_grad_enabled(with_backward):
+            for count in (few, few + 1):
+                self._stack.activate_(range(count))
+                with torch.no_grad():
+                    forward()  # the first time, a bypassed block runs all the same, to see what it returns
+                counts.append(operations_of(one_pass))
+        block = counts[1] - counts[0]
+        self._block_share = block / (counts[0] + (blocks - few) * block)
         self._stack.activate_(active)
 
     def taking_part(self, step: int) -> dict[str, Any]:
@@ -96,7 +110,8 @@ class DepthController:
         if self._schedule is None:
             return {"cost": 1.0}
         depth = len(self._stack.active) - len(self._drawn(self._schedule, step))
-        return {"depth": depth, "cost": 1.0 - (len(self._stack) - depth) * self._block_share}
+        left_out = len(self._stack) - depth
+        return {"depth": depth, "cost": 1.0 - left_out * self._block_share if left_out else 1.0}
 
     def stages_(self) -> Iterator[int | None]:
         """Show the model as each stage has it, deepest last, then as it was: for whoever warms it up."""
@@ -206,13 +221,6 @@ def _refuse_misfit(schedule: DepthSchedule, stack: BlockStack) -> None:
         )
     if schedule.grows and schedule.rule in ("fresh", BEST):
         output_projections(stack.blocks[0], schedule.outputs)
-
-
-def _operations(forward: Callable[[], Tensor]) -> int:
-    """Floating-point operations of a forward pass: products of matrices, convolutions and attention."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward()
-    return counter.get_total_flops()
 
 
 @contextmanager

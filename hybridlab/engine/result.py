@@ -52,7 +52,8 @@ class StepResult:
     diverged: whether training had gone wrong; rolled_back: whether a jump, or a growth, was rolled back for it
     depth: blocks that took part; None without a depth schedule; grown: whether blocks joined at this step
     cost: of a gradient step, its floating-point operations over those of one with all blocks, and a third more for each
-        pass in which a growth was tried; 0 of a predicted step
+        pass in which a growth was tried; 0 of a predicted step. NaN with fewer blocks, before
+        `HybridTrainer.weigh_blocks_`
 
     Reading the loss or the norm of a step after the next one has begun does not stall the device.
     """

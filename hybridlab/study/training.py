@@ -137,7 +137,8 @@ class Training:
         result = self.trainer.step(self._losses(number, self._model))
         if result.rolled_back or result.grown:
             self._average.begin_anew()
-        if number >= (1 - self._config.tail_average) * self._config.steps and result.phase is not Phase.PREDICT:
+        from_step = round((1 - self._config.tail_average) * self._config.steps, 6)  # 10 times 0.3 is a little above 3
+        if number >= from_step and result.phase is not Phase.PREDICT:
             self._average.add_()
         return result
 
