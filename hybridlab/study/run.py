@@ -320,7 +320,7 @@ class TrainingRun(WatchedRun):
 
     def _summary(self) -> dict[str, Any]:
         """What a comparison of runs needs, in one flat record."""
-        summary = {
+        return {
             **self._closing_figures(),
             "code": self._identity["code"],
             "reliability": self._trainer.reliability(),
@@ -332,8 +332,6 @@ class TrainingRun(WatchedRun):
             "cuda_graphs": self._training.cuda_graphs,
             "gradient_step_ms": median(self._step_ms) if self._step_ms else None,
         }
-        overflowed = [n for n, figure in summary.items() if isinstance(figure, float) and not math.isfinite(figure)]
-        return summary | dict.fromkeys(overflowed)  # as a perplexity may: JSON holds neither NaN nor infinity
 
     def _by_rank(self) -> dict[str, Any]:
         """How the ranks trained it, and the peak of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -209,8 +210,12 @@ class StepLog:
         self._recorder.flush()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the closing figures: from here on the run counts as finished."""
-        self._recorder.finish(summary)
+        """Write the closing figures: from here on the run counts as finished.
+
+        What is not finite, as a perplexity may be, becomes None: JSON holds neither NaN nor infinity.
+        """
+        unknown = [name for name, it in summary.items() if isinstance(it, float) and not math.isfinite(it)]
+        self._recorder.finish({**summary, **dict.fromkeys(unknown)})
 
     @contextmanager
     def open(self) -> Iterator[None]:
