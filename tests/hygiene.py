@@ -139,6 +139,10 @@ def _machine_paths(notebook: NotebookNode) -> list[str]:
     return sorted({path for text in _texts(notebook) for path in MACHINE_PATH.findall(text)})
 
 
+SIGNED_ZERO = re.compile(r"[+-](0\.0+)(?!\d)")
+"""As copies of earlier code show what is rounded to zero."""
+
+
 def results_problems(executed: Path, results: dict[str, Any]) -> list[str]:
     """Hold an executed notebook against its entry: same parameters, every claim and number shown.
 
@@ -148,7 +152,7 @@ def results_problems(executed: Path, results: dict[str, Any]) -> list[str]:
     if entry is None:
         return [f"results.json has no entry '{executed.stem}': run it again"]
     notebook = read_notebook(executed)
-    text = "\n".join(_texts(notebook))
+    text = SIGNED_ZERO.sub(r"\1", "\n".join(_texts(notebook)))
     recorded = notebook.metadata.get("hybridlab", {}).get("parameters_sha256")
     problems = [] if recorded == entry["parameters_sha256"] else ["its parameter hash is not that of results.json"]
     if parameters_sha256(entry["parameters"]) != entry["parameters_sha256"]:
