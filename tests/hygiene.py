@@ -173,7 +173,7 @@ def _older_claim_problems(claim: Claim, text: str) -> list[str]:
     return [
         f"claim {claim.id}: {name} is {value} in results.json, which the notebook does not show"
         for name, value in _lasting_values(claim).items()
-        if not _appears(value, text)
+        if not _appears(SIGNED_ZERO.sub(r"\1", value), text)
     ]
 
 
