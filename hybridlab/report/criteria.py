@@ -51,7 +51,7 @@ class Criterion:
         if found in MISSING and outcomes & MEASURED:
             found = "open"
         saved = any(finding.outcome == "holds" for finding in self._by_other_means(evidence))
-        return BY_OTHER_MEANS.get(found, found) if saved else found
+        return SAVED.get(found, found) if saved else found
 
     def _found(self, evidence: Evidence) -> list[Finding]:
         return [finding for rule in self.rules for finding in rule.findings(evidence)]
@@ -70,7 +70,7 @@ BEST: tuple[Outcome, ...] = ("holds", "cannot hold", *MISSING, "open", "fails", 
 What is missing leaves it open beside anything that was measured, and is said only where nothing was.
 """
 
-BY_OTHER_MEANS: dict[Outcome, Outcome] = {
+SAVED: dict[Outcome, Outcome] = {
     "fails": "holds, but by other means",
     "open": "holds, but by other means",
     "predicted nothing": "holds, but by other means",
