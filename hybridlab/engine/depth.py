@@ -95,11 +95,12 @@ class DepthController:
 
         active, blocks = self._stack.active, len(self._stack)
         counts, few = [], min(1, blocks - 1)
+        self._stack.activate_(range(few))
+        with torch.no_grad():
+            forward()  # the first time, a bypassed block runs all the same, to see what it returns
         with torch.set_grad_enabled(with_backward):
             for count in (few, few + 1):
                 self._stack.activate_(range(count))
-                with torch.no_grad():
-                    forward()  # the first time, a bypassed block runs all the same, to see what it returns
                 counts.append(operations_of(one_pass))
         block = counts[1] - counts[0]
         self._block_share = block / (counts[0] + (blocks - few) * block)

@@ -337,7 +337,7 @@ class HybridTrainer:
     def weigh_blocks_(self, closure: Closure) -> None:
         """Count what one block costs, so that each step's result says what the step did (`StepResult.cost`).
 
-        closure: the loss of any batch; it runs four times, with few blocks. Gradients go nowhere, and nothing steps.
+        closure: the loss of any batch; it runs three times, with few blocks. Gradients go nowhere, and nothing steps.
             Without a depth schedule nothing is run
 
         Until then the cost of a step with fewer blocks is not known (NaN).
