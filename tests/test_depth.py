@@ -534,9 +534,10 @@ def test_a_shallow_step_costs_what_its_operations_are(memory: MemoryConfig) -> N
     model = gpt2()
     prepare_model_(model, memory)
     trainer = trainer_of(model, DepthSchedule(((0, 2), (3, BLOCKS))))
-    before = weights(model)
-    trainer.weigh_blocks_(lambda: loss_of(model, 0))
+    before, calls = weights(model), []
+    trainer.weigh_blocks_(lambda: (calls.append(None), loss_of(model, 0))[1])
     assert same(weights(model), before)
+    assert len(calls) == 3
     assert all(p.grad is None for p in model.parameters())
     counted = {}
     for _ in trainer.stages_():
