@@ -166,7 +166,7 @@ def compare(result: StudyResult, name: str) -> Comparison:
         divergences=total("divergences"),
         validation_loss=Interval.of(over_seeds("validation_loss")),
         to_control=_to_control(result, name),
-        to_baseline=_difference(result, name, [BASELINE] * len(seeds)),
+        to_baseline=difference(result, name, BASELINE),
         accuracy_to_baseline=_accuracy_to_baseline(result, name),
         p_value=p_values.get(name, 1.0),
         tested=len(p_values),
@@ -196,8 +196,20 @@ def base_of(result: StudyResult, arm: str = BASELINE, at_step: int | None = None
     return Base(steps, len(runs), tokens, min(falls), result.unbracketed(compared))
 
 
+def difference(
+    result: StudyResult, name: str, controls: str | Sequence[str], column: str = "validation_loss"
+) -> Interval:
+    """An arm's closing figure less another arm's, paired by seed.
+
+    controls: the other arm, or one for each seed
+    """
+    beside = [controls] * len(result.seeds) if isinstance(controls, str) else controls
+    pairs = zip(beside, result.seeds, strict=True)
+    return Interval.of([result.value(column, name, s) - result.value(column, control, s) for control, s in pairs])
+
+
 def _to_control(result: StudyResult, name: str) -> Interval:
-    return _difference(result, name, [result.control_of(name, seed) for seed in result.seeds])
+    return difference(result, name, [result.control_of(name, seed) for seed in result.seeds])
 
 
 def _averaged_loss(result: StudyResult, name: str) -> Interval | None:
@@ -208,13 +220,7 @@ def _averaged_loss(result: StudyResult, name: str) -> Interval | None:
 
 def _accuracy_to_baseline(result: StudyResult, name: str) -> Interval | None:
     counted = all("accuracy" in result.runs[name, seed].closing_figures for seed in result.seeds)
-    return _difference(result, name, [BASELINE] * len(result.seeds), "accuracy") if counted else None
-
-
-def _difference(result: StudyResult, name: str, controls: list[str], column: str = "validation_loss") -> Interval:
-    """Of a closing figure, paired by seed."""
-    pairs = zip(controls, result.seeds, strict=True)
-    return Interval.of([result.value(column, name, s) - result.value(column, control, s) for control, s in pairs])
+    return difference(result, name, BASELINE, "accuracy") if counted else None
 
 
 def _p_values(result: StudyResult) -> dict[str, float]:

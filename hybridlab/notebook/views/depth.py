@@ -15,9 +15,8 @@ from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.study import averaged_cell, pays_claim, speed_claim, stable_claim
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
-from hybridlab.study.comparison import Comparison, base_of, compare
+from hybridlab.study.comparison import Comparison, base_of, compare, difference
 from hybridlab.study.rates import RateTrials
-from hybridlab.study.statistics import Interval
 from hybridlab.study.study import StudyResult, shallow_control_name
 
 GROWN, SHALLOW = "grown", "shallow"
@@ -168,9 +167,9 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
     """
     control, arm = shallow_control_name(grown), f"{grown}, {budget}" if budget else grown
     is_equal = control in result.controls([grown])
-    losses = {"loss_to_shallow": _below(result, grown, shallow)}
+    losses = {"loss_to_shallow": difference(result, grown, shallow)}
     if is_equal:
-        losses = {"loss_to_shallow_control": _below(result, grown, control)} | losses
+        losses = {"loss_to_shallow_control": difference(result, grown, control)} | losses
     deciding = next(iter(losses))
     verdict = holds_below(*losses[deciding].ends, 0.0)
     quantities = [
@@ -184,12 +183,6 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
         verdict, text = "open", f"{text} ({UNEQUAL})"
     base = base_of(result, compared=(grown, control if is_equal else shallow))
     return on_losses("depth-pays", arm, text, verdict, quantities, base)
-
-
-def _below(result: StudyResult, mine: str, other: str) -> Interval:
-    """The difference of final losses, paired by seed."""
-    losses = ([result.value("validation_loss", arm, seed) for arm in (mine, other)] for seed in result.seeds)
-    return Interval.of([own - others for own, others in losses])
 
 
 def _blocks(result: StudyResult, name: str) -> str:
