@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hybridlab.study.own_task import OwnTaskConfig, find_task
     from hybridlab.study.rates import bracket_rates, bracket_study
     from hybridlab.study.run import train
-    from hybridlab.study.study import Study, StudyResult
+    from hybridlab.study.study import Study, StudyResult, shallow_control_name
     from hybridlab.study.tasks import HuggingFaceTaskConfig, ImageTaskConfig, TextTaskConfig
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
