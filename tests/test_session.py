@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
@@ -20,7 +21,7 @@ from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.notebook import Session, final_frame, run_study, session
-from hybridlab.optim import Schedule
+from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.panel import live, progress
 from hybridlab.panel.controls import Controls, control_row
 from hybridlab.panel.cost import panel_overhead
@@ -485,6 +486,18 @@ def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytes
     session.run_configs([CONFIG], "isolated", resume=True)
     session.run_configs([CONFIG], "isolated")
     assert resumed[4:] == [True, True, False], "and what an earlier start left, when asked"
+
+
+@pytest.mark.parametrize("control", ["", "fine", "diverges"])
+def test_where_the_control_diverged_one_line_says_so_and_every_record_is_kept(control: str) -> None:
+    settings = {"fine": OptimizerConfig(), "diverges": OptimizerConfig(lr=1e3)}
+    configs = [replace(CONFIG, name=name, steps=24, optimizer=how) for name, how in settings.items()]
+    refused = pytest.raises(
+        UserError, match=r"^diverges diverged, and .*: lower the learning rate.* kept in runs/kept$"
+    )
+    with pytest.warns(UserWarning, match="diverges"), refused if control == "diverges" else nullcontext():
+        assert session.run_configs(configs, "kept", control=control).has_diverged("diverges")
+    assert len([*session.runs_folder("kept").glob("*/summary.json")]) == 2
 
 
 def test_without_widgets_progress_is_text_and_says_what_to_install(

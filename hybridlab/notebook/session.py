@@ -234,20 +234,35 @@ def find_rates(
 
 
 def run_configs(
-    configs: Sequence[RunConfig], notebook: str, *, isolated: bool = False, resume: bool = False, at_once: int = 1
+    configs: Sequence[RunConfig],
+    notebook: str,
+    *,
+    control: str = "",
+    isolated: bool = False,
+    resume: bool = False,
+    at_once: int = 1,
 ) -> StudyResult:
     """Train some runs in order; records go to `runs/<notebook>`.
 
+    control: the arm that the others are compared with; "" for none
     isolated: each in a process of its own, so that its memory is measured by itself; a bar alone
         shows its progress, without gauges or buttons: interrupt the kernel to stop. Running the same again then keeps
         the runs that have finished, and goes on with the one under way from its last checkpoint, if it writes any
     resume, at_once: as in `run_study`
+
+    Raises UserError, once all have run, where the control diverged.
     """
     total, arms = sum(config.steps for config in configs), [(config.name, config.seed) for config in configs]
     if not configs:
         return StudyResult()
     with _followed(total, tuple(configs), arms, notebook, resume, isolated, at_once) as how:
-        return run_arms(configs, runs_folder(notebook), **how)
+        result = run_arms(configs, runs_folder(notebook), **how)
+    if control and result.has_diverged(control):
+        raise UserError(
+            f"{control} diverged, and nothing can be compared without it: lower the learning rate, or warm up for "
+            f"longer; the records of all runs are kept in runs/{notebook}"
+        )
+    return result
 
 
 def run_on_ranks(
