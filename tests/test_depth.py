@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ from hybridlab.notebook import (
     rate_rows,
     shallow_claim,
 )
-from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, statistics
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Base
@@ -504,6 +505,97 @@ def test_checkpointed_blocks_and_chunked_losses_change_no_result(memory: MemoryC
     run(trainer_of(plain, optimizer=sgd), range(GROWS_AT + 2))
     run(trainer_of(saving, optimizer=sgd, memory=memory), range(GROWS_AT + 2))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain), weights(saving), strict=True))
+
+
+def test_an_optimizer_that_was_built_while_blocks_were_bypassed_is_refused_and_a_new_one_trains_them() -> None:
+    model, plain = gpt2(), HybridTrainerConfig.plain()
+    run(trainer_of(model, DepthSchedule.constant(2)), range(2))
+    lacking = build_optimizer(model, OptimizerConfig())
+    with pytest.raises(UserError, match="built while blocks were bypassed"):
+        HybridTrainer(model, lacking, plain)
+    before = weights(model)
+    run(HybridTrainer(model, build_optimizer(model, OptimizerConfig()), plain), range(2))
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+def test_a_loss_that_fails_leaves_the_stage_and_the_growth_is_still_told() -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    trainer = trainer_of(gpt2())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.weigh_blocks_(fails)
+    for _ in trainer.stages_():
+        break
+    run(trainer, range(GROWS_AT))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.step(fails)
+    results = run(trainer, range(GROWS_AT, GROWS_AT + 2))
+    assert [(result.depth, result.grown) for result in results] == [(BLOCKS, True), (BLOCKS, False)]
+    assert trainer.statistics().growths == 1
+    unbroken = trainer_of(gpt2())
+    run(unbroken, range(GROWS_AT + 2))
+    assert same(weights(trainer.model), weights(unbroken.model))
+
+
+class Noisy(nn.Module):
+    """A residual block that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.dropout(self.c_proj(x))
+
+
+class Counting(nn.Module):
+    """Passes are counted in a buffer; the stream is given by position, or by name."""
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.h, self.name = nn.ModuleList(Noisy() for _ in range(4)), name
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        for block in self.h:
+            x = block(**{self.name: x}) if self.name else block(x)
+        return x.square().mean()
+
+
+def counted(model: nn.Module, steps: int, rule: str = "interleave", saved: Any = None) -> tuple[Any, list[float]]:
+    """Train for so many steps, from what an earlier training saved; what is saved then, and the losses."""
+    trainer = trainer_of(model, DepthSchedule(((0, 1), (5, 4)), rule=rule))
+    parts = (model, trainer.optimizer, trainer)
+    for part, state in zip(parts, saved or (), strict=False):
+        part.load_state_dict(state)
+    losses = [trainer.step(lambda: model(torch.ones(2, 8))).loss for _ in range(steps)]
+    return deepcopy([part.state_dict() for part in parts]), losses
+
+
+def test_what_a_bypassed_block_returns_is_seen_without_drawing_a_random_number() -> None:
+    """A training that is gone on with has to see it again."""
+    first, second, whole = Counting(), Counting(), Counting()
+    torch.manual_seed(1)
+    _, unbroken = counted(whole, 6)
+    torch.manual_seed(1)
+    saved, _ = counted(first, 3)
+    _, losses = counted(second, 3, saved=saved)
+    assert losses == unbroken[3:]
+
+
+def test_trying_the_rules_leaves_every_buffer_as_it_was() -> None:
+    model = Counting()
+    saved, _ = counted(model, 12, rule="best")
+    assert saved[2]["statistics"]["forward_only_passes"] > 0
+    assert model.passes == 12
+
+
+def test_blocks_that_are_called_by_a_name_of_their_own_are_refused() -> None:
+    with pytest.raises(UserError, match=r"called with x by name, .* by position"):
+        counted(Counting("x"), 1)
 
 
 def test_state_on_the_host_is_refused_when_the_settings_are_made() -> None:

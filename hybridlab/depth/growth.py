@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,13 +59,20 @@ def grow_(stack: BlockStack, optimizer: Optimizer, to: Sequence[int], rule: str,
 
 @torch.no_grad()
 def losses_by_rule(
-    stack: BlockStack, to: Sequence[int], forward: Callable[[], Tensor], outputs: Sequence[str] = (), host: bool = False
+    stack: BlockStack,
+    to: Sequence[int],
+    forward: Callable[[], Tensor],
+    outputs: Sequence[str] = (),
+    host: bool = False,
+    buffers: Iterable[Tensor] = (),
 ) -> list[Tensor]:
     """Losses without a growth, then after it by each of `RULES`; everything is put back as it was.
 
     host: where the copies of all blocks wait meanwhile: in the host's memory, or beside them
+    buffers: of the model, which `forward` may change
     """
-    active, tensors = stack.active, [t for block in stack.blocks for t in tensors_of(block).values()]
+    active, of_blocks = stack.active, [t for block in stack.blocks for t in tensors_of(block).values()]
+    tensors = {id(t): t for t in (*of_blocks, *buffers)}.values()
     saved = [t.detach().to("cpu" if host else t.device, copy=True) for t in tensors]
     losses = [forward()]
     for rule in RULES:

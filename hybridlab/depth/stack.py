@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridlab.base.device import gpus
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import is_sharded
 
@@ -68,10 +69,9 @@ class BlockStack:
                 _restore_(self.blocks[position])
 
 
-def restore_blocks_(model: nn.Module) -> None:
-    """Let every block of a model take part, whatever an earlier training left bypassed."""
-    for module in model.modules():
-        _restore_(module)
+def restore_blocks_(model: nn.Module) -> list[nn.Parameter]:
+    """Let every block of a model take part, whatever an earlier training left bypassed; the weights of those."""
+    return [param for module in model.modules() for param in _restore_(module)]
 
 
 # --- bypassing -------------------------------------------------------------------------------------------
@@ -95,10 +95,15 @@ def _give_back(kind: _Kind, forward: Any, own: bool, frozen: object, *args: Any,
     forward: the block's; own: whether it was set on the block itself, as by activation checkpointing
     frozen: parameters of the block that require no gradient while it is bypassed
     """
+    if not args and "hidden_states" not in kwargs:
+        raise UserError(
+            f"a block is called with {', '.join(kwargs)} by name, and a bypassed one gives back its first argument: "
+            "let the model pass the residual stream by position"
+        )
     stream = args[0] if args else kwargs["hidden_states"]
     stream = stream.clone() if kind.copies else stream
     if kind.returns_tuple is None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(gpus(stream.device)):
             kind.returns_tuple = isinstance(forward(*args, **kwargs), tuple)
     return (stream,) if kind.returns_tuple else stream
 
@@ -118,15 +123,17 @@ def _bypass_(
     return known
 
 
-def _restore_(block: nn.Module) -> None:
+def _restore_(block: nn.Module) -> list[nn.Parameter]:
+    """Let a block take part; the weights that are trained again by it."""
     if not _is_bypassed(block):
-        return
+        return []
     _, forward, own, frozen = block.forward.args  # type: ignore[attr-defined]
     del block.forward
     if own:
         block.forward = forward  # type: ignore[method-assign]
     for param in frozen:
         param.requires_grad_(True)
+    return list(frozen)
 
 
 def _is_bypassed(block: nn.Module) -> bool:

@@ -64,8 +64,8 @@ class DepthController:
         self._tried: list[Tensor] = []
         self._stage, self._grown_at, self._not_before = 0, -(10**9), 0
         self._block_share = math.nan
+        _refuse_without(restore_blocks_(model), optimizer)
         if schedule is None:
-            restore_blocks_(model)
             return
         self._model, self._stack = model, BlockStack(model, schedule.blocks)
         _refuse_misfit(schedule, self._stack)
@@ -95,16 +95,18 @@ class DepthController:
 
         active, blocks = self._stack.active, len(self._stack)
         counts, few = [], min(1, blocks - 1)
-        self._stack.activate_(range(few))
-        with torch.no_grad():
-            forward()  # the first time, a bypassed block runs all the same, to see what it returns
-        with torch.set_grad_enabled(with_backward):
-            for count in (few, few + 1):
-                self._stack.activate_(range(count))
-                counts.append(operations_of(one_pass))
+        try:
+            self._stack.activate_(range(few))
+            with torch.no_grad():
+                forward()  # the first time, a bypassed block runs all the same, to see what it returns
+            with torch.set_grad_enabled(with_backward):
+                for count in (few, few + 1):
+                    self._stack.activate_(range(count))
+                    counts.append(operations_of(one_pass))
+        finally:
+            self._stack.activate_(active)
         block = counts[1] - counts[0]
         self._block_share = block / (counts[0] + (blocks - few) * block)
-        self._stack.activate_(active)
 
     def taking_part(self, step: int) -> dict[str, Any]:
         """Blocks of a gradient step, and its cost, as a step's result has them."""
@@ -119,10 +121,12 @@ class DepthController:
         if self._schedule is None:
             yield None
             return
-        for stage in self._positions:
-            self._stack.activate_(stage)
-            yield self.depth
-        self._stack.activate_(self._positions[self._stage])
+        try:
+            for stage in self._positions:
+                self._stack.activate_(stage)
+                yield self.depth
+        finally:
+            self._stack.activate_(self._positions[self._stage])
 
     def is_due(self, step: int) -> bool:
         """Whether blocks join at this step, counted from 0."""
@@ -142,11 +146,13 @@ class DepthController:
         if not self.asks_gate:
             return Choice(self._schedule.rule, self._schedule.rule)
         to, host = self._positions[self._next_stage(step)], self._config.path_device == "host"
-        self._tried.append(torch.stack(losses_by_rule(self._stack, to, forward, self._schedule.outputs, host)))
+        losses = losses_by_rule(self._stack, to, forward, self._schedule.outputs, host, self._model.buffers())
+        self._tried.append(torch.stack(losses))
         passes = len(self._tried[-1])
         if len(self._tried) < self._config.gate_batches:
             return Choice(forward_only_passes=passes)
-        before, *after = torch.stack(self._tried, dim=1).double().tolist()
+        tried = [losses.cpu() for losses in self._tried]  # those of a checkpoint lie there
+        before, *after = torch.stack(tried, dim=1).double().tolist()
         rule, changes = best_growth(dict(zip(RULES, after, strict=True)), before)
         self._tried, self._not_before = [], step if rule else step + self._config.full_steps
         measured = ", ".join(f"{name} {change:+.3f}" for name, change in changes.items())
@@ -209,6 +215,16 @@ class DepthController:
             setattr(self, f"_{name}", value)
         if self._schedule is not None:
             self._stack.activate_(self._positions[self._stage])
+
+
+def _refuse_without(restored: list[nn.Parameter], optimizer: Optimizer) -> None:
+    """Refuse an optimizer that lacks weights which were bypassed until now."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in held for p in restored):
+        raise UserError(
+            "the optimizer was built while blocks were bypassed, as an earlier training had left them, and would not "
+            "train these: all of them take part again, so build the optimizer anew, and then the trainer"
+        )
 
 
 def _refuse_misfit(schedule: DepthSchedule, stack: BlockStack) -> None:

@@ -100,6 +100,7 @@ class HybridTrainer:
         self._offload = PredictOffload(model, self._weights, optimizer, memory)
         self._jumps = JumpController(self._weights, optimizer, config)
         self._delayed_result: StepResult | None = None
+        self._growth: Choice | None = None  # of a step that has not been counted
         self._enter(first_phase(config))
 
     # --- the step ----------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class HybridTrainer:
         self._weights.reshard_()
         if self._weights.have_changed:
             self._take_up_changes_()
-        growth = self._grow_(batch)
+        self._growth = self._growth or self._grow_(batch)
         match self._phase:
             case Phase.WARMUP:
                 result = self._gradient_step(batch)
@@ -128,10 +129,11 @@ class HybridTrainer:
             case Phase.CORRECT:
                 result = self._gradient_step(batch)
                 self._jumps.correct_(result)
-        result = growth.added_to(result)
+        result = self._growth.added_to(result)
         result = self._carry_out_(self._judge(result), result)
         self._advance(result)
         self._statistics.count(result, time.perf_counter() - started)
+        self._growth = None
         return result
 
     def _gradient_step(self, batch: MicroBatches) -> StepResult:
@@ -408,6 +410,7 @@ class HybridTrainer:
         self._phase, self._steps_in_phase = Phase(state["phase"]), state["steps_in_phase"]
         vars(self._statistics).update(state["statistics"])
         self._delayed_result = state["delayed"] and _restored_result(*state["delayed"])
+        self._growth = None
 
 
 def _refuse_misfits(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig) -> None:
