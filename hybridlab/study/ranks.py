@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.ranks import Replica, check_copies, check_sharing, group, rank, running
+from hybridlab.base.ranks import Replica, check_copies, check_sharing, group, running
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.study.config import RunConfig
-from hybridlab.study.tasks import Batch, in_parts
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,3 @@ class RanksConfig:
         """What the arithmetic and the form of a checkpoint depend on; not how many ranks there are."""
         others = ("keep_gathered", "async_save", "timeout_s")
         return {name: value for name, value in asdict(self).items() if name not in others}
-
-
-def own_part(batch: Batch) -> Batch:
-    """What this rank trains on: its part of a batch that is the same on every rank."""
-    return in_parts(batch, running())[rank()] if running() > 1 else batch

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.ranks import from_each, rank, running
 from hybridlab.base.settings import check_bounds, check_types
 from hybridlab.data import (
     ImageBatches,
@@ -168,9 +170,10 @@ class TextTask(_ModelTask):
         self._held_out = evenly_spaced(text.validation, batches=config.validation_batches, **size, device=device)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Mean over the held-out batches, dropout off."""
-        losses = [self.loss(model, part) for batch in self._held_out for part in in_parts(batch, self._parts)]
-        loss = float(torch.stack(losses).mean())
+        """Mean over the held-out batches, of which each rank judges its part; dropout off."""
+        own = [own_part(batch) for batch in self._held_out]
+        losses = [self.loss(model, part) for batch in own for part in in_parts(batch, self._parts)]
+        loss = fmean(from_each(float(torch.stack(losses).mean())))
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -259,6 +262,11 @@ class ImageTask(_ModelTask):
         labels = torch.cat([labels for _, labels in self._held_out])
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return {"validation_loss": float(nn.functional.cross_entropy(logits, labels)), "accuracy": float(accuracy)}
+
+
+def own_part(batch: Batch) -> Batch:
+    """What this rank takes of a batch that is the same on every rank."""
+    return in_parts(batch, running())[rank()] if running() > 1 else batch
 
 
 def in_parts(batch: Batch, parts: int) -> list[Batch]:

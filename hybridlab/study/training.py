@@ -25,8 +25,8 @@ from hybridlab.optim.build import MuonWithAdamW
 from hybridlab.optim.in_backward import StepInBackward
 from hybridlab.speed import CudaGraphs, buffers_kept, compile_
 from hybridlab.study.config import RunConfig
-from hybridlab.study.ranks import RanksConfig, own_part
-from hybridlab.study.tasks import Batch, in_parts, judging
+from hybridlab.study.ranks import RanksConfig
+from hybridlab.study.tasks import Batch, in_parts, judging, own_part
 from hybridlab.weights.tail_average import TailAverage
 
 WARM_UP_PASSES = 3
