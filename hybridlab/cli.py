@@ -305,7 +305,7 @@ def plan(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
     memory: Annotated[
-        str, typer.Option(help="none, conservative, aggressive, fit_16gb, fit_16gb_plain or fit_16gb_24bit.")
+        str, typer.Option(help="none, conservative, aggressive, fit_16gb, fit_16gb_fp32 or fit_16gb_predict.")
     ] = "none",
     compiled: Annotated[
         bool,

@@ -35,7 +35,7 @@ from hybridlab.notebook import (
     rate_rows,
     shallow_claim,
 )
-from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer
+from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, set_lr_
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, statistics
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Base
@@ -44,9 +44,9 @@ BLOCKS, GROWS_AT = 6, 8
 GROWING = DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)))
 
 
-def gpt2(**changes: Any) -> GPT2:
+def gpt2(n_embd: int = 16, **changes: Any) -> GPT2:
     torch.manual_seed(0)
-    return GPT2(GPT2Config(vocab_size=32, block_size=16, n_layer=BLOCKS, n_head=2, n_embd=16, **changes))
+    return GPT2(GPT2Config(vocab_size=32, block_size=16, n_layer=BLOCKS, n_head=2, n_embd=n_embd, **changes))
 
 
 def batch(step: int) -> Tensor:
@@ -444,22 +444,24 @@ def trained_blocks(model: GPT2) -> list[nn.Module]:
 @pytest.mark.parametrize("jumps", [0, 6])
 def test_training_resumes_bit_for_bit_before_at_and_after_growth(at: int, jumps: int) -> None:
     settings = {"max_predict_steps": jumps, "confidence_threshold": 0.0, "gate": False, "correct_steps": 1}
-    steps = GROWS_AT + 12
-    whole = trainer_of(gpt2(), **settings)
-    run(whole, range(steps))
-    first = trainer_of(gpt2(), **settings)
-    run(first, range(at))
-    saved = [first.model.state_dict(), first.optimizer.state_dict(), first.state_dict()]
-    second = trainer_of(model := gpt2(), **settings)
-    model.load_state_dict(saved[0])
-    second.optimizer.load_state_dict(saved[1])
-    second.load_state_dict(saved[2])
-    results = run(second, range(at, steps))
-    assert same(weights(whole.model), weights(model))
+    whole, second, results = interrupted(lambda: trainer_of(gpt2(), **settings), at)
     counts = [trainer.statistics() for trainer in (whole, second)]
     assert counts[0].growths == counts[1].growths == 1
     assert counts[0].predicted_steps == counts[1].predicted_steps
     assert not jumps or any(result.phase is Phase.PREDICT for result in results)
+
+
+def interrupted(make: Callable[[], HybridTrainer], at: int) -> tuple[HybridTrainer, HybridTrainer, list[Any]]:
+    """A trainer that ran whole, and one that went on from what another had saved, with what its steps gave."""
+    steps = GROWS_AT + 12
+    run(whole := make(), range(steps))
+    run(first := make(), range(at))
+    saved = [part.state_dict() for part in (first.model, first.optimizer, first)]
+    for part, state in zip(((second := make()).model, second.optimizer, second), saved, strict=True):
+        part.load_state_dict(state)
+    results = run(second, range(at, steps))
+    assert same(weights(whole.model), weights(second.model))
+    return whole, second, results
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon", "sgd"])
@@ -481,19 +483,34 @@ def test_every_optimizer_grows(name: str, in_backward: bool) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_new_block_has_its_sources_weights_in_all_24_bits() -> None:
+@pytest.mark.parametrize("state", ["int8", "int4"])
+@pytest.mark.parametrize("at", [GROWS_AT - 1, GROWS_AT + 1])
+def test_the_16gb_preset_grows_and_resumes_bit_for_bit(state: str, at: int) -> None:
+    *_, results = interrupted(lambda: in_few_bits(state), at)
+    assert results[-1].depth == BLOCKS
+
+
+def in_few_bits(state: str) -> HybridTrainer:
+    """Weights of 24 bits, in a model whose matrices are large enough for a state in few."""
     pytest.importorskip("torchao.optim")
-    memory, model = MemoryConfig(optimizer_state="int8", weights="24bit"), gpt2()
+    memory = MemoryConfig.fit_16gb(optimizer_state=state)
+    model = gpt2(n_embd=64, **memory.model_settings)
     prepare_model_(model, memory)
-    trainer = trainer_of(model, optimizer=lambda m: optimizer_for(m, OptimizerConfig(), memory), memory=memory)
+    make = partial(optimizer_for, config=OptimizerConfig(), memory=memory)
+    return trainer_of(model, optimizer=make, memory=memory, clip_norm=None)
+
+
+@pytest.mark.parametrize("state", ["int8", "int4"])
+def test_a_new_block_has_its_sources_weights_in_all_24_bits(state: str) -> None:
+    trainer = in_few_bits(state)
+    model, states = trainer.model, trainer.optimizer.state
     run(trainer, range(GROWS_AT))
-    before, state = weights(model.h[0]), trainer.optimizer.state
-    rests = [state[p]["rest"].clone() for p in model.h[0].parameters()]
-    assert any(rest.any() for rest in rests)
-    trainer.optimizer.param_groups[0]["lr"] = trainer.optimizer.param_groups[1]["lr"] = torch.tensor(0.0)
+    set_lr_(trainer.optimizer, 0.0)
     assert run(trainer, [GROWS_AT])[0].depth == BLOCKS
-    assert same(weights(model.h[1]), before)
-    assert all(torch.equal(state[p]["rest"], rest) for p, rest in zip(model.h[1].parameters(), rests, strict=True))
+    assert same(weights(model.h[1]), weights(model.h[0]))
+    rests, copied = ([states[p]["rest"] for p in block.parameters()] for block in (model.h[0], model.h[1]))
+    assert any(rest.any() for rest in rests)
+    assert same(rests, copied)
 
 
 @pytest.mark.parametrize(

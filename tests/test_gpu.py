@@ -619,7 +619,7 @@ def test_a_compiled_low_bit_step_inside_backward_learns_like_one_after_it() -> N
 
 
 def test_clipping_by_the_estimate_ends_near_clipping_by_the_norm() -> None:
-    """The quality of `fit_16gb`, feature by feature: 8-bit state, then steps inside backward with clipping."""
+    """What `fit_16gb` is made of, feature by feature: 8-bit state, then steps inside backward with clipping."""
     pytest.importorskip("torchao")
     losses = {}
     for name, memory, clip_norm in (
@@ -707,7 +707,8 @@ def test_the_16gb_preset_goes_on_from_a_checkpoint(stop_at: int, tmp_path: Path)
         steps=30, checkpoint_every=1, evaluate_every=30,
         hybrid=HybridTrainerConfig(
             warmup_steps=2, full_steps=8, max_predict_steps=10, correction_interval=5, correct_steps=2, gate=False,
-            confidence_threshold=0.0, path_device="host", path_dtype="bf16", memory=MemoryConfig.fit_16gb(),
+            confidence_threshold=0.0, path_device="host", path_dtype="bf16",
+            memory=MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("pinned")),
         ),
     )  # fmt: skip
     whole = train(replace(config, checkpoint_every=0), tmp_path / "whole")
@@ -883,7 +884,7 @@ def trained_inside_backward(memory: MemoryConfig, *, graphs: bool, **settings: A
 
 def test_a_loop_that_keeps_its_loss_is_captured() -> None:
     pytest.importorskip("torchao")
-    memory = MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4")
+    memory = MemoryConfig.fit_16gb()
     replayed = trained_inside_backward(memory, graphs=True)
     assert replayed == trained_inside_backward(memory, graphs=False)
     assert replayed[-1] is None
@@ -892,19 +893,21 @@ def test_a_loop_that_keeps_its_loss_is_captured() -> None:
 def test_dropout_s_numbers_are_right_where_steps_are_replayed() -> None:
     """Or the passes run as they are: blocks that are computed again draw them again."""
     pytest.importorskip("torchao")
-    memory = MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4")
+    memory = MemoryConfig.fit_16gb()
     replayed = trained_inside_backward(memory, graphs=True, dropout=0.1)
     assert replayed[:2] == trained_inside_backward(memory, graphs=False, dropout=0.1)[:2]
 
 
 @pytest.mark.parametrize("depth", [None, DepthSchedule(stages=((0, 1), (12, 2)))])
-@pytest.mark.parametrize(("weights", "state"), [("24bit", "int8"), ("24bit", "int4"), ("fp32", "int8")])
+@pytest.mark.parametrize(
+    ("weights", "state"), [("24bit", "int8"), ("24bit", "int4"), ("fp32", "int8"), ("fp32", "int4")]
+)
 def test_steps_inside_backward_are_replayed_as_they_would_be_taken(
     weights: str, state: str, depth: DepthSchedule | None
 ) -> None:
     """Blocks computed again, clipping, counts and rates that change, and gradients that never all exist at once."""
     pytest.importorskip("torchao")
-    memory = MemoryConfig.fit_16gb(weights=weights, optimizer_state=state, predict_aware=None)
+    memory = MemoryConfig.fit_16gb(weights=weights, optimizer_state=state)
 
     def trained(graphs: bool) -> list[Any]:
         model, optimizer, run = stepping_inside_backward(memory, graphs)
@@ -925,7 +928,7 @@ def test_steps_inside_backward_are_replayed_as_they_would_be_taken(
 
 def test_a_compiled_run_replays_steps_inside_backward(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    memory = MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4")
+    memory = MemoryConfig.fit_16gb()
     task = TextTaskConfig("mini", data="markov", vocab_size=512, validation_batches=2)
     config = RunConfig(
         "steps", task, steps=24, compiled=True, device="cuda", hybrid=HybridTrainerConfig.plain(memory=memory)
@@ -1017,7 +1020,7 @@ def test_nothing_is_compiled_once_a_run_has_begun(optimizer: str, state: str) ->
         if optimizer != "adamw":
             pytest.skip("in few bits Muon's momenta alone are kept")
         pytest.importorskip("torchao")
-        memory = MemoryConfig.fit_16gb(weights="24bit", optimizer_state=state)
+        memory = MemoryConfig.fit_16gb(optimizer_state=state)
     task = TextTaskConfig("nano", "markov", vocab_size=512, block_size=64, batch_size=8, validation_batches=1)
     depth = DepthSchedule(((0, 1), (6, 2)))
     hybrid = HybridTrainerConfig.plain(clip_norm=None if memory else 1.0, depth=depth, memory=memory)

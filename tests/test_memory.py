@@ -409,13 +409,15 @@ def test_a_state_keeps_its_number_formats_when_it_is_loaded(weights: str, in_bac
     assert all(torch.equal(a, b) for a, b in zip(trained(*first), trained(*second), strict=True))
 
 
-@pytest.mark.parametrize(("weights", "state"), [("24bit", "int8"), ("24bit", "int4"), ("fp32", "int8")])
+@pytest.mark.parametrize(
+    ("weights", "state"), [("24bit", "int8"), ("24bit", "int4"), ("fp32", "int8"), ("fp32", "int4")]
+)
 def test_steps_of_a_captured_backward_pass_are_those_of_an_ordinary_one(
     weights: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Played back without a GPU: the pass runs again, and writes none of the numbers that change."""
     pytest.importorskip("torchao.optim")
-    memory = MemoryConfig.fit_16gb(weights=weights, optimizer_state=state, predict_aware=None)
+    memory = MemoryConfig.fit_16gb(weights=weights, optimizer_state=state)
     captured = False
     monkeypatch.setattr(low_bit, "_is_captured", lambda _: captured)
 
@@ -745,8 +747,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: MemoryConfig(weights="bf16"), "weights='bf16' does not go with optimizer_state='fp32'"),
     (lambda: MemoryConfig(weights="24bit"), "weights='24bit' does not go with optimizer_state='fp32'"),
     (
-        lambda: HybridTrainerConfig(memory=MemoryConfig(weights="24bit", optimizer_state="int8")),
-        "weights='24bit' does not go with max_predict_steps",
+        lambda: HybridTrainerConfig(memory=MemoryConfig.fit_16gb()),
+        "weights='24bit' does not go with max_predict_steps above 0: a prediction would drown in the rounding; use "
+        "float32 weights, as MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig('pinned')) has them",
     ),
     (lambda: MemoryConfig(optimizer_state="int9"), "optimizer_state 'int9' is unknown: did you mean 'int8'"),
     (lambda: MemoryConfig(loss_chunk_tokens=-1), "loss_chunk_tokens is -1"),
@@ -770,8 +773,24 @@ def test_what_cannot_work_together_is_refused_with_the_reason(build: Callable[[]
 
 
 def test_presets_are_accepted() -> None:
-    for preset in (MemoryConfig.conservative(), MemoryConfig.aggressive(), MemoryConfig.fit_16gb()):
+    jumps = MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("pinned"))
+    for preset in (MemoryConfig.conservative(), MemoryConfig.aggressive(), jumps):
         HybridTrainerConfig(memory=preset, path_device="host")
+
+
+def test_the_16gb_preset_is_for_plain_training_or_for_jumps_and_what_is_set_wins() -> None:
+    plain, exact = MemoryConfig.fit_16gb(), MemoryConfig.fit_16gb(weights="fp32")
+    assert (plain.weights, plain.optimizer_state, plain.checkpoints_to_host) == ("24bit", "int4", False)
+    assert exact == MemoryConfig(**vars(plain) | {"weights": "fp32"})
+    jumps = MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("cpu"))
+    assert (jumps.weights, jumps.optimizer_state, jumps.checkpoints_to_host) == ("fp32", "int8", True)
+    assert jumps.offloads_weights
+    on_gpu = CheckpointingConfig(keep_last=1)
+    for strategy in (None, PredictAwareMemoryConfig("none")):
+        mine = MemoryConfig.fit_16gb(
+            predict_aware=strategy, weights="fp32", optimizer_state="fp8", checkpointing=on_gpu
+        )
+        assert (mine.weights, mine.optimizer_state, mine.checkpointing) == ("fp32", "fp8", on_gpu)
 
 
 def test_models_and_methods_that_do_not_fit_are_refused() -> None:

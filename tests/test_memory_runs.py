@@ -42,12 +42,13 @@ from hybridlab.notebook.views.memory import (
 )
 from hybridlab.optim import Schedule
 from hybridlab.planner import plan
+from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.results.publish import repeats_of
 from hybridlab.results.reading import load_results
 from hybridlab.study import RunConfig, TextTaskConfig, planning, train
 from hybridlab.study.planning import plan_of, room_for
 from hybridlab.study.record import Run
-from hybridlab.study.statistics import Base, Interval
+from hybridlab.study.statistics import LEAST, Base, Interval
 from hybridlab.study.study import StudyResult, run_arms
 from tests.notebook_maker import project
 
@@ -71,12 +72,9 @@ def jumping(memory: MemoryConfig) -> HybridTrainerConfig:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["conservative", "aggressive", "fit_16gb"])
+@pytest.mark.parametrize("preset", [name for name in MEMORY_PRESETS if name != "none"])
 def test_presets_train_to_fp32s_loss(preset: str, tmp_path: Path) -> None:
-    configs = [
-        replace(BASE, hybrid=plain(None)),
-        replace(BASE, name=preset, hybrid=plain(getattr(MemoryConfig, preset)())),
-    ]
+    configs = [replace(BASE, hybrid=plain(None)), replace(BASE, name=preset, hybrid=plain(MEMORY_PRESETS[preset]()))]
     result = run_arms(configs, tmp_path)
     fp32, arm = (result.value("validation_loss", config.name, 0) for config in configs)
     assert abs(arm - fp32) < 0.01 * fp32
@@ -395,22 +393,20 @@ def test_number_formats_that_did_not_run_are_not_spoken_of() -> None:
 
 
 def test_weights_of_24_bits_are_judged_by_memory_time_and_loss() -> None:
-    few = replace(with_steps(1.2, 1.2, 1.2), arm="24-bit weights", peak_memory_bytes=9_400_000_000)
     change = Interval.of([0.01, 0.011, 0.012])
-    few = replace(few, change=change, base=measured(change=change).base)
-    control = replace(with_steps(2.0, 2.0, 2.0), arm="fp32")
+    few = replace(with_steps(1.2, 1.2, 1.2), arm="few", peak_memory_bytes=9_400_000_000)
+    ended = replace(few, change=change, base=replace(LEAST, steps=1000))
+    exact = replace(few, arm="exact", peak_memory_bytes=12_600_000_000)
     free = replace(with_steps(1.0, 1.0, 1.0), arm="free")
-    fewer = replace(few, arm="24-bit weights, 4-bit state", peak_memory_bytes=9_600_000_000)
-    both = few_bits_claims([control, few, fewer, free], control="fp32", fast="free")
-    assert len({claim.id for claim in both}) == len(both) == 8
-    claims = both[:4]
-    assert {claim.kind: claim.text for claim in claims}["few-bits-step-time"].startswith("24-bit weights: a step takes")
-    assert {claim.kind: claim.verdict for claim in claims} == {
-        "predicted-within-10-percent": "holds",
-        "few-bits-peak": "holds",
-        "few-bits-quality": "holds",
+    claims = few_bits_claims(few, [exact, free], ended, exact="exact", fast="free")
+    assert {claim.id: claim.verdict for claim in claims} == {
+        "few-few-bits-peak": "holds",
+        "exact-predicted-within-10-percent": "holds",
+        "exact-masters-peak": "fails",
         "few-bits-step-time": "fails",
+        "few-few-bits-quality": "holds",
     }
-    (peak,) = (claim for claim in both[4:] if claim.kind == "few-bits-peak")
-    assert (peak.arm, peak.verdict) == (fewer.arm, "fails")
-    assert few_bits_claims([control, free], control="fp32", fast="free") == []
+    assert claims[-1].text == "few: validation loss at most 0.5 % above that of exact after 1000 steps (3 seeds)"
+    assert claims[-1].quantities[0].bound == pytest.approx(0.005 * (ended.validation_loss - change.mean))
+    unmeasured = replace(few, measured_allocated_bytes=None)
+    assert few_bits_claims(unmeasured, [], unmeasured, exact="exact", fast="free") == []

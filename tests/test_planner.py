@@ -394,6 +394,7 @@ def test_what_makes_no_training_is_refused(batch, memory, optimizer, message):
 SPEC = TrainingSpec(replace(WIDE_LOGITS, n_layer=2), (8, 64), MemoryConfig(), OptimizerConfig(), overhead=GRAPH_ALONE)
 
 ON_THE_HOST = PathStorage(Residency.OFFLOADED)
+OFFLOADING = MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("pinned"))
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +430,7 @@ def test_the_fastest_that_fits_is_told(all_options):
 
 
 def test_what_is_on_already_or_cannot_be_is_no_option():
-    whole = replace(SPEC, memory=MemoryConfig.fit_16gb(), path=PathNeeds(4, 5), path_storage=ON_THE_HOST)
+    whole = replace(SPEC, memory=OFFLOADING, path=PathNeeds(4, 5), path_storage=ON_THE_HOST)
     names = {name for option in options(whole, GPUS["rtx5080"]) for name in option.features}
     assert names == {"gradients and fp32 state on the host instead of int8 state", "8 micro batches"}
     muon = replace(SPEC, optimizer=OptimizerConfig("muon"))
@@ -447,10 +448,10 @@ TO_FIT = {
         "nano", (8, 16), path=HybridTrainerConfig().path_needs, depth=DepthSchedule(((0, 1), (1, 2)), shallow=True)
     ),
     "with parts": TrainingSpec("nano", (8, 16), MemoryConfig(gradient_accumulation=GradientAccumulationConfig(2))),
-    "24 bits": TrainingSpec("nano", (8, 16), MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4")),
+    "24 bits": TrainingSpec("nano", (8, 16), MemoryConfig.fit_16gb()),
     "compressed": TrainingSpec("nano", (8, 16), MemoryConfig(predict_aware=PredictAwareMemoryConfig("compress"))),
-    "fit_16gb": TrainingSpec(
-        "nano", (8, 16), MemoryConfig.fit_16gb(), path=HybridTrainerConfig().path_needs, path_storage=ON_THE_HOST
+    "offloading": TrainingSpec(
+        "nano", (8, 16), OFFLOADING, path=HybridTrainerConfig().path_needs, path_storage=ON_THE_HOST
     ),
 }
 
@@ -479,7 +480,8 @@ def test_whatever_is_suggested_trains(asked):
             {"memory": MemoryConfig(state_on_host=True), "schedule": DepthSchedule(((0, 1), (1, 2)))},
             "depth does not go",
         ),
-        ({"memory": MemoryConfig.fit_16gb(), "path": PathNeeds(4, 5)}, "set path_device='host'"),
+        ({"memory": OFFLOADING, "path": PathNeeds(4, 5)}, "set path_device='host'"),
+        ({"memory": MemoryConfig.fit_16gb(), "path": PathNeeds(4, 5)}, "as MemoryConfig.fit_16gb.predict_aware="),
         ({"memory": MemoryConfig(weights="bf16", optimizer_state="int8"), "path": PathNeeds(4, 5)}, "drown"),
         ({"batch": (8,)}, r"batch is \(8,\): give windows and tokens, such as \(8, 512\)"),
         ({"batch": (True, 64)}, r"batch is \(True, 64\): give windows"),
@@ -554,7 +556,7 @@ def test_a_batch_too_large_to_be_rehearsed_lies_on_the_line_of_smaller_ones(monk
     planned = planner.plan_training(replace(spec, batch=(256, 64)))
     assert (planned.costs, planned.host_memory) == (whole.costs, whole.host_memory)
     assert planned.peak_allocated_bytes == pytest.approx(whole.peak_allocated_bytes, rel=0.02)
-    assert planned.peak_on_gpu_bytes == pytest.approx(whole.peak_on_gpu_bytes, rel=0.05)
+    assert planned.peak_on_gpu_bytes == pytest.approx(whole.peak_on_gpu_bytes, rel=0.06)
 
 
 def test_a_long_batch_is_planned_exactly():
@@ -681,9 +683,11 @@ def test_the_default_batch_is_one_that_the_model_takes(capsys):
         ("--model nan", "did you mean 'nano'?"),
         ("--optimizer adamx", "optimizer 'adamx' is unknown: did you mean 'adam'?"),
         ("--memory fit_16", "did you mean 'fit_16gb'?"),
+        ("--memory fit_16gb_24bit", "memory 'fit_16gb_24bit' is unknown"),
         ("--predictor linea", "did you mean 'linear'?"),
         ("--batch 1x65", "cut it to 64, as in batch=(1, 64), on the command line --batch 1x64"),
-        ("--memory fit_16gb --predictor linear", "path_device='host'"),
+        ("--memory fit_16gb_predict --predictor linear", "path_device='host'"),
+        ("--memory fit_16gb --predictor linear", "hybridlab plan: fit_16gb_predict"),
         ("--predictor linear --path-dtype bf61", "did you mean 'bf16'?"),
         ("--path-device hots", "path_device 'hots' is unknown: did you mean 'host'?"),
         (f"--batch {'9' * 400}x8", "such as 8x512"),
@@ -887,10 +891,11 @@ TIMED = {arm: memory for (_, arm), memory in MEASURED.items()} | {
     "mixed precision": MemoryConfig(**BF16),
     "checkpointing": MemoryConfig(checkpointing=CheckpointingConfig()),
     "8-bit state": MemoryConfig(pad_vocab_to=128, optimizer_state="int8"),
-    "fit_16gb": MemoryConfig.fit_16gb(),
+    "fit_16gb": OFFLOADING,
     ("small", "24-bit weights"): MemoryConfig(pad_vocab_to=128, optimizer_state="int8", weights="24bit"),
-    ("xl", "24-bit weights"): MemoryConfig.fit_16gb(weights="24bit"),
-    ("xl", "24-bit weights, 4-bit state"): MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4"),
+    ("xl", "24-bit weights"): MemoryConfig.fit_16gb(optimizer_state="int8"),
+    ("xl", "24-bit weights, 4-bit state"): MemoryConfig.fit_16gb(),
+    "fp32 masters": MemoryConfig.fit_16gb(weights="fp32"),
 }
 """Every arm of a table "memory" but TF32, which has no rate in a data sheet here."""
 
@@ -1054,8 +1059,8 @@ def test_graphs_take_what_was_measured(monkeypatch, size, precision):
 
 
 EXACT, FEW_BITS = (
-    MemoryConfig.fit_16gb(predict_aware=None),
-    MemoryConfig.fit_16gb(weights="24bit", optimizer_state="int4"),
+    MemoryConfig.fit_16gb(weights="fp32", optimizer_state="int8"),
+    MemoryConfig.fit_16gb(),
 )
 MEASURED_STEPS = {
     ("24-bit weights, 4-bit state", FEW_BITS, 48): (7_796_229_632, 9_401_532_416),
@@ -1098,7 +1103,7 @@ def test_graphs_hold_what_the_passes_take_and_the_gradients():
 
 
 def test_steps_in_graphs_take_as_much_before_they_are_captured():
-    training = (*MUCH, MemoryConfig.fit_16gb(weights="24bit"))
+    training = (*MUCH, MemoryConfig.fit_16gb(optimizer_state="int8"))
     compiled, graphs = (
         plan(*training, compiled=True, cuda_graphs=replayed, overhead=GRAPH_ALONE) for replayed in (False, True)
     )

@@ -224,7 +224,10 @@ def test_what_fsdp_refuses_is_refused() -> None:
         ),
         (["--gather", "bf16"], "say how ranks share a model: give their number as ranks too"),
         (["--keep-gathered"], "keep_gathered say how ranks share a model: give their number as ranks too"),
-        (["--ranks", "2", "--memory", "fit_16gb"], "memory.predict_aware, memory.step_in_backward"),
+        (
+            ["--ranks", "2", "--memory", "fit_16gb"],
+            "memory.step_in_backward, memory.optimizer_state='int4', memory.weights='24bit'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:

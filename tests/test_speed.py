@@ -15,7 +15,13 @@ from torch._dynamo.testing import CompileCounter
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.memory.apply import optimizer_for, prepare_model_
-from hybridlab.memory.config import INPUTS, CheckpointingConfig, GradientAccumulationConfig, MemoryConfig
+from hybridlab.memory.config import (
+    INPUTS,
+    CheckpointingConfig,
+    GradientAccumulationConfig,
+    MemoryConfig,
+    PredictAwareMemoryConfig,
+)
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer, low_bit, muon
 from hybridlab.speed import CudaGraphs, buffers_kept, compilation, compile_
@@ -227,7 +233,8 @@ def test_warming_up_shows_how_the_norm_is_shared_out() -> None:
 ON_GPU = RunConfig("graphs", TextTaskConfig(**TINY_TEXT), steps=4, compiled=True, device="cpu")
 PARTS = MemoryConfig(gradient_accumulation=GradientAccumulationConfig(micro_batches=2))
 AGAIN = HybridTrainerConfig.plain(memory=MemoryConfig(checkpointing=CheckpointingConfig()))
-STEPPING, IN_FULL = MemoryConfig.fit_16gb(predict_aware=None), MemoryConfig(step_in_backward=True)
+STEPPING, IN_FULL = MemoryConfig.fit_16gb(weights="fp32"), MemoryConfig(step_in_backward=True)
+AWAY = MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("pinned"))
 MUON = OptimizerConfig.tuned("muon")
 SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
 
@@ -241,13 +248,13 @@ SKIPS = DepthSchedule(stages=((0, 2),), skip_share=0.5, skip_until=2)
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=PARTS)), None),
         (replace(ON_GPU, hybrid=AGAIN), None),
         (replace(ON_GPU, hybrid=AGAIN, task=replace(ON_GPU.task, dropout=0.1)), "of dropout again"),
-        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb(weights="24bit"))), None),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=STEPPING)), None),
         (replace(ON_GPU, hybrid=HybridTrainerConfig(memory=STEPPING)), "takes each gradient away"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=replace(STEPPING, weights="bf16"))), "takes each"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=STEPPING), optimizer=MUON), "takes each gradient"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=IN_FULL)), "takes each gradient away"),
-        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=MemoryConfig.fit_16gb())), "to the host"),
+        (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(memory=AWAY)), "to the host"),
         (replace(ON_GPU, hybrid=HybridTrainerConfig.plain(depth=SKIPS)), "skips other blocks"),
     ],
 )

@@ -254,8 +254,8 @@ def jumping_with(memory: MemoryConfig, *, full_steps: int, **changes: Any) -> Hy
 
 
 def ways_to_predict() -> dict[str, MemoryConfig]:
-    """`fit_16gb` with everything offloaded in Predict, the same restored after the jump, and with nothing offloaded."""
-    preset = MemoryConfig.fit_16gb()
+    """`fit_16gb` for jumps: all offloaded in Predict, the same restored after the jump, and nothing offloaded."""
+    preset = MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("pinned"))
     late = PredictAwareMemoryConfig("pinned", lookahead=0)
     return {
         "all away": preset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,10 +44,9 @@ DEPTH = 48
 SEVEN_BILLION = GPT2Config(n_layer=32, n_head=32, n_embd=4096)
 
 RECIPE_BASE = MemoryConfig(mixed_precision=MixedPrecisionConfig.conservative())
-INPUTS_ON_HOST = CheckpointingConfig(inputs="host")
-ON_HOST = MemoryConfig.fit_16gb(
+with_inputs_on_host = partial(MemoryConfig.fit_16gb, checkpointing=CheckpointingConfig(inputs="host"))
+ON_HOST = with_inputs_on_host(
     weights="bf16",
-    checkpointing=INPUTS_ON_HOST,
     state_on_host=True,
     optimizer_state="fp32",
     pad_vocab_to=0,
@@ -54,12 +54,10 @@ ON_HOST = MemoryConfig.fit_16gb(
     clip_in_backward=None,
 )
 WAYS = {
-    "fp32 masters and 8-bit state on the GPU": MemoryConfig.fit_16gb(predict_aware=None, checkpointing=INPUTS_ON_HOST),
-    "24-bit weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="24bit", checkpointing=INPUTS_ON_HOST),
-    "24-bit weights and 4-bit state on the GPU": MemoryConfig.fit_16gb(
-        weights="24bit", optimizer_state="int4", checkpointing=INPUTS_ON_HOST
-    ),
-    "bf16 weights and 8-bit state on the GPU": MemoryConfig.fit_16gb(weights="bf16", checkpointing=INPUTS_ON_HOST),
+    "fp32 masters and 8-bit state on the GPU": with_inputs_on_host(weights="fp32", optimizer_state="int8"),
+    "24-bit weights and 8-bit state on the GPU": with_inputs_on_host(weights="24bit", optimizer_state="int8"),
+    "24-bit weights and 4-bit state on the GPU": with_inputs_on_host(weights="24bit", optimizer_state="int4"),
+    "bf16 weights and 8-bit state on the GPU": with_inputs_on_host(weights="bf16", optimizer_state="int8"),
     "fp32 weights on the GPU, fp32 state on the host": replace(ON_HOST, weights="fp32"),
     "bf16 weights on the GPU, fp32 masters and state on the host": ON_HOST,
 }

@@ -115,7 +115,8 @@ class HybridTrainerConfig:
             "step_in_backward does not go with clip_norm: the norm of all gradients is not known before the first of "
             "them is used; set memory.clip_in_backward": memory.step_in_backward and self.clip_norm is not None,
             f"weights={memory.weights!r} does not go with max_predict_steps above 0: a prediction would drown in the "
-            "rounding; use float32 weights, or max_predict_steps=0": jumps and memory.lowers_weights,
+            "rounding; use float32 weights, as MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig('pinned')) "
+            "has them (hybridlab plan: fit_16gb_predict), or max_predict_steps=0": jumps and memory.lowers_weights,
             "leaving the GPU in Predict does not go with path_device='same': the path and the rollback snapshot, "
             "larger than what leaves, would stay on it; set path_device='host'": stays,
             "depth rule='best' does not go with gate=False: the gate tries the rules; set gate=True, or name a rule": (

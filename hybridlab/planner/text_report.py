@@ -12,7 +12,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import SHARDING
 from hybridlab.base.settings import check_choice
 from hybridlab.depth import DepthSchedule
-from hybridlab.memory.config import MemoryConfig
+from hybridlab.memory.config import MemoryConfig, PredictAwareMemoryConfig
 from hybridlab.planner.gpu_specs import HOST_FACTOR, OF_MEASURED, GpuSpec, host_update_ms, nearest_gpu, step_time_ms
 from hybridlab.planner.plan import Plan, in_gigabytes, plan_stages
 from hybridlab.planner.spec import BatchShape, Model, TrainingSpec
@@ -23,10 +23,10 @@ MEMORY_PRESETS: dict[str, Callable[[], MemoryConfig]] = {
     "conservative": MemoryConfig.conservative,
     "aggressive": MemoryConfig.aggressive,
     "fit_16gb": MemoryConfig.fit_16gb,
-    "fit_16gb_plain": partial(MemoryConfig.fit_16gb, predict_aware=None),
-    "fit_16gb_24bit": partial(MemoryConfig.fit_16gb, weights="24bit", optimizer_state="int4"),
+    "fit_16gb_fp32": partial(MemoryConfig.fit_16gb, weights="fp32"),
+    "fit_16gb_predict": partial(MemoryConfig.fit_16gb, predict_aware=PredictAwareMemoryConfig("pinned")),
 }
-"""`hybridlab plan`'s; the last two are for training that predicts nothing in time."""
+"""`hybridlab plan`'s; the last one is for training that predicts in time."""
 
 FINDS = {"batch": largest_batch, "sequence": longest_sequence}
 

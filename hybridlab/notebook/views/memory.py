@@ -39,6 +39,9 @@ STEP_TIME_WITHIN = 1.5
 FEW_BITS_BYTES, FEW_BITS_STEP, FEW_BITS_LOSS = 9.5e9, 1.15, 0.005
 """What XL may occupy with weights of 24 bits, and how much longer its step and how much higher its loss may be."""
 
+MASTERS_BYTES = 12.5e9
+"""What XL may occupy with float32 masters."""
+
 PREDICT_BYTES = 3.7e9
 """What XL may occupy in Predict."""
 
@@ -160,11 +163,17 @@ def predicted_claims(footprints: Sequence[Footprint]) -> list[Claim]:
 
 
 def quality_claims(
-    footprints: Sequence[Footprint], control: float, kind: str = "quality", within: float = QUALITY_WITHIN
+    footprints: Sequence[Footprint],
+    control: float,
+    kind: str = "quality",
+    within: float = QUALITY_WITHIN,
+    of: str = "the control's",
 ) -> list[Claim]:
     """That no arm's validation loss lies more than 1 % above the control's, whose mean loss is `control` in nats.
 
     The whole interval must lie below the bound. Where too little was trained for a verdict, it is open.
+
+    of: the control's loss in words
     """
     claims = []
     for f in footprints:
@@ -177,7 +186,7 @@ def quality_claims(
                 Quantity("perplexity_gap", gap, low, high, "share", tuple(map(math.expm1, change.values))),
             )
             seeds = f"{change.seeds} seeds" if change.seeds > 1 else "one seed"
-            text = f"{f.arm}: validation loss at most {100 * within:g} % above the control's ({seeds})"
+            text = f"{f.arm}: validation loss at most {100 * within:g} % above {of} ({seeds})"
             claims.append(on_losses(kind, f.arm, text, holds_below(*change.ends, bound), quantities, f.base))
     return claims
 
@@ -336,21 +345,31 @@ def reference_claims(fits: Footprint, others: Sequence[Footprint], *, control: s
     return claims
 
 
-def few_bits_claims(feet: Sequence[Footprint], *, control: str, fast: str) -> list[Claim]:
+def few_bits_claims(
+    few: Footprint, others: Sequence[Footprint], ended: Footprint, *, exact: str, fast: str
+) -> list[Claim]:
     """That XL with weights of 24 bits takes less memory, at a step and a loss that are hardly more; as far as measured.
 
-    feet: those arms count whose name begins with "24-bit weights"; control, fast: as in `reference_claims`
+    ended: the same arm after all steps, its loss beside that of `exact`, the arm with float32 masters, which is judged
+    by its memory too; fast: as in `reference_claims`
     """
-    by_arm, claims = {foot.arm: foot for foot in feet}, list[Claim]()
-    for few in (foot for foot in feet if foot.arm.startswith("24-bit weights") and foot.measured_allocated_bytes):
-        text = f"{few.arm}: the peak stays below 9.5 GB, context included"
-        found = predicted_claims([few]) + below_claim("few-bits-peak", text, few.peak_memory_bytes, FEW_BITS_BYTES)
-        if control in by_arm:
-            found += quality_claims([few], by_arm[control].validation_loss, "few-bits-quality", FEW_BITS_LOSS)
-        if fast in by_arm:
-            found += step_time_claims(few, by_arm[fast], "few-bits-step-time", FEW_BITS_STEP)
-        claims += [replace(claim, arm=few.arm, id="") for claim in found]
+    claims = _peak_claims("few-bits-peak", few, FEW_BITS_BYTES)
+    for other in others:
+        if other.arm == exact:
+            claims += predicted_claims([other]) + _peak_claims("masters-peak", other, MASTERS_BYTES)
+        if other.arm == fast:
+            claims += step_time_claims(few, other, "few-bits-step-time", FEW_BITS_STEP)
+    if ended.change and ended.base:
+        control, of = ended.validation_loss - ended.change.mean, f"that of {exact} after {ended.base.steps} steps"
+        claims += quality_claims([ended], control, "few-bits-quality", FEW_BITS_LOSS, of)
     return claims
+
+
+def _peak_claims(kind: str, foot: Footprint, bound: float) -> list[Claim]:
+    """That an arm's peak as the GPU counts it lies below a bound; nothing without a GPU."""
+    text = f"{foot.arm}: the peak stays below {bound / 1e9:g} GB, context included"
+    peak = foot.peak_memory_bytes if foot.measured_allocated_bytes else None
+    return [replace(claim, arm=foot.arm, id="") for claim in below_claim(kind, text, peak, bound)]
 
 
 def _gigabytes(size: int | None) -> float | None:
