@@ -270,7 +270,7 @@ def test_the_benchmark_names_the_plan_of_each_rank() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.005), ("xl_groups", 0.02)])
+@pytest.mark.parametrize(("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.005), ("xl_groups", 0.025)])
 def test_a_rank_takes_what_was_measured(name: str, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)  # where the config of 7B lies
