@@ -121,6 +121,12 @@ def test_shares_of_a_run_become_steps_and_lists_of_a_parameter_file_tuples() -> 
         trainer_of(gpt2(), shares)
 
 
+@pytest.mark.parametrize("depth", [DepthSchedule(((0, 1), (20, 2))), DepthSchedule.shares(((0.0, 1), (0.99, 2)))])
+def test_a_stage_that_begins_after_the_run_is_refused(depth: DepthSchedule) -> None:
+    with pytest.raises(ValueError, match=r"begins at step 20 and the run has 20: .* begin earlier"):
+        RunConfig("grown", TextTaskConfig("nano"), 20, hybrid=HybridTrainerConfig.plain(depth=depth))
+
+
 @pytest.mark.parametrize(
     ("rule", "depths", "stages"),
     [

@@ -113,10 +113,10 @@ class DepthSchedule:
     def fitted_to(self, steps: int) -> Self:
         """The same schedule in steps of a run of this length; one that is in steps stays as it is.
 
-        Raises ValueError where two stages would begin at the same step.
+        Raises ValueError where two stages would begin at the same step, or the last after the run's last step.
         """
         if not self.in_shares:
-            return self
+            return self._within(steps)
         stages = tuple((round(share * steps), blocks) for share, blocks in self.stages)
         if len({start for start, _ in stages}) < len(stages):
             raise ValueError(
@@ -124,7 +124,15 @@ class DepthSchedule:
                 "begin further apart, or train for longer"
             )
         until = max(int(self.skip_share > 0), round(self.skip_until * steps))
-        return replace(self, stages=stages, in_shares=False, skip_until=until)
+        return replace(self, stages=stages, in_shares=False, skip_until=until)._within(steps)
+
+    def _within(self, steps: int) -> Self:
+        if (last := self.stages[-1][0]) >= steps:
+            raise ValueError(
+                f"the last stage begins at step {last:g} and the run has {steps}: it would never grow to all of its "
+                "blocks; let the stage begin earlier, or train for longer"
+            )
+        return self
 
     def stage_at(self, step: int) -> int:
         """The stage of a step, counted from 0."""
