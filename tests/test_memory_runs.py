@@ -167,6 +167,8 @@ def test_footprints_pair_losses_by_seed_and_plan_each_arm(tmp_path: Path) -> Non
         footprint(result, configs[1], "fp32", at_step=5)
     with pytest.raises(UserError, match="has no whole jump: set confidence_threshold to 0"):
         predict_phase(result.runs["fp32", 0])
+    with pytest.raises(UserError, match=r"fp32.* diverged before a jump was over: lower the learning rate"):
+        predict_phase(replace(result.runs["fp32", 0], summary={"diverged": "the loss is nan"}))
     assert "–" in memory_table([control]).cells()[0]
 
 

@@ -141,6 +141,11 @@ class PredictPhase:
 def predict_phase(run: Run) -> PredictPhase:
     """Look at a run's whole jumps. Raises UserError where there is none."""
     jumps = tuple(jump_times(run.steps))
+    if not jumps and run.diverged:
+        raise UserError(
+            f"{run.folder} diverged before a jump was over: lower the learning rate, or warm up for longer; its record "
+            "is kept"
+        )
     if not jumps:
         raise UserError(
             f"{run.folder} has no whole jump: set confidence_threshold to 0 and gate to False, correct_steps to 1 or "
