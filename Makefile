@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 OUT ?= executed/$(PROFILE)
 # RESUME=--resume goes on with the training runs that an interrupted start left.
 RESUME ?=
+# AT_ONCE=4 trains so many runs at the same time, each on a GPU of its own.
+AT_ONCE ?=
 # Passed to `jupyter lab`.
 LAB_FLAGS ?=
 
@@ -51,12 +53,12 @@ lab: .venv/run ## JupyterLab, on the latest executed copy in runs/
 # One that fails is named at the end, and the others run all the same; Ctrl-C ends all.
 define milestone
 start=$$(date +%s); code=0; \
-$(HYBRIDLAB) run notebooks/$(1).ipynb -f params/$(PROFILE)/$(1).yaml -o $(OUT)/$(1).ipynb $(RESUME) || code=$$?; \
+$(HYBRIDLAB) run notebooks/$(1).ipynb -f params/$(PROFILE)/$(1).yaml -o $(OUT)/$(1).ipynb $(RESUME) $(AT_ONCE:%=-p at_once %) || code=$$?; \
 [ $$code -ne 130 ] || exit 130; [ $$code -eq 0 ] || failed="$$failed $(1)"; \
 times="$$times$$(printf '%7d s  %s' $$(( $$(date +%s) - start )) $(1))\n";
 endef
 
-milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder of params, OUT=folder RESUME=--resume
+milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder of params, OUT=folder RESUME=--resume AT_ONCE=1
 	@test -n "$(MILESTONES)" || { echo "there is no params/$(PROFILE): take one of $(notdir $(wildcard params/*))"; exit 2; }
 	@test -z "$(OTHERS)" || test -e "$(OTHERS)" || $(BIN)/python -m hybridlab.benchmarks.against_others --out "$(OTHERS)" \
 	  || echo "notebook 08 goes without it"

@@ -153,12 +153,12 @@ def test_links_of_the_guide_lead_somewhere() -> None:
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 def test_milestones_go_where_they_are_told_to_and_go_on_if_asked() -> None:
-    asked = ["make", "--dry-run", "milestones", "PROFILE=rtx5080", "OUT=runs/mine", "RESUME=--resume"]
+    asked = ["make", "--dry-run", "milestones", "PROFILE=rtx5080", "OUT=runs/mine", "RESUME=--resume", "AT_ONCE=4"]
     plan = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    runs = re.findall(r"run notebooks/(\S+)\.ipynb -f \S+ -o runs/mine/(\S+)\.ipynb ?(\S*)", plan)
+    runs = re.findall(r"run notebooks/(\S+)\.ipynb -f \S+ -o runs/mine/(\S+)\.ipynb ?([^|&]*)", plan)
     assert len(runs) == plan.count(" run notebooks/")
     assert all(name == copy for name, copy, _ in runs)
-    assert {resume for name, _, resume in runs if name != "09_report"} == {"--resume"}
+    assert {how.strip() for name, _, how in runs if name != "09_report"} == {"--resume -p at_once 4"}
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
