@@ -357,6 +357,45 @@ def test_weights_of_24_bits_are_taken_apart_and_joined() -> None:
         assert not rest.any()
 
 
+@pytest.mark.parametrize("state", ["int8", "int4"])
+def test_a_weight_that_was_set_to_zero_keeps_training_whatever_was_left_of_it(state: str) -> None:
+    """As the middle of two blocks' opposite weights is, in a growth; int4 steps matrices in pairs."""
+    pytest.importorskip("torchao.optim")
+    params = [nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((64, 128), (64,))]
+    optimizer = low_bit_adamw(
+        [{"params": params}], [params], state=state, lr=2**-12, betas=(0.9, 0.99), eps=1e-8, weights="24bit"
+    )
+    optimizer.make_state_()
+    for p in params:
+        p.grad = torch.ones_like(p)
+        optimizer.state[p]["rest"].fill_(-100)
+        p.data.view(64, -1)[:32] = 0.0
+        p.data.view(64, -1)[:16] *= -1
+    optimizer.step()
+    for p in params:
+        moved = joined(p.detach(), optimizer.state[p]["rest"]).view(64, -1)[:32]
+        torch.testing.assert_close(moved, torch.full_like(moved, -(2**-12)), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "24bit"])
+@pytest.mark.parametrize("shape", [(10, 64), (50, 301)])
+def test_a_matrix_that_no_blocks_fill_has_moments_in_float32(shape: tuple[int, int], weights: str) -> None:
+    """In bf16 a second moment that shrinks by a thousandth would stay as it is: the next steps are too small then."""
+    pytest.importorskip("torchao.optim")
+    steps = {}
+    for name in ("fp32", weights):
+        matrix = nn.Parameter(torch.zeros(shape, dtype=torch.float32 if name == "fp32" else torch.bfloat16))
+        optimizer = low_bit_adamw(
+            [{"params": [matrix]}], [[matrix]], state="int4", lr=1.0, betas=(0.9, 0.999), eps=1e-8, weights=name
+        )
+        for step in range(1000):
+            matrix.data.zero_()
+            matrix.grad = torch.full_like(matrix, 1.0 if step < 20 else 2**-6)
+            optimizer.step()
+        steps[name] = matrix.detach().float()
+    torch.testing.assert_close(steps[weights], steps["fp32"], rtol=0.02, atol=0.0)
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_weights_of_24_bits_train_as_float32_ones_with_the_same_state(in_backward: bool) -> None:
     """Steps are so small that bf16 takes them by chance, if at all; gradients do not depend on the weights."""

@@ -235,15 +235,22 @@ class InFewCalls(Optimizer):
         )
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """The parameter's state: torchao's own form, and float32 for what is no matrix."""
+        """The parameter's state: torchao's own form of a moment, or float32."""
         state: dict[str, Any] = self.state[param]
         if not state:
-            new = self._new_buffer if param.ndim > 1 else _float32_zeros
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = new(param, True), new(param, False)
+            state["exp_avg"], state["exp_avg_sq"] = self._new_moment(param, True), self._new_moment(param, False)
             if self.keeps_rest and param.dtype is torch.bfloat16:
                 state["rest"] = torch.zeros_like(param, dtype=torch.int8)
         return state
+
+    def _new_moment(self, param: Tensor, signed: bool) -> Tensor:
+        """In few bits, or float32 for a vector, and for a matrix too small or odd for blocks of one scale.
+
+        torchao gives such a matrix moments in its own format, and in bf16 a second moment would never shrink.
+        """
+        moment = self._new_buffer(param, signed) if param.ndim > 1 else param
+        return moment if is_traceable_wrapper_subclass(moment) else torch.zeros_like(param, dtype=torch.float32)
 
 
 def _fixed(group: ParamGroup) -> Settings:
@@ -382,10 +389,6 @@ def _parts(tensor: Tensor) -> dict[str, Tensor]:
     return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
 
 
-def _float32_zeros(like: Tensor, _: bool) -> Tensor:
-    return torch.zeros_like(like, dtype=torch.float32)
-
-
 def joined(weight: Tensor, rest: Tensor) -> Tensor:
     """The float32 values of bf16 weights and their 8 further bits, which `split_` took apart."""
     return _of_bits(weight.view(torch.int16).int(), rest)
@@ -401,9 +404,14 @@ def split_(value: Tensor, weight: Tensor, rest: Tensor) -> None:
 
 
 def _of_bits(weight: Tensor, rest: Tensor | None = None) -> Tensor:
-    """The float32 values of the lowest 16 bits of int32 numbers, and of 8 further bits."""
+    """The float32 values of the lowest 16 bits of int32 numbers, and of 8 further bits.
+
+    A negative rest stays out of a zero, which somebody else has written, as a growth may: the bits would be NaN's.
+    """
     bits = weight << 16
-    return (bits if rest is None else bits + (rest.int() << 8)).view(torch.float32)
+    if rest is not None:
+        bits = bits + (torch.maximum(rest.int(), -128 * (weight & 0x7FFF)) << 8)  # no limit to any other weight's
+    return bits.view(torch.float32)
 
 
 def _rest(value: Tensor, weight: Tensor) -> Tensor:

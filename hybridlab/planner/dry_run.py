@@ -525,7 +525,7 @@ def _moment(like: Tensor, bits: LowBit) -> list[Tensor]:
     width, block = bits
     numbers = like.numel()
     if numbers < SMALLEST_QUANTIZED or numbers % block:
-        return [torch.empty_like(like)]
+        return [torch.empty_like(like, dtype=torch.float32)]
     return [torch.empty(numbers * width // 8, dtype=torch.uint8), torch.empty(numbers // block)]
 
 
