@@ -754,6 +754,28 @@ def test_depth_pays_where_the_grown_model_beats_a_shallow_one_of_as_much_computa
     assert claim.value("loss_to_shallow") == pytest.approx(2.0 - shallow, abs=0.001)
 
 
+def test_a_shallow_run_that_diverged_shows_no_use_of_depth(study: StudyResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends above every loss: a mean of infinity would refute the shallow model by one seed."""
+    monkeypatch.setattr(statistics, "LEAST", Base(steps=1, seeds=1, tokens=1, fall_nats=-math.inf))
+    run = study.runs[CONTROL, 1]
+    spoilt = replace(run, summary=run.closing_figures | {"validation_loss": math.inf, "diverged": "the loss is nan"})
+    claim = shallow_claim(replace(study, runs=study.runs | {(CONTROL, 1): spoilt}), "grown", "shallow")
+    assert claim.verdict == "open"
+    assert claim.text.endswith("(a shallow run diverged)")
+
+
+def test_an_average_that_is_no_number_costs_no_comparison(study: StudyResult) -> None:
+    """The record of a run that diverged in its tail has the figure, and no number."""
+    averaged = dict.fromkeys(study.runs, 3.0) | {("grown", 1): None}
+    runs = {
+        key: replace(run, summary=run.closing_figures | {"averaged_validation_loss": averaged[key]})
+        for key, run in study.runs.items()
+    }
+    result = StudyResult(runs)
+    assert compare(result, "grown").averaged_loss is None
+    assert compare(result, "shallow").averaged_loss.values == (3.0, 3.0, 3.0)
+
+
 def test_growing_beats_as_much_computation_where_the_budget_is_small(study: StudyResult) -> None:
     grown = compare(study, "grown")
     assert grown.to_control.high < 0

@@ -135,6 +135,19 @@ def test_the_readout_of_averaged_weights_stands_beside_the_plain_one(rungs):
     assert "averaged" not in str(steps_table(rungs))
 
 
+def test_an_average_that_is_no_number_leaves_its_readout_open():
+    def spoilt(configs):
+        result = trained(configs)
+        for (name, seed), run in result.runs.items():
+            if seed == 1 and name.startswith("tuned"):
+                run.summary[AVERAGED] = None
+        return result
+
+    averaging = Ladder(replace(VANILLA, tail_average=0.2), {"tuned rates": CHANGES["tuned rates"]}, timed_steps=250)
+    tuned = averaging.run(spoilt)[-1]
+    assert (round(tuned.steps.value), tuned.averaged_steps) == (250, None)
+
+
 def test_a_rung_that_never_reaches_the_loss_fails_after_twice_the_vanilla_runs_length():
     def never(configs):
         result = trained(configs)

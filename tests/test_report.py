@@ -494,6 +494,14 @@ def test_a_tighter_bound_is_held_against_the_whole_interval(
     assert [f.outcome for f in Claims(HYBRID, "quality", below=0.01).findings(found)] == [outcome]
 
 
+def test_an_arm_that_diverged_fails_a_tighter_bound_too() -> None:
+    """Its loss is no number, which is not the same as one that was not measured."""
+    diverged = quality("arm", "fails", math.inf, math.inf, math.inf).record()
+    diverged["quantities"][0]["value"] = None
+    found = evidence(n03=entry() | {"claims": [diverged]})
+    assert [f.outcome for f in Claims(HYBRID, "quality", below=0.01).findings(found)] == ["fails"]
+
+
 def test_a_tighter_bound_decides_nothing_where_too_little_was_trained() -> None:
     one_seed = {"steps": 1000, "seeds": 1, "batch_size": 8, "block_size": 512}
     found = evidence(n03=entry(quality("arm", "holds", 0.03), parameters=one_seed))
@@ -1104,6 +1112,15 @@ GROWS = (
     Quantity("predicted_steps", 0.0, unit="steps"),
     Quantity("cost_in_full_steps", 475.0, unit="steps"),
 )
+
+
+def test_a_grown_arm_that_diverged_fails_the_plans_promise() -> None:
+    """It has no ratio of times, as a notebook without depth has none."""
+    unknown = Quantity("loss_to_control", None, unit="nats", bound=0.0)
+    diverged = claim("pays", "fails", unknown, *GROWS[1:], arm="grown")
+    found = Evidence({MAIN: {"05_gpt2_medium": entry(diverged)}})
+    outcomes = {criterion.text: criterion.outcome(found) for criterion in CRITERIA[IN_DEPTH]}
+    assert outcomes["GPT-2 Medium: 40 to 60 % less time than a plain run to the same loss"] == "fails"
 
 
 def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() -> None:

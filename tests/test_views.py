@@ -150,6 +150,10 @@ def test_a_prediction_has_to_pay_at_the_best_rates_of_hybrid_and_control() -> No
     at_both_sides |= {0.0005: at_rate(math.inf, 9.0, None), 0.008: at_rate(4.5, 4.5, 0.5)}
     (claim,) = rate_claims(at_both_sides)
     assert (claim.value("best_rate_of_hybrid"), claim.value("best_rate_of_control")) == (0.002, 0.004)
+    at_both_sides[0.008] = at_rate(math.inf, 4.0, None)
+    (claim,) = rate_claims(at_both_sides)
+    assert claim.verdict == "open", "where the hybrid diverged, no control was trained that could be the best"
+    assert "the best rate of its control is the highest tried, 0.004: bracket it" in claim.text
     (claim,) = rate_claims({rate: at_rate(math.inf, 4.0, None) for rate in (0.002, 0.004)})
     assert (claim.verdict, claim.value("best_rate_of_hybrid")) == ("open", None)
     assert "bold, unguarded diverged at every rate (2 trials, from 0.002 to 0.004)" in claim.text

@@ -163,13 +163,13 @@ class Claims:
         return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
 
     def _outcome(self, claim: Published) -> Outcome:
-        if self.below is None or claim.is_idle or claim.rests_on_too_little:
-            return claim.verdict
+        if self.below is None or claim.is_idle or claim.rests_on_too_little or claim.verdict == "fails":
+            return claim.verdict  # of an arm that diverged there is no number
         quantity = next((q for q in claim.quantities if q.unit == self.of), None)
         if quantity is None or quantity.value is None:
             return "not measured"
         low, high = quantity.ends
-        if claim.verdict == "fails" or low >= self.below:
+        if low >= self.below:
             return "fails"
         return claim.verdict if high < self.below else "open"
 
@@ -296,18 +296,21 @@ class Faster:
     def findings(self, evidence: Evidence) -> list[Finding]:
         """One per claim that has the quantity, by its whole interval; of a ladder, with what its parts brought.
 
-        An end that is open decides nothing, and hinders the other one in nothing.
+        An end that is open decides nothing, and hinders the other one in nothing. An arm that grows and diverged has no
+        loss that a plain run could reach: it is judged as beside its control.
         """
         brought = what_parts_brought(evidence.tables("ladder").get(self.notebook, []))
         depths = evidence.claims(self.notebook, kind="depth-pays")
         pays = {claim.arm: f"whether depth pays, beside the shallow model: {claim.verdict}" for claim in depths}
         found = []
         for claim in evidence.claims(self.notebook):
-            if ratio := claim.quantity(self.quantity):
+            about = f"{self.means}, {claim.arm}" if claim.arm else self.means
+            if claim.kind == "pays" and claim.grew and claim.value("loss_to_control") is None:
+                found.append(Finding(about, claim.verdict, "a run diverged", claim.notebook))
+            elif ratio := claim.quantity(self.quantity):
                 words = filter(None, (quantities_in_words([ratio]), brought or pays.get(claim.arm)))
                 is_shown = (ratio.low, ratio.high) != (None, None) and not claim.rests_on_too_little
                 outcome = holds_below(-ratio.ends[1], -ratio.ends[0], -1 / self.share) if is_shown else "open"
-                about = f"{self.means}, {claim.arm}" if claim.arm else self.means
                 found.append(Finding(about, outcome, "; ".join(words), claim.notebook))
         return found or [_absent(self.notebook, self.means, evidence)]
 

@@ -214,8 +214,9 @@ def _to_control(result: StudyResult, name: str) -> Interval:
 
 def _averaged_loss(result: StudyResult, name: str) -> Interval | None:
     figure = "averaged_validation_loss"
-    there = all(figure in result.runs[name, seed].closing_figures for seed in result.seeds)
-    return Interval.of([result.value(figure, name, seed) for seed in result.seeds]) if there else None
+    losses = [result.runs[name, seed].closing_figures.get(figure) for seed in result.seeds]
+    known = [loss for loss in losses if loss is not None]  # of a run that diverged it may be there, and be None
+    return Interval.of(known) if len(known) == len(losses) else None
 
 
 def _accuracy_to_baseline(result: StudyResult, name: str) -> Interval | None:

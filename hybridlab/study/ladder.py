@@ -247,7 +247,8 @@ def _three(losses: Mapping[int, float], target: float) -> list[int]:
 
 
 def _loss(result: StudyResult, name: str, seed: int = 0, figure: str = "validation_loss") -> float:
-    return result.runs[name, seed].closing_figures.get(figure, math.inf)
+    loss = result.runs[name, seed].closing_figures.get(figure)
+    return math.inf if loss is None else loss
 
 
 def _seconds(result: StudyResult, name: str, seed: int = 0) -> float:

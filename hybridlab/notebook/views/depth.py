@@ -25,6 +25,9 @@ GROWN, SHALLOW = "grown", "shallow"
 UNEQUAL = "no shallow run had as much computation"
 """Why a grown model that ends below the shallow one of as many steps shows nothing."""
 
+DIVERGED = "a shallow run diverged"
+"""Why one that ends below a shallow one of as much computation may show nothing."""
+
 
 def depth_arms(
     plain: HybridTrainerConfig, first_blocks: int, blocks: int, grow_at: float
@@ -161,7 +164,7 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
     """That the grown model ends below the shallow one that it began as: that depth pays at this budget.
 
     The shallow model trains for as many steps, and again for as much computation: the second decides. Where it did not
-    run, the first can refute the claim, and not show it.
+    run, the first can refute the claim, and not show it; nor does a run that diverged show it.
 
     budget: of the study, in words, for the claim's name, where there are several
     """
@@ -179,8 +182,9 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
     kind, _, size = shallow.partition(", ")
     name = f"{kind} model ({size})" if size else f"{kind} model"
     text = f"{arm}: depth pays at this budget, as the grown model ends below the {name} of as much computation"
-    if not is_equal and verdict == "holds":
-        verdict, text = "open", f"{text} ({UNEQUAL})"
+    why = DIVERGED if losses[deciding].mean == -math.inf else "" if is_equal else UNEQUAL
+    if why and verdict == "holds":
+        verdict, text = "open", f"{text} ({why})"
     base = base_of(result, compared=(grown, control if is_equal else shallow))
     return on_losses("depth-pays", arm, text, verdict, quantities, base)
 

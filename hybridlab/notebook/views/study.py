@@ -444,12 +444,13 @@ def rate_table(by_rate: Mapping[float, Comparison]) -> Table:
 def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
     """That a hybrid beats its control when each has its best rate of as many; nothing of fewer than two.
 
-    Open where either's best is at an edge of those tried.
+    Open where either's best is at an edge of those tried. Where the hybrid diverged, its control was not tried.
     """
     if len(by_rate) < 2:
         return []
     hybrids = RateTrials({rate: c.validation_loss.mean for rate, c in by_rate.items()})
-    controls = RateTrials({rate: _control_loss(c).mean for rate, c in by_rate.items()})
+    ends = {rate: _control_loss(c).mean for rate, c in by_rate.items()}
+    controls = RateTrials({rate: loss for rate, loss in ends.items() if not math.isnan(loss)} or ends)
     hybrid, control, best = hybrids.best, controls.best, by_rate[hybrids.best]
     left = filter(None, (hybrids.unbracketed(best.name), controls.unbracketed("its control")))
     pairs = zip(best.validation_loss.values, _control_loss(by_rate[control]).values, strict=True)
