@@ -75,6 +75,16 @@ def test_the_lengths_that_studies_have_cover_as_well(curve: str, steps: list[int
     assert 0.93 <= np.mean(shares) <= 0.97
 
 
+@pytest.mark.parametrize("bend", [-0.5, 0.25, 1.0])
+def test_between_two_lengths_the_curve_may_bend_as_those_of_models_do(
+    bend: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of GPT-2 Small to Medium the losses were straight in n to powers from -0.5 to 0.4."""
+    monkeypatch.setitem(CURVES, "bent", lambda n: 4 - 0.85 * ((n / 1000) ** bend - 1) / bend)
+    for seeds, noise, q in product(SEEDS, NOISE, (0.0, 0.3, 0.6)):
+        assert coverage("bent", q, np.array([480.0, 1000.0]), seeds, noise) >= 0.93
+
+
 def test_a_misfit_that_can_be_seen_widens_the_interval() -> None:
     def step_down(n: Array) -> Array:
         return 4 - 0.6 / (1 + np.exp(-(n - 700) / 60))
