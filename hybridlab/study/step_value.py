@@ -32,7 +32,7 @@ MISFIT = 0.9
 """How far the curve may be off by its scale: this share of the difference between those in the neighbouring scales."""
 
 MISFIT_OF_A_LINE = 2.0
-"""The same of two lengths, between which nothing shows a bend: the line may lie in any scale from n^(-3/4) to n^(5/4)."""
+"""The same of two lengths, between which no bend is seen: the line may lie in any scale from n^(-3/4) to n^(5/4)."""
 
 CONFIDENCE = 0.95
 POINTS = 513
