@@ -37,7 +37,7 @@ from hybridlab.models import GPT2, GPT2Config, MnistCNN
 from hybridlab.optim import OptimizerConfig
 from hybridlab.planner import GpuOverhead, TrainingSpec, dry_run, nearest_fit, plan, plan_training, suggest
 from hybridlab.planner.architectures import causal_lm
-from hybridlab.planner.caching_allocator import CachingAllocator
+from hybridlab.planner.caching_allocator import MIDDLE_SEGMENT, CachingAllocator
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.gpu_specs import (
     GPUS,
@@ -556,7 +556,8 @@ def test_a_batch_too_large_to_be_rehearsed_lies_on_the_line_of_smaller_ones(monk
     planned = planner.plan_training(replace(spec, batch=(256, 64)))
     assert (planned.costs, planned.host_memory) == (whole.costs, whole.host_memory)
     assert planned.peak_allocated_bytes == pytest.approx(whole.peak_allocated_bytes, rel=0.02)
-    assert planned.peak_on_gpu_bytes == pytest.approx(whole.peak_on_gpu_bytes, rel=0.06)
+    # the allocator takes segments: at these sizes, which are a thousandth of real ones, three are the grain
+    assert planned.peak_on_gpu_bytes == pytest.approx(whole.peak_on_gpu_bytes, abs=3 * MIDDLE_SEGMENT)
 
 
 def test_a_long_batch_is_planned_exactly():
