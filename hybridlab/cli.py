@@ -313,8 +313,12 @@ def plan(
     ] = False,
     predictor: Annotated[str, typer.Option(help="Of prediction in time, such as linear; none is without.")] = "none",
     path_device: Annotated[
-        str, typer.Option(help="Where the path of the weights is kept: same (as they are) or host.")
-    ] = "same",
+        str | None,
+        typer.Option(
+            help="Where the path of the weights is kept: same (as they are) or host. By default host with memory "
+            "settings that free the GPU in Predict, else same."
+        ),
+    ] = None,
     path_dtype: Annotated[str, typer.Option(help="The number format of the path: fp32 or bf16.")] = "fp32",
     stages: Annotated[
         str, typer.Option(metavar="BLOCKS,...", help="For predicted depth: the active blocks of each stage, as 3,12.")
@@ -376,8 +380,9 @@ def plan(
         plain = HybridTrainerConfig.plain(memory=settings)
         spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
     jumps: dict[str, Any] = {"predictor": predictor, "memory": settings} if predictor != "none" else {}
-    hybrid = HybridTrainerConfig(path_device=path_device, path_dtype=path_dtype, **jumps)
-    if predictor == "none" and not stages and (path_device, path_dtype) != ("same", "fp32"):
+    place = path_device or ("host" if jumps and settings.predict_aware else "same")
+    hybrid = HybridTrainerConfig(path_device=place, path_dtype=path_dtype, **jumps)
+    if predictor == "none" and not stages and (path_device or path_dtype != "fp32"):
         raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")
     spec = replace(spec, path=hybrid.path_needs if jumps else None, path_storage=hybrid.path_storage)
     shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}

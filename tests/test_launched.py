@@ -99,6 +99,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     [
         (["11_several_gpus", "--nproc", "3"], "nproc is 3, and torch sees 2 GPUs: each process takes one"),
         (["11_several_gpus", "--nproc", "0"], "nproc: 0 after --nproc: it must be at least 1"),
+        (["06_gpt2_xl", "-p", "at_once", "3"], "at_once is 3, and torch sees 2 GPUs: each process takes one"),
         (["08_speed_ladder", "--nproc", "2"], "--nproc: 08_speed_ladder.ipynb starts no run of several processes"),
     ],
 )

@@ -22,7 +22,9 @@ from hybridlab.data.text import SOURCES as TEXT_SOURCES
 from hybridlab.depth import BEST, RULES
 from hybridlab.memory import MemoryConfig
 from hybridlab.memory.precision import PRECISIONS
-from hybridlab.models.gpt2 import SIZES
+from hybridlab.models.gpt2 import SIZES, GPT2Config
+from hybridlab.optim.build import OPTIMIZERS
+from hybridlab.study.ranks import RanksConfig
 from tests.conftest import Problem
 from tests.notebook_maker import project, save, tiny_notebook
 
@@ -54,6 +56,19 @@ def root(tmp_path, monkeypatch):
         ("03", "lr 0x10", "lr: '0x10' is text, a number is wanted"),
         ("03", "steps 0200", "steps: '0200' is text, a whole number is wanted: write 200"),
         ("03", "cpu_threads 100000", "cpu_threads: 100000 after -p: it must be at least 0 and at most 1024"),
+        ("03", "at_once 0", "at_once: 0 after -p: it must be at least 1"),
+        ("10", "optimizer lion", "optimizer: 'lion' after -p: 'lion' is unknown: choose one of adamw"),
+        ("10", "budgets [200,0]", "budgets: [200, 0] after -p: it must be at least 1"),
+        ("06", "long_seeds 0", "long_seeds: 0 after -p: it must be at least 1"),
+        ("02", "beta1_tried [0.8,1.0]", "beta1_tried: [0.8, 1.0] after -p: it must be at least 0 and below 1"),
+        ("11", "wrap fsdp2", "wrap: 'fsdp2' after -p: 'fsdp2' is unknown: did you mean 'fsdp'?"),
+        (
+            "03",
+            "first_blocks -1",
+            "first_blocks: -1 must be at least 0 and below the blocks of nano, 2 (given after -p)",
+        ),
+        ("06", "model xl first_blocks 48", "first_blocks: 48 must be at least 0 and below the blocks of xl, 48"),
+        ("10", "first_blocks [1,6]", "first_blocks: [1, 6] must be at least 0 and below the blocks of micro, 6"),
         ("10", "rate_trials 2", "rate_trials: 2 must be at least 3, or 0 to try none (given after -p)"),
         ("03", "warmup_steps 360", "warmup_steps: 360 must be below steps, which is 360 (given after -p)"),
         ("03", "steps 40", "evaluate_every: 90 must be at most steps, which is 40"),
@@ -163,8 +178,12 @@ def test_choices_are_those_that_the_library_knows():
     assert tuple(TEXT_SOURCES.values()) == limits.TEXTS
     assert {form.partition(":")[0] for form in limits.IMAGES} == {name.partition(":")[0] for name in IMAGE_SOURCES}
     assert limits.LIMITS["model"] == SIZES
+    assert {name: GPT2Config.named(name).n_layer for name in SIZES} == limits.BLOCKS
     assert limits.LIMITS["rules"] == (*RULES, BEST)
     assert limits.LIMITS["precision"] == PRECISIONS
+    assert limits.LIMITS["optimizer"] == OPTIMIZERS
+    assert [RanksConfig(wrap=wrap).wrap for wrap in limits.LIMITS["wrap"]]
+    assert [RanksConfig(gather=gather).gather for gather in limits.LIMITS["gather"]]
 
 
 def test_a_name_that_means_something_else_in_a_notebook_is_let_be(root):

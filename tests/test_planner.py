@@ -644,6 +644,11 @@ def test_host_memory_is_told_by_where_and_how_the_path_is_kept(capsys):
     assert float(fp32) / float(bf16) == pytest.approx((4 + 1 + 1) / ((4 + 1) / 2 + 1), rel=0.01)
 
 
+def test_the_preset_for_prediction_in_time_keeps_the_path_on_the_host_by_itself(capsys):
+    assert ended("--memory fit_16gb_predict --predictor linear") == 0
+    assert re.search(r"Host memory.*\bpath ", capsys.readouterr().out)
+
+
 def test_what_is_switched_on_can_be_pasted(capsys):
     assert ended("--predictor linear --card 0.935GB", size="--model nano --batch 32x64") == 0
     *_, imports, memory, hybrid = capsys.readouterr().out.splitlines()
@@ -687,7 +692,7 @@ def test_the_default_batch_is_one_that_the_model_takes(capsys):
         ("--memory fit_16gb_24bit", "memory 'fit_16gb_24bit' is unknown"),
         ("--predictor linea", "did you mean 'linear'?"),
         ("--batch 1x65", "cut it to 64, as in batch=(1, 64), on the command line --batch 1x64"),
-        ("--memory fit_16gb_predict --predictor linear", "path_device='host'"),
+        ("--memory fit_16gb_predict --predictor linear --path-device same", "path_device='host'"),
         ("--memory fit_16gb --predictor linear", "hybridlab plan: fit_16gb_predict"),
         ("--predictor linear --path-dtype bf61", "did you mean 'bf16'?"),
         ("--path-device hots", "path_device 'hots' is unknown: did you mean 'host'?"),

@@ -18,15 +18,22 @@ IMAGES = ("digits", "mnist", "mnist:PATH")
 JUMP_WARMUP_STEPS = 2
 """Of `benchmarks.footprint.jumping_with`."""
 
+BLOCKS = {"nano": 2, "micro": 6, "tiny": 4, "mini": 12, "small": 12, "medium": 24, "large": 36, "xl": 48}
+"""Of the GPT-2 sizes."""
 
 ANY: dict[str, float] = {}
 COUNT, COUNT_OR_NONE, SIZE = {"least": 1}, {"least": 0}, {"least": 1, "most": 10**6}
 RATE, SHARE = {"above": 0, "most": 1000}, {"least": 0, "below": 1}
 LIMITS: dict[str, Mapping[str, float] | tuple[str, ...]] = {
+    "at_once": SIZE,
     "batch_size": SIZE,
+    "beta1": SHARE,
+    "beta1_tried": SHARE,
     "beta2": SHARE,
     "block_size": SIZE,
+    "budgets": COUNT,
     "card_gb": COUNT_OR_NONE,
+    "checkpoint_every": COUNT_OR_NONE,
     "controls": {"above": 0, "most": 4},
     "cpu_threads": {"least": 0, "most": 1024},
     "depth_seeds": SIZE,
@@ -34,19 +41,25 @@ LIMITS: dict[str, Mapping[str, float] | tuple[str, ...]] = {
     "device": ("auto", "cuda", "cpu"),
     "evaluate_every": COUNT,
     "full_steps": COUNT,
+    "gather": ("fp32", "bf16"),
     "grow_at": {"above": 0, "below": 1},
     "grown_lr": RATE,
+    "least_ratio": {"above": 0},
+    "long_seeds": SIZE,
     "lr": RATE,
     "lr_factors": RATE,
+    "lr_multiples": RATE,
     "max_bytes": COUNT_OR_NONE,
     "minutes": {"above": 0},
-    "model": ("nano", "micro", "tiny", "mini", "small", "medium", "large", "xl"),
+    "model": tuple(BLOCKS),
     "muon_lr": RATE,
     "nproc": SIZE,
+    "optimizer": ("adamw", "adam", "muon", "sgd"),
     "overhead_rounds": SIZE,
     "panel_rounds": SIZE,
     "panel_turn_steps": SIZE,
     "precision": ("fp32", "tf32", "bf16"),
+    "predict_after": COUNT_OR_NONE,
     "predict_steps": COUNT_OR_NONE,
     "predictor": tuple(PREDICTORS),
     "predictors": tuple(PREDICTORS),
@@ -63,6 +76,7 @@ LIMITS: dict[str, Mapping[str, float] | tuple[str, ...]] = {
     "validation_batches": SIZE,
     "vocab_size": {"least": 2, "most": 2**16},
     "warmup_steps": COUNT_OR_NONE,
+    "wrap": ("fsdp", "ddp"),
 }
 """name -> bounds, as `base.settings.broken_bound` takes them, or the names that are known; of a list, for each item.
 
@@ -84,7 +98,7 @@ def check_limits(values: Mapping[str, Any], defaults: Mapping[str, Any], places:
     for name, value in values.items():
         if (said := broken(name, value)) and not broken(name, defaults[name]):
             raise UserError(f"{name}: {value!r}{_place(name, places)}: {said}")
-    for check in (_order, _data, _vocabulary, _something_predicts, _jumps, _trials):
+    for check in (_order, _data, _vocabulary, _something_predicts, _jumps, _trials, _depth):
         if said := check(values):
             named = said.split(":")[0]
             raise UserError(f"{said}{_place(named, places, ' (given {})')}")
@@ -166,6 +180,17 @@ def _jumps(values: Mapping[str, Any]) -> str | None:
 def _trials(values: Mapping[str, Any]) -> str | None:
     few = values.get("rate_trials") in (1, 2)
     return f"rate_trials: {values['rate_trials']} must be at least 3, or 0 to try none" if few else None
+
+
+def _depth(values: Mapping[str, Any]) -> str | None:
+    """A grown arm begins with fewer blocks than its model has; it comes last in some notebooks."""
+    first, blocks = values.get("first_blocks", 0), BLOCKS.get(str(values.get("model")))
+    fits = blocks is None or all(0 <= few < blocks for few in (first if isinstance(first, list) else [first]))
+    return (
+        None
+        if fits
+        else f"first_blocks: {first} must be at least 0 and below the blocks of {values['model']}, {blocks}"
+    )
 
 
 def first_jump(predictor: str, full_steps: int) -> int:

@@ -151,10 +151,11 @@ def _processes(nproc: int | None, declared: Mapping[str, Any], name: str) -> lis
 
 def _refuse_more_than_gpus(parameters: Mapping[str, Any]) -> None:
     """Only where several are asked for, since torch has to be imported to count them."""
-    if (count := parameters.get(NPROC, 1)) > 1:
-        from hybridlab.base.device import refuse_more_than_gpus
+    for name in (NPROC, "at_once"):
+        if (count := parameters.get(name, 1)) > 1:
+            from hybridlab.base.device import refuse_more_than_gpus
 
-        refuse_more_than_gpus(NPROC, count, parameters.get("device", "auto"))
+            refuse_more_than_gpus(name, count, parameters.get("device", "auto"))
 
 
 def _check_name(notebook: Path, output: Path) -> None:
