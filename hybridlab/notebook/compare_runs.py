@@ -115,7 +115,8 @@ def figures_table(
 ) -> LiveTable:
     """What `runs_with_figures` found in a folder under these conditions, as `runs_table` shows it."""
     rows = [row for _, row in found]
-    shown = table(rows, f"{len(rows)} runs in {(project_root() / folder).name}", FORMATS) if rows else None
+    caption = f"{len(rows)} run{'s' * (len(rows) != 1)} in {(project_root() / folder).name}"
+    shown = table(rows, caption, FORMATS) if rows else None
     fits = "fits: loosen the conditions, or" if where else "is recorded yet:"
     empty = f"no run in {folder} {fits} train one with `hybridlab run`"
     return LiveTable(shown, empty, _brief(rows, shown.caption) if shown else "")
