@@ -263,6 +263,14 @@ def test_steps_that_are_not_taken_again_are_reported_and_their_time_is_kept(tmp_
     assert run.steps["seconds"].iloc[38] == before[39]
 
 
+def test_a_run_names_every_machine_that_trained_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times are of both, once it was gone on with elsewhere."""
+    interrupted(PLAIN, tmp_path, 40)
+    here = TRAIN_MODULE.host()
+    monkeypatch.setattr(TRAIN_MODULE, "host", lambda: "another")
+    assert train(PLAIN, tmp_path, resume=True).closing_figures["hosts"] == [here, "another"]
+
+
 def test_a_finished_run_is_returned_without_training(
     tmp_path: Path, unbroken: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,8 @@ def test_a_table_of_times_shows_how_far_the_machine_drifted() -> None:
     runs = [run("baseline", 3.0, seed, seconds=10.0 + seed, **times) for seed in range(2)]
     shown = str(time_table([], study(*runs)))
     assert "the baseline's seconds, seed by seed, show how far this machine drifted meanwhile: 10.0, 11.0" in shown
+    runs.append(run("baseline", 3.0, 2, seconds=12.0, hosts=["a", "b"], **times))
+    assert "Mean over seeds on 2 machines, whose times may differ" in str(time_table([], study(*runs)))
 
 
 def test_columns_of_the_final_figures_stand_in_one_order_in_every_process() -> None:

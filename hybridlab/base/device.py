@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
@@ -58,6 +59,11 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def host() -> str:
+    """A hash of this machine's name: times differ between machines of one kind."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def gpus(device: torch.device) -> list[torch.device]:

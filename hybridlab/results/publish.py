@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from hybridlab import __version__
-from hybridlab.base.device import device_name, find_device
+from hybridlab.base.device import device_name, find_device, host
 from hybridlab.base.files import RESULTS_LOCK, make_folders, marked_root, project_root, replaced
 from hybridlab.base.settings import LARGEST
 from hybridlab.results.claims import VOLATILE_UNITS, Claim, rounded
@@ -112,7 +111,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": device_name(find_device()),
         "versions": versions,
-        "host": hashlib.sha256(platform.node().encode()).hexdigest()[:8],
+        "host": host(),
         "git_commit": git_commit(),
         "code": code_hashes(),
         "environment_fingerprint": fingerprint,

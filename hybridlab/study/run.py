@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from hybridlab.base.checkpoint import random_state, restore_random_state_, save_tensors
-from hybridlab.base.device import find_device, wait_for
+from hybridlab.base.device import find_device, host, wait_for
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
 from hybridlab.base.lock import locked
@@ -134,6 +134,7 @@ class TrainingRun(WatchedRun):
         self._process = ProcessSettings.of(config)
         self._timer = TrainingTimer(self._device)
         self._step_ms: list[float] = []
+        self._hosts = [host()]
         self._changes: dict[str, float] = {}
         with self._process.applied():
             self._training = Training(config, self._device, ranks)
@@ -295,6 +296,7 @@ class TrainingRun(WatchedRun):
             "random": from_each(random_state()),
             "seconds": self._timer.seconds,
             "step_ms": self._step_ms,
+            "hosts": self._hosts,
             "peak": self._memory.peak(),
         }
 
@@ -306,6 +308,7 @@ class TrainingRun(WatchedRun):
         self._training.load_state_dict(state)
         self._timer = TrainingTimer(self._device, state["seconds"])
         self._step_ms = state["step_ms"]
+        self._hosts = list(dict.fromkeys([*state["hosts"], *self._hosts]))
         self._memory.go_on_from(state["peak"])
         self._restore_random(state["random"])
         return state["steps_done"]
@@ -323,6 +326,7 @@ class TrainingRun(WatchedRun):
         return {
             **self._closing_figures(),
             "code": self._identity["code"],
+            "hosts": self._hosts,
             "reliability": self._trainer.reliability(),
             "acceptance_reliability": self._trainer.acceptance_reliability(),
             "forecast_skill": self._trainer.forecast_skill(),

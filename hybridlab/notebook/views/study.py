@@ -302,7 +302,9 @@ def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
     formats = {"training (s)": ".1f", "median gradient step (ms)": ".1f", "peak memory (GB)": ".2f"}
     seconds = ", ".join(f"{result.value('seconds', BASELINE, seed):.1f}" for seed in result.seeds)
     drift = f"the baseline's seconds, seed by seed, show how far this machine drifted meanwhile: {seconds}"
-    return table(rows, f"Mean over seeds on this machine; memory is {memory}; {drift}", formats)
+    hosts = {host for run in result.runs.values() for host in run.closing_figures.get("hosts", [])}
+    where = f"on {len(hosts)} machines, whose times may differ" if len(hosts) > 1 else "on this machine"
+    return table(rows, f"Mean over seeds {where}; memory is {memory}; {drift}", formats)
 
 
 def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Claim]:
@@ -318,7 +320,7 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
 
 def run_rows(result: StudyResult) -> list[dict[str, Any]]:
     """The table "runs" of a results file: what every comparison of the study can be computed from again."""
-    figures = ("validation_loss", "accuracy", "seconds", "growths", "cost_in_full_steps")
+    figures = ("validation_loss", "accuracy", "seconds", "hosts", "growths", "cost_in_full_steps")
     columns = ("gradient_steps", "predicted_steps", *figures, *RELIABILITIES.values())
     return [
         {"arm": name, "seed": seed, "first_loss": float(run.steps["measured_loss"].iloc[0])}
