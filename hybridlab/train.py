@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _told(_stopped(), EXIT_INTERRUPTED)
         except UserError as error:
-            return _told(error, EXIT_FAILED if isinstance(error, DivergenceError) else EXIT_REFUSED)
+            failed = isinstance(error, DivergenceError) or isinstance(error.__cause__, OSError)  # such as a full disk
+            return _told(error, EXIT_FAILED if failed else EXIT_REFUSED)
         except Exception as error:
             if is_of_lost_rank(error):
                 return _told(f"another rank has ended, and the run with it: {GO_ON}", EXIT_FAILED)

@@ -218,6 +218,8 @@ def test_the_command_lists_what_fits(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().out
     assert said.startswith("2 runs in runs")
     assert said.index("one/bold_seed_0") < said.index("two/bold_seed_0")
+    assert main(["runs", "--where", "run=one*", "--where", "name=bold"]) == 0
+    assert capsys.readouterr().out.startswith("1 run in runs")
     assert main(["runs", "--where", "name=none"]) == 2
     assert "no run in runs fits" in capsys.readouterr().err
     assert main(["runs", "--folder", "elsewhere"]) == 2

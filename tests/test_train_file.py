@@ -15,6 +15,7 @@ import yaml
 
 from hybridlab.study.record import Run
 from hybridlab.train import main
+from tests.conftest import full_disk
 
 ROOT = Path(__file__).parents[1]
 JUMPING = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "gate": False}
@@ -314,6 +315,17 @@ def test_a_fault_of_the_task_keeps_its_traceback_and_is_no_refusal(
     said = capsys.readouterr().err
     assert "in faulty" in said
     assert said.endswith("hybridlab.train: ValueError: two widths differ\n")
+
+
+def test_a_full_disk_is_one_line_and_no_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path)
+    with full_disk(3000), pytest.warns(UserWarning, match="no checkpoint at step"):
+        assert main(["-f", file]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "make room there or choose another folder" in last
 
 
 def test_ctrl_c_says_that_it_has_stopped(
