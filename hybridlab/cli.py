@@ -305,7 +305,11 @@ def plan(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, muon or sgd.")] = "adamw",
     memory: Annotated[
-        str, typer.Option(help="none, conservative, aggressive, fit_16gb, fit_16gb_fp32 or fit_16gb_predict.")
+        str,
+        typer.Option(
+            help="none, conservative, aggressive, fit_16gb (weights of 24 bits, moments of 4), fit_16gb_fp32 (float32 "
+            "weights) or fit_16gb_predict (for prediction in time)."
+        ),
     ] = "none",
     compiled: Annotated[
         bool,

@@ -146,9 +146,18 @@ def test_every_command_that_a_page_names_exists_with_its_options(page: Path) -> 
                 assert given <= {*declared_parameters(json.loads((ROOT / word).read_text()), word)}, words
 
 
-def test_links_of_the_guide_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", GUIDE.read_text(encoding="utf-8"))
-    assert [link for link in links if not (GUIDE.parent / link).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    for file, anchor in re.findall(r"\]\(([^)\s#:]*)#?([^)\s:]*)\)", page.read_text(encoding="utf-8")):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
