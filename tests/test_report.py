@@ -616,6 +616,12 @@ def test_a_model_without_a_recommendation_says_why(rows: list[dict[str, Any]], w
     assert "take this" not in text
 
 
+@pytest.mark.parametrize(("trains", "told"), [("4ef0d9fd", True), ("0123abcd", False)])
+def test_rows_of_a_preset_that_has_changed_since_say_what_it_was(trains: str, told: bool) -> None:
+    found = evidence(n04=entry(tables={"memory": [XL | {"loss_change": 0.001}, CONTROL]}, code={"trains": trains}))
+    assert ("The rows `fit_16gb` of xl ran before that preset had 24-bit weights" in by_model(found)) == told
+
+
 def test_what_a_loss_was_judged_over_names_the_control_s_loss() -> None:
     text = by_model(rows_of(XL | {"loss_change": 0.001}, CONTROL | {"validation_loss": 6.7359}, steps=40, seeds=3))
     assert "| 40 steps, 3 seeds, to a loss of 6.74 | **take this, watch its loss** |" in text
