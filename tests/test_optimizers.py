@@ -229,7 +229,7 @@ def test_muons_momentum_in_few_bits_trains_as_far(state: str) -> None:
     buffer = optimizer.state[model.h[0].mlp.c_fc.weight]["momentum_buffer"]
     assert type(buffer).__name__.startswith("OptimState")
     assert losses[state][-1] == pytest.approx(losses["fp32"][-1], abs=0.05 * losses["fp32"][0])
-    with pytest.raises(UserError, match=r"optimizer_state='int8' goes with AdamW"):
+    with pytest.raises(UserError, match=r"optimizer_state='int8' with weights='fp32' goes with AdamW"):
         optimizer_for(model, OptimizerConfig("sgd"), MemoryConfig(optimizer_state="int8"))
 
 
