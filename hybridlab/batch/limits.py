@@ -184,13 +184,11 @@ def _trials(values: Mapping[str, Any]) -> str | None:
 
 def _depth(values: Mapping[str, Any]) -> str | None:
     """A grown arm begins with fewer blocks than its model has; it comes last in some notebooks."""
-    first, blocks = values.get("first_blocks", 0), BLOCKS.get(str(values.get("model")))
-    fits = blocks is None or all(0 <= few < blocks for few in (first if isinstance(first, list) else [first]))
-    return (
-        None
-        if fits
-        else f"first_blocks: {first} must be at least 0 and below the blocks of {values['model']}, {blocks}"
-    )
+    first, model = values.get("first_blocks", 0), values.get("model")
+    blocks = BLOCKS.get(str(model))
+    if blocks is None or all(0 <= few < blocks for few in (first if isinstance(first, list) else [first])):
+        return None
+    return f"first_blocks: {first} must be at least 0 and below the blocks of {model}, {blocks}"
 
 
 def first_jump(predictor: str, full_steps: int) -> int:

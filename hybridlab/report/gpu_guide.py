@@ -181,16 +181,16 @@ def by_model(evidence: Evidence) -> str:
     )
 
 
-def _is_former(evidence: Evidence, row: MemoryRow) -> bool:
-    """Whether a row's copy ran before `fit_16gb` had 24-bit weights."""
-    return (evidence.entry(row["notebook"]) or {}).get("code", {}).get("trains") in FORMER_PRESETS
-
-
 FORMER_PRESETS = ("c68fc476", "4ef0d9fd")
 """Training code of copies in which `fit_16gb` had float32 weights."""
 
 EARLIER_ARMS = {"step-time": "fit_16gb", "few-bits-step-time": "24-bit weights"}
 """By kind of claim, of older results: what it is about."""
+
+
+def _is_former(evidence: Evidence, row: MemoryRow) -> bool:
+    """Whether a row's copy ran before `fit_16gb` had 24-bit weights."""
+    return (evidence.entry(row["notebook"]) or {}).get("code", {}).get("trains") in FORMER_PRESETS
 
 
 def _memory_rows(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
