@@ -38,6 +38,7 @@ from hybridlab.planner.suggest import FEATURES
 from hybridlab.planner.text_report import _in_python
 from hybridlab.planner.trace import Event, Key, Segment, Trace
 from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study.planning import training_spec_of
 from hybridlab.weights.gram import PathNeeds
 
 SIZE = GPT2Config(n_layer=7, n_head=2, n_embd=50, vocab_size=1031, block_size=64, pad_vocab_to=0)
@@ -270,12 +271,19 @@ def test_the_benchmark_names_the_plan_of_each_rank() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.005), ("xl_groups", 0.025)])
+@pytest.mark.parametrize(
+    ("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.005), ("xl_groups", 0.025), ("small_ddp", 0.04)]
+)
 def test_a_rank_takes_what_was_measured(name: str, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)  # where the config of 7B lies
     found = json.loads((root / "docs" / "experiments" / f"ranks_{name}.json").read_text(encoding="utf-8"))
     question = Question(**found["question"])
+    if question.wrap == "ddp":  # replays CUDA graphs, which a plan takes in where there is a GPU
+        monkeypatch.setattr(
+            "hybridlab.benchmarks.ranks.training_spec_of",
+            lambda *of: replace(training_spec_of(*of), cuda_graphs=True),
+        )
     for row in found["rows"]:
         plans = planned(question, row["ranks"])
         for run in ["", "_with_path"] if question.path else [""]:
