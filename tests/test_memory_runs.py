@@ -231,6 +231,13 @@ def test_fitting_means_peak_retries_and_growth(summary: dict[str, Any], failing:
     assert {claim.id for claim in fit_claims(card_run(**summary)) if claim.verdict == "fails"} == failing
 
 
+def test_a_run_that_diverged_does_not_show_that_it_fits() -> None:
+    diverged = card_run(peak_memory_bytes=15 * 10**9, diverged="the loss is nan")
+    assert {claim.id: claim.verdict for claim in fit_claims(diverged)} == {
+        "fits-16gb": "open", "peak-below-14gb": "fails", "does-not-grow": "open"
+    }  # fmt: skip
+
+
 def test_a_run_that_was_over_between_two_samples_says_nothing_of_growth() -> None:
     run: Any = card_run()
     run.vram = run.vram.iloc[:0]
