@@ -30,7 +30,7 @@ from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.criteria import CRITERIA, DEPTH, IN_DEPTH, LADDER, OURS, OVERALL, Criterion
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, REPORT, Evidence, least_difference
-from hybridlab.report.gpu_guide import by_model, depth_advice, gpu_guide, recommended
+from hybridlab.report.gpu_guide import FORMER_PRESETS, by_model, depth_advice, gpu_guide, recommended
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.rules import Claims, Peak, Ran, Savings, least_time
 from hybridlab.report.validation import at_a_glance, claims_document, copies, validation_document
@@ -358,12 +358,16 @@ def test_time_that_other_means_save_is_said_with_what_each_of_them_brought() -> 
     assert "| by other means: the whole stack, against the vanilla FP32 run | holds |" in rows
     assert less_time("40 to 60", n03=slow, n08=stack_of(1.8))[0] == "fails", "its interval reaches below 1/0.6"
     fast = claim("pays", "holds", Quantity("time_to_loss", 1.9, 1.8, 2.0, "time ratio"), arm="grown from 3, 1000 steps")
-    verdict, rows = less_time("40 to 60", n03=slow, n10=entry(fast))
+    untried, rows = less_time("40 to 60", n03=slow, n10=entry(fast))
+    assert untried == "fails", "at another learning rate the plain run may need less time"
+    assert "predicted depth, grown from 3, 1000 steps | open | time to its loss 1.900 [1.800, 2.000]; learning" in rows
+    tried = {"parameters": {"budgets": [1000], "seeds": 3, "batch_size": 8, "block_size": 512, "rate_trials": 4}}
+    verdict, rows = less_time("40 to 60", n03=slow, n10=entry(fast, **tried))
     assert verdict == "holds, but by other means"
     assert "| by other means: predicted depth, grown from 3, 1000 steps | holds | time to its loss 1.900" in rows
-    assert less_time("60", n03=slow, n10=entry(fast))[0] == "fails", "1.8 times as fast is no 60 % less"
+    assert less_time("60", n03=slow, n10=entry(fast, **tried))[0] == "fails", "1.8 times as fast is no 60 % less"
     unbracketed = replace(fast, quantities=(Quantity("time_to_loss", 1.9, unit="time ratio"),), verdict="open")
-    verdict, rows = less_time("40 to 60", n03=slow, n10=entry(unbracketed))
+    verdict, rows = less_time("40 to 60", n03=slow, n10=entry(unbracketed, **tried))
     assert verdict == "fails", "what rests on a rate at an edge saves nothing yet"
     assert "predicted depth, grown from 3, 1000 steps | open | time to its loss 1.900 [open, open]" in rows
 
@@ -894,17 +898,23 @@ def test_one_percent_of_a_loss_is_told_in_perplexity_with_what_stands_for_fp32()
     loss = Quantity("loss_change", 0.01, 0.005, 0.015, "nats", bound=0.057)
     memory = claim("quality", "holds", loss, arm="fit_16gb")
     stands = claim("tf32-stands-for-fp32", "open", Quantity("difference_in_loss", 0.0, unit="nats"))
-    found = Evidence({MAIN: {"06_gpt2_xl": entry(memory, stands)}})
+    asked = {"steps": 1000, "reference_steps": 200, "seeds": 3, "batch_size": 8, "block_size": 512}
+    found = Evidence({MAIN: {"06_gpt2_xl": entry(memory, stands, parameters=asked)}})
     percent = 100 * math.expm1(0.057)
     section, page = readme_section(found), validation_document(found, {})
     assert (
-        f"1 % of XL's loss is {percent:.1f} % of its perplexity. Whether TF32 stands for strict FP32 there: open."
-        in section
+        f"XL's losses are compared after 200 steps; 1 % of them is {percent:.1f} % of the perplexity. Whether TF32 "
+        "stands for strict FP32 there: open." in section
     )
+    assert "earlier `fit_16gb()`" not in section
+    former = Evidence({MAIN: {"06_gpt2_xl": entry(memory, parameters=asked, code={"trains": FORMER_PRESETS[0]})}})
+    assert "XL ran with an earlier `fit_16gb()`: float32 weights" in readme_section(former)
     assert f"of its perplexity: {percent:.1f} % ([06](../" in page
     (finding,) = Claims("06_gpt2_xl", "quality", below=0.02).findings(found)
     assert finding.outcome == "holds"
-    assert finding.words.endswith("the control is FP32 in TF32, whether that stands for strict FP32: open")
+    assert finding.words.endswith(
+        "; after 200 steps; the control is FP32 in TF32, whether that stands for strict FP32: open"
+    )
     without = Evidence({MAIN: {"06_gpt2_xl": entry(memory)}})
     assert "TF32" not in Claims("06_gpt2_xl", "quality").findings(without)[0].words
 
@@ -1083,6 +1093,27 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
     assert row["computation to its loss"] == "open"
 
 
+def test_the_guide_says_what_controls_of_as_much_computation_took_of_the_grown_run_s_time() -> None:
+    """A study has several budgets: those of the arm's own count."""
+    arms = {"grown from 3": (6.0, 60), "control of grown from 3": (6.6, 60), "shallow, 3 blocks": (2.4, 20)}
+    names = ("arm", "seconds", "cost_in_full_steps")
+    rows = [dict(zip(names, (arm, *cost), strict=True)) | {"budget": 800} for arm, cost in arms.items() for _ in "ab"]
+    rows += [row | {"budget": 80, "seconds": 99.0} for row in rows]
+    taken, loss = Quantity("gradient_steps", 800.0, unit="steps"), Quantity("loss_to_shallow", 0.1, 0.1, 0.1, "nats")
+    claims = [claim(kind, "fails", loss, taken, arm="grown from 3, 800 steps") for kind in ("pays", "depth-pays")]
+    parameters = {"model": "mini", "vocab_size": 2048, "batch_size": 8, "block_size": 64, "budgets": [80, 800]}
+    for device, times in (("NVIDIA H200", "plain 1.10, shallow 1.20"), ("a processor that others use", None)):
+        published = entry(*claims, parameters=parameters, tables={"runs": rows}, device=device)
+        found = Evidence({MAIN: {DEPTH: published}})
+        (row,) = depth_advice(found)
+        assert row["time of as much computation"] == times
+        assert row["against the shallow model"] == "+0.100, as many steps"
+        section = " ".join(readme_section(found).split())
+        told = "the plain run took 1.10 times the grown run's time, the shallow model 1.20 times."
+        assert (told in section) is bool(times)
+        assert "Millions of parameters: mini 2." in section
+
+
 def grown_at(steps: int, depth: Verdict) -> list[Claim]:
     """What notebook 10 claims at one budget."""
     loss, control = (
@@ -1140,8 +1171,15 @@ def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() ->
         "first_blocks": 3,
         "batch_size": 8,
         "block_size": 512,
+        "rate_trials": 4,
     }
     shallow = claim("depth-pays", "fails", Quantity("loss_to_shallow", 0.1, unit="nats"), arm="grown")
+    untried = Evidence({MAIN: {"05_gpt2_medium": entry(*claims, shallow, parameters=parameters | {"rate_trials": 0})}})
+    medium = "GPT-2 Medium: 40 to 60 % less time than a plain run to the same loss"
+    (criterion,) = (criterion for criterion in CRITERIA[IN_DEPTH] if criterion.text == medium)
+    assert criterion.outcome(untried) == "open"
+    found = validation_document(untried, {})
+    assert "loss against the shallow model of as many steps 0.100 nats; learning rates not tried |" in found
     found = Evidence({MAIN: {"05_gpt2_medium": entry(*claims, shallow, parameters=parameters)}})
     page = validation_document(found, {})
     assert "| The plan's promise of time, by predicting depth | GPT-2 Medium: 40 to 60 % less time than a plain" in page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +16,15 @@ from hybridlab.charts.display import Chart
 from hybridlab.planner.gpu_specs import GPUS, spec_of
 from hybridlab.report.criteria import BASELINE, DEPTH, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
 from hybridlab.report.evidence import MAIN, Evidence, Published, device_of, least_difference
-from hybridlab.report.gpu_guide import bf16_over_float32, depth_advice, gpu_guide
+from hybridlab.report.gpu_guide import (
+    bf16_over_float32,
+    control_times,
+    depth_advice,
+    gpu_guide,
+    grown_claims,
+    is_former,
+    parameter_count,
+)
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
 from hybridlab.report.validation import (
@@ -76,6 +84,7 @@ DEPTH_COLUMNS = (
     "growing pays",
     "depth pays",
     "computation to its loss",
+    "time to its loss",
     "rates",
     "what to run",
 )
@@ -153,9 +162,13 @@ def readme_section(evidence: Evidence) -> str:
         least=LEAST,
         xl_percent=bounds_in_perplexity(evidence).get(XL),
         xl_tf32=evidence.tf32_stands_for_fp32(XL),
+        xl_steps=evidence.steps_judged(XL),
+        xl_former=is_former(evidence, XL),
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
         scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
         depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in depths],
+        control_times=_control_times(evidence),
+        sizes=_sizes(evidence, {row["model"] for row in depths}),
         devices=devices(evidence),
         shallow_is_better=any(claim.verdict == "fails" for claim in evidence.claims(DEPTH, kind="depth-pays")),
     )
@@ -168,6 +181,21 @@ def _least_shown(tried: Sequence[Published]) -> dict[str, str] | None:
         return None
     seeds = sorted({f"{count:.0f}" for _, count in known})
     return {"nats": f"{median(least for least, _ in known):.2f}", "seeds": " or ".join(seeds)}
+
+
+def _control_times(evidence: Evidence) -> dict[str, str]:
+    """What controls of as much computation took of the grown runs' time, from the least to the greatest."""
+    grown = [pays for profile in evidence.entries for pays, _ in grown_claims(evidence, profile)]
+    found = [control_times(evidence, pays) for pays in grown]
+    known = {name: [times[name] for times in found if name in times] for name in ("plain", "shallow")}
+    return {name: " to ".join(dict.fromkeys(f"{of(x):.2f}" for of in (min, max))) for name, x in known.items() if x}
+
+
+def _sizes(evidence: Evidence, models: Container[str]) -> str:
+    """The parameters of these models of the advice on depth, as "mini 2.7", in millions, the least first."""
+    entries = [entry["parameters"] for profile in evidence.entries.values() for entry in profile.values()]
+    counts = {it["model"]: count for it in entries if it.get("model") in models and (count := parameter_count(it))}
+    return ", ".join(f"{model} {counts[model] / 1e6:.4g}" for model in sorted(counts, key=counts.__getitem__))
 
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:

@@ -130,6 +130,14 @@ class Evidence:
         """The claim of another kind that the same notebook makes on the same arm."""
         return next(iter(self.claims(claim.notebook, kind=kind, arm=claim.arm, profile=claim.profile)), None)
 
+    def tried_rates(self, notebook: str, profile: str = MAIN) -> bool:
+        """Whether several learning rates were tried for each arm and control of a notebook."""
+        return bool((self.entry(notebook, profile) or {}).get("parameters", {}).get("rate_trials"))
+
+    def steps_judged(self, notebook: str, profile: str = MAIN) -> int:
+        """After how many steps the losses of a notebook with one length are compared; 0 where that is not known."""
+        return base_asked_for((self.entry(notebook, profile) or {}).get("parameters", {})).steps
+
     def tf32_stands_for_fp32(self, notebook: str) -> Verdict | None:
         """Of a notebook whose losses are held against FP32 in TF32, whether that gives the loss of strict FP32."""
         claims = self.claims(notebook, kind="tf32-stands-for-fp32")

@@ -157,10 +157,20 @@ class Claims:
     def _finding(self, claim: Published, evidence: Evidence) -> Finding:
         of_memory = claim.kind == "completes" or any(q.unit == "bytes" for q in claim.quantities)
         emulated = of_memory and evidence.is_emulated(claim.notebook)
-        words, tf32 = quantities_in_words(claim.quantities), evidence.tf32_stands_for_fp32(claim.notebook)
-        if claim.kind == "quality" and tf32:
-            words += f"; the control is FP32 in TF32, whether that stands for strict FP32: {tf32}"
+        words = "; ".join(filter(None, (quantities_in_words(claim.quantities), self._rests_on(claim, evidence))))
         return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
+
+    def _rests_on(self, claim: Published, evidence: Evidence) -> str:
+        """What a reader must know beside the numbers: steps and control of a quality, rates of a grown model."""
+        steps, tf32 = evidence.steps_judged(claim.notebook), evidence.tf32_stands_for_fp32(claim.notebook)
+        if claim.kind in ("pays", "depth-pays"):
+            grew = claim.grew or claim.kind == "depth-pays"
+            return UNTRIED if grew and not evidence.tried_rates(claim.notebook) else ""
+        if claim.kind != "quality":
+            return ""
+        judged = f"after {steps} steps" if steps else ""
+        control = f"the control is FP32 in TF32, whether that stands for strict FP32: {tf32}" if tf32 else ""
+        return "; ".join(filter(None, (judged, control)))
 
     def _outcome(self, claim: Published) -> Outcome:
         if self.below is None or claim.is_idle or claim.rests_on_too_little or claim.verdict == "fails":
@@ -277,6 +287,9 @@ def _absent(notebook: str, about: str, evidence: Evidence) -> Finding:
     return Finding(about, "not measured", "the notebook ran without it", notebook)
 
 
+UNTRIED = "learning rates not tried"
+"""What a ratio to a plain run's loss may rest on: at another rate that run may need less."""
+
 FORWARD = 1 / 3
 """A forward pass's part of a gradient step's operations."""
 
@@ -297,7 +310,8 @@ class Faster:
         """One per claim that has the quantity, by its whole interval; of a ladder, with what its parts brought.
 
         An end that is open decides nothing, and hinders the other one in nothing. An arm that grows and diverged has no
-        loss that a plain run could reach: it is judged as beside its control.
+        loss that a plain run could reach: it is judged as beside its control. Where no rates were tried, the plain run
+        may have had a poor one: open, as where the best rate is at an edge. A ladder's control has the plan's.
         """
         brought = what_parts_brought(evidence.tables("ladder").get(self.notebook, []))
         depths = evidence.claims(self.notebook, kind="depth-pays")
@@ -308,8 +322,10 @@ class Faster:
             if claim.kind == "pays" and claim.grew and claim.value("loss_to_control") is None:
                 found.append(Finding(about, claim.verdict, "a run diverged", claim.notebook))
             elif ratio := claim.quantity(self.quantity):
-                words = filter(None, (quantities_in_words([ratio]), brought or pays.get(claim.arm)))
-                is_shown = (ratio.low, ratio.high) != (None, None) and not claim.rests_on_too_little
+                grows = self.quantity == "time_to_loss"
+                untried = UNTRIED if grows and not evidence.tried_rates(self.notebook) else ""
+                words = filter(None, (quantities_in_words([ratio]), brought or pays.get(claim.arm), untried))
+                is_shown = (ratio.low, ratio.high) != (None, None) and not (claim.rests_on_too_little or untried)
                 outcome = holds_below(-ratio.ends[1], -ratio.ends[0], -1 / self.share) if is_shown else "open"
                 found.append(Finding(about, outcome, "; ".join(words), claim.notebook))
         return found or [_absent(self.notebook, self.means, evidence)]
