@@ -105,6 +105,27 @@ def test_a_number_format_that_learns_less_does_not_count_as_rounding(ladder):
     assert (verdicts["TF32-rounding"], verdicts["CUDA-graph-rounding"]) == ("fails", "holds")
 
 
+@pytest.mark.parametrize(
+    ("lost", "noise", "seeds", "verdict"),
+    [(0.0, 0.0, 3, "holds"), (0.1, 0.0, 3, "open"), (0.0, 0.9, 3, "open"), (0.0, 0.0, 1, "open")],
+)
+def test_a_stack_that_ends_in_a_number_format_is_fast_where_it_learns_as_much_and_times_agree(
+    lost: float, noise: float, seeds: int, verdict: str
+) -> None:
+    """Its steps are those of the vanilla run: so times over seeds, and what it learns, decide."""
+
+    def run(configs: list[RunConfig]) -> StudyResult:
+        result = trained(configs)
+        for (name, seed), one in result.runs.items():
+            one.closing_figures["validation_loss"] += lost * name.startswith("TF32")
+            one.closing_figures["seconds"] *= 1 + noise * seed * name.startswith("TF32")
+        return result
+
+    only = Ladder(replace(VANILLA, cuda_graphs=False), {"TF32": CHANGES["TF32"]}, timed_steps=250, seeds=seeds)
+    stack = next(claim for claim in ladder_claims(only, only.run(run), 1.2) if claim.kind == "stack-is-fast")
+    assert stack.verdict == verdict
+
+
 def test_the_table_chart_claims_and_figures_say_so(ladder, rungs):
     work = dict.fromkeys([rung.name for rung in rungs], StepWork(6.25, 900.0, 1e9))
     shown = str(ladder_table(ladder, rungs, LadderProfile({"TF32": 50.0, "tuned rates": 100.0}, work)))

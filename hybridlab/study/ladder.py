@@ -37,7 +37,7 @@ class Rung:
     result: all of its runs, in the order in which they were trained
     steps: nominal steps to that loss, each length with a schedule fitted to it; None where no length reached it
     time_ratio: the vanilla run's wall time over this rung's, compilation and evaluation not counted; its ends are those
-        of the steps, at the least and the greatest ratio of step times over seeds
+        of the steps, at the ends of the interval of the step times' ratio over seeds
     step_seconds: wall time per step of its runs, their mean
     loss_change: validation loss over the vanilla run's after `timed_steps`, in nats, paired by seed, of a rung that
         learns as that does
@@ -154,7 +154,7 @@ class Ladder:
             change = Interval.of(
                 [_loss(result, run.name, run.seed) - loss for run, loss in zip(runs, losses, strict=True)]
             )
-        ratio = before.time_ratio and times(before.time_ratio, before.step_seconds / step_seconds)
+        ratio = before.steps and _time_ratio(before.steps, vanilla.steps, self._faster(plain, spent))
         return Rung(config, result, before.steps, ratio, step_seconds, change, (self.timed_steps,), seeds=self.seeds)
 
     def _learned(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
@@ -173,18 +173,21 @@ class Ladder:
         result |= train([run for run in runs if (run.name, run.seed) not in result.runs])
         steps = self._steps(plain, result, config, lengths)
         spent = [_step_seconds(result, config, lengths, seed) for seed in range(self.seeds)]
-        faster = [_seconds(plain, self.vanilla.name, s) / self.vanilla.steps / mine for s, mine in enumerate(spent)]
         return Rung(
             config,
             result,
             steps,
-            steps and _time_ratio(steps, self.vanilla.steps, faster),
+            steps and _time_ratio(steps, self.vanilla.steps, self._faster(plain, spent)),
             sum(spent) / len(spent),
             lengths=tuple(lengths),
             tried=len({run.config["steps"] for run in result.runs.values()}),
             seeds=self.seeds,
             averaged_steps=self._steps(plain, result, config, lengths, AVERAGED) if config.tail_average else None,
         )
+
+    def _faster(self, plain: StudyResult, spent: Sequence[float]) -> list[float]:
+        """The vanilla run's time per step over a rung's, by seed."""
+        return [_seconds(plain, self.vanilla.name, s) / self.vanilla.steps / mine for s, mine in enumerate(spent)]
 
     def _steps(
         self,
@@ -268,9 +271,10 @@ def times(value: StepValue, factor: float) -> StepValue:
 
 def _time_ratio(steps: StepValue, vanilla_steps: int, faster: Sequence[float]) -> StepValue:
     """The vanilla run's time over a rung's; faster: its time per step over the rung's, by seed."""
-    value = vanilla_steps * sum(faster) / len(faster) / steps.value if steps.value else None
-    low = vanilla_steps * min(faster) / steps.high
-    high = vanilla_steps * max(faster) / steps.low if steps.low > 0 else math.inf
+    over_seeds = Interval.of_ratios(faster)
+    value = vanilla_steps * over_seeds.mean / steps.value if steps.value else None
+    low = vanilla_steps * over_seeds.low / steps.high
+    high = vanilla_steps * over_seeds.high / steps.low if steps.low > 0 else math.inf
     pairs = zip(steps.per_seed, faster, strict=False)
     per_seed = tuple(vanilla_steps * ratio / mine if mine else None for mine, ratio in pairs)
     return StepValue(value, low or -math.inf, high, steps.seeds, per_seed)
