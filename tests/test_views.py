@@ -216,6 +216,20 @@ def test_the_answer_says_why_nothing_was_predicted_and_what_to_run() -> None:
     assert "trials" not in comparisons_in_sentences([unsure])[0], "none took place"
 
 
+@pytest.mark.parametrize(
+    ("grown", "equal"),
+    [
+        ((False, False), "gradient steps"),
+        ((True, True), "computation"),
+        ((False, True), "gradient steps, of grown arms equal computation"),
+    ],
+)
+def test_a_chart_of_differences_says_what_each_control_is_equal_in(grown: tuple[bool, bool], equal: str) -> None:
+    chart = comparison_chart([compared(f"arm {n}", to_control=BETTER, grown=it) for n, it in enumerate(grown)])
+    assert not isinstance(chart, str)
+    assert chart.title == f"Hybrid minus control, equal {equal}: right of the line is worse"
+
+
 def test_the_best_arm_comes_first_and_idle_ones_are_named_apart() -> None:
     arms = [
         compared("worse", to_control=WORSE),

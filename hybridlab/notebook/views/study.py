@@ -276,7 +276,10 @@ def comparison_chart(comparisons: Sequence[Comparison]) -> Chart | str:
     if not rows:
         return f"no arm predicted anything{_left_out(diverged)}"
     zero = (Line(0.0, "as good as stopping earlier"),)
-    equal = "computation" if any(c.grown for c in drawn) else "gradient steps"
+    grown = [c.grown for c in drawn]
+    equal = (
+        "computation" if all(grown) else f"gradient steps{', of grown arms equal computation' if any(grown) else ''}"
+    )
     title = f"Hybrid minus control, equal {equal}: right of the line is worse{_left_out(diverged)}"
     return interval_chart(title, "difference in final loss (nats)", rows, lines=zero)
 
