@@ -412,6 +412,11 @@ def test_a_figure_that_was_measured_more_than_once_stands_with_all_its_values() 
     page = validation_document(found, {})
     values = "1.850 [1.800, 1.900] (def5678, a GPU); 1.330 [1.300, 1.400] (abc1234, another GPU)"
     assert f"{values} | 2 | 1.330 | 1.850 |" in page
+    loss = Quantity("loss_to_control", -0.2, -0.3, -0.1, "nats", bound=0.0)
+    grew = claim("pays", "holds", loss, Quantity("cost_in_full_steps", 475.0, unit="steps"), arm="grown")
+    again = {"git_commit": "abc1234", "device": "a GPU", "figures": {"grown-pays.loss_to_control": {"value": -0.1}}}
+    page = validation_document(evidence(n03=entry(grew, repeats=[again])), {})
+    assert "| grown (predicted depth): loss against a plain run of as much computation |" in page
     assert "measured more than once, with" not in validation_document(
         evidence(n04=entry(claim("slow", "holds", ratio))), {}
     )
@@ -476,7 +481,9 @@ def test_a_step_beside_other_loops_has_to_hold_on_every_machine() -> None:
         found = Evidence(entries, side_by_side=others)
         assert [finding.outcome for finding in criterion.findings(found)] == outcomes
         assert criterion.outcome(found) == outcomes[-1]
-    assert "| GPU B (docs/experiments) | open | library over nanogpt step 0.740" in validation_document(found, {})
+    assert "| GPU B (docs/experiments) | open | the library's step over nanoGPT's 0.740" in validation_document(
+        found, {}
+    )
     assert criterion.outcome(Evidence({MAIN: {}})) == "not run yet"
 
 
@@ -1187,7 +1194,7 @@ def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() ->
     assert outcomes["GPT-2 Medium: 40 to 60 % less time than a plain run to the same loss"] == "holds"
     assert outcomes["GPT-2 Small: 40 to 60 % less time than a plain run to the same loss"] == "not run yet"
     assert outcomes["60 to 78 % less time than a plain run to the same loss, of one model at least"] == "open"
-    assert "| grown (predicted depth) | in depth: 1000 at the cost of 475 |" in page
+    assert "| grown (predicted depth) | in depth: 1000 at the computation of 475 full ones |" in page
     assert "loss against a plain run of as much computation -0.200" in page
     assert at_a_glance(found) == at_a_glance(Evidence({MAIN: {"05_gpt2_medium": entry(parameters=parameters)}}))
     with_muon = entry(*claims, shallow, parameters=parameters | {"optimizer": "muon"})

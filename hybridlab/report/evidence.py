@@ -17,6 +17,7 @@ from hybridlab.batch.given import settings_in_file
 from hybridlab.notebook.views.depth import GROWN, UNEQUAL
 from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, too_little
 from hybridlab.results.reading import load_results
+from hybridlab.results.words import quantities_in_words
 from hybridlab.study.comparison import SIGNIFICANCE
 from hybridlab.study.statistics import Base, holm
 
@@ -35,7 +36,26 @@ PRESETS = ("conservative", "aggressive")
 EARLIER_NAMES = {"card_busy_percent": "gpu_busy_percent"}
 """Columns of tables by their names in older results, and what they are called now."""
 
+IN_DOCUMENTS = {
+    "loss_to_shallow": "loss against the shallow model of as many steps",
+    "perplexity_change": "change of the perplexity",
+    "perplexity_gap": "change of the perplexity",
+    "beyond": "time beyond the control's jump",
+    "null_over_bare": "the trainer's step over the bare loop's",
+    "recording_over_bare": "recording, over the bare loop's step",
+    "library_over_nanogpt_step": "the library's step over nanoGPT's",
+    "muon_over_adamw_step": "a step with Muon over one with AdamW",
+    "panel_over_none": "a step with the panel over one without",
+    "none_over_none": "one without over another without",
+}
+"""Names of quantities in documents, where executed copies have shorter ones."""
+
 Entry = Mapping[str, Any]
+
+
+def named_in_full(quantity: Quantity) -> Quantity:
+    """With the name that documents have for it."""
+    return replace(quantity, name=IN_DOCUMENTS.get(quantity.name, quantity.name))
 
 
 def arm_in_words(arm: str, notebook: str) -> str:
@@ -62,6 +82,11 @@ class Published(Claim):
     def sentence(self) -> str:
         """Its text, its arm in words."""
         return self.text.replace(f"{self.arm}: ", f"{self.about}: ", 1) if self.arm else self.text
+
+    @property
+    def numbers(self) -> str:
+        """Its quantities in words, as documents name them."""
+        return quantities_in_words([named_in_full(quantity) for quantity in self.quantities])
 
     @property
     def grew(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.ladder import side_by_side_claims
-from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, device_of
+from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, device_of, named_in_full
 from hybridlab.results.claims import Claim, Unit, holds_below, holds_if, rounded
 from hybridlab.results.words import amount, quantities_in_words
 
@@ -157,7 +157,7 @@ class Claims:
     def _finding(self, claim: Published, evidence: Evidence) -> Finding:
         of_memory = claim.kind == "completes" or any(q.unit == "bytes" for q in claim.quantities)
         emulated = of_memory and evidence.is_emulated(claim.notebook)
-        words = "; ".join(filter(None, (quantities_in_words(claim.quantities), self._rests_on(claim, evidence))))
+        words = "; ".join(filter(None, (claim.numbers, self._rests_on(claim, evidence))))
         return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
 
     def _rests_on(self, claim: Published, evidence: Evidence) -> str:
@@ -204,7 +204,7 @@ class OnMachines:
                     gpu = measured["figures"][ratio.name]["rests_on"]["device"]
                     found.append((f"{gpu} (docs/experiments)", claim, ""))
         return [
-            Finding(gpu, claim.verdict, quantities_in_words(claim.quantities), notebook or None)
+            Finding(gpu, claim.verdict, quantities_in_words([*map(named_in_full, claim.quantities)]), notebook or None)
             for gpu, claim, notebook in found
         ] or [_absent(self.notebook, self.kind.replace("-", " "), evidence)]
 

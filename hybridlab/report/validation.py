@@ -12,11 +12,11 @@ from typing import Any, get_args
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
-from hybridlab.report.evidence import MAIN, Entry, Evidence, Published, arm_in_words, device_of
+from hybridlab.report.evidence import MAIN, Entry, Evidence, Published, arm_in_words, device_of, named_in_full
 from hybridlab.report.rules import ESTIMATES, Finding, Outcome
 from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.claims import Quantity
-from hybridlab.results.words import amount, in_words, interval, name_in_words, quantities_in_words, quantity_interval
+from hybridlab.results.words import amount, in_words, interval, name_in_words, quantity_interval
 from hybridlab.study.code_version import code_hashes
 from hybridlab.study.comparison import SIGNIFICANCE
 from hybridlab.study.statistics import LEAST
@@ -88,7 +88,11 @@ def predicted_share(claim: Published) -> str | None:
     predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
     if claim.grew:
         cost = claim.value("cost_in_full_steps")
-        return None if gradient is None or cost is None else f"in depth: {gradient:.0f} at the cost of {cost:.0f}"
+        return (
+            None
+            if gradient is None or cost is None
+            else f"in depth: {gradient:.0f} at the computation of {cost:.0f} full ones"
+        )
     return None if predicted is None or gradient is None else f"{predicted:.0f} of {predicted + gradient:.0f}"
 
 
@@ -279,7 +283,7 @@ def bounds_in_perplexity(evidence: Evidence) -> dict[str, str]:
 
 
 def _decided(claim: Published) -> Cells:
-    return {"verdict": verdict_word(claim.verdict), "numbers": quantities_in_words(claim.quantities)}
+    return {"verdict": verdict_word(claim.verdict), "numbers": claim.numbers}
 
 
 def copies(evidence: Evidence) -> list[Cells]:
@@ -338,7 +342,7 @@ def _repeated(claim: Published, entry: Entry) -> Cells | None:
     values = [(q, entry), *((one, repeat) for one, repeat in earlier if one.value is not None)]
     numbers = [one.value for one, _ in values if one.value is not None]
     return {
-        "claim": f"{claim.about}: {name_in_words(q)}",
+        "claim": f"{claim.about}: {name_in_words(named_in_full(q), grown=claim.grew)}",
         "notebook": notebook_link(claim.notebook, claim.profile, short=True),
         "measured": "; ".join(f"{in_words(one)} ({_origin(where, entry)})" for one, where in values),
         "times": len(values),

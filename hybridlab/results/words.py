@@ -19,7 +19,7 @@ NAMES = {
     "busy_ratio": "step ratio, of the time in which the GPU was busy",
     "p_value": "p, corrected",
     "step_value": "worth of a predicted step",
-    "loss_to_shallow": "loss against the shallow model of as many steps",
+    "loss_to_shallow": "loss against the shallow model",
     "loss_to_shallow_control": "loss against the shallow model of as much computation",
     "compute_to_loss": "computation to its loss",
     "time_to_loss": "time to its loss",
