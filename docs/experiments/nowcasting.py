@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hybridlab.memory import MemoryConfig
 from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, set_lr_
 from hybridlab.study import TextTaskConfig
+from hybridlab.study.statistics import formatted
 
 STEPS, STATES, HORIZONS = 1000, 5, (1, 2, 5, 10, 20, 40)
 INTERVALS = (25, 50, 100, 200)
@@ -130,5 +131,5 @@ if __name__ == "__main__":
     print(f"| network | interval | asked at step | loss there | {' | '.join(f'{k} ahead' for k in HORIZONS)} |")
     print("|---" * (4 + len(HORIZONS)) + "|")
     for row in found:
-        changes = " | ".join(f"{loss - row['now']:+.3f}" for loss in row["ahead"])
+        changes = " | ".join(formatted(loss - row["now"], "+.3f") for loss in row["ahead"])
         print(f"| {row['network']} | {row['interval']} | {row['step']} | {row['now']:.3f} | {changes} |")
