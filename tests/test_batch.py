@@ -20,13 +20,14 @@ from nbformat.v4 import new_code_cell, new_output
 from rich.console import Console
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.front_end import PROGRESS_FILE
 from hybridlab.batch.executed import clean_, joined_streams, unfinished, write_or_rescue
 from hybridlab.batch.given import declared_parameters
 from hybridlab.batch.run import GO_ON, prepared, run_notebook, summary_of
 from hybridlab.batch.terminal import RunFailed
 from hybridlab.notebook.views.answer import claims_table
 from hybridlab.panel import progress
-from hybridlab.panel.progress import PROGRESS_FILE, Progress, watched
+from hybridlab.panel.progress import Progress, watched
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import parameters_from, parameters_sha256
 from hybridlab.results.publish import MOST, environment, git_commit, publish
@@ -205,7 +206,8 @@ def test_parameters_collected_in_the_notebook_are_those_the_runner_records(noteb
 GOOD_CELLS = (
     "from hybridlab.results.parameters import parameters_from\nparameters = parameters_from(globals())",
     "from hybridlab.panel.progress import Progress\n"
-    "with Progress(steps, 'counting') as progress:\n    for _ in range(steps):\n        progress.advance()",
+    "with Progress(steps, 'counting') as progress:\n"
+    "    for _ in range(steps):\n        progress.step('counting', steps)",
     "import pathlib\nprint('in', pathlib.Path.cwd())\nparameters['lr']",
     "from hybridlab.notebook import Claim, Quantity, publish\n"
     "publish('good', claims=[Claim('sum', 'it adds up', 'holds', (Quantity('lr', lr),))], summary=['It adds up.'],\n"
@@ -555,7 +557,8 @@ def test_progress_reports_to_the_file_it_is_given(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(PROGRESS_FILE, str(path))
     with Progress(4, "training") as bar:
         assert json.loads(path.read_text())["seconds_left"] is None
-        bar.advance(2, label="baseline")
+        bar.step("baseline", 4)
+        bar.step("baseline", 4)
     state = json.loads(path.read_text())
     assert (state["done"], state["total"], state["label"]) == (2, 4, "baseline")
     assert state["seconds_left"] == pytest.approx(state["seconds"])
@@ -565,11 +568,11 @@ def test_progress_reports_to_the_file_it_is_given(tmp_path, monkeypatch, capfd):
 def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
     with Progress(2, "training") as bar:
-        bar.advance()
+        bar.step("training", 2)
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Progress(2, "training") as bar:
-        bar.advance()
+        bar.step("training", 2)
     assert "training" in capfd.readouterr().err
     with pytest.raises(ValueError, match="at least 1 step"):
         Progress(0, "nothing")

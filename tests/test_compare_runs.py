@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.front_end import PROGRESS_FILE
 from hybridlab.base.lock import locked
 from hybridlab.cli import main
 from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_table
-from hybridlab.panel.progress import PROGRESS_FILE
 from hybridlab.study.exports import export_tensorboard
 from hybridlab.study.record import Run, RunRecorder
 from tests.conftest import full_disk

@@ -13,8 +13,9 @@ import pytest
 from hybridlab.base import files
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
+from hybridlab.base.front_end import PROGRESS_FILE
 from hybridlab.batch.executed import write_notebook
-from hybridlab.panel.progress import PROGRESS_FILE, Progress
+from hybridlab.panel.progress import Progress
 from hybridlab.results.publish import publish
 from tests.conftest import full_disk
 from tests.notebook_maker import project, tiny_notebook
@@ -69,7 +70,7 @@ def test_what_need_not_last_waits_for_no_disk(root: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fsync", slow)
     monkeypatch.setenv(PROGRESS_FILE, str(root / "progress.json"))
     with Progress(2, "training") as progress:
-        progress.advance()
+        progress.step("training", 2)
     assert (root / "progress.json").exists()
 
 
@@ -80,8 +81,8 @@ def test_a_progress_file_that_cannot_be_written_ends_no_training(root: Path, mon
     with Progress(2, "training") as progress, full_disk(room_bytes=0):
         progress.show("running")
         assert json.loads(path.read_text())["done"] == 0
-        progress.advance(2)
-    assert json.loads(path.read_text())["done"] == 2, "it is written again as soon as there is room"
+        progress.step("training", 2)
+    assert json.loads(path.read_text())["done"] == 1, "it is written again as soon as there is room"
 
 
 def test_no_folder_is_opened_on_windows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

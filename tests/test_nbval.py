@@ -66,7 +66,7 @@ def test_a_changed_number_is_seen_and_an_unchanged_notebook_passes(tmp_path, mon
     monkeypatch.chdir(project(tmp_path))
     code = "print(f'loss {sum(range(3)) / 3:.4f}')"
     source = save(
-        tiny_notebook(code, "from hybridlab.panel.progress import Progress\nProgress(3, 'quiet').advance()"),
+        tiny_notebook(code, "from hybridlab.panel.progress import Progress\nProgress(3, 'quiet').step('quiet', 3)"),
         tmp_path / "tiny.ipynb",
     )
     executed = tmp_path / "executed" / "cpu" / "tiny.ipynb"

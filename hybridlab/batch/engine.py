@@ -25,8 +25,8 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.front_end import PROGRESS_FILE
 from hybridlab.batch.executed import joined_streams
-from hybridlab.panel.progress import PROGRESS_FILE
 
 ENGINE = "hybridlab"
 

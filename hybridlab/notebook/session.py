@@ -16,13 +16,14 @@ from torch import nn
 from hybridlab.base.checkpoint import has_checkpoint, remove_checkpoint
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import project_root
+from hybridlab.base.front_end import in_jupyterlab
 from hybridlab.base.lock import locked
 from hybridlab.engine.result import StepResult
 from hybridlab.panel.controls import Controls
 from hybridlab.panel.frame import Frame
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live, LiveBar, interrupts
-from hybridlab.panel.progress import Progress, in_jupyterlab, shows_panel
+from hybridlab.panel.progress import Progress, shows_panel
 from hybridlab.study.code_version import code_version
 from hybridlab.study.config import RunConfig
 from hybridlab.study.launched import train_on_ranks

@@ -18,8 +18,7 @@ from tqdm.std import tqdm
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced
-from hybridlab.base.front_end import PROGRESS_FILE as PROGRESS_FILE
-from hybridlab.base.front_end import in_jupyterlab as in_jupyterlab
+from hybridlab.base.front_end import PROGRESS_FILE, in_jupyterlab
 
 if TYPE_CHECKING:
     from hybridlab.study.launched import RankNews
@@ -68,20 +67,15 @@ class Progress:
         self.show("finished" if self.done == self.total else "stopped")
         self._line.close()
 
-    def advance(self, n: int = 1, label: str | None = None) -> None:
-        """Count `n` more steps; `label` replaces the words shown."""
-        self.done += n
-        self.label = label or self.label
-        self._line.set_description(self.label, refresh=False)
-        self._line.update(n)
+    def step(self, label: str, total: int) -> None:
+        """Count one step of a total that may have grown; `label` replaces the words shown."""
+        self.done, self.label = self.done + 1, label
+        self.total = self._line.total = total
+        self._line.set_description(label, refresh=False)
+        self._line.update()
         if time.monotonic() - self._shown >= SHOW_EVERY_SECONDS:
             self._shown = time.monotonic()
             self.show("running")
-
-    def step(self, label: str, total: int) -> None:
-        """Count one step of a total that may have grown."""
-        self.total = self._line.total = total
-        self.advance(label=label)
 
     def note_run(self, run: Run) -> None:
         """A bar shows no final losses."""
