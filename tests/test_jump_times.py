@@ -16,7 +16,7 @@ from hybridlab.optim import Schedule
 from hybridlab.results.claims import Quantity
 from hybridlab.study import RunConfig, TextTaskConfig, train
 
-GRADIENT_MS, PREDICTED_MS = 100, 2
+GRADIENT_MS = 100
 
 
 def record(*stretches: tuple[str, list[int]], measured: tuple[int, ...] = ()) -> pd.DataFrame:

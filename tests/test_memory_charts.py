@@ -148,7 +148,7 @@ def test_each_arm_gets_a_chart_with_its_seeds_their_interval_and_its_control() -
         return pd.DataFrame({"gradient_step": [10, 20, 30], "validation_loss": [5.0, 4.0, end]})
 
     runs = {"a": [frame(3.0), frame(3.2)], "cut": [frame(3.1), frame(3.3)], "b": [frame(2.9), frame(3.1)]}
-    panels = seed_panels(runs, {"a": "cut", "b": "cut"}, against="gradient_step")
+    panels = seed_panels(runs, {"a": "cut", "b": "cut"}, against="gradient_step", title="by seed")
     assert [chart.title for chart in panels.charts] == ["a", "b"]
     mean, control, *seeds = panels.charts[0].series
     assert mean.y[-1] == pytest.approx(3.1)
@@ -157,4 +157,4 @@ def test_each_arm_gets_a_chart_with_its_seeds_their_interval_and_its_control() -
     assert control.control
     assert [series.kind for series in seeds] == ["points", "points"]
     with pytest.raises(ValueError, match="no runs of"):
-        seed_panels(runs, {"a": "cud"}, against="gradient_step")
+        seed_panels(runs, {"a": "cud"}, against="gradient_step", title="by seed")

@@ -68,10 +68,10 @@ def seed_panels(
     controls: Mapping[str, str],
     *,
     against: Against,
-    value: str = "validation_loss",
-    title: str | None = None,
+    title: str,
 ) -> Panels:
-    """Draw one small chart per arm: each seed as points, their mean with its 95 % interval, and the arm's control.
+    """Draw one small chart per arm: each seed's validation loss as points, their mean with its 95 % interval, and the
+    arm's control.
 
     runs: arm -> one frame per seed, the controls included
     controls: arm -> the control it is compared with; only these arms get a chart
@@ -80,24 +80,22 @@ def seed_panels(
     """
     if unknown := {*controls, *controls.values()} - set(runs):
         raise ValueError(f"there are no runs of {sorted(unknown)}, the arms are {list(runs)}")
-    name = value.replace("_", " ")
     charts = [
-        Chart(arm, AXES[against], f"{name} (nats)", _seeds(runs[arm], runs[control], against, value))
+        Chart(arm, AXES[against], "validation loss (nats)", _seeds(runs[arm], runs[control], against))
         for arm, control in controls.items()
     ]
-    return Panels(title or f"{name.capitalize()} by seed, each arm beside its control", tuple(charts))
+    return Panels(title, tuple(charts))
 
 
-def _seeds(
-    mine: Sequence[pd.DataFrame], control: Sequence[pd.DataFrame], against: str, value: str
-) -> tuple[Series, ...]:
-    seeds = [_arm(f"seed {i}", frame, against, value, 0, False) for i, frame in enumerate(mine)]
+def _seeds(mine: Sequence[pd.DataFrame], control: Sequence[pd.DataFrame], against: str) -> tuple[Series, ...]:
+    seeds = [_arm(f"seed {i}", frame, against, "validation_loss", 0, False) for i, frame in enumerate(mine)]
     rows = min(len(s.x) for s in seeds)
     over = [Interval.of([s.y[i] for s in seeds]) for i in range(rows)]
     low, high = ([i.low for i in over], [i.high for i in over]) if len(seeds) > 1 else (None, None)
     x = np.stack([s.x[:rows] for s in seeds]).mean(axis=0)
     mean = Series("mean of the seeds, 95 % interval", x, [i.mean for i in over], low, high, color=0)
-    beside = replace(_arm("its control", control, against, value, 0, True), low=None, high=None, color=1)
+    shared = _arm("its control", control, against, "validation_loss", 0, True)
+    beside = replace(shared, low=None, high=None, color=1)
     return (mean, beside, *(replace(s, kind="points", dash=True) for s in seeds))
 
 

@@ -13,13 +13,19 @@ from hybridlab.charts import style as look
 from hybridlab.charts.model import ChartData, Place, Series, rounded
 from hybridlab.charts.style import Look
 
+
+def _faded(color: str, opacity: float) -> str:
+    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({r},{g},{b},{opacity})"
+
+
 HATCHED = {"fillmode": "overlay", "fgcolor": look.PAPER, "size": 9, "solidity": 0.15}
 CLEAR = "rgba(0,0,0,0)"
 HINT = "interactive: point at a line for its values, drag to zoom, double-click to zoom out"
 REFERENCE = {"color": look.INK, "width": 1, "dash": "dot"}
 MARKERS = {"triangle": "triangle-up", "cross": "x"}
 AXIS = {
-    "gridcolor": "rgba(128,128,128,0.22)",
+    "gridcolor": _faded(*look.GRID),
     "linecolor": look.FAINT,
     "tickcolor": look.FAINT,
     "showline": True,
@@ -149,11 +155,6 @@ def _ribbon(x: Any, low: Any, high: Any, style: Look, name: str) -> go.Scatter:
     outline = {"x": [*x, *reversed(x)], "y": [*low, *reversed(high)]}
     fill = {"fill": "toself", "fillcolor": _faded(style.color, 0.18)}
     return go.Scatter(**outline, mode="none", **fill, **_silent(f"series {name}"))
-
-
-def _faded(color: str, opacity: float) -> str:
-    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({r},{g},{b},{opacity})"
 
 
 def _segments(x0: Any, x1: Any, y0: Any, y1: Any, style: Look, name: str) -> go.Scatter:

@@ -370,8 +370,7 @@ def _below(
     """
     mine = losses[BASELINE]
     changes = {arm: Interval.of([mine[seed] - loss for seed, loss in losses[arm].items()]) for arm in others}
-    verdicts = {holds_below(*change.ends, 0.0) for change in changes.values()}
-    worst = next(verdict for verdict in ("fails", "open", "holds") if verdict in verdicts)
+    worst = _worst(*(holds_below(*change.ends, 0.0) for change in changes.values()))
     held = [Quantity.over_seeds(f"loss_beside_{a.replace(' ', '_')}", c, "nats", 0.0) for a, c in changes.items()]
     seeds = min(change.seeds for change in changes.values())
     return on_losses(kind, "", text, worst, (*held, *final), replace(base, seeds=seeds))
@@ -506,7 +505,7 @@ def speed_claim(comparison: Comparison) -> Claim:
     """The plan's 40 to 60 % less time, at its own tolerance for quality."""
     change = Quantity("perplexity_change", math.expm1(comparison.to_baseline.mean), unit="share")
     text = "the baseline's perplexity within 2 % in 40 % less time"
-    decided = _both(_takes(comparison, 1 - PROMISED_SAVING), _keeps_quality(comparison))
+    decided = _worst(_takes(comparison, 1 - PROMISED_SAVING), _keeps_quality(comparison))
     return _on_losses(
         "speed", comparison, text, decided, (change, _time_over_baseline(comparison, 1 - PROMISED_SAVING))
     )
@@ -520,7 +519,7 @@ def _speedup(comparison: Comparison) -> list[Claim]:
     accurate = holds_below(-change.high, -change.low, ACCURACY_TOLERANCE)
     text = f"{times} times as fast as the baseline, its accuracy at most {100 * ACCURACY_TOLERANCE:.1f} % lower"
     quantities = (Quantity.over_seeds("accuracy_change", change, "share"), _time_over_baseline(comparison, 1 / times))
-    return [_on_losses("speedup", comparison, text, _both(_takes(comparison, 1 / times), accurate), quantities)]
+    return [_on_losses("speedup", comparison, text, _worst(_takes(comparison, 1 / times), accurate), quantities)]
 
 
 def _takes(comparison: Comparison, share: float) -> Verdict:
@@ -529,7 +528,8 @@ def _takes(comparison: Comparison, share: float) -> Verdict:
     return "open" if low <= share < high else holds_if(high <= share)
 
 
-def _both(*verdicts: Verdict) -> Verdict:
+def _worst(*verdicts: Verdict) -> Verdict:
+    """That all of them hold."""
     return next((verdict for verdict in ("fails", "open") if verdict in verdicts), "holds")
 
 
