@@ -28,9 +28,10 @@ from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report
 from hybridlab.report.criteria import CRITERIA, DEPTH, IN_DEPTH, LADDER, OURS, OVERALL, Criterion
+from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.documents import BEGIN, END, headline, readme_section
 from hybridlab.report.evidence import MAIN, REPORT, Evidence, least_difference
-from hybridlab.report.gpu_guide import FORMER_PRESETS, by_model, depth_advice, gpu_guide, recommended
+from hybridlab.report.gpu_guide import FORMER_PRESETS, by_model, gpu_guide, recommended
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.rules import Claims, Peak, Ran, Savings, least_time
 from hybridlab.report.validation import at_a_glance, claims_document, copies, validation_document

@@ -15,16 +15,9 @@ from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.planner.gpu_specs import GPUS, spec_of
 from hybridlab.report.criteria import BASELINE, DEPTH, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
+from hybridlab.report.depth_advice import control_times, depth_advice, grown_claims, parameter_count
 from hybridlab.report.evidence import MAIN, Evidence, Published, device_of, least_difference
-from hybridlab.report.gpu_guide import (
-    bf16_over_float32,
-    control_times,
-    depth_advice,
-    gpu_guide,
-    grown_claims,
-    is_former,
-    parameter_count,
-)
+from hybridlab.report.gpu_guide import bf16_over_float32, gpu_guide, is_former
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
 from hybridlab.report.validation import (

@@ -1,0 +1,117 @@
+"""Whether to grow a model or to train it shallow, by model and budget, from the claims on predicted depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hybridlab.models.gpt2 import SIZES, GPT2Config
+from hybridlab.notebook.views.depth import SHALLOW
+from hybridlab.planner.gpu_specs import spec_of
+from hybridlab.report.evidence import Evidence, Published, device_of
+from hybridlab.report.validation import Cells
+from hybridlab.report.words import notebook_link
+from hybridlab.results.words import in_words, quantity_interval
+from hybridlab.study.statistics import LEAST
+from hybridlab.study.study import control_name, shallow_control_name
+
+ADVICE = {
+    ("holds", "holds"): "grow it",
+    ("holds", "fails"): "train the shallow model: depth does not pay yet",
+    ("holds", "open"): "grow it, or train the shallow model: open which",
+    ("fails", "holds"): "train all blocks from the start",
+    ("fails", "fails"): "train the shallow model",
+    ("fails", "open"): "train all blocks from the start, or the shallow model: open which",
+}
+"""By the verdicts on growing and on depth; with any other, the runs cannot tell."""
+
+
+def depth_advice(evidence: Evidence) -> list[Cells]:
+    """A row per budget and first depth of every profile, by model and by tokens per parameter.
+
+    Runs that only show that a notebook works are left out, and those of a model that is no GPT-2 of ours.
+    """
+    rows = [_row(evidence, *claims) for profile in evidence.entries for claims in grown_claims(evidence, profile)]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    rows.sort(key=lambda row: (models.index(row["model"]), float(row["tokens per parameter"] or 0)))
+    return rows
+
+
+def grown_claims(evidence: Evidence, profile: str) -> Iterator[tuple[Published, Published]]:
+    """Of each grown arm that ran long enough for a verdict: the claim that growing pays, and that depth does."""
+    for depth in evidence.claims(kind="depth-pays", profile=profile):
+        entry, pays = evidence.entry(depth.notebook, profile) or {}, evidence.beside(depth, "pays")
+        is_gpt2 = "model" in entry.get("parameters", {})
+        if pays is not None and is_gpt2 and (pays.value("gradient_steps") or 0) >= LEAST.steps:
+            yield pays, depth
+
+
+def control_times(evidence: Evidence, pays: Published) -> dict[str, float]:
+    """The measured time of a control of as much computation, over that of the grown run; nothing without a known GPU.
+
+    "plain", "shallow": seconds per counted computation of its runs, over the grown ones'. Where the shallow control has
+    not run, of the shallow model of as many steps.
+    """
+    entry = evidence.entry(pays.notebook, pays.profile) or {"device": ""}
+    rows = evidence.tables("runs", pays.profile).get(pays.notebook, []) if spec_of(device_of(entry)) else []
+    rows = [row for row in rows if row.get("budget") in (None, pays.value("gradient_steps"))]
+    rows = [row for row in rows if row.get("seconds") and row.get("cost_in_full_steps")]
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    grown = next((arm for arm in arms if pays.arm in (arm, f"{arm}, {rows[0].get('budget')} steps")), "")
+    shallow = [arm for arm in arms if arm.startswith(SHALLOW)]
+    also = shallow[0] if len(shallow) == 1 else ""
+    of = {
+        "plain": control_name(grown),
+        "shallow": next(filter(arms.__contains__, (shallow_control_name(grown), also)), ""),
+    }
+    return {name: _pace(rows, arm) / _pace(rows, grown) for name, arm in of.items() if grown and arm in arms}
+
+
+def _pace(rows: Sequence[Mapping[str, Any]], arm: str) -> float:
+    """Seconds of an arm's runs per full step that they cost."""
+    mine = [row for row in rows if row["arm"] == arm]
+    return float(sum(row["seconds"] for row in mine) / sum(row["cost_in_full_steps"] for row in mine))
+
+
+def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
+    parameters, deciding = evidence.entries[pays.profile][pays.notebook]["parameters"], depth.deciding
+    times = [f"{name} {ratio:.2f}" for name, ratio in control_times(evidence, pays).items()]
+    beside = ", as many steps" if deciding and deciding.name == "loss_to_shallow" else ""
+    ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
+    return {
+        "model": parameters.get("model"),
+        "tokens per parameter": _tokens_per_parameter(parameters, pays),
+        "optimizer": {"muon": "Muon"}.get(parameters.get("optimizer", ""), "AdamW"),
+        "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
+        "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
+        "growing pays": pays.verdict,
+        "against the shallow model": deciding and f"{quantity_interval(deciding)}{beside}",
+        "depth pays": depth.verdict,
+        "computation to its loss": ratios["compute_to_loss"] or "open",
+        "time to its loss": ratios["time_to_loss"] or "open",
+        "time of as much computation": ", ".join(times) or None,
+        "rates": "tried" if evidence.tried_rates(pays.notebook, pays.profile) else "not tried",
+        "what to run": ADVICE.get((pays.verdict, depth.verdict), "open"),
+        "notebook": notebook_link(pays.notebook, pays.profile, short=True),
+        "profile": pays.profile,
+    }
+
+
+def parameter_count(parameters: Mapping[str, Any]) -> int | None:
+    """Of a notebook's model; None for one that is no GPT-2 of ours."""
+    if parameters.get("model") not in SIZES or "vocab_size" not in parameters:
+        return None
+    shape = {name: parameters[name] for name in ("vocab_size", "block_size")}
+    return GPT2Config.named(parameters["model"], **shape).parameter_count
+
+
+def _tokens_per_parameter(parameters: Mapping[str, Any], pays: Published) -> str | None:
+    """That the grown run has seen; None for a model that is no GPT-2 of ours."""
+    count = parameter_count(parameters)
+    tokens = (pays.value("gradient_steps") or 0) * parameters["batch_size"] * parameters["block_size"]
+    return f"{tokens / count:.2g}" if count else None
+
+
+def _with_budget(parameters: Mapping[str, Any]) -> str:
+    """The grown arm of a notebook with one budget, in the words of notebook 10."""
+    return f"grown from {parameters['first_blocks']}, {parameters.get('depth_steps') or parameters['steps']} steps"
