@@ -19,7 +19,7 @@ from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Line
 from hybridlab.charts.tables import LiveTable, Table, table
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
-from hybridlab.notebook.views.study import losses_chart
+from hybridlab.notebook.views.study_charts import losses_chart
 from hybridlab.report.criteria import CRITERIA
 from hybridlab.report.evidence import Evidence, Published
 from hybridlab.results.claims import Quantity
