@@ -11,7 +11,8 @@ import pytest
 from hybridlab import HybridTrainerConfig
 from hybridlab.benchmarks.footprint import JumpTimes, PredictPhase, jump_times, predict_phase
 from hybridlab.memory import MemoryConfig
-from hybridlab.notebook.views.memory import lookahead_claims, transition_claims, transition_table
+from hybridlab.notebook.views.memory import transition_table
+from hybridlab.notebook.views.memory_claims import lookahead_claims, transition_claims
 from hybridlab.optim import Schedule
 from hybridlab.results.claims import Quantity
 from hybridlab.study import RunConfig, TextTaskConfig, train

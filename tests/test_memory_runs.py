@@ -25,15 +25,13 @@ from hybridlab.memory import (
     MixedPrecisionConfig,
     PredictAwareMemoryConfig,
 )
-from hybridlab.notebook.views.memory import (
+from hybridlab.notebook.views.memory import cost_table, memory_table, predict_table
+from hybridlab.notebook.views.memory_claims import (
     agreement_claims,
-    cost_table,
     few_bits_claims,
     fit_claims,
     format_agreement,
-    memory_table,
     predict_claim,
-    predict_table,
     predicted_claims,
     quality_claims,
     reference_claims,

@@ -25,7 +25,8 @@ from hybridlab.benchmarks.step_overhead import step_overhead
 from hybridlab.charts.display import Chart
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.memory import GradientAccumulationConfig, MemoryConfig
-from hybridlab.notebook.views.study import comparison_chart, hybrid_claims
+from hybridlab.notebook.views.study_charts import comparison_chart
+from hybridlab.notebook.views.study_claims import hybrid_claims
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results

@@ -47,23 +47,11 @@ if TYPE_CHECKING:
         waterfall_chart,
     )
     from hybridlab.notebook.views.memory import (
-        agreement_claims,
-        below_claim,
         cost_table,
-        few_bits_claims,
-        fit_claims,
-        format_agreement,
-        lookahead_claims,
         memory_table,
         parts_table,
-        predict_claim,
         predict_rows,
         predict_table,
-        predicted_claims,
-        quality_claims,
-        reference_claims,
-        stable_run_claim,
-        transition_claims,
         transition_table,
     )
     from hybridlab.notebook.views.memory_charts import (
@@ -73,29 +61,47 @@ if TYPE_CHECKING:
         quality_against_memory,
         vram_rows,
     )
+    from hybridlab.notebook.views.memory_claims import (
+        agreement_claims,
+        below_claim,
+        few_bits_claims,
+        fit_claims,
+        format_agreement,
+        lookahead_claims,
+        predict_claim,
+        predicted_claims,
+        quality_claims,
+        reference_claims,
+        stable_run_claim,
+        transition_claims,
+    )
     from hybridlab.notebook.views.panel import panel_claims, panel_table
     from hybridlab.notebook.views.study import (
-        baseline_claims,
-        by_seed,
-        comparison_chart,
         comparison_table,
-        cost_claims,
         counts_table,
-        curves,
         final_table,
-        gradient_chart,
-        hybrid_claims,
-        loss_rows,
         overhead_table,
-        pays_claim,
-        phases,
-        rate_claims,
         rate_table,
         record_table,
         reliability_table,
         run_rows,
-        stable_claim,
         time_table,
+    )
+    from hybridlab.notebook.views.study_charts import (
+        by_seed,
+        comparison_chart,
+        curves,
+        gradient_chart,
+        loss_rows,
+        phases,
+    )
+    from hybridlab.notebook.views.study_claims import (
+        baseline_claims,
+        cost_claims,
+        hybrid_claims,
+        pays_claim,
+        rate_claims,
+        stable_claim,
     )
     from hybridlab.notebook.views.your_model import best_arm, blocks_in, fit_report, fits_claim, recipe, steps_within
     from hybridlab.panel.cost import panel_overhead

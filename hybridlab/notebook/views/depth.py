@@ -13,7 +13,8 @@ from hybridlab.charts.model import Line, Series
 from hybridlab.charts.tables import Table, table
 from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.notebook.views.study import averaged_cell, pays_claim, speed_claim, stable_claim
+from hybridlab.notebook.views.study import averaged_cell
+from hybridlab.notebook.views.study_claims import pays_claim, speed_claim, stable_claim
 from hybridlab.results.claims import Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import Comparison, base_of, compare, difference
 from hybridlab.study.rates import RateTrials

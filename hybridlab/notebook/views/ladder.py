@@ -16,7 +16,7 @@ from hybridlab.benchmarks.step_profile import StepWork, step_work, time_step
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, table
-from hybridlab.notebook.views.study import value_quantity
+from hybridlab.notebook.views.study_claims import value_quantity
 from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.results.claims import QUALITY_TOLERANCE_NATS, Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import base_of
