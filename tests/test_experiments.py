@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from hybridlab.study.rates import RateTrials
-from hybridlab.study.statistics import formatted
+from hybridlab.study.statistics import Interval, formatted
 from tests.test_statistics import study_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
@@ -60,3 +60,20 @@ def test_losses_ahead_are_those_that_were_measured() -> None:
         changes = " | ".join(formatted(loss - row["now"], "+.3f") for loss in row["ahead"])
         line = f"| {row['network']} | {row['interval']} | {row['step']} | {row['now']:.3f} | {changes} |"
         assert line in PAGE, line
+
+
+def test_predicted_depth_on_a_cpu_follows_from_its_runs() -> None:
+    """Each arm against as much computation, and against the shallow model of as many steps."""
+    results = json.loads((FOLDER.parents[1] / "executed" / "cpu_long" / "results.json").read_text(encoding="utf-8"))
+    rows = results["10_predicted_depth"]["tables"]["runs"]
+    losses = {(row["budget"], row["arm"], row["seed"]): row["validation_loss"] for row in rows}
+    for budget in (200, 800):
+        for arm, called in (("grown from 3", "copies"), ("fresh from 3", "fresh blocks")):
+            beside = (f"control of {arm}", "shallow, 3 blocks")
+            computation, shallow = (
+                Interval.of([losses[budget, arm, seed] - losses[budget, other, seed] for seed in range(3)])
+                for other in beside
+            )
+            (line,) = (row for row in PAGE.splitlines() if row.startswith(f"| {budget} (") and f"| {called} |" in row)
+            assert f"| {computation} |" in line
+            assert line.endswith(f"| {shallow} |")
