@@ -8,10 +8,11 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +29,11 @@ from hybridlab.batch.terminal import (
     guarded_output,
     signals_as_interrupts,
 )
+
+if TYPE_CHECKING:
+    from hybridlab.memory import MemoryConfig
+    from hybridlab.planner.spec import TrainingSpec
+    from hybridlab.study.record import Run
 
 app = typer.Typer(
     help="Measure whether predicting weights and saving memory pay, on your model and your GPU.",
@@ -185,12 +191,22 @@ def runs(
     if not shown.table:
         raise UserError(shown.empty)
     print(json.dumps(shown.table.rows, indent=1, default=str) if as_json else shown)
-    if not (csv or memory_csv or tensorboard):
-        return
+    if csv or memory_csv or tensorboard:
+        named = {figures["run"]: run for run, figures in found}
+        say = partial(print, file=sys.stderr if as_json else sys.stdout)
+        _export(named, csv, memory_csv, tensorboard, say)
+
+
+def _export(
+    named: Mapping[str, Run],
+    csv: Path | None,
+    memory_csv: Path | None,
+    tensorboard: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    """Write runs, by their names, in each of the formats for which there is a place."""
     from hybridlab.study import exports
 
-    named = {figures["run"]: run for run, figures in found}
-    say = partial(print, file=sys.stderr if as_json else sys.stdout)
     if csv:
         exports.export_steps(named, csv)
         say(f"written: {csv}")
@@ -346,20 +362,8 @@ def plan(
 ) -> None:
     """Predict the memory that a training takes, without a GPU; if it does not fit, say what to switch on."""
     from hybridlab.base.settings import check_choice
-    from hybridlab.engine.config import HybridTrainerConfig
-    from hybridlab.memory import MixedPrecisionConfig
-    from hybridlab.optim import OptimizerConfig
-    from hybridlab.planner.architectures import causal_lm
     from hybridlab.planner.gpu_specs import find_gpu
-    from hybridlab.planner.spec import TrainingSpec
-    from hybridlab.planner.text_report import (
-        Question,
-        default_batch,
-        memory_named,
-        read_batch,
-        read_stages,
-        report_lines,
-    )
+    from hybridlab.planner.text_report import Question, read_stages, report_lines
     from hybridlab.predictors import PREDICTORS
 
     named = {"--task": task, "--config": config, "--model": model, "--batch": batch}
@@ -370,34 +374,66 @@ def plan(
     card_bytes, rates = find_gpu(card)
     if taken * 1e9 >= card_bytes:
         raise UserError(f"other programs hold {taken:g} GB, all of a GPU of {card_bytes / 1e9:g} GB: close some")
-    card_bytes -= round(taken * 1e9)
-    chosen = causal_lm(config) if config else model or "small"
-    settings = memory_named(memory)
-    if gather == "bf16" and not settings.mixed_precision:
-        settings = replace(settings, mixed_precision=MixedPrecisionConfig.conservative())
-    size = read_batch(batch) if batch else default_batch(chosen)
-    spec = TrainingSpec(chosen, size, settings, OptimizerConfig(optimizer))
-    if task:
-        from hybridlab.study import RunConfig, find_task
-        from hybridlab.study.planning import training_spec_of
-
-        plain = HybridTrainerConfig.plain(memory=settings)
-        spec = training_spec_of(RunConfig("plan", find_task(task), 1, spec.optimizer, hybrid=plain))
-    jumps: dict[str, Any] = {"predictor": predictor, "memory": settings} if predictor != "none" else {}
-    place = path_device or ("host" if jumps and settings.predict_aware else "same")
-    hybrid = HybridTrainerConfig(path_device=place, path_dtype=path_dtype, **jumps)
+    settings = _memory_settings(memory, gather)
+    spec = _task_spec(task, settings, optimizer) if task else _model_spec(model, config, batch, settings, optimizer)
+    spec = _with_path(spec, predictor, path_device, path_dtype)
     if predictor == "none" and not stages and (path_device or path_dtype != "fp32"):
         raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")
-    spec = replace(spec, path=hybrid.path_needs if jumps else None, path_storage=hybrid.path_storage)
     shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}
     shared |= {"blocks_per_group": blocks_per_group, "keep_gathered": keep_gathered}
     spec = replace(spec, depth=read_stages(stages), compiled=compiled, cuda_graphs=compiled, **shared)
-    question = Question(spec, card_bytes, rates, find)
+    question = Question(spec, card_bytes - round(taken * 1e9), rates, find)
     if as_json:
         print(json.dumps(question.record(), indent=2))
         return
     for line in report_lines(question):
         print(line)
+
+
+def _memory_settings(preset: str, gather: str) -> MemoryConfig:
+    """A preset of memory settings; where ranks gather weights in bf16, they compute in it."""
+    from hybridlab.memory import MixedPrecisionConfig
+    from hybridlab.planner.text_report import memory_named
+
+    settings = memory_named(preset)
+    if gather != "bf16" or settings.mixed_precision:
+        return settings
+    return replace(settings, mixed_precision=MixedPrecisionConfig.conservative())
+
+
+def _task_spec(task: str, memory: MemoryConfig, optimizer: str) -> TrainingSpec:
+    """The plain training of a task of the user's own."""
+    from hybridlab.engine.config import HybridTrainerConfig
+    from hybridlab.optim import OptimizerConfig
+    from hybridlab.study import RunConfig, find_task
+    from hybridlab.study.planning import training_spec_of
+
+    plain = HybridTrainerConfig.plain(memory=memory)
+    return training_spec_of(RunConfig("plan", find_task(task), 1, OptimizerConfig(optimizer), hybrid=plain))
+
+
+def _model_spec(
+    model: str | None, config: Path | None, batch: str | None, memory: MemoryConfig, optimizer: str
+) -> TrainingSpec:
+    """The plain training of a GPT-2 size, or of the model that a config.json describes."""
+    from hybridlab.optim import OptimizerConfig
+    from hybridlab.planner.architectures import causal_lm
+    from hybridlab.planner.spec import TrainingSpec
+    from hybridlab.planner.text_report import default_batch, read_batch
+
+    chosen = causal_lm(config) if config else model or "small"
+    size = read_batch(batch) if batch else default_batch(chosen)
+    return TrainingSpec(chosen, size, memory, OptimizerConfig(optimizer))
+
+
+def _with_path(spec: TrainingSpec, predictor: str, path_device: str | None, path_dtype: str) -> TrainingSpec:
+    """The training with the path of the weights that a predictor remembers; without one, where a snapshot would lie."""
+    from hybridlab.engine.config import HybridTrainerConfig
+
+    jumps: dict[str, Any] = {"predictor": predictor, "memory": spec.memory} if predictor != "none" else {}
+    place = path_device or ("host" if jumps and spec.memory.predict_aware else "same")
+    hybrid = HybridTrainerConfig(path_device=place, path_dtype=path_dtype, **jumps)
+    return replace(spec, path=hybrid.path_needs if jumps else None, path_storage=hybrid.path_storage)
 
 
 def main(arguments: list[str] | None = None) -> int:
