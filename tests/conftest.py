@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hybridlab import HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
 from hybridlab.study.tasks import Task
+from tests.notebook_maker import project
 
 torch.set_num_threads(1)
 os.environ.pop("JPY_SESSION_NAME", None)  # started from a notebook, tests still take the way without a panel
@@ -100,6 +102,18 @@ class TaskWithin:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's root, in which the test works."""
+    monkeypatch.chdir(project(tmp_path))
+    return tmp_path
+
+
+def names(folder: Path) -> set[str]:
+    """Of what lies in a folder."""
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture

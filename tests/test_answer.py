@@ -15,7 +15,7 @@ from hybridlab.notebook.views.your_model import steps_within
 from hybridlab.optim import Schedule
 from hybridlab.results.claims import Claim, Quantity, Verdict
 from hybridlab.study import RunConfig, Study, TextTaskConfig
-from tests.notebook_maker import project, save, tiny_notebook
+from tests.notebook_maker import save, tiny_notebook
 
 PLACE = "from hybridlab.notebook import answer_place\nanswer_place()"
 END = """\
@@ -32,11 +32,10 @@ def claim(verdict: Verdict, value: float, arm: str = "") -> Claim:
     return Claim("low", text, verdict, (Quantity("seeds", 3), Quantity("loss", value, unit="nats", bound=1.0)), arm)
 
 
-def test_the_answer_stands_at_the_top_of_an_executed_copy(tmp_path, monkeypatch):
+def test_the_answer_stands_at_the_top_of_an_executed_copy(root):
     """Written by the last cell, kept in the first output; its table of verdicts needs no JavaScript."""
-    monkeypatch.chdir(project(tmp_path))
-    run_notebook(prepared(save(tiny_notebook(PLACE, END), tmp_path / "tiny.ipynb"), tmp_path / "out" / "tiny.ipynb"))
-    cells = nbformat.read(tmp_path / "out" / "tiny.ipynb", as_version=4).cells
+    run_notebook(prepared(save(tiny_notebook(PLACE, END), root / "tiny.ipynb"), root / "out" / "tiny.ipynb"))
+    cells = nbformat.read(root / "out" / "tiny.ipynb", as_version=4).cells
     answer, picture = next(cell for cell in cells if "answer_place()" in cell.source).outputs
     assert "It fails at 2.5 nats." in answer.data["text/plain"]
     assert re.search(r"<td style=\"[^\"]*color: #\w+[^\"]*\">fails</td>", answer.data["text/html"])

@@ -37,12 +37,6 @@ from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.chdir(project(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
 def notebook(root):
     return save(tiny_notebook("print(lr)"), root / "notebooks" / "tiny.ipynb")
 

@@ -25,7 +25,7 @@ from hybridlab.base.checkpoint import (
     save_tensors,
 )
 from hybridlab.base.errors import UserError
-from tests.conftest import full_disk
+from tests.conftest import full_disk, names
 
 META = {"name": "baseline", "optimizer": {"lr": 3e-4, "betas": [0.9, 0.999]}}
 
@@ -45,10 +45,6 @@ def load(path: Path) -> int:
     assert state is not None
     assert torch.equal(state["weights"], torch.full((1000,), float(state["number"])))
     return state["number"]
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # --- what comes back ---------------------------------------------------------------------------------------

@@ -16,14 +16,13 @@ import hybridlab.notebook
 import hybridlab.study
 from hybridlab.base.files import project_root
 from hybridlab.cli import main
-from tests.notebook_maker import project, save, tiny_notebook
+from tests.notebook_maker import save, tiny_notebook
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.chdir(project(tmp_path))
-    save(tiny_notebook("print(steps)", "1 / 0 if fast else None"), tmp_path / "tiny.ipynb")
-    return tmp_path
+def root(root):
+    save(tiny_notebook("print(steps)", "1 / 0 if fast else None"), root / "tiny.ipynb")
+    return root
 
 
 def ended(arguments: str) -> int:

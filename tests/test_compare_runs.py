@@ -22,7 +22,6 @@ from hybridlab.notebook.compare_runs import COLUMNS, find_runs, overlay, runs_ta
 from hybridlab.study.exports import export_tensorboard
 from hybridlab.study.record import Run, RunRecorder
 from tests.conftest import full_disk
-from tests.notebook_maker import project
 
 
 def record(
@@ -52,8 +51,7 @@ def record(
 
 
 @pytest.fixture(autouse=True)
-def _runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project(tmp_path))
+def _runs(root: Path) -> None:
     record(Path("runs/one/baseline_seed_0"), "baseline", 0, 3.0)
     record(Path("runs/one/baseline_seed_1"), "baseline", 1, 2.5)
     record(Path("runs/one/bold_seed_0"), "bold", 0, 3.5)

@@ -18,13 +18,7 @@ from hybridlab.batch.executed import write_notebook
 from hybridlab.panel.progress import Progress
 from hybridlab.results.publish import publish
 from tests.conftest import full_disk
-from tests.notebook_maker import project, tiny_notebook
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(project(tmp_path))
-    return tmp_path
+from tests.notebook_maker import tiny_notebook
 
 
 def notebook() -> Path:

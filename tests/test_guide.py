@@ -23,7 +23,6 @@ from hybridlab.benchmarks import architectures, ranks
 from hybridlab.cli import _joined, app
 from hybridlab.predictors import PREDICTORS
 from hybridlab.train import _program
-from tests.notebook_maker import project
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
@@ -36,9 +35,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def names(root: Path) -> Any:
     """What a page's blocks share: their names, in a project of their own."""
-    monkeypatch.chdir(project(tmp_path))
     yield {}
     PREDICTORS.pop("mean_path", None)
 

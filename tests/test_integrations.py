@@ -19,7 +19,6 @@ from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop, recorded_loop
 from hybridlab.notebook import find_runs
 from hybridlab.panel import live
-from tests.notebook_maker import project
 
 JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
 GATED = replace(JUMPS, gate=True)
@@ -28,8 +27,7 @@ STEPS = 40
 
 
 @pytest.fixture(autouse=True)
-def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project(tmp_path))
+def _project(root: Path) -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
 

@@ -26,17 +26,11 @@ from hybridlab.models.gpt2 import SIZES, GPT2Config
 from hybridlab.optim.build import OPTIMIZERS
 from hybridlab.study.ranks import RanksConfig
 from tests.conftest import Problem
-from tests.notebook_maker import project, save, tiny_notebook
+from tests.notebook_maker import save, tiny_notebook
 
 ROOT = Path(hybridlab.__file__).parents[1]
 NOTEBOOKS = {path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 PROFILES = sorted((ROOT / "params").rglob("*.yaml"))
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.chdir(project(tmp_path))
-    return tmp_path
 
 
 @pytest.mark.parametrize(

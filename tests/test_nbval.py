@@ -62,19 +62,18 @@ def test_a_committed_notebook_repeats(executed, tmp_path, monkeypatch):
         assert [claim["id"] for claim in again["claims"]] == [claim["id"] for claim in committed["claims"]]
 
 
-def test_a_changed_number_is_seen_and_an_unchanged_notebook_passes(tmp_path, monkeypatch):
-    monkeypatch.chdir(project(tmp_path))
+def test_a_changed_number_is_seen_and_an_unchanged_notebook_passes(root):
     code = "print(f'loss {sum(range(3)) / 3:.4f}')"
     source = save(
         tiny_notebook(code, "from hybridlab.panel.progress import Progress\nProgress(3, 'quiet').step('quiet', 3)"),
-        tmp_path / "tiny.ipynb",
+        root / "tiny.ipynb",
     )
-    executed = tmp_path / "executed" / "cpu" / "tiny.ipynb"
+    executed = root / "executed" / "cpu" / "tiny.ipynb"
     run_notebook(prepared(source, executed, [], [("steps", "4")]))
     notebook = nbformat.read(executed, as_version=4)
     output = notebook.cells[3].outputs[0]
     output.text = output.text.replace("1.0000", "1.0001")
-    done = nbval(executed, save(notebook, tmp_path / "executed" / "cpu" / "changed.ipynb"))
+    done = nbval(executed, save(notebook, root / "executed" / "cpu" / "changed.ipynb"))
     assert done.returncode == 1
     assert "Cell outputs differ" in done.stdout
     assert "1.0001" in done.stdout

@@ -23,7 +23,6 @@ from hybridlab.notebook import Session, find_runs
 from hybridlab.study import HuggingFaceTaskConfig, OwnTaskConfig, RunConfig, Study, compare, find_task, train
 from hybridlab.study.planning import plan_of
 from tests import own_bytes
-from tests.notebook_maker import project
 
 JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
 LLAMA = {
@@ -37,14 +36,13 @@ GPT2 = {
 
 
 @pytest.fixture(autouse=True)
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def mine(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project with the user's module in it."""
-    monkeypatch.chdir(project(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("HYBRIDLAB_CACHE", str(tmp_path / "cache"))
-    shutil.copy(own_bytes.__file__, tmp_path / "my_task.py")
-    (tmp_path / "my_text.txt").write_bytes(own_bytes.TEXT * 8)
-    yield tmp_path
+    monkeypatch.setenv("HYBRIDLAB_CACHE", str(root / "cache"))
+    shutil.copy(own_bytes.__file__, root / "my_task.py")
+    (root / "my_text.txt").write_bytes(own_bytes.TEXT * 8)
+    yield root
     sys.modules.pop("my_task", None)
 
 

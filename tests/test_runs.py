@@ -16,7 +16,7 @@ import pytest
 from hybridlab.base.errors import UserError
 from hybridlab.study import record as runs
 from hybridlab.study.record import GrowingTable, Run, RunRecorder, write_json
-from tests.conftest import full_disk
+from tests.conftest import full_disk, names
 
 
 def add(recorder: RunRecorder, steps: range, **more: Any) -> None:
@@ -27,10 +27,6 @@ def add(recorder: RunRecorder, steps: range, **more: Any) -> None:
 
 def steps_of(folder: Path) -> list[int]:
     return Run.load(folder).steps["nominal_step"].tolist()
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # --- while it grows ----------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from hybridlab.study.run import TrainingRun
 from hybridlab.study.study import OnStep
 from hybridlab.study.training import Training
 from tests.conftest import TINY_TEXT, Problem
-from tests.notebook_maker import project
 
 STEPS = 40
 TASK = TextTaskConfig(**TINY_TEXT)
@@ -58,10 +57,7 @@ CONFIG = RunConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(project(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("root")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
 from hybridlab.study.step_log import TrainingTimer
 from hybridlab.study.tasks import Batch, Task
-from tests.conftest import TaskWithin
+from tests.conftest import TaskWithin, names
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -145,10 +145,6 @@ def figures(run: Run) -> dict[str, object]:
     assert run.summary is not None
     measured = ("seconds", "gradient_step_ms", "peak", "allocator", "warm_up_seconds")
     return {name: value for name, value in run.summary.items() if not name.startswith(measured)}
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 RECORD = {"config.json", "steps.parquet", "vram.parquet", "summary.json"}
