@@ -140,6 +140,30 @@ def test_values_that_can_be_meant_pass(root, settings):
     prepared(NOTEBOOKS["03"], Path("out/out.ipynb"), [], [tuple(settings.split())])
 
 
+@pytest.mark.parametrize(
+    ("content", "most", "message"),
+    [
+        ("naïve café".encode("latin-1"), 4, "data: own.txt is not UTF-8 text (byte 2): convert it (given after -p)"),
+        ("naïve café".encode("latin-1"), 0, "is not UTF-8 text (byte 2)"),
+        ("text".encode("utf-16"), 100, "is not UTF-8 text (byte 0)"),
+        (None, 100, "own.txt cannot be read: No such file or directory; name a text file"),
+    ],
+)
+def test_a_text_file_that_cannot_be_read_whole_is_refused_before_anything_runs(root, content, most, message):
+    if content is not None:
+        Path("own.txt").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        prepared(NOTEBOOKS["03"], Path("out/out.ipynb"), [], [("data", "file:own.txt"), ("max_bytes", str(most))])
+    assert message in str(refused.value)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("most", [3, 4, 0])
+def test_a_character_that_max_bytes_cuts_is_no_fault(root, most):
+    Path("own.txt").write_text("naïve", encoding="utf-8")
+    prepared(NOTEBOOKS["03"], Path("out/out.ipynb"), [], [("data", "file:own.txt"), ("max_bytes", str(most))])
+
+
 def test_what_is_switched_off_bounds_nothing(root):
     off = [("reference_steps", "0"), ("strict_steps", "30"), ("predict_steps", "0")]
     prepared(NOTEBOOKS["06"], Path("out/out.ipynb"), [], off)

@@ -6,10 +6,13 @@ or a number, since a refusal must not wait for it; tests hold these against what
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hybridlab.base.errors import UserError, nearest
+from hybridlab.base.files import project_root
 from hybridlab.base.settings import broken_bound
 from hybridlab.predictors import PREDICTORS
 
@@ -98,7 +101,7 @@ def check_limits(values: Mapping[str, Any], defaults: Mapping[str, Any], places:
     for name, value in values.items():
         if (said := broken(name, value)) and not broken(name, defaults[name]):
             raise UserError(f"{name}: {value!r}{_place(name, places)}: {said}")
-    for check in (_order, _data, _vocabulary, _something_predicts, _jumps, _trials, _depth):
+    for check in (_order, _data, _text_file, _vocabulary, _something_predicts, _jumps, _trials, _depth):
         if said := check(values):
             named = said.split(":")[0]
             raise UserError(f"{said}{_place(named, places, ' (given {})')}")
@@ -142,6 +145,25 @@ def _data(values: Mapping[str, Any]) -> str | None:
     known = {(form.partition(":")[0], ":" in form) for form in forms}
     fits = (kind, bool(colon)) in known and bool(rest) == bool(colon)
     return None if fits else f"data: {source!r} is no source: {nearest(source, forms)}"
+
+
+def _text_file(values: Mapping[str, Any]) -> str | None:
+    """A text of one's own can be read and is UTF-8, up to a character that `max_bytes` cuts."""
+    kind, _, name = str(values.get("data")).partition(":")
+    if kind != "file":
+        return None
+    path, most = Path(name), values.get("max_bytes") or -1
+    path = path if path.exists() else project_root() / path
+    if path.is_char_device() or path.is_block_device():
+        return None  # it may have no end: the loader says so
+    try:
+        with path.open("rb") as file:
+            getincrementaldecoder("utf-8")().decode(file.read(most), final=most < 0)
+    except OSError as error:
+        return f"data: {path} cannot be read: {error.strerror}; name a text file, as file:my_text.txt"
+    except UnicodeDecodeError as error:
+        return f"data: {path} is not UTF-8 text (byte {error.start}): convert it"
+    return None
 
 
 def _vocabulary(values: Mapping[str, Any]) -> str | None:
