@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _stopped() -> str:
     """What a signal has done: torchrun sends one to all ranks where one has ended, which they may not know yet."""
-    return f"stopped, as every rank is where one has ended: {GO_ON}" if running() > 1 else "stopped"
+    return f"stopped, as every rank is where one has ended: {GO_ON}" if running() > 1 else "stopped: --resume goes on"
 
 
 def _told(message: object, code: int) -> int:

@@ -125,7 +125,7 @@ def test_a_mistake_in_a_cell_ends_with_1_and_is_one_line_in_the_copy_too(root, c
     cell = "from hybridlab.base.errors import UserError\nraise UserError('mend it so')"
     save(tiny_notebook(cell), root / "mistaken.ipynb")
     assert ended("run mistaken.ipynb -o out/mistaken.ipynb") == 1
-    assert "UserError: mend it so" in capfd.readouterr().err
+    assert capfd.readouterr().err == "hybridlab: mend it so (partial copy: out/mistaken.failed.ipynb)\n"
     outputs = nbformat.read("out/mistaken.failed.ipynb", as_version=4).cells[-1].outputs
     assert [output.traceback for output in outputs] == [["mend it so"]]
 

@@ -336,7 +336,7 @@ def test_ctrl_c_says_that_it_has_stopped(
 
     monkeypatch.setattr("hybridlab.train.run_file", interrupted)
     assert main(["-f", written(tmp_path)]) == 130
-    assert capsys.readouterr().err == "hybridlab.train: stopped\n"
+    assert capsys.readouterr().err == "hybridlab.train: stopped: --resume goes on\n"
 
 
 def test_ranks_that_do_not_find_each_other_and_missing_files_are_one_line(

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 NPROC = "nproc"
 WORK, PROGRESS = "work.ipynb", "progress.json"
 GO_ON = "the same command with --resume goes on with its training runs"
-REFUSALS = ("UserError", "ValueError", "TypeError")
-"""Errors by which a cell refuses what it was given: the same command ends the same way."""
+REFUSALS = ("ValueError", "TypeError")
+"""Errors by which a cell refuses what it was given, beside UserError: the same command ends the same way."""
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,15 @@ def _run(job: Job, folder: Path, console: Console) -> NotebookNode:
 
 
 def _keep_partial(job: Job, work: Path, reason: str) -> str:
-    """Keep the copy of a run that stopped; return the line that says so, and how to go on."""
+    """Keep the copy of a run that stopped; return the line that says so: what to mend, or where and how to go on."""
     executed = _as_it_ran(job, work)
     try:
         write_or_rescue(executed, job.partial, work)
         copy = f"partial copy: {job.partial}"
     except UserError as error:
         copy = str(error)
+    if (mistake := reason.removeprefix("UserError: ")) != reason:
+        return f"{in_one_line(mistake)} ({copy})"
     said = f"{stopping_place(executed)}: {in_one_line(reason)} ({copy})"
     return f"{said}; {GO_ON}" if job.resumable and not reason.startswith(REFUSALS) else said
 
