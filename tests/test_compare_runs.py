@@ -264,6 +264,11 @@ def test_one_run_is_shown_and_two_are_compared(capsys: pytest.CaptureFixture[str
     assert "settings.seed" in said_by(["runs", "diff", "one/bold", "baseline_seed_1"], capsys)
 
 
+def test_a_name_is_found_as_the_list_shortens_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("o…/bold_seed_0", "on…/bo…_0", "one/bo…"):
+        assert "seed" in said_by(["runs", "show", name], capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -212,13 +212,14 @@ TAGS = "tags.json"
 
 
 def find_run(name: str, folder: str | Path = "runs") -> Run:
-    """The run of that name, as `runs_table` has it, or the one run whose name holds it.
+    """The run of that name, shortened by … as `runs_table` prints it or not, or the one run whose name holds it.
 
     Raises UserError where there is none, or more than one.
     """
     root = project_root() / folder
     runs = {run_name(run, root): run for run in runs_under(root)}
-    fitting = [name] if name in runs else [known for known in runs if name in known]
+    part = name.replace("…", "*") if "…" in name else f"*{name}*"
+    fitting = [name] if name in runs else [known for known in runs if fnmatchcase(known, part)]
     if len(fitting) > 1:
         raise UserError(f"{name!r} is part of {len(fitting)} names: write more of one, as {fitting[0]} or {fitting[1]}")
     if not fitting:
