@@ -20,7 +20,7 @@ ADVICE = {
     ("holds", "fails"): "train the shallow model: depth does not pay yet",
     ("holds", "open"): "grow it, or train the shallow model: open which",
     ("fails", "holds"): "train all blocks from the start",
-    ("fails", "fails"): "train the shallow model",
+    ("fails", "fails"): "train all blocks from the start, or the shallow model: open which",
     ("fails", "open"): "train all blocks from the start, or the shallow model: open which",
 }
 """By the verdicts on growing and on depth; with any other, the runs cannot tell."""
