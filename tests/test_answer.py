@@ -8,10 +8,11 @@ from dataclasses import replace
 import nbformat
 import pytest
 
+from hybridlab.base.errors import UserError
 from hybridlab.batch.run import prepared, run_notebook
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.answer import answer_rows, claims_in_sentences
-from hybridlab.notebook.views.your_model import steps_within
+from hybridlab.notebook.views.your_model import blocks_in, fit_report, steps_within
 from hybridlab.optim import Schedule
 from hybridlab.results.claims import Claim, Quantity, Verdict
 from hybridlab.study import RunConfig, Study, TextTaskConfig
@@ -81,6 +82,20 @@ def test_the_count_agrees_with_the_verdicts_of_the_table(verdicts, count):
     assert said == count
     assert (named[0] == "One that holds: it is low (loss 0.500 nats).") == ("holds" in verdicts)
     assert [row["verdict"] for row in answer_rows(claims)] == verdicts
+
+
+def test_the_plan_says_for_which_batch_and_vocabulary_it_is() -> None:
+    task = TextTaskConfig("nano", "markov", vocab_size=64, block_size=16, batch_size=2)
+    said = fit_report(RunConfig("baseline", task, 10, device="cpu"), "16GB")
+    assert said.startswith("A vocabulary of 64 tokens\nA batch of 2 windows of 16 tokens\n")
+
+
+@pytest.mark.parametrize("first", [2, 9])
+def test_a_model_begins_with_fewer_blocks_than_it_has(first: int) -> None:
+    base = RunConfig("baseline", TextTaskConfig("nano", "markov", vocab_size=64, block_size=8, batch_size=2), 10)
+    assert blocks_in(base, 1) == blocks_in(base) == 2
+    with pytest.raises(UserError, match="first_blocks must be below the model's blocks, 2; -1 predicts no depth"):
+        blocks_in(base, first)
 
 
 @pytest.mark.parametrize(("predictor", "least"), [("linear", 200), ("river", 500)])

@@ -618,7 +618,9 @@ def ended(arguments: str, size: str = "--model nano --batch 8x64") -> int:
 
 def test_the_command_says_what_fits_and_what_to_switch_on(capsys):
     assert ended("--card 16GB --predictor linear") == 0
-    assert "It fits a GPU of 16 GB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("A batch of 8 windows of 64 tokens\n")
+    assert "It fits a GPU of 16 GB" in out
     assert ended("--card 0.65GB") == 0
     out = capsys.readouterr().out
     assert "It does not fit a GPU of 0.65 GB" in out

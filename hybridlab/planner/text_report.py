@@ -113,7 +113,8 @@ def report_lines(question: Question) -> Iterator[str]:
     Where something must be switched on, and that is enough, the last lines are the Python that does it.
     """
     asked, best = question.asked, best_fit(question.options, question.gpu_bytes)
-    yield f"{asked}\n"
+    windows, tokens = question.spec.batch
+    yield f"A batch of {windows}{f' windows of {tokens} tokens' * (tokens > 1)}\n{asked}\n"
     yield _verdict(question, best)
     if question.found is not None:
         yield _found(question)
@@ -134,7 +135,8 @@ def _found(question: Question) -> str:
         return f"No {question.find} fits."
     if question.find == "batch":
         return f"The largest batch that fits: {question.found} windows of {tokens} tokens."
-    return f"The longest sequence that was found to fit: {question.found} tokens, in {windows} windows."
+    most = ", the most that the model takes" if question.found == question.spec.longest else ""
+    return f"The longest sequence that was found to fit: {question.found} tokens, in {windows} windows{most}."
 
 
 def _times(question: Question, best: Option | None) -> Iterator[str]:

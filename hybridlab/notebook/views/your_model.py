@@ -27,11 +27,16 @@ TRIAL_STEPS = 40
 """Of the run that measures how long a step takes."""
 
 
-def blocks_in(config: RunConfig) -> int:
-    """How many blocks the task's model repeats. Raises UserError for a model without: depth cannot be predicted."""
+def blocks_in(config: RunConfig, first_blocks: int = 0) -> int:
+    """How many blocks the task's model repeats.
+
+    Raises UserError for a model without, whose depth cannot be predicted, and where it begins with all or more of them.
+    """
     blocks = len(blocks_of(config.task.build(0, torch.device("cpu")).model))
     if not blocks:
         raise UserError("the model repeats no block: set first_blocks to -1, and no depth is predicted")
+    if max(1, first_blocks) >= blocks:
+        raise UserError(f"first_blocks must be below the model's blocks, {blocks}; -1 predicts no depth")
     return blocks
 
 
@@ -58,8 +63,9 @@ def _first_proposal(config: HybridTrainerConfig) -> int:
 
 
 def fit_report(config: RunConfig, card: str) -> str:
-    """Memory by part and phase on that GPU, and what to switch on where the run does not fit."""
-    return "\n".join(report_lines(Question(training_spec_of(config), *find_gpu(card))))
+    """For the run's vocabulary and batch: memory on that GPU, and what to switch on where it does not fit."""
+    vocabulary = [f"A vocabulary of {size} tokens" for size in [getattr(config.task, "vocab_size", None)] if size]
+    return "\n".join([*vocabulary, *report_lines(Question(training_spec_of(config), *find_gpu(card)))])
 
 
 def fits_claim(config: RunConfig, card: str) -> Claim:
