@@ -29,9 +29,11 @@ from hybridlab.notebook.views.answer import claims_table
 from hybridlab.panel import progress
 from hybridlab.panel.progress import Progress, watched
 from hybridlab.results.claims import Claim, Quantity
+from hybridlab.results.environment import environment, git_commit
 from hybridlab.results.parameters import parameters_from, parameters_sha256
-from hybridlab.results.publish import MOST, environment, git_commit, publish
+from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
+from hybridlab.results.repeats import MOST
 from tests.conftest import full_disk
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
@@ -464,7 +466,7 @@ def test_results_of_notebooks_that_publish_at_once_are_all_kept(root):
 
 def test_figures_that_were_measured_elsewhere_before_are_kept_in_a_bounded_number(root, monkeypatch):
     def measured(value: float, commit: str, parameters: dict[str, int] | None = None) -> list[dict]:
-        monkeypatch.setattr("hybridlab.results.publish.git_commit", lambda: commit)
+        monkeypatch.setattr("hybridlab.results.environment.git_commit", lambda: commit)
         figures = (Quantity("ratio", value, value - 0.1, value + 0.1, "time ratio"), Quantity("loss", 3.0, unit="nats"))
         record = {"parameters": parameters or {"steps": 100}}
         publish("a", claims=[Claim("fast", "it is", "open", figures)], summary=[], record=record, folder="runs")

@@ -41,8 +41,8 @@ from hybridlab.notebook.views.memory_claims import (
 from hybridlab.optim import Schedule
 from hybridlab.planner import plan
 from hybridlab.planner.text_report import MEMORY_PRESETS
-from hybridlab.results.publish import repeats_of
 from hybridlab.results.reading import load_results
+from hybridlab.results.repeats import repeats_of
 from hybridlab.study import RunConfig, TextTaskConfig, planning, train
 from hybridlab.study.planning import plan_of, room_for
 from hybridlab.study.record import Run

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from hybridlab.batch.run import prepared, run_notebook
-from hybridlab.results.publish import environment
+from hybridlab.results.environment import environment
 from hybridlab.results.reading import load_results
 from tests.hygiene import claim_differences
 from tests.notebook_maker import project, save, tiny_notebook

@@ -80,7 +80,7 @@ def run_notebook(job: Job, console: Console | None = None) -> list[str]:
     Raises RunFailed where the notebook stopped before its end, and where its copy had to be kept elsewhere;
     RunInterrupted where somebody stopped it.
     """
-    from hybridlab.results.publish import environment, git_commit  # torch, which a refusal need not wait for
+    from hybridlab.results.environment import environment, git_commit  # torch, which a refusal need not wait for
 
     commit = git_commit()
     with _working_folder() as folder:
