@@ -223,7 +223,7 @@ def _export(
 @runs_app.command()
 def show(name: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
     """Show one run: settings, final figures, what was decided at which step, tags."""
-    from hybridlab.notebook.compare_runs import find_run, run_record, show_lines
+    from hybridlab.notebook.one_run import find_run, run_record, show_lines
 
     run = find_run(name, folder)
     print(json.dumps(run_record(run), indent=1, default=str) if as_json else "\n".join(show_lines(run)))
@@ -232,7 +232,7 @@ def show(name: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) 
 @runs_app.command()
 def diff(first: RunName, second: RunName, folder: Folder = Path("runs"), as_json: AsJson = False) -> None:
     """Compare two runs: the settings and final figures that differ."""
-    from hybridlab.notebook.compare_runs import difference_lines, differences, find_run
+    from hybridlab.notebook.one_run import difference_lines, differences, find_run
 
     rows = differences(find_run(first, folder), find_run(second, folder))
     lines = difference_lines([{"key": "", "first": first, "second": second}, *rows])
@@ -249,7 +249,7 @@ def tag(
     folder: Folder = Path("runs"),
 ) -> None:
     """Give a run tags."""
-    from hybridlab.notebook.compare_runs import find_run, set_tags
+    from hybridlab.notebook.one_run import find_run, set_tags
 
     if not remove and not all(map(str.strip, tags)):
         raise UserError("a tag is empty: give a word, such as baseline")
