@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -235,20 +236,14 @@ def test_muons_momentum_in_few_bits_trains_as_far(state: str) -> None:
 
 def test_muons_update_is_one_graph_whatever_its_settings() -> None:
     """Counted with dynamo alone, which needs no compiler."""
-    graphs = 0
-
-    def counting(graph: Any, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph
-
+    graphs = CompileCounter()
     torch._dynamo.reset()
-    update = torch.compile(_update_all, fullgraph=True, dynamic=False, backend=counting)
+    update = torch.compile(_update_all, fullgraph=True, dynamic=False, backend=graphs)
     weights, gradients, buffers = ([torch.randn(8, 16), torch.randn(16, 8)] for _ in range(3))
     for step in range(1, 4):
         settings = (torch.tensor(1.0 / step) for _ in range(3))
         update(weights, gradients, buffers, *settings, COEFFICIENTS["torch"], low_bit=False)
-    assert graphs == 1
+    assert graphs.frame_count == 1
 
 
 # --- rates ------------------------------------------------------------------------------------------
@@ -513,14 +508,8 @@ def test_a_cycled_momentum_is_beta1_of_the_adamw_beside_muon() -> None:
 @pytest.mark.parametrize("change", ["fill the rate", "a float rate", "weight decay"])
 def test_low_bit_adamw_compiles_once_however_its_settings_change(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted with dynamo alone, which needs no compiler; a first change from numbers to tensors costs one more."""
-    graphs = 0
-
-    def counting(graph: Any, _: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return graph
-
-    update = torch.compile(low_bit._update.__wrapped__(False), fullgraph=True, dynamic=False, backend=counting)
+    graphs = CompileCounter()
+    update = torch.compile(low_bit._update.__wrapped__(False), fullgraph=True, dynamic=False, backend=graphs)
     monkeypatch.setattr(low_bit, "_update", lambda compiled: update)
     model = nn.Linear(64, 64)
     optimizer = optimizer_for(model, OptimizerConfig(), MemoryConfig(optimizer_state="int8"))
@@ -537,7 +526,7 @@ def test_low_bit_adamw_compiles_once_however_its_settings_change(change: str, mo
         optimizer.zero_grad()
         model(torch.ones(2, 64)).square().mean().backward()
         optimizer.step()
-    assert graphs <= (1 if "rate" in change else 2)
+    assert graphs.frame_count <= (1 if "rate" in change else 2)
 
 
 def test_an_optimizer_without_a_learning_rate_trains_as_in_plain_torch_and_refuses_a_schedule() -> None:

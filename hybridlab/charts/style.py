@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import count, filterfalse
 
 from hybridlab.charts.model import Band, ChartData, Series
 
@@ -64,16 +65,15 @@ def height_of(chart: ChartData) -> int:
 
 def looks(series: Iterable[Series]) -> dict[str, Look]:
     """One look per series name, in order of appearance; a color asked for by index is left to its asker."""
-    first = {s.name: s for s in reversed(list(series))}
-    named = [first[name] for name in reversed(first)]
-    taken = {s.color for s in named if s.color is not None}
-    free = iter(i for i in range(len(named) + len(taken)) if i not in taken)
-    controls = iter(range(len(named)))
+    named: dict[str, Series] = {}
+    for s in series:
+        named.setdefault(s.name, s)
+    taken = {s.color for s in named.values() if s.color is not None}
+    free, controls = filterfalse(taken.__contains__, count()), count()
     result = {}
-    for s in named:
+    for s in named.values():
         if s.control and s.color is not None:
-            own = _colored(s.color, dash=True)
-            result[s.name] = replace(own, width=THICK)
+            result[s.name] = replace(_colored(s.color, dash=True), width=THICK)
         elif s.control:
             result[s.name] = _control(next(controls))
         else:
