@@ -22,8 +22,8 @@ import scipy
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.notebook.views.ladder import BESIDE
 from hybridlab.notebook.views.memory_charts import vram_rows
+from hybridlab.notebook.views.side_by_side import BESIDE
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.report import report_files, stale_files, write_report

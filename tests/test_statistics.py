@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from hybridlab.notebook import pays_claim, run_rows
-from hybridlab.notebook.views.ladder import BESIDE
+from hybridlab.notebook.views.side_by_side import BESIDE
 from hybridlab.report.evidence import Evidence
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.publish import plain

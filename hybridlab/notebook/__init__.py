@@ -40,9 +40,6 @@ if TYPE_CHECKING:
         ladder_table,
         ladder_tables,
         profile_ladder,
-        side_by_side,
-        side_by_side_claims,
-        side_by_side_table,
         steps_table,
         waterfall_chart,
     )
@@ -76,6 +73,7 @@ if TYPE_CHECKING:
         transition_claims,
     )
     from hybridlab.notebook.views.panel import panel_claims, panel_table
+    from hybridlab.notebook.views.side_by_side import side_by_side, side_by_side_claims, side_by_side_table
     from hybridlab.notebook.views.study import (
         comparison_table,
         counts_table,

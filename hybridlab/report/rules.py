@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.notebook.views.ladder import side_by_side_claims
+from hybridlab.notebook.views.side_by_side import side_by_side_claims
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, device_of, named_in_full
 from hybridlab.results.claims import Claim, Unit, holds_below, holds_if, rounded
