@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
@@ -14,13 +13,12 @@ from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED, GpuSpec, spec_of
 from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for, device_of
+from hybridlab.report.recipes import planned_recipes
 from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
 from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
 from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, quantity_interval
 from hybridlab.study.statistics import Base, Interval, formatted
-
-Row = Mapping[str, Any]
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
 """Settings in which the presets of prediction differ."""
@@ -31,9 +29,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
     hybrids = [claim for claim in evidence.claims("03_gpt2_small_hybrid", kind="pays") if not claim.grew]
     preset = HybridTrainerConfig.conservative()
     needs = preset.path_needs
-    recipes = evidence.planned.get("recipes", ())
     measured = {model: recommended(rows) for model, rows in _memory_rows(evidence).items()}
-    trained = {row["way"]: row for row in evidence.planned.get("trained", ())}
     memory = {name: build() for name, build in MEMORY_PRESETS.items() if name != "none"}
     return render(
         "RTX_5080_GUIDE.md",
@@ -45,16 +41,9 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         ratios=[bf16_over_float32(gpu) for gpu in (GPUS["h100"], GPUS["rtx5080"])],
         waiting=any(row.get("gpu_busy_percent") for rows in evidence.tables("memory").values() for row in rows),
         by_model=by_model(evidence),
-        answers=known_columns([_answer(row, measured.get(row["model"])) for row in recipes]),
-        recipes=known_columns([_recipe(row, measured.get(row["model"])) for row in recipes]),
-        recipe_codes=[row | {"names": sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))} for row in recipes],
-        largest=known_columns([_way(row, trained.get(row["way"])) for row in evidence.planned.get("largest", ())]),
-        trained=max((row.get("steps", 0) for row in trained.values()), default=0),
-        seven_billion=known_columns([_way(row, None) for row in evidence.planned.get("seven_billion", ())]),
+        **planned_recipes(evidence.planned, measured),
         plan_errors=plan_errors(evidence),
         step_errors=OF_MEASURED,
-        planned_gpu=evidence.planned.get("gpu", {}).get("name"),
-        spared=amount(evidence.planned.get("spared_bytes", 0), "bytes"),
         depths=depth_advice(evidence),
         memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
         hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),
@@ -250,72 +239,9 @@ def _at_least(estimated: float, least: float | None) -> str:
     return f"at least {least:.0f} ms" if least and least > estimated else f"{estimated:.0f} ms"
 
 
-HOURS = 3600
-
-
-def _answer(row: Row, measured: Row | None) -> dict[str, Any]:
-    return {
-        "model": row["model"],
-        "switch on": ", ".join(["bf16 autocast", *row.get("features", ()), *(["compiled"] if row["compiled"] else [])]),
-        "the result": "the same but for rounding" if row["exact"] else "changes: watch the loss",
-        "peak on the GPU, planned": amount(row["peak_on_gpu_bytes"], "bytes"),
-        "fastest arm measured": measured and arm_in_words(measured["arm"], measured["notebook"]),
-        "its loss against the control (nats)": measured and loss_change(measured),
-    }
-
-
 def plan_errors(evidence: Evidence) -> dict[str, Any] | None:
     """How far plans of allocated memory were from what was measured, in percent, and over how many arms."""
     rows = [row for rows in evidence.tables("memory").values() for row in rows if row.get("predicted_allocated_bytes")]
     errors = [100 * (row["predicted_allocated_bytes"] / row["measured_allocated_bytes"] - 1) for row in rows]
     low, high = (formatted(of(errors, default=0.0), "+.1f") for of in (min, max))
     return {"low": low, "high": high, "count": len(errors)} if errors else None
-
-
-def _recipe(row: Row, measured: Row | None) -> dict[str, Any]:
-    return {
-        "model": row["model"],
-        "parameters": f"{row['parameters'] / 1e6:,.0f} M",
-        "batch": f"{row['batch'][0]} x {row['batch'][1]}",
-        "est. step": f"{row['step_ms']:.0f} ms",
-        "est. tokens per second": f"{row['tokens_per_second']:,.0f}",
-        "measured elsewhere": _measured(row, measured),
-        "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
-        "largest batch": f"{row['largest_batch']} x {row['batch'][1]}",
-        "longest sequence": f"{row['longest_sequence']:,}",
-        "host memory": amount(row["host_bytes"], "bytes"),
-        "with jumps": amount(row["host_bytes_with_jumps"], "bytes"),
-        "1 token per parameter": _time(row, 1),
-        "20 tokens per parameter": _time(row, 20),
-    }
-
-
-def _measured(row: Row, measured: Row | None) -> str | None:
-    """Tokens per second of the recommended arm on the GPU that ran."""
-    if not measured:
-        return None
-    tokens = row["batch"][0] * row["batch"][1]
-    return f"{1e3 * tokens / measured['step_ms']:,.0f} ({measured['arm']})"
-
-
-def _time(row: Row, tokens_per_parameter: int) -> str:
-    hours = tokens_per_parameter * row["parameters"] / row["tokens_per_second"] / HOURS
-    return f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
-
-
-def _way(row: Row, trained: Row | None) -> dict[str, Any]:
-    return {
-        "trained with": row["way"],
-        "model": f"{row['parameters'] / 1e9:.2f} B ({row['n_layer']} blocks of {row['n_embd']})",
-        "fits": "yes" if row["fits"] else "no",
-        "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
-        "measured": trained and (trained["stopped"] or amount(trained["peak_memory_bytes"], "bytes")),
-        "allocated in training": amount(row["peak_allocated_bytes"], "bytes"),
-        "of it per parameter": f"{row['peak_allocated_bytes'] / row['parameters']:.1f} bytes",
-        "host memory": amount(row["host_bytes"], "bytes"),
-        "host bytes per parameter": f"{row['host_bytes_per_parameter']:.1f}",
-        "est. step": f"{row['step_ms'] / 1e3:.1f} s",
-        "step measured elsewhere": trained and trained.get("step_ms") and f"{trained['step_ms'] / 1e3:.2f} s",
-        "1 token per parameter": _time(row, 1),
-        "loss of exactness": row["inexact"],
-    }
