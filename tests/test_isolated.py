@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 
 from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
-from hybridlab.notebook import session
+from hybridlab.notebook import studies
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, isolated, train
 from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
@@ -117,9 +117,9 @@ def test_side_by_side_the_runs_of_a_study_are_those_of_one_after_the_other(tmp_p
 
 @pytest.mark.usefixtures("forked")
 def test_rates_are_tried_side_by_side_from_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "runs_folder", lambda notebook: tmp_path / notebook)
+    monkeypatch.setattr(studies, "runs_folder", lambda notebook: tmp_path / notebook)
     study = Study(CONFIG, {}, seeds=1, control_fractions=())
-    (one, trials), (other, again) = (session.find_rates(study, str(n), most=3, at_once=n) for n in (1, 2))
+    (one, trials), (other, again) = (studies.find_rates(study, str(n), most=3, at_once=n) for n in (1, 2))
     assert trials == again
     assert one == other
     assert multiprocessing.active_children() == []

@@ -20,7 +20,7 @@ from ipywidgets import VBox
 from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.interleaved import Ratio
-from hybridlab.notebook import Session, final_frame, run_study, session
+from hybridlab.notebook import Session, final_frame, run_study, session, studies
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.panel import live, progress
 from hybridlab.panel.controls import Controls, control_row
@@ -64,7 +64,8 @@ pytestmark = pytest.mark.usefixtures("root")
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Live]:
     """As if a person looked; gives the panels that were shown."""
     shown: list[Live] = []
-    monkeypatch.setattr(session, "shows_panel", lambda: True)
+    for module in (session, studies):
+        monkeypatch.setattr(module, "shows_panel", lambda: True)
     monkeypatch.setattr(Live, "__enter__", lambda live: shown.append(live) or live)
     return shown
 
@@ -415,7 +416,7 @@ def test_a_stopped_study_goes_on_when_the_cell_is_run_again(
             live.controls.stop()
 
     monkeypatch.setattr(Live, "step", stopping)
-    with pytest.raises(session.Stopped) as stopped:
+    with pytest.raises(studies.Stopped) as stopped:
         run_study(study, "study")
     assert stopped.value._render_traceback_() == [
         "stopped at step 9 of hybrid, seed 0: run this cell again to go on from here"
@@ -448,10 +449,10 @@ def test_isolated_runs_show_a_bar_of_their_own(
         return "result"
 
     shown: list[VBox] = []
-    monkeypatch.setattr(session, "shows_panel", lambda: looked_at)
-    monkeypatch.setattr(session, "run_arms", run_arms)
+    monkeypatch.setattr(studies, "shows_panel", lambda: looked_at)
+    monkeypatch.setattr(studies, "run_arms", run_arms)
     monkeypatch.setattr(live, "show", lambda box: shown.append(box))
-    assert session.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
+    assert studies.run_configs([replace(CONFIG, steps=4)], "isolated", isolated=True) == "result"
     assert capsys.readouterr() == ("", "")
     bars = [box.children[1].value for box in shown]
     assert [("stopped" in bar, "3</b> of 4 in all" in bar) for bar in bars] == [(True, True)] * looked_at
@@ -466,21 +467,21 @@ def test_isolated_runs_that_were_interrupted_are_gone_on_with(monkeypatch: pytes
             raise KeyboardInterrupt
         return StudyResult()
 
-    monkeypatch.setattr(session, "run_arms", run_arms)
+    monkeypatch.setattr(studies, "run_arms", run_arms)
     with pytest.raises(KeyboardInterrupt):
-        session.run_configs([CONFIG], "isolated", isolated=True)
+        studies.run_configs([CONFIG], "isolated", isolated=True)
     for name in ("shows_panel", "in_jupyterlab"):
-        monkeypatch.setattr(session, name, lambda: True)
+        monkeypatch.setattr(studies, name, lambda: True)
     monkeypatch.setattr(live, "show", lambda _: None)
-    with pytest.raises(session.Stopped, match="stopped: run this cell again"):
-        session.run_configs([CONFIG], "isolated", isolated=True)
-    session.run_configs([CONFIG], "isolated", isolated=True)
-    session.run_configs([CONFIG], "isolated", isolated=True)
+    with pytest.raises(studies.Stopped, match="stopped: run this cell again"):
+        studies.run_configs([CONFIG], "isolated", isolated=True)
+    studies.run_configs([CONFIG], "isolated", isolated=True)
+    studies.run_configs([CONFIG], "isolated", isolated=True)
     assert resumed == [False, True, True, False], "only what was interrupted is gone on with"
-    session.run_configs([CONFIG], "isolated", isolated=True, resume=True)
-    monkeypatch.setattr(session, "shows_panel", lambda: False)
-    session.run_configs([CONFIG], "isolated", resume=True)
-    session.run_configs([CONFIG], "isolated")
+    studies.run_configs([CONFIG], "isolated", isolated=True, resume=True)
+    monkeypatch.setattr(studies, "shows_panel", lambda: False)
+    studies.run_configs([CONFIG], "isolated", resume=True)
+    studies.run_configs([CONFIG], "isolated")
     assert resumed[4:] == [True, True, False], "and what an earlier start left, when asked"
 
 
@@ -492,8 +493,8 @@ def test_where_the_control_diverged_one_line_says_so_and_every_record_is_kept(co
         UserError, match=r"^diverges diverged, and .*: lower the learning rate.* kept in runs/kept$"
     )
     with pytest.warns(UserWarning, match="diverges"), refused if control == "diverges" else nullcontext():
-        assert session.run_configs(configs, "kept", control=control).has_diverged("diverges")
-    assert len([*session.runs_folder("kept").glob("*/summary.json")]) == 2
+        assert studies.run_configs(configs, "kept", control=control).has_diverged("diverges")
+    assert len([*studies.runs_folder("kept").glob("*/summary.json")]) == 2
 
 
 def test_without_widgets_progress_is_text_and_says_what_to_install(

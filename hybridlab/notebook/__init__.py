@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     )
     from hybridlab.benchmarks.step_overhead import step_overhead
     from hybridlab.notebook.compare_runs import find_runs, overlay, runs_table
-    from hybridlab.notebook.session import Session, find_rates, run_configs, run_on_ranks, run_study
+    from hybridlab.notebook.session import Session
+    from hybridlab.notebook.studies import find_rates, run_configs, run_on_ranks, run_study
     from hybridlab.notebook.views.answer import (
         answer_place,
         claims_in_sentences,
