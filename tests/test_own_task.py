@@ -179,6 +179,15 @@ def test_a_text_file_is_split_and_what_is_none_is_refused(mine: Path) -> None:
             load_text(f"file:{name}", vocab_size=300)
 
 
+def test_windows_longer_than_the_config_takes_are_refused_before_training() -> None:
+    pytest.importorskip("transformers")
+    task = HuggingFaceTaskConfig(json.dumps(GPT2), data="markov", vocab_size=64, block_size=64, batch_size=2)
+    assert plan_of(RunConfig("mine", task, 5, device="cpu")).peak_allocated_bytes
+    longer = RunConfig("mine", replace(task, block_size=65), 5, device="cpu")
+    with pytest.raises(UserError, match=r"block_size is 65, .* 64: lower the one or raise the other"):
+        plan_of(longer)
+
+
 def test_the_command_plans_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--task", "my_task:Bytes", "--card", "16GB"]) == 0
     assert "It fits a GPU of 16 GB" in capsys.readouterr().out
