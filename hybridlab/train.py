@@ -24,8 +24,8 @@ from hybridlab.base.files import project_root
 from hybridlab.base.one_line import in_one_line
 from hybridlab.base.ranks import is_first, is_first_to_tell, is_of_lost_rank, rank, running
 from hybridlab.base.settings import check_types, settings_from
-from hybridlab.batch.given import settings_in_file
 from hybridlab.batch.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, SIGNALS, signals_as_interrupts
+from hybridlab.batch.yaml_files import settings_in_file
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
 from hybridlab.study.ranks import RanksConfig

@@ -14,7 +14,8 @@ from nbformat import NotebookNode
 
 from hybridlab.base.errors import UserError
 from hybridlab.batch.executed import INJECTED, WIDGET_VIEW, code_cells, read_notebook, unfinished
-from hybridlab.batch.given import checked_values, declared_parameters, defaults, values_in_file
+from hybridlab.batch.given import checked_values, declared_parameters, defaults
+from hybridlab.batch.yaml_files import values_in_file
 from hybridlab.results.claims import VOLATILE_UNITS, Claim, rounded
 from hybridlab.results.parameters import HOW_IT_RUNS, asked, parameters_sha256
 from hybridlab.results.words import quantities_in_words

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.files import PARAMS, missing
 from hybridlab.base.settings import fits
+from hybridlab.batch.yaml_files import Given, as_written, is_misread
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "nothing"}
@@ -86,99 +85,6 @@ def _parameter(line: ast.stmt, notebook: str) -> Parameter:
     )
 
 
-PLAIN = r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
-
-
-@dataclass(frozen=True)
-class Given:
-    """A value given for a parameter: as read, as written (`raw`, a text or a list of such), and where."""
-
-    name: str
-    value: Any
-    raw: Any
-    place: str
-
-
-def values_in_file(path: Path) -> list[Given]:
-    """Read a YAML mapping of parameters, keeping each value as it was written.
-
-    Raises UserError where the file is missing, unreadable, not a mapping, or gives a key twice, also in a mapping
-    inside, and for an alias: a few lines of them can stand for a list that fills all memory.
-    """
-    text = _text_of(path)
-    try:
-        events = yaml.parse(text, yaml.SafeLoader)
-        if any(isinstance(event, yaml.AliasEvent) or getattr(event, "value", "") == "<<" for event in events):
-            raise UserError(f"{path}: aliases and merges (*name, <<) are not read: write the values themselves")
-        root, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}{_yaml_problem(error)}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply: write one 'name: value' per line") from None
-    if root is None:
-        return []
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a mapping: write one 'name: value' per line")
-    for name in _given_twice(root):
-        raise UserError(f"{path}: '{name}' is given twice: keep one line")
-    for key, _ in root.value:
-        if (name := key.value) not in values:
-            raise UserError(f"{path}: YAML reads the key {name} as {yaml.safe_load(name)!r}: write '{name}' in quotes")
-    return [Given(key.value, values[key.value], _written(node), f"in {path}") for key, node in root.value]
-
-
-def settings_in_file(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping of settings, which may be mappings themselves.
-
-    Raises UserError as `values_in_file` does, and for a number that YAML makes of what is no plain decimal.
-    """
-    given = values_in_file(path)
-    for item in given:
-        for said in _misread(item.raw, item.value, item.name):
-            raise UserError(f"{path}: {said}: write a plain decimal, or the text in quotes")
-    return {item.name: item.value for item in given}
-
-
-def _misread(raw: Any, value: Any, place: str = "") -> Iterator[str]:
-    """Tell of each number that YAML 1.1 made of what is no plain decimal: 12:30, 0200, 0x10, 1_000, .nan."""
-    if isinstance(raw, dict) and isinstance(value, dict):
-        for (name, written), inner in zip(raw.items(), value.values(), strict=False):
-            yield from _misread(written, inner, f"{place}: {name}")
-    elif isinstance(raw, list) and isinstance(value, list):
-        for written, inner in zip(raw, value, strict=True):
-            yield from _misread(written, inner, place)
-    elif type(value) in (int, float) and not re.fullmatch(PLAIN, raw):
-        yield f"{place}: YAML reads {raw} as {value!r}"
-
-
-def _given_twice(node: yaml.Node) -> Iterator[str]:
-    """The keys that a mapping, or one inside it, gives twice."""
-    inside = node.value if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        names, inside = [key.value for key, _ in node.value], [value for _, value in node.value]
-        yield from (name for name in names if names.count(name) > 1)
-    for inner in inside:
-        yield from _given_twice(inner)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise missing(path, "parameter file", PARAMS) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8: a YAML file is wanted") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    said = getattr(error, "problem", None) or "unreadable"
-    return f"{line}: not valid YAML: {'a tab: write spaces in its place' if repr(chr(9)) in said else said}"
-
-
 def value_on_command_line(name: str, raw: str, declared: Mapping[str, Parameter]) -> Given:
     """Read a `-p NAME VALUE`, where the declared type decides what the text means."""
     if name in declared:
@@ -203,7 +109,7 @@ def _readings(raw: str) -> Iterable[Any]:
     """Offer what a text may mean: what YAML makes of it, a number, the text itself."""
     with suppress(yaml.YAMLError):
         value = yaml.safe_load(raw)
-        if not isinstance(value, str) and not _is_misread(_written(yaml.compose(raw, yaml.SafeLoader)), value):
+        if not isinstance(value, str) and not is_misread(as_written(yaml.compose(raw, yaml.SafeLoader)), value):
             yield value
     if (number := _as_number(raw)) is not None:
         yield number
@@ -221,7 +127,7 @@ def checked_values(given: Iterable[Given], declared: Mapping[str, Parameter], na
             hint = nearest(item.name, declared) if declared else "it has none"
             raise UserError(f"'{item.name}' {item.place} is no parameter of {name}: {hint}")
         parameter = declared[item.name]
-        if not parameter.accepts(item.value) or _is_misread(item.raw, item.value):
+        if not parameter.accepts(item.value) or is_misread(item.raw, item.value):
             raise UserError(_wrong_type(item, parameter))
         values[item.name] = item.value
     return values
@@ -231,7 +137,7 @@ def _wrong_type(item: Given, parameter: Parameter) -> str:
     scalar = not isinstance(item.value, str | list | dict | None)
     if isinstance(item.value, float) and not math.isfinite(item.value):
         said = f"{item.raw} is no finite number"
-    elif _is_misread(item.raw, item.value) or (scalar and item.raw not in (str(item.value), str(item.value).lower())):
+    elif is_misread(item.raw, item.value) or (scalar and item.raw not in (str(item.value), str(item.value).lower())):
         said = f"YAML reads {item.raw} as {item.value!r}"
     else:
         said = f"{item.value!r} is {_described(item.value)}"
@@ -248,7 +154,7 @@ def _fix(item: Given, parameter: Parameter) -> str:
     number = _as_number(item.value) if isinstance(item.value, str) else item.value
     if str(item.value) in ("nan", "inf", "-inf"):
         return f"write for example {json.dumps(parameter.default)}"
-    if _is_misread(item.raw, item.value) and parameter.accepts(item.value):
+    if is_misread(item.raw, item.value) and parameter.accepts(item.value):
         return f"write {item.raw.lstrip('0')}, or {item.value}" if str(item.raw).isdigit() else f"write {item.value}"
     written = isinstance(item.raw, str) and item.raw and not isinstance(item.value, list | dict)
     if written and parameter.accepts(item.raw):
@@ -273,16 +179,3 @@ def _yaml_number(text: str) -> str:
     mantissa += "" if "." in mantissa else ".0"
     sign = "" if not mark or exponent.startswith(("+", "-")) else "+"
     return f"{mantissa}{mark}{sign}{exponent}"
-
-
-def _written(node: yaml.Node | None) -> Any:
-    """What a YAML node was written as: a text, or a list or a mapping of what its items were."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_written(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        return {key.value: _written(value) for key, value in node.value}
-    return str(node.value) if node else ""
-
-
-def _is_misread(raw: Any, value: Any) -> bool:
-    return any(_misread(raw, value))

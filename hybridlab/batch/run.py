@@ -24,16 +24,15 @@ from hybridlab.batch.executed import (
     write_or_rescue,
 )
 from hybridlab.batch.given import (
-    Given,
     checked_values,
     declared_parameters,
     defaults,
     from_options,
     value_on_command_line,
-    values_in_file,
 )
 from hybridlab.batch.limits import check_limits
 from hybridlab.batch.terminal import RunFailed, RunInterrupted
+from hybridlab.batch.yaml_files import Given, values_in_file
 from hybridlab.panel.progress import watched
 from hybridlab.results.parameters import asked, parameters_sha256
 

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import scipy
 
-from hybridlab.batch.given import settings_in_file
+from hybridlab.batch.yaml_files import settings_in_file
 from hybridlab.notebook.views.depth import GROWN, UNEQUAL
 from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, too_little
 from hybridlab.results.reading import load_results
