@@ -126,6 +126,12 @@ def _tag(name: str, text: str, side: str, scope: str = "") -> str:
     return f'<{name}{scoped} style="text-align: {side}{color}">{shown}</{name}>'
 
 
+def known_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same records without the columns that are None in all of them."""
+    known = {key for row in rows for key, value in row.items() if value is not None}
+    return [{key: value for key, value in row.items() if key in known} for row in rows]
+
+
 FOLDED_ROWS = 40
 """Where no DataTables pages it, a table with more rows is folded."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
+from hybridlab.charts.tables import known_columns
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.memory import MemoryConfig
 from hybridlab.notebook.views.memory_charts import MemoryRow
@@ -15,7 +16,7 @@ from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for, device_of
 from hybridlab.report.recipes import planned_recipes
 from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
-from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
+from hybridlab.report.words import Markdown, escaped, notebook_link, render, verdict_word
 from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, quantity_interval
 from hybridlab.study.statistics import Base, Interval, formatted

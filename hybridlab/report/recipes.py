@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hybridlab.charts.tables import known_columns
 from hybridlab.report.evidence import arm_in_words
 from hybridlab.report.validation import loss_change
-from hybridlab.report.words import known_columns
 from hybridlab.results.words import amount
 
 Row = Mapping[str, Any]

@@ -9,13 +9,14 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any, get_args
 
+from hybridlab.charts.tables import known_columns
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
 from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, Entry, Evidence, Published, arm_in_words, device_of, named_in_full
 from hybridlab.report.rules import Finding, Outcome
-from hybridlab.report.words import Markdown, escaped, known_columns, notebook_link, render, verdict_word
+from hybridlab.report.words import Markdown, escaped, notebook_link, render, verdict_word
 from hybridlab.results.claims import Quantity
 from hybridlab.results.words import amount, in_words, interval, name_in_words, quantity_interval
 from hybridlab.study.code_version import code_hashes

@@ -21,9 +21,8 @@ class Markdown(str):
     __slots__ = ()
 
 
-VERDICTS = {"holds": Markdown("**holds**"), "fails": Markdown("**fails**")}
 BY_OTHER_MEANS = ("holds, but by other means", "cannot hold, but by other means it does")
-VERDICTS |= {verdict: Markdown(f"**{verdict}**") for verdict in (*BY_OTHER_MEANS, "cannot hold")}
+VERDICTS = {verdict: Markdown(f"**{verdict}**") for verdict in ("holds", "fails", "cannot hold", *BY_OTHER_MEANS)}
 VERDICTS |= {"predicted nothing": Markdown("*predicted nothing*")}
 
 
@@ -59,12 +58,6 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> Markdown:
     cells = [["–" if (cell := row.get(column)) is None else escaped(cell) for column in columns] for row in rows]
     sides = ["---" if any(isinstance(row.get(column), str) for row in rows) else "---:" for column in columns]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in [heads, sides, *cells]))
-
-
-def known_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same records without the columns that are None in all of them."""
-    known = {key for row in rows for key, value in row.items() if value is not None}
-    return [{key: value for key, value in row.items() if key in known} for row in rows]
 
 
 def verdict_word(verdict: str) -> str:

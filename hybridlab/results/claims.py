@@ -121,11 +121,7 @@ class Claim:
     def record(self) -> dict[str, Any]:
         """As results.json has it: `from_record` gives it back. Ends and seeds that are not there are left out."""
         quantities = [
-            {
-                key: part
-                for key, part in asdict(q).items()
-                if key in ("name", "value", "unit") or not (part is None or (isinstance(part, tuple) and not part))
-            }
+            {k: part for k, part in asdict(q).items() if k in ("name", "value", "unit") or part not in (None, ())}
             for q in self.quantities
         ]
         return asdict(self) | {"quantities": quantities}

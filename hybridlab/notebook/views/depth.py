@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from hybridlab.charts.builders import interval_chart
@@ -154,8 +154,7 @@ def depth_figures(name: str, comparison: Comparison) -> dict[str, dict[str, Any]
     ratio = comparison.time_to_loss
     if not name or ratio is None:
         return {}
-    figure: dict[str, Any] = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "seeds": ratio.seeds}
-    figure |= {"per_seed": ratio.per_seed}
+    figure = asdict(ratio)
     if comparison.unbracketed is not None:
         figure |= {"bracketed": not comparison.unbracketed, "unbracketed": comparison.unbracketed}
     return {f"depth_time_ratio_{name}": figure}

@@ -12,7 +12,7 @@ from hybridlab.base.device import device_name, find_device
 from hybridlab.benchmarks.step_profile import StepWork, step_work, time_step
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Series
-from hybridlab.charts.tables import Table, table
+from hybridlab.charts.tables import Table, known_columns, table
 from hybridlab.notebook.views.study_claims import value_quantity
 from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.results.claims import QUALITY_TOLERANCE_NATS, Claim, Quantity, holds_below, on_losses
@@ -51,21 +51,21 @@ def profile_ladder(ladder: Ladder, steps: int) -> LadderProfile:
 
 def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> Table:
     """Every rung, from the vanilla run up: its step, and its time to the vanilla run's final loss."""
-    rows = [
-        {"rung": rung.name}
-        | _step_cells(rung, profile)
-        | _loss_cells(rung)
-        | _alone_cells(ladder, rung, rungs, profile)
-        for rung in rungs
-    ]
-    measured = {name for row in rows for name, value in row.items() if value is not None}
+    rows = known_columns(
+        [
+            {"rung": rung.name}
+            | _step_cells(rung, profile)
+            | _loss_cells(rung)
+            | _alone_cells(ladder, rung, rungs, profile)
+            for rung in rungs
+        ]
+    )
     caption = (
         "Each rung with all before it. Steps and time to the vanilla run's final validation loss, which was fixed "
         "before; time is without compilation. That is of a rung's first run: what was compiled alike before is kept. "
         "FLOP utilisation is of the GPU's dense bf16 rate"
     )
-    shown = [{name: value for name, value in row.items() if name in measured} for row in rows]
-    return table(shown, caption, {name: spec for name, spec in FORMATS.items() if name in measured})
+    return table(rows, caption, {name: spec for name, spec in FORMATS.items() if name in rows[0]})
 
 
 def steps_table(rungs: Sequence[Rung]) -> Table:
