@@ -30,6 +30,7 @@ from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, RunConfig, TextTaskConfig, find_task, train
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.step_log import StepRecord
+from hybridlab.study.task_checks import check_task
 from hybridlab.study.watched_run import WatchedRun
 
 TASKS = {"text": TextTaskConfig, "images": ImageTaskConfig, "huggingface": HuggingFaceTaskConfig}
@@ -97,6 +98,7 @@ def run_file(path: Path, *, resume: bool = False) -> None:
     if lies_there and not resume:  # no rank writes there before all have come to this
         said = f"a run lies in {config.path} already"
         raise UserError(f"{said}: go on with it by --resume, delete it, or name another folder")
+    check_task(config.run.task)
     with config.ranks.started(config.run), _afresh_is_told(config.path):
         done = train(config.run, config.path, resume=resume, watch=_say_progress, ranks=config.ranks).closing_figures
         _say(f"done: validation loss {done['validation_loss']:.4f} nats; {config.path}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
@@ -20,8 +21,18 @@ from hybridlab.memory import MemoryConfig
 from hybridlab.memory.config import GradientAccumulationConfig
 from hybridlab.models.huggingface import causal_config, fresh_model
 from hybridlab.notebook import Session, find_runs
-from hybridlab.study import HuggingFaceTaskConfig, OwnTaskConfig, RunConfig, Study, compare, find_task, train
+from hybridlab.study import (
+    HuggingFaceTaskConfig,
+    OwnTaskConfig,
+    RunConfig,
+    Study,
+    TextTaskConfig,
+    compare,
+    find_task,
+    train,
+)
 from hybridlab.study.planning import plan_of
+from hybridlab.train import run_file
 from tests import own_bytes
 
 JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
@@ -184,8 +195,32 @@ def test_windows_longer_than_the_config_takes_are_refused_before_training() -> N
     task = HuggingFaceTaskConfig(json.dumps(GPT2), data="markov", vocab_size=64, block_size=64, batch_size=2)
     assert plan_of(RunConfig("mine", task, 5, device="cpu")).peak_allocated_bytes
     longer = RunConfig("mine", replace(task, block_size=65), 5, device="cpu")
-    with pytest.raises(UserError, match=r"block_size is 65, .* 64: lower the one or raise the other"):
-        plan_of(longer)
+    for starts in (plan_of, *STARTS):
+        with pytest.raises(UserError, match=r"block_size is 65, .* 64: lower the one or raise the other"):
+            starts(longer)
+
+
+def test_a_text_that_is_cut_is_held_to_utf_8_too(mine: Path) -> None:
+    (mine / "latin.txt").write_bytes("naïve café, ".encode("latin-1") * 1000)
+    task = TextTaskConfig("nano", "file:latin.txt", vocab_size=300, max_bytes=5000)
+    for starts in STARTS:
+        with pytest.raises(UserError, match=r"latin\.txt is not UTF-8 text \(byte 2\): convert it"):
+            starts(RunConfig("mine", task, 5, device="cpu"))
+
+
+def _by_file(config: RunConfig) -> None:
+    kind = "huggingface" if isinstance(config.task, HuggingFaceTaskConfig) else "text"
+    run = {"name": config.name, "steps": config.steps, "task": {"kind": kind} | asdict(config.task)}
+    Path("run.yaml").write_text(yaml.safe_dump({"run": run}))
+    run_file(Path("run.yaml"))
+
+
+STARTS: list[Callable[[RunConfig], object]] = [
+    lambda config: Session(config, "mine"),
+    lambda config: Study(config, {}, seeds=1, control_fractions=()).run(Path("runs")),
+    _by_file,
+]
+"""Ways in which a run starts."""
 
 
 def test_the_command_plans_a_task(capsys: pytest.CaptureFixture[str]) -> None:

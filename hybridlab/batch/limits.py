@@ -6,14 +6,12 @@ or a number, since a refusal must not wait for it; tests hold these against what
 
 from __future__ import annotations
 
-from codecs import getincrementaldecoder
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.files import project_root
 from hybridlab.base.settings import broken_bound
+from hybridlab.base.text_file import unreadable
 from hybridlab.predictors import PREDICTORS
 
 TEXTS = ("python", "markov", "uniform", "file:PATH", "bin:PATH", "hf:NAME")
@@ -148,22 +146,8 @@ def _data(values: Mapping[str, Any]) -> str | None:
 
 
 def _text_file(values: Mapping[str, Any]) -> str | None:
-    """A text of one's own can be read and is UTF-8, up to a character that `max_bytes` cuts."""
-    kind, _, name = str(values.get("data")).partition(":")
-    if kind != "file":
-        return None
-    path, most = Path(name), values.get("max_bytes") or -1
-    path = path if path.exists() else project_root() / path
-    if path.is_char_device() or path.is_block_device():
-        return None  # it may have no end: the loader says so
-    try:
-        with path.open("rb") as file:
-            getincrementaldecoder("utf-8")().decode(file.read(most), final=most < 0)
-    except OSError as error:
-        return f"data: {path} cannot be read: {error.strerror}; name a text file, as file:my_text.txt"
-    except UnicodeDecodeError as error:
-        return f"data: {path} is not UTF-8 text (byte {error.start}): convert it"
-    return None
+    said = unreadable(str(values.get("data")), values.get("max_bytes") or 0)
+    return said and f"data: {said}"
 
 
 def _vocabulary(values: Mapping[str, Any]) -> str | None:

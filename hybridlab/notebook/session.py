@@ -28,6 +28,7 @@ from hybridlab.study.record import Run
 from hybridlab.study.resume import CHECKPOINT, earlier_run, other_code
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.study import folder_name, label
+from hybridlab.study.task_checks import check_task
 
 warnings.filterwarnings("ignore", module=r"torch\.(_inductor|autograd|profiler)")
 """What torch's own code tells its authors; it would stand in an executed notebook, with paths of the machine."""
@@ -48,11 +49,12 @@ class Session:
 
     An open session of the same run, as a cell that is run again has left it, is closed first.
 
-    Raises UserError, and changes nothing, when another process trains in that folder, and when `resume` finds a
-    finished run, one without a checkpoint, or one whose checkpoint was written by other code.
+    Raises UserError, and changes nothing, when another process trains in that folder, as `check_task` does, and when
+    `resume` finds a finished run, one without a checkpoint, or one whose checkpoint was written by other code.
     """
 
     def __init__(self, config: RunConfig, folder: str, *, resume: bool = False) -> None:
+        check_task(config.task)
         self.config, self.folder = config, runs_folder(folder) / folder_name(config)
         if before := _OPEN.get(self.folder):
             before.close()

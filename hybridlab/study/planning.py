@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hybridlab.base.device import find_device
-from hybridlab.base.errors import UserError
 from hybridlab.base.pinned_memory import host_holds
 from hybridlab.base.ranks import SHARDING
 from hybridlab.memory.config import MixedPrecisionConfig
 from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
-from hybridlab.planner.architectures import CausalLM, rebuilt
+from hybridlab.planner.architectures import rebuilt
 from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
 from hybridlab.study.ranks import RanksConfig
+from hybridlab.study.task_checks import check_task
 from hybridlab.study.tasks import Batch, HuggingFaceTaskConfig, Task, TextTaskConfig
 
 
@@ -79,7 +79,7 @@ def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count:
     Of a task other than GPT-2's, the model and a batch are made first, for their shapes: of transformers on "meta",
     without their memory, of others on the CPU.
 
-    Raises UserError for windows that are longer than such a model takes.
+    Raises UserError as `check_task` does.
     """
     hybrid, memory = config.hybrid, config.memory
     if config.precision == "bf16":
@@ -92,23 +92,12 @@ def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count:
     spec = TrainingSpec("nano", (1, 1), memory, config.optimizer, **past)
     if isinstance(config.task, TextTaskConfig):
         return replace(spec, model=config.task.model_config, batch=(config.task.batch_size, config.task.block_size))
-    place = "cpu"
-    if isinstance(config.task, HuggingFaceTaskConfig):
-        _refuse_longer_windows(config.task)
-        place = "meta"
+    check_task(config.task)
+    place = "meta" if isinstance(config.task, HuggingFaceTaskConfig) else "cpu"
     task = config.task.build(config.seed, torch.device(place), memory)
     sizes = (config.task.batch_size, getattr(config.task, "block_size", 1))
     loss = partial(_loss_like, task, task.batch(0))
     return replace(spec, model=rebuilt(task.model), batch=sizes, loss=loss)
-
-
-def _refuse_longer_windows(task: HuggingFaceTaskConfig) -> None:
-    longest = CausalLM(task.model_config()).longest
-    if longest is not None and task.block_size > longest:
-        name = "max_position_embeddings (GPT-2's n_positions)"
-        raise UserError(
-            f"block_size is {task.block_size}, the config's {name} {longest}: lower the one or raise the other"
-        )
 
 
 def _loss_like(task: Task, batch: Batch, model: nn.Module, sizes: BatchShape) -> Tensor:

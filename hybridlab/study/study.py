@@ -27,6 +27,7 @@ from hybridlab.study.config import RunConfig
 from hybridlab.study.isolated import train_isolated, train_side_by_side
 from hybridlab.study.record import Run
 from hybridlab.study.run import Watch, train
+from hybridlab.study.task_checks import check_task
 
 BASELINE = "baseline"
 CONTROL = "control"
@@ -303,13 +304,16 @@ def run_arms(
     steps_before: were done before and count in the total
     steps_after: of runs that may follow, by what has run so far; they count in the total too
 
-    Raises UserError where another process trains the same, and for an `at_once` that is no whole number; ValueError for
-    two runs of one name and seed, and for `watch` with `isolated`: a run cannot be watched from another process.
+    Raises UserError where another process trains the same, for an `at_once` that is no whole number, and as
+    `check_task` does; ValueError for two runs of one name and seed, and for `watch` with `isolated`: a run cannot be
+    watched from another process.
     """
     check_processes("at_once", at_once)
     if watch and (isolated or cluster is not None or at_once > 1):
         raise ValueError("a run in a process of its own cannot be watched: take isolated=False, or no watch")
     refuse_one_name(label(config.name, config.seed) for config in configs)
+    for config in configs:
+        check_task(config.task)
     folder, result = Path(folder), StudyResult()
     places = [(config, folder / folder_name(config)) for config in configs]
     total = steps_before + _steps(configs) + steps_after(result)
