@@ -87,7 +87,7 @@ def _layout(title: str, height: int, legend_below: bool, panels: bool) -> dict[s
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yanchor": "bottom", "yref": "container"}
     return {
         "template": "none",
-        "title": {"text": _lines(title), "x": 0, "xref": "paper", "font": {"size": 16}, "y": 0.97} | {"yanchor": "top"},
+        "title": {"text": _lines(title), "font": {"size": 16}, "x": 0.01, "y": 0.97, "yanchor": "top"},
         "font": {"color": look.INK, "size": 12, "family": "Helvetica, Arial, sans-serif"},
         "height": height,
         "margin": {"l": 60, "r": 20, "t": 72 if panels else 50, "b": 90 if legend_below else 72},
