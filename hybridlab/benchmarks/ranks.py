@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import Signature, signature
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from typer import Option
 
 from hybridlab.base.device import device_name, find_device, refuse_more_than_gpus
 from hybridlab.base.errors import UserError
@@ -52,33 +54,37 @@ JUMP_STEPS = 7
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured, alike for each number of ranks.
+    """What is measured, alike for each number of ranks: options of this program.
 
-    model: a GPT-2 size, or what `HuggingFaceTaskConfig` takes: a config as JSON text, or its path
-    windows: per rank, of `tokens` tokens each: the global batch grows with the number of ranks
-    precision, compiled: as `RunConfig` has them; checkpointing: whether blocks are computed again in backward
-    wrap, gather, blocks_per_group, keep_gathered: as `RanksConfig` has them
-    path: whether prediction is measured too; path_device: as `HybridTrainerConfig` has it
-    rounds: timed; turns: of each trainer in a round; steps: of a turn. A path is recorded every fifth step, and a
-        predictor asked every twentieth: 20 steps in a round have both
+    A path is recorded every fifth step, and a predictor asked every twentieth: 20 steps in a round have both.
     """
 
-    model: str = "small"
-    windows: int = 8
-    tokens: int = 1024
-    precision: str = "bf16"
+    model: Annotated[str, Option(help="A GPT-2 size, or a config of Hugging Face: its JSON text or its path.")] = (
+        "small"
+    )
+    windows: Annotated[int, Option(min=1, help="Per rank and step.")] = 8
+    tokens: Annotated[int, Option(min=1, help="Per window.")] = 1024
+    precision: Annotated[str, Option(help="fp32, tf32 or bf16.")] = "bf16"
     compiled: bool = True
-    wrap: str = "fsdp"
-    gather: str = "bf16"
-    path_device: str = "same"
+    wrap: Annotated[str, Option(help="fsdp or ddp.")] = "fsdp"
+    gather: Annotated[
+        str, Option(help="Format in which fsdp gathers weights, fp32 or bf16; else bf16 where it computes in it.")
+    ] = ""
+    path_device: Annotated[str, Option(help="Where the path is kept: same (beside the weights) or host.")] = "same"
     device: str = "auto"
-    rounds: int = 12
-    turns: int = 4
-    steps: int = 5
-    checkpointing: bool = False
-    path: bool = True
-    blocks_per_group: int = 1
-    keep_gathered: bool = False
+    rounds: Annotated[int, Option(min=1, help="Timed rounds; six or more have an interval.")] = 12
+    turns: Annotated[int, Option(min=1, help="Of each trainer in a round.")] = 4
+    steps: Annotated[int, Option(min=1, help="Of a turn; with 20 in a round a predictor is asked in each.")] = 5
+    checkpointing: Annotated[bool, Option(help="Compute blocks again in backward.")] = False
+    path: Annotated[bool, Option(help="Measure what prediction costs, too.")] = True
+    blocks_per_group: Annotated[int, Option(min=1, help="Whose weights fsdp gathers at once.")] = 1
+    keep_gathered: Annotated[
+        bool, Option("--keep-gathered", help="Keep gathered weights from forward to backward.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        gathers = "bf16" if (self.wrap, self.precision) == ("fsdp", "bf16") else "fp32"
+        object.__setattr__(self, "gather", self.gather or gathers)
 
     @property
     def ranks(self) -> RanksConfig:
@@ -210,38 +216,13 @@ def summary(question: Question, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help="A GPT-2 size, or a config of Hugging Face: its JSON text or its path.")
-    ] = "small",
-    counts: Annotated[str, typer.Option(help="Numbers of ranks, one after the other, on GPUs of this host.")] = "1,2,4",
-    out: Annotated[Path, typer.Option(help="Where the results go, as JSON.")] = Path("ranks.json"),
-    windows: Annotated[int, typer.Option(min=1, help="Per rank and step.")] = 8,
-    tokens: Annotated[int, typer.Option(min=1, help="Per window.")] = 1024,
-    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "bf16",
-    compiled: bool = True,
-    wrap: Annotated[str, typer.Option(help="fsdp or ddp.")] = "fsdp",
-    gather: Annotated[
-        str, typer.Option(help="Format in which fsdp gathers weights, fp32 or bf16; else bf16 where it computes in it.")
-    ] = "",
-    path_device: Annotated[
-        str, typer.Option(help="Where the path is kept: same (beside the weights) or host.")
-    ] = "same",
-    device: str = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; six or more have an interval.")] = 12,
-    turns: Annotated[int, typer.Option(min=1, help="Of each trainer in a round.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Of a turn; with 20 in a round a predictor is asked in each.")] = 5,
-    checkpointing: Annotated[bool, typer.Option(help="Compute blocks again in backward.")] = False,
-    path: Annotated[bool, typer.Option(help="Measure what prediction costs, too.")] = True,
-    blocks_per_group: Annotated[int, typer.Option(min=1, help="Whose weights fsdp gathers at once.")] = 1,
-    keep_gathered: Annotated[
-        bool, typer.Option("--keep-gathered", help="Keep gathered weights from forward to backward.")
-    ] = False,
+    counts: Annotated[str, Option(help="Numbers of ranks, one after the other, on GPUs of this host.")] = "1,2,4",
+    out: Annotated[Path, Option(help="Where the results go, as JSON.")] = Path("ranks.json"),
+    **options: Any,  # fields of `Question`
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
-    gather = gather or ("bf16" if (wrap, precision) == ("fsdp", "bf16") else "fp32")
-    options = locals()
     with one_line("ranks", out):
-        question = Question(**{field.name: options[field.name] for field in fields(Question)})
+        question = Question(**options)
         if "RANK" in os.environ:
             with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
                 row = measured(question)
@@ -251,12 +232,16 @@ def main(
             return
         numbers, rows = _numbers(counts), []
         for ranks in numbers:
-            refuse_more_than_gpus("--counts", ranks, device)
+            refuse_more_than_gpus("--counts", ranks, question.device)
             question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
         for ranks in numbers:
             rows.append(_started(ranks) | planned(question, ranks))
             write_json(out, summary(question, rows))
     print(f"written: {out}")
+
+
+_own, _options = (list(signature(of, eval_str=True).parameters.values()) for of in (main, Question))
+main.__signature__ = Signature([*_own[:-1], *_options])  # type: ignore[attr-defined]  # of which typer makes options
 
 
 def _numbers(counts: str) -> list[int]:
