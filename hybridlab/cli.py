@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from hybridlab import __version__
 from hybridlab.base.errors import UserError, printable, told
@@ -98,12 +97,12 @@ def run(
     from hybridlab.batch.run import prepared, run_notebook
 
     output = output or Path(os.path.relpath(project_root() / "runs" / f"{notebook.stem}.ipynb"))
-    settings, console = [_pair(text) for text in parameter or []], Console()
-    for sentence in run_notebook(prepared(notebook, output, file or [], settings, resume=resume, nproc=nproc), console):
-        console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Notebook: {output}", markup=False, highlight=False, soft_wrap=True)
+    settings = [_pair(text) for text in parameter or []]
+    for sentence in run_notebook(prepared(notebook, output, file or [], settings, resume=resume, nproc=nproc)):
+        print(printable(sentence))
+    print(f"Notebook: {output}")
     look = "make lab" if marked_root() == shipped() else f"jupyter lab {shlex.quote(str(output))}"
-    console.print(f"Open it:  {look}", markup=False, highlight=False, soft_wrap=True)
+    print(f"Open it:  {look}")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -17,7 +17,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_output
-from rich.console import Console
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.front_end import PROGRESS_FILE
@@ -577,7 +576,9 @@ def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
 def test_in_a_terminal_progress_is_a_bar_with_the_time_left_that_goes_away(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SHOW_EVERY_SECONDS", 0.01)
     path, shown = tmp_path / "progress.json", io.StringIO()
-    with watched(path, Console(file=shown, force_terminal=True)):
+    shown.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", shown)
+    with watched(path):
         path.write_text(json.dumps({"done": 1, "total": 4, "label": "b[0]", "seconds": 60.0, "seconds_left": 180.0}))
         while "3 min" not in shown.getvalue():
             time.sleep(0.01)
@@ -592,7 +593,7 @@ def test_without_a_terminal_progress_is_logged_with_the_time_left(tmp_path, monk
     path = tmp_path / "progress.json"
     path.write_text(json.dumps({"done": 1, "total": 3, "label": "b[0]", "seconds": 60.0, "seconds_left": 120.0}))
     seen = ""
-    with watched(path, Console()):
+    with watched(path):
         while not seen:
             seen = capsys.readouterr().out
     assert seen.splitlines()[0] == "b[0]: 1 of 3, 2 min 00 s left"

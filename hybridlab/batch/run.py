@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import NOTEBOOKS, PARAMS, RESULTS_LOCK, find_source, make_folders, project_root
 from hybridlab.base.one_line import in_one_line
@@ -69,10 +67,8 @@ class Job:
         return self.output.with_suffix(".failed.ipynb")
 
 
-def run_notebook(job: Job, console: Console | None = None) -> list[str]:
-    """Run the notebook of a job, and write the executed copy.
-
-    console: where progress is shown; standard output by default
+def run_notebook(job: Job) -> list[str]:
+    """Run the notebook of a job, and write the executed copy; standard output shows progress.
 
     Returns the closing sentences that the notebook published.
 
@@ -83,7 +79,7 @@ def run_notebook(job: Job, console: Console | None = None) -> list[str]:
 
     commit = git_commit()
     with _working_folder() as folder:
-        executed = _run(job, folder, console or Console())
+        executed = _run(job, folder)
         facts = environment() | {"git_commit": commit, "parameters": job.parameters}
         facts["parameters_sha256"] = parameters_sha256(job.parameters)
         clean_(executed, job.root)
@@ -175,12 +171,12 @@ def _working_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _run(job: Job, folder: Path, console: Console) -> NotebookNode:
+def _run(job: Job, folder: Path) -> NotebookNode:
     """Run every cell. Raises RunFailed where one of them did not."""
     from hybridlab.batch.engine import execute
 
     try:
-        with watched(folder / PROGRESS, console):
+        with watched(folder / PROGRESS):
             reason = execute(job.notebook, folder / WORK, job.overrides, folder / PROGRESS)
     except KeyboardInterrupt:
         raise RunInterrupted(_keep_partial(job, folder / WORK, "stopped (Ctrl-C or a signal)")) from None

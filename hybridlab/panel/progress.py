@@ -13,10 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
 from tqdm.std import tqdm
 
-from hybridlab.base.errors import UserError
+from hybridlab.base.errors import UserError, printable
 from hybridlab.base.files import replaced
 from hybridlab.base.front_end import PROGRESS_FILE, in_jupyterlab
 
@@ -126,11 +125,11 @@ def shows_panel() -> bool:
 
 
 @contextmanager
-def watched(path: Path, console: Console) -> Iterator[None]:
-    """Show the state that `path` holds while the block runs: a bar, or a line every 15 seconds."""
-    show = _show_bar if console.is_terminal else _show_lines
+def watched(path: Path) -> Iterator[None]:
+    """Print the state that `path` holds while the block runs: a bar in a terminal, else a line every 15 seconds."""
+    show = _show_bar if sys.stdout.isatty() else _show_lines
     finished = threading.Event()
-    thread = threading.Thread(target=show, args=(path, console, finished), daemon=True)
+    thread = threading.Thread(target=show, args=(path, finished), daemon=True)
     thread.start()
     try:
         yield
@@ -139,9 +138,9 @@ def watched(path: Path, console: Console) -> Iterator[None]:
         thread.join()
 
 
-def _show_bar(path: Path, console: Console, finished: threading.Event) -> None:
+def _show_bar(path: Path, finished: threading.Event) -> None:
     parts = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
-    with tqdm(desc="starting the kernel", file=console.file, leave=False, bar_format=parts) as bar:
+    with tqdm(desc="starting the kernel", file=sys.stdout, leave=False, bar_format=parts) as bar:
         while not finished.wait(SHOW_EVERY_SECONDS):
             if state := _state(path):
                 bar.n, bar.total = state["done"], state["total"]
@@ -149,11 +148,10 @@ def _show_bar(path: Path, console: Console, finished: threading.Event) -> None:
                 bar.set_postfix_str(_left(state))
 
 
-def _show_lines(path: Path, console: Console, finished: threading.Event) -> None:
+def _show_lines(path: Path, finished: threading.Event) -> None:
     while not finished.wait(LOG_EVERY_SECONDS):
         if state := _state(path):
-            line = f"{state['label']}: {state['done']} of {state['total']}, {_left(state)}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print(printable(f"{state['label']}: {state['done']} of {state['total']}, {_left(state)}"), flush=True)
 
 
 def _left(state: dict[str, Any]) -> str:
