@@ -1,11 +1,32 @@
-"""Whether a text of one's own can be read; without torch, so that a refusal does not wait for it."""
+"""What is wrong with a file that cannot be read; without torch, so that a refusal does not wait for it."""
 
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from hybridlab.base.files import project_root
+from hybridlab.base.errors import UserError
+from hybridlab.base.files import missing, project_root
+
+
+@contextmanager
+def reading(path: Path, what: str, pattern: str, otherwise: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one line.
+
+    what, pattern: as for `missing`; otherwise: what it is instead, where its content is wrong
+
+    Raises UserError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise missing(path, what, pattern) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception:
+        raise UserError(f"{path}: {otherwise}") from None
 
 
 def unreadable(data: str, max_bytes: int) -> str | None:

@@ -4,49 +4,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import NOTEBOOKS, missing, replaced
+from hybridlab.base.files import NOTEBOOKS, replaced
+from hybridlab.base.text_file import reading
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 INJECTED = "injected-parameters"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+NOTEBOOK = ("notebook", NOTEBOOKS, "not a Jupyter notebook (format 4, JSON)")
+"""What `reading` says of one that cannot be read."""
 
 
 def read_notebook(path: Path) -> NotebookNode:
     """Read a notebook file. Raises UserError where it is missing, unreadable, or no notebook."""
     import nbformat
 
-    with _reading(path):
+    with reading(path, *NOTEBOOK):
         return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
 
 
 def read_document(path: Path) -> dict[str, Any]:
     """Read a notebook file as plain JSON: nbformat takes seconds to import. Raises as `read_notebook`."""
-    with _reading(path):
+    with reading(path, *NOTEBOOK):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["nbformat"] != 4 or not isinstance(document["cells"], list):
             raise ValueError
         return dict(document)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise missing(path, "notebook", NOTEBOOKS) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception:
-        raise UserError(f"{path}: not a Jupyter notebook (format 4, JSON)") from None
 
 
 def write_notebook(notebook: NotebookNode, path: Path) -> None:

@@ -34,10 +34,6 @@ class Parameter:
         """Whether a value is of the parameter's type; a bool is no int, an int is a float."""
         return fits(value, self.kind)
 
-    def wanted(self) -> str:
-        """The parameter's type in words, for a message."""
-        return _in_words(self.kind)
-
 
 def declared_parameters(notebook: Mapping[str, Any], name: str) -> dict[str, Parameter]:
     """Read the cell tagged `parameters`: one-line annotated literals, in their order.
@@ -76,7 +72,7 @@ def _parameter(line: ast.stmt, notebook: str) -> Parameter:
         case ast.AnnAssign(target=ast.Name(id=name), annotation=kind, value=ast.expr() as literal):
             with suppress(ValueError, NameError, TypeError, KeyError, AttributeError):
                 found = Parameter(name, eval(ast.unparse(kind), {"__builtins__": {}}, TYPES), ast.literal_eval(literal))
-                if line.lineno == line.end_lineno and found.wanted() and found.accepts(found.default):
+                if line.lineno == line.end_lineno and _in_words(found.kind) and found.accepts(found.default):
                     return found
     raise UserError(
         f"{notebook}: line {line.lineno} of the parameters cell, `{ast.unparse(line)}`, "
@@ -141,12 +137,11 @@ def _wrong_type(item: Given, parameter: Parameter) -> str:
         said = f"YAML reads {item.raw} as {item.value!r}"
     else:
         said = f"{item.value!r} is {_described(item.value)}"
-    return f"{item.name}: {said}, {parameter.wanted()} is wanted: {_fix(item, parameter)} {item.place}"
+    return f"{item.name}: {said}, {_in_words(parameter.kind)} is wanted: {_fix(item, parameter)} {item.place}"
 
 
 def _described(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number with a fraction", str: "text"}
-    kinds |= {list: "a list", dict: "a mapping", type(None): "empty"}
+    kinds = WORDS | {float: "a number with a fraction", list: "a list", dict: "a mapping", NoneType: "empty"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 

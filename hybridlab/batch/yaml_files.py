@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from hybridlab.base.errors import UserError
-from hybridlab.base.files import PARAMS, missing
+from hybridlab.base.files import PARAMS
+from hybridlab.base.text_file import reading
 
 PLAIN = r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
 
@@ -32,7 +33,8 @@ def values_in_file(path: Path) -> list[Given]:
     Raises UserError where the file is missing, unreadable, not a mapping, or gives a key twice, also in a mapping
     inside, and for an alias: a few lines of them can stand for a list that fills all memory.
     """
-    text = _text_of(path)
+    with reading(path, "parameter file", PARAMS, "not a text file in UTF-8: a YAML file is wanted"):
+        text = path.read_text(encoding="utf-8")
     try:
         events = yaml.parse(text, yaml.SafeLoader)
         if any(isinstance(event, yaml.AliasEvent) or getattr(event, "value", "") == "<<" for event in events):
@@ -86,17 +88,6 @@ def _given_twice(node: yaml.Node) -> Iterator[str]:
         yield from (name for name in names if names.count(name) > 1)
     for inner in inside:
         yield from _given_twice(inner)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise missing(path, "parameter file", PARAMS) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8: a YAML file is wanted") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
@@ -12,16 +12,6 @@ from typing import Literal, get_args
 from hybridlab.base.errors import printable
 
 MAX_POINTS = 300
-
-
-def finite(values: Iterable[float], what: str) -> tuple[float, ...]:
-    """The values as plain floats. Raises ValueError where there are none, or one is infinite or not a number."""
-    result = tuple(float(value) for value in values)
-    if not result:
-        raise ValueError(f"{what} is empty: give at least one point, or leave the series out")
-    if not all(map(math.isfinite, result)):
-        raise ValueError(f"{what} holds nan or inf: drop those points before charting them")
-    return result
 
 
 def rounded(values: Sequence[float]) -> list[float]:
@@ -94,16 +84,18 @@ class Series:
         if (self.low is None) != (self.high is None):
             raise ValueError(f"series {self.name!r}: give both low and high, or neither")
         for column in ("x", "y", "low", "high"):
-            self._check(column)
+            if (values := getattr(self, column)) is not None:
+                object.__setattr__(self, column, self._checked(column, tuple(map(float, values))))
 
-    def _check(self, column: str) -> None:
-        values = getattr(self, column)
-        if values is None:
-            return
-        checked = finite(values, f"{column} of series {self.name!r}")
-        if len(checked) != len(self.x):
-            raise ValueError(f"series {self.name!r}: {column} has {len(checked)} values, x has {len(self.x)}")
-        object.__setattr__(self, column, checked)
+    def _checked(self, column: str, values: tuple[float, ...]) -> tuple[float, ...]:
+        what = f"{column} of series {self.name!r}"
+        if not values:
+            raise ValueError(f"{what} is empty: give at least one point, or leave the series out")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{what} holds nan or inf: drop those points before charting them")
+        if len(values) != len(self.x):
+            raise ValueError(f"series {self.name!r}: {column} has {len(values)} values, x has {len(self.x)}")
+        return values
 
     def bounds(self) -> tuple[Sequence[float], Sequence[float]] | None:
         """The lower and the upper bounds, if the series has them."""
