@@ -74,20 +74,14 @@ milestones: .venv/run ## all notebooks of a profile as a batch: PROFILE=a folder
 	$(PIP) "$(TORCH)"
 	touch $@
 
-.venv/run: .venv/python pyproject.toml
-	$(PIP) --editable .
+.venv/test: EXTRA := [test]
+.venv/test: HELD := .venv/run
+.venv/dev: EXTRA := [dev]
+.venv/dev: HELD := .venv/run .venv/test
+.venv/run .venv/test .venv/dev: .venv/python pyproject.toml
+	$(PIP) --editable '.$(EXTRA)'
 	$(COMPILE)
-	touch $@
-
-.venv/test: .venv/python pyproject.toml
-	$(PIP) --editable '.[test]'
-	$(COMPILE)
-	touch $@ .venv/run
-
-.venv/dev: .venv/python pyproject.toml
-	$(PIP) --editable '.[dev]'
-	$(COMPILE)
-	touch $@ .venv/test .venv/run
+	touch $@ $(HELD)
 
 clean: ## remove the environment, caches and all of runs/, kept weights included
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
