@@ -1,4 +1,4 @@
-"""Shared pieces: a small regression problem, a full disk, one thread so that tests share a machine, and Ctrl-C."""
+"""Shared pieces: a small problem, a short run, a full disk, one thread so that tests share a machine, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hybridlab import HybridTrainerConfig
+from hybridlab import HybridTrainer, HybridTrainerConfig
 from hybridlab.base import pinned_memory as host_memory
 from hybridlab.base.errors import UserError
-from hybridlab.study.tasks import Task
+from hybridlab.optim import Schedule
+from hybridlab.study import RunConfig, TextTaskConfig
+from hybridlab.study.tasks import Task, TaskConfig
 from tests.notebook_maker import project
 
 torch.set_num_threads(1)
@@ -80,11 +84,31 @@ class Problem:
         y = x @ self._target + self._noise * torch.randn(32, 1, generator=generator)
         return lambda: (self.model(x) - y).square().mean()
 
+    def trained(self, config: HybridTrainerConfig, steps: int, optimizer: Optimizer | None = None) -> HybridTrainer:
+        """A trainer that has taken so many steps; with AdamW where no other optimizer is given."""
+        trainer = HybridTrainer(self.model, optimizer or self.adamw(), config)
+        for step in range(steps):
+            trainer.step(self.closure(step))
+        return trainer
+
     def adamw(self, lr: float = 1e-2) -> torch.optim.AdamW:
         return torch.optim.AdamW(self.model.parameters(), lr=lr)
 
     def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        return vector(self.model)
+
+
+def vector(model: nn.Module) -> Tensor:
+    """A copy of all weights."""
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def gradient_step(optimizer: Optimizer, loss: Tensor) -> float:
+    """A step of plain torch; gives the loss."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.item()
 
 
 TINY_TEXT = {
@@ -92,6 +116,24 @@ TINY_TEXT = {
     "max_bytes": 40_000,
 }  # fmt: skip
 """Settings of a text task that trains in a second."""
+
+
+def tiny_run(name: str, steps: int, task: TaskConfig | None = None, **settings: Any) -> RunConfig:
+    """A short run on the CPU; of a text task that trains in a second where no other is given."""
+    schedule = Schedule(warmup_steps=5, total_steps=steps)
+    run = RunConfig(name, task or TextTaskConfig(**TINY_TEXT), steps, schedule=schedule, device="cpu", cpu_threads=1)
+    return replace(run, **settings)
+
+
+def at_step(number: int, act: Callable[[], None]) -> Callable[[], None]:
+    """Act once so many steps were told of, and at each that follows."""
+    steps = iter(range(1, number))
+
+    def on_step() -> None:
+        if next(steps, None) is None:
+            act()
+
+    return on_step
 
 
 class TaskWithin:
@@ -114,6 +156,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def names(folder: Path) -> set[str]:
     """Of what lies in a folder."""
     return {path.name for path in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all files in a folder and below."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, PrimalAveraging, averaged_weights, build_optimizer
 from hybridlab.planner import plan
 from hybridlab.study import RunConfig, TextTaskConfig, train
+from tests.conftest import gradient_step, vector
 
 SIZE = GPT2Config(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.randint(64, (12, 4, 17), generator=torch.manual_seed(1))
@@ -37,15 +38,9 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return loss
 
 
-def vector(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-
-
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 12) -> Tensor:
     for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        gradient_step(optimizer, loss_of(model, step))
     return vector(model)
 
 

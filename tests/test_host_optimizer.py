@@ -22,7 +22,7 @@ from hybridlab.memory.state_offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import decay_groups, set_lr_
 from hybridlab.optim.host_adamw import HostAdamW
-from tests.conftest import Problem
+from tests.conftest import Problem, gradient_step, vector
 
 MINI = GPT2Config(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
 BETAS, EPS = (0.9, 0.99), 1e-8
@@ -60,16 +60,12 @@ def train(
         elif clip is not None:
             nn.utils.clip_grad_norm_(parameters(optimizer), clip)
         optimizer.step()
-    return weights(model)
+    return vector(model)
 
 
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """In the order of its groups, in which norms are summed."""
     return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def weights(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 # --- the same steps --------------------------------------------------------------------------------------
@@ -83,7 +79,7 @@ def test_a_trainer_gives_it_a_batch_in_parts() -> None:
         trainer = HybridTrainer(model, make(model), config)
         for step in range(4):
             trainer.step([partial(loss_of, model, part) for part in (2 * step, 2 * step + 1)])
-        ended.append(weights(model))
+        ended.append(vector(model))
     assert torch.equal(*ended)
 
 
@@ -147,7 +143,7 @@ def test_a_held_optimizer_throws_gradients_away() -> None:
     with optimizer.no_step():
         loss_of(model, 99).backward()
     optimizer.step()
-    assert torch.equal(weights(model), train(plain, fused(plain), 1))
+    assert torch.equal(vector(model), train(plain, fused(plain), 1))
 
 
 # --- narrow weights --------------------------------------------------------------------------------------
@@ -158,9 +154,7 @@ def test_bf16_weights_are_the_rounded_masters_and_gather_small_steps() -> None:
     weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     optimizer = HostAdamW([weight], lr=1e-5, weight_decay=0.0)
     for _ in range(1000):
-        optimizer.zero_grad()
-        weight.sum().backward()
-        optimizer.step()
+        gradient_step(optimizer, weight.sum())
     master = optimizer.state[weight]["master"]
     assert float(master[0]) == pytest.approx(0.99, abs=1e-4)
     assert torch.equal(weight.detach(), master.bfloat16())
@@ -168,7 +162,7 @@ def test_bf16_weights_are_the_rounded_masters_and_gather_small_steps() -> None:
 
 def test_bf16_weights_stay_near_float32_training() -> None:
     model, plain = fresh(torch.bfloat16), fresh()
-    start = weights(plain)
+    start = vector(plain)
     low, full = train(model, on_host(model, 1e-3), 8, parts=2).float(), train(plain, fused(plain, 1e-3), 8, parts=2)
     assert low.dtype is torch.float32
     assert float((low - full).norm() / (full - start).norm()) < 0.2
@@ -217,9 +211,7 @@ def test_narrow_masters_move_as_far_as_the_weights_did() -> None:
     with torch.no_grad():
         weight.add_(1.0)
     optimizer.weights_moved()
-    optimizer.zero_grad()
-    (0.0 * weight.sum()).backward()
-    optimizer.step()
+    gradient_step(optimizer, 0.0 * weight.sum())
     assert float(optimizer.state[weight]["master"][0]) == pytest.approx(1.25 - 2e-5, abs=1e-5)
     assert float(weight.detach()[0]) == 1.25
 
@@ -232,13 +224,9 @@ def test_a_trainer_that_jumps_moves_weights_and_masters_together(gate: bool) -> 
     config = HybridTrainerConfig(
         warmup_steps=5, full_steps=8, max_predict_steps=8, confidence_threshold=0.0, gate=gate, predictor="linear"
     )
-    trainer = HybridTrainer(problem.model, optimizer, config)
-    for step in range(120):
-        trainer.step(problem.closure(step))
+    trainer = problem.trained(config, 120, optimizer)
     assert trainer.statistics().predicted_steps > 0
-    optimizer.zero_grad()
-    problem.closure(0)().backward()
-    optimizer.step()
+    gradient_step(optimizer, problem.closure(0)())
     for param, master in optimizer._masters.items():
         assert torch.equal(param, master)
 

@@ -19,6 +19,7 @@ from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop, recorded_loop
 from hybridlab.notebook import find_runs
 from hybridlab.panel import live
+from tests.conftest import vector
 
 JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
 GATED = replace(JUMPS, gate=True)
@@ -59,10 +60,6 @@ def trainer_of(model: Any, *, mixed_in: bool = True, hybrid: dict[str, Any] | No
     return kind(model, given, train_dataset=rows(), eval_dataset=rows(8), **hybrid or {})
 
 
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 @pytest.mark.parametrize(("accumulation", "clip"), [(1, 0.0), (2, 0.5)])
 def test_without_prediction_the_hugging_face_trainer_trains_as_it_does_alone(accumulation: int, clip: float) -> None:
     """Bit for bit; where norms and parts are added up, within rounding."""
@@ -70,7 +67,7 @@ def test_without_prediction_the_hugging_face_trainer_trains_as_it_does_alone(acc
     arguments = {"gradient_accumulation_steps": accumulation, "max_grad_norm": clip}
     trainer_of(ours, **arguments).train()
     trainer_of(theirs, mixed_in=False, **arguments).train()
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=0, atol=1e-4 if clip else 0)
+    torch.testing.assert_close(vector(ours), vector(theirs), rtol=0, atol=1e-4 if clip else 0)
 
 
 @pytest.mark.parametrize("config", [JUMPS, GATED], ids=["jumps", "gated"])
@@ -106,7 +103,7 @@ def test_a_checkpoint_of_the_hugging_face_trainer_goes_on_as_if_it_had_not_stopp
     resumed = trainer_of(part, hybrid=hybrid)
     resumed.train(resume_from_checkpoint="out/checkpoint-18")
     assert resumed.hybrid_trainer.statistics().nominal_steps == STEPS
-    assert torch.equal(weights(whole), weights(part))
+    assert torch.equal(vector(whole), vector(part))
 
 
 def test_accelerates_prepared_model_and_optimizer_work() -> None:
@@ -122,7 +119,7 @@ def test_accelerates_prepared_model_and_optimizer_work() -> None:
             batch = {name: value[None] for name, value in row.items()}
             trainer.step(lambda: model(**batch).loss)  # noqa: B023
         assert trainer.statistics().predicted_steps
-        pairs.append(weights(model))
+        pairs.append(vector(model))
     assert torch.equal(*pairs)
 
 
@@ -187,7 +184,7 @@ def fit(module: Any, **settings: Any) -> Any:
 def test_without_prediction_lightning_trains_as_it_does_alone() -> None:
     ours, theirs = module_of(), module_of(mixed_in=False)
     assert fit(ours).global_step == fit(theirs).global_step == STEPS
-    assert torch.equal(weights(ours), weights(theirs))
+    assert torch.equal(vector(ours), vector(theirs))
 
 
 def test_lightning_jumps_grows_and_leaves_a_record() -> None:
@@ -208,7 +205,7 @@ def test_a_lightning_checkpoint_goes_on_as_if_it_had_not_stopped() -> None:
     fit(part, max_steps=20).save_checkpoint("part.ckpt")
     fit(rest, resume="part.ckpt")
     assert rest.hybrid_trainer.statistics().nominal_steps == STEPS
-    assert torch.equal(weights(whole), weights(rest))
+    assert torch.equal(vector(whole), vector(rest))
 
 
 # --- any loop --------------------------------------------------------------------------------------------

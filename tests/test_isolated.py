@@ -12,7 +12,6 @@ import pickle
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,36 +25,17 @@ from nbclient import NotebookClient
 from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook import studies
-from hybridlab.optim import OptimizerConfig, Schedule
-from hybridlab.study import RunConfig, TextTaskConfig, isolated, train
+from hybridlab.optim import OptimizerConfig
+from hybridlab.study import TextTaskConfig, isolated, train
 from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
 from hybridlab.study.launched import train_on_ranks
 from hybridlab.study.record import Run
 from hybridlab.study.study import Study, run_arms
 from hybridlab.study.tasks import Task
-from tests.conftest import TINY_TEXT
+from tests.conftest import TINY_TEXT, at_step, tiny_run
 
-CONFIG = RunConfig(
-    name="alone",
-    task=TextTaskConfig(**TINY_TEXT),
-    steps=12,
-    schedule=Schedule(warmup_steps=5, total_steps=12),
-    device="cpu",
-    cpu_threads=1,
-    checkpoint_every=5,
-)
+CONFIG = tiny_run("alone", 12, checkpoint_every=5)
 LONG = replace(CONFIG, steps=100_000, schedule=None)
-
-
-def at_step(number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """Act once so many steps were told of."""
-    steps = iter(range(1, number))
-
-    def on_step() -> None:
-        if next(steps, None) is None:
-            act()
-
-    return on_step
 
 
 def child() -> int:

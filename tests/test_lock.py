@@ -18,7 +18,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.lock import LOCK, locked
 from hybridlab.study import RunConfig, Study, TextTaskConfig, train
 from hybridlab.study.study import folder_name, run_arms
-from tests.conftest import TINY_TEXT
+from tests.conftest import TINY_TEXT, contents
 
 CONFIG = RunConfig("baseline", TextTaskConfig(**TINY_TEXT), steps=3, evaluate_every=3, device="cpu")
 
@@ -41,22 +41,18 @@ def in_use(folder: Path) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_start_names_the_process_that_trains_there_and_touches_nothing(tmp_path: Path, resume: bool) -> None:
     train(CONFIG, tmp_path)
     with in_use(tmp_path) as pid:
-        before = files(tmp_path)
+        before = contents(tmp_path)
         with pytest.raises(UserError) as refused:
             train(CONFIG, tmp_path, resume=resume)
         assert str(refused.value) == (
             f"{tmp_path} is in use: process {pid} on {platform.node()} trains there; wait for it, or stop it; "
             "nothing was changed"
         )
-        assert files(tmp_path) == before
+        assert contents(tmp_path) == before
     assert train(CONFIG, tmp_path, resume=True).summary, "a process that was killed holds nothing"
     assert LOCK not in {path.name for path in tmp_path.iterdir()}
 
@@ -69,10 +65,10 @@ def test_a_second_start_of_a_study_leaves_its_finished_runs_alone(tmp_path: Path
     def again(label: str, total: int) -> None:
         if label.startswith("control"):
             for start in (lambda: study.run(tmp_path), lambda: run_arms(list(study.planned()), tmp_path)):
-                before = files(tmp_path / folder_name(CONFIG))
+                before = contents(tmp_path / folder_name(CONFIG))
                 with pytest.raises(UserError, match="is in use: this process trains there already"):
                     start()
-                refused.append(files(tmp_path / folder_name(CONFIG)) == before)
+                refused.append(contents(tmp_path / folder_name(CONFIG)) == before)
 
     study.run(tmp_path, again)
     assert refused == [True] * 4

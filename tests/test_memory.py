@@ -37,6 +37,7 @@ from hybridlab.weights import bf16_resident
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
+from tests.conftest import gradient_step, vector
 from tests.model_card import ModelCard, reserved_in_jumps
 
 SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
@@ -54,10 +55,8 @@ def tokens(step: int, windows: int = 4) -> Tensor:
 def trained(model: GPT2, optimizer: Optimizer, steps: int = 4) -> Tensor:
     """All weights after some steps."""
     for step in range(steps):
-        optimizer.zero_grad()
-        model(tokens(step), tokens(step)).backward()
-        optimizer.step()
-    return nn.utils.parameters_to_vector(model.parameters()).detach()
+        gradient_step(optimizer, model(tokens(step), tokens(step)))
+    return vector(model)
 
 
 def adamw(model: nn.Module, memory: MemoryConfig | None = None) -> Optimizer:
@@ -129,12 +128,12 @@ def test_stepping_in_backward_frees_each_block_before_the_next() -> None:
 
 def clipped_step(optimizer: StepInBackward, model: GPT2, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """How far a step of SGD at rate 1 went, and the norm of all its gradients."""
-    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    before = vector(model)
     optimizer.zero_grad()
     (scale * model(tokens(0), tokens(0))).backward()
     norm = optimizer.clip_(None)
     optimizer.step()
-    return nn.utils.parameters_to_vector(model.parameters()).detach() - before, norm
+    return vector(model) - before, norm
 
 
 def test_stepping_in_backward_clips_as_if_it_knew_all_gradients_while_their_shares_stay() -> None:
@@ -200,14 +199,10 @@ def test_a_layer_that_was_idle_takes_its_whole_step_where_the_limit_is_far_away(
     optimizer = StepInBackward(sgd, [[first.weight], [second.weight]], clip_norm=10.0)
     x = torch.randn(4, 8)
     for _ in range(idle_steps):
-        optimizer.zero_grad()
-        (0.1 * first(x)).square().mean().backward()
-        optimizer.step()
+        gradient_step(optimizer, (0.1 * first(x)).square().mean())
     before, hidden = second.weight.detach().clone(), first(x)
     (gradient,) = torch.autograd.grad(second(hidden).square().mean(), [second.weight])
-    optimizer.zero_grad()
-    second(hidden).square().mean().backward()
-    optimizer.step()
+    gradient_step(optimizer, second(hidden).square().mean())
     torch.testing.assert_close(before - second.weight.detach(), gradient)
 
 
@@ -234,10 +229,10 @@ def test_stepping_in_backward_leaves_small_gradients_alone_and_reports_their_nor
 def test_a_held_optimizer_steps_nothing() -> None:
     model = fresh()
     optimizer = StepInBackward(build_optimizer(model, OptimizerConfig.tuned()), buckets_of(model))
-    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    before = vector(model)
     with optimizer.no_step():
         model(tokens(0), tokens(0)).backward()
-    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+    assert torch.equal(vector(model), before)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -288,7 +283,7 @@ def test_accumulation_equals_the_large_batch() -> None:
         for step in range(4):
             batch = tokens(step).chunk(parts)
             trainer.step([lambda part=part: model(part, part) for part in batch])
-        return nn.utils.parameters_to_vector(model.parameters()).detach()
+        return vector(model)
 
     torch.testing.assert_close(gpt2(4), gpt2(1), rtol=1e-5, atol=1e-6)
 
@@ -408,11 +403,10 @@ def test_weights_of_24_bits_train_as_float32_ones_with_the_same_state(in_backwar
         prepare_model_(model, memory)
         optimizer = optimizer_for(model, OptimizerConfig(lr=2**-16, betas=(0.9, 0.99)), memory)
         directions = [torch.randn(p.shape).sign() for p in model.parameters()]
-        before = nn.utils.parameters_to_vector(model.parameters()).float()
+        before = vector(model).float()
         for _ in range(8):
-            optimizer.zero_grad()
-            sum((p * sign).sum() for p, sign in zip(model.parameters(), directions, strict=True)).backward()
-            optimizer.step()
+            weighted = zip(model.parameters(), directions, strict=True)
+            gradient_step(optimizer, sum((p * sign).sum() for p, sign in weighted))
         state = [optimizer.state[p].get("rest") for p in model.parameters()]
         kept = [p if rest is None else joined(p, rest) for p, rest in zip(model.parameters(), state, strict=True)]
         return torch.cat([p.detach().flatten() for p in kept]) - before
@@ -435,9 +429,7 @@ def test_a_state_keeps_its_number_formats_when_it_is_loaded(weights: str, in_bac
     def trained(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
         torch.manual_seed(1)  # of stochastic rounding
         for step in range(2):
-            optimizer.zero_grad()
-            model(tokens(step), tokens(step)).backward()
-            optimizer.step()
+            gradient_step(optimizer, model(tokens(step), tokens(step)))
         return [t for p in model.parameters() for t in (p.detach(), optimizer.state[p].get("rest", p).detach())]
 
     first, second = made(), made()
@@ -582,7 +574,7 @@ def test_low_bit_state_survives_snapshot_and_round_trip() -> None:
     saved = weights.snapshot()
     after = trained(model, optimizer, 2).clone()
     weights.restore_(saved)
-    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+    assert torch.equal(vector(model), before)
     assert torch.equal(trained(model, optimizer, 2), after)
 
 
@@ -601,9 +593,7 @@ def test_offloaded_weights_come_back_exactly_with_every_motion_added() -> None:
         for _ in range(3):
             weights.move_((g, rows[g], 1e-4) for g in range(len(rows)))
         weights.fp32.restore_()
-    assert torch.equal(
-        nn.utils.parameters_to_vector(model.parameters()), nn.utils.parameters_to_vector(plain.parameters())
-    )
+    assert torch.equal(vector(model), vector(plain))
 
 
 def run_hybrid(memory: MemoryConfig | None, **settings: Any) -> tuple[Tensor, list[Any]]:
@@ -617,7 +607,7 @@ def run_hybrid(memory: MemoryConfig | None, **settings: Any) -> tuple[Tensor, li
     results = [trainer.step(lambda s=step: model(tokens(s), tokens(s))) for step in range(40)]
     assert trainer.statistics().predicted_steps > 0
     trainer.materialize_()
-    return nn.utils.parameters_to_vector(model.parameters()).detach(), results
+    return vector(model), results
 
 
 @pytest.mark.parametrize("strategy", ["none", "cpu", "pinned"])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
-from hybridlab.optim import Schedule
 from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
 from hybridlab.study import config as run_config
 from hybridlab.study.out_of_memory import SNAPSHOT, report_oom
@@ -23,7 +22,7 @@ from hybridlab.study.planning import nearest_fit_of
 from hybridlab.study.record import Run
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryReading
-from tests.conftest import TINY_TEXT, TaskWithin
+from tests.conftest import TINY_TEXT, TaskWithin, tiny_run
 
 CARD_IS_FULL = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.47 GiB of which 1.10 GiB is free."
@@ -58,15 +57,7 @@ class Hungry(TaskWithin):
         return self.task.loss(model, batch)
 
 
-CONFIG = RunConfig(
-    name="hungry",
-    task=HungryTaskConfig(**TINY_TEXT),
-    steps=16,
-    schedule=Schedule(warmup_steps=5, total_steps=16),
-    device="cpu",
-    cpu_threads=1,
-    checkpoint_every=5,
-)
+CONFIG = tiny_run("hungry", 16, HungryTaskConfig(**TINY_TEXT), checkpoint_every=5)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
 from hybridlab.models import GPT2, GPT2Config, MnistCNN
+from tests.conftest import gradient_step
 
 MINI = GPT2Config(vocab_size=97, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -461,9 +462,7 @@ def test_mnist_cnn_learns_and_drops_only_in_training() -> None:
     before = model.eval()(images, labels)
     torch.testing.assert_close(model(images, labels), before, rtol=0, atol=0)
     for _ in range(8):
-        optimizer.zero_grad()
-        model(images, labels).backward()
-        optimizer.step()
+        gradient_step(optimizer, model(images, labels))
     assert model(images, labels) < before - 0.1
 
 

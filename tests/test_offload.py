@@ -20,7 +20,7 @@ from hybridlab.optim import OptimizerConfig, build_optimizer, decay_groups
 from hybridlab.optim.low_bit import low_bit_adamw, torchao_optim
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import plain_tensors
-from tests.conftest import CountedArenas
+from tests.conftest import CountedArenas, gradient_step
 
 EXACT = ("cpu", "pinned")
 
@@ -53,15 +53,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> list[float]:
-    losses = []
     generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss: Tensor = model(torch.randn(16, 64, generator=generator)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    batches = [torch.randn(16, 64, generator=generator) for _ in range(steps)]
+    return [gradient_step(optimizer, model(batch).square().mean()) for batch in batches]
 
 
 def trained(name: str) -> tuple[nn.Module, Optimizer]:

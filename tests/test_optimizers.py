@@ -29,6 +29,7 @@ from hybridlab.optim.build import (
     set_lr_,
 )
 from hybridlab.optim.muon import COEFFICIENTS, Muon, _update_all, orthogonalize, stacks
+from tests.conftest import gradient_step, vector
 
 MINI = GPT2Config(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.randint(61, (4, 17), generator=torch.manual_seed(1))
@@ -45,14 +46,7 @@ def loss_of(model: nn.Module) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return [gradient_step(optimizer, loss_of(model)) for _ in range(steps)]
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
@@ -148,7 +142,7 @@ def test_muon_equals_torchs_two_optimizers_within_the_rounding_of_bf16() -> None
         ],
         lr=5e-3,
     )
-    before = nn.utils.parameters_to_vector(ours.parameters()).detach()
+    before = vector(ours)
     for _ in range(4):
         train(ours, optimizer, 1)
         for plain in (muon, adamw):
@@ -156,7 +150,7 @@ def test_muon_equals_torchs_two_optimizers_within_the_rounding_of_bf16() -> None
         theirs(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
         for plain in (muon, adamw):
             plain.step()
-    one, other = (nn.utils.parameters_to_vector(model.parameters()) for model in (ours, theirs))
+    one, other = (vector(model) for model in (ours, theirs))
     assert (one - other).norm() < 0.03 * (other - before).norm()  # each is 1 to 2 % from exact sums
 
 
@@ -501,7 +495,7 @@ def test_a_cycled_momentum_is_beta1_of_the_adamw_beside_muon() -> None:
                 del group["momentum"]
                 group["betas"] = (0.8, group["betas"][1])
         train(model, optimizer, 3)
-        weights[cycled] = nn.utils.parameters_to_vector(model.parameters())
+        weights[cycled] = vector(model)
     assert torch.equal(weights[False], weights[True])
 
 
@@ -523,9 +517,7 @@ def test_low_bit_adamw_compiles_once_however_its_settings_change(change: str, mo
                     group["lr"] = 1e-3 / step
                 case _:
                     group["weight_decay"] = 0.1 / step
-        optimizer.zero_grad()
-        model(torch.ones(2, 64)).square().mean().backward()
-        optimizer.step()
+        gradient_step(optimizer, model(torch.ones(2, 64)).square().mean())
     assert graphs.frame_count <= (1 if "rate" in change else 2)
 
 
@@ -549,7 +541,7 @@ def test_an_optimizer_without_a_learning_rate_trains_as_in_plain_torch_and_refus
                 trainer.step(lambda model=model: loss_of(model))  # type: ignore[misc]
         else:
             train(model, optimizer, 3)
-        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+        weights.append(vector(model))
     assert torch.equal(*weights)
     with pytest.raises(ValueError, match="OwnRate sets its own learning rate"):
         set_lr_(optimizer, 0.5)

@@ -23,7 +23,7 @@ from hybridlab.memory import MemoryConfig, optimizer_for
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig
 from tests import conftest
-from tests.conftest import Problem
+from tests.conftest import Problem, gradient_step, vector
 
 EAGER = replace(conftest.EAGER, warmup_steps=4, full_steps=6, max_predict_steps=6, correction_interval=3)
 GATED = replace(EAGER, gate=True)
@@ -239,9 +239,7 @@ def test_complex_weights_are_trained_as_in_plain_torch_and_not_predicted() -> No
 
     plain, optimizer = build()
     for _ in range(5):
-        optimizer.zero_grad()
-        (plain[0] - (3 + 3j)).abs().square().mean().backward()
-        optimizer.step()
+        gradient_step(optimizer, (plain[0] - (3 + 3j)).abs().square().mean())
     model, mine = build()
     trainer = HybridTrainer(model, mine, PLAIN)
     for _ in range(5):
@@ -267,9 +265,7 @@ def test_sparse_gradients_are_trained_as_in_plain_torch() -> None:
     optimizer = SGD(plain.parameters(), lr=0.1)
     trainer = HybridTrainer(model, SGD(model.parameters(), lr=0.1), PLAIN)
     for _ in range(10):
-        optimizer.zero_grad()
-        plain(tokens).backward()
-        optimizer.step()
+        gradient_step(optimizer, plain(tokens))
         trainer.step(lambda: model(tokens))
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
 
@@ -435,7 +431,7 @@ def test_a_step_whose_closure_raised_can_be_tried_again(config: HybridTrainerCon
                     result = result or trainer.step(lambda: F.mse_loss(model(inputs), wanted + 0 * next(calls)))  # noqa: B023
             assert result is not None
             seen.append((result.nominal_step, result.phase, result.loss, result.event))
-        return nn.utils.parameters_to_vector(model.parameters()), seen
+        return vector(model), seen
 
     (failed, after_failures), (weights, seen) = trained(failing=True), trained(failing=False)
     assert after_failures == seen

@@ -31,7 +31,7 @@ from hybridlab.memory import MemoryConfig, optimizer_for
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, build_optimizer
 from hybridlab.study.ranks import RanksConfig
-from tests.conftest import full_disk
+from tests.conftest import full_disk, gradient_step
 from tests.rank_cases import BY_WRAP, CASES, CHAINS, FULL, GROWING, KILLED, Training, main, train, train_chain
 
 TRAININGS = [(wrap, name) for wrap, names in BY_WRAP.items() for name in names]
@@ -147,9 +147,7 @@ def test_adam_steps_on_shards_as_torchs_own_does_to_the_bit(name: str) -> None:
         optimizers = [build_optimizer(nets[0], config), torchs(nets[1].parameters(), config.lr, weight_decay=0.0)]
         for _ in range(3):
             for net, optimizer in zip(nets, optimizers, strict=True):
-                optimizer.zero_grad()
-                net(torch.ones(2, 7)).square().sum().backward()
-                optimizer.step()
+                gradient_step(optimizer, net(torch.ones(2, 7)).square().sum())
         assert are_equal(*({key: whole(p) for key, p in net.named_parameters()} for net in nets))
         state = optimizers[0].state_dict()["state"].values()
         assert all(is_sharded(each[moment]) for each in state for moment in ("exp_avg", "exp_avg_sq"))

@@ -93,10 +93,7 @@ class Sharpness(SGD):
 
 def run(make: Callable[[nn.Module], Optimizer], config: HybridTrainerConfig, steps: int = 40) -> HybridTrainer:
     task = Problem()
-    trainer = HybridTrainer(task.model, make(task.model), config)
-    for step in range(steps):
-        trainer.step(task.closure(step))
-    return trainer
+    return task.trained(config, steps, make(task.model))
 
 
 @pytest.mark.parametrize(

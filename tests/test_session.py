@@ -21,21 +21,20 @@ from hybridlab import HybridTrainer, HybridTrainerConfig, Phase
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.notebook import Session, final_frame, run_study, session, studies
-from hybridlab.optim import OptimizerConfig, Schedule
+from hybridlab.optim import OptimizerConfig
 from hybridlab.panel import live, progress
 from hybridlab.panel.controls import Controls, control_row
 from hybridlab.panel.cost import panel_overhead
 from hybridlab.panel.instruments import Instruments
 from hybridlab.panel.live import Live, interrupts
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, resume, train
+from hybridlab.study import Study, StudyResult, resume, train
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.study import OnStep
 from hybridlab.study.training import Training
-from tests.conftest import TINY_TEXT, Problem
+from tests.conftest import Problem, contents, tiny_run
 
 STEPS = 40
-TASK = TextTaskConfig(**TINY_TEXT)
 HYBRID = HybridTrainerConfig.conservative(
     warmup_steps=8,
     full_steps=8,
@@ -45,16 +44,7 @@ HYBRID = HybridTrainerConfig.conservative(
     confidence_threshold=0.0,
     gate=False,
 )
-CONFIG = RunConfig(
-    name="hybrid",
-    task=TASK,
-    steps=STEPS,
-    schedule=Schedule(warmup_steps=5, total_steps=STEPS),
-    hybrid=HYBRID,
-    evaluate_every=20,
-    device="cpu",
-    cpu_threads=1,
-)
+CONFIG = tiny_run("hybrid", STEPS, hybrid=HYBRID, evaluate_every=20)
 
 
 pytestmark = pytest.mark.usefixtures("root")
@@ -136,18 +126,14 @@ def test_a_session_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path
     assert Session(replace(CONFIG, steps=20), "cells", resume=True).steps_done == 0, "another run, in another folder"
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_without_a_checkpoint_resume_is_refused_and_touches_nothing() -> None:
     driven = Session(CONFIG, "cells")
     list(driven.run(5))
     driven._end()
-    before = files(driven.folder)
+    before = contents(driven.folder)
     with pytest.raises(UserError, match=r"no checkpoint in .*: its 5 steps cannot be resumed; start afresh"):
         Session(CONFIG, "cells", resume=True)
-    assert files(driven.folder) == before
+    assert contents(driven.folder) == before
     assert Session(CONFIG, "cells").steps_done == 0
 
 
@@ -157,14 +143,14 @@ def test_a_checkpoint_of_other_code_is_refused_in_one_line_and_nothing_is_lost(
     driven = Session(CONFIG, "cells")
     list(driven.run(5))
     driven.close()
-    before = files(driven.folder)
+    before = contents(driven.folder)
     with monkeypatch.context() as patched:
         for module in (session, resume):
             patched.setattr(module, "code_version", lambda: "of tomorrow")
         with pytest.raises(UserError, match=r"of other code \(hybridlab .* then, of tomorrow now\)") as caught:
             Session(CONFIG, "cells", resume=True)
     assert "\n" not in str(caught.value)
-    assert files(driven.folder) == before
+    assert contents(driven.folder) == before
     assert Session(CONFIG, "cells", resume=True).steps_done == 5
 
 
@@ -191,9 +177,9 @@ def test_closing_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     driven.close()
     again = Session(CONFIG, "cells", resume=True)
     assert again.steps_done == 27
-    written = files(again.folder)["checkpoint.pt"]
+    written = (again.folder / "checkpoint.pt").read_bytes()
     again.close()
-    assert files(again.folder)["checkpoint.pt"] == written, "it holds every step already"
+    assert (again.folder / "checkpoint.pt").read_bytes() == written, "it holds every step already"
     again = Session(CONFIG, "cells", resume=True)
     list(again.run())
     again.close()

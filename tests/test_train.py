@@ -38,7 +38,7 @@ from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
 from hybridlab.study.step_log import TrainingTimer
 from hybridlab.study.tasks import Batch, Task
-from tests.conftest import TaskWithin, names
+from tests.conftest import TINY_TEXT, TaskWithin, at_step, contents, names, tiny_run
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -70,16 +70,7 @@ class RestlessTask(TaskWithin):
         return self.task.evaluate(model) | {"weights_hash": float(int(digest.hexdigest()[:12], 16))}
 
 
-TASK = RestlessTaskConfig(
-    model="nano",
-    data="markov",
-    vocab_size=64,
-    block_size=16,
-    batch_size=4,
-    validation_batches=2,
-    max_bytes=40_000,
-    dropout=0.1,
-)
+TASK = RestlessTaskConfig(**TINY_TEXT, dropout=0.1)
 HYBRID = HybridTrainerConfig.conservative(
     warmup_steps=8,
     full_steps=8,
@@ -91,16 +82,7 @@ HYBRID = HybridTrainerConfig.conservative(
     gate_budget=1.0,
     clip_norm=1.0,
 )
-PLAIN = RunConfig(
-    name="baseline",
-    task=TASK,
-    steps=STEPS,
-    schedule=Schedule(warmup_steps=5, total_steps=STEPS),
-    evaluate_every=20,
-    device="cpu",
-    cpu_threads=1,
-    checkpoint_every=3,
-)
+PLAIN = tiny_run("baseline", STEPS, TASK, evaluate_every=20, checkpoint_every=3)
 ARMS = {
     "plain": PLAIN,
     "muon": replace(PLAIN, optimizer=OptimizerConfig(name="muon", lr=1e-3)),
@@ -114,17 +96,11 @@ ARMS = {
 def interrupted(config: RunConfig, folder: Path, after: int, *, resume: bool = False) -> None:
     """Train, and press Ctrl-C after so many steps, those of an earlier attempt counted in."""
     with pytest.raises(KeyboardInterrupt):
-        train(config, folder, stopping_after(after), resume=resume)
+        train(config, folder, at_step(after, press_ctrl_c), resume=resume)
 
 
-def stopping_after(steps: int) -> Callable[[], None]:
-    taken = iter(range(1, steps))
-
-    def on_step() -> None:
-        if next(taken, None) is None:
-            raise KeyboardInterrupt
-
-    return on_step
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
 
 
 def assert_same(run: Run, other: Run) -> None:
@@ -380,7 +356,7 @@ def test_without_resume_the_run_starts_afresh_and_its_old_checkpoint_is_gone(
 
 def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path) -> None:
     interrupted(PLAIN, tmp_path, 10)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     other = replace(PLAIN, steps=40, optimizer=OptimizerConfig.tuned(lr=1e-3))
     with pytest.raises(UserError) as caught:
         train(other, tmp_path, resume=True)
@@ -388,7 +364,7 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(tmp_path: Path
         f"{tmp_path} is of another run: steps (48 then, 40 now), optimizer.lr (0.0003 then, 0.001 now); "
         "choose another folder, or start afresh without resume"
     )
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == contents(tmp_path)
 
 
 def test_a_run_does_not_take_up_a_checkpoint_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,10 +409,10 @@ def test_a_damaged_record_beside_a_checkpoint_is_named_and_without_it_the_run_go
     interrupted(PLAIN, tmp_path, 30)
     first = Run.load(tmp_path).steps["seconds"][0]
     (tmp_path / name).write_bytes(b"PAR1")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(UserError, match=rf"{name} is damaged, or no run's record: delete it, or train that run afresh"):
         train(PLAIN, tmp_path, resume=True)
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == contents(tmp_path)
     (tmp_path / name).unlink()
     run = train(PLAIN, tmp_path, resume=True)
     assert run.steps["seconds"][0] == first, "what was trained before is kept"

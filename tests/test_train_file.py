@@ -15,7 +15,7 @@ import yaml
 
 from hybridlab.study.record import Run
 from hybridlab.train import main
-from tests.conftest import full_disk
+from tests.conftest import contents, full_disk
 
 ROOT = Path(__file__).parents[1]
 JUMPING = {"warmup_steps": 4, "full_steps": 8, "max_predict_steps": 4, "correct_steps": 1, "gate": False}
@@ -115,14 +115,14 @@ def test_alone_it_leaves_a_record_and_finished_it_stands(alone: Path, capsys: py
 def test_a_run_that_lies_there_is_not_replaced_by_the_same_or_by_another(
     alone: Path, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()}
+    before = contents(alone / "run")
     file = Path(written(tmp_path, RUN | settings))
     file.write_text(file.read_text().replace(str(tmp_path), str(alone)))
     assert main(["-f", str(file)]) == 2
     assert "a run lies in" in (said := capsys.readouterr().err)
     assert "delete it, or name another folder" in said  # to start afresh, as a damaged record asks for
     assert said.count("\n") == 1
-    assert {path: path.read_bytes() for path in (alone / "run").rglob("*") if path.is_file()} == before
+    assert contents(alone / "run") == before
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with_and_what_works_is_told(

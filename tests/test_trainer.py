@@ -23,17 +23,14 @@ from hybridlab.predictors import PREDICTORS, Proposal
 from hybridlab.weights.gram import Gram
 from hybridlab.weights.path import optimizer_direction
 from hybridlab.weights.snapshot import Weights
-from tests.conftest import EAGER, Problem
+from tests.conftest import EAGER, Problem, gradient_step
 
 GATED = replace(EAGER, gate=True)
 
 
 def trained(config: HybridTrainerConfig, steps: int, **problem: float) -> tuple[Problem, HybridTrainer]:
     task = Problem(**problem)
-    trainer = HybridTrainer(task.model, task.adamw(), config)
-    for step in range(steps):
-        trainer.step(task.closure(step))
-    return task, trainer
+    return task, task.trained(config, steps)
 
 
 @pytest.fixture
@@ -255,10 +252,8 @@ def test_a_closure_that_runs_backward_is_refused() -> None:
 
 def test_adam_coast_refuses_an_optimizer_without_moments() -> None:
     task = Problem()
-    config = replace(EAGER, predictor="adam_coast")
-    trainer = HybridTrainer(task.model, torch.optim.SGD(task.model.parameters(), lr=0.01), config)
-    for step in range(17):
-        trainer.step(task.closure(step))
+    sgd = torch.optim.SGD(task.model.parameters(), lr=0.01)
+    trainer = task.trained(replace(EAGER, predictor="adam_coast"), 17, sgd)
     with pytest.raises(UserError, match="SGD keeps none"):
         trainer.step(task.closure(17))
 
@@ -270,9 +265,7 @@ def test_adam_coast_refuses_moments_that_were_made_and_never_stepped() -> None:
     optimizer = task.adamw()
     made = {name: torch.zeros(4) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state[task.model.unused] = {"step": torch.tensor(0.0), **made}
-    trainer = HybridTrainer(task.model, optimizer, replace(EAGER, predictor="adam_coast"))
-    for step in range(17):
-        trainer.step(task.closure(step))
+    trainer = task.trained(replace(EAGER, predictor="adam_coast"), 17, optimizer)
     with pytest.raises(UserError, match=r"keeps none for a parameter of shape \(4,\)"):
         trainer.step(task.closure(17))
 
@@ -284,9 +277,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(stop: int, config: Hybrid
     assert whole.statistics().predicted_steps > 0
     task = Problem()
     optimizer = task.adamw()
-    trainer = HybridTrainer(task.model, optimizer, config)
-    for step in range(stop):
-        trainer.step(task.closure(step))
+    trainer = task.trained(config, stop, optimizer)
     parts = {"model": task.model, "optimizer": optimizer, "trainer": trainer}
     file = io.BytesIO()
     torch.save({name: part.state_dict() for name, part in parts.items()}, file)
@@ -316,9 +307,7 @@ def test_a_state_of_other_settings_is_refused() -> None:
 
 def test_a_closure_that_makes_gradients_in_predict_is_refused() -> None:
     task = Problem()
-    trainer = HybridTrainer(task.model, task.adamw(), EAGER)
-    for step in range(18 + 3):
-        trainer.step(task.closure(step))
+    trainer = task.trained(EAGER, 18 + 3)
     assert trainer.current_phase is Phase.PREDICT
 
     def closure() -> Tensor:
@@ -333,9 +322,7 @@ def test_a_closure_that_makes_gradients_in_predict_is_refused() -> None:
 
 def test_gradients_left_over_are_gone_in_predict() -> None:
     task = Problem()
-    trainer = HybridTrainer(task.model, task.adamw(), EAGER)
-    for step in range(18):
-        trainer.step(task.closure(step))
+    trainer = task.trained(EAGER, 18)
     assert trainer.current_phase is Phase.PREDICT
     assert all(p.grad is None for p in task.model.parameters())
 
@@ -350,9 +337,7 @@ def test_an_optimizer_that_hides_the_weights_is_refused_by_name() -> None:
                 self.state[p]["z"] = p.detach().clone()
 
     task = Problem()
-    trainer = HybridTrainer(task.model, Averaging(task.model.parameters(), lr=0.01), EAGER)
-    for step in range(EAGER.warmup_steps):
-        trainer.step(task.closure(step))
+    trainer = task.trained(EAGER, EAGER.warmup_steps, Averaging(task.model.parameters(), lr=0.01))
     with pytest.raises(UserError, match="Averaging keeps a copy of the weights in 'z'"):
         trainer.step(task.closure(EAGER.warmup_steps))
 
@@ -366,9 +351,7 @@ def test_an_optimizer_that_looks_after_its_copies_is_told_of_every_jump() -> Non
 
     task = Problem()
     optimizer = Told(task.model.parameters(), lr=0.01)
-    trainer = HybridTrainer(task.model, optimizer, EAGER)
-    for step in range(18):
-        trainer.step(task.closure(step))
+    trainer = task.trained(EAGER, 18, optimizer)
     assert optimizer.moves == 0
     trainer.step(task.closure(18))
     assert optimizer.moves == 1
@@ -443,9 +426,8 @@ def test_adam_coast_reads_moments_that_are_kept_in_8_bits() -> None:
         model = nn.Linear(128, 64, bias=False)
         optimizer = optimizer_for(model, OptimizerConfig(lr=1e-2), MemoryConfig(optimizer_state=state))
         for step in range(3):
-            optimizer.zero_grad()
-            model(torch.randn(8, 128, generator=torch.Generator().manual_seed(step))).square().mean().backward()
-            optimizer.step()
+            inputs = torch.randn(8, 128, generator=torch.Generator().manual_seed(step))
+            gradient_step(optimizer, model(inputs).square().mean())
         directions.append(optimizer_direction(optimizer, model.weight, optimizer.param_groups[0]).flatten())
     assert torch.cosine_similarity(*directions, dim=0) > 0.99
 

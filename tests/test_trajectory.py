@@ -16,7 +16,7 @@ from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage, Trajectory, _products
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
-from tests.conftest import CountedArenas, Problem
+from tests.conftest import CountedArenas, Problem, gradient_step
 
 NEEDS = PathNeeds(rows=3, every=2, velocity=0.9, direction=True)
 
@@ -29,9 +29,7 @@ def recorded(needs: PathNeeds = NEEDS, storage: PathStorage = PathStorage(), ste
     trajectory.anchor()
     weights = [task.weights()]
     for step in range(steps):
-        optimizer.zero_grad()
-        task.closure(step)().backward()
-        optimizer.step()
+        gradient_step(optimizer, task.closure(step)())
         trajectory.observe()
         weights.append(task.weights())
     return task, optimizer, trajectory, weights

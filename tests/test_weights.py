@@ -27,7 +27,7 @@ from hybridlab.weights.motion import PIECE, chunks_of
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
 from tests import conftest
-from tests.conftest import CountedArenas, Problem
+from tests.conftest import CountedArenas, Problem, gradient_step
 
 
 class Picture(nn.Sequential):
@@ -65,9 +65,7 @@ def inputs(model: nn.Module, step: int) -> Tensor:
 
 def train_(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
     for step in steps:
-        optimizer.zero_grad()
-        inputs(model, step).square().mean().backward()
-        optimizer.step()
+        gradient_step(optimizer, inputs(model, step).square().mean())
 
 
 def adamw(model: nn.Module) -> Optimizer:
@@ -330,9 +328,7 @@ EAGER = replace(conftest.EAGER, max_predict_steps=6, correction_interval=3, gate
 
 def run(config: HybridTrainerConfig, steps: int = 120) -> tuple[Tensor, HybridTrainer]:
     task = Problem()
-    trainer = HybridTrainer(task.model, task.adamw(), config)
-    for step in range(steps):
-        trainer.step(task.closure(step))
+    trainer = task.trained(config, steps)
     trainer.materialize_()
     return task.weights(), trainer
 
