@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal, Protocol
 
@@ -27,17 +27,17 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Criterion:
-    """A sentence of the plan, and the rules that decide it.
+    """A sentence of the plan, and the rules that decide it; two that the same rules decide are equal.
 
     need: "all" findings must hold, or "any" one of them is enough
     otherwise: of a criterion on the time that prediction saves, what else may save as much; it counts where prediction
         in time does not
     """
 
-    text: str
+    text: str = field(compare=False)
     rules: tuple[Rule, ...]
     need: Literal["all", "any"] = "all"
-    otherwise: tuple[Rule, ...] = ()
+    otherwise: tuple[Rule, ...] = field(default=(), compare=False)
 
     def findings(self, evidence: Evidence) -> list[Finding]:
         """What every rule found, and what saves as much by other means."""
@@ -240,3 +240,8 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
     ),
 }
 """The plan's groups of criteria, in its order; each names the claims that decide it."""
+
+
+def everywhere() -> list[tuple[str, Criterion]]:
+    """Every criterion, with the title of its group."""
+    return [(title, criterion) for title, group in CRITERIA.items() for criterion in group]

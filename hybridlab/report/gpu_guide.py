@@ -15,7 +15,7 @@ from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for, device_of
 from hybridlab.report.recipes import planned_recipes
-from hybridlab.report.validation import Cells, devices, loss_change, p_value, predicted_share, step_time
+from hybridlab.report.validation import Cells, devices, loss_change, predicted_share, step_time
 from hybridlab.report.words import Markdown, escaped, notebook_link, render, verdict_word
 from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
 from hybridlab.results.words import amount, quantity_interval
@@ -80,7 +80,7 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
         "arm": claim.about,
         "steps predicted": predicted_share(claim),
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
-        "p, corrected": p_value(claim),
+        "p, corrected": amount(claim.value("p_value"), "probability"),
         "peak VRAM": amount(vram.value("peak_memory"), "bytes") if vram else None,
         "pays": verdict_word(claim.verdict),
     }

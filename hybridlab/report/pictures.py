@@ -6,9 +6,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -20,7 +18,7 @@ from hybridlab.charts.model import Line
 from hybridlab.charts.tables import LiveTable, Table, table
 from hybridlab.notebook.views.memory_charts import SAFE_PEAK, memory_breakdown, memory_timeline, quality_against_memory
 from hybridlab.notebook.views.study_charts import losses_chart
-from hybridlab.report.criteria import CRITERIA
+from hybridlab.report.criteria import everywhere
 from hybridlab.report.evidence import Evidence, Published
 from hybridlab.results.claims import Quantity
 from hybridlab.results.words import quantities_in_words
@@ -31,37 +29,32 @@ DIGEST = "chart-sha256"
 
 def charts_of(evidence: Evidence) -> dict[str, Chart]:
     """Every chart that the results have numbers for, by the name of its file."""
-    return dict(_charts(evidence))
-
-
-def _charts(evidence: Evidence) -> Iterator[tuple[str, Chart]]:
+    charts = {}
     for profile in evidence.entries:
         claims = [claim for claim in evidence.claims(kind="pays", profile=profile) if not claim.is_idle]
         if any(claim.value("loss_to_control") is not None for claim in claims):
-            yield f"against_control_{profile}.png", against_control(claims, evidence.label(profile))
+            charts[f"against_control_{profile}.png"] = against_control(claims, evidence.label(profile))
         for notebook, rows in evidence.tables("losses", profile).items():
-            if not rows:  # every arm diverged
-                continue
-            yield f"{notebook}_{profile}.png", losses_chart(rows)
+            charts[f"{notebook}_{profile}.png"] = losses_chart(rows)
     for notebook, rows in evidence.tables("memory").items():
-        yield f"memory_breakdown_{notebook}.png", memory_breakdown(rows, f"{notebook}: where the memory goes")
+        title = f"{notebook}: where the memory goes"
+        charts[f"memory_breakdown_{notebook}.png"] = memory_breakdown(rows, title)
         if any(row.get("loss_change") is not None for row in rows):  # else the control did not run
             title = f"{notebook}: what less memory costs in quality"
-            yield f"quality_against_memory_{notebook}.png", quality_against_memory(rows, title)
+            charts[f"quality_against_memory_{notebook}.png"] = quality_against_memory(rows, title)
     for notebook, rows in evidence.tables("vram").items():
         for number, row in enumerate(rows):
-            title = f"{notebook}, {row['run']}: memory over time"
-            frame = vram_frame(row)
+            title, frame = f"{notebook}, {row['run']}: memory over time", vram_frame(row)
             limit = SAFE_PEAK if frame["used_bytes"].max() > 1e9 * SAFE_PEAK.value / 2 else None
             if frame["used_bytes"].notna().any():
-                yield f"vram_{notebook}_{number}.png", memory_timeline(frame, title, limit=limit)
+                charts[f"vram_{notebook}_{number}.png"] = memory_timeline(frame, title, limit=limit)
+    return charts
 
 
 def against_control(claims: list[Published], where: str) -> Chart:
     """Each arm's final loss against its truncated control, with the interval over seeds."""
-    nothing = Quantity("loss_to_control", None)
-    found = [(f"{c.about} ({c.notebook[:2]})", c.quantity("loss_to_control") or nothing) for c in claims]
-    rows = [(name, q.value, q.low, q.high) for name, q in found]
+    found = [(c, c.quantity("loss_to_control") or Quantity("loss_to_control", None)) for c in claims]
+    rows = [(f"{c.about} ({c.notebook[:2]})", q.value, q.low, q.high) for c, q in found]
     rows.sort(key=lambda row: math.inf if row[1] is None else row[1])
     title = f"Hybrid minus control, {where}: right is worse"
     zero = (Line(0.0, "as good as stopping earlier"),)
@@ -96,12 +89,11 @@ def _digest(chart: Chart) -> str:
 
 def criteria_table(evidence: Evidence) -> Table:
     """Every criterion of the plan with its verdict, and where it was measured."""
-    rows: list[dict[str, Any]] = []
-    for group, criteria in CRITERIA.items():
-        for criterion in criteria:
-            notebooks = dict.fromkeys(finding.notebook for finding in criterion.findings(evidence) if finding.notebook)
-            where = ", ".join(notebook[:2] for notebook in notebooks)
-            rows.append({"of": group, "criterion": criterion.text, "verdict": criterion.outcome(evidence), "in": where})
+    rows = []
+    for group, criterion in everywhere():
+        notebooks = dict.fromkeys(finding.notebook for finding in criterion.findings(evidence) if finding.notebook)
+        where = ", ".join(notebook[:2] for notebook in notebooks)
+        rows.append({"of": group, "criterion": criterion.text, "verdict": criterion.outcome(evidence), "in": where})
     return table(rows, "The plan's success criteria, decided by what was measured on a GPU")
 
 

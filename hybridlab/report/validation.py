@@ -12,7 +12,7 @@ from typing import Any, get_args
 from hybridlab.charts.tables import known_columns
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.notebook.views.study import RELIABILITIES, pooled_reliability
-from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion
+from hybridlab.report.criteria import CRITERIA, IN_DEPTH, OURS, OVERALL, Criterion, everywhere
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import MAIN, Entry, Evidence, Published, arm_in_words, device_of, named_in_full
 from hybridlab.report.rules import Finding, Outcome
@@ -87,15 +87,12 @@ def claims_document(evidence: Evidence) -> str:
 
 def predicted_share(claim: Published) -> str | None:
     """How many of an arm's nominal steps were predicted, from its claim that it pays; of one that grew, their cost."""
-    predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
-    if claim.grew:
-        cost = claim.value("cost_in_full_steps")
-        return (
-            None
-            if gradient is None or cost is None
-            else f"in depth: {gradient:.0f} at the computation of {cost:.0f} full ones"
-        )
-    return None if predicted is None or gradient is None else f"{predicted:.0f} of {predicted + gradient:.0f}"
+    gradient, predicted = claim.value("gradient_steps"), claim.value("predicted_steps")
+    if gradient is None or predicted is None:
+        return None
+    cost = claim.value("cost_in_full_steps")
+    in_time = f"{predicted:.0f} of {predicted + gradient:.0f}"
+    return in_time if cost is None else f"in depth: {gradient:.0f} at the computation of {cost:.0f} full ones"
 
 
 def devices(evidence: Evidence) -> str:
@@ -105,34 +102,25 @@ def devices(evidence: Evidence) -> str:
 
 def at_a_glance(evidence: Evidence) -> str:
     """How many of the plan's criteria came out which way, in one sentence; those that repeat each other count once."""
-    once = {_key(criterion): criterion for title, criterion in _everywhere() if title not in (IN_DEPTH, OURS)}
-    counts = Counter(criterion.outcome(evidence) for criterion in once.values())
+    once = {criterion for title, criterion in everywhere() if title not in (IN_DEPTH, OURS)}
+    counts = Counter(criterion.outcome(evidence) for criterion in once)
     words = [f"{outcome} {counts[outcome]}" for outcome in get_args(Outcome) if counts[outcome]]
     return f"The plan's {counts.total()} criteria: {'; '.join(words)}."
 
 
 def _verdicts(evidence: Evidence) -> list[Cells]:
     """The first page: a row per criterion, those that the same findings decide in one."""
-    alike: dict[Any, list[tuple[str, Criterion]]] = {}
-    for title, criterion in _everywhere():
-        alike.setdefault(_key(criterion), []).append((title, criterion))
+    alike: dict[Criterion, list[tuple[str, str]]] = {}
+    for title, criterion in everywhere():
+        alike.setdefault(criterion, []).append((title, criterion.text))
     return [
         {
             "of": "; ".join(dict.fromkeys(title for title, _ in group)),
-            "criterion": "; ".join(dict.fromkeys(criterion.text for _, criterion in group)),
-            "verdict": criterion_verdict(group[0][1], evidence),
+            "criterion": "; ".join(dict.fromkeys(text for _, text in group)),
+            "verdict": criterion_verdict(criterion, evidence),
         }
-        for group in alike.values()
+        for criterion, group in alike.items()
     ]
-
-
-def _everywhere() -> list[tuple[str, Criterion]]:
-    return [(title, criterion) for title, group in CRITERIA.items() for criterion in group]
-
-
-def _key(criterion: Criterion) -> Any:
-    """What is equal in criteria that repeat each other."""
-    return criterion.rules, criterion.need
 
 
 def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
@@ -143,13 +131,11 @@ def criterion_verdict(criterion: Criterion, evidence: Evidence) -> str:
 
 def _criteria(title: str, evidence: Evidence) -> Iterator[Cells]:
     """Each criterion of a group with its verdict, then, where there are several findings, their rows."""
-    earlier = takewhile(lambda other: other != title, CRITERIA)
-    before = {_key(criterion) for other in earlier for criterion in CRITERIA[other]}
+    before = {criterion for _, criterion in takewhile(lambda it: it[0] != title, everywhere())}
     for criterion in CRITERIA[title]:
-        verdict = criterion_verdict(criterion, evidence)
+        verdict, findings = criterion_verdict(criterion, evidence), criterion.findings(evidence)
         whole = {"criterion": Markdown(f"**{escaped(criterion.text)}**"), "verdict": verdict}
-        findings = criterion.findings(evidence)
-        if _key(criterion) in before:
+        if criterion in before:
             yield whole | {"numbers": "as above", "notebook": ""}
         elif len(findings) == 1:
             yield whole | _numbers(findings[0])
@@ -190,12 +176,6 @@ def _numbers(finding: Finding) -> Cells:
     return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran else where[:2]}
 
 
-def p_value(claim: Published) -> str | None:
-    """Of a claim that an arm pays, corrected for the other arms of its study."""
-    p = claim.value("p_value")
-    return None if p is None else f"{p:.2g}"
-
-
 def _speedup(claim: Published, evidence: Evidence) -> Cells:
     time = _time(claim, evidence)
     predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
@@ -205,7 +185,7 @@ def _speedup(claim: Published, evidence: Evidence) -> Cells:
         "time over the baseline's": None if time is None else f"{time:.2f}",
         "control: share of the steps": f"{gradient / (predicted + gradient):.2f}" if predicted and gradient else None,
         "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
-        "p, corrected": p_value(claim),
+        "p, corrected": amount(claim.value("p_value"), "probability"),
         "worth of a predicted step": quantity_interval(claim.quantity("step_value"), digits=2),
         "pays": verdict_word(claim.verdict),
         "notebook": notebook_link(claim.notebook, short=True),
