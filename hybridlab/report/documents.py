@@ -68,20 +68,14 @@ IN_CODE = ("model", "steps", "vocab_size", "block_size", "batch_size", "muon_lr"
 PREDICTORS = "07_step_value"
 """Where every predictor is tried."""
 
-
-DEPTH_COLUMNS = (
-    "model",
-    "tokens per parameter",
-    "optimizer",
-    "arm",
-    "growing pays",
-    "depth pays",
-    "computation to its loss",
-    "time to its loss",
-    "rates",
-    "what to run",
+IN_GUIDE = (
+    "against as much computation",
+    "against the shallow model",
+    "time of as much computation",
+    "notebook",
+    "profile",
 )
-"""Of the advice on depth, what the README shows."""
+"""Of the advice on depth, what the README leaves to the guide."""
 
 
 def report_files(root: Path) -> dict[Path, str | Chart]:
@@ -159,7 +153,7 @@ def readme_section(evidence: Evidence) -> str:
         xl_former=is_former(evidence, XL),
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
         scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
-        depths=[{key: row[key] for key in DEPTH_COLUMNS} for row in depths],
+        depths=[{key: cell for key, cell in row.items() if key not in IN_GUIDE} for row in depths],
         control_times=_control_times(evidence),
         sizes=_sizes(evidence, {row["model"] for row in depths}),
         devices=devices(evidence),

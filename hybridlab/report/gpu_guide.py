@@ -86,27 +86,18 @@ def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
     }
 
 
-TAKE, WATCH = Markdown("**take this**"), Markdown("**take this, watch its loss**")
-
-
 def by_model(evidence: Evidence) -> str:
     """Every row of the tables "memory", the recommended ones marked, and a sentence on each model that has none."""
     of = _memory_rows(evidence)
-    rows = [row for mine in of.values() for row in mine]
     best = {model: recommended(mine) for model, mine in of.items()}
-    advice = {row["model"]: _advice(evidence, row, of[row["model"]]) for row in best.values() if row}
-    shown = [
-        _shown(row, _judged_over(evidence, row, rows), advice[row["model"]] if row is best[row["model"]] else "")
-        for row in rows
-    ]
+    rows = [(row, mine) for mine in of.values() for row in mine]
+    presets = [row for row, _ in rows if row["arm"] == "fit_16gb"]
     return render(
         "recommendation.md",
-        rows=known_columns(shown),
-        estimated=any(row.get("estimated_5080_ms") for row in rows),
+        rows=known_columns([_shown(evidence, row, mine, row is best[row["model"]]) for row, mine in rows]),
+        estimated=any(row.get("estimated_5080_ms") for row, _ in rows),
         lacking=[(model, *why_none(mine)) for model, mine in of.items() if best[model] is None],
-        former=sorted(
-            {row["model"] for row in rows if row["arm"] == "fit_16gb" and is_former(evidence, row["notebook"])}
-        ),
+        former=sorted({row["model"] for row in presets if is_former(evidence, row["notebook"])}),
     )
 
 
@@ -175,11 +166,11 @@ def why_none(rows: Sequence[MemoryRow]) -> tuple[str, list[str]]:
 
 
 def control_of(row: MemoryRow, rows: Sequence[MemoryRow]) -> MemoryRow | None:
-    """A row's control: the arm of its notebook and model without a change of its own.
+    """A row's control among those of its model: the arm of its notebook without a change of its own.
 
     None where it did not run: then no arm has a change.
     """
-    beside = [other for other in rows if all(other.get(key) == row.get(key) for key in ("notebook", "model"))]
+    beside = [other for other in rows if other.get("notebook") == row.get("notebook")]
     without = [other for other in beside if other.get("loss_change") is None]
     return without[0] if len(without) == 1 < len(beside) else None
 
@@ -195,10 +186,9 @@ def _within(change: float | None) -> bool:
 
 def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> str | None:
     """What the loss of a row rests on: how long a training, how many seeds, and how far the control came."""
-    control = control_of(row, rows)
+    control, base = control_of(row, rows), _base(evidence, row)
     if control is None:
         return None
-    base = _base(evidence, row)
     said = [f"{base.steps} steps", f"{base.seeds} seed{'s' if base.seeds > 1 else ''}"] if base.steps else []
     if (loss := control.get("validation_loss")) is not None:
         said.append(f"to a loss of {loss:.2f}")
@@ -207,9 +197,10 @@ def _judged_over(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) 
 
 def _advice(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> str:
     """To watch the loss, unless its whole interval is good and rests on what a verdict needs; and what is as fast."""
-    advice = TAKE if _within(row.get("loss_change_high")) and not _base(evidence, row).lacks else WATCH
+    is_shown = _within(row.get("loss_change_high")) and not _base(evidence, row).lacks
+    advice = "**take this**" if is_shown else "**take this, watch its loss**"
     alike = ", ".join(not_told_apart(row, rows))
-    return Markdown(f"{advice}; its step is not told apart from that of {escaped(alike)}") if alike else advice
+    return Markdown(f"{advice}; its step is not told apart from that of {escaped(alike)}" if alike else advice)
 
 
 def _base(evidence: Evidence, row: MemoryRow) -> Base:
@@ -220,24 +211,22 @@ def _base(evidence: Evidence, row: MemoryRow) -> Base:
     return replace(base, seeds=int(next(filter(None, counted), base.seeds)))
 
 
-def _shown(row: MemoryRow, judged_over: str | None, advice: str) -> Cells:
-    estimated = row.get("estimated_5080_ms")
+def _shown(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow], is_best: bool) -> Cells:
+    """rows: of the same model"""
+    estimated, least = row.get("estimated_5080_ms"), row["least_5080_ms"]
+    at_least = f"at least {least:.0f} ms" if estimated and least and least > estimated else None
     return {
         "model": row["model"],
         "arm": arm_in_words(row["arm"], row["notebook"]),
         "peak VRAM": amount(row["peak_memory_bytes"], "bytes"),
         "below 14 GB": "yes" if _is_safe(row) else "no",
         **step_time(row),
-        "est. on a 5080": estimated and _at_least(estimated, row["least_5080_ms"]),
+        "est. on a 5080": at_least or (estimated and f"{estimated:.0f} ms"),
         "loss against the control": loss_change(row),
-        "judged over": judged_over,
-        "advice": advice,
+        "judged over": _judged_over(evidence, row, rows),
+        "advice": _advice(evidence, row, rows) if is_best else "",
         "notebook": notebook_link(row["notebook"], short=True),
     }
-
-
-def _at_least(estimated: float, least: float | None) -> str:
-    return f"at least {least:.0f} ms" if least and least > estimated else f"{estimated:.0f} ms"
 
 
 def plan_errors(evidence: Evidence) -> dict[str, Any] | None:

@@ -13,8 +13,6 @@ from hybridlab.results.words import amount
 
 Row = Mapping[str, Any]
 
-HOURS = 3600
-
 
 def planned_recipes(planned: Mapping[str, Any], measured: Mapping[str, Row | None]) -> dict[str, Any]:
     """What the guide's template shows of `hybridlab.benchmarks.recipes` and `hybridlab.benchmarks.largest`.
@@ -73,7 +71,7 @@ def _measured(row: Row, measured: Row | None) -> str | None:
 
 
 def _time(row: Row, tokens_per_parameter: int) -> str:
-    hours = tokens_per_parameter * row["parameters"] / row["tokens_per_second"] / HOURS
+    hours = tokens_per_parameter * row["parameters"] / row["tokens_per_second"] / 3600
     return f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
 
 
