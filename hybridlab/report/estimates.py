@@ -12,9 +12,6 @@ from hybridlab.results.words import amount
 WITHIN = 0.10
 """The plan's bound on how far a saving may be from its estimate, as a share of the estimate."""
 
-FP32 = {"small": "fp32", "medium": "fp32", "xl": "fp32 (tf32)"}
-"""The arm without memory features, by model: what savings are shares of."""
-
 NOTEBOOKS = {"small": "04_gpt2_small_memory", "medium": "05_gpt2_medium", "xl": "06_gpt2_xl"}
 
 
@@ -43,10 +40,10 @@ class Estimate:
 
         A saving is as the plan estimates it where it lies within 10 % of that.
         """
-        whole = _row_bytes(evidence, self.notebook, "memory", FP32[self.model])
-        measured = self._measured_bytes(evidence)
+        whole = next(it for it in ESTIMATES if it.model == self.model).measured_bytes(evidence)
+        measured = self.measured_bytes(evidence)
         saving = 1 - measured / whole if self.saving and measured and whole else None
-        verdict: str | None = None if self.saving is None else "not measured"
+        verdict: str | None = "not measured" if self.saving else None
         if self.saving and saving is not None:
             verdict = holds_if(abs(saving / self.saving - 1) <= WITHIN)
         return {
@@ -54,16 +51,18 @@ class Estimate:
             "what": self.what,
             "expected": amount(1e9 * self.expected, "bytes"),
             "measured": amount(measured, "bytes"),
-            "saving expected": None if self.saving is None else f"{100 * self.saving:.0f} %",
+            "saving expected": self.saving and f"{100 * self.saving:.0f} %",
             "saving measured": None if saving is None else f"{100 * saving:.1f} %",
             "verdict": verdict,
         }
 
-    def _measured_bytes(self, evidence: Evidence) -> float | None:
+    def measured_bytes(self, evidence: Evidence) -> float | None:
+        """The peak of live tensors, or those alive in Predict; None where they were not measured."""
         if self.source == "claim":
             claims = evidence.claims(self.notebook, kind=self.arm)
             return next((claim.value("live") or claim.value("measured") for claim in claims), None)
-        return _row_bytes(evidence, self.notebook, self.source, self.arm)
+        rows = evidence.tables(self.source).get(self.notebook, [])
+        return next((row["measured_allocated_bytes"] for row in rows if row["arm"] == self.arm), None)
 
 
 ESTIMATES = (
@@ -78,9 +77,4 @@ ESTIMATES = (
     Estimate("xl", "optimized, Full phase", 6.5, 0.60, "memory", "fit_16gb"),
     Estimate("xl", "optimized, in Predict", 2.5, 0.85, "claim", "predict-phase"),
 )
-"""As the plan has them (phase 2B); of "6 to 7 GB" and the like, the middle."""
-
-
-def _row_bytes(evidence: Evidence, notebook: str, table: str, arm: str) -> float | None:
-    rows = evidence.tables(table).get(notebook, [])
-    return next((row["measured_allocated_bytes"] for row in rows if row["arm"] == arm), None)
+"""As the plan has them (phase 2B), each model's FP32 first; of "6 to 7 GB" and the like, the middle."""

@@ -15,7 +15,7 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.side_by_side import side_by_side_claims
 from hybridlab.report.estimates import ESTIMATES
 from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, device_of, named_in_full
-from hybridlab.results.claims import Claim, Unit, holds_below, holds_if, rounded
+from hybridlab.results.claims import Unit, holds_below, holds_if, rounded
 from hybridlab.results.words import amount, quantities_in_words
 
 Outcome = Literal[
@@ -69,14 +69,11 @@ class Claims:
 
     def _on(self, arm: str | None, evidence: Evidence) -> list[Finding]:
         claims = evidence.claims(self.notebook, kind=self.kind, arm=arm)
-        if not claims and self.kind == "speedup" and self._predicted_nothing(arm, evidence):
+        pays = evidence.claims(self.notebook, kind="pays", arm=arm)
+        if not claims and self.kind == "speedup" and pays and all(claim.is_idle for claim in pays):
             return [Finding(arm_in_words(arm or "", self.notebook), "predicted nothing", "", self.notebook)]
         about = f"{arm or ''} {self.kind.replace('-', ' ')}".strip()
         return [self._finding(claim, evidence) for claim in claims] or [_absent(self.notebook, about, evidence)]
-
-    def _predicted_nothing(self, arm: str | None, evidence: Evidence) -> bool:
-        pays = evidence.claims(self.notebook, kind="pays", arm=arm)
-        return bool(pays) and all(claim.is_idle for claim in pays)
 
     def _finding(self, claim: Published, evidence: Evidence) -> Finding:
         of_memory = claim.kind == "completes" or any(q.unit == "bytes" for q in claim.quantities)
@@ -119,18 +116,16 @@ class OnMachines:
         """One per machine, which is named by its GPU; the notebook's own run of the benchmark counts once."""
         own = evidence.claims(self.notebook, kind=self.kind)
         gpu = device_of(evidence.entry(self.notebook) or {"device": ""})
-        found: list[tuple[str, Claim, str]] = [(gpu, claim, self.notebook) for claim in own]
+        found = [Finding(gpu, claim.verdict, claim.numbers, self.notebook) for claim in own]
         known = {quantity.value for claim in own for quantity in claim.quantities}
         for measured in evidence.side_by_side:
             for claim in side_by_side_claims(measured):
                 (ratio,) = claim.quantities
                 if claim.kind == self.kind and rounded(ratio.value or 0.0) not in known:
                     gpu = measured["figures"][ratio.name]["rests_on"]["device"]
-                    found.append((f"{gpu} (docs/experiments)", claim, ""))
-        return [
-            Finding(gpu, claim.verdict, quantities_in_words([*map(named_in_full, claim.quantities)]), notebook or None)
-            for gpu, claim, notebook in found
-        ] or [_absent(self.notebook, self.kind.replace("-", " "), evidence)]
+                    words = quantities_in_words([named_in_full(ratio)])
+                    found.append(Finding(f"{gpu} (docs/experiments)", claim.verdict, words, None))
+        return found or [_absent(self.notebook, self.kind.replace("-", " "), evidence)]
 
 
 @dataclass(frozen=True)
@@ -284,8 +279,8 @@ class LeastTime:
 
     def findings(self, evidence: Evidence) -> list[Finding]:
         """One, on the preset that can take the least; none where that is little enough."""
-        presets = {name: getattr(HybridTrainerConfig, name)() for name in PRESETS}
-        name, config = min(presets.items(), key=lambda preset: least_time(preset[1]))
+        name = min(PRESETS, key=lambda preset: least_time(getattr(HybridTrainerConfig, preset)()))
+        config: HybridTrainerConfig = getattr(HybridTrainerConfig, name)()
         if least_time(config) <= self.share:
             return []
         gradient, predicted = config.full_steps + config.correct_steps, config.max_predict_steps

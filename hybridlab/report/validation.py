@@ -223,8 +223,8 @@ def _reliability(evidence: Evidence, profile: str) -> Iterator[Cells]:
 
 def _time(claim: Published, evidence: Evidence) -> float | None:
     """Over the baseline's; of older results it stands in the claim on speed."""
-    claims = filter(None, (claim, evidence.beside(claim, "speed")))
-    return next((time for it in claims if (time := it.value("time_over_baseline")) is not None), None)
+    times = (it.value("time_over_baseline") for it in (claim, evidence.beside(claim, "speed")) if it)
+    return next((time for time in times if time is not None), None)
 
 
 def _idle(claim: Published, evidence: Evidence) -> str:
@@ -293,8 +293,7 @@ def copies_at_a_glance(evidence: Evidence) -> str:
     kinds, commits = (f"{count} {name}{'s' if count != 1 else ''}" for name, count in numbers.items())
     states = Counter(_state(entry, "trains") for entry in entries)
     said = ", ".join(f"{state} in {count}" for state, count in states.items())
-    where = f"{len(entries)} copies on {kinds} of GPU, at {commits}"
-    return f"{MAIN}: {where}. Their code that trains is: {said}."
+    return f"{MAIN}: {len(entries)} copies on {kinds} of GPU, at {commits}. Their code that trains is: {said}."
 
 
 def _state(entry: Entry, kind: str) -> str:
