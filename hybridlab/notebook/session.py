@@ -132,7 +132,8 @@ class Session:
         A run that an error ended within a step keeps the checkpoint that it had.
         """
         try:
-            if self._has_unsaved_steps:
+            is_between_steps = getgeneratorstate(self._steps) == GEN_SUSPENDED
+            if is_between_steps and self._saved_at < self.steps_done < self.config.steps:
                 self.save()
         finally:
             self._end()
@@ -143,12 +144,6 @@ class Session:
     @property
     def _label(self) -> str:
         return label(self.config.name, self.config.seed)
-
-    @property
-    def _has_unsaved_steps(self) -> bool:
-        """Whether whole steps were taken that no checkpoint has and that the run still needs."""
-        between_steps = getgeneratorstate(self._steps) == GEN_SUSPENDED
-        return between_steps and self._saved_at < self.steps_done < self.config.steps
 
     def _refuse_resume(self, earlier: Run) -> None:
         if earlier.summary is not None and not earlier.diverged:

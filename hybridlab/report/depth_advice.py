@@ -77,10 +77,12 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
     parameters, deciding = evidence.entries[pays.profile][pays.notebook]["parameters"], depth.deciding
     times = [f"{name} {ratio:.2f}" for name, ratio in control_times(evidence, pays).items()]
     beside = ", as many steps" if deciding and deciding.name == "loss_to_shallow" else ""
+    count = parameter_count(parameters)
+    tokens = (pays.value("gradient_steps") or 0) * parameters["batch_size"] * parameters["block_size"]
     ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
     return {
         "model": parameters.get("model"),
-        "tokens per parameter": _tokens_per_parameter(parameters, pays),
+        "tokens per parameter": f"{tokens / count:.2g}" if count else None,
         "optimizer": {"muon": "Muon"}.get(parameters.get("optimizer", ""), "AdamW"),
         "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
         "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
@@ -103,13 +105,6 @@ def parameter_count(parameters: Mapping[str, Any]) -> int | None:
         return None
     shape = {name: parameters[name] for name in ("vocab_size", "block_size")}
     return GPT2Config.named(parameters["model"], **shape).parameter_count
-
-
-def _tokens_per_parameter(parameters: Mapping[str, Any], pays: Published) -> str | None:
-    """That the grown run has seen; None for a model that is no GPT-2 of ours."""
-    count = parameter_count(parameters)
-    tokens = (pays.value("gradient_steps") or 0) * parameters["batch_size"] * parameters["block_size"]
-    return f"{tokens / count:.2g}" if count else None
 
 
 def _with_budget(parameters: Mapping[str, Any]) -> str:

@@ -140,6 +140,7 @@ def readme_section(evidence: Evidence) -> str:
     tried = [claim for claim in evidence.claims(kind="pays") if not (claim.is_idle or claim.grew)]
     advice = depth_advice(evidence)
     depths = [row for row in advice if row["profile"].startswith(MAIN)] or advice  # of the GPU, where it ran
+    long_enough = [it for it in evidence.entries if evidence.steps_judged(PREDICTORS, it) >= LEAST.steps]
     return render(
         "README_section.md",
         stack=_stack(evidence),
@@ -152,7 +153,7 @@ def readme_section(evidence: Evidence) -> str:
         xl_steps=evidence.steps_judged(XL),
         xl_former=is_former(evidence, XL),
         headlines=[headline(criterion, evidence) for criterion in HEADLINES],
-        scales=[_scale(evidence, profile) for profile in evidence.entries if _tries_predictors(evidence, profile)],
+        scales=[_scale(evidence, profile) for profile in long_enough],
         depths=[{key: cell for key, cell in row.items() if key not in IN_GUIDE} for row in depths],
         control_times=_control_times(evidence),
         sizes=_sizes(evidence, {row["model"] for row in depths}),
@@ -211,12 +212,6 @@ def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:
     links = notebooks if outcome == "not run yet" else [notebook_link(notebook, docs="") for notebook in notebooks]
     verdict = criterion_verdict(criterion, evidence)
     return {"claim": criterion.text, "verdict": verdict, "notebook": Markdown(", ".join(links))}
-
-
-def _tries_predictors(evidence: Evidence, profile: str) -> bool:
-    """Whether a profile's runs are long enough for a verdict; shorter ones show that the notebook works."""
-    parameters = (evidence.entry(PREDICTORS, profile) or {}).get("parameters", {})
-    return (parameters.get("steps") or 0) >= LEAST.steps
 
 
 def _scale(evidence: Evidence, profile: str) -> dict[str, Any]:

@@ -154,20 +154,15 @@ def _rows(findings: Sequence[Finding], most: int) -> Iterator[Cells]:
     mixed = len({finding.notebook for group in groups.values() for finding in group}) > 1
     for group in groups.values():
         first, about = group[0], ", ".join(finding.about for finding in group)
-        topic = f"{_model_and_topic(first.notebook)}: " if mixed and first.notebook else ""
+        topic = (first.notebook or "").partition("_")[2].removeprefix("gpt2_").replace("_", ", ")
         yield {
-            "criterion": ("by other means: " if first.otherwise else topic) + about,
+            "criterion": ("by other means: " if first.otherwise else f"{topic}: " if mixed and topic else "") + about,
             "verdict": first.outcome + (EMULATED if first.emulated else ""),
         } | _numbers(first if len(group) == 1 else replace(first, words=f"of {len(group)} arms"))
 
 
 def _alike(finding: Finding) -> Any:
     return finding.notebook, finding.outcome, finding.emulated, finding.otherwise
-
-
-def _model_and_topic(notebook: str) -> str:
-    """What a notebook is about, from its name: "small, memory" of "04_gpt2_small_memory"."""
-    return notebook.partition("_")[2].removeprefix("gpt2_").replace("_", ", ")
 
 
 def _numbers(finding: Finding) -> Cells:

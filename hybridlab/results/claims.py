@@ -175,6 +175,6 @@ def too_little(base: Base) -> str:
     return f" ({TOO_LITTLE}: {', '.join(base.lacks)})" if base.lacks else ""
 
 
-def rounded(value: float) -> float:
-    """A number at six significant digits, as results.json keeps it."""
+def rounded(value: Any) -> Any:
+    """A number at six significant digits, as results.json keeps it; what is no float stays as it is."""
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

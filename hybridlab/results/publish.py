@@ -88,8 +88,6 @@ def plain(value: Any, where: str = "", *, not_finite: list[str]) -> Any:
     if isinstance(value, float) and not abs(value) <= LARGEST:
         not_finite.append(f"{where} was {value}")
         return None
-    if isinstance(value, float):
+    if value is None or isinstance(value, bool | int | float | str):
         return rounded(value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
     raise TypeError(f"{where} is a {type(value).__name__}: results hold numbers, texts, lists and mappings")

@@ -13,7 +13,7 @@ from IPython.display import display, update_display
 
 from hybridlab.charts.display import Chart, Panels
 from hybridlab.charts.tables import Table, table
-from hybridlab.results.claims import Claim, Quantity, Verdict
+from hybridlab.results.claims import Claim, Verdict
 from hybridlab.results.words import bound_in_words, in_words, quantities_in_words
 from hybridlab.study.comparison import Comparison
 
@@ -159,21 +159,18 @@ def _named(claims: Sequence[Claim]) -> str:
 
 
 def _row(claim: Claim) -> dict[str, Any]:
-    return _cells(claim.text, claim.deciding, claim.verdict)
+    value, bound = (in_words(q), bound_in_words(q)) if (q := claim.deciding) else (None, None)
+    return {"claim": claim.text, "value": value, "bound": bound, "verdict": claim.verdict}
 
 
 def _range(group: Sequence[Claim]) -> dict[str, Any]:
     """Claims of one kind and verdict in one row: the least and the greatest of what decides them."""
     decided = [c.deciding for c in group if c.deciding and c.deciding.value is not None]
+    ordered = sorted(decided, key=lambda q: q.value or 0.0)
     what = group[0].text.partition(": ")[2] if group[0].arm else group[0].text
-    row = _cells(f"{what} ({len(group)} arms)", None, group[0].verdict)
-    if decided:
-        ordered = sorted(decided, key=lambda q: q.value or 0.0)
-        row["value"] = " … ".join(dict.fromkeys(map(in_words, (ordered[0], ordered[-1]))))
-        row["bound"] = bound_in_words(ordered[0]) if len({q.bound for q in decided}) == 1 else None
-    return row
-
-
-def _cells(what: str, q: Quantity | None, verdict: str) -> dict[str, Any]:
-    value, bound = (in_words(q), bound_in_words(q)) if q else (None, None)
-    return {"claim": what, "value": value, "bound": bound, "verdict": verdict}
+    return {
+        "claim": f"{what} ({len(group)} arms)",
+        "value": " … ".join(dict.fromkeys(map(in_words, ordered[:1] + ordered[-1:]))) or None,
+        "bound": bound_in_words(ordered[0]) if len({q.bound for q in decided}) == 1 else None,
+        "verdict": group[0].verdict,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from operator import attrgetter
 from typing import Any
 
 from hybridlab.charts.builders import interval_chart
@@ -68,10 +69,11 @@ def depth_table(results: Mapping[float, StudyResult], arms: Sequence[str]) -> Ta
 
     results: tokens per parameter -> the study of that budget
     """
+    by_loss = attrgetter("validation_loss.mean")
     rows = [
         {"tokens per parameter": budget} | _depth_row(result, comparison)
         for budget, result in results.items()
-        for comparison in sorted((compare(result, arm) for arm in _shown(result, arms)), key=_final_loss)
+        for comparison in sorted((compare(result, arm) for arm in _shown(result, arms)), key=by_loss)
     ]
     caption = (
         "A difference below 0 is better. Computation and time to its loss are those of a plain run over the arm's own: "
@@ -87,14 +89,11 @@ def _shown(result: StudyResult, arms: Sequence[str]) -> list[str]:
     return [*arms, *(control for control in result.controls(arms) if control in equal)]
 
 
-def _final_loss(comparison: Comparison) -> float:
-    return comparison.validation_loss.mean
-
-
 def _depth_row(result: StudyResult, c: Comparison) -> dict[str, Any]:
+    depths = result.runs[c.name, result.seeds[0]].steps["depth"].dropna()
     return {
         "arm": c.name,
-        "blocks": _blocks(result, c.name),
+        "blocks": " -> ".join(f"{depth:.0f}" for depth in dict.fromkeys(depths)),
         "final loss (nats)": c.validation_loss.mean,
         **averaged_cell(c),
         "against the baseline (nats)": str(c.to_baseline),
@@ -187,9 +186,3 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
         verdict, text = "open", f"{text} ({why})"
     base = base_of(result, compared=(grown, control if is_equal else shallow))
     return on_losses("depth-pays", arm, text, verdict, quantities, base)
-
-
-def _blocks(result: StudyResult, name: str) -> str:
-    """As "2 -> 6"."""
-    depths = result.runs[name, result.seeds[0]].steps["depth"].dropna()
-    return " -> ".join(f"{depth:.0f}" for depth in dict.fromkeys(depths))

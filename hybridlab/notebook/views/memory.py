@@ -74,13 +74,8 @@ def predict_table(phases: Mapping[str, PredictPhase], plain: str) -> Table:
         }
         for name, phase in phases.items()
     ]
-    formats = {
-        "live tensors (GB)": ".3f",
-        "reserved by torch (GB)": ".3f",
-        "on the GPU (GB)": ".2f",
-        "a jump and Correct (ms)": ".0f",
-        f"over {plain}'s": ".2f",
-    }
+    formats = dict.fromkeys(("live tensors (GB)", "reserved by torch (GB)"), ".3f")
+    formats |= {"on the GPU (GB)": ".2f", "a jump and Correct (ms)": ".0f", f"over {plain}'s": ".2f"}
     if not rows:
         return table([{"strategy": "no run jumped"}])
     return table(rows, "Between what leaves and what returns; times include both", formats)

@@ -104,23 +104,25 @@ def quality_claims(
     return claims
 
 
-def below_claim(kind: str, text: str, value: float | None, bound: float, **more: float | None) -> list[Claim]:
+def below_claim(
+    kind: str, text: str, value: float | None, bound: float, arm: str = "", of: str = "measured", **more: float | None
+) -> list[Claim]:
     """That a measured number of bytes lies below a bound; nothing where it could not be measured.
 
-    more: further numbers of bytes, by name; None where one could not be measured
+    of: the number's name; more: further numbers of bytes, by name; None where one could not be measured
     """
     if value is None:
         return []
-    measured = Quantity("measured", int(value), unit="bytes", bound=int(bound))
+    measured = Quantity(of, int(value), unit="bytes", bound=int(bound))
     further = tuple(Quantity(name, size, unit="bytes") for name, size in more.items() if size is not None)
-    return [Claim(kind, text, holds_if(value < bound), (measured, *further))]
+    return [Claim(kind, text, holds_if(value < bound), (measured, *further), arm)]
 
 
 def predict_claim(phase: PredictPhase) -> list[Claim]:
     """That XL's Predict leaves most of the GPU to others; CUDA's context, which no setting changes, is apart."""
     text = "between what leaves and what returns, Predict holds less than 3.7 GB, forward passes included"
-    more = {"live": phase.allocated_bytes, "with_context": phase.occupied_bytes}
-    return below_claim("predict-phase", text, phase.reserved_bytes, PREDICT_BYTES, **more)
+    live, whole = phase.allocated_bytes, phase.occupied_bytes
+    return below_claim("predict-phase", text, phase.reserved_bytes, PREDICT_BYTES, live=live, with_context=whole)
 
 
 def fit_claims(run: Run) -> list[Claim]:
@@ -153,8 +155,7 @@ def _growth_claims(run: Run, steps: int) -> list[Claim]:
     except UserError:
         return []
     text = "takes as much memory at the end as after 50 steps"
-    growth = Quantity("growth", grown, unit="bytes", bound=MAY_GROW_BYTES)
-    return [Claim("does-not-grow", text, holds_if(grown < MAY_GROW_BYTES), (growth,))]
+    return below_claim("does-not-grow", text, grown, MAY_GROW_BYTES, of="growth")
 
 
 def stable_run_claim(run: Run) -> Claim:
@@ -288,7 +289,7 @@ def _peak_claims(kind: str, foot: Footprint, bound: float) -> list[Claim]:
     """That an arm's peak as the GPU counts it lies below a bound; nothing without a GPU."""
     text = f"{foot.arm}: the peak stays below {bound / 1e9:g} GB, context included"
     peak = foot.peak_memory_bytes if foot.measured_allocated_bytes else None
-    return [replace(claim, arm=foot.arm, id="") for claim in below_claim(kind, text, peak, bound)]
+    return below_claim(kind, text, peak, bound, foot.arm)
 
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:

@@ -35,19 +35,18 @@ def panel_table(costs: Mapping[str, PanelCost]) -> Table:
 
 def panel_claims(costs: Mapping[str, PanelCost]) -> list[Claim]:
     """That watching is cheap; open where the control differs from 1: then the measurement is off."""
-    return [_claim(name, cost) for name, cost in costs.items()]
-
-
-def _claim(name: str, cost: PanelCost) -> Claim:
-    panel, control = cost.panel_over_none, cost.none_over_none
-    quantities = (
-        Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio", panel.rounds, BOUND),
-        Quantity("none_over_none", control.median, control.low, control.high, "time ratio", control.rounds),
-        Quantity("panel_itself_over_none", cost.panel_itself_over_none, unit="time ratio"),
-        Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
-        Quantity("step", cost.step_ms, unit="ms"),
-    )
-    control_is_off = not control.low <= 1 <= control.high
-    verdict = "open" if control_is_off else holds_below(panel.low, panel.high, BOUND)
-    text = f"{name}: a step with the panel on takes at most {BOUND} of one without"
-    return Claim("panel-is-cheap", text, verdict, quantities, name)
+    claims = []
+    for name, cost in costs.items():
+        panel, control = cost.panel_over_none, cost.none_over_none
+        quantities = (
+            Quantity("panel_over_none", panel.median, panel.low, panel.high, "time ratio", panel.rounds, BOUND),
+            Quantity("none_over_none", control.median, control.low, control.high, "time ratio", control.rounds),
+            Quantity("panel_itself_over_none", cost.panel_itself_over_none, unit="time ratio"),
+            Quantity("panel_itself", cost.panel_itself_ms, unit="ms"),
+            Quantity("step", cost.step_ms, unit="ms"),
+        )
+        control_is_off = not control.low <= 1 <= control.high
+        verdict = "open" if control_is_off else holds_below(panel.low, panel.high, BOUND)
+        text = f"{name}: a step with the panel on takes at most {BOUND} of one without"
+        claims.append(Claim("panel-is-cheap", text, verdict, quantities, name))
+    return claims

@@ -12,6 +12,7 @@ import pandas as pd
 
 from hybridlab.benchmarks.interleaved import Ratio
 from hybridlab.benchmarks.step_overhead import StepOverhead
+from hybridlab.notebook.views.memory_claims import below_claim
 from hybridlab.notebook.views.study import control_loss
 from hybridlab.results.claims import (
     QUALITY_TOLERANCE_NATS,
@@ -51,9 +52,11 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
     perplexity: whether the loss is that of a language model, so that the plan's 2 % applies to its exponential; of
         images, what the plan says of MNIST counts
     """
-    language = [_quality(comparison), speed_claim(comparison), *_vram(comparison)] if perplexity else []
-    images = [] if perplexity else _speedup(comparison)
-    return [pays_claim(comparison), *language, *images, stable_claim([comparison], comparison.name)]
+    arm = comparison.name
+    vram = _vram(arm, f"{arm}: peak VRAM stays below 5 GB", comparison.peak_vram_bytes)
+    language = [_quality(comparison), speed_claim(comparison), *vram]
+    promised = language if perplexity else _speedup(comparison)
+    return [pays_claim(comparison), *promised, stable_claim([comparison], arm)]
 
 
 def baseline_claims(result: StudyResult) -> list[Claim]:
@@ -111,7 +114,7 @@ def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
     ]
     summary = result.runs[BASELINE, 0].closing_figures
     if summary["memory_source"] == "cuda":
-        claims.append(_vram_claim("", "the baseline's peak VRAM is below 5 GB", summary["peak_memory_bytes"]))
+        claims += _vram("", "the baseline's peak VRAM is below 5 GB", summary["peak_memory_bytes"])
     return claims
 
 
@@ -231,15 +234,9 @@ def _keeps_quality(comparison: Comparison) -> Verdict:
     return holds_below(comparison.to_baseline.low, comparison.to_baseline.high, QUALITY_TOLERANCE_NATS)
 
 
-def _vram(comparison: Comparison) -> list[Claim]:
-    """On a GPU, that prediction keeps the plan's bound."""
-    peak, text = comparison.peak_vram_bytes, f"{comparison.name}: peak VRAM stays below 5 GB"
-    return [] if peak is None else [_vram_claim(comparison.name, text, peak)]
-
-
-def _vram_claim(arm: str, text: str, peak_bytes: int) -> Claim:
-    fits = holds_if(peak_bytes < VRAM_BOUND_BYTES)
-    return Claim("vram", text, fits, (Quantity("peak_memory", peak_bytes, unit="bytes", bound=VRAM_BOUND_BYTES),), arm)
+def _vram(arm: str, text: str, peak_bytes: int | None) -> list[Claim]:
+    """On a GPU, that an arm keeps the plan's bound."""
+    return below_claim("vram", text, peak_bytes, VRAM_BOUND_BYTES, arm, of="peak_memory")
 
 
 def _ratio_claim(kind: str, text: str, name: str, ratio: Ratio, bound: float) -> Claim:
