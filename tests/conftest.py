@@ -57,16 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
 
 
-EAGER = HybridTrainerConfig(
-    warmup_steps=10,
-    full_steps=8,
-    max_predict_steps=10,
-    correction_interval=4,
-    correct_steps=2,
-    confidence_threshold=0.0,
-    gate=False,
-)
-"""Jumps at every occasion, unasked."""
+def jumping(warmup: int, full: int, predict: int, **settings: Any) -> HybridTrainerConfig:
+    """Settings that jump at every occasion, unasked; given are the steps of the phases."""
+    unasked = {"confidence_threshold": 0.0, "gate": False}
+    steps = {"warmup_steps": warmup, "full_steps": full, "max_predict_steps": predict}
+    return HybridTrainerConfig(**steps | unasked | settings)
+
+
+EAGER = jumping(10, 8, 10, correction_interval=4, correct_steps=2)
 
 
 class Problem:

@@ -21,7 +21,7 @@ from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import OptimizerConfig, PrimalAveraging, averaged_weights, build_optimizer
 from hybridlab.planner import plan
 from hybridlab.study import RunConfig, TextTaskConfig, train
-from tests.conftest import gradient_step, vector
+from tests.conftest import gradient_step, jumping, vector
 
 SIZE = GPT2Config(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16)
 TOKENS = torch.randint(64, (12, 4, 17), generator=torch.manual_seed(1))
@@ -124,9 +124,7 @@ def test_with_moments_in_eight_bits_the_mean_stays_float32(name: str) -> None:
 def test_a_jump_moves_the_mean_as_far_as_the_weights() -> None:
     model = fresh()
     optimizer = build_optimizer(model, AVERAGED)
-    config = HybridTrainerConfig(
-        warmup_steps=0, full_steps=8, max_predict_steps=2, correct_steps=0, confidence_threshold=0.0, gate=False
-    )
+    config = jumping(0, 8, 2, correct_steps=0)
     trainer = HybridTrainer(model, optimizer, config)
     for step in range(8):
         trainer.step(lambda step=step: loss_of(model, step))

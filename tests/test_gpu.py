@@ -49,7 +49,7 @@ from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage, Trajectory
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Snapshot, Weights, plain_tensors
-from tests.conftest import CountedArenas, TaskWithin
+from tests.conftest import CountedArenas, TaskWithin, jumping, vector
 from tests.model_card import reserved_in_jumps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -73,7 +73,7 @@ def trained(config: HybridTrainerConfig | None, steps: int = 60) -> torch.Tensor
             optimizer.zero_grad()
             model(batch(step), batch(step)).backward()
             optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return vector(model)
 
 
 def test_plain_training_is_the_bare_loop_bit_for_bit_on_a_gpu() -> None:
@@ -83,9 +83,7 @@ def test_plain_training_is_the_bare_loop_bit_for_bit_on_a_gpu() -> None:
 @pytest.mark.parametrize("predictor", ["linear", "adam_coast"])
 @pytest.mark.parametrize("path_device", ["same", "host"])
 def test_jumps_and_rollback_snapshots_work_wherever_the_path_is_kept(predictor: str, path_device: str) -> None:
-    config = HybridTrainerConfig(
-        warmup_steps=10, full_steps=8, max_predict_steps=8, confidence_threshold=0.0, gate=True, predictor=predictor
-    )
+    config = jumping(10, 8, 8, gate=True, predictor=predictor)
     kept_here = trained(config)
     kept_there = trained(replace(config, path_device=path_device))
     torch.testing.assert_close(kept_here, kept_there, rtol=1e-3, atol=1e-4)
@@ -141,9 +139,7 @@ def gpu_run(**changes: Any) -> RunConfig:
 
 
 def test_predict_takes_less_than_full_and_both_peaks_are_kept(tmp_path: Path) -> None:
-    jumpy = HybridTrainerConfig(
-        warmup_steps=10, full_steps=8, max_predict_steps=8, confidence_threshold=0.0, gate=False, correct_steps=2
-    )
+    jumpy = jumping(10, 8, 8, correct_steps=2)
     summary = train(gpu_run(steps=60, hybrid=jumpy), tmp_path).summary
     assert summary is not None
     assert summary["predicted_steps"] > 0
@@ -269,13 +265,13 @@ def test_snapshots_lie_in_page_locked_memory_that_is_locked_once(name: str, aren
     there, here = Weights(model, optimizer, snapshots=Residency.OFFLOADED), Weights(model, optimizer)
     for _ in range(3):
         train_(model, optimizer)
-        before, saved = weights_of(model), there.snapshot()
+        before, saved = vector(model), there.snapshot()
         held, expected = plain_tensors_of(saved), plain_tensors_of(here.snapshot())
         assert all(tensor.is_pinned() for tensor in held)
         assert all(torch.equal(a, b.cpu()) for a, b in zip(held, expected, strict=True))
         train_(model, optimizer)
         there.restore_(saved)
-        assert torch.equal(weights_of(model), before)
+        assert torch.equal(vector(model), before)
         del saved, held
     assert len(arenas.taken_bytes) == 2
 
@@ -287,11 +283,11 @@ def test_a_state_that_was_dropped_returns_to_the_card_with_the_snapshot() -> Non
     weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     saved = weights.snapshot()
     train_(model, optimizer)
-    expected = weights_of(model)
+    expected = vector(model)
     StateOffload(optimizer, PredictAwareMemoryConfig("drop")).offload_()
     weights.restore_(saved)
     train_(model, optimizer)
-    assert torch.equal(weights_of(model), expected)
+    assert torch.equal(vector(model), expected)
 
 
 @pytest.mark.parametrize("has_base", [True, False])
@@ -301,7 +297,7 @@ def test_the_path_and_the_weights_that_leave_lie_in_page_locked_memory(has_base:
     weights = Weights(model, optimizer, snapshots=Residency.OFFLOADED)
     trajectory = Trajectory(weights, optimizer, PathNeeds(rows=2, every=1), PathStorage(Residency.OFFLOADED))
     trajectory.anchor()
-    before = weights_of(model)
+    before = vector(model)
     snapshot = weights.snapshot() if has_base else None
     if has_base:
         weights.fp32.set_base()
@@ -309,7 +305,7 @@ def test_the_path_and_the_weights_that_leave_lie_in_page_locked_memory(has_base:
     assert all(base.is_pinned() for base in weights.fp32._base)
     assert all(tensor.is_pinned() for tensor in tree_leaves(trajectory.state_dict()) if isinstance(tensor, Tensor))
     weights.fp32.restore_()
-    assert torch.equal(weights_of(model), before)
+    assert torch.equal(vector(model), before)
     assert len(arenas.taken_bytes) == 2
 
 
@@ -395,10 +391,6 @@ def train_(model: nn.Module, optimizer: Optimizer, steps: int = 2) -> None:
         optimizer.step()
 
 
-def weights_of(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach()
-
-
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
@@ -434,7 +426,7 @@ def test_state_leaves_the_card_and_returns_bit_for_bit(name: str, strategy: str)
     assert freed == pytest.approx([share * parameter_bytes] * 3, rel=0.1)
     train_(plain_model, plain)
     train_(model, optimizer)
-    assert torch.equal(weights_of(model), weights_of(plain_model))
+    assert torch.equal(vector(model), vector(plain_model))
 
 
 def test_a_pinned_state_lies_in_page_locked_memory() -> None:
@@ -465,20 +457,12 @@ def test_compressed_state_takes_a_quarter_of_the_memory() -> None:
     for p, state in optimizer.state.items():
         torch.testing.assert_close(state["exp_avg"], before[p], rtol=0.0, atol=0.008 * float(before[p].abs().max()))
     train_(model, optimizer)
-    assert bool(weights_of(model).isfinite().all())
+    assert bool(vector(model).isfinite().all())
 
 
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_a_trainer_whose_state_leaves_the_card_takes_the_same_steps(lookahead: int) -> None:
-    config = HybridTrainerConfig(
-        warmup_steps=10,
-        full_steps=8,
-        max_predict_steps=8,
-        confidence_threshold=0.0,
-        gate=False,
-        predictor="linear",
-        path_device="host",
-    )
+    config = jumping(10, 8, 8, path_device="host")
     memory = MemoryConfig(predict_aware=PredictAwareMemoryConfig("pinned", lookahead))
     assert torch.equal(trained(config), trained(replace(config, memory=memory)))
 
@@ -551,15 +535,14 @@ def jumped(memory: MemoryConfig | None) -> tuple[torch.Tensor, HybridTrainer]:
     """Final weights of a run that jumps on every occasion."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config.nano()).to(CUDA)
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=8, correction_interval=3, correct_steps=2, gate=False,
-        confidence_threshold=0.0, path_device="host", path_dtype="bf16", memory=memory,
-    )  # fmt: skip
+    config = jumping(
+        2, 4, 8, correction_interval=3, correct_steps=2, path_device="host", path_dtype="bf16", memory=memory
+    )
     trainer = HybridTrainer(model, optimizer_for(model, OptimizerConfig(), memory or MemoryConfig()), config)
     for step in range(40):
         trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
     trainer.materialize_()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer
+    return vector(model), trainer
 
 
 def test_bf16_weights_on_the_card_and_masters_on_the_host_end_where_plain_weights_do() -> None:
@@ -705,9 +688,8 @@ def test_the_16gb_preset_goes_on_from_a_checkpoint(stop_at: int, tmp_path: Path)
     pytest.importorskip("torchao")
     config = gpu_run(
         steps=30, checkpoint_every=1, evaluate_every=30,
-        hybrid=HybridTrainerConfig(
-            warmup_steps=2, full_steps=8, max_predict_steps=10, correction_interval=5, correct_steps=2, gate=False,
-            confidence_threshold=0.0, path_device="host", path_dtype="bf16",
+        hybrid=jumping(
+            2, 8, 10, correction_interval=5, correct_steps=2, path_device="host", path_dtype="bf16",
             memory=MemoryConfig.fit_16gb(predict_aware=PredictAwareMemoryConfig("pinned")),
         ),
     )  # fmt: skip
@@ -738,10 +720,7 @@ def test_adam_coast_jumps_with_8_bit_moments() -> None:
     torch.manual_seed(0)
     model = GPT2(GPT2Config.nano()).to(CUDA)
     memory = MemoryConfig(optimizer_state="int8", pad_vocab_to=128)
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=2, gate=False, predictor="adam_coast",
-        confidence_threshold=0.0, memory=memory,
-    )  # fmt: skip
+    config = jumping(2, 4, 4, correction_interval=2, predictor="adam_coast", memory=memory)
     trainer = HybridTrainer(model, optimizer_for(model, OptimizerConfig(lr=1e-4), memory), config)
     for step in range(20):
         trainer.step(lambda step=step: model(batch(step), batch(step)))  # type: ignore[misc]
@@ -786,9 +765,7 @@ def test_the_loss_and_its_gradients_on_the_gpu_equal_torchs(compiled: bool) -> N
 # --- CUDA graphs ------------------------------------------------------------------------------------------
 
 
-JUMPS = HybridTrainerConfig(
-    warmup_steps=10, full_steps=10, max_predict_steps=8, gate=False, predictor="linear", confidence_threshold=0.0
-)
+JUMPS = jumping(10, 10, 8)
 GRAPHED = {
     "plain": HybridTrainerConfig.plain(clip_norm=1.0),
     "jumps": JUMPS,
@@ -810,7 +787,7 @@ def with_graphs(config: HybridTrainerConfig, graphs: bool, loss_at: dict[int, fl
         x, factor = batch(step), (loss_at or {}).get(step, 1.0)
         results.append(trainer.step(lambda x=x, factor=factor: run(x, x) * factor))  # type: ignore[misc]
     told = [(r.measured_loss, r.gradient_norm, r.event, r.depth) for r in results]
-    return [told, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()]
+    return [told, vector(model).tolist()]
 
 
 @pytest.mark.parametrize("name", GRAPHED)

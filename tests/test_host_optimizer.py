@@ -22,7 +22,7 @@ from hybridlab.memory.state_offload import StateOffload
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.optim import decay_groups, set_lr_
 from hybridlab.optim.host_adamw import HostAdamW
-from tests.conftest import Problem, gradient_step, vector
+from tests.conftest import Problem, gradient_step, jumping, vector
 
 MINI = GPT2Config(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16)
 BETAS, EPS = (0.9, 0.99), 1e-8
@@ -221,9 +221,7 @@ def test_a_trainer_that_jumps_moves_weights_and_masters_together(gate: bool) -> 
     """Predictions, trials and rollbacks: where nobody moves weights any more, masters and weights are one."""
     problem = Problem()
     optimizer = HostAdamW(problem.model.parameters(), lr=1e-2)
-    config = HybridTrainerConfig(
-        warmup_steps=5, full_steps=8, max_predict_steps=8, confidence_threshold=0.0, gate=gate, predictor="linear"
-    )
+    config = jumping(5, 8, 8, gate=gate, predictor="linear")
     trainer = problem.trained(config, 120, optimizer)
     assert trainer.statistics().predicted_steps > 0
     gradient_step(optimizer, problem.closure(0)())

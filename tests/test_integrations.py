@@ -19,9 +19,9 @@ from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop, recorded_loop
 from hybridlab.notebook import find_runs
 from hybridlab.panel import live
-from tests.conftest import vector
+from tests.conftest import jumping, vector
 
-JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
+JUMPS = jumping(4, 8, 6)
 GATED = replace(JUMPS, gate=True)
 DEPTH = HybridTrainerConfig.plain(depth=DepthSchedule.shares(((0.0, 2), (0.5, 4))))
 STEPS = 40

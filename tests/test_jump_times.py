@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hybridlab import HybridTrainerConfig
 from hybridlab.benchmarks.footprint import JumpTimes, PredictPhase, jump_times, predict_phase
 from hybridlab.memory import MemoryConfig
 from hybridlab.notebook.views.memory import transition_table
@@ -16,6 +15,7 @@ from hybridlab.notebook.views.memory_claims import lookahead_claims, transition_
 from hybridlab.optim import Schedule
 from hybridlab.results.claims import Quantity
 from hybridlab.study import RunConfig, TextTaskConfig, train
+from tests.conftest import jumping
 
 GRADIENT_MS = 100
 
@@ -134,10 +134,7 @@ def test_nothing_is_claimed_without_a_card_or_a_second_jump(unmeasured: PredictP
 
 
 def test_a_runs_jumps_are_found_in_its_record(tmp_path: Path) -> None:
-    hybrid = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=6, correction_interval=3, correct_steps=1,
-        confidence_threshold=0.0, gate=False, path_device="host",
-    )  # fmt: skip
+    hybrid = jumping(2, 4, 6, correction_interval=3, correct_steps=1, path_device="host")
     task = TextTaskConfig("nano", "markov", vocab_size=64, block_size=16, validation_batches=1, max_bytes=40_000)
     config = RunConfig("jumps", task, 30, schedule=Schedule("constant", 2), hybrid=hybrid, device="cpu", cpu_threads=1)
     for memory in (None, MemoryConfig.conservative()):

@@ -37,7 +37,7 @@ from hybridlab.weights import bf16_resident
 from hybridlab.weights.bf16_resident import Fp32Weights
 from hybridlab.weights.residency import Residency
 from hybridlab.weights.snapshot import Weights
-from tests.conftest import gradient_step, vector
+from tests.conftest import gradient_step, jumping, vector
 from tests.model_card import ModelCard, reserved_in_jumps
 
 SHAPE = {"vocab_size": 128, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
@@ -599,10 +599,7 @@ def test_offloaded_weights_come_back_exactly_with_every_motion_added() -> None:
 def run_hybrid(memory: MemoryConfig | None, **settings: Any) -> tuple[Tensor, list[Any]]:
     """Weights after a run that predicts, and what each step was."""
     model = fresh()
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=6, correction_interval=2, correct_steps=1, gate=False,
-        confidence_threshold=0.0, predictor="linear", path_device="host", memory=memory, **settings,
-    )  # fmt: skip
+    config = jumping(2, 4, 6, correction_interval=2, correct_steps=1, path_device="host", memory=memory, **settings)
     trainer = HybridTrainer(model, adamw(model, memory), config)
     results = [trainer.step(lambda s=step: model(tokens(s), tokens(s))) for step in range(40)]
     assert trainer.statistics().predicted_steps > 0
@@ -622,11 +619,9 @@ def taking_jumps_of_four(
     model: GPT2, interval: int, predict: str, predict_aware: PredictAwareMemoryConfig
 ) -> HybridTrainer:
     """After six gradient steps the first, of four predicted ones; the weights move every `interval` of them."""
-    config = HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=4, correction_interval=interval, correct_steps=1, gate=False,
-        confidence_threshold=0.0, path_device="host", divergence_threshold=1e9,
-        memory=MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", predict), predict_aware=predict_aware),
-    )  # fmt: skip
+    memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", predict), predict_aware=predict_aware)
+    moves = {"correction_interval": interval, "correct_steps": 1, "divergence_threshold": 1e9}
+    config = jumping(2, 4, 4, path_device="host", memory=memory, **moves)
     return HybridTrainer(model, adamw(model), config)
 
 
@@ -731,10 +726,8 @@ def test_whoever_waits_for_a_step_is_asked_before_the_first_bucket_steps() -> No
 def test_a_jump_is_not_corrected_by_slopes_that_are_not_known(settings: dict[str, bool]) -> None:
     """The optimizer has taken the gradients: from Correct on the weights are those of ordinary steps."""
     model, memory = nn.Linear(4, 1), MemoryConfig(**settings)
-    jumping = HybridTrainerConfig(
-        warmup_steps=2, full_steps=6, max_predict_steps=4, confidence_threshold=0.0, gate=False, memory=memory
-    )
-    trainer, inputs = HybridTrainer(model, adamw(model, memory), jumping), torch.randn(8, 4)
+    config = jumping(2, 6, 4, memory=memory)
+    trainer, inputs = HybridTrainer(model, adamw(model, memory), config), torch.randn(8, 4)
     while trainer.current_phase != "correct":
         trainer.step(lambda: model(inputs).square().mean())
     twin = nn.Linear(4, 1)

@@ -48,6 +48,7 @@ from hybridlab.study.planning import plan_of, room_for
 from hybridlab.study.record import Run
 from hybridlab.study.statistics import LEAST, Base, Interval
 from hybridlab.study.study import StudyResult, run_arms
+from tests.conftest import jumping
 from tests.notebook_maker import project
 
 TASK = TextTaskConfig(
@@ -56,18 +57,12 @@ TASK = TextTaskConfig(
 BASE = RunConfig(
     name="fp32", task=TASK, steps=12, schedule=Schedule("wsd", 2, 12), evaluate_every=6, device="cpu", cpu_threads=1
 )
+JUMPS = jumping(2, 4, 8, correction_interval=3, correct_steps=2, path_device="host")
 
 
 def plain(memory: MemoryConfig | None) -> HybridTrainerConfig:
     clip_norm = None if memory and memory.step_in_backward else 1.0
     return HybridTrainerConfig.plain(clip_norm=clip_norm, memory=memory)
-
-
-def jumping(memory: MemoryConfig) -> HybridTrainerConfig:
-    return HybridTrainerConfig(
-        warmup_steps=2, full_steps=4, max_predict_steps=8, correction_interval=3, correct_steps=2, predictor="linear",
-        confidence_threshold=0.0, gate=False, path_device="host", memory=memory,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", [name for name in MEMORY_PRESETS if name != "none"])
@@ -86,7 +81,9 @@ def test_a_run_that_is_broken_off_in_predict_goes_on_bit_for_bit(broken_off_at: 
         mixed_precision=MixedPrecisionConfig("fp32", "bf16_weights"),
     )
     schedule = BASE.lr_schedule.fitted_to(24)
-    longer = replace(BASE, name="jumps", steps=24, schedule=schedule, evaluate_every=24, hybrid=jumping(memory))
+    longer = replace(
+        BASE, name="jumps", steps=24, schedule=schedule, evaluate_every=24, hybrid=replace(JUMPS, memory=memory)
+    )
     config = replace(longer, checkpoint_every=1)
     whole = train(longer, tmp_path / "whole")
     assert set(whole.steps["phase"].iloc[8:15]) & {"predict"}
@@ -114,7 +111,7 @@ def test_an_evaluation_inside_predict_sees_the_exact_weights(tmp_path: Path) -> 
     losses = []
     for name, predict in (("plain", "fp32"), ("low", "bf16_weights")):
         memory = MemoryConfig(mixed_precision=MixedPrecisionConfig("fp32", predict))
-        config = replace(BASE, name=name, steps=12, evaluate_every=12, hybrid=jumping(memory))
+        config = replace(BASE, name=name, steps=12, evaluate_every=12, hybrid=replace(JUMPS, memory=memory))
         run = train(config, tmp_path / name)
         assert run.steps["phase"].iloc[-1] == "predict"
         losses.append(run.steps["validation_loss"].iloc[-1])
@@ -332,7 +329,7 @@ def test_a_card_runs_what_it_can_hold_and_the_rest_is_named(monkeypatch: pytest.
 
 
 def test_what_the_host_cannot_keep_is_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    jumps = replace(BASE, name="jumps", hybrid=jumping(MemoryConfig.conservative()))
+    jumps = replace(BASE, name="jumps", hybrid=replace(JUMPS, memory=MemoryConfig.conservative()))
     monkeypatch.setattr(planning, "gpu_bytes_of", lambda _: 10**12)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=LEFT_TO_OTHERS_BYTES))
     held, left_out = room_for([BASE, jumps])

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.cli import main
 from hybridlab.data import load_text
@@ -34,8 +33,9 @@ from hybridlab.study import (
 from hybridlab.study.planning import plan_of
 from hybridlab.train import run_file
 from tests import own_bytes
+from tests.conftest import jumping
 
-JUMPS = HybridTrainerConfig(warmup_steps=4, full_steps=8, max_predict_steps=6, confidence_threshold=0.0, gate=False)
+JUMPS = jumping(4, 8, 6)
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32,
     "num_attention_heads": 2, "num_key_value_heads": 1,

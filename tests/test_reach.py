@@ -15,11 +15,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from hybridlab import HybridTrainer, HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.memory import MemoryConfig, PredictAwareMemoryConfig
-from tests.conftest import Problem
+from tests.conftest import Problem, jumping
 
-JUMPING = HybridTrainerConfig(
-    warmup_steps=4, full_steps=8, max_predict_steps=6, correct_steps=2, confidence_threshold=0.0, gate=False
-)
+JUMPING = jumping(4, 8, 6, correct_steps=2)
 
 
 class MyAdamW(AdamW):

@@ -32,18 +32,10 @@ from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
 from hybridlab.study.study import OnStep
 from hybridlab.study.training import Training
-from tests.conftest import Problem, contents, tiny_run
+from tests.conftest import Problem, contents, jumping, tiny_run
 
 STEPS = 40
-HYBRID = HybridTrainerConfig.conservative(
-    warmup_steps=8,
-    full_steps=8,
-    max_predict_steps=8,
-    correction_interval=3,
-    correct_steps=2,
-    confidence_threshold=0.0,
-    gate=False,
-)
+HYBRID = jumping(8, 8, 8, correction_interval=3, correct_steps=2)
 CONFIG = tiny_run("hybrid", STEPS, hybrid=HYBRID, evaluate_every=20)
 
 

@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import torch
 
-from hybridlab import HybridTrainerConfig
 from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.benchmarks import interleaved as turns
@@ -30,7 +29,7 @@ from hybridlab.notebook.views.study_claims import hybrid_claims
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
-from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, bracket_rates, compare, train
+from hybridlab.study import Study, StudyResult, TextTaskConfig, bracket_rates, compare, train
 from hybridlab.study import config as run_config
 from hybridlab.study.record import Run
 from hybridlab.study.run import TrainingRun
@@ -38,19 +37,14 @@ from hybridlab.study.statistics import Base, Interval
 from hybridlab.study.study import folder_name, run_arms
 from hybridlab.study.tasks import Batch, TextTask, in_parts
 from hybridlab.study.training import Training
+from tests.conftest import jumping, tiny_run
 
 MARKOV = TextTaskConfig(model="nano", data="markov", vocab_size=64, block_size=32, batch_size=32)
-SHORT = RunConfig(
-    name="baseline",
-    task=replace(MARKOV, batch_size=8),
-    steps=60,
-    optimizer=OptimizerConfig(lr=1e-2),
+SHORT = replace(
+    tiny_run("baseline", 60, replace(MARKOV, batch_size=8), optimizer=OptimizerConfig(lr=1e-2), evaluate_every=30),
     schedule=Schedule("wsd", warmup_steps=10, total_steps=60),
-    evaluate_every=30,
-    device="cpu",
-    cpu_threads=1,
 )
-JUMPY = HybridTrainerConfig(warmup_steps=10, full_steps=8, max_predict_steps=8, gate=False, confidence_threshold=0.0)
+JUMPY = jumping(10, 8, 8)
 
 
 def test_a_small_model_reaches_the_entropy_floor_of_markov_within_3_percent(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 import hybridlab
-from hybridlab import HybridTrainerConfig
 from hybridlab.base.errors import UserError
 from hybridlab.memory.config import MemoryConfig
 from hybridlab.optim import OptimizerConfig, Schedule
@@ -38,7 +37,7 @@ from hybridlab.study.record import Run
 from hybridlab.study.run import UNSETTLED_STEPS, TrainingRun
 from hybridlab.study.step_log import TrainingTimer
 from hybridlab.study.tasks import Batch, Task
-from tests.conftest import TINY_TEXT, TaskWithin, at_step, contents, names, tiny_run
+from tests.conftest import TINY_TEXT, TaskWithin, at_step, contents, jumping, names, tiny_run
 
 STEPS = 48
 TRAIN_MODULE = sys.modules[train.__module__]
@@ -71,17 +70,8 @@ class RestlessTask(TaskWithin):
 
 
 TASK = RestlessTaskConfig(**TINY_TEXT, dropout=0.1)
-HYBRID = HybridTrainerConfig.conservative(
-    warmup_steps=8,
-    full_steps=8,
-    max_predict_steps=8,
-    correction_interval=3,
-    correct_steps=2,
-    confidence_threshold=0.0,
-    gate_batches=3,
-    gate_budget=1.0,
-    clip_norm=1.0,
-)
+GATE = {"gate": True, "gate_batches": 3, "gate_budget": 1.0}
+HYBRID = jumping(8, 8, 8, correction_interval=3, correct_steps=2, clip_norm=1.0, **GATE)
 PLAIN = tiny_run("baseline", STEPS, TASK, evaluate_every=20, checkpoint_every=3)
 ARMS = {
     "plain": PLAIN,
