@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import enum
 import io
 import itertools
 import json
@@ -24,6 +23,7 @@ from hybridlab.charts.display import Chart, Panels
 from hybridlab.charts.model import Band, Line, Series, kept, rounded
 from hybridlab.charts.style import CONTROL, end_labels
 from hybridlab.charts.tables import table
+from hybridlab.engine.phases import Phase
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -286,9 +286,8 @@ def test_bands_merge_consecutive_phases_and_touch() -> None:
     )
 
 
-def test_bands_take_an_enum_s_value() -> None:
-    phase = enum.Enum("phase", {"FULL": "full"})
-    assert phase_bands(pd.DataFrame({"nominal_step": [1], "phase": [phase.FULL]})) == (Band(0, 1, "Full"),)
+def test_bands_take_a_phase_for_its_name() -> None:
+    assert phase_bands(pd.DataFrame({"nominal_step": [1], "phase": [Phase.FULL]})) == (Band(0, 1, "Full"),)
 
 
 def test_phase_chart_keeps_measured_and_predicted_apart() -> None:

@@ -36,12 +36,17 @@ def text(drawn: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", drawn, flags=re.DOTALL))
 
 
+def shown(**changes: object) -> str:
+    """What a person reads of the panel."""
+    return text(panel_html(state(**changes)))
+
+
 def test_the_card_is_shown_in_parts_beside_its_line_and_its_peak() -> None:
-    seen = text(panel_html(state()))
+    seen = shown()
     assert "GPU memory 9.00 of 16.0 GB" in seen
     for part in ("allocated 5.00 GB", "reserved 8.00 GB", "other 1.00 GB", "peak 12.50 GB", "1.50 GB below 14 GB"):
         assert part in seen
-    assert "0.50 GB above 14 GB" in text(panel_html(state(memory=replace(CARD, peak_bytes=14_500_000_000))))
+    assert "0.50 GB above 14 GB" in shown(memory=replace(CARD, peak_bytes=14_500_000_000))
 
 
 def test_without_a_gpu_the_panel_says_whose_memory_it_shows() -> None:
@@ -52,7 +57,7 @@ def test_without_a_gpu_the_panel_says_whose_memory_it_shows() -> None:
 
 
 def test_what_could_not_be_read_is_unavailable_and_not_zero() -> None:
-    assert "other unavailable" in text(panel_html(state(memory=replace(CARD, other_bytes=None))))
+    assert "other unavailable" in shown(memory=replace(CARD, other_bytes=None))
 
 
 def test_measured_and_predicted_loss_are_told_apart_in_words_and_by_line() -> None:
@@ -70,17 +75,8 @@ def test_the_phase_under_way_is_the_one_lamp_that_is_lit() -> None:
 
 def test_speed_counts_and_time_left_are_read_off() -> None:
     counts = Statistics(nominal_steps=40, gradient_steps=30, predicted_steps=10, proposals_accepted=2)
-    seen = text(
-        panel_html(
-            state(
-                statistics=counts,
-                threshold=0.5,
-                rate=12345.6,
-                step_ms={"full": 20.04, "predict": 1.5},
-                seconds_left=75,
-            )
-        )
-    )
+    step_ms = {"full": 20.04, "predict": 1.5}
+    seen = shown(statistics=counts, threshold=0.5, rate=12345.6, step_ms=step_ms, seconds_left=75)
     for part in (
         "12,346 tokens / s",
         "Full 20 ms",
@@ -91,21 +87,21 @@ def test_speed_counts_and_time_left_are_read_off() -> None:
     ):
         assert part in seen
     assert "step 40 of 100 · 1 min 15 s left" in seen
-    assert "time left unknown" in text(panel_html(state()))
-    assert "GPU 59% busy · 61 °C" in text(panel_html(state(gpu_busy_percent=58.6, temperature_celsius=61)))
-    assert "busy" not in text(panel_html(state()))
-    assert "left" not in text(panel_html(state(status="finished"))).split("GPU memory")[0]
-    assert "2 h 05 min left" in text(panel_html(state(seconds_left=7500)))
+    assert "time left unknown" in shown()
+    assert "GPU 59% busy · 61 °C" in shown(gpu_busy_percent=58.6, temperature_celsius=61)
+    assert "busy" not in shown()
+    assert "left" not in shown(status="finished").split("GPU memory")[0]
+    assert "2 h 05 min left" in shown(seconds_left=7500)
 
 
 def test_a_plain_run_shows_nothing_of_prediction() -> None:
-    seen = text(panel_html(state()))
+    seen = shown()
     assert not [word for word in ("predict", "Predict", "Confidence", "Correct") if word in seen]
 
 
 def test_confidence_stands_beside_its_threshold_and_what_the_gate_decided() -> None:
     decision = decision_of({"nominal_step": 8, "confidence": 0.41, "event": None}, 0.6)
-    seen = text(panel_html(state(threshold=0.6, confidence=0.41, decision=decision)))
+    seen = shown(threshold=0.6, confidence=0.41, decision=decision)
     assert "Confidence 0.41 threshold 0.60 step 8: no proposal: the confidence is below its threshold" in seen
     row = {"nominal_step": 9, "confidence": None}
     assert "no tried length lowers the loss" in decision_of(row | {"event": "rejected"}, 0.6)
@@ -128,7 +124,7 @@ def test_the_finished_baseline_lies_behind_the_curve_and_validation_is_dotted() 
     assert drawn.index("stroke='var(--baseline)'") < drawn.index("stroke='var(--measured)'")
     assert "baseline at this step 2.7000" in text(drawn)
     assert drawn.count("<u style=") == 1
-    assert "predicted" not in text(panel_html(state()))
+    assert "predicted" not in shown()
 
 
 def test_final_losses_stay_while_the_arms_change() -> None:
@@ -136,7 +132,7 @@ def test_final_losses_stay_while_the_arms_change() -> None:
     drawn = panel_html(state(arms=arms))
     assert "Final validation loss by arm and seed (nats) baseline 3.016 – hybrid – –" in text(drawn)
     assert re.findall(r"<b class='on'>(.*?)</b>", drawn) == ["–"], "the run under way, hybrid with seed 0"
-    assert "Final" not in text(panel_html(state(arms={"hybrid": {0: None}}))), "a single run has no table"
+    assert "Final" not in shown(arms={"hybrid": {0: None}}), "a single run has no table"
 
 
 def test_the_curve_tells_its_values_under_the_pointer() -> None:

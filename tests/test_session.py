@@ -354,7 +354,7 @@ def test_gauges_are_drawn_by_the_clock_that_was_given(monkeypatch: pytest.Monkey
     driven, now = Session(CONFIG, "cells"), 0.0
     panel = Live(Controls(), STEPS, driven._instruments, clock=lambda: now)
     for result in driven.run(12):
-        now += live.LEAST_SECONDS if result.nominal_step in (5, 9) else 0.0  # else it stands
+        now += live.SHOW_EVERY_SECONDS if result.nominal_step in (5, 9) else 0.0  # else it stands
         panel.between_steps(driven._run)
     assert drawn == [1, 5, 9]
 
@@ -576,7 +576,7 @@ def test_a_step_takes_as_long_however_few_are_noted(tick: Callable[[type, str], 
 
 def test_while_the_panel_is_off_its_clock_stands(tick: Callable[[type, str], None]) -> None:
     """Every second watched step is a quarter of a second later, however many steps nobody watched."""
-    assert live.LEAST_SECONDS == 0.25
+    assert live.SHOW_EVERY_SECONDS == 0.25
     cost = panel_overhead(PLAIN, rounds=4, turns=2, steps=1)
     assert (cost.drawings, cost.panel_itself_ms) == (1.0, 0.0)
 

@@ -109,7 +109,7 @@ def phase_bands(steps: pd.DataFrame, over: str = "nominal_step") -> tuple[Band, 
     """
     if steps.empty:
         raise ValueError("no steps to draw phases from: record at least one")
-    phase = steps["phase"].map(lambda p: str(getattr(p, "value", p)).capitalize()).to_numpy()
+    phase = steps["phase"].map(lambda name: str(name).capitalize()).to_numpy()
     ends = steps[over].to_numpy()
     starts = np.concatenate([[ends[0] - 1 if over == "nominal_step" else 0], ends[:-1]])
     first = np.flatnonzero(np.concatenate([[True], phase[1:] != phase[:-1]]))

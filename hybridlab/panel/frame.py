@@ -20,9 +20,6 @@ from hybridlab.study.memory_log import gpu_busy_percent
 from hybridlab.study.record import Run
 from hybridlab.study.study import label
 
-KINDS: dict[str, Kind] = {"measured": "line", "predicted": "points"}
-"""How each loss is drawn."""
-
 
 @dataclass(frozen=True)
 class Frame:
@@ -122,9 +119,10 @@ def _charts(state: State) -> Iterator[ChartData]:
         known = timeline.series(name)
         return [place * steps for place, _ in known], [value for _, value in known]
 
+    kinds: dict[str, Kind] = {"measured": "line", "predicted": "points"}
     losses = [
         Series(f"{name} loss", *xy, kind=kind, dash=kind == "points", color=color)
-        for color, (name, kind) in enumerate(KINDS.items())
+        for color, (name, kind) in enumerate(kinds.items())
         if (xy := points(f"{name}_loss"))[0]
     ]
     if losses:
@@ -132,7 +130,7 @@ def _charts(state: State) -> Iterator[ChartData]:
     x, used = points("memory_bytes")
     if x:
         gigabytes = [size / 1e9 for size in used]
-        area = Series("memory", x, gigabytes, [0.0] * len(x), gigabytes, color=len(KINDS))
+        area = Series("memory", x, gigabytes, [0.0] * len(x), gigabytes, color=len(kinds))
         top = 1.15 * max(*gigabytes, SAFE_PEAK_BYTES / 1e9 * near_limit(memory))
         lines = (Line(SAFE_PEAK_BYTES / 1e9, "14 GB line"),) if near_limit(memory) else ()
         yield ChartData("Memory", "nominal steps", "memory (GB)", (area,), bands, lines=lines, y_zoom=(0.0, top))

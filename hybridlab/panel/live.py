@@ -21,15 +21,12 @@ from hybridlab.engine.phases import Phase
 from hybridlab.panel.controls import Controls, control_row, switch_off
 from hybridlab.panel.html import Points, bar_html, panel_html, ranks_html, style_html
 from hybridlab.panel.instruments import Instruments, memory_of
-from hybridlab.panel.progress import INSTALL, Progress, seconds_left
+from hybridlab.panel.progress import INSTALL, SHOW_EVERY_SECONDS, Progress, seconds_left
 from hybridlab.panel.timeline import timeline_of
 from hybridlab.study.record import Run
 from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import BASELINE
 from hybridlab.study.watched_run import WatchedRun
-
-LEAST_SECONDS = 0.25
-"""Between two drawings: at most four per second."""
 
 DRAWING_SHARE = 0.0025
 """Drawing may take this share of the time."""
@@ -118,7 +115,7 @@ class Live:
         state = replace(state, arms=self._finals.arms, baseline=self._finals.baselines.get(seed, ()))
         self._gauges.value = panel_html(state)
         self._drawn = self._clock()
-        self._pace = max(LEAST_SECONDS, (self._drawn - started) / DRAWING_SHARE)
+        self._pace = max(SHOW_EVERY_SECONDS, (self._drawn - started) / DRAWING_SHARE)
 
     @property
     def _is_over(self) -> bool:
@@ -144,7 +141,7 @@ class Live:
         run.pause()
         self.refresh("paused")
         while not self.controls.take_step():
-            self.controls.wait(LEAST_SECONDS)
+            self.controls.wait(SHOW_EVERY_SECONDS)
             self._obey(run)
             if not self._pace:
                 self.refresh("paused")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hybridlab.study.launched import RankNews
     from hybridlab.study.record import Run
 
-SHOW_EVERY_SECONDS = 0.25
+SHOW_EVERY_SECONDS = 0.25  # at most four drawings per second
 LOG_EVERY_SECONDS = 15.0
 INSTALL = (
     "the live panel needs widgets; install them where JupyterLab runs, with `pip install jupyterlab_widgets`, and load "
