@@ -91,18 +91,12 @@ class _Engine(Engine):  # type: ignore[misc]
 
     @classmethod
     def execute_managed_notebook(
-        cls,
-        nb_man: NotebookExecutionManager,
-        kernel_name: str,
-        env: dict[str, str],
-        start_timeout: int = 60,
-        **_: Any,
+        cls, nb_man: NotebookExecutionManager, kernel_name: str, env: dict[str, str], **_: Any
     ) -> None:
         """Execute the notebook that `nb_man` holds in a kernel with this environment; called by papermill."""
         _Client(
             nb_man,
             kernel_name=kernel_name,
-            startup_timeout=start_timeout,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # a kernel that is shut down may complain on stderr
             config=_kernel_config(),
             log=logging.getLogger("papermill"),

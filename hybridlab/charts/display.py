@@ -55,7 +55,7 @@ class Chart(ChartData, _Displayed):
 class Panels(_Displayed):
     """Several charts side by side under one title and one legend; a series name looks alike in all.
 
-    Raises ValueError without charts, and for fewer than one column.
+    Raises ValueError without charts.
     """
 
     title: str
@@ -63,11 +63,8 @@ class Panels(_Displayed):
     columns: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "charts", tuple(self.charts))
         if not self.charts:
             raise ValueError(f"panels {self.title!r} hold no chart: give at least one")
-        if self.columns < 1:
-            raise ValueError(f"panels {self.title!r}: columns must be 1 or more, not {self.columns}")
 
     def __str__(self) -> str:
         return "\n".join([self.title, *map(str, self.charts)])

@@ -21,6 +21,7 @@ DPI = 100
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "X"}
 HATCHES = {"": "", ".": "..", "/": "///", "x": "xxx", "\\": "\\\\\\"}
+REFERENCE: dict[str, Any] = {"color": look.INK, "linewidth": 1, "linestyle": ":"}
 STYLE: list[Any] = [
     "default",
     {
@@ -125,18 +126,17 @@ def _bands(axes: Axes, chart: ChartData, columns: int) -> Handles:
 
 
 def _reference(axes: Axes, value: float, label: str, anchor: str | None) -> None:
-    line: dict[str, Any] = {"color": look.INK, "linewidth": 1, "linestyle": ":"}
     text: dict[str, Any] = {"va": "bottom", "fontsize": 8.5}
     if anchor:
-        axes.axvline(value, zorder=2.5, **line)
+        axes.axvline(value, zorder=2.5, **REFERENCE)
         axes.text(value, 1.01, label, transform=axes.get_xaxis_transform(), ha=anchor, **text)
     else:
-        axes.axhline(value, **line)
+        axes.axhline(value, **REFERENCE)
         axes.text(1, value, label, transform=axes.get_yaxis_transform(), ha="right", clip_on=True, **text)
 
 
 def _x_reference(axes: Axes, value: float, label: str) -> None:
-    axes.axvline(value, color=look.INK, linewidth=1, linestyle=":")
+    axes.axvline(value, **REFERENCE)
     where: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "bottom", "clip_on": True}
     axes.text(value, 0.02, label, rotation=90, fontsize=8.5, **where)
 
