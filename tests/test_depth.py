@@ -39,6 +39,7 @@ from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer, set_lr_
 from hybridlab.study import RunConfig, Study, StudyResult, TextTaskConfig, compare, statistics
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Base
+from tests.conftest import vector
 
 BLOCKS, GROWS_AT = 6, 8
 GROWING = DepthSchedule(((0, 2), (GROWS_AT, BLOCKS)))
@@ -78,14 +79,6 @@ def trainer_of(
 
 def run(trainer: HybridTrainer, steps: range) -> list[Any]:
     return [trainer.step(partial(loss_of, trainer.model, step)) for step in steps]
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # --- schedules --------------------------------------------------------------------------------------------
@@ -256,7 +249,7 @@ def test_one_stage_of_all_blocks_is_the_plain_loop_bit_for_bit() -> None:
     plain, staged = gpt2(), gpt2()
     run(trainer_of(plain, None), range(6))
     results = run(trainer_of(staged, DepthSchedule(((0, BLOCKS),))), range(6))
-    assert same(weights(plain), weights(staged))
+    assert torch.equal(vector(plain), vector(staged))
     assert {result.depth for result in results} == {BLOCKS}
 
 
@@ -346,7 +339,7 @@ def test_the_gate_tries_every_rule_and_grows_by_the_best() -> None:
     assert changes["fresh"] == 0
     named = trainer_of(gpt2(), DepthSchedule(((0, 2), (10, BLOCKS)), rule=found[1]))
     run(named, range(16))
-    assert same(weights(trainer.model), weights(named.model))
+    assert torch.equal(vector(trainer.model), vector(named.model))
 
 
 def test_each_stage_is_tried_by_itself() -> None:
@@ -382,7 +375,7 @@ def test_a_trial_of_the_rules_is_resumed_bit_for_bit() -> None:
     second.load_state_dict(first.state_dict())
     results = run(second, range(GROWS_AT + 2, GROWS_AT + 6))
     assert [result.grown for result in results] == [False, True, False, False]
-    assert same(weights(whole.model), weights(model))
+    assert torch.equal(vector(whole.model), vector(model))
 
 
 def test_trying_the_rules_needs_the_gate() -> None:
@@ -466,7 +459,7 @@ def interrupted(make: Callable[[], HybridTrainer], at: int) -> tuple[HybridTrain
     for part, state in zip(((second := make()).model, second.optimizer, second), saved, strict=True):
         part.load_state_dict(state)
     results = run(second, range(at, steps))
-    assert same(weights(whole.model), weights(second.model))
+    assert torch.equal(vector(whole.model), vector(second.model))
     return whole, second, results
 
 
@@ -513,10 +506,10 @@ def test_a_new_block_has_its_sources_weights_in_all_24_bits(state: str) -> None:
     run(trainer, range(GROWS_AT))
     set_lr_(trainer.optimizer, 0.0)
     assert run(trainer, [GROWS_AT])[0].depth == BLOCKS
-    assert same(weights(model.h[1]), weights(model.h[0]))
+    assert torch.equal(vector(model.h[1]), vector(model.h[0]))
     rests, copied = ([states[p]["rest"] for p in block.parameters()] for block in (model.h[0], model.h[1]))
     assert any(rest.any() for rest in rests)
-    assert same(rests, copied)
+    assert all(map(torch.equal, rests, copied))
 
 
 @pytest.mark.parametrize(
@@ -527,7 +520,7 @@ def test_checkpointed_blocks_and_chunked_losses_change_no_result(memory: MemoryC
     prepare_model_(saving, memory)
     run(trainer_of(plain, optimizer=sgd), range(GROWS_AT + 2))
     run(trainer_of(saving, optimizer=sgd, memory=memory), range(GROWS_AT + 2))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain), weights(saving), strict=True))
+    assert torch.allclose(vector(plain), vector(saving), atol=1e-6)
 
 
 def test_an_optimizer_that_was_built_while_blocks_were_bypassed_is_refused_and_a_new_one_trains_them() -> None:
@@ -536,9 +529,9 @@ def test_an_optimizer_that_was_built_while_blocks_were_bypassed_is_refused_and_a
     lacking = build_optimizer(model, OptimizerConfig())
     with pytest.raises(UserError, match="built while blocks were bypassed"):
         HybridTrainer(model, lacking, plain)
-    before = weights(model)
+    before = [p.detach().clone() for p in model.parameters()]
     run(HybridTrainer(model, build_optimizer(model, OptimizerConfig()), plain), range(2))
-    assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    assert not any(map(torch.equal, before, model.parameters()))
 
 
 def test_a_loss_that_fails_leaves_the_stage_and_the_growth_is_still_told() -> None:
@@ -558,7 +551,7 @@ def test_a_loss_that_fails_leaves_the_stage_and_the_growth_is_still_told() -> No
     assert trainer.statistics().growths == 1
     unbroken = trainer_of(gpt2())
     run(unbroken, range(GROWS_AT + 2))
-    assert same(weights(trainer.model), weights(unbroken.model))
+    assert torch.equal(vector(trainer.model), vector(unbroken.model))
 
 
 class Noisy(nn.Module):
@@ -649,9 +642,9 @@ def test_a_shallow_step_costs_what_its_operations_are(memory: MemoryConfig) -> N
     model = gpt2()
     prepare_model_(model, memory)
     trainer = trainer_of(model, DepthSchedule(((0, 2), (3, BLOCKS))))
-    before, calls = weights(model), []
+    before, calls = vector(model), []
     trainer.weigh_blocks_(lambda: (calls.append(None), loss_of(model, 0))[1])
-    assert same(weights(model), before)
+    assert torch.equal(vector(model), before)
     assert len(calls) == 3
     assert all(p.grad is None for p in model.parameters())
     counted = {}
