@@ -151,12 +151,10 @@ def predict_phase(run: Run) -> PredictPhase:
             f"{run.folder} has no whole jump: set confidence_threshold to 0 and gate to False, correct_steps to 1 or "
             "more, and steps to well beyond the first proposal"
         )
-    summary, step_ms = run.closing_figures, gradient_step_ms(run.steps)
-    if summary["memory_source"] != "cuda":
-        return PredictPhase(None, None, None, jumps, step_ms)
+    summary = run.closing_figures
     allocated, reserved = summary.get("predict_allocated_bytes"), summary.get("predict_reserved_bytes")
     on_gpu = None if reserved is None else reserved + (summary["context_bytes"] or 0)
-    return PredictPhase(allocated, reserved, on_gpu, jumps, step_ms)
+    return PredictPhase(allocated, reserved, on_gpu, jumps, gradient_step_ms(run.steps))
 
 
 def footprints(result: StudyResult, configs: Sequence[RunConfig], control: str) -> list[Footprint]:

@@ -156,7 +156,8 @@ class Kernels(fx.Interpreter):
         if n.target._overloadpacket in FLOPS:  # type: ignore[union-attr]
             self._trace.count_work(n.target, *self.fetch_args_kwargs_from_env(n), out)
         else:
-            self._trace.add("moved", _bytes(out) + _bytes([self.env[s] for s in _read_by(n, self._written)]))
+            read = [source for source in _needed_by(n, self._written) if _is_memory(source, self._written)]
+            self._trace.add("moved", _bytes(out) + _bytes([self.env[source] for source in read]))
             self._trace.add("kernels", 1)
             self._forget(self._overwritten(n, out))
         self._trace.count(out)
@@ -209,10 +210,6 @@ def _needed_by(n: fx.Node, written: set[fx.Node]) -> set[fx.Node]:
             found.add(source)
             waiting += [] if _is_memory(source, written) else source.all_input_nodes
     return found
-
-
-def _read_by(n: fx.Node, written: set[fx.Node]) -> list[fx.Node]:
-    return [source for source in _needed_by(n, written) if _is_memory(source, written)]
 
 
 def _is_memory(n: fx.Node, written: set[fx.Node]) -> bool:

@@ -12,14 +12,7 @@ from typing import Any
 from hybridlab.base.errors import UserError
 from hybridlab.optim.build import LARGEST_LR
 from hybridlab.study.config import RunConfig
-from hybridlab.study.study import (
-    BASELINE,
-    Study,
-    StudyResult,
-    refuse_one_name,
-    run_arms,
-    with_rate,
-)
+from hybridlab.study.study import BASELINE, Study, StudyResult, refuse_one_name, run_arms, with_rate
 
 FACTOR = 2.0
 """Between two rates that are tried."""
@@ -96,8 +89,11 @@ class Bracket:
     def widen(self, most: int, least: int = 3) -> Bracket:
         """Try further rates: until there are so many at least, and while the best of any run is at an edge.
 
-        Raises UserError where there is no room for a rate on both sides of a run's own.
+        Raises ValueError for fewer than 3, and UserError where there is no room for a rate on both sides of a run's
+        own.
         """
+        if most < 3:
+            raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
         if not self._powers:
             if not all(map(self._can_be, (-1, 0, 1))):
                 most_rate = LARGEST_LR / FACTOR
@@ -153,7 +149,6 @@ def bracket_rates(
     Raises ValueError for fewer trials and for two runs of one name, and UserError where a run diverged at every rate,
     since it has no best one, and where there is no room for a rate on both sides of a run's own.
     """
-    _check_most(most)
     return Bracket(configs, folder, **how).widen(most).trained()
 
 
@@ -166,7 +161,6 @@ def bracket_study(
     one of them needs more, the others follow. What is compared with an arm or a control whose best rate is at an edge
     of those tried stays open. most, how: as in `bracket_rates`
     """
-    _check_most(most)
     arms = Bracket([run for run in study.planned() if not run.seed], folder, **how).widen(most)
     controls = _controls(study, arms.trained())
     bracket, least = Bracket(controls, folder, steps_before=arms.done, **how), arms.count
@@ -187,11 +181,6 @@ def _controls(study: Study, trials: Mapping[str, RateTrials]) -> list[RunConfig]
     costs = {name: trials[name].costs[trials[name].best] for name in study.hybrids}
     cheaper = [name for name, cost in costs.items() if study.hybrids[name].predicts and round(cost) < study.base.steps]
     return [control for name in cheaper for control in study.controls_of(name, costs)]
-
-
-def _check_most(most: int) -> None:
-    if most < 3:
-        raise ValueError(f"most is {most}: a bracket takes at least 3 trials")
 
 
 def _at(config: RunConfig, factor: float) -> RunConfig:
