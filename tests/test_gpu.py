@@ -39,10 +39,10 @@ from hybridlab.optim.host_adamw import HostAdamW
 from hybridlab.optim.low_bit import joined, low_bit_adamw
 from hybridlab.speed import CudaGraphs
 from hybridlab.study import RunConfig, TextTaskConfig, train
-from hybridlab.study.isolated import train_isolated
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.process_settings import ProcessSettings
 from hybridlab.study.step_log import StepRecord
+from hybridlab.study.study import run_arms
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.study.training import Training
 from hybridlab.weights.gram import PathNeeds
@@ -338,7 +338,7 @@ def test_inputs_of_blocks_leave_the_card_and_every_bit_comes_back() -> None:
 
 def test_a_run_in_its_own_process_leaves_this_one_s_card_alone(tmp_path: Path) -> None:
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    run = train_isolated(gpu_run(), tmp_path)
+    (run,) = run_arms([gpu_run()], tmp_path, isolated=True).runs.values()
     assert run.summary is not None
     assert run.summary["peak_allocated_bytes"] > 0
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

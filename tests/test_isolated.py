@@ -12,6 +12,8 @@ import pickle
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from hybridlab.base.errors import UserError
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook import studies
 from hybridlab.optim import OptimizerConfig
-from hybridlab.study import TextTaskConfig, isolated, train
-from hybridlab.study.isolated import _visible_gpus, train_isolated, train_side_by_side
+from hybridlab.study import RunConfig, TextTaskConfig, isolated, train
+from hybridlab.study.isolated import _visible_gpus, train_side_by_side
 from hybridlab.study.launched import train_on_ranks
 from hybridlab.study.record import Run
 from hybridlab.study.study import Study, run_arms
@@ -36,6 +38,14 @@ from tests.conftest import TINY_TEXT, at_step, tiny_run
 
 CONFIG = tiny_run("alone", 12, checkpoint_every=5)
 LONG = replace(CONFIG, steps=100_000, schedule=None)
+
+
+def train_isolated(
+    config: RunConfig, folder: Path, on_step: Callable[[], None] = lambda: None, *, resume: bool = False
+) -> Run:
+    with closing(train_side_by_side([(config, folder)], 1, lambda _: on_step(), resume=resume)) as runs:
+        _, ended = next(runs)
+        return ended()
 
 
 def child() -> int:
@@ -218,9 +228,10 @@ def test_it_works_from_a_notebook(tmp_path: Path) -> None:
     source = f"""
 import pickle
 from pathlib import Path
-from hybridlab.study.isolated import train_isolated
+from hybridlab.study.study import run_arms
 config = pickle.loads({pickle.dumps(CONFIG)!r})
-print(train_isolated(config, Path({str(tmp_path)!r})).summary["gradient_steps"])
+(run,) = run_arms([config], Path({str(tmp_path)!r}), isolated=True).runs.values()
+print(run.summary["gradient_steps"])
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()

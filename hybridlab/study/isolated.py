@@ -1,4 +1,4 @@
-"""Runs in processes of their own, so that their memory is their own too, one by one or several at once."""
+"""Runs in processes of their own, so that their memory is their own too, one after the other or several at once."""
 
 from __future__ import annotations
 
@@ -30,31 +30,6 @@ GO_ON = ", go on with resume"
 STEP, DONE = "step", "done"
 
 
-def train_isolated(
-    config: RunConfig, folder: Path, on_step: Callable[[], None] = lambda: None, *, resume: bool = False
-) -> Run:
-    """Train as `train` does, but in a fresh process: its peak, caches and CUDA context are this run's alone.
-
-    on_step, resume: as in `train`; `on_step` is called here
-
-    Whatever ends this call, Ctrl-C included, ends the process, and leaves the record and the last checkpoint.
-
-    Raises what the run raised, where that was a UserError; UserError that names the signal where the process was
-    killed; RuntimeError with the other side's traceback for all else.
-    """
-    return watched_to_its_end(IsolatedRun(config, folder, partial(_alone, config, folder, resume)), on_step)
-
-
-def watched_to_its_end(run: IsolatedRun, on_step: Callable[[], None]) -> Run:
-    """Call `on_step` after each step; the record, or what `train_isolated` raises. No process goes on."""
-    try:
-        while run.has_stepped():
-            on_step()
-        return run.ended()
-    finally:
-        _stop([run])
-
-
 def train_side_by_side(
     runs: Sequence[tuple[RunConfig, Path]],
     at_once: int,
@@ -62,20 +37,22 @@ def train_side_by_side(
     *,
     resume: bool = False,
 ) -> Generator[tuple[RunConfig, Callable[[], Run]]]:
-    """Train several runs at the same time, each as `train_isolated` does, and give each one that has ended.
+    """Train runs as `train` does, each in a fresh process: its peak, caches and CUDA context are that run's alone.
 
-    runs: each with its folder, in the order in which they start; at_once: how many train at the same time, each on a
-        GPU of its own
-    on_step: called with the run after each of its steps
+    runs: each with its folder, in the order in which they start; at_once: how many train at the same time, several each
+        on a GPU of its own
+    on_step: called here with the run after each of its steps; resume: as in `train`
 
-    What is given with a run returns its record, or raises as `train_isolated` does. However the iteration ends, no
-    process goes on.
+    Gives each run that has ended, with what returns its record, or raises what the run raised, where that was a
+    UserError; UserError that names the signal where the process was killed; RuntimeError with the other side's
+    traceback for all else. However the iteration ends, Ctrl-C included, no process goes on, and records and last
+    checkpoints are left.
 
     Raises UserError for more at once than there are GPUs, where these are what they train on.
     """
     for config, _ in runs:
         refuse_more_than_gpus("at_once", at_once, config.device)
-    on_gpus = any(find_device(config.device).type == "cuda" for config, _ in runs)
+    on_gpus = at_once > 1 and any(find_device(config.device).type == "cuda" for config, _ in runs)
     waiting, free, running = deque(runs), deque(range(at_once)), dict[Any, IsolatedRun]()
     try:
         while waiting or running:
@@ -92,7 +69,7 @@ def train_side_by_side(
                 free.append(run.gpu or 0)  # without GPUs any place is as good
                 yield run.config, run.ended
     finally:
-        _stop(list(running.values()))
+        stop(list(running.values()))
 
 
 class IsolatedRun:
@@ -128,7 +105,7 @@ class IsolatedRun:
         return self._news == STEP
 
     def ended(self) -> Run:
-        """The record of the run that has ended; raises what `train_isolated` does."""
+        """The record of the run that has ended; raises what `train_side_by_side` says."""
         while _next(self.pipe) is not None:  # or a process that has more to say would wait for ever
             pass
         self.process.join()
@@ -148,7 +125,7 @@ def _next(pipe: Connection) -> object:
         return None
 
 
-def _stop(runs: Sequence[IsolatedRun]) -> None:
+def stop(runs: Sequence[IsolatedRun]) -> None:
     """Ask, wait, insist; a second Ctrl-C cuts the waiting short."""
     try:
         for run in runs:

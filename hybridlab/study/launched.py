@@ -16,7 +16,7 @@ from hybridlab.base.device import refuse_more_than_gpus
 from hybridlab.base.errors import UserError
 from hybridlab.base.ranks import is_first, is_of_lost_rank, rank
 from hybridlab.study.config import RunConfig
-from hybridlab.study.isolated import GO_ON, STEP, IsolatedRun, answer_the_parent_alone, watched_to_its_end
+from hybridlab.study.isolated import GO_ON, STEP, IsolatedRun, answer_the_parent_alone, stop
 from hybridlab.study.ranks import RanksConfig
 from hybridlab.study.record import Run
 from hybridlab.study.resume import kept_in
@@ -65,7 +65,13 @@ def train_on_ranks(
     ranks = ranks or RanksConfig()
     ranks.check(config, count)
     act = partial(_launch, config, folder, resume, ranks, count)
-    return watched_to_its_end(IsolatedRun(config, folder, act, on_news), on_step)
+    run = IsolatedRun(config, folder, act, on_news)
+    try:
+        while run.has_stepped():
+            on_step()
+        return run.ended()
+    finally:
+        stop([run])
 
 
 # --- in a process of its own, as torchrun has it -------------------------------------------------------------

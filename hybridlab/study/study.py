@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.trainer import DivergenceError
 from hybridlab.study.cluster import train_as_jobs
 from hybridlab.study.config import RunConfig
-from hybridlab.study.isolated import train_isolated, train_side_by_side
+from hybridlab.study.isolated import train_side_by_side
 from hybridlab.study.record import Run
 from hybridlab.study.run import Watch, train
 from hybridlab.study.task_checks import check_task
@@ -321,9 +321,11 @@ def run_arms(
     def step(config: RunConfig) -> None:
         on_step(label(config.name, config.seed), total)
 
-    how = train_isolated if isolated else partial(train, watch=watch)
-    in_order = ((run, partial(how, run, place, partial(step, run), resume=resume)) for run, place in places)
-    ending = in_order if at_once == 1 else train_side_by_side(places, at_once, step, resume=resume)
+    ending: Generator[tuple[RunConfig, Callable[[], Run]]] = (
+        (run, partial(train, run, place, partial(step, run), resume=resume, watch=watch)) for run, place in places
+    )
+    if isolated or at_once > 1:
+        ending = train_side_by_side(places, at_once, step, resume=resume)
     if cluster is not None:
         ending = train_as_jobs(places, cluster, step, resume=resume)
     with _locked(folder, "runs", configs), closing(ending):
