@@ -187,6 +187,7 @@ def test_without_prediction_lightning_trains_as_it_does_alone() -> None:
     assert torch.equal(vector(ours), vector(theirs))
 
 
+@pytest.mark.filterwarnings("error:.*optimizer.step:UserWarning")
 def test_lightning_jumps_grows_and_leaves_a_record() -> None:
     jumping, growing = module_of(hybrid=JUMPS, record="light"), module_of(hybrid=DEPTH, record="deep")
     assert fit(jumping).global_step == STEPS

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
-from functools import partial
+from functools import partial, wraps
 from types import MethodType, SimpleNamespace
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hybridlab.base.device import device_name
+from hybridlab.base.swapped import swapped
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.engine.result import StepResult
 from hybridlab.engine.trainer import HybridTrainer
@@ -172,18 +173,7 @@ class HybridLoop:
 
 def hold_(optimizer: Optimizer) -> Callable[[], AbstractContextManager[None]]:
     """Let `optimizer.step()` do nothing, but within the context that is returned."""
-    take, held = optimizer.step, [True]
-
-    def step(self: Optimizer, closure: Callable[[], float] | None = None) -> Any:
-        return None if held[0] else take(closure) if closure else take()
-
-    @contextmanager
-    def stepping() -> Iterator[None]:
-        held[0] = False
-        try:
-            yield
-        finally:
-            held[0] = True
-
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
-    return stepping
+    take = optimizer.step
+    held = wraps(take)(lambda self, closure=None: None)  # with the mark by which a scheduler knows its own wrapper
+    optimizer.step = MethodType(held, optimizer)  # type: ignore[method-assign]
+    return partial(swapped, optimizer, step=take)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch._ops import OpOverload
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from hybridlab.base.swapped import swapped
 from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.planner.trace import FLOPS, Trace
 
@@ -75,7 +75,7 @@ class Compiled:
         def run(*tensors: Tensor) -> Any:
             given = iter(tensors[len(names) :])
             args, kwargs = tree_unflatten([next(given) if leaf is Tensor else leaf for leaf in rest], structure)
-            with _as_compiling():
+            with swapped(torch.compiler, _is_compiling_flag=True):
                 return torch.func.functional_call(body, dict(zip(names, tensors, strict=False)), args, kwargs)
 
         def cut(graph: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
@@ -106,16 +106,6 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-@contextmanager
-def _as_compiling() -> Iterator[None]:
-    """Inside, `torch.compiler.is_compiling` says that it is."""
-    torch.compiler._is_compiling_flag, before = True, torch.compiler._is_compiling_flag
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 class Kernels(fx.Interpreter):

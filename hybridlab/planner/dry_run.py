@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from hybridlab.base.errors import UserError
+from hybridlab.base.swapped import swapped
 from hybridlab.depth import DepthSchedule
 from hybridlab.memory.checkpointing import BlockInputs, blocks_of, buckets_of, checkpoint_blocks_
 from hybridlab.models import loss as own_loss
@@ -110,7 +111,8 @@ class DryRun:
 
     def rehearse(self) -> Rehearsal:
         """All phases."""
-        with self._trace, _pieces_recalled(self._trace):
+        of_piece = self._trace.recalled(own_loss._loss_of_)  # once for all that are alike: a long batch has thousands
+        with self._trace, swapped(own_loss, _loss_of_=of_piece):
             setup = self._set_up()
             state, update = self._set_up_optimizer()
             path = self._set_up_path()
@@ -424,17 +426,6 @@ class DryRun:
         numbers = getattr(self._memory.mixed_precision, phase, "fp32")
         cached = self._spec.weight_cache
         return torch.autocast("cpu", torch.bfloat16, enabled=numbers != "fp32", cache_enabled=cached)
-
-
-@contextmanager
-def _pieces_recalled(trace: Trace) -> Iterator[None]:
-    """Inside, a piece of our loss is computed once for all that are like it: a long batch has thousands."""
-    of_piece = own_loss._loss_of_
-    own_loss._loss_of_ = trace.recalled(of_piece)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        own_loss._loss_of_ = of_piece
 
 
 def _deactivate_(model: nn.Module, depth: DepthSchedule) -> set[nn.Parameter]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from hybridlab.base.swapped import swapped
 
 GRAIN_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""
@@ -109,14 +111,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.count(out)
         return out
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Record nothing inside the context; what is made in it and stays is told to `count`."""
-        self._is_paused, before = True, self._is_paused
-        try:
-            yield
-        finally:
-            self._is_paused = before
+        return swapped(self, _is_paused=True)
 
     def count(self, out: Any) -> None:
         """Follow the storages of an operation's results from here on."""
@@ -124,15 +121,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, Tensor) and not self._is_paused:
                 self._count(value)
 
-    @contextmanager
-    def counting_as(self, part: str | None, stream: str = "") -> Iterator[None]:
+    def counting_as(self, part: str | None, stream: str = "") -> AbstractContextManager[None]:
         """Set `new_part` and `new_stream` inside the context."""
-        before = self.new_part, self.new_stream
-        self.new_part, self.new_stream = part, stream
-        try:
-            yield
-        finally:
-            self.new_part, self.new_stream = before
+        return swapped(self, new_part=part, new_stream=stream)
 
     def recalled(self, act: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A function that is computed once for each form of its arguments; later, what was recorded of it is copied.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pandas as pd
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import replaced, writing_to
+from hybridlab.base.swapped import swapped
 from hybridlab.study.record import Run
 
 MIB = 2**20
@@ -80,15 +81,15 @@ def _add_scalars(writer: Any, table: str, rows: pd.DataFrame) -> None:
             writer.add_scalar(f"{table}/{column}", row[2], int(row[0]), walltime=row[1])
 
 
-@contextmanager
-def _disk_told_once() -> Iterator[None]:
+def _disk_told_once() -> AbstractContextManager[None]:
     """Keep the writer's thread from printing a full disk's traceback: the writer itself raises the same error."""
     shown = threading.excepthook
-    threading.excepthook = lambda failure: None if isinstance(failure.exc_value, OSError) else shown(failure)
-    try:
-        yield
-    finally:
-        threading.excepthook = shown
+
+    def told(failure: Any) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            shown(failure)
+
+    return swapped(threading, excepthook=told)
 
 
 def _writer(folder: Path) -> Any:
