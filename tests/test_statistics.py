@@ -23,10 +23,9 @@ from hybridlab.results.publish import plain
 from hybridlab.results.words import MAY_BE_OPEN
 from hybridlab.study import StudyResult, compare
 from hybridlab.study.rates import RateTrials
-from hybridlab.study.record import Run
 from hybridlab.study.statistics import Interval, holm, median_ends
 from hybridlab.study.step_value import Array, PairedTest, SeedRuns, StepValue
-from tests.test_study import with_hybrids
+from tests.test_study import ended_run, with_hybrids
 
 CURVES: dict[str, Callable[[Array], Array]] = {
     "linear": lambda n: 4.0 - n / 1000,
@@ -366,20 +365,9 @@ def _tried(rows: list[dict[str, Any]]) -> dict[str, str]:
 def study_of(rows: list[dict[str, Any]], parameters: dict[str, Any]) -> StudyResult:
     """A study's closing figures as its table "runs" has them."""
     task = {"batch_size": parameters["batch_size"], "block_size": parameters.get("block_size", 1)}
-    never = dict.fromkeys(("forward_only_passes", "proposals_accepted", "proposals_rejected"), 0)
-    never |= {"rollbacks": 0, "divergences": 0, "memory_source": "process"}
-    return StudyResult(
-        {
-            (row["arm"], row["seed"]): Run(
-                Path(),
-                {"task": task, "hybrid": {"max_predict_steps": not row["arm"].startswith(("baseline", "control"))}},
-                pd.DataFrame({"measured_loss": [row["first_loss"]]}),
-                pd.DataFrame(),
-                never | row,
-            )
-            for row in rows
-        }
-    )
+    predicts = [not row["arm"].startswith(("baseline", "control")) for row in rows]
+    runs = [ended_run(task, may, row["first_loss"], row) for may, row in zip(predicts, rows, strict=True)]
+    return StudyResult({(row["arm"], row["seed"]): run for row, run in zip(rows, runs, strict=True)})
 
 
 def test_a_table_of_runs_gives_the_comparison_again() -> None:

@@ -211,20 +211,23 @@ def test_same_settings_same_numbers(tmp_path: Path, result: StudyResult) -> None
     assert again.steps["measured_loss"].equals(result.runs["jumpy", 0].steps["measured_loss"])
 
 
+def ended_run(task: dict[str, int], predicts: bool, first_loss: float, summary: dict[str, Any]) -> Run:
+    """A run of which the first loss and the closing figures are known."""
+    never = ("forward_only_passes", "proposals_accepted", "proposals_rejected", "rollbacks", "divergences")
+    figures = dict.fromkeys(never, 0) | {"memory_source": "process"} | summary
+    config = {"task": task, "hybrid": {"max_predict_steps": 8 * predicts}}
+    return Run(Path(), config, pd.DataFrame({"measured_loss": [first_loss]}), pd.DataFrame(), figures)
+
+
 def made_up(losses: list[dict[str, float]], steps: int = 400) -> StudyResult:
     """A study's closing figures: for each seed, the final loss of each arm."""
     shares = {"baseline": 1.0, "control, 50% of the steps": 0.5, "control, 75% of the steps": 0.75}
-    plain = dict.fromkeys(("forward_only_passes", "proposals_accepted", "proposals_rejected"), 0)
-    plain |= {"rollbacks": 0, "divergences": 0, "seconds": 1.0, "memory_source": "process"}
-    config = {"task": {"batch_size": 8, "block_size": 64}}
-    runs = {}
+    task, runs = {"batch_size": 8, "block_size": 64}, {}
     for seed, by_arm in enumerate(losses):
         for name, loss in by_arm.items():
             share, predicts = shares.get(name, 0.7), name not in shares and not name.startswith("control of")
             counts = {"gradient_steps": round(share * steps), "predicted_steps": round(0.3 * steps * predicts)}
-            summary = plain | counts | {"validation_loss": loss}
-            settings = config | {"hybrid": {"max_predict_steps": 8 * predicts}}
-            runs[name, seed] = Run(Path(), settings, pd.DataFrame({"measured_loss": [6.0]}), pd.DataFrame(), summary)
+            runs[name, seed] = ended_run(task, predicts, 6.0, counts | {"seconds": 1.0, "validation_loss": loss})
     return StudyResult(runs)
 
 
