@@ -76,11 +76,9 @@ def claims_document(evidence: Evidence) -> str:
     """Every claim of every profile."""
     profiles = []
     for profile, entries in evidence.entries.items():
-        tables = []
-        for name in entries:
-            claims = evidence.claims(name, profile=profile)
-            rows = [{"claim": claim.sentence, **_decided(claim)} for claim in claims]
-            tables.append((notebook_link(name, profile), rows))
+        claims = {name: evidence.claims(name, profile=profile) for name in entries}
+        rows = {name: [{"claim": it.sentence, **_decided(it)} for it in of] for name, of in claims.items()}
+        tables = [(notebook_link(name, profile), of) for name, of in rows.items()]
         profiles.append((profile, evidence.label(profile), tables))
     return render("CLAIMS.md", claims=profiles)
 

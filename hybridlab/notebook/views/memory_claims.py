@@ -294,36 +294,31 @@ def _peak_claims(kind: str, foot: Footprint, bound: float) -> list[Claim]:
 
 def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[Claim]:
     """That offloading for a jump takes less than one gradient step; nothing without a GPU, or a second jump."""
-    text, other = "offloading and restoring add less than a gradient step to a jump of", phases.get(control)
-    if other is None:
-        return []
-    limit_ms = other.gradient_step_ms
-    return [
-        _claim("transition", name, f"{text} {phase.typical_ms('steps'):.0f}", beyond, limit_ms, phase, other)
-        for name, phase in phases.items()
-        if name != control and (beyond := _measured(phase, other))
-    ]
+    other, claims = phases.get(control), []
+    for name, phase in phases.items():
+        if other and name != control:
+            text = (
+                f"offloading and restoring add less than a gradient step to a jump of {phase.typical_ms('steps'):.0f}"
+            )
+            claims += _claims("transition", name, text, phase, other, other.gradient_step_ms)
+    return claims
 
 
 def lookahead_claims(phases: Mapping[str, PredictPhase], ahead: str, late: str) -> list[Claim]:
     """That restoring beside the last predicted steps is quicker than after them; nothing without a GPU or two jumps."""
-    if ahead not in phases or not (beyond := _measured(phases[ahead], phases[late])):
-        return []
     text = "a jump takes less time when the state is restored beside its last predicted steps than after them"
-    return [_claim("lookahead", ahead, text, beyond, 0.0, phases[ahead], phases[late])]
+    return _claims("lookahead", ahead, text, phases[ahead], phases[late], 0.0) if ahead in phases else []
 
 
-def _measured(phase: PredictPhase, control: PredictPhase) -> list[float]:
-    return [] if phase.reserved_bytes is None else phase.beyond_ms(control)
-
-
-def _claim(
-    kind: str, arm: str, text: str, beyond: list[float], limit_ms: float, phase: PredictPhase, other: PredictPhase
-) -> Claim:
+def _claims(kind: str, arm: str, text: str, phase: PredictPhase, other: PredictPhase, limit_ms: float) -> list[Claim]:
     """Jumps of the same number are compared; the median decides, with its 95 % interval. Beside it, a jump's cost.
 
-    The two runs took no turns: what their ordinary steps differ by, over a jump, is added at both ends.
+    The two runs took no turns: what their ordinary steps differ by, over a jump, is added at both ends. Nothing without
+    a GPU, or a second jump.
     """
+    beyond = phase.beyond_ms(other)
+    if phase.reserved_bytes is None or not beyond:
+        return []
     low, high = median_ends(beyond)
     drift = abs(phase.gradient_step_ms / other.gradient_step_ms - 1) * phase.typical_ms()
     quantities = (
@@ -335,4 +330,4 @@ def _claim(
         Quantity("gradient_step", phase.gradient_step_ms, unit="ms"),
         Quantity(DRIFT, drift, unit="ms"),
     )
-    return Claim(kind, f"{arm}: {text}", holds_below(low - drift, high + drift, limit_ms), quantities, arm)
+    return [Claim(kind, f"{arm}: {text}", holds_below(low - drift, high + drift, limit_ms), quantities, arm)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 
 import pandas as pd
@@ -42,6 +41,13 @@ ACCURACY_TOLERANCE = 0.002
 VRAM_BOUND_BYTES = 5e9
 """The plan's bound for GPT-2 Small."""
 
+TUNED = {
+    "lr-is-tuned": ("lr ", "no neighbouring learning rate ends lower"),
+    "beta1-is-tuned": ("beta1 ", "no neighbouring beta1 ends lower"),
+    "beats-vanilla": ("vanilla", "the tuned baseline beats the plan's vanilla setting"),
+}
+"""What is claimed of the baseline, how the names begin of the arms that it is held against, and the sentence."""
+
 MAX_NULL_OVER_BARE, MAX_RECORDING = 1.02, 0.03
 """What the trainer may cost: its step over the bare loop's, and the share that recording the path adds."""
 
@@ -72,31 +78,19 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     )
     falls = holds_if(max(losses[BASELINE].values()) < first)
     held = (Quantity("first_loss", first, unit="nats"), replace(final[0], bound=first), *final[1:])
-    claims = [Claim("converges", "the validation loss falls", falls, held)]
-    below = partial(_below, losses=losses, final=final, base=base_of(result))
-    for setting, text in (("lr", "learning rate"), ("beta1", "beta1")):
-        if neighbours := [name for name in losses if name.startswith(f"{setting} ")]:
-            claims.append(below(f"{setting}-is-tuned", f"no neighbouring {text} ends lower", neighbours))
-    if "vanilla" in losses:
-        text = "the tuned baseline beats the plan's vanilla setting"
-        claims.append(below("beats-vanilla", text, ["vanilla"]))
+    claims, mine = [Claim("converges", "the validation loss falls", falls, held)], losses[BASELINE]
+    changes = {arm: Interval.of([mine[seed] - loss for seed, loss in of.items()]) for arm, of in losses.items()}
+    for kind, (beginning, text) in TUNED.items():
+        if beside := {arm: change for arm, change in changes.items() if arm.startswith(beginning)}:
+            claims.append(_below(kind, text, beside, final, base_of(result)))
     return claims
 
 
-def _below(
-    kind: str,
-    text: str,
-    others: Sequence[str],
-    losses: Mapping[str, Mapping[int, float]],
-    final: Sequence[Quantity],
-    base: Base,
-) -> Claim:
-    """That the baseline ends below each of some arms, paired by the seeds that both have.
+def _below(kind: str, text: str, changes: Mapping[str, Interval], final: Sequence[Quantity], base: Base) -> Claim:
+    """That the baseline ends below each of some arms, by the differences to them, paired by the seeds that both have.
 
-    losses: arm -> seed -> nats; final: the mean losses, to show beside the differences; base: of the baseline
+    final: the mean losses, to show beside the differences; base: of the baseline
     """
-    mine = losses[BASELINE]
-    changes = {arm: Interval.of([mine[seed] - loss for seed, loss in losses[arm].items()]) for arm in others}
     worst = _worst(*(holds_below(*change.ends, 0.0) for change in changes.values()))
     held = [Quantity.over_seeds(f"loss_beside_{a.replace(' ', '_')}", c, "nats", 0.0) for a, c in changes.items()]
     seeds = min(change.seeds for change in changes.values())
