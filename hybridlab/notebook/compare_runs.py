@@ -183,7 +183,7 @@ def _so_far(run: Run) -> dict[str, Any]:
     if run.steps.empty:
         return {}
     last = run.steps.iloc[-1]
-    measured = run.steps["validation_loss"].dropna() if "validation_loss" in run.steps else pd.Series(dtype=float)
+    measured = run.steps.get("validation_loss", pd.Series(dtype=float)).dropna()
     return {
         "nominal_steps": int(last["nominal_step"]),
         "gradient_steps": int(last["gradient_step"]),

@@ -6,7 +6,7 @@ With them the least time that prediction in time can take.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -78,20 +78,18 @@ class Claims:
     def _finding(self, claim: Published, evidence: Evidence) -> Finding:
         of_memory = claim.kind == "completes" or any(q.unit == "bytes" for q in claim.quantities)
         emulated = of_memory and evidence.is_emulated(claim.notebook)
-        words = "; ".join(filter(None, (claim.numbers, self._rests_on(claim, evidence))))
+        words = "; ".join(filter(None, (claim.numbers, *self._rests_on(claim, evidence))))
         return Finding(claim.about, self._outcome(claim), words, claim.notebook, emulated)
 
-    def _rests_on(self, claim: Published, evidence: Evidence) -> str:
+    def _rests_on(self, claim: Published, evidence: Evidence) -> Iterator[str]:
         """What a reader must know beside the numbers: steps and control of a quality, rates of a grown model."""
-        steps, tf32 = evidence.steps_judged(claim.notebook), evidence.tf32_stands_for_fp32(claim.notebook)
-        if claim.kind in ("pays", "depth-pays"):
-            grew = claim.grew or claim.kind == "depth-pays"
-            return UNTRIED if grew and not evidence.tried_rates(claim.notebook) else ""
-        if claim.kind != "quality":
-            return ""
-        judged = f"after {steps} steps" if steps else ""
-        control = f"the control is FP32 in TF32, whether that stands for strict FP32: {tf32}" if tf32 else ""
-        return "; ".join(filter(None, (judged, control)))
+        grew = claim.kind == "depth-pays" or (claim.kind == "pays" and claim.grew)
+        if grew and not evidence.tried_rates(claim.notebook):
+            yield UNTRIED
+        if claim.kind == "quality" and (steps := evidence.steps_judged(claim.notebook)):
+            yield f"after {steps} steps"
+        if claim.kind == "quality" and (tf32 := evidence.tf32_stands_for_fp32(claim.notebook)):
+            yield f"the control is FP32 in TF32, whether that stands for strict FP32: {tf32}"
 
     def _outcome(self, claim: Published) -> Outcome:
         if self.below is None or claim.is_idle or claim.rests_on_too_little or claim.verdict == "fails":

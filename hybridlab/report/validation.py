@@ -149,7 +149,7 @@ def _rows(findings: Sequence[Finding], most: int) -> Iterator[Cells]:
     for number, finding in enumerate(findings):
         alike = _alike(finding)
         groups.setdefault(alike if counts[alike] > most else number, []).append(finding)
-    mixed = len({finding.notebook for group in groups.values() for finding in group}) > 1
+    mixed = len({finding.notebook for finding in findings}) > 1
     for group in groups.values():
         first, about = group[0], ", ".join(finding.about for finding in group)
         topic = (first.notebook or "").partition("_")[2].removeprefix("gpt2_").replace("_", ", ")

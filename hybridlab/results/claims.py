@@ -25,7 +25,6 @@ Unit = Literal[
 VOLATILE_UNITS = ("bytes", "ms", "s", "percent", "time ratio")
 """Of what differs between two equal runs: times and memory. All other quantities repeat to four decimals."""
 
-DIGITS = 6
 TOO_LITTLE = "too little to tell"
 AS_READ = {"strict": True, "extra": "forbid"}
 """How a results file is held against these classes (`reading.py`)."""
@@ -158,11 +157,9 @@ def holds_below(low: float | None, high: float | None, bound: float) -> Verdict:
     return "fails" if low is not None and low > bound else "open"
 
 
-def holds_within(low: float, high: float, bound: float) -> Verdict:
-    """Whether an interval lies wholly within plus and minus a bound, wholly outside, or reaches across one."""
-    if max(abs(low), abs(high)) < bound:
-        return "holds"
-    return "fails" if low > bound or high < -bound else "open"
+def worst(*verdicts: Verdict) -> Verdict:
+    """That all of them hold."""
+    return next((verdict for verdict in ("fails", "open") if verdict in verdicts), "holds")
 
 
 def on_losses(kind: str, arm: str, text: str, verdict: Verdict, quantities: Iterable[Quantity], base: Base) -> Claim:
@@ -177,4 +174,4 @@ def too_little(base: Base) -> str:
 
 def rounded(value: Any) -> Any:
     """A number at six significant digits, as results.json keeps it; what is no float stays as it is."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value

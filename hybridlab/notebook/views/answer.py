@@ -29,8 +29,6 @@ ALONE = 2
 IDLE: Verdict = "predicted nothing"
 """The verdict on an arm that did."""
 
-OPEN = "Open, which these numbers cannot decide"
-
 VERBS: dict[Verdict, tuple[str, str]] = {
     "holds": ("holds", "hold"),
     "fails": ("fails", "fail"),
@@ -110,7 +108,7 @@ def claims_in_sentences(claims: Sequence[Claim]) -> list[str]:
     words: dict[Verdict, str] = {
         "holds": "One that holds" if several else "What holds",
         "fails": "What fails",
-        "open": OPEN,
+        "open": "Open, which these numbers cannot decide",
     }
     named = [f"{word}: {_named(shown[verdict])}." for verdict, word in words.items() if shown[verdict]]
     return [_count(by), *named] if several else named

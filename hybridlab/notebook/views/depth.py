@@ -27,9 +27,6 @@ GROWN, SHALLOW = "grown", "shallow"
 UNEQUAL = "no shallow run had as much computation"
 """Why a grown model that ends below the shallow one of as many steps shows nothing."""
 
-DIVERGED = "a shallow run diverged"
-"""Why one that ends below a shallow one of as much computation may show nothing."""
-
 
 def depth_arms(
     plain: HybridTrainerConfig, first_blocks: int, blocks: int, grow_at: float
@@ -181,7 +178,7 @@ def shallow_claim(result: StudyResult, grown: str, shallow: str, budget: str = "
     kind, _, size = shallow.partition(", ")
     name = f"{kind} model ({size})" if size else f"{kind} model"
     text = f"{arm}: depth pays at this budget, as the grown model ends below the {name} of as much computation"
-    why = DIVERGED if losses[deciding].mean == -math.inf else "" if is_equal else UNEQUAL
+    why = "a shallow run diverged" if losses[deciding].mean == -math.inf else "" if is_equal else UNEQUAL
     if why and verdict == "holds":
         verdict, text = "open", f"{text} ({why})"
     base = base_of(result, compared=(grown, control if is_equal else shallow))

@@ -21,8 +21,6 @@ from hybridlab.study.ladder import AVERAGED, Ladder, Rung, learns_as, times
 from hybridlab.study.statistics import Interval
 from hybridlab.study.step_value import StepValue
 
-Figures = dict[str, dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class LadderProfile:
@@ -183,7 +181,7 @@ def ladder_tables(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile)
     return {"ladder": [dict(row) for row in ladder_table(ladder, rungs, profile).rows], "ladder_runs": runs}
 
 
-def ladder_figures(rungs: Sequence[Rung]) -> Figures:
+def ladder_figures(rungs: Sequence[Rung]) -> dict[str, dict[str, Any]]:
     """The vanilla run's time over that of the whole stack, for results.json."""
     top, ratio = rungs[-1], rungs[-1].time_ratio
     rests_on = {

@@ -17,8 +17,8 @@ from hybridlab.results.claims import (
     Quantity,
     holds_below,
     holds_if,
-    holds_within,
     on_losses,
+    worst,
 )
 from hybridlab.study.memory_log import growth_bytes
 from hybridlab.study.record import Run
@@ -45,9 +45,6 @@ PREDICT_BYTES = 3.7e9
 
 MAY_GROW_BYTES = 50e6
 """Below this, two moments of a run take the same memory."""
-
-DRIFT = "drift_between_runs"
-"""What the ordinary steps of two runs differ by, over a jump."""
 
 STRICT, TF32 = "strict", "tf32"
 """How the names of losses begin in which FP32 without and with TF32 are held against each other."""
@@ -247,7 +244,8 @@ def agreement_claims(agreement: Mapping[str, float]) -> list[Claim]:
         *(Quantity(f"{STRICT}{seed}", loss, unit="nats") for seed, loss in strict.items()),
         *(Quantity(f"{TF32}{seed}", loss, unit="nats") for seed, loss in tf32.items()),
     )
-    verdict = holds_within(change.low, change.high, QUALITY_TOLERANCE_NATS)
+    sides = (change.low, change.high), (-change.high, -change.low)
+    verdict = worst(*(holds_below(*side, QUALITY_TOLERANCE_NATS) for side in sides))
     return [Claim("tf32-stands-for-fp32", text, verdict, quantities)]
 
 
@@ -328,6 +326,6 @@ def _claims(kind: str, arm: str, text: str, phase: PredictPhase, other: PredictP
         Quantity("whole_jump", phase.typical_ms(), unit="ms"),
         Quantity("of_that_proposing", phase.typical_ms("proposing"), unit="ms"),
         Quantity("gradient_step", phase.gradient_step_ms, unit="ms"),
-        Quantity(DRIFT, drift, unit="ms"),
+        Quantity("drift_between_runs", drift, unit="ms"),
     )
     return [Claim(kind, f"{arm}: {text}", holds_below(low - drift, high + drift, limit_ms), quantities, arm)]

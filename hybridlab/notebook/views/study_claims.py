@@ -22,6 +22,7 @@ from hybridlab.results.claims import (
     holds_below,
     holds_if,
     on_losses,
+    worst,
 )
 from hybridlab.study.comparison import Comparison, base_of
 from hybridlab.study.rates import RateTrials
@@ -91,10 +92,10 @@ def _below(kind: str, text: str, changes: Mapping[str, Interval], final: Sequenc
 
     final: the mean losses, to show beside the differences; base: of the baseline
     """
-    worst = _worst(*(holds_below(*change.ends, 0.0) for change in changes.values()))
+    decided = worst(*(holds_below(*change.ends, 0.0) for change in changes.values()))
     held = [Quantity.over_seeds(f"loss_beside_{a.replace(' ', '_')}", c, "nats", 0.0) for a, c in changes.items()]
     seeds = min(change.seeds for change in changes.values())
-    return on_losses(kind, "", text, worst, (*held, *final), replace(base, seeds=seeds))
+    return on_losses(kind, "", text, decided, (*held, *final), replace(base, seeds=seeds))
 
 
 def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
@@ -192,7 +193,7 @@ def speed_claim(comparison: Comparison) -> Claim:
     """The plan's 40 to 60 % less time, at its own tolerance for quality."""
     change = Quantity("perplexity_change", math.expm1(comparison.to_baseline.mean), unit="share")
     text = "the baseline's perplexity within 2 % in 40 % less time"
-    decided = _worst(_takes(comparison, 1 - PROMISED_SAVING), _keeps_quality(comparison))
+    decided = worst(_takes(comparison, 1 - PROMISED_SAVING), _keeps_quality(comparison))
     return _on_losses(
         "speed", comparison, text, decided, (change, _time_over_baseline(comparison, 1 - PROMISED_SAVING))
     )
@@ -206,18 +207,13 @@ def _speedup(comparison: Comparison) -> list[Claim]:
     accurate = holds_below(-change.high, -change.low, ACCURACY_TOLERANCE)
     text = f"{times} times as fast as the baseline, its accuracy at most {100 * ACCURACY_TOLERANCE:.1f} % lower"
     quantities = (Quantity.over_seeds("accuracy_change", change, "share"), _time_over_baseline(comparison, 1 / times))
-    return [_on_losses("speedup", comparison, text, _worst(_takes(comparison, 1 / times), accurate), quantities)]
+    return [_on_losses("speedup", comparison, text, worst(_takes(comparison, 1 / times), accurate), quantities)]
 
 
 def _takes(comparison: Comparison, share: float) -> Verdict:
     """Whether an arm takes at most this share of the baseline's time."""
     low, high = comparison.time_ratio.ends
     return "open" if low <= share < high else holds_if(high <= share)
-
-
-def _worst(*verdicts: Verdict) -> Verdict:
-    """That all of them hold."""
-    return next((verdict for verdict in ("fails", "open") if verdict in verdicts), "holds")
 
 
 def _time_over_baseline(comparison: Comparison, bound: float | None = None) -> Quantity:
