@@ -13,7 +13,7 @@ from hybridlab.benchmarks.step_profile import StepWork, step_work, time_step
 from hybridlab.charts.display import Chart
 from hybridlab.charts.model import Series
 from hybridlab.charts.tables import Table, known_columns, table
-from hybridlab.notebook.views.study_claims import value_quantity
+from hybridlab.notebook.views.study_claims import known_value
 from hybridlab.planner.gpu_specs import spec_of
 from hybridlab.results.claims import QUALITY_TOLERANCE_NATS, Claim, Quantity, holds_below, on_losses
 from hybridlab.study.comparison import base_of
@@ -145,7 +145,7 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
             claims.append(_same_loss(ladder, vanilla, rung, rung.loss_change))
         if rung.tried:
             share = times(rung.steps or StepValue(None, -math.inf, math.inf, rung.seeds), 1 / ladder.vanilla.steps)
-            quantities = (value_quantity("steps_over_vanilla", share, "ratio", 1.0), Quantity("seeds", rung.seeds))
+            quantities = (*known_value("steps_over_vanilla", share, "ratio", 1.0), Quantity("seeds", rung.seeds))
             text = f"{rung.name}: the stack up to it reaches the vanilla run's final loss in fewer steps"
             decided = holds_below(share.low, share.high, 1.0)
             claims.append(on_losses("fewer-steps", rung.name, text, decided, quantities, base))
@@ -156,7 +156,10 @@ def ladder_claims(ladder: Ladder, rungs: Sequence[Rung], least_ratio: float) -> 
     decided = holds_below(-ratio.high, -ratio.low, -least_ratio)
     if decided == "holds" and not (top.tried or alike):
         decided, text = "open", f"{text} (that {top.name} needs no more steps than the rung before was not shown)"
-    quantities = (value_quantity("stack_time_ratio", ratio, "time ratio", least_ratio), Quantity("seeds", ratio.seeds))
+    quantities = (
+        *known_value("stack_time_ratio", ratio, "time ratio", least_ratio),
+        Quantity("seeds", ratio.seeds),
+    )
     return [on_losses("stack-is-fast", "", text, decided, quantities, base), *claims]
 
 

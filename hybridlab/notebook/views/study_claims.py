@@ -115,28 +115,21 @@ def cost_claims(overhead: StepOverhead, result: StudyResult) -> list[Claim]:
 
 def pays_claim(comparison: Comparison) -> Claim:
     """That predicting beats a plain run of as much computation, corrected for all arms of the study."""
-    c, change, worth = comparison, comparison.to_control, comparison.step_value
+    c, change = comparison, comparison.to_control
     quantities = [Quantity.over_seeds("loss_to_control", change, "nats", 0.0), Quantity("seeds", change.seeds)]
     if c.predicted:
         quantities += [Quantity("p_value", c.p_value, unit="probability"), Quantity("arms_corrected_for", c.tested)]
-    if worth:
-        quantities.append(value_quantity("step_value", worth))
-    quantities.append(Quantity("gradient_steps", c.gradient_steps, unit="steps"))
-    quantities.append(Quantity("predicted_steps", c.predicted_steps, unit="steps"))
-    quantities.append(_time_over_baseline(c))
+    quantities += known_value("step_value", c.step_value)
+    taken = {"gradient_steps": c.gradient_steps, "predicted_steps": c.predicted_steps}
+    quantities += [*(Quantity(name, steps, unit="steps") for name, steps in taken.items()), _time_over_baseline(c)]
     words: dict[int, Verdict] = {-1: "holds", 0: "open", 1: "fails"}
     text = "predicting beats a plain run with as many gradient steps"
     if c.grown:
         text = "growing beats a plain run of as much computation"
         quantities.append(Quantity("cost_in_full_steps", c.cost, unit="steps"))
-        quantities += _to_loss(c)
+        quantities += known_value("compute_to_loss", c.compute_to_loss, "ratio")
+        quantities += known_value("time_to_loss", c.time_to_loss, "time ratio")
     return _on_losses("pays", c, text, words[c.sign], quantities)
-
-
-def _to_loss(c: Comparison) -> list[Quantity]:
-    """How many times an arm's computation, and its time, a plain run takes to its loss."""
-    compute = [value_quantity("compute_to_loss", c.compute_to_loss, "ratio")] if c.compute_to_loss else []
-    return compute + ([value_quantity("time_to_loss", c.time_to_loss, "time ratio")] if c.time_to_loss else [])
 
 
 def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
@@ -158,7 +151,7 @@ def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
         Quantity("seeds", change.seeds),
         Quantity("best_rate_of_hybrid", hybrid if hybrids.trained else None, unit="rate"),
         Quantity("best_rate_of_control", control if controls.trained else None, unit="rate"),
-        *(value_quantity(f"step_value_at_{rate:g}", c.step_value) for rate, c in by_rate.items() if c.step_value),
+        *(q for rate, c in by_rate.items() for q in known_value(f"step_value_at_{rate:g}", c.step_value)),
     )
     text = f"predicting pays when hybrid and control each have the best of {len(by_rate)} learning rates"
     decided = holds_below(*change.ends, 0.0)
@@ -166,9 +159,9 @@ def rate_claims(by_rate: Mapping[float, Comparison]) -> list[Claim]:
     return [on_losses("pays-at-best-rates", "", text, decided, quantities, base)]
 
 
-def value_quantity(name: str, value: StepValue, unit: Unit = "steps", bound: float | None = None) -> Quantity:
-    """With its interval."""
-    return Quantity(name, value.value, value.low, value.high, unit, value.per_seed, bound)
+def known_value(name: str, of: StepValue | None, unit: Unit = "steps", bound: float | None = None) -> list[Quantity]:
+    """One with its interval; nothing of None."""
+    return [Quantity(name, of.value, of.low, of.high, unit, of.per_seed, bound)] if of else []
 
 
 def _on_losses(kind: str, c: Comparison, text: str, decided: Verdict, quantities: Iterable[Quantity]) -> Claim:
@@ -193,10 +186,9 @@ def speed_claim(comparison: Comparison) -> Claim:
     """The plan's 40 to 60 % less time, at its own tolerance for quality."""
     change = Quantity("perplexity_change", math.expm1(comparison.to_baseline.mean), unit="share")
     text = "the baseline's perplexity within 2 % in 40 % less time"
-    decided = worst(_takes(comparison, 1 - PROMISED_SAVING), _keeps_quality(comparison))
-    return _on_losses(
-        "speed", comparison, text, decided, (change, _time_over_baseline(comparison, 1 - PROMISED_SAVING))
-    )
+    promised = 1 - PROMISED_SAVING
+    decided = worst(_takes(comparison, promised), _keeps_quality(comparison))
+    return _on_losses("speed", comparison, text, decided, (change, _time_over_baseline(comparison, promised)))
 
 
 def _speedup(comparison: Comparison) -> list[Claim]:
