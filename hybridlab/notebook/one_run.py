@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from hybridlab.base.errors import UserError, nearest
-from hybridlab.base.files import project_root, replaced
-from hybridlab.study.record import Run, runs_under
+from hybridlab.base.files import project_root
+from hybridlab.study.record import Run, runs_under, write_json
 
 TAGS = "tags.json"
 """In a run's folder; no figure depends on it."""
@@ -92,8 +92,7 @@ def tags_of(run: Run) -> list[str]:
 def set_tags(run: Run, add: Iterable[str] = (), remove: Iterable[str] = ()) -> list[str]:
     """Give tags to a run and take others away; returns those that it has then."""
     tags = sorted({*tags_of(run), *add} - {*remove})
-    with replaced(run.folder / TAGS) as beside:
-        beside.write_text(json.dumps(tags) + "\n", encoding="utf-8")
+    write_json(run.folder / TAGS, tags)
     return tags
 
 

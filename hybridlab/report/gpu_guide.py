@@ -15,10 +15,10 @@ from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.depth_advice import depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for, device_of
 from hybridlab.report.recipes import planned_recipes
-from hybridlab.report.validation import Cells, devices, loss_change, predicted_share, step_time
-from hybridlab.report.words import Markdown, escaped, notebook_link, render, verdict_word
+from hybridlab.report.validation import Cells, devices, loss_change, speedup, step_time
+from hybridlab.report.words import Markdown, escaped, notebook_link, render
 from hybridlab.results.claims import GPU_BYTES, QUALITY_TOLERANCE_NATS, SAFE_PEAK_BYTES
-from hybridlab.results.words import amount, quantity_interval
+from hybridlab.results.words import amount
 from hybridlab.study.statistics import Base, Interval, formatted
 
 SHOWN = ("confidence_threshold", "max_predict_steps", "correction_interval")
@@ -74,16 +74,10 @@ def _setting(value: Any) -> str:
     return "on" if value is True else str(value or "off")
 
 
-def _hybrid(claim: Published, evidence: Evidence) -> dict[str, str | None]:
-    vram = evidence.beside(claim, "vram")
-    return {
-        "arm": claim.about,
-        "steps predicted": predicted_share(claim),
-        "loss against the control": quantity_interval(claim.quantity("loss_to_control")),
-        "p, corrected": amount(claim.value("p_value"), "probability"),
-        "peak VRAM": amount(vram.value("peak_memory"), "bytes") if vram else None,
-        "pays": verdict_word(claim.verdict),
-    }
+def _hybrid(claim: Published, evidence: Evidence) -> Cells:
+    row, vram = speedup(claim, evidence), evidence.beside(claim, "vram")
+    shown = {name: row[name] for name in ("arm", "steps predicted", "loss against the control", "p, corrected")}
+    return shown | {"peak VRAM": vram and amount(vram.value("peak_memory"), "bytes"), "pays": row["pays"]}
 
 
 def by_model(evidence: Evidence) -> str:

@@ -52,7 +52,7 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         significance=f"{100 * SIGNIFICANCE:.0f} %",
         verdicts=_verdicts(evidence),
         criteria=[(title, list(_criteria(title, evidence))) for title in CRITERIA],
-        speedup=[_speedup(claim, evidence) for claim in pays if not claim.is_idle],
+        speedup=[speedup(claim, evidence) for claim in pays if not claim.is_idle],
         idle=[_idle(claim, evidence) for claim in pays if claim.is_idle],
         jumps=[_jump(claim) for claim in evidence.claims(kind="transition") if claim.value("whole_jump")],
         reliability=[row for profile in evidence.entries for row in _reliability(evidence, profile)],
@@ -169,7 +169,8 @@ def _numbers(finding: Finding) -> Cells:
     return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran else where[:2]}
 
 
-def _speedup(claim: Published, evidence: Evidence) -> Cells:
+def speedup(claim: Published, evidence: Evidence) -> Cells:
+    """Whether a hybrid pays, its control beside it."""
     time = _time(claim, evidence)
     predicted, gradient = claim.value("predicted_steps"), claim.value("gradient_steps")
     return {

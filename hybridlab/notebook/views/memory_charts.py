@@ -72,12 +72,13 @@ def memory_breakdown(rows: Sequence[MemoryRow], title: str) -> Chart:
         Series(part, [row["parts"].get(part, 0) / 1e9 for row in rows], numbers, kind="bar", stack=True)
         for part in shown
     ]
-    known = [(number, row["measured_allocated_bytes"] / 1e9) for number, row in enumerate(rows) if _measured(row)]
+    sizes = [row.get("measured_allocated_bytes") for row in rows]
+    known = [(number, size / 1e9) for number, size in enumerate(sizes) if size is not None]
     names, label = tuple(row["arm"] for row in rows), "peak of allocated memory (GB), predicted by part above measured"
     if known:
         at, measured = zip(*known, strict=True)
         stacked.append(Series("measured", measured, at, kind="bar", control=True))
-        title = without(title, [row["arm"] for row in rows if not _measured(row)])
+        title = without(title, [name for name, size in zip(names, sizes, strict=True) if size is None])
     return Chart(title, label, "", tuple(stacked), names=names)
 
 
@@ -107,7 +108,3 @@ def quality_against_memory(rows: Sequence[MemoryRow], title: str) -> Chart:
     near = max(row["peak_memory_bytes"] for row in rows) / 1e9 > SAFE_PEAK.value / 2
     bound = (SAFE_PEAK,) if near else ()
     return Chart(title, "peak memory (GB)", label, tuple(series), lines=zero, x_lines=bound)
-
-
-def _measured(row: MemoryRow) -> bool:
-    return row.get("measured_allocated_bytes") is not None

@@ -52,14 +52,9 @@ def steps_within(minutes: float, study: Study) -> int:
     fractions = study.control_fractions
     runs = sum(fractions) + len(study.arms()) - len(fractions)  # each of the others costs a baseline at most
     steps = 60e3 * minutes / (figures["gradient_step_ms"] * study.seeds * runs)
-    least = [2 * _first_proposal(hybrid) for hybrid in study.hybrids.values()]
+    predicting = [(hybrid, needs) for hybrid in study.hybrids.values() if (needs := hybrid.path_needs)]
+    least = [2 * (hybrid.warmup_steps + needs.rows * needs.every) for hybrid, needs in predicting]
     return max(LEAST.steps, *least, 10 * round(steps / 10))
-
-
-def _first_proposal(config: HybridTrainerConfig) -> int:
-    """The step at which the path is long enough for the predictor; 0 where nothing is predicted in time."""
-    needs = config.path_needs
-    return config.warmup_steps + needs.rows * needs.every if needs else 0
 
 
 def fit_report(config: RunConfig, card: str) -> str:
