@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import scipy
 
@@ -214,13 +214,11 @@ def device_of(entry: Entry) -> str:
     return str(entry["device"]).replace("GB card", "GB GPU")
 
 
-C = TypeVar("C", bound=Claim)
-
 ON_LOSSES = ("pays", "quality", "speed", "speedup", "lr-is-tuned", "beta1-is-tuned", "beats-vanilla")
 """The kinds of claims that rest on losses."""
 
 
-def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
+def judged(claims: Sequence[Published], parameters: Mapping[str, Any]) -> list[Published]:
     """The claims of one notebook; those on losses are open where too little was trained, and one ratio of times is.
 
     parameters: the notebook's own. A claim that several arms are corrected for keeps its verdict; an older one, without
@@ -228,18 +226,14 @@ def judged(claims: Sequence[C], parameters: Mapping[str, Any]) -> list[C]:
     depended on the other arms' controls. An arm that grew was judged when it was published, by its study's own base.
     """
     claims = [_by_equal_computation(_by_one_ratio(claim)) for claim in claims]
-    base, older = base_asked_for(parameters), [claim for claim in claims if _is_older(claim)]
+    base, grown = base_asked_for(parameters), {claim.arm for claim in claims if claim.grew}
+    untested = [claim for claim in claims if claim.kind == "pays" and claim.quantity("p_value") is None]
+    idle = {claim.arm for claim in untested if claim.value("predicted_steps") == 0}
+    older = [claim for claim in untested if claim.value("predicted_steps")]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(c, p_values[c.id], len(older), base.seeds) if c in older else c for c in claims]
-    grown = {claim.arm for claim in claims if claim.quantity("cost_in_full_steps")}
-    idle = {claim.arm for claim in claims if claim.kind == "pays" and not _predicted(claim)}
-    kept = [claim.kind not in ON_LOSSES or claim.arm in grown for claim in corrected]
-    return [c if keep else _judged(c, base, c.arm in idle) for c, keep in zip(corrected, kept, strict=True)]
-
-
-def _predicted(claim: Claim) -> bool:
-    """Whether an arm predicted weights, in time or in depth, as far as was published."""
-    return claim.value("predicted_steps") != 0 or claim.quantity("p_value") is not None
+    on_losses = {claim.id for claim in claims if claim.kind in ON_LOSSES and claim.arm not in grown}
+    return [_judged(c, base, c.arm in idle) if c.id in on_losses else c for c in corrected]
 
 
 def base_asked_for(parameters: Mapping[str, Any]) -> Base:
@@ -248,10 +242,6 @@ def base_asked_for(parameters: Mapping[str, Any]) -> Base:
     steps = parameters.get("reference_steps") or parameters.get("steps") or max(budgets)
     tokens = steps * (parameters.get("batch_size") or 0) * (parameters.get("block_size") or 1)
     return Base(steps, parameters.get("seeds") or 1, tokens, math.inf)
-
-
-def _is_older(claim: Claim) -> bool:
-    return claim.kind == "pays" and bool(claim.value("predicted_steps")) and claim.quantity("p_value") is None
 
 
 def _p_value(claim: Claim, seeds: int) -> float:
@@ -277,20 +267,16 @@ def least_difference(claim: Claim) -> float | None:
     return float((loss.high - loss.low) / 2 / t.ppf(0.975) * t.ppf(1 - SIGNIFICANCE / (2 * arms)))
 
 
-def _corrected(claim: C, p_value: float, tested: int, seeds: int) -> C:
+def _corrected(claim: Published, p_value: float, tested: int, seeds: int) -> Published:
     """An older claim's "seeds" are those of its step value, which it loses; its loss is over all."""
     better = (claim.value("loss_to_control") or 0.0) < 0
     decided: Verdict = "holds" if better else "fails"
-    kept = [
-        replace(quantity, value=seeds) if quantity.name == "seeds" else quantity
-        for quantity in claim.quantities
-        if quantity.name != "step_value"
-    ]
+    changed = [replace(q, value=seeds) if q.name == "seeds" else q for q in claim.quantities if q.name != "step_value"]
     more = (Quantity("p_value", p_value, unit="probability"), Quantity("arms_corrected_for", tested))
-    return replace(claim, verdict=decided if p_value < SIGNIFICANCE else "open", quantities=(*kept, *more))
+    return replace(claim, verdict=decided if p_value < SIGNIFICANCE else "open", quantities=(*changed, *more))
 
 
-def _by_one_ratio(claim: C) -> C:
+def _by_one_ratio(claim: Published) -> Published:
     """A claim on times that rests on one ratio, without an interval, decides nothing."""
     ratio = claim.deciding
     is_one = ratio is not None and ratio.unit == "time ratio" and ratio.low is ratio.high is None
@@ -299,14 +285,14 @@ def _by_one_ratio(claim: C) -> C:
     return replace(claim, text=f"{claim.text} ({TOO_LITTLE}: one ratio, without an interval)", verdict="open")
 
 
-def _by_equal_computation(claim: C) -> C:
+def _by_equal_computation(claim: Published) -> Published:
     """Whether depth pays is open where the shallow model that it beats had less computation."""
     if claim.kind != "depth-pays" or claim.verdict != "holds" or claim.quantity("loss_to_shallow_control"):
         return claim
     return replace(claim, text=f"{claim.text} ({UNEQUAL})", verdict="open")
 
 
-def _judged(claim: C, base: Base, idle: bool) -> C:
+def _judged(claim: Published, base: Base, idle: bool) -> Published:
     """A claim on losses: of a hybrid that predicted nothing it shows nothing, and on too little training it is open."""
     if idle:
         return replace(claim, verdict="predicted nothing")
