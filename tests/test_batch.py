@@ -33,7 +33,7 @@ from hybridlab.results.parameters import parameters_from, parameters_sha256
 from hybridlab.results.publish import publish
 from hybridlab.results.reading import load_results
 from hybridlab.results.repeats import MOST
-from tests.conftest import full_disk
+from tests.conftest import full_disk, names
 from tests.notebook_maker import DECLARED, project, save, tiny_notebook
 
 
@@ -403,6 +403,14 @@ def test_an_interrupted_run_says_where_ends_with_130_and_leaves_no_temporary_fil
     assert not (root / "out" / "slow.ipynb").exists()
     assert (root / "out" / "slow.failed.ipynb").exists()
     assert list(temporary.iterdir()) == []
+
+
+def test_a_run_without_standard_streams_leaves_its_copy(root):
+    """As a service may start it. What could not be printed makes the exit code 1."""
+    save(tiny_notebook("print('all')"), root / "tiny.ipynb")
+    command = f"exec '{sys.executable}' -m hybridlab run tiny.ipynb -o out/tiny.ipynb <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, check=False).returncode == 1
+    assert names(root / "out") >= {"tiny.ipynb"}
 
 
 def test_cleaning_takes_out_timings_widgets_and_paths(root):

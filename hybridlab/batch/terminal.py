@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, TextIO
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+STDERR = 2  # the last of the standard descriptors
 
 SIGNALS = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
 """What a system sends to end a program, a closed terminal to all of its own; Windows has no SIGHUP."""
@@ -79,9 +80,17 @@ class Output:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
+def _open_standard_descriptors() -> None:
+    """Those that are closed lead to nowhere from here on: a kernel dies that inherits a closed one."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 @contextmanager
 def guarded_output() -> Iterator[Output]:
     """Both standard streams as `Output` while the block runs; gives standard output."""
+    _open_standard_descriptors()
     out, said = Output(sys.stdout), Output(sys.stderr)
     with redirect_stdout(out), redirect_stderr(said):  # type: ignore[type-var]
         try:
