@@ -81,7 +81,7 @@ class Output:
 
 
 def _open_standard_descriptors() -> None:
-    """Those that are closed lead to nowhere from here on: a kernel dies that inherits a closed one."""
+    """Open those that are closed as the null device: a kernel that inherits a closed one dies."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
