@@ -39,10 +39,8 @@ def depth_arms(
     if not first_blocks:
         return {}
     grown = DepthSchedule.shares(((0.0, first_blocks), (grow_at, blocks)))
-    return {
-        GROWN: replace(plain, depth=grown),
-        SHALLOW: replace(plain, depth=DepthSchedule.constant(first_blocks)),
-    }
+    shallow = DepthSchedule.constant(first_blocks)
+    return {GROWN: replace(plain, depth=grown), SHALLOW: replace(plain, depth=shallow)}
 
 
 def depth_claims(result: StudyResult) -> list[Claim]:

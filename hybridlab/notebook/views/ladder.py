@@ -49,15 +49,11 @@ def profile_ladder(ladder: Ladder, steps: int) -> LadderProfile:
 
 def ladder_table(ladder: Ladder, rungs: Sequence[Rung], profile: LadderProfile) -> Table:
     """Every rung, from the vanilla run up: its step, and its time to the vanilla run's final loss."""
-    rows = known_columns(
-        [
-            {"rung": rung.name}
-            | _step_cells(rung, profile)
-            | _loss_cells(rung)
-            | _alone_cells(ladder, rung, rungs, profile)
-            for rung in rungs
-        ]
-    )
+    rows = []
+    for rung in rungs:
+        cells = _step_cells(rung, profile) | _loss_cells(rung) | _alone_cells(ladder, rung, rungs, profile)
+        rows.append({"rung": rung.name} | cells)
+    rows = known_columns(rows)
     caption = (
         "Each rung with all before it. Steps and time to the vanilla run's final validation loss, which was fixed "
         "before; time is without compilation. That is of a rung's first run: what was compiled alike before is kept. "

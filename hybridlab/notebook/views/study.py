@@ -134,9 +134,8 @@ def by_difference(comparisons: Iterable[Comparison]) -> list[Comparison]:
 
 def time_table(comparisons: Iterable[Comparison], result: StudyResult) -> Table:
     """Wall time from the end of each step to the end of the next, proposals and trials included; it differs by run."""
-    summaries = result.summaries.groupby("name", sort=False)[
-        ["seconds", "gradient_step_ms", "peak_memory_bytes"]
-    ].mean()
+    figures = ["seconds", "gradient_step_ms", "peak_memory_bytes"]
+    summaries = result.summaries.groupby("name", sort=False)[figures].mean()
     ratio = {c.name: str(c.time_ratio).replace("+", "") for c in comparisons}
     rows = [
         {

@@ -27,14 +27,8 @@ def curves(result: StudyResult, arms: Sequence[str], against: Against) -> Chart 
     left_out = (f"; predicted nothing: {', '.join(idle)}" if idle else "") + _left_out(diverged)
     if not runs:
         return f"no arm has a curve{left_out}"
-    plain = [name for name in runs if result.is_plain(name)]
-    return loss_curves(
-        runs,
-        against=against,
-        control=plain,
-        control_of=_control_of(runs),
-        title=f"Validation loss over {AXES[against]}{left_out}",
-    )
+    plain, title = [name for name in runs if result.is_plain(name)], f"Validation loss over {AXES[against]}{left_out}"
+    return loss_curves(runs, against=against, control=plain, control_of=_control_of(runs), title=title)
 
 
 def _at_once(arm: str, seed: int) -> str:
@@ -86,12 +80,8 @@ def by_seed(result: StudyResult, comparisons: Sequence[Comparison]) -> Panels | 
     if not controls:
         return f"no arm predicted anything{_left_out(diverged)}"
     runs = {name: result.steps(name) for name in {*controls, *controls.values()}}
-    return seed_panels(
-        runs,
-        controls,
-        against="gradient_step",
-        title=f"Validation loss by seed, beside the control{_left_out(diverged)}",
-    )
+    title = f"Validation loss by seed, beside the control{_left_out(diverged)}"
+    return seed_panels(runs, controls, against="gradient_step", title=title)
 
 
 def phases(result: StudyResult, arm: str, seed: int = 0) -> Chart | str:
