@@ -21,6 +21,9 @@ from hybridlab.study.step_log import StepRecord
 from hybridlab.study.study import Study, StudyResult, folder_name, label, run_arms
 from hybridlab.study.watched_run import WatchedRun
 
+Arms = Sequence[tuple[str, int]]
+"""Arm and seed of each run."""
+
 
 class Stopped(UserError):
     """A person stopped the cell."""
@@ -109,13 +112,7 @@ def run_on_ranks(
 
 @contextmanager
 def _followed(
-    total: int,
-    what: object,
-    arms: Sequence[tuple[str, int]],
-    notebook: str,
-    resume: bool,
-    isolated: bool = False,
-    at_once: int = 1,
+    total: int, what: object, arms: Arms, notebook: str, resume: bool, isolated: bool = False, at_once: int = 1
 ) -> Generator[dict[str, Any]]:
     """What `run_arms` is told, so that gauges or a bar follow the runs, and what was stopped before is gone on with.
 
@@ -146,9 +143,7 @@ def _followed(
 
 
 @contextmanager
-def _in_processes(
-    total: int, what: object, arms: Sequence[tuple[str, int]], notebook: str
-) -> Generator[tuple[Progress, bool]]:
+def _in_processes(total: int, what: object, arms: Arms, notebook: str) -> Generator[tuple[Progress, bool]]:
     """A bar for runs in processes of their own, and whether the same was stopped before and is to be resumed.
 
     An interrupt of the block is remembered for the next time.
