@@ -934,6 +934,12 @@ def test_criteria_that_repeat_each_other_count_once_and_ours_not_among_the_plan_
     assert f"The plan's {len(once)} criteria" in at_a_glance(Evidence({MAIN: {}}))
 
 
+def test_a_project_without_results_of_a_gpu_is_told_so_and_shows_no_picture_that_is_not_there() -> None:
+    found = Evidence({"cpu": {HYBRID: entry(pays("conservative", "fails", 10.0, 90.0))}})
+    assert f"{MAIN}: nothing has run yet." in validation_document(found, {})
+    assert "images/" not in readme_section(found)
+
+
 def test_presets_that_predicted_nothing_say_so_on_mnist() -> None:
     found = Evidence({MAIN: {"01_mnist_cnn": entry(pays("conservative", "fails", 0.0, 1800.0))}})
     (conservative,) = Claims("01_mnist_cnn", "speedup", ("conservative",)).findings(found)

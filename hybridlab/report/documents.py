@@ -14,7 +14,7 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.planner.gpu_specs import GPUS, spec_of
-from hybridlab.report.criteria import BASELINE, DEPTH, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
+from hybridlab.report.criteria import BASELINE, DEPTH, HYBRID, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
 from hybridlab.report.depth_advice import control_times, depth_advice, grown_claims, parameter_count
 from hybridlab.report.evidence import MAIN, Evidence, Published, device_of, least_difference
 from hybridlab.report.gpu_guide import bf16_over_float32, gpu_guide, is_former
@@ -144,6 +144,7 @@ def readme_section(evidence: Evidence) -> str:
     return render(
         "README_section.md",
         stack=_stack(evidence),
+        pictured=HYBRID in evidence.tables("losses"),
         tried=len(tried),
         least_shown=_least_shown(tried),
         paying=[f"{claim.about} ({claim.notebook[:2]})" for claim in tried if claim.verdict == "holds"],

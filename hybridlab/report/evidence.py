@@ -165,8 +165,7 @@ class Evidence:
 
     def tf32_stands_for_fp32(self, notebook: str) -> Verdict | None:
         """Of a notebook whose losses are held against FP32 in TF32, whether that gives the loss of strict FP32."""
-        claims = self.claims(notebook, kind="tf32-stands-for-fp32")
-        return claims[0].verdict if claims else None
+        return next((claim.verdict for claim in self.claims(notebook, kind="tf32-stands-for-fp32")), None)
 
     def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
         """Rows by notebook, for every notebook of a profile that published a table of this name."""

@@ -283,6 +283,8 @@ def copies(evidence: Evidence) -> list[Cells]:
 def copies_at_a_glance(evidence: Evidence) -> str:
     """How many devices and commits the copies of the deciding profile come from, and how many ran by today's code."""
     entries = list(evidence.entries.get(MAIN, {}).values())
+    if not entries:
+        return f"{MAIN}: nothing has run yet."
     numbers = {"kind": len(evidence.devices(MAIN)), "commit": len({entry.get("git_commit") for entry in entries})}
     kinds, commits = (f"{count} {name}{'s' if count != 1 else ''}" for name, count in numbers.items())
     states = Counter(_state(entry, "trains") for entry in entries)
