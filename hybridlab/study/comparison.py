@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
+
 from hybridlab.base.settings import check_choice
 from hybridlab.study.statistics import Base, Interval, holm
 from hybridlab.study.step_value import SeedRuns, StepValue
@@ -143,42 +145,35 @@ def compare(result: StudyResult, name: str) -> Comparison:
     """Hold one hybrid arm against its truncated controls and the baseline. Raises ValueError for the name of no arm."""
     check_choice("arm", name, dict.fromkeys(arm for arm, _ in result.runs))
     seeds = result.seeds
-
-    def over_seeds(column: str) -> list[float]:
-        return [result.value(column, name, seed) for seed in seeds]
-
-    def mean(column: str) -> float:
-        return sum(over_seeds(column)) / len(seeds)
-
-    def total(column: str) -> int:
-        return int(sum(over_seeds(column)))
-
+    figures = pd.DataFrame([result.runs[name, seed].closing_figures for seed in seeds])
+    averaged = figures.get("averaged_validation_loss")  # of a run that diverged it may be there, and be None
+    on_gpu = (figures["memory_source"] == "cuda").all()
     p_values = _p_values(result)
     grown = any(result.was_to_grow(name, seed) for seed in seeds)
     return Comparison(
         name=name,
-        gradient_steps=mean("gradient_steps"),
-        predicted_steps=mean("predicted_steps"),
-        forward_only_passes=mean("forward_only_passes"),
-        accepted=total("proposals_accepted"),
-        rejected=total("proposals_rejected"),
-        rollbacks=total("rollbacks"),
-        divergences=total("divergences"),
-        validation_loss=Interval.of(over_seeds("validation_loss")),
+        gradient_steps=float(figures["gradient_steps"].mean()),
+        predicted_steps=float(figures["predicted_steps"].mean()),
+        forward_only_passes=float(figures["forward_only_passes"].mean()),
+        accepted=int(figures["proposals_accepted"].sum()),
+        rejected=int(figures["proposals_rejected"].sum()),
+        rollbacks=int(figures["rollbacks"].sum()),
+        divergences=int(figures["divergences"].sum()),
+        validation_loss=Interval.of(figures["validation_loss"].tolist()),
         to_control=_to_control(result, name),
         to_baseline=difference(result, name, BASELINE),
-        accuracy_to_baseline=_accuracy_to_baseline(result, name),
+        accuracy_to_baseline=difference(result, name, BASELINE, "accuracy") if "accuracy" in figures else None,
         p_value=p_values.get(name, 1.0),
         tested=len(p_values),
         base=base_of(result, compared=[name, BASELINE, *(result.control_of(name, seed) for seed in seeds)]),
         step_value=StepValue.of([_seed_runs(result, name, seed) for seed in seeds]),
         time_ratio=Interval.of_ratios(_time_over_baselines(result, name)),
-        peak_vram_bytes=_peak_vram_bytes(result, name),
+        peak_vram_bytes=int(figures["peak_memory_bytes"].max()) if on_gpu else None,
         cost=sum(result.cost(name, seed) for seed in seeds) / len(seeds),
         grown=grown,
         compute_to_loss=_to_loss(result, name, [result.cost(name, seed) for seed in seeds]) if grown else None,
         time_to_loss=_to_loss(result, name, _full_steps_in_its_time(result, name)) if grown else None,
-        averaged_loss=_averaged_loss(result, name),
+        averaged_loss=Interval.of(averaged.tolist()) if averaged is not None and averaged.notna().all() else None,
         unbracketed=_beside(result, name) if result.tried else None,
     )
 
@@ -212,29 +207,11 @@ def _to_control(result: StudyResult, name: str) -> Interval:
     return difference(result, name, [result.control_of(name, seed) for seed in result.seeds])
 
 
-def _averaged_loss(result: StudyResult, name: str) -> Interval | None:
-    figure = "averaged_validation_loss"
-    losses = [result.runs[name, seed].closing_figures.get(figure) for seed in result.seeds]
-    known = [loss for loss in losses if loss is not None]  # of a run that diverged it may be there, and be None
-    return Interval.of(known) if len(known) == len(losses) else None
-
-
-def _accuracy_to_baseline(result: StudyResult, name: str) -> Interval | None:
-    counted = all("accuracy" in result.runs[name, seed].closing_figures for seed in result.seeds)
-    return difference(result, name, BASELINE, "accuracy") if counted else None
-
-
 def _p_values(result: StudyResult) -> dict[str, float]:
     """Of every arm that predicted anything, corrected for all of them."""
     arms = dict.fromkeys(name for name, _ in result.runs if not result.is_plain(name))
     predicted = [name for name in arms if any(result.predicted(name, seed) for seed in result.seeds)]
     return holm({name: _to_control(result, name).p_value for name in predicted})
-
-
-def _peak_vram_bytes(result: StudyResult, name: str) -> int | None:
-    summaries = [result.runs[name, seed].closing_figures for seed in result.seeds]
-    on_gpu = all(summary["memory_source"] == "cuda" for summary in summaries)
-    return max(int(summary["peak_memory_bytes"]) for summary in summaries) if on_gpu else None
 
 
 def _to_loss(result: StudyResult, name: str, costs: Sequence[float]) -> StepValue | None:
