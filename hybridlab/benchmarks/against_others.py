@@ -35,7 +35,6 @@ from hybridlab.optim import OptimizerConfig, Schedule, build_optimizer
 from hybridlab.optim.build import decay_groups, hidden_matrices
 from hybridlab.planner.text_report import read_batch
 from hybridlab.study.config import RunConfig
-from hybridlab.study.record import write_json
 from hybridlab.study.tasks import TextTaskConfig
 from hybridlab.study.training import Training
 
@@ -408,15 +407,14 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
 ) -> None:
     """Time every loop in turns: compiled, in bf16 on a GPU; as it is, in fp32, without one."""
-    with one_line("against_others", out):
+    with one_line("against_others", out) as write:
         config = configured(model, batch, vocab_size, data, device)
         measured = measure(config, rounds=rounds, turns=turns, steps=steps, quick=quick)
         for row in measured["loops"]:
             print(json.dumps(row))
         for name, figure in measured["figures"].items():
             print(f"{name}: {figure['value']:.3f} [{figure['low']}, {figure['high']}]")
-        if out:
-            write_json(out, measured)
+        write(measured)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from hybridlab.planner.architectures import CausalLM, causal_lm, language_model_
 from hybridlab.planner.spec import BatchShape, next_token_loss
 from hybridlab.planner.text_report import read_batch
 from hybridlab.speed import CudaGraphs, compile_
-from hybridlab.study.record import write_json
 from hybridlab.vram.meter import MemoryMeter
 
 STEPS = 4
@@ -98,7 +97,7 @@ def main(
 ) -> None:
     """Plan and train each model for a few steps, in fp32 and in bf16 autocast, each in a process of its own."""
     rows = []
-    with one_line("architectures", out):
+    with one_line("architectures", out) as write:
         shape, on = read_batch(batch), find_device(device)
         check_choice("speed", speed, SPEEDS)
         for model in [name if name in SIZES else causal_lm(name) for name in models]:
@@ -106,8 +105,7 @@ def main(
                 with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
                     rows.append(fresh.submit(planned_and_measured, model, shape, precision, on, speed).result())
                 print(json.dumps(rows[-1]), flush=True)
-                if out:
-                    write_json(out, rows)
+                write(rows)
 
 
 if __name__ == "__main__":

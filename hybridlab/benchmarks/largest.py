@@ -19,7 +19,6 @@ from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.code_version import code_hashes
-from hybridlab.study.record import write_json
 from hybridlab.study.study import run_arms
 
 LR, WARMUP = 1.5e-4, 50
@@ -83,7 +82,7 @@ def main(
     card_gb: Annotated[int, typer.Option(min=0, help="GB of the GPU that is emulated; 0: none.")] = 16,
 ) -> None:
     """Train each model for some steps, and write what it took after each."""
-    with one_line("largest", out):
+    with one_line("largest", out) as write:
         rows = _planned(planned)
         for name in way or ():
             check_choice("way", name, [row["way"] for row in rows])
@@ -92,7 +91,7 @@ def main(
         for run in runs:
             found["rows"].append(measured(run))
             print(json.dumps(found["rows"][-1]), flush=True)
-            write_json(out, found)
+            write(found)
 
 
 def _planned(path: Path) -> list[dict[str, Any]]:

@@ -39,7 +39,6 @@ from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.planning import training_spec_of
 from hybridlab.study.process_settings import ProcessSettings, gc_frozen, refreeze_gc
 from hybridlab.study.ranks import RanksConfig
-from hybridlab.study.record import write_json
 from hybridlab.study.tasks import HuggingFaceTaskConfig
 from hybridlab.study.training import Training
 from hybridlab.vram import MemoryMeter
@@ -221,14 +220,14 @@ def main(
     **options: Any,  # fields of `Question`
 ) -> None:
     """Measure each number of ranks, in fresh processes that torchrun starts, and write the results."""
-    with one_line("ranks", out):
+    with one_line("ranks", out) as write:
         question = Question(**options)
         if "RANK" in os.environ:
             with question.ranks.started(question.config(int(os.environ["WORLD_SIZE"]))):
                 row = measured(question)
                 gc.collect()  # models that were wrapped go before the group does
                 if is_first():
-                    write_json(out, row)
+                    write(row)
             return
         numbers, rows = _numbers(counts), []
         for ranks in numbers:
@@ -236,7 +235,7 @@ def main(
             question.ranks.check(question.config(ranks), ranks)  # refuses what cannot be measured before anything is
         for ranks in numbers:
             rows.append(_started(ranks) | planned(question, ranks))
-            write_json(out, summary(question, rows))
+            write(summary(question, rows))
     print(f"written: {out}")
 
 

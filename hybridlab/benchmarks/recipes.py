@@ -25,7 +25,6 @@ from hybridlab.planner.plan import Plan, plan_training
 from hybridlab.planner.spec import BatchShape, TrainingSpec
 from hybridlab.planner.suggest import best_fit, largest_batch, largest_that_fits, options
 from hybridlab.planner.text_report import code_of
-from hybridlab.study.record import write_json
 
 SIZES = ("small", "medium", "large", "xl")
 BATCH: BatchShape = (8, 512)
@@ -184,14 +183,13 @@ def main(
     gpu: str = "rtx5080", out: Annotated[Path | None, typer.Option(help="Where it goes, as JSON.")] = None
 ) -> None:
     """Plan every size, the largest model and one of seven billion parameters; minutes, without a GPU."""
-    with one_line("recipes", out):
+    with one_line("recipes", out) as write:
         check_choice("GPU", gpu, GPUS)
         found: dict[str, Any] = {"gpu": asdict(GPUS[gpu]), "spared_bytes": SPARED_BYTES}
         for table, row in tables(GPUS[gpu]):
             found.setdefault(table, []).append(row)
             print(table, json.dumps(row), flush=True)
-        if out:
-            write_json(out, found)
+        write(found)
 
 
 if __name__ == "__main__":

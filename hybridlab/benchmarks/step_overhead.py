@@ -31,7 +31,6 @@ from hybridlab.memory.precision import autocast
 from hybridlab.optim import build_optimizer
 from hybridlab.study.config import RunConfig
 from hybridlab.study.process_settings import ProcessSettings
-from hybridlab.study.record import write_json
 from hybridlab.study.training import sped_up
 
 Step = Callable[[Sequence[Closure]], object]
@@ -141,7 +140,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")] = None,
 ) -> None:
     """Time the bare loop, the trainer, and the trainer with a recorded path, in turns: compiled, in bf16 on a GPU."""
-    with one_line("step_overhead", out):
+    with one_line("step_overhead", out) as write:
         config = configured(model, batch, vocab_size, data, device)
         config = replace(config, hybrid=replace(config.hybrid, path_device=path_device))
         cost = step_overhead(config, rounds=rounds, turns=turns, steps=steps, parts=parts)
@@ -152,11 +151,8 @@ def main(
         for name, ratio in ratios.items():
             print(f"{name} over the bare loop: {ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
         print(f"bare step: {cost.bare_step_ms:.1f} ms")
-        if out:
-            measured = {name: ratio.record() | {"per_round": ratio.rounds} for name, ratio in ratios.items()}
-            write_json(
-                out, {"bare_step_ms": cost.bare_step_ms, "over_the_bare_loop": measured, **where, "settings": asked}
-            )
+        measured = {name: ratio.record() | {"per_round": ratio.rounds} for name, ratio in ratios.items()}
+        write({"bare_step_ms": cost.bare_step_ms, "over_the_bare_loop": measured, **where, "settings": asked})
 
 
 if __name__ == "__main__":
