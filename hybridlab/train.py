@@ -87,7 +87,11 @@ def _task(given: Any, place: str) -> Any:
     return settings_from(TASKS[kind], {name: value for name, value in given.items() if name != "kind"}, place)
 
 
-def run_file(path: Path, *, resume: bool = False) -> None:
+def run_file(
+    path: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="The settings, in YAML.")],
+    *,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in the folder.")] = False,
+) -> None:
     """Train what a settings file says, and print how it goes.
 
     Raises UserError where a run lies in its folder already, unless it is gone on with.
@@ -130,23 +134,15 @@ def _say(sentence: str) -> None:
         print(printable(sentence), flush=True)
 
 
-def _program(
-    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="The settings, in YAML.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in the folder.")] = False,
-) -> None:
-    """Train one run; torchrun starts it on several GPUs."""
-    run_file(file, resume=resume)
-
-
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-app.command()(_program)
+app.command(help="Train one run; torchrun starts it on several GPUs.")(run_file)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; what ends it is told in one line, by one rank. Exit codes are those of `hybridlab`."""
     with signals_as_interrupts():
         try:
-            app(sys.argv[1:] if arguments is None else arguments, prog_name="python -m hybridlab.train")
+            app(arguments, prog_name="python -m hybridlab.train")
         except SystemExit as end:
             return _told(_stopped(), EXIT_INTERRUPTED) if end.code == EXIT_INTERRUPTED else int(end.code or 0)
         except KeyboardInterrupt:

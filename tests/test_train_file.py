@@ -310,7 +310,7 @@ def test_a_fault_of_the_task_keeps_its_traceback_and_is_no_refusal(
     def faulty(*_: object, **__: object) -> None:
         raise ValueError("two widths differ")
 
-    monkeypatch.setattr("hybridlab.train.run_file", faulty)
+    monkeypatch.setattr("hybridlab.train.read_settings", faulty)
     assert main(["-f", written(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "in faulty" in said
@@ -334,7 +334,7 @@ def test_ctrl_c_says_that_it_has_stopped(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hybridlab.train.run_file", interrupted)
+    monkeypatch.setattr("hybridlab.train.read_settings", interrupted)
     assert main(["-f", written(tmp_path)]) == 130
     assert capsys.readouterr().err == "hybridlab.train: stopped: --resume goes on\n"
 
