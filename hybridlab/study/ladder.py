@@ -146,16 +146,13 @@ class Ladder:
     def _timed(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns as the one before it: its steps are that one's, and its time per step is its own."""
         runs = [of_length(config, self.timed_steps, seed) for seed in range(self.seeds)]
-        result, vanilla = train(runs), self.vanilla
-        spent = [_seconds(result, run.name, run.seed) / run.steps for run in runs]
-        step_seconds, change = sum(spent) / len(spent), None
+        result, vanilla, change = train(runs), self.vanilla, None
         if learns_as(config, vanilla):
             losses = [plain.runs[vanilla.name, run.seed].validation_loss(run.steps) for run in runs]
             change = Interval.of(
                 [_loss(result, run.name, run.seed) - loss for run, loss in zip(runs, losses, strict=True)]
             )
-        ratio = before.steps and _time_ratio(before.steps, vanilla.steps, self._faster(plain, spent))
-        return Rung(config, result, before.steps, ratio, step_seconds, change, (self.timed_steps,), seeds=self.seeds)
+        return self._rung(config, result, plain, before.steps, [self.timed_steps], loss_change=change)
 
     def _learned(self, config: RunConfig, before: Rung, plain: StudyResult, train: Train) -> Rung:
         """A rung that learns otherwise: its steps are found, and paired with the vanilla run's by seed."""
@@ -172,22 +169,26 @@ class Ladder:
         runs = [of_length(config, steps, seed) for seed in range(self.seeds) for steps in lengths]
         result |= train([run for run in runs if (run.name, run.seed) not in result.runs])
         steps = self._steps(plain, result, config, lengths)
-        spent = [_step_seconds(result, config, lengths, seed) for seed in range(self.seeds)]
-        return Rung(
-            config,
-            result,
-            steps,
-            steps and _time_ratio(steps, self.vanilla.steps, self._faster(plain, spent)),
-            sum(spent) / len(spent),
-            lengths=tuple(lengths),
-            tried=len({run.config["steps"] for run in result.runs.values()}),
-            seeds=self.seeds,
-            averaged_steps=self._steps(plain, result, config, lengths, AVERAGED) if config.tail_average else None,
-        )
+        tried = len({run.config["steps"] for run in result.runs.values()})
+        averaged = self._steps(plain, result, config, lengths, AVERAGED) if config.tail_average else None
+        return self._rung(config, result, plain, steps, lengths, tried=tried, averaged_steps=averaged)
 
-    def _faster(self, plain: StudyResult, spent: Sequence[float]) -> list[float]:
-        """The vanilla run's time per step over a rung's, by seed."""
-        return [_seconds(plain, self.vanilla.name, s) / self.vanilla.steps / mine for s, mine in enumerate(spent)]
+    def _rung(
+        self,
+        config: RunConfig,
+        result: StudyResult,
+        plain: StudyResult,
+        steps: StepValue | None,
+        lengths: Sequence[int],
+        **found: Any,
+    ) -> Rung:
+        """With its time per step over runs of these lengths, beside the vanilla run's, paired by seed."""
+        names, seeds = [of_length(config, length).name for length in lengths], range(self.seeds)
+        spent = [sum(_seconds(result, name, seed) for name in names) / sum(lengths) for seed in seeds]
+        faster = [_seconds(plain, self.vanilla.name, s) / self.vanilla.steps / mine for s, mine in enumerate(spent)]
+        ratio = steps and _time_ratio(steps, self.vanilla.steps, faster)
+        step_seconds = sum(spent) / len(spent)
+        return Rung(config, result, steps, ratio, step_seconds, lengths=tuple(lengths), seeds=self.seeds, **found)
 
     def _steps(
         self,
@@ -256,11 +257,6 @@ def _loss(result: StudyResult, name: str, seed: int = 0, figure: str = "validati
 
 def _seconds(result: StudyResult, name: str, seed: int = 0) -> float:
     return result.value("seconds", name, seed)
-
-
-def _step_seconds(result: StudyResult, config: RunConfig, lengths: Sequence[int], seed: int) -> float:
-    """Wall time per step of a seed's runs."""
-    return sum(_seconds(result, of_length(config, steps).name, seed) for steps in lengths) / sum(lengths)
 
 
 def times(value: StepValue, factor: float) -> StepValue:
