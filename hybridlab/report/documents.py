@@ -209,7 +209,7 @@ def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:
     outcome, findings = criterion.outcome(evidence), criterion.findings(evidence)
     saved = outcome in BY_OTHER_MEANS
     deciding = [f for f in findings if f.otherwise == saved and (f.outcome == "holds" or not saved)]
-    notebooks = dict.fromkeys(finding.notebook or "" for finding in deciding)
+    notebooks = dict.fromkeys(finding.notebook for finding in deciding)
     links = notebooks if outcome == "not run yet" else [notebook_link(notebook, docs="") for notebook in notebooks]
     verdict = criterion_verdict(criterion, evidence)
     return {"claim": criterion.text, "verdict": verdict, "notebook": Markdown(", ".join(links))}

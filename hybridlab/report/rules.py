@@ -44,7 +44,7 @@ class Finding:
     about: str
     outcome: Outcome
     words: str
-    notebook: str | None
+    notebook: str = ""
     emulated: bool = False
     otherwise: bool = False
 
@@ -122,7 +122,7 @@ class OnMachines:
                 if claim.kind == self.kind and rounded(ratio.value or 0.0) not in known:
                     gpu = measured["figures"][ratio.name]["rests_on"]["device"]
                     words = quantities_in_words([named_in_full(ratio)])
-                    found.append(Finding(f"{gpu} (docs/experiments)", claim.verdict, words, None))
+                    found.append(Finding(f"{gpu} (docs/experiments)", claim.verdict, words))
         return found or [_absent(self.notebook, self.kind.replace("-", " "), evidence)]
 
 
@@ -195,7 +195,7 @@ class Planned:
         """How many ways to train were planned, and how many of them fit."""
         ways = evidence.planned.get(self.table, ())
         words = f"planned without a GPU: {sum(way['fits'] for way in ways)} of {len(ways)} ways to train fit"
-        return [Finding("plan", "not run yet", words if ways else "", None)]
+        return [Finding("plan", "not run yet", words if ways else "")]
 
 
 def _absent(notebook: str, about: str, evidence: Evidence) -> Finding:
@@ -287,7 +287,7 @@ class LeastTime:
             f"{gradient + predicted} steps: at least {least_time(config):.2f} of the time; with a forward pass on "
             f"every predicted step at least {FORWARD:.2f}, whatever is predicted"
         )
-        return [Finding(f"arithmetic, preset {name}", "cannot hold", words, None)]
+        return [Finding(f"arithmetic, preset {name}", "cannot hold", words)]
 
 
 def least_time(config: HybridTrainerConfig) -> float:

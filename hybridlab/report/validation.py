@@ -152,7 +152,7 @@ def _rows(findings: Sequence[Finding], most: int) -> Iterator[Cells]:
     mixed = len({finding.notebook for finding in findings}) > 1
     for group in groups.values():
         first, about = group[0], ", ".join(finding.about for finding in group)
-        topic = (first.notebook or "").partition("_")[2].removeprefix("gpt2_").replace("_", ", ")
+        topic = first.notebook.partition("_")[2].removeprefix("gpt2_").replace("_", ", ")
         yield {
             "criterion": ("by other means: " if first.otherwise else f"{topic}: " if mixed and topic else "") + about,
             "verdict": first.outcome + (EMULATED if first.emulated else ""),
@@ -164,9 +164,8 @@ def _alike(finding: Finding) -> Any:
 
 
 def _numbers(finding: Finding) -> Cells:
-    where = finding.notebook or ""
-    ran = where and finding.outcome != "not run yet"
-    return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran else where[:2]}
+    ran, where = finding.outcome != "not run yet", finding.notebook
+    return {"numbers": finding.words, "notebook": notebook_link(where, short=True) if ran and where else where[:2]}
 
 
 def speedup(claim: Published, evidence: Evidence) -> Cells:
