@@ -295,9 +295,8 @@ def transition_claims(phases: Mapping[str, PredictPhase], control: str) -> list[
     other, claims = phases.get(control), []
     for name, phase in phases.items():
         if other and name != control:
-            text = (
-                f"offloading and restoring add less than a gradient step to a jump of {phase.typical_ms('steps'):.0f}"
-            )
+            steps = f"{phase.typical_ms('steps'):.0f}"
+            text = f"offloading and restoring add less than a gradient step to a jump of {steps}"
             claims += _claims("transition", name, text, phase, other, other.gradient_step_ms)
     return claims
 

@@ -80,10 +80,11 @@ def baseline_claims(result: StudyResult) -> list[Claim]:
     falls = holds_if(max(losses[BASELINE].values()) < first)
     held = (Quantity("first_loss", first, unit="nats"), replace(final[0], bound=first), *final[1:])
     claims, mine = [Claim("converges", "the validation loss falls", falls, held)], losses[BASELINE]
-    changes = {arm: Interval.of([mine[seed] - loss for seed, loss in of.items()]) for arm, of in losses.items()}
     for kind, (beginning, text) in TUNED.items():
-        if beside := {arm: change for arm, change in changes.items() if arm.startswith(beginning)}:
-            claims.append(_below(kind, text, beside, final, base_of(result)))
+        others = {arm: of for arm, of in losses.items() if arm.startswith(beginning)}
+        changes = {arm: Interval.of([mine[seed] - loss for seed, loss in of.items()]) for arm, of in others.items()}
+        if changes:
+            claims.append(_below(kind, text, changes, final, base_of(result)))
     return claims
 
 
