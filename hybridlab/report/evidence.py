@@ -231,8 +231,7 @@ def judged(claims: Sequence[Published], parameters: Mapping[str, Any]) -> list[P
     older = [claim for claim in untested if claim.value("predicted_steps")]
     p_values = holm({claim.id: _p_value(claim, base.seeds) for claim in older})
     corrected = [_corrected(c, p_values[c.id], len(older), base.seeds) if c in older else c for c in claims]
-    on_losses = {claim.id for claim in claims if claim.kind in ON_LOSSES and claim.arm not in grown}
-    return [_judged(c, base, c.arm in idle) if c.id in on_losses else c for c in corrected]
+    return [_judged(c, base, c.arm in idle) if c.kind in ON_LOSSES and c.arm not in grown else c for c in corrected]
 
 
 def base_asked_for(parameters: Mapping[str, Any]) -> Base:
