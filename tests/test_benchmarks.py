@@ -57,6 +57,13 @@ def test_what_cannot_be_meant_is_refused_first(program: str, wrong: dict[str, An
         MAINS[program](**wrong)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"largest": []}', '{"largest": [{}]}', '{"largest": 7}'])
+def test_a_file_without_planned_models_is_refused(text: str, tmp_path: Path) -> None:
+    (planned := tmp_path / "recipes.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"^largest: .*recipes.json has no table of the largest models \("):
+        largest.main(planned, tmp_path / "largest.json")
+
+
 def test_a_model_that_cannot_be_trained_is_a_row_beside_those_that_can(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     way, other = list(recipes.WAYS)[:2]

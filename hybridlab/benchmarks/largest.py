@@ -97,7 +97,8 @@ def main(
 def _planned(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["largest"]
-    except (OSError, ValueError, KeyError) as error:
+        _ = rows[0]["way"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} has no table of the largest models ({error}): let recipes write it") from None
     return rows
 

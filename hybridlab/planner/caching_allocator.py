@@ -39,7 +39,7 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.reserved = self._end = 0
-        self._segments: dict[int, int] = {}  # where one starts -> its size
+        self._segments: list[Block] = []  # each as one block
         self._free: defaultdict[Pool, list[tuple[int, int]]] = defaultdict(list)  # size and start of each block, sorted
         self._begins: dict[int, int] = {}  # where a free block starts -> its size
         self._ends: dict[int, int] = {}  # where one ends -> its size
@@ -61,11 +61,11 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give back the segments that are free as a whole."""
-        for start, size in list(self._segments.items()):
+        for pool, size, start in self._segments.copy():
             if self._begins.get(start) == size:
-                pool = next(pool for pool, free in self._free.items() if (size, start) in free)
                 self._take_out(pool, size, start)
-                self.reserved -= self._segments.pop(start)
+                self._segments.remove((pool, size, start))
+                self.reserved -= size
 
     def _take(self, event: Event) -> None:
         if event.kind == "new":
@@ -110,7 +110,7 @@ class CachingAllocator:
     def _add_segment(self, pool: Pool, size: int) -> None:
         whole = MIDDLE_SEGMENT if size < MIDDLE_BYTES else -(-size // LARGE_GRAIN) * LARGE_GRAIN
         whole = SMALL_SEGMENT if pool[0] else whole
-        self._segments[self._end] = whole
+        self._segments.append((pool, whole, self._end))
         self._put_in(pool, whole, self._end)
         self._end += whole + 1  # a byte apart, so that segments are no neighbours
         self.reserved += whole
