@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hybridlab.base.errors import UserError
+from hybridlab.planner import nearest_fit
 from hybridlab.study import RunConfig, TextTaskConfig, out_of_memory, train
 from hybridlab.study import config as run_config
 from hybridlab.study.out_of_memory import SNAPSHOT, report_oom
-from hybridlab.study.planning import nearest_fit_of
+from hybridlab.study.planning import training_spec_of
 from hybridlab.study.record import Run
 from hybridlab.study.tasks import Batch, Task
 from hybridlab.vram import MemoryReading
@@ -129,7 +130,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"blocks"))
-    monkeypatch.setattr(out_of_memory, "nearest_fit_of", lambda _, size: f"switch on what {size} bytes want")
+    monkeypatch.setattr(out_of_memory, "nearest_fit", lambda _, size: f"switch on what {size} bytes want")
     return played
 
 
@@ -152,7 +153,7 @@ def test_the_line_says_what_the_card_has_and_where_the_snapshot_lies(tmp_path: P
 
 def test_a_run_that_does_not_fit_is_told_what_would() -> None:
     large = replace(CONFIG, task=TextTaskConfig(model="nano", vocab_size=50257, block_size=64, batch_size=32))
-    advice = nearest_fit_of(large, 1_400_000_000)
+    advice = nearest_fit(training_spec_of(large), 1_400_000_000)
     assert advice.startswith("nearest fitting setting: bf16")
     assert "of 1.4 on the GPU" in advice
 

@@ -14,8 +14,9 @@ import torch
 from hybridlab.base.device import find_device
 from hybridlab.base.errors import UserError
 from hybridlab.base.files import remove, replaced
+from hybridlab.planner import nearest_fit
 from hybridlab.study.config import RunConfig
-from hybridlab.study.planning import gpu_bytes_of, nearest_fit_of
+from hybridlab.study.planning import gpu_bytes_of, training_spec_of
 from hybridlab.study.resume import kept_in
 from hybridlab.vram import MemoryMeter
 
@@ -58,7 +59,9 @@ def _told(error: RuntimeError, config: RunConfig, folder: Path) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in SHORT_OF_MEMORY):
         return None
     shortage = f"{_asked(error)} asked for: {_on_the_gpu(config)}{_snapshot(folder)}"
-    return f"out of memory: {shortage}; {nearest_fit_of(config, gpu_bytes_of(config))}"
+    gpu_bytes = gpu_bytes_of(config)
+    advice = nearest_fit(training_spec_of(config), gpu_bytes) if gpu_bytes else "take a smaller batch"
+    return f"out of memory: {shortage}; {advice}"
 
 
 def _asked(error: RuntimeError) -> str:

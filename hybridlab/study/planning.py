@@ -16,7 +16,7 @@ from hybridlab.base.device import find_device
 from hybridlab.base.pinned_memory import host_holds
 from hybridlab.base.ranks import SHARDING
 from hybridlab.memory.config import MixedPrecisionConfig
-from hybridlab.planner import Plan, TrainingSpec, nearest_fit, plan_training
+from hybridlab.planner import Plan, TrainingSpec, plan_training
 from hybridlab.planner.architectures import rebuilt
 from hybridlab.planner.spec import BatchShape
 from hybridlab.study.config import RunConfig
@@ -61,16 +61,6 @@ def _lack(config: RunConfig) -> str:
     if not host_holds(wanted_bytes, available_bytes):
         return f"needs {wanted_bytes / 1e9:.1f} GB of host memory, {available_bytes / 1e9:.1f} are available"
     return ""
-
-
-def nearest_fit_of(config: RunConfig, gpu_bytes: int) -> str:
-    """What to switch on so that a run fits a GPU, in one line, with the peak that is then expected.
-
-    gpu_bytes: 0 where there is no GPU
-    """
-    if not gpu_bytes:
-        return "take a smaller batch"
-    return nearest_fit(training_spec_of(config), gpu_bytes)
 
 
 def training_spec_of(config: RunConfig, ranks: RanksConfig | None = None, count: int = 1) -> TrainingSpec:
