@@ -91,17 +91,10 @@ class NanoBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention and MLP, each added to the stream."""
-        batch, time, width = x.shape
-        heads = (
-            part.view(batch, time, self.heads, -1).transpose(1, 2) for part in self.c_attn(self.ln_1(x)).chunk(3, 2)
-        )
-        query, key, value = heads
-        mixed = (
-            F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            .transpose(1, 2)
-            .reshape(batch, time, width)
-        )
-        x = x + self.c_proj(mixed)
+        parts = self.c_attn(self.ln_1(x)).chunk(3, 2)
+        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.c_proj(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
 
