@@ -69,7 +69,7 @@ class Footprint:
     def row(self, model: str) -> dict[str, Any]:
         """As the table "memory" of a results file has it; of one seed there is no interval."""
         change = self.change
-        several = change is not None and change.seeds > 1
+        low, high = (change.low, change.high) if change and change.seeds > 1 else (None, None)
         return {
             "arm": self.arm,
             "model": model,
@@ -81,8 +81,8 @@ class Footprint:
             "estimated_5080_ms": step_time_ms(self.predicted, GPUS["rtx5080"]),
             "validation_loss": self.validation_loss,
             "loss_change": change.mean if change else None,
-            "loss_change_low": change.low if change and several else None,
-            "loss_change_high": change.high if change and several else None,
+            "loss_change_low": low,
+            "loss_change_high": high,
             "parts": dict(self.predicted.parts),
         }
 

@@ -208,8 +208,8 @@ def _on_the_line(first: Any, second: Any, place: float) -> Any:
 def _rehearsed(spec: TrainingSpec) -> Plan:
     training = rehearse(spec)
     phases, reserved, in_graphs = _found(training, spec)
-    for phase in [*(["Evaluation"] if not spec.judges_mean else []), *(["Start"] if not spec.is_sharded else [])]:
-        phases.pop(phase, None)
+    of_some = {"Evaluation": spec.judges_mean, "Start": spec.is_sharded}
+    phases = {phase: peak for phase, peak in phases.items() if of_some.get(phase, True)}
     parts = (*PARTS, *((GATHERED, COMMUNICATION) if spec.ranks else ()))
     by_part = {phase: {part: peak.get(part, 0) for part in parts} for phase, peak in phases.items()}
     known = training.costs, training.host_memory, training.trained_numbers
