@@ -418,6 +418,9 @@ def test_a_figure_that_was_measured_more_than_once_stands_with_all_its_values() 
     again = {"git_commit": "abc1234", "device": "a GPU", "figures": {"grown-pays.loss_to_control": {"value": -0.1}}}
     page = validation_document(evidence(n03=entry(grew, repeats=[again])), {})
     assert "| grown (predicted depth): loss against a plain run of as much computation |" in page
+    diverged = again | {"figures": {"grown-pays.loss_to_control": {"value": None, "low": None, "high": None}}}
+    page = validation_document(evidence(n03=entry(grew, repeats=[diverged])), {})
+    assert "measured more than once, with" not in page, "there is one value to show"
     assert "measured more than once, with" not in validation_document(
         evidence(n04=entry(claim("slow", "holds", ratio))), {}
     )

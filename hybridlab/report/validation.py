@@ -312,10 +312,10 @@ def _repeated(claim: Published, entry: Entry) -> Cells | None:
     if q is None or q.value is None:
         return None
     measured = [(repeat["figures"].get(f"{claim.id}.{q.name}"), repeat) for repeat in entry.get("repeats", ())]
-    earlier = [(Quantity(q.name, **figure, unit=q.unit), repeat) for figure, repeat in measured if figure]
-    if not earlier:
+    known = [(figure, repeat) for figure, repeat in measured if figure and figure["value"] is not None]
+    if not known:
         return None
-    values = [(q, entry), *((one, repeat) for one, repeat in earlier if one.value is not None)]
+    values = [(q, entry), *((Quantity(q.name, **figure, unit=q.unit), repeat) for figure, repeat in known)]
     numbers = [one.value for one, _ in values if one.value is not None]
     return {
         "claim": f"{claim.about}: {name_in_words(named_in_full(q), grown=claim.grew)}",
