@@ -51,7 +51,7 @@ from hybridlab.planner.gpu_specs import (
 )
 from hybridlab.planner.suggest import best_fit, largest_batch, largest_that_fits, longest_sequence, options
 from hybridlab.planner.text_report import code_of, default_batch
-from hybridlab.planner.trace import Event, Segment, Trace
+from hybridlab.planner.trace import Event, Key, Segment, Trace
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.training import Training
 from hybridlab.weights.gram import PathNeeds
@@ -175,7 +175,7 @@ def test_gradients_of_one_weight_add_up_in_place():
 
 def test_a_block_that_the_allocator_does_not_split_counts_as_a_whole():
     memory, size = CachingAllocator(), 25 * 2**20
-    memory.follow([Segment("any", events=[Event("new", 0, size, "weights")])])
+    memory.follow([Segment("any", events=[Event("new", Key("any", None, 0), size, "weights")])])
     assert memory.peak == {"weights": size + 2**20}
 
 
@@ -741,6 +741,13 @@ def test_architectures_of_transformers_are_planned_from_their_configuration(name
     assert planned.peak_allocated_bytes == pytest.approx(GOLDEN_BYTES[name], rel=0.03)
 
 
+@pytest.mark.parametrize("name", ["llama_grouped", "mixtral"])
+def test_blocks_that_stand_for_others_give_what_all_blocks_give(name, monkeypatch):
+    few = plan(causal_lm(CONFIGS / f"{name}.json"), (2, 64))
+    monkeypatch.setattr(dry_run, "runs_alike", lambda *_: False)
+    assert plan(causal_lm(CONFIGS / f"{name}.json"), (2, 64)) == few
+
+
 def test_a_tied_head_and_shared_keys_take_less():
     peaks = {name: GOLDEN_BYTES[name] for name in ("llama", "llama_grouped", "llama_tied")}
     assert peaks["llama_tied"] < peaks["llama_grouped"] < peaks["llama"]
@@ -1005,6 +1012,14 @@ def test_a_plan_does_not_depend_on_what_was_compiled_before() -> None:
     torch.compile(lambda q: attend(q, q, q), backend="eager")(queries)
     after = plan(*training, compiled=True)
     assert (after.costs.flops, after.peak_allocated_bytes) == (before.costs.flops, before.peak_allocated_bytes)
+
+
+def test_equal_blocks_are_compiled_once_and_stand_for_others(monkeypatch):
+    deep = replace(WIDE_LOGITS, n_layer=8)
+    few = plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True)
+    monkeypatch.setattr(dry_run, "runs_alike", lambda *_: False)
+    planned_once.cache_clear()
+    assert plan(deep, (2, 32), MemoryConfig(checkpointing=CheckpointingConfig()), compiled=True) == few
 
 
 class OneLoss(GPT2):

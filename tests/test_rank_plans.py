@@ -36,7 +36,7 @@ from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.ranks import GATHERING, REDUCING
 from hybridlab.planner.suggest import FEATURES
 from hybridlab.planner.text_report import _in_python
-from hybridlab.planner.trace import Event, Segment, Trace
+from hybridlab.planner.trace import Event, Key, Segment, Trace
 from hybridlab.study import RunConfig, TextTaskConfig
 from hybridlab.study.planning import training_spec_of
 from hybridlab.weights.gram import PathNeeds
@@ -293,14 +293,15 @@ def test_a_rank_takes_what_was_measured(name: str, near: float, monkeypatch: pyt
 
 def test_gradients_and_received_weights_lie_on_streams_of_their_own() -> None:
     with fake_gpu():
-        rehearsal = DryRun(TrainingSpec(SHALLOW, (WINDOWS, TOKENS), ranks=2)).rehearse()
+        rehearsal = DryRun(TrainingSpec(SHALLOW, (WINDOWS, TOKENS), ranks=2), shortened=False).rehearse()
     made = [event for segment in rehearsal.passes for event in segment.events if event.kind == "new"]
     assert {event.stream for event in made if event.part == "gathered"} == {""}
     assert {event.stream for event in made if event.part == "communication"} == {"", GATHERING}
     assert REDUCING in {event.stream for event in made if event.part == "gradients"}
     memory = CachingAllocator()
-    once = [Event("new", 0, 2**25), Event("free", 0)]
+    here, there = Key("a", None, 0), Key("b", None, 0)
+    once = [Event("new", here, 2**25), Event("free", here)]
     memory.follow([Segment("first", events=[*once, *once])])
     assert memory.reserved == 2**25
-    memory.follow([Segment("other", events=[Event("new", 1, 2**25, stream=REDUCING)])])
+    memory.follow([Segment("other", events=[Event("new", there, 2**25, stream=REDUCING)])])
     assert memory.reserved == 2**26

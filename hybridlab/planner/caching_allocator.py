@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from hybridlab.planner.trace import WORKSPACE, Event, Segment
+from hybridlab.planner.trace import WORKSPACE, Event, Key, Segment
 
 MIB = 2**20
 SMALL_BYTES, SMALL_SEGMENT = MIB, 2 * MIB
@@ -43,7 +43,7 @@ class CachingAllocator:
         self._free: defaultdict[Pool, list[tuple[int, int]]] = defaultdict(list)  # size and start of each block, sorted
         self._begins: dict[int, int] = {}  # where a free block starts -> its size
         self._ends: dict[int, int] = {}  # where one ends -> its size
-        self._used: dict[int, tuple[str, Block]] = {}
+        self._used: dict[Key, tuple[str, Block]] = {}
         self.now: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
         self._total = self._peak_total = 0
@@ -83,7 +83,7 @@ class CachingAllocator:
         else:
             self._release(*block)
 
-    def _count(self, key: int, part: str, block: Block) -> None:
+    def _count(self, key: Key, part: str, block: Block) -> None:
         self._used[key] = part, block
         _, size, _ = block
         self.now[part] += size

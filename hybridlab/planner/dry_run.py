@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from hybridlab.optim.low_bit import MOST_AT_ONCE
 from hybridlab.optim.muon import Muon
 from hybridlab.planner.fake_gpu import fake_gpu
 from hybridlab.planner.ranks import Shards, ddp_buckets
+from hybridlab.planner.repeat import EXAMPLE, FIRST, LAST, NotRepeated, keep_blocks_, runs_alike, unfold
 from hybridlab.planner.spec import TrainingSpec
 from hybridlab.planner.trace import WORKSPACE, Segment, Trace
 from hybridlab.weights.path import PathStorage
@@ -85,13 +87,15 @@ class Rehearsal:
 
 
 def rehearse(spec: TrainingSpec) -> Rehearsal:
-    """Take a training through all its phases.
+    """Take a training through all its phases; of many equal blocks a few stand for all, where they are found equal.
 
     Raises UserError where shapes or values in the model depend on its numbers.
     """
     with fake_gpu():
         try:
-            return DryRun(spec).rehearse()
+            return DryRun(spec, shortened=True).rehearse()
+        except (NotRepeated, IndexError):  # IndexError: the model counts its blocks itself
+            return DryRun(spec, shortened=False).rehearse()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UserError(
                 f"what the model computes depends on its numbers, so it cannot be planned: {error}"
@@ -101,33 +105,35 @@ def rehearse(spec: TrainingSpec) -> Rehearsal:
 class DryRun:
     """One training, set up on the fake GPU and then taken through its phases, once."""
 
-    def __init__(self, spec: TrainingSpec) -> None:
+    def __init__(self, spec: TrainingSpec, *, shortened: bool) -> None:
         self._spec, self._memory = spec, spec.memory
         self._trace, self._leaving = Trace(), deque[Tensor]()
         self._trace.workspace_bytes = spec.overhead.workspace_bytes
         # without graphs apart from all else: nine runs of ranks were nearer to that, and four of graphs to this
         self._trace.workspace_stream = "" if spec.replays_graphs else WORKSPACE
-        self._is_last_part = False
+        self._shortened, self._is_last_part = shortened, False
 
     def rehearse(self) -> Rehearsal:
-        """All phases."""
+        """All phases. Raises NotRepeated where blocks that should be equal are not."""
         of_piece = self._trace.recalled(own_loss._loss_of_)  # once for all that are alike: a long batch has thousands
         with self._trace, swapped(own_loss, _loss_of_=of_piece):
             setup = self._set_up()
             state, update = self._set_up_optimizer()
             path = self._set_up_path()
             self._free_gradients_early()
+            if self._left_out:
+                _mark(keep_blocks_(self._model, FIRST, self._last), self._trace)
             if self._shards:
                 numbers = {"bf16": torch.bfloat16}.get(self._spec.gather, torch.float32)
                 at_once, keep = self._spec.blocks_per_group, self._spec.keep_gathered
                 self._shards.gather_by_block_(self._model, numbers, at_once, keep=keep)
-            passes = self._gradient_step()
-            update += self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
-            update += self._stretch("end", self._drop_gradients)
+            passes = self._unfolded(self._gradient_step())
+            after = self._stretch("slopes", self._read_slopes) + self._stretch("mean", self._average)
+            update += self._unfolded(after + self._stretch("end", self._drop_gradients))
             costs, host_memory = self._costs(passes, update), self._host_memory(passes)
-            evaluation = self._stretch("evaluation", self._evaluate)
+            evaluation = self._unfolded(self._stretch("evaluation", self._evaluate))
             offload = self._stretch("offload", self._offload)
-            predict = self._stretch("predict", partial(self._forward_alone, "predict"))
+            predict = self._unfolded(self._stretch("predict", partial(self._forward_alone, "predict")))
             kept = (state, path, evaluation, offload, predict)
             return Rehearsal(setup, passes, update, *kept, costs, host_memory, self._size)
 
@@ -156,11 +162,23 @@ class DryRun:
         self._size = sum(p.numel() for p in self._own(self._params))
         adds_up = self._spec.ranks > 1 and self._spec.wrap == "ddp" and not self._spec.replays_graphs
         self._buckets = ddp_buckets(self._trace, self._size if adds_up else 0)
+        self._left_out = self._countable()
         return self._trace.take()
 
     def _own(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """What this rank holds of these parameters; without ranks that is all."""
         return [self._shards.own[p] if self._shards else p for p in params]
+
+    def _countable(self) -> int:
+        """How many blocks others can stand for: of several ranks none, since gathering is not a block's own alone."""
+        if not (self._shortened and not self._spec.ranks and runs_alike(self._model, self._last)):
+            return 0
+        return len(blocks_of(self._model)) - FIRST - self._last
+
+    @property
+    def _last(self) -> int:
+        checkpointing = self._memory.checkpointing
+        return LAST + (checkpointing.keep_last if checkpointing else 0)
 
     def _gradient_step(self) -> list[Segment]:
         for part in range(self._parts_run):
@@ -210,6 +228,9 @@ class DryRun:
         self._trace.begin(name)
         act()
         return [segment for segment in self._trace.take() if segment.events or segment.work]
+
+    def _unfolded(self, segments: list[Segment]) -> list[Segment]:
+        return unfold(segments, self._left_out)
 
     # --- work, and the host ------------------------------------------------------------------------------
 
@@ -289,15 +310,24 @@ class DryRun:
 
     def _stepped_state(self) -> dict[nn.Parameter, list[Tensor]]:
         """The state that torch's optimizer makes at its first step, in the form that it takes on a CUDA GPU."""
-        optimizer = build_optimizer(self._model, self._spec.optimizer)
+        optimizer, examples = build_optimizer(self._model, self._spec.optimizer), self._examples()
         for group in optimizer.param_groups:
             if "fused" in group:
                 group.update(fused=True, foreach=False)
         for p in self._params:
-            p.grad = torch.empty_like(p)
+            p.grad = None if p in examples else torch.empty_like(p)
         optimizer.step()
         self._drop_gradients()
-        return {p: [v for v in optimizer.state[p].values() if isinstance(v, Tensor)] for p in self._params}
+        states = {p: optimizer.state[examples.get(p, p)] for p in self._params}
+        return {p: [v for v in state.values() if isinstance(v, Tensor)] for p, state in states.items()}
+
+    def _examples(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Parameter of a block that others stand for -> the one whose state it shares in kind."""
+        if not self._left_out:
+            return {}
+        blocks = [dict(block.named_parameters()) for block in blocks_of(self._model)]
+        left_out = blocks[FIRST : FIRST + self._left_out]
+        return {p: blocks[EXAMPLE][name] for block in left_out for name, p in block.items() if p.requires_grad}
 
     def _step(self, params: list[nn.Parameter]) -> None:
         """What the update of these parameters takes while it lasts: AdamW's takes something in 4 bits alone."""
@@ -436,14 +466,37 @@ def _deactivate_(model: nn.Module, depth: DepthSchedule) -> set[nn.Parameter]:
     active, blocks = depth.depths[-1], blocks_of(model)
     if active > len(blocks):
         raise UserError(f"{active} blocks cannot be active: {type(model).__name__} has {len(blocks)}")
-    kept = [*blocks[: active - 1], blocks[-1]] if active else []
+    kept = keep_blocks_(model, max(active - 1, 0), min(active, 1))
     for block in blocks:
         if all(block is not other for other in kept):
             block.requires_grad_(False)
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList | nn.Sequential) and list(stack) == blocks:
-            stack._modules = {str(i): block for i, block in enumerate(kept)}
     return {p for block in kept[(0, *depth.depths)[-2] :] for p in block.parameters()}
+
+
+def _mark(blocks: list[nn.Module], trace: Trace) -> None:
+    """Tell the trace where each block begins, forward and backward."""
+    for i, block in enumerate(blocks):
+        block.register_forward_pre_hook(partial(_enters, trace, i), with_kwargs=True)
+        block.register_forward_hook(partial(_leaves, trace, i, i == len(blocks) - 1))
+
+
+def _enters(trace: Trace, i: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if i == 0:
+        _when_differentiated([*args, *kwargs.values()], lambda _: trace.enter(None))
+    trace.enter(i)
+
+
+def _leaves(trace: Trace, i: int, is_last: bool, block: nn.Module, args: Any, out: Any) -> None:
+    _when_differentiated(out if isinstance(out, tuple | list) else [out], lambda _: trace.enter(i))
+    if is_last:
+        trace.enter(None)
+
+
+def _when_differentiated(values: Iterable[Any], act: Callable[[Tensor], None]) -> None:
+    """Act as soon as the gradient of the first of these that has one is known."""
+    first = next((v for v in values if isinstance(v, Tensor) and v.requires_grad), None)
+    if first is not None and torch.is_grad_enabled():
+        first.register_hook(act)  # type: ignore[no-untyped-call]
 
 
 def _work(segments: Iterable[Segment]) -> Counter[str]:

@@ -36,15 +36,26 @@ RANDOM_FILLS = (aten.normal_.default, aten.uniform_.default)
 NO_KERNEL = (aten.empty, aten.empty_like, aten.empty_strided, aten._unsafe_view, torch.ops.prim.device)
 
 
+class Key(NamedTuple):
+    """A storage: the number-th that was made in a segment of this name and block."""
+
+    name: str
+    block: int | None
+    number: int
+
+    def moved(self, further: int) -> Key:
+        """The storage that was made so many later."""
+        return self._replace(number=self.number + further)
+
+
 class Event(NamedTuple):
     """A storage is new, is freed, or belongs to another part from now on.
 
-    key: the storage's number, in the order in which they are made; below 0, a workspace
     size: in bytes; stream: of the GPU, "" is the one that computes; both of a new one alone
     """
 
     kind: Literal["new", "free", "is"]
-    key: int
+    key: Key
     size: int = 0
     part: str = ""
     stream: str = ""
@@ -52,13 +63,14 @@ class Event(NamedTuple):
 
 @dataclass
 class Segment:
-    """A stretch of a computation.
+    """A stretch of a computation: one block's, or what lies between blocks (`block` None).
 
     work: floating-point operations by number type, as `torch.utils.flop_counter` counts them; "moved": bytes that all
         other kernels read and write, nothing fused; "kernels": how many are started; and what `Trace.add` was told
     """
 
     name: str
+    block: int | None = None
     events: list[Event] = field(default_factory=list)
     work: Counter[str] = field(default_factory=Counter)
 
@@ -78,17 +90,22 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.segments = [Segment("setup")]
-        self._is_paused = False
+        self._phase, self._is_paused = "setup", False
         self.logit_widths: frozenset[int] = frozenset()
         self.new_part: str | None = "activations"
         self.new_stream, self.workspace_bytes, self.workspace_stream = "", 0, ""
         self._products: set[tuple[str, bool]] = set()
-        self._made = 0
-        self._keys: dict[int, int | None] = {}
+        self._made: Counter[tuple[str, int | None]] = Counter()
+        self._keys: dict[int, Key | None] = {}
 
     def begin(self, name: str) -> None:
-        """What follows is a new phase."""
+        """What follows is a new phase, outside of any block."""
+        self._phase = name
         self.segments.append(Segment(name))
+
+    def enter(self, block: int | None) -> None:
+        """What follows, of the same phase, is a block's; None: it comes after all of them."""
+        self.segments.append(Segment(self._phase if block is not None else f"after {self._phase}", block))
 
     def take(self) -> list[Segment]:
         """The segments so far, which the trace forgets."""
@@ -130,26 +147,28 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         It may keep nothing of what it makes but its result, one float32 number.
         """
-        known: dict[Any, tuple[int, list[Event], Counter[str], int | None]] = {}
+        known: dict[Any, tuple[int, list[Event], Counter[str], Key | None]] = {}
 
         def run(*args: Any) -> Tensor:
             if torch.compiler.is_compiling():  # into a graph, which must have all of it
                 return act(*args)
-            segment, made = self.segments[-1], self._made
-            form = tuple((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg for arg in args)
+            segment = self.segments[-1]
+            label = segment.name, segment.block
+            form = label, *((arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg for arg in args)
             if form not in known:
-                begun, before = len(segment.events), segment.work.copy()
+                first, begun, before = self._made[label], len(segment.events), segment.work.copy()
                 out = act(*args)
                 key = self._keys[out.untyped_storage()._cdata]
-                known[form] = made, segment.events[begun:], segment.work - before, key
+                known[form] = first, segment.events[begun:], segment.work - before, key
                 return out
             first, events, work, key = known[form]
-            segment.events += [event._replace(key=event.key + made - first) for event in events]
+            further = self._made[label] - first
+            segment.events += [event._replace(key=event.key.moved(further)) for event in events]
             segment.work += work
-            self._made += sum(event.kind == "new" for event in events)
+            self._made[label] += sum(event.kind == "new" for event in events)
             with self.paused():
                 out = torch.empty(())
-            self._follow(out.untyped_storage(), None if key is None else key + made - first)
+            self._follow(out.untyped_storage(), key and key.moved(further))
             return out
 
         return run
@@ -157,14 +176,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def tag(self, tensors: Iterable[Tensor], part: str) -> None:
         """Say what these tensors are."""
         for tensor in tensors:
-            if (key := self._keys[tensor.untyped_storage()._cdata]) is not None:
+            if key := self._keys[tensor.untyped_storage()._cdata]:
                 self.segments[-1].events.append(Event("is", key, part=part))
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Count these no more: they stand for what lies elsewhere."""
         for tensor in tensors:
             identity = tensor.untyped_storage()._cdata
-            if (key := self._keys[identity]) is not None:
+            if key := self._keys[identity]:
                 self.segments[-1].events.append(Event("free", key))
             self._keys[identity] = None
 
@@ -182,10 +201,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _take_workspace(self) -> None:
         """At the first product of a phase's forward or backward."""
-        thread = self.segments[-1].name, torch._C._current_graph_task_id() != -1
+        thread = self._phase, torch._C._current_graph_task_id() != -1
         if self.workspace_bytes and thread not in self._products:
             self._products.add(thread)
-            key = -2 if thread[1] else -1
+            key = Key(WORKSPACE, None, thread[1])
             self.segments[-1].events.append(Event("new", key, self.workspace_bytes, WORKSPACE, self.workspace_stream))
 
     def _count(self, tensor: Tensor) -> None:
@@ -196,19 +215,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._follow(storage, None)
             return
         is_logits = self.new_part == "activations" and tensor.ndim > 1 and tensor.shape[-1] in self.logit_widths
-        self._follow(storage, key := self._made)
-        self._made += 1
+        segment = self.segments[-1]
+        label = segment.name, segment.block
+        self._follow(storage, key := Key(*label, self._made[label]))
+        self._made[label] += 1
         size = -(-storage.nbytes() // GRAIN_BYTES) * GRAIN_BYTES
-        part = "logits" if is_logits else self.new_part
-        self.segments[-1].events.append(Event("new", key, size, part, self.new_stream))
+        segment.events.append(Event("new", key, size, "logits" if is_logits else self.new_part, self.new_stream))
 
-    def _follow(self, storage: Any, key: int | None) -> None:
+    def _follow(self, storage: Any, key: Key | None) -> None:
         """Until it is freed; None: it is not on the GPU."""
         self._keys[storage._cdata] = key
         weakref.finalize(storage, self._forget, storage._cdata).atexit = False
 
     def _forget(self, identity: int) -> None:
-        if (key := self._keys.pop(identity)) is not None:
+        if key := self._keys.pop(identity):
             self.segments[-1].events.append(Event("free", key))
 
 
