@@ -22,7 +22,7 @@ from hybridlab.batch.given import declared_parameters
 from hybridlab.benchmarks import architectures, ranks
 from hybridlab.cli import _joined, app
 from hybridlab.predictors import PREDICTORS
-from hybridlab.train import _program
+from hybridlab.train import run_file
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
@@ -133,7 +133,7 @@ def test_every_command_that_a_page_names_exists_with_its_options(page: Path) -> 
                 *rest,
             ]:
                 program = typer.Typer()
-                program.command()(_program if name == "hybridlab.train" else ranks.main)
+                program.command()(run_file if name == "hybridlab.train" else ranks.main)
                 parse(typer.main.get_command(program), rest)
             case ["make", *rest]:
                 assert {word for word in rest if "=" not in word} <= {*targets}, words
