@@ -224,6 +224,14 @@ def test_ctrl_c_stops_the_process_and_keeps_its_record(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.usefixtures("forked")
+def test_whoever_leaves_before_an_ended_run_s_record_is_asked_for_leaves_no_process(tmp_path: Path) -> None:
+    """As Ctrl-C at that moment does."""
+    with closing(train_side_by_side([(CONFIG, tmp_path)], 1)) as runs:
+        next(runs)
+    assert multiprocessing.active_children() == []
+
+
 def test_it_works_from_a_notebook(tmp_path: Path) -> None:
     source = f"""
 import pickle

@@ -34,7 +34,7 @@ from hybridlab.report.evidence import MAIN, REPORT, Evidence, least_difference
 from hybridlab.report.gpu_guide import FORMER_PRESETS, by_model, gpu_guide, recommended
 from hybridlab.report.pictures import charts_of, shows, signed, vram_frame
 from hybridlab.report.rules import Claims, Peak, Ran, Savings, least_time
-from hybridlab.report.validation import at_a_glance, claims_document, copies, validation_document
+from hybridlab.report.validation import at_a_glance, claims_document, copies, predicted_share, validation_document
 from hybridlab.report.words import markdown_table
 from hybridlab.results.claims import Claim, Quantity, Verdict
 from hybridlab.results.publish import publish
@@ -1211,6 +1211,14 @@ def test_the_plans_promise_is_judged_for_predicted_depth_under_its_own_name() ->
     rows = depth_advice(Evidence({MAIN: found.entries[MAIN], "rtx5080_muon": {"05_gpt2_medium": with_muon}}))
     told = [(row["model"], row["optimizer"], row["arm"]) for row in rows]
     assert told == [("medium", optimizer, "grown from 3, 1000 steps") for optimizer in ("AdamW", "Muon")]
+
+
+@pytest.mark.parametrize(("cost", "share"), [(475, "in depth: 1000 at the computation of 475 full ones"), (None, None)])
+def test_the_share_of_a_grown_arm_is_its_cost_alone(cost: float | None, share: str | None) -> None:
+    counts = {"gradient_steps": 1000, "cost_in_full_steps": cost, "predicted_steps": 0 if cost is None else None}
+    grown = claim("pays", "open", *(Quantity(name, count, unit="steps") for name, count in counts.items()), arm="grown")
+    (published,) = evidence(n03=entry(grown)).claims(kind="pays")
+    assert predicted_share(published) == share
 
 
 RECIPE = {

@@ -105,6 +105,12 @@ def test_the_plan_s_speedups_on_mnist_count_at_its_accuracy(
     assert "conservative-quality" not in found
 
 
+def test_images_whose_loss_has_no_perplexity_are_judged() -> None:
+    """Its exponential would be beyond what a float holds."""
+    wild = compared("conservative", to_baseline=always(1e4))
+    assert "conservative-pays" in {claim.id for claim in hybrid_claims(wild, perplexity=False)}
+
+
 def test_an_arm_that_predicted_nothing_tells_its_time() -> None:
     idle = compared(predicted_steps=0.0, time_ratio=Interval.of([4.3, 4.4, 4.5]))
     assert "in 4.40 times the baseline's time" in idle.sentence

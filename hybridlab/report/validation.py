@@ -85,12 +85,12 @@ def claims_document(evidence: Evidence) -> str:
 
 def predicted_share(claim: Published) -> str | None:
     """How many of an arm's nominal steps were predicted, from its claim that it pays; of one that grew, their cost."""
-    gradient, predicted = claim.value("gradient_steps"), claim.value("predicted_steps")
-    if gradient is None or predicted is None:
+    gradient = claim.value("gradient_steps")
+    counted = claim.value("cost_in_full_steps" if claim.grew else "predicted_steps")
+    if gradient is None or counted is None:
         return None
-    cost = claim.value("cost_in_full_steps")
-    in_time = f"{predicted:.0f} of {predicted + gradient:.0f}"
-    return in_time if cost is None else f"in depth: {gradient:.0f} at the computation of {cost:.0f} full ones"
+    in_depth = f"in depth: {gradient:.0f} at the computation of {counted:.0f} full ones"
+    return in_depth if claim.grew else f"{counted:.0f} of {counted + gradient:.0f}"
 
 
 def devices(evidence: Evidence) -> str:

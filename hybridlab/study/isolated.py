@@ -65,9 +65,10 @@ def train_side_by_side(
                 if running[pipe].has_stepped():
                     on_step(running[pipe].config)
                     continue
-                run = running.pop(pipe)
-                free.append(run.gpu or 0)  # without GPUs any place is as good
+                run = running[pipe]
                 yield run.config, run.ended
+                del running[pipe]
+                free.append(run.gpu or 0)  # without GPUs any place is as good
     finally:
         stop(list(running.values()))
 

@@ -60,9 +60,11 @@ def hybrid_claims(comparison: Comparison, *, perplexity: bool = True) -> list[Cl
         images, what the plan says of MNIST counts
     """
     arm = comparison.name
-    vram = _vram(arm, f"{arm}: peak VRAM stays below 5 GB", comparison.peak_vram_bytes)
-    language = [_quality(comparison), speed_claim(comparison), *vram]
-    promised = language if perplexity else _speedup(comparison)
+    if perplexity:
+        vram = _vram(arm, f"{arm}: peak VRAM stays below 5 GB", comparison.peak_vram_bytes)
+        promised = [_quality(comparison), speed_claim(comparison), *vram]
+    else:
+        promised = _speedup(comparison)
     return [pays_claim(comparison), *promised, stable_claim([comparison], arm)]
 
 
