@@ -77,3 +77,28 @@ def test_predicted_depth_on_a_cpu_follows_from_its_runs() -> None:
             (line,) = (row for row in PAGE.splitlines() if row.startswith(f"| {budget} (") and f"| {called} |" in row)
             assert f"| {computation} |" in line
             assert line.endswith(f"| {shallow} |")
+
+
+COMPUTATION, SHALLOW = "control of grown from 3", "control of grown from 3, shallow"
+MICRO = ("grown from 3", "fresh from 3", COMPUTATION, "shallow, 3 blocks", SHALLOW)
+
+
+def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
+    """The best of each arm's rate trials, and the runs of three seeds where a budget has all of them."""
+    runs = pd.DataFrame(committed("micro_depth")["rows"])
+    trials = runs[runs["trial"]].set_index(["budget", "arm", "rate"])["validation_loss"]
+    for budget, tokens in ((266, 5), (1062, 20), (5312, 100)):
+        best = {arm: RateTrials(trials[budget, arm].to_dict()) for arm in ("baseline", *MICRO)}
+        assert not any(trial.edge for trial in best.values())
+        cells = " | ".join(f"{trial.losses[trial.best]:.3f} ({trial.best:g})" for trial in best.values())
+        assert f"| {tokens} | {cells} |" in PAGE
+    lowest = {arm: trials[5312, arm].min() for arm in (*MICRO, "control of fresh from 3")}
+    assert f"ends {lowest[SHALLOW] - lowest['grown from 3']:.3f} nats below them, on one seed" in PAGE
+    assert f"is {lowest[COMPUTATION] - lowest['grown from 3']:.3f} nats above the grown one" in PAGE
+    assert f"ended at {lowest['control of fresh from 3']:.3f}, so" in PAGE
+    losses = runs[~runs["trial"]].set_index(["budget", "arm", "seed"])["validation_loss"]
+    for budget, tokens in ((266, 5), (1062, 20)):
+        for arm in MICRO[:2]:
+            beside = (f"control of {arm}", "shallow, 3 blocks", "control of grown from 3, shallow")
+            differences = (Interval.of((losses[budget, arm] - losses[budget, other]).tolist()) for other in beside)
+            assert f"| {tokens} | {arm} | {' | '.join(map(str, differences))} |" in PAGE

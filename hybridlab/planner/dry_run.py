@@ -170,7 +170,7 @@ class DryRun:
         return [self._shards.own[p] if self._shards else p for p in params]
 
     def _countable(self) -> int:
-        """How many blocks others can stand for: of several ranks none, since gathering is not a block's own alone."""
+        """How many blocks need not be run; of several ranks none: a block is gathered while another one runs."""
         if not (self._shortened and not self._spec.ranks and runs_alike(self._model, self._last)):
             return 0
         return len(blocks_of(self._model)) - FIRST - self._last

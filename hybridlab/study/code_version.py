@@ -31,12 +31,12 @@ def code_version() -> str:
     of what it imports, so that a moved file does not count either. Sources count as they were when this process
     imported them: what is edited while a run goes on has no part in its figures.
     """
-    return version_of(_AT_IMPORT)
+    return _version(_own_hashes())
 
 
 def version_of(sources: Mapping[str, str]) -> str:
     """The version of some sources: module -> text."""
-    return f"hybridlab {hybridlab.__version__}+{_hashes_of(sources)(TRAINS)[:8]}, torch {torch.__version__}"
+    return _version(_hashes_of(sources))
 
 
 def read_sources() -> dict[str, str]:
@@ -49,9 +49,18 @@ def read_sources() -> dict[str, str]:
 @cache
 def code_hashes() -> dict[str, str]:
     """The hashes of the code that trains, and of the benchmarks with all that they import; alike for every Python."""
-    of = _hashes_of(_AT_IMPORT)
+    of = _own_hashes()
     benchmarks = [of(module) for module in sorted(_AT_IMPORT) if module.startswith(f"{MEASURES}.")]
     return {"trains": of(TRAINS)[:8], "measures": hashlib.sha256(repr(benchmarks).encode()).hexdigest()[:8]}
+
+
+@cache
+def _own_hashes() -> Callable[[str], str]:
+    return _hashes_of(_AT_IMPORT)
+
+
+def _version(of: Callable[[str], str]) -> str:
+    return f"hybridlab {hybridlab.__version__}+{of(TRAINS)[:8]}, torch {torch.__version__}"
 
 
 def _hashes_of(sources: Mapping[str, str]) -> Callable[[str], str]:
