@@ -31,7 +31,7 @@ def code_version() -> str:
     of what it imports, so that a moved file does not count either. Sources count as they were when this process
     imported them: what is edited while a run goes on has no part in its figures.
     """
-    return _version(_own_hashes())
+    return _version(_OWN_HASHES)
 
 
 def version_of(sources: Mapping[str, str]) -> str:
@@ -49,14 +49,9 @@ def read_sources() -> dict[str, str]:
 @cache
 def code_hashes() -> dict[str, str]:
     """The hashes of the code that trains, and of the benchmarks with all that they import; alike for every Python."""
-    of = _own_hashes()
+    of = _OWN_HASHES
     benchmarks = [of(module) for module in sorted(_AT_IMPORT) if module.startswith(f"{MEASURES}.")]
     return {"trains": of(TRAINS)[:8], "measures": hashlib.sha256(repr(benchmarks).encode()).hexdigest()[:8]}
-
-
-@cache
-def _own_hashes() -> Callable[[str], str]:
-    return _hashes_of(_AT_IMPORT)
 
 
 def _version(of: Callable[[str], str]) -> str:
@@ -106,3 +101,4 @@ class _Code(ast.NodeTransformer):
 
 
 _AT_IMPORT = read_sources()
+_OWN_HASHES = _hashes_of(_AT_IMPORT)
