@@ -77,33 +77,3 @@ def test_predicted_depth_on_a_cpu_follows_from_its_runs() -> None:
             (line,) = (row for row in PAGE.splitlines() if row.startswith(f"| {budget} (") and f"| {called} |" in row)
             assert f"| {computation} |" in line
             assert line.endswith(f"| {shallow} |")
-
-
-COMPUTATION, SHALLOW = "control of grown from 3", "control of grown from 3, shallow"
-MICRO = ("grown from 3", "fresh from 3", COMPUTATION, "shallow, 3 blocks", SHALLOW)
-
-
-def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
-    """The best of each arm's rate trials, and the runs of three seeds where a budget has all of them."""
-    runs = pd.DataFrame(committed("micro_depth")["rows"])
-    trials = runs[runs["trial"]].set_index(["budget", "arm", "rate"])["validation_loss"]
-    for budget, tokens in ((266, 5), (1062, 20), (5312, 100)):
-        best = {arm: RateTrials(trials[budget, arm].to_dict()) for arm in ("baseline", *MICRO)}
-        assert not any(trial.edge for trial in best.values())
-        cells = " | ".join(f"{trial.losses[trial.best]:.3f} ({trial.best:g})" for trial in best.values())
-        assert f"| {tokens} | {cells} |" in PAGE
-    twice = [trials[5312, control] for control in (COMPUTATION, "control of fresh from 3")]
-    lowest = {arm: trials[5312, arm].min() for arm in MICRO}
-    assert f"ends {lowest[SHALLOW] - lowest['grown from 3']:.3f} nats below them, on one seed" in PAGE
-    for said, losses in (
-        ("at the rate 0.016 it", [control[0.016] for control in twice]),
-        ("At its best\nrates it", [control.min() for control in twice]),
-    ):
-        assert f"{said} ended at {losses[0]:.3f} and at {losses[1]:.3f}" in PAGE
-    assert twice[0].min() > lowest["grown from 3"] > twice[1].min()
-    studied = runs[~runs["trial"]].set_index(["budget", "arm", "seed"])["validation_loss"]
-    for budget, tokens in ((266, 5), (1062, 20)):
-        for arm in MICRO[:2]:
-            beside = (f"control of {arm}", "shallow, 3 blocks", SHALLOW)
-            differences = (Interval.of((studied[budget, arm] - studied[budget, other]).tolist()) for other in beside)
-            assert f"| {tokens} | {arm} | {' | '.join(map(str, differences))} |" in PAGE

@@ -1081,13 +1081,19 @@ def test_a_table_keeps_its_shape_whatever_the_cells_hold() -> None:
     assert text.splitlines()[2] == "| x \\| y | – | – |"
 
 
+SHALLOW_PAYS = "train the shallow model: depth does not pay yet"
+OPEN_WHICH = "train all blocks from the start, or the shallow model: open which"
+
+
 @pytest.mark.parametrize(
     ("growing", "depth", "advice"),
     [
         ("holds", "holds", "grow it"),
-        ("holds", "fails", "train the shallow model: depth does not pay yet"),
+        ("holds", "fails", SHALLOW_PAYS),
         ("fails", "holds", "train all blocks from the start"),
-        ("open", "holds", "open"),
+        ("open", "holds", "grow it, or train all blocks from the start: open which"),
+        ("open", "fails", OPEN_WHICH),
+        ("open", "open", "open"),
     ],
 )
 def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
@@ -1104,10 +1110,41 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
     ]
     for trials, rates in ((0, "not tried"), (4, "tried")):
         published = entry(*claims, parameters=parameters | {"seeds": 3, "rate_trials": trials})
-        (row,) = depth_advice(Evidence({"cpu": {"10_predicted_depth": published}}))
+        found = Evidence({"cpu": {"10_predicted_depth": published}})
+        (row,) = depth_advice(found)
         assert (row["what to run"], row["rates"]) == (advice, rates)
+    pay = [growing == "holds", depth == "holds"]
+    told = "growing is shown to pay in {:d}, depth in {:d}, and both in {:d}.".format(*pay, all(pay))
+    assert told in readme_section(found)
     assert row["against as much computation"] == "-0.200 [-0.300, -0.100]"
     assert row["computation to its loss"] == "open"
+
+
+@pytest.mark.parametrize(
+    ("to_plain", "to_shallow", "beside", "advice"),
+    [
+        ((-0.07, 0.01, -0.15), (0.24, 0.31, 0.25), "loss_to_shallow_control", SHALLOW_PAYS),
+        ((0.24, 0.31, 0.25), (0.07, 0.01, 0.1), "loss_to_shallow_control", "train all blocks from the start"),
+        ((0.24, 0.31, 0.25), (0.07, 0.01, 0.1), "loss_to_shallow", OPEN_WHICH),
+        ((0.0, 0.2, -0.2), (0.1, 0.11, 0.1), "loss_to_shallow_control", OPEN_WHICH),
+        ((None, 0.01, -0.15), (0.24, None, 0.25), "loss_to_shallow", OPEN_WHICH),
+    ],
+)
+def test_where_depth_fails_and_growing_too_the_plain_run_stands_beside_the_shallow_model(
+    to_plain: tuple[float | None, ...], to_shallow: tuple[float | None, ...], beside: str, advice: str
+) -> None:
+    """Their difference, by seed, is that of the grown run's two; a shallow model that computed less cannot lose."""
+    arm, steps = "grown from 3, 800 steps", Quantity("gradient_steps", 800.0, unit="steps")
+    claims = [
+        claim(kind, verdict, Quantity(name, 0.1, unit="nats", bound=0.0, per_seed=values), steps, arm=arm)
+        for kind, verdict, name, values in (
+            ("pays", "open", "loss_to_control", to_plain),
+            ("depth-pays", "fails", beside, to_shallow),
+        )
+    ]
+    parameters = {"model": "micro", "batch_size": 8, "block_size": 64, "vocab_size": 2048, "budgets": [800]}
+    (row,) = depth_advice(Evidence({"cpu": {DEPTH: entry(*claims, parameters=parameters)}}))
+    assert row["what to run"] == advice
 
 
 def test_the_guide_says_what_controls_of_as_much_computation_took_of_the_grown_run_s_time() -> None:
@@ -1126,6 +1163,7 @@ def test_the_guide_says_what_controls_of_as_much_computation_took_of_the_grown_r
         assert row["time of as much computation"] == times
         assert row["against the shallow model"] == "+0.100, as many steps"
         section = " ".join(readme_section(found).split())
+        assert "Of these 1 rows, growing is shown to pay in 0, depth in 0, and both in 0." in section
         told = "the plain run took 1.10 times the grown run's time, the shallow model 1.20 times."
         assert (told in section) is bool(times)
         assert "Millions of parameters: mini 2." in section
@@ -1277,6 +1315,7 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
     [
         ("Predicted depth of GPT-2 Small at 1,000 steps", DEPTH_OF_SMALL),
         ("Predicted depth at 20 tokens per parameter", "executed/rtx5080_mini/10_predicted_depth.ipynb"),
+        ("Predicted depth of six narrow blocks", "executed/rtx5080_micro/10_predicted_depth.ipynb"),
         ("Predicted depth of GPT-2 Small with Muon", "executed/rtx5080_muon/10_predicted_depth.ipynb"),
         ("Predicted depth of GPT-2 Medium at 1,000 steps", "executed/rtx5080/05_gpt2_medium.ipynb"),
         ("Predicted depth of GPT-2 Small at 10,000 steps", "executed/rtx5080_10k/10_predicted_depth.ipynb"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hybridlab.models.gpt2 import SIZES, GPT2Config
 from hybridlab.notebook.views.depth import SHALLOW
 from hybridlab.planner.gpu_specs import spec_of
@@ -12,13 +14,15 @@ from hybridlab.report.evidence import Evidence, Published, device_of
 from hybridlab.report.validation import Cells
 from hybridlab.report.words import notebook_link
 from hybridlab.results.words import in_words, quantity_interval
-from hybridlab.study.statistics import LEAST
+from hybridlab.study.statistics import LEAST, Interval
 from hybridlab.study.study import control_name, shallow_control_name
 
 ADVICE = {
     ("holds", "holds"): "grow it",
     ("holds", "fails"): "train the shallow model: depth does not pay yet",
     ("holds", "open"): "grow it, or train the shallow model: open which",
+    ("open", "holds"): "grow it, or train all blocks from the start: open which",
+    ("open", "fails"): "train all blocks from the start, or the shallow model: open which",
     ("fails", "holds"): "train all blocks from the start",
     ("fails", "fails"): "train all blocks from the start, or the shallow model: open which",
     ("fails", "open"): "train all blocks from the start, or the shallow model: open which",
@@ -82,7 +86,7 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
     ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
     return {
         "model": parameters.get("model"),
-        "tokens per parameter": f"{tokens / count:.2g}" if count else None,
+        "tokens per parameter": f"{float(f'{tokens / count:.2g}'):g}" if count else None,
         "optimizer": {"muon": "Muon"}.get(parameters.get("optimizer", ""), "AdamW"),
         "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
         "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
@@ -93,10 +97,26 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
         "time to its loss": ratios["time_to_loss"] or "open",
         "time of as much computation": ", ".join(times) or None,
         "rates": "tried" if evidence.tried_rates(pays.notebook, pays.profile) else "not tried",
-        "what to run": ADVICE.get((pays.verdict, depth.verdict), "open"),
+        "what to run": _what_to_run(pays, depth),
         "notebook": notebook_link(pays.notebook, pays.profile, short=True),
         "profile": pays.profile,
     }
+
+
+def _what_to_run(pays: Published, depth: Published) -> str:
+    """By both verdicts; where depth fails and growing is not shown, by the plain run beside the shallow model too.
+
+    Their difference is that of the grown run's two differences, seed by seed.
+    """
+    to_plain, to_shallow = pays.quantity("loss_to_control"), depth.deciding
+    if pays.verdict != "holds" and depth.verdict == "fails" and to_plain and to_shallow and to_shallow.per_seed:
+        ends = np.array([to_shallow.per_seed, to_plain.per_seed], dtype=float)  # None, of a run that diverged, is NaN
+        plain_above = Interval.of(list(ends[0] - ends[1]))
+        if plain_above.low > 0:
+            return ADVICE["holds", "fails"]
+        if plain_above.high < 0 and to_shallow.name == "loss_to_shallow_control":
+            return ADVICE["fails", "holds"]
+    return ADVICE.get((pays.verdict, depth.verdict), "open")
 
 
 def parameter_count(parameters: Mapping[str, Any]) -> int | None:
