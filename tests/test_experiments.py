@@ -10,11 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from hybridlab.results.claims import Quantity
+from hybridlab.results.words import in_words, quantity_interval
 from hybridlab.study.rates import RateTrials
 from hybridlab.study.statistics import Interval, formatted
 from tests.test_statistics import study_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
+MICRO = Path(__file__).parents[1] / "executed" / "rtx5080_micro"
 PAGE = FOLDER.with_suffix(".md").read_text(encoding="utf-8")
 
 
@@ -77,3 +80,46 @@ def test_predicted_depth_on_a_cpu_follows_from_its_runs() -> None:
             (line,) = (row for row in PAGE.splitlines() if row.startswith(f"| {budget} (") and f"| {called} |" in row)
             assert f"| {computation} |" in line
             assert line.endswith(f"| {shallow} |")
+
+
+def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
+    """Each arm beside every control, its own plain one and the equal one of the other arm."""
+    page = " ".join(PAGE.split())
+    published = json.loads((MICRO / "results.json").read_text(encoding="utf-8"))["10_predicted_depth"]
+    runs = pd.DataFrame(published["tables"]["runs"])
+    losses = runs.set_index(["budget", "arm", "seed"])["validation_loss"].sort_index()
+    grown, fresh, shallow = "grown from 3", "fresh from 3", "shallow, 3 blocks"
+    own, other, longer = (f"control of {grown}", f"control of {fresh}", f"control of {grown}, shallow")
+
+    def beside(budget: int, arm: str, control: str) -> Interval:
+        return Interval.of((losses[budget, arm] - losses[budget, control]).tolist())
+
+    pays = {claim["arm"]: claim for claim in published["claims"] if claim["kind"] == "pays"}
+    for budget, tokens in ((266, 5), (1062, 20), (5312, 100)):
+        for arm in (grown, fresh):
+            quantities = {q["name"]: Quantity(**q) for q in pays[f"{arm}, {budget} steps"]["quantities"]}
+            ends = f"{losses[budget, arm].mean():.4f} | {quantity_interval(quantities['loss_to_control'])}"
+            controls = " | ".join(str(beside(budget, arm, control)) for control in (shallow, longer))
+            ratio = in_words(quantities["compute_to_loss"])
+            assert f"| {tokens} | {arm} | {ends} | {controls} | {ratio} |" in PAGE
+    low, high = beside(5312, grown, "baseline").low, beside(5312, grown, "baseline").high
+    assert f"by {beside(5312, grown, 'baseline').mean:.3f} [{low:.3f}, {high:.3f}] nats" in page
+    tried = pd.DataFrame(published["tables"]["rates"]).set_index(["budget", "arm", "rate"])["loss"].sort_index()
+    apart = {
+        budget: max((kind[budget, own] - kind[budget, other]).abs().max() for kind in (losses, tried))
+        for budget in (266, 5312)
+    }
+    assert f"by up to {apart[266]:.3f} nats at 5 and {apart[5312]:.3f} at 100" in page
+    assert f"comes to {beside(266, fresh, own)}, which" in page
+    assert min(2 * beside(266, fresh, own).p_value, 1) > 0.05, "Holm's correction for two arms"
+    assert f"*grown* at 100 to {beside(5312, grown, other)}." in page
+    assert f"on each seed, by {beside(266, fresh, grown)};" in page
+    above = losses[5312, fresh] - losses[5312, grown]
+    assert f"by {above.min():.3f} to {above.max():.3f}, an interval that holds 0" in page
+    assert beside(5312, fresh, grown).low < 0
+    time = Quantity(**next(q for q in pays[f"{grown}, 5312 steps"]["quantities"] if q["name"] == "time_over_baseline"))
+    assert f"took {in_words(time)} times" in page
+    steps = runs.set_index(["budget", "arm"])["gradient_steps"].groupby(level=[0, 1]).first()
+    assert f"{steps[5312, longer]:,} instead of {steps[5312, grown]:,}" in page
+    passes = [steps[5312, arm] * 128 * 64 / published["data"]["train_tokens"] for arm in (grown, longer)]
+    assert [f"its text {passes[0]:.2f} times" in page, f"seen it {passes[1]:.2f} times" in page] == [True, True]

@@ -1163,8 +1163,10 @@ def test_the_guide_says_what_controls_of_as_much_computation_took_of_the_grown_r
         assert row["time of as much computation"] == times
         assert row["against the shallow model"] == "+0.100, as many steps"
         section = " ".join(readme_section(found).split())
-        assert "Of these 1 rows, growing is shown to pay in 0, depth in 0, and both in 0." in section
-        told = "the plain run took 1.10 times the grown run's time, the shallow model 1.20 times."
+        assert (
+            "Of these 1 rows, growing is shown to pay in 0, depth in 0, and both in 0. Growing is corrected" in section
+        )
+        told = "the plain run took 1.10 times the grown run's time, the shallow model 1.20 times;"
         assert (told in section) is bool(times)
         assert "Millions of parameters: mini 2." in section
 
@@ -1314,8 +1316,10 @@ DEPTH_OF_SMALL = "executed/rtx5080/10_predicted_depth.ipynb"
     ("title", "source"),
     [
         ("Predicted depth of GPT-2 Small at 1,000 steps", DEPTH_OF_SMALL),
-        ("Predicted depth at 20 tokens per parameter", "executed/rtx5080_mini/10_predicted_depth.ipynb"),
-        ("Predicted depth of six narrow blocks", "executed/rtx5080_micro/10_predicted_depth.ipynb"),
+        (
+            "Predicted depth of a mini GPT-2 at 20 tokens per parameter",
+            "executed/rtx5080_mini/10_predicted_depth.ipynb",
+        ),
         ("Predicted depth of GPT-2 Small with Muon", "executed/rtx5080_muon/10_predicted_depth.ipynb"),
         ("Predicted depth of GPT-2 Medium at 1,000 steps", "executed/rtx5080/05_gpt2_medium.ipynb"),
         ("Predicted depth of GPT-2 Small at 10,000 steps", "executed/rtx5080_10k/10_predicted_depth.ipynb"),

@@ -283,6 +283,15 @@ def test_a_study_in_which_all_diverges_at_once_is_told_and_not_drawn() -> None:
     assert of_baseline(runs) == ["fails"]
 
 
+def test_several_grown_arms_are_counted_and_the_best_of_them_is_named() -> None:
+    grown = {"grown": True, "predicted_steps": 0.0}
+    arms = [compared("late", to_control=WORSE, **grown), compared("early", to_control=BETTER, **grown)]
+    count, best = comparisons_in_sentences(arms)
+    assert count == "Growing beats a plain run of as much computation in 1 of 2 arms."
+    assert best == f"The lowest loss against its control: {arms[1].sentence}"
+    assert comparisons_in_sentences([*arms, compared("in time")])[0].startswith("Prediction beats stopping earlier in ")
+
+
 def test_an_arm_that_diverged_before_it_predicted_is_not_said_to_have_taken_every_step() -> None:
     ended = Interval.of([math.inf] * 3)
     arm = compared("bold", validation_loss=ended, to_control=ended, predicted_steps=0.0)

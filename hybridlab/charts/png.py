@@ -95,7 +95,7 @@ def _label(axes: Axes, chart: ChartData, styles: dict[str, Look], places: dict[s
 
 def _axes(axes: Axes, chart: ChartData, columns: int) -> None:
     named_lines = bool(chart.names and chart.lines)  # whose labels stand between title and axes
-    title, size = "\n".join(look.lines_of(chart.title, columns)), 12 if columns == 1 else 10.5
+    title, size = "\n".join(look.lines_of(chart.title, columns, chart.names)), 12 if columns == 1 else 10.5
     axes.set_title(title, pad=20 if named_lines else 8, fontsize=size)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)

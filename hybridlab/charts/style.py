@@ -142,6 +142,6 @@ def band_text(band: Band, span: float, columns: int) -> str:
     return band.label if room >= len(band.label) + 1 else band.label[:1] if room >= 2 else ""
 
 
-def lines_of(title: str, columns: int = 1) -> list[str]:
-    """The title broken into lines that fit above one panel."""
-    return textwrap.wrap(title, 100 // columns) or [""]
+def lines_of(title: str, columns: int = 1, names: Iterable[str] = ()) -> list[str]:
+    """The title broken into lines that fit above one panel, right of the names of its rows."""
+    return textwrap.wrap(title, max(20, 100 // columns - max(map(len, names), default=0))) or [""]

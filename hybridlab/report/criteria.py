@@ -205,8 +205,11 @@ CRITERIA: dict[str, tuple[Criterion, ...]] = {
             in_depth(0.4, *chain(*GROWING.values())),
             "any",
         ),
-        Criterion("Growing beats a plain run of as much computation", grown("pays")),
-        Criterion("Depth pays: the grown model ends below the shallow one of as much computation", grown("depth-pays")),
+        Criterion("At the plan's scale, growing beats a plain run of as much computation", grown("pays")),
+        Criterion(
+            "At the plan's scale, depth pays: the grown model ends below the shallow one of as much computation",
+            grown("depth-pays"),
+        ),
     ),
     OURS: (
         Criterion(

@@ -128,8 +128,11 @@ def comparisons_in_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     sentences = [c.sentence for c in comparisons if not c.predicted and c not in idle]
     if predicted:
         paying, best = [c for c in predicted if c.pays], min(predicted, key=lambda c: c.order)
+        beats, of = "Prediction beats stopping earlier", f"{len(predicted)} arms that predicted anything"
+        if all(c.grown for c in predicted):
+            beats, of = "Growing beats a plain run of as much computation", f"{len(predicted)} arms"
         sentences += [
-            f"Prediction beats stopping earlier in {len(paying)} of {len(predicted)} arms that predicted anything.",
+            f"{beats} in {len(paying)} of {of}.",
             f"The lowest loss against its control: {best.sentence}",
         ]
     if idle:
