@@ -62,7 +62,8 @@ def _options(
 @app.command()
 def run(
     notebook: Annotated[
-        Path, typer.Argument(metavar="NOTEBOOK", help="A file, or a notebook of ours, as 00_your_model.")
+        Path,
+        typer.Argument(metavar="NOTEBOOK", dir_okay=False, help="A file, or a notebook of ours, as 00_your_model."),
     ],
     output: Annotated[
         Path | None,
@@ -70,7 +71,9 @@ def run(
     ] = None,
     file: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", metavar="PARAMS", help="YAML file of parameters; may repeat, the last wins."),
+        typer.Option(
+            "--file", "-f", metavar="PARAMS", dir_okay=False, help="YAML file of parameters; may repeat, the last wins."
+        ),
     ] = None,
     parameter: Annotated[
         list[str] | None,
@@ -166,7 +169,9 @@ def runs(
     ] = None,
     folder: Folder = Path("runs"),
     as_json: AsJson = False,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every step of them there.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Also write every step of them there.")
+    ] = None,
     memory_csv: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write their memory there, in nvidia-smi's columns.")
     ] = None,
@@ -250,8 +255,8 @@ def tag(
     """Give a run tags."""
     from hybridlab.notebook.one_run import find_run, set_tags
 
-    if not remove and not all(map(str.strip, tags)):
-        raise UserError("a tag is empty: give a word, such as baseline")
+    if not remove and not all(tag.strip() and tag.isprintable() for tag in tags):
+        raise UserError("a tag is empty, or cannot be printed: give a word, such as baseline")
     run = find_run(name, folder)
     print(", ".join(set_tags(run, remove=tags) if remove else set_tags(run, add=tags)) or "no tags")
 

@@ -172,6 +172,12 @@ def test_an_output_that_cannot_be_written_is_refused(notebook, output, message):
     assert message in refusal(notebook, None, output=output)
 
 
+def test_a_repaired_partial_copy_is_not_replaced_by_its_own_run(notebook):
+    repaired = save(tiny_notebook(), Path("tiny.failed.ipynb"))
+    assert "tiny.failed.ipynb: the output would replace the source" in refusal(repaired, None, output="tiny.ipynb")
+    prepared(repaired, Path("again.ipynb"))
+
+
 def test_what_is_no_runnable_notebook_is_refused(root):
     Path("text.ipynb").write_text("hello", encoding="utf-8")
     untagged = tiny_notebook()

@@ -44,6 +44,7 @@ def ended(arguments: str) -> int:
             "'step' after -p is no parameter of tiny.ipynb: did you mean 'steps'?",
         ),
         ("run tiny.ipynb -o out.ipynb -p steps x", "steps: 'x' is text, a whole number is wanted"),
+        ("run tiny.ipynb -o out.ipynb -p steps=", "steps: '' is text, a whole number is wanted"),
         ("run tiny.ipynb -o out.ipynb -p steps", "-p steps: a value is missing: write -p steps VALUE"),
         ("run tiny.ipynb -o tiny.ipynb", "the output would replace the source notebook"),
         ("run tiny.ipynb -o tiny.ipynb/out.ipynb", "cannot write into"),
@@ -59,6 +60,12 @@ def test_a_mistake_gives_one_line_and_exit_code_2(root, capsys, arguments, messa
     assert message in said
     assert said.count("\n") == 1
     assert not Path("out.ipynb").exists()
+
+
+@pytest.mark.parametrize("command", ["run .", "run tiny.ipynb -f .", "runs --csv /"])
+def test_a_folder_where_a_file_is_wanted_is_refused(root, capsys, command):
+    assert ended(command) == 2
+    assert "is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["run"], ["data", "file:"]])

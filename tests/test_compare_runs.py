@@ -290,8 +290,9 @@ def test_tags_are_given_found_and_taken_away(capsys: pytest.CaptureFixture[str])
     assert said_by(["runs", "tag", "one/bold", "good", "paper"], capsys) == "good, paper\n"
     assert found(where=["tags=*paper*"]) == ["one/bold_seed_0"]
     assert said_by(["runs", "tag", "one/bold", "good", "--remove"], capsys) == "paper\n"
-    assert main(["runs", "tag", "one/bold", " "]) == 2
-    assert "a tag is empty" in capsys.readouterr().err
+    for tag in (" ", "a\nb"):
+        assert main(["runs", "tag", "one/bold", tag]) == 2
+        assert "a tag is empty, or cannot be printed" in capsys.readouterr().err
     assert "tags: paper" in said_by(["runs", "show", "one/bold"], capsys)
 
 

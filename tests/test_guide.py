@@ -19,10 +19,10 @@ from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
 from hybridlab.batch.given import declared_parameters
+from hybridlab.batch.train_file import run_file
 from hybridlab.benchmarks import architectures, ranks
 from hybridlab.cli import _joined, app
 from hybridlab.predictors import PREDICTORS
-from hybridlab.train import run_file
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"

@@ -106,6 +106,24 @@ def test_a_checkpoint_of_the_hugging_face_trainer_goes_on_as_if_it_had_not_stopp
     assert torch.equal(vector(whole), vector(part))
 
 
+def test_each_training_of_one_trainer_begins_anew_and_leaves_its_optimizer_free() -> None:
+    """A second one makes its model again, as a search of hyperparameters does; an optimizer that was given steps on."""
+    models: list[Any] = []
+    trainer = trainer_of(None, hybrid={"hybrid": JUMPS, "record": "twice", "model_init": gpt2})
+    for _ in range(2):
+        trainer.train()
+        assert trainer.hybrid_trainer.model is trainer.model
+        assert trainer.hybrid_trainer.statistics().nominal_steps == STEPS
+        models.append(trainer.model)
+    assert models[0] is not models[1]
+    assert torch.equal(*map(vector, models))
+    assert len(find_runs("runs", where=["name=twice", "state=finished"])) == 1
+    optimizer, model = trainer.optimizer, trainer.model
+    before = vector(model).clone()
+    trainer_of(model, mixed_in=False, hybrid={"optimizers": (optimizer, None)}).train()
+    assert not torch.equal(vector(model), before)
+
+
 def test_accelerates_prepared_model_and_optimizer_work() -> None:
     accelerate = pytest.importorskip("accelerate")
     pairs = []

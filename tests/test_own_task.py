@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from hybridlab.base.errors import UserError
+from hybridlab.batch.train_file import run_file
 from hybridlab.cli import main
 from hybridlab.data import load_text
 from hybridlab.memory import MemoryConfig
@@ -31,7 +32,6 @@ from hybridlab.study import (
     train,
 )
 from hybridlab.study.planning import plan_of
-from hybridlab.train import run_file
 from tests import own_bytes
 from tests.conftest import jumping
 

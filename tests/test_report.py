@@ -214,6 +214,19 @@ def test_a_file_that_is_no_results_file_is_refused_in_one_line(
     assert len(line) < len(str(path)) + 400
 
 
+def test_a_damaged_file_of_recipes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "executed" / MAIN / "recipes.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"recipes": [')
+    monkeypatch.chdir(project(tmp_path))
+    assert main(["report"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hybridlab: {path}: not valid JSON (")
+    assert line.endswith("restore the file with git checkout, or delete it")
+
+
 def test_what_is_missing_is_left_out_of_a_chart_and_said() -> None:
     def arm(name: str, *ends: float | None) -> Claim:
         return pays(name, "open", 100.0, 900.0, Quantity("loss_to_control", *ends, unit="nats"))

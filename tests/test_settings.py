@@ -14,6 +14,7 @@ import pytest
 
 import hybridlab
 from hybridlab import DepthSchedule, HybridTrainerConfig
+from hybridlab.batch.train_file import TrainConfig
 from hybridlab.memory import (
     CheckpointingConfig,
     GradientAccumulationConfig,
@@ -26,7 +27,6 @@ from hybridlab.optim import OptimizerConfig, Schedule
 from hybridlab.planner import GpuOverhead
 from hybridlab.study import HuggingFaceTaskConfig, ImageTaskConfig, OwnTaskConfig, RunConfig, Study, TextTaskConfig
 from hybridlab.study.ranks import RanksConfig
-from hybridlab.train import TrainConfig
 from hybridlab.weights.gram import PathNeeds
 from hybridlab.weights.path import PathStorage
 

@@ -17,10 +17,10 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybridlab.batch.train_file import read_settings
 from hybridlab.models import GPT2, GPT2Config
 from hybridlab.planner.gpu_specs import GPUS
 from hybridlab.study.ranks import RanksConfig
-from hybridlab.train import read_settings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "several_gpus.md").read_text(encoding="utf-8")
 RATE, NVLINK, BETWEEN = 0.4 * GPUS["h100"].bfloat16_flops, 450e9, 50e9

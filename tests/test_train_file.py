@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 
+from hybridlab.batch.train_file import main
 from hybridlab.study.record import Run
-from hybridlab.train import main
+from hybridlab.study.step_log import StepRecord
+from hybridlab.train import main as program
 from tests.conftest import contents, full_disk
 
 ROOT = Path(__file__).parents[1]
@@ -310,7 +312,7 @@ def test_a_fault_of_the_task_keeps_its_traceback_and_is_no_refusal(
     def faulty(*_: object, **__: object) -> None:
         raise ValueError("two widths differ")
 
-    monkeypatch.setattr("hybridlab.train.read_settings", faulty)
+    monkeypatch.setattr("hybridlab.batch.train_file.read_settings", faulty)
     assert main(["-f", written(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "in faulty" in said
@@ -334,9 +336,31 @@ def test_ctrl_c_says_that_it_has_stopped(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hybridlab.train.read_settings", interrupted)
+    monkeypatch.setattr("hybridlab.batch.train_file.read_settings", interrupted)
     assert main(["-f", written(tmp_path)]) == 130
-    assert capsys.readouterr().err == "hybridlab.train: stopped: --resume goes on\n"
+    assert capsys.readouterr().err == "hybridlab.train: stopped\n"
+    monkeypatch.setattr("hybridlab.batch.train_file.main", interrupted)  # as while it is imported
+    assert program() == 130
+    assert capsys.readouterr().err == "hybridlab.train: stopped\n"
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_a_stopped_run_says_whether_it_can_be_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, checkpoint_every: int
+) -> None:
+    def interrupted(_: object, record: StepRecord) -> None:
+        if record.statistics.nominal_steps == 3:
+            raise KeyboardInterrupt
+
+    file = written(tmp_path, RUN | {"checkpoint_every": checkpoint_every})
+    with monkeypatch.context() as patched:
+        patched.setattr("hybridlab.batch.train_file._say_progress", interrupted)
+        assert main(["-f", file]) == 130
+    left, begun = f"{tmp_path / 'run'}", f"no checkpoint was written to {tmp_path / 'run'}: the run begins anew\n"
+    intact = f"hybridlab.train: stopped, the record and the last checkpoint in {left} are intact; --resume goes on\n"
+    assert capsys.readouterr().err == (intact if checkpoint_every else f"hybridlab.train: stopped, {begun}")
+    assert main(["-f", file, "--resume"]) == 0
+    assert capsys.readouterr().out.startswith(begun) == (not checkpoint_every)
 
 
 def test_ranks_that_do_not_find_each_other_and_missing_files_are_one_line(

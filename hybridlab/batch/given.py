@@ -102,9 +102,9 @@ def from_options(output: Path, resume: bool, declared: Mapping[str, Parameter], 
 
 
 def _readings(raw: str) -> Iterable[Any]:
-    """Offer what a text may mean: what YAML makes of it, a number, the text itself."""
+    """Offer what a text may mean: what YAML makes of it, a number, the text itself; an empty one is no null."""
     with suppress(yaml.YAMLError):
-        value = yaml.safe_load(raw)
+        value = yaml.safe_load(raw) if raw.strip() else raw
         if not isinstance(value, str) and not is_misread(as_written(yaml.compose(raw, yaml.SafeLoader)), value):
             yield value
     if (number := _as_number(raw)) is not None:

@@ -64,7 +64,12 @@ class Job:
     @property
     def partial(self) -> Path:
         """Where the copy of a run that stopped goes."""
-        return self.output.with_suffix(".failed.ipynb")
+        return partial_copy(self.output)
+
+
+def partial_copy(output: Path) -> Path:
+    """Where the copy of a run that stopped goes: beside the executed one."""
+    return output.with_suffix(".failed.ipynb")
 
 
 def run_notebook(job: Job) -> list[str]:
@@ -156,8 +161,9 @@ def _refuse_more_than_gpus(parameters: Mapping[str, Any]) -> None:
 def _check_name(notebook: Path, output: Path) -> None:
     if output.suffix != ".ipynb" or output.is_dir():
         raise UserError(f"{output}: the output is a notebook file: give it a name that ends in .ipynb")
-    if output.resolve() == notebook.resolve():
-        raise UserError(f"{output}: the output would replace the source notebook: give it another name")
+    for written in (output, partial_copy(output)):
+        if written.resolve() == notebook.resolve():
+            raise UserError(f"{written}: the output would replace the source notebook: give it another name")
 
 
 @contextmanager

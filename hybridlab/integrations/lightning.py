@@ -87,10 +87,7 @@ class HybridModule(HybridLoop, LightningModule):
     def on_fit_end(self) -> None:
         """Finish the record."""
         super().on_fit_end()
-        self._materialize()
-        if self._loop:
-            self._loop.finish({name: float(value) for name, value in self.trainer.callback_metrics.items()})
-            self._loop = None
+        self._end(lambda: {name: float(value) for name, value in self.trainer.callback_metrics.items()})
 
     def configure_callbacks(self) -> list[Any]:
         """The module's own, and one that closes the record where an error ends training."""

@@ -147,21 +147,33 @@ class HybridLoop:
         self._record = record
         self._loop: RecordedLoop | None = None
         self._restored: dict[str, Any] | None = None
+        self._release: Callable[[], None] = lambda: None
 
     def _begin(
         self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig, steps: int, seed: int = 0
     ) -> HybridTrainer:
         """Make the hybrid trainer of a run of so many steps, go on from a restored state, and begin the record."""
         self.hybrid_trainer = trainer = HybridTrainer(model, optimizer, config.fitted_to(steps))
-        self._stepping = hold_(optimizer)
+        self._stepping, self._release = hold_(optimizer)
         if self._restored:
             trainer.load_state_dict(self._restored)
         if self._record:
             self._loop = RecordedLoop(trainer, self._record, steps, seed)
         return trainer
 
+    def _end(self, figures: Callable[[], dict[str, float]]) -> None:
+        """Leave the exact weights, the optimizer as it was, and a record that has finished."""
+        if self.hybrid_trainer:
+            self.hybrid_trainer.materialize_()
+            self.hybrid_trainer.check_finite()
+        self._release()
+        if self._loop:
+            self._loop.finish(figures())
+            self._loop = None
+
     def _close(self, error: BaseException) -> None:
-        """Keep the record of a run that an error ended."""
+        """Leave the optimizer as it was, and the record of a run that an error ended."""
+        self._release()
         if self._loop:
             self._loop.close(type(error))
             self._loop = None
@@ -171,9 +183,15 @@ class HybridLoop:
             self.hybrid_trainer.materialize_()
 
 
-def hold_(optimizer: Optimizer) -> Callable[[], AbstractContextManager[None]]:
-    """Let `optimizer.step()` do nothing, but within the context that is returned."""
-    take = optimizer.step
+def hold_(optimizer: Optimizer) -> tuple[Callable[[], AbstractContextManager[None]], Callable[[], None]]:
+    """Let `optimizer.step()` do nothing, but within the first of what is returned; the second undoes this."""
+    own, take = vars(optimizer).get("step"), optimizer.step
     held = wraps(take)(lambda self, closure=None: None)  # with the mark by which a scheduler knows its own wrapper
     optimizer.step = MethodType(held, optimizer)  # type: ignore[method-assign]
-    return partial(swapped, optimizer, step=take)
+
+    def release() -> None:
+        vars(optimizer).pop("step", None)
+        if own:
+            optimizer.step = own  # type: ignore[method-assign]
+
+    return partial(swapped, optimizer, step=take), release

@@ -85,15 +85,12 @@ class HybridTraining(HybridLoop, Trainer):
         return (self._result and self._result.gradient_norm) or 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and finish the record."""
+        """Train with a hybrid trainer of its own, and finish the record."""
+        self.hybrid_trainer = self._restored = self._result = None
+        self._parts = []
         try:
             output = super().train(*args, **kwargs)
-            if self.hybrid_trainer:
-                self.hybrid_trainer.materialize_()
-                self.hybrid_trainer.check_finite()
-            if self._loop:
-                self._loop.finish(self._evaluated())
-                self._loop = None
+            self._end(self._evaluated)
             return output
         except BaseException as error:
             self._close(error)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import scipy
 
+from hybridlab.base.errors import UserError
 from hybridlab.batch.yaml_files import settings_in_file
 from hybridlab.notebook.views.depth import GROWN, UNEQUAL
 from hybridlab.results.claims import TOO_LITTLE, Claim, Quantity, Verdict, too_little
@@ -196,7 +197,12 @@ class Evidence:
 
 
 def _json(path: Path, absent: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else absent
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return absent
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): restore the file with git checkout, or delete it") from None
 
 
 def _labels(pyproject: Path) -> dict[str, str]:
