@@ -62,8 +62,7 @@ def _options(
 @app.command()
 def run(
     notebook: Annotated[
-        Path,
-        typer.Argument(metavar="NOTEBOOK", dir_okay=False, help="A file, or a notebook of ours, as 00_your_model."),
+        Path, typer.Argument(metavar="NOTEBOOK", help="A file, or a notebook of ours, as 00_your_model.")
     ],
     output: Annotated[
         Path | None,
@@ -71,9 +70,7 @@ def run(
     ] = None,
     file: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--file", "-f", metavar="PARAMS", dir_okay=False, help="YAML file of parameters; may repeat, the last wins."
-        ),
+        typer.Option("--file", "-f", metavar="PARAMS", help="YAML file of parameters; may repeat, the last wins."),
     ] = None,
     parameter: Annotated[
         list[str] | None,

@@ -46,6 +46,8 @@ def ended(arguments: str) -> int:
         ("run tiny.ipynb -o out.ipynb -p steps x", "steps: 'x' is text, a whole number is wanted"),
         ("run tiny.ipynb -o out.ipynb -p steps=", "steps: '' is text, a whole number is wanted"),
         ("run tiny.ipynb -o out.ipynb -p steps", "-p steps: a value is missing: write -p steps VALUE"),
+        ("run .", ".: a folder, or nothing at all: name a file"),
+        ("run tiny.ipynb -o out.ipynb -f .", ".: a folder, or nothing at all: name a file"),
         ("run tiny.ipynb -o tiny.ipynb", "the output would replace the source notebook"),
         ("run tiny.ipynb -o tiny.ipynb/out.ipynb", "cannot write into"),
         ("data nowhere", "nowhere"),
@@ -62,18 +64,20 @@ def test_a_mistake_gives_one_line_and_exit_code_2(root, capsys, arguments, messa
     assert not Path("out.ipynb").exists()
 
 
-@pytest.mark.parametrize("command", ["run .", "run tiny.ipynb -f .", "runs --csv /"])
-def test_a_folder_where_a_file_is_wanted_is_refused(root, capsys, command):
-    assert ended(command) == 2
-    assert "is a directory" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", [["run"], ["data", "file:"]])
 def test_whatever_the_system_refuses_is_one_line(root, capsys, command):
     command, kind = (*command, "")[:2]
     assert main([command, kind + 5000 * "x"]) == 1
     said = capsys.readouterr().err
     assert (said.count("\n"), "File name too long" in said) == (1, True)
+
+
+def test_a_folder_is_no_file_of_steps_and_stands_in_no_notebook_s_way(root, capsys):
+    assert ended("runs --csv /") == 2
+    assert "is a directory" in capsys.readouterr().err
+    Path("00_your_model").mkdir()
+    assert ended("run 00_your_model -p nonsense 1") == 2
+    assert "'nonsense' after -p is no parameter" in capsys.readouterr().err
 
 
 def test_a_working_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
 from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop, recorded_loop
+from hybridlab.memory import MemoryConfig, MixedPrecisionConfig
 from hybridlab.notebook import find_runs
 from hybridlab.panel import live
 from tests.conftest import jumping, vector
@@ -124,6 +126,39 @@ def test_each_training_of_one_trainer_begins_anew_and_leaves_its_optimizer_free(
     assert not torch.equal(vector(model), before)
 
 
+NARROW = replace(
+    JUMPS,
+    path_device="host",
+    memory=MemoryConfig(mixed_precision=MixedPrecisionConfig(training="bf16", predict="bf16_weights")),
+)
+"""While it predicts, the model has no float32 weights."""
+
+
+def failing_once(at_step: int) -> Callable[[int], None]:
+    waiting = [at_step]
+
+    def fail(step: int) -> None:
+        if step in waiting:
+            waiting.clear()
+            raise ZeroDivisionError
+
+    return fail
+
+
+def test_an_error_in_a_jump_leaves_a_model_that_trains_again() -> None:
+    transformers = pytest.importorskip("transformers")
+    trainer, fail = trainer_of(gpt2(), hybrid={"hybrid": NARROW}), failing_once(14)
+    callback = type("Fails", (transformers.TrainerCallback,), {})()
+    callback.on_step_end = lambda args, state, control, **_: fail(state.global_step)
+    trainer.add_callback(callback)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert trainer.hybrid_trainer.current_phase == "predict"
+    assert {param.dtype for param in trainer.model.parameters()} == {torch.float32}
+    trainer.train()
+    assert trainer.hybrid_trainer.statistics().nominal_steps == STEPS
+
+
 def test_accelerates_prepared_model_and_optimizer_work() -> None:
     accelerate = pytest.importorskip("accelerate")
     pairs = []
@@ -225,6 +260,23 @@ def test_a_lightning_checkpoint_goes_on_as_if_it_had_not_stopped() -> None:
     fit(rest, resume="part.ckpt")
     assert rest.hybrid_trainer.statistics().nominal_steps == STEPS
     assert torch.equal(vector(whole), vector(rest))
+
+
+def test_a_later_fit_begins_anew_after_a_checkpoint_and_after_an_error_in_a_jump() -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+    part, rest = module_of(hybrid=JUMPS), module_of(hybrid=JUMPS)
+    fit(part, max_steps=20).save_checkpoint("part.ckpt")
+    for resume in ("part.ckpt", None):
+        fit(rest, resume=resume)
+        assert rest.hybrid_trainer.statistics().nominal_steps == STEPS
+    broken, fail = module_of(hybrid=NARROW), failing_once(14)
+    callback = type("Fails", (lightning.Callback,), {})()
+    callback.on_train_batch_end = lambda trainer, *_: fail(trainer.global_step)
+    with pytest.raises(ZeroDivisionError):
+        fit(broken, callbacks=[callback], num_sanity_val_steps=0)
+    assert {param.dtype for param in broken.parameters()} == {torch.float32}
+    fit(broken, num_sanity_val_steps=0)
+    assert broken.hybrid_trainer.statistics().nominal_steps == STEPS
 
 
 # --- any loop --------------------------------------------------------------------------------------------

@@ -1141,6 +1141,8 @@ def test_what_to_run_follows_from_growing_and_from_the_shallow_control(
         ((0.24, 0.31, 0.25), (0.07, 0.01, 0.1), "loss_to_shallow", OPEN_WHICH),
         ((0.0, 0.2, -0.2), (0.1, 0.11, 0.1), "loss_to_shallow_control", OPEN_WHICH),
         ((None, 0.01, -0.15), (0.24, None, 0.25), "loss_to_shallow", OPEN_WHICH),
+        ((), (0.24, 0.31, 0.25), "loss_to_shallow", OPEN_WHICH),
+        ((-0.07, 0.01), (0.24, 0.31, 0.25), "loss_to_shallow", OPEN_WHICH),
     ],
 )
 def test_where_depth_fails_and_growing_too_the_plain_run_stands_beside_the_shallow_model(
@@ -1156,8 +1158,10 @@ def test_where_depth_fails_and_growing_too_the_plain_run_stands_beside_the_shall
         )
     ]
     parameters = {"model": "micro", "batch_size": 8, "block_size": 64, "vocab_size": 2048, "budgets": [800]}
-    (row,) = depth_advice(Evidence({"cpu": {DEPTH: entry(*claims, parameters=parameters)}}))
-    assert row["what to run"] == advice
+    for seeds, expected in ((3, advice), (2, OPEN_WHICH)):  # two are too few for a verdict
+        published = entry(*claims, parameters=parameters | {"seeds": seeds})
+        (row,) = depth_advice(Evidence({"cpu": {DEPTH: published}}))
+        assert row["what to run"] == expected
 
 
 def test_the_guide_says_what_controls_of_as_much_computation_took_of_the_grown_run_s_time() -> None:

@@ -119,6 +119,8 @@ def prepared(
 
     Raises UserError with what to mend, before anything is run or written.
     """
+    if folder := next((path for path in (notebook, *files) if not path.name), None):
+        raise UserError(f"{folder}: a folder, or nothing at all: name a file")
     notebook, root = find_source(notebook, NOTEBOOKS), project_root()
     declared = declared_parameters(read_document(notebook), notebook.name)
     given = [item for file in files for item in values_in_file(find_source(file, PARAMS))]

@@ -105,9 +105,10 @@ def run_file(
         said = f"a run lies in {config.path} already"
         raise UserError(f"{said}: go on with it by --resume, delete it, or name another folder")
     check_task(config.run.task)
-    if lies_there and not has_checkpoints(config.path) and not (config.path / "summary.json").exists():
-        _say(kept_in(config.path))
+    begins_anew = lies_there and not has_checkpoints(config.path) and not (config.path / "summary.json").exists()
     with config.ranks.started(config.run), _end_is_told(config.path):
+        if begins_anew:
+            _say(kept_in(config.path))
         done = train(config.run, config.path, resume=resume, watch=_say_progress, ranks=config.ranks).closing_figures
         _say(f"done: validation loss {done['validation_loss']:.4f} nats; {config.path}")
 

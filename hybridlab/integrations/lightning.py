@@ -108,9 +108,10 @@ class HybridModule(HybridLoop, LightningModule):
             checkpoint[STATE] = self.hybrid_trainer.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Go on from such a state, where it is loaded to train."""
         super().on_load_checkpoint(checkpoint)
-        self._restored = checkpoint.get(STATE)
+        if self.trainer.state.fn == "fit":
+            self._restored = checkpoint.get(STATE)
 
     def _step_schedulers(self, interval: str) -> None:
         for config in self.trainer.lr_scheduler_configs:

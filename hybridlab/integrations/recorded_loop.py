@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from functools import partial, wraps
 from types import MethodType, SimpleNamespace
@@ -155,8 +155,9 @@ class HybridLoop:
         """Make the hybrid trainer of a run of so many steps, go on from a restored state, and begin the record."""
         self.hybrid_trainer = trainer = HybridTrainer(model, optimizer, config.fitted_to(steps))
         self._stepping, self._release = hold_(optimizer)
-        if self._restored:
-            trainer.load_state_dict(self._restored)
+        state, self._restored = self._restored, None
+        if state:
+            trainer.load_state_dict(state)
         if self._record:
             self._loop = RecordedLoop(trainer, self._record, steps, seed)
         return trainer
@@ -172,7 +173,9 @@ class HybridLoop:
             self._loop = None
 
     def _close(self, error: BaseException) -> None:
-        """Leave the optimizer as it was, and the record of a run that an error ended."""
+        """Leave the exact weights, the optimizer as it was, and the record of a run that an error ended."""
+        with suppress(Exception):  # after a failed CUDA call, say, which is what is told
+            self._materialize()
         self._release()
         if self._loop:
             self._loop.close(type(error))

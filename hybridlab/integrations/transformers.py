@@ -86,7 +86,7 @@ class HybridTraining(HybridLoop, Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train with a hybrid trainer of its own, and finish the record."""
-        self.hybrid_trainer = self._restored = self._result = None
+        self.hybrid_trainer = self._result = None
         self._parts = []
         try:
             output = super().train(*args, **kwargs)

@@ -109,7 +109,8 @@ def _what_to_run(pays: Published, depth: Published) -> str:
     Their difference is that of the grown run's two differences, seed by seed.
     """
     to_plain, to_shallow = pays.quantity("loss_to_control"), depth.deciding
-    if pays.verdict != "holds" and depth.verdict == "fails" and to_plain and to_shallow and to_shallow.per_seed:
+    is_sound = depth.verdict == "fails" and pays.verdict != "holds" and not pays.rests_on_too_little
+    if is_sound and to_plain and to_shallow and 0 < len(to_plain.per_seed) == len(to_shallow.per_seed):
         ends = np.array([to_shallow.per_seed, to_plain.per_seed], dtype=float)  # None, of a run that diverged, is NaN
         plain_above = Interval.of(list(ends[0] - ends[1]))
         if plain_above.low > 0:
