@@ -45,6 +45,8 @@ def ended(arguments: str) -> int:
         ),
         ("run tiny.ipynb -o out.ipynb -p steps x", "steps: 'x' is text, a whole number is wanted"),
         ("run tiny.ipynb -o out.ipynb -p steps=", "steps: '' is text, a whole number is wanted"),
+        ("run tiny.ipynb -o out.ipynb -p limit=", "limit: '' is text, a whole number or nothing is wanted"),
+        ("run tiny.ipynb -o out.ipynb -p limit #3", "limit: '#3' is text, a whole number or nothing is wanted"),
         ("run tiny.ipynb -o out.ipynb -p steps", "-p steps: a value is missing: write -p steps VALUE"),
         ("run .", ".: a folder, or nothing at all: name a file"),
         ("run tiny.ipynb -o out.ipynb -f .", ".: a folder, or nothing at all: name a file"),

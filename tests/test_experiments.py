@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import tarfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +118,7 @@ def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
     assert f"*grown* at 100 to {beside(5312, grown, other)}." in page
     assert f"on each seed, by {beside(266, fresh, grown)};" in page
     above = losses[5312, fresh] - losses[5312, grown]
-    assert f"by {above.min():.3f} to {above.max():.3f}, an interval that holds 0" in page
+    assert f"by {above.min():.3f} to {above.max():.3f}, but the interval of their mean holds 0" in page
     assert beside(5312, fresh, grown).low < 0
     time = Quantity(**next(q for q in pays[f"{grown}, 5312 steps"]["quantities"] if q["name"] == "time_over_baseline"))
     assert f"took {in_words(time)} times" in page
@@ -123,3 +126,24 @@ def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
     assert f"{steps[5312, longer]:,} instead of {steps[5312, grown]:,}" in page
     passes = [steps[5312, arm] * 128 * 64 / published["data"]["train_tokens"] for arm in (grown, longer)]
     assert [f"its text {passes[0]:.2f} times" in page, f"seen it {passes[1]:.2f} times" in page] == [True, True]
+
+
+def test_the_unfinished_study_of_mini_says_what_its_runs_have_shown() -> None:
+    with tarfile.open(FOLDER / "mini_runs.tar.xz") as archive:
+        files = {member.name: archive.extractfile(member) for member in archive if member.name.endswith(".json")}
+        content = {name: json.load(file) for name, file in files.items() if file}
+    runs: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    trials: dict[str, float] = defaultdict(lambda: math.inf)
+    for name in (name for name in content if name.endswith("summary.json")):
+        settings, loss = content[name.replace("summary", "config")], content[name]["validation_loss"]
+        arm, trial, _ = settings["name"].partition(", rate ")
+        if not trial:
+            runs[arm, settings["steps"]][settings["seed"]] = loss
+        elif settings["steps"] > 1000:
+            trials[arm] = min(trials[arm], loss)
+    page, (grown, shallow) = " ".join(PAGE.split()), ("grown from 6", "shallow, 6 blocks")
+    longer = f"control of {grown}, shallow"
+    assert f"{6 * 3 * 5 - sum(map(len, runs.values()))} of its runs are left" in page
+    for seed in range(5):
+        assert runs[longer, 467][seed] < runs[shallow, 326][seed] < runs[grown, 326][seed]
+    assert 0 < trials[grown] - trials[longer] < 0.01, "less than a hundredth of a nat below the grown one's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from hybridlab import DepthSchedule, HybridTrainer, HybridTrainerConfig
+from hybridlab.engine.trainer import DivergenceError
 from hybridlab.integrations import HybridModule, HybridTraining, RecordedLoop, recorded_loop
 from hybridlab.memory import MemoryConfig, MixedPrecisionConfig
 from hybridlab.notebook import find_runs
@@ -277,6 +279,15 @@ def test_a_later_fit_begins_anew_after_a_checkpoint_and_after_an_error_in_a_jump
     assert {param.dtype for param in broken.parameters()} == {torch.float32}
     fit(broken, num_sanity_val_steps=0)
     assert broken.hybrid_trainer.statistics().nominal_steps == STEPS
+
+
+def test_lightning_does_not_finish_with_weights_that_are_not_finite() -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+    module, callback = module_of(record="light"), type("Spoils", (lightning.Callback,), {})()
+    callback.on_train_end = lambda *_: nn.init.constant_(next(module.parameters()), math.nan)
+    with pytest.raises(DivergenceError, match="the weights are not finite after step 40"):
+        fit(module, callbacks=[callback])
+    assert find_runs("runs", where=["state=finished"]) == []
 
 
 # --- any loop --------------------------------------------------------------------------------------------

@@ -102,10 +102,10 @@ def from_options(output: Path, resume: bool, declared: Mapping[str, Parameter], 
 
 
 def _readings(raw: str) -> Iterable[Any]:
-    """Offer what a text may mean: what YAML makes of it, a number, the text itself; an empty one is no null."""
+    """Offer what a text may mean: what YAML makes of it, a number, the text itself; nothing written is no null."""
     with suppress(yaml.YAMLError):
-        value = yaml.safe_load(raw) if raw.strip() else raw
-        if not isinstance(value, str) and not is_misread(as_written(yaml.compose(raw, yaml.SafeLoader)), value):
+        node, value = yaml.compose(raw, yaml.SafeLoader), yaml.safe_load(raw)
+        if node and not isinstance(value, str) and not is_misread(as_written(node), value):
             yield value
     if (number := _as_number(raw)) is not None:
         yield number

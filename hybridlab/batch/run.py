@@ -61,11 +61,6 @@ class Job:
     root: Path
     resumable: bool
 
-    @property
-    def partial(self) -> Path:
-        """Where the copy of a run that stopped goes."""
-        return partial_copy(self.output)
-
 
 def partial_copy(output: Path) -> Path:
     """Where the copy of a run that stopped goes: beside the executed one."""
@@ -94,7 +89,7 @@ def run_notebook(job: Job) -> list[str]:
         except UserError as error:
             raise RunFailed(f"every cell has run, but {error}") from None
     trust(executed)
-    job.partial.unlink(missing_ok=True)
+    partial_copy(job.output).unlink(missing_ok=True)
     return summary_of(job)
 
 
@@ -119,8 +114,8 @@ def prepared(
 
     Raises UserError with what to mend, before anything is run or written.
     """
-    if folder := next((path for path in (notebook, *files) if not path.name), None):
-        raise UserError(f"{folder}: a folder, or nothing at all: name a file")
+    if nameless := [path for path in (notebook, *files) if not path.name]:
+        raise UserError(f"{nameless[0]}: a folder, or nothing at all: name a file")
     notebook, root = find_source(notebook, NOTEBOOKS), project_root()
     declared = declared_parameters(read_document(notebook), notebook.name)
     given = [item for file in files for item in values_in_file(find_source(file, PARAMS))]
@@ -198,8 +193,8 @@ def _keep_partial(job: Job, work: Path, reason: str) -> str:
     """Keep the copy of a run that stopped; return the line that says so: what to mend, or where and how to go on."""
     executed = _as_it_ran(job, work)
     try:
-        write_or_rescue(executed, job.partial, work)
-        copy = f"partial copy: {job.partial}"
+        write_or_rescue(executed, partial_copy(job.output), work)
+        copy = f"partial copy: {partial_copy(job.output)}"
     except UserError as error:
         copy = str(error)
     if (mistake := reason.removeprefix("UserError: ")) != reason:

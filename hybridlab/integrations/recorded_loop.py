@@ -177,6 +177,7 @@ class HybridLoop:
         with suppress(Exception):  # after a failed CUDA call, say, which is what is told
             self._materialize()
         self._release()
+        self._restored = None
         if self._loop:
             self._loop.close(type(error))
             self._loop = None
