@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import tarfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from hybridlab.study.statistics import Interval, formatted
 from tests.test_statistics import study_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
-MICRO = Path(__file__).parents[1] / "executed" / "rtx5080_micro"
+MICRO, MINI = (FOLDER.parents[1] / "executed" / f"rtx5080_{size}" for size in ("micro", "mini"))
 PAGE = FOLDER.with_suffix(".md").read_text(encoding="utf-8")
 
 
@@ -128,22 +125,30 @@ def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
     assert [f"its text {passes[0]:.2f} times" in page, f"seen it {passes[1]:.2f} times" in page] == [True, True]
 
 
-def test_the_unfinished_study_of_mini_says_what_its_runs_have_shown() -> None:
-    with tarfile.open(FOLDER / "mini_runs.tar.xz") as archive:
-        files = {member.name: archive.extractfile(member) for member in archive if member.name.endswith(".json")}
-        content = {name: json.load(file) for name, file in files.items() if file}
-    runs: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
-    trials: dict[str, float] = defaultdict(lambda: math.inf)
-    for name in (name for name in content if name.endswith("summary.json")):
-        settings, loss = content[name.replace("summary", "config")], content[name]["validation_loss"]
-        arm, trial, _ = settings["name"].partition(", rate ")
-        if not trial:
-            runs[arm, settings["steps"]][settings["seed"]] = loss
-        elif settings["steps"] > 1000:
-            trials[arm] = min(trials[arm], loss)
+def test_depth_of_a_mini_follows_from_its_runs() -> None:
     page, (grown, shallow) = " ".join(PAGE.split()), ("grown from 6", "shallow, 6 blocks")
-    longer = f"control of {grown}, shallow"
-    assert f"{6 * 3 * 5 - sum(map(len, runs.values()))} of its runs are left" in page
-    for seed in range(5):
-        assert runs[longer, 467][seed] < runs[shallow, 326][seed] < runs[grown, 326][seed]
-    assert 0 < trials[grown] - trials[longer] < 0.01, "less than a hundredth of a nat below the grown one's"
+    own, longer = f"control of {grown}", f"control of {grown}, shallow"
+    published = json.loads((MINI / "results.json").read_text(encoding="utf-8"))["10_predicted_depth"]
+    runs = pd.DataFrame(published["tables"]["runs"])
+    losses = runs.set_index(["budget", "arm", "seed"])["validation_loss"].sort_index()
+    pays = {claim["arm"]: claim for claim in published["claims"] if claim["kind"] == "pays"}
+    for budget, tokens in ((82, 1), (326, 4), (1632, 20)):
+        ratio = next(q for q in pays[f"{grown}, {budget} steps"]["quantities"] if q["name"] == "compute_to_loss")
+        beside = [losses[budget, grown] - losses[budget, control] for control in (own, shallow, longer)]
+        controls = " | ".join(str(Interval.of(difference.tolist())) for difference in beside)
+        (line,) = (
+            row for row in PAGE.splitlines() if row.startswith(f"| {tokens} | {losses[budget, grown].mean():.4f} |")
+        )
+        assert f"| {controls} | {in_words(Quantity(**ratio))}" in line
+    assert Interval.of(beside[-1].tolist()).high < 0.018
+    assert (beside[-1] > 0).sum() == 4, "seeds that favour six blocks"
+    plain = Interval.of((losses[1632, longer] - losses[1632, "baseline"]).tolist())
+    assert f"end at {plain} nats, in 77 % of the computation" in page
+    by_arm = runs.set_index(["budget", "arm"])[["gradient_steps", "cost_in_full_steps"]].groupby(level=[0, 1]).first()
+    assert round(100 * by_arm["cost_in_full_steps"][1632, longer] / 1632) == 77
+    steps = by_arm["gradient_steps"]
+    assert f"{steps[1632, longer]:,} instead of {steps[1632, grown]:,}" in page
+    passes = [steps[1632, arm] * 32_768 / published["data"]["train_tokens"] for arm in (grown, longer)]
+    assert [f"its text {passes[0]:.2f} times" in page, f"seen it {passes[1]:.2f} times" in page] == [True, True]
+    seconds = runs[(runs["arm"] == grown) & (runs["budget"] == 1632)]["seconds"]
+    assert f"between {seconds.min():.1f} and {seconds.max():.1f} s" in page

@@ -1066,6 +1066,18 @@ def test_graphs_take_what_was_measured(monkeypatch, size, precision):
     assert planned.peak_on_gpu_bytes == pytest.approx(on_gpu, rel=0.02)
 
 
+COUNTED = json.loads((CONFIGS.parents[1] / "docs" / "experiments" / "architectures_graphs.json").read_text("utf-8"))
+"""What an H200 counted in CUDA graphs, an evaluation's among them."""
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=[f"{row['model']}, {row['precision']}" for row in COUNTED])
+def test_a_plan_is_near_what_a_gpu_counted(row):
+    settings = architectures.PRECISIONS[row["precision"]], OptimizerConfig()
+    planned = plan(row["model"], tuple(row["batch"]), *settings, **architectures.SPEEDS[row["speed"]])
+    assert planned.peak_allocated_bytes == pytest.approx(row["measured_allocated_bytes"], rel=0.02)
+    assert planned.peak_on_gpu_bytes == pytest.approx(row["measured_on_gpu_bytes"], rel=0.025)
+
+
 EXACT, FEW_BITS = (
     MemoryConfig.fit_16gb(weights="fp32", optimizer_state="int8"),
     MemoryConfig.fit_16gb(),
