@@ -159,6 +159,16 @@ def test_a_readme_without_the_markers_stays_as_it_is(tmp_path: Path, readme: byt
     assert not readme or (tmp_path / "README.md").read_bytes() == readme
 
 
+@pytest.mark.parametrize("readme", [f"a\n{BEGIN}\nb\n", f"a\n{END}\nb\n", f"{END}\n{BEGIN}\n"])
+def test_a_readme_with_one_marker_is_refused(tmp_path: Path, readme: str) -> None:
+    (tmp_path / "executed" / MAIN).mkdir(parents=True)
+    (tmp_path / "executed" / MAIN / "results.json").write_text(json.dumps({HYBRID: entry()}))
+    (tmp_path / "README.md").write_text(readme)
+    with pytest.raises(UserError, match="put both back"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["README.md"]
+
+
 # What is no results file of ours, and what cannot be written.
 
 GOOD = {HYBRID: entry(pays("a", "holds", 100.0, 900.0, Quantity("loss_to_control", -0.1, -0.2, -0.05, "nats")))}

@@ -124,12 +124,17 @@ def _is_up_to_date(path: Path, content: str | Chart) -> bool:
 
 
 def _with_section(readme: Path, section: str) -> dict[Path, str]:
-    """The README with what lies between the two markers replaced; without these it is left as it is, and told."""
+    """The README with what lies between the two markers replaced; without these it is left as it is, and told.
+
+    Raises UserError where one of them is missing.
+    """
     if not readme.exists():
         return {}
     document = readme.read_text(encoding="utf-8", errors=FOREIGN)
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(document):
+        if found := [marker for marker in (BEGIN, END) if marker in document]:
+            raise UserError(f"{readme} has {found[0]!r}, but not {BEGIN!r} followed by {END!r}: put both back")
         warnings.warn(f"{readme} lacks the lines {BEGIN!r} and {END!r}, and is left as it is", stacklevel=2)
         return {}
     return {readme: pattern.sub(lambda _: f"{BEGIN}\n\n{section}\n\n{END}", document)}
