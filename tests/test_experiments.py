@@ -144,6 +144,8 @@ def test_depth_of_a_mini_follows_from_its_runs() -> None:
     assert (beside[-1] > 0).sum() == 4, "seeds that favour six blocks"
     plain = Interval.of((losses[1632, longer] - losses[1632, "baseline"]).tolist())
     assert f"end at {plain} nats, in 77 % of the computation" in page
+    whole = Interval.of((losses[1632, grown] - losses[1632, "baseline"]).tolist())
+    assert f"ends at {whole} nats against it" in page
     by_arm = runs.set_index(["budget", "arm"])[["gradient_steps", "cost_in_full_steps"]].groupby(level=[0, 1]).first()
     assert round(100 * by_arm["cost_in_full_steps"][1632, longer] / 1632) == 77
     steps = by_arm["gradient_steps"]

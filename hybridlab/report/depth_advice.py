@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ ADVICE = {
 """By the verdicts on growing and on depth; with any other, the runs cannot tell."""
 
 
+STEADY = 1.25
+"""Times of an arm count where its slowest seed took at most so many times as long as its fastest."""
+
+
 def depth_advice(evidence: Evidence) -> list[Cells]:
     """A row per budget and first depth of every profile, by model and by tokens per parameter.
 
@@ -51,10 +56,11 @@ def grown_claims(evidence: Evidence, profile: str) -> Iterator[tuple[Published, 
 
 
 def control_times(evidence: Evidence, pays: Published) -> dict[str, float]:
-    """The measured time of a control of as much computation, over that of the grown run; nothing without a known GPU.
+    """The measured time of a control of as much computation, over that of the grown run.
 
     "plain", "shallow": seconds per counted computation of its runs, over the grown ones'. Where the shallow control has
-    not run, of the shallow model of as many steps.
+    not run, of the shallow model of as many steps. Nothing without a known GPU, and where times vary from seed to seed,
+    as where other work shared the machine.
     """
     entry = evidence.entry(pays.notebook, pays.profile) or {"device": ""}
     rows = evidence.tables("runs", pays.profile).get(pays.notebook, []) if spec_of(device_of(entry)) else []
@@ -68,13 +74,9 @@ def control_times(evidence: Evidence, pays: Published) -> dict[str, float]:
         "plain": control_name(grown),
         "shallow": next(filter(arms.__contains__, (shallow_control_name(grown), also)), ""),
     }
-    return {name: _pace(rows, arm) / _pace(rows, grown) for name, arm in of.items() if grown and arm in arms}
-
-
-def _pace(rows: Sequence[Mapping[str, Any]], arm: str) -> float:
-    """Seconds of an arm's runs per full step that they cost."""
-    mine = [row for row in rows if row["arm"] == arm]
-    return float(sum(row["seconds"] for row in mine) / sum(row["cost_in_full_steps"] for row in mine))
+    paces = {arm: [row["seconds"] / row["cost_in_full_steps"] for row in rows if row["arm"] == arm] for arm in arms}
+    steady = {arm: fmean(each) for arm, each in paces.items() if max(each) <= STEADY * min(each)}
+    return {name: steady[arm] / steady[grown] for name, arm in of.items() if {arm, grown} <= steady.keys()}
 
 
 def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
@@ -90,9 +92,9 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
         "optimizer": {"muon": "Muon"}.get(parameters.get("optimizer", ""), "AdamW"),
         "arm": pays.arm if "budgets" in parameters else _with_budget(parameters),
         "against as much computation": quantity_interval(pays.quantity("loss_to_control")),
-        "growing pays": pays.verdict,
+        "growing pays": _verdict(pays),
         "against the shallow model": deciding and f"{quantity_interval(deciding)}{beside}",
-        "depth pays": depth.verdict,
+        "depth pays": _verdict(depth),
         "computation to its loss": ratios["compute_to_loss"] or "open",
         "time to its loss": ratios["time_to_loss"] or "open",
         "time of as much computation": ", ".join(times) or None,
@@ -101,6 +103,12 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
         "notebook": notebook_link(pays.notebook, pays.profile, short=True),
         "profile": pays.profile,
     }
+
+
+def _verdict(claim: Published) -> str:
+    """With the seeds, where these are too few for any other."""
+    seeds = claim.value("seeds") or LEAST.seeds
+    return f"{claim.verdict} ({seeds:.0f} of {LEAST.seeds} seeds)" if seeds < LEAST.seeds else claim.verdict
 
 
 def _what_to_run(pays: Published, depth: Published) -> str:

@@ -151,6 +151,9 @@ def readme_section(evidence: Evidence) -> str:
         stack=_stack(evidence),
         pictured=HYBRID in evidence.tables("losses"),
         tried=len(tried),
+        tried_over=_tried_over(evidence, tried),
+        steps_5080=_steps_on_5080(evidence),
+        largest=_largest_trained(evidence),
         least_shown=_least_shown(tried),
         paying=[f"{claim.about} ({claim.notebook[:2]})" for claim in tried if claim.verdict == "holds"],
         least=LEAST,
@@ -206,7 +209,40 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
     told = {name: parameters[name] for name in IN_CODE} | short | {"link": notebook_link(LADDER, docs="")}
     device = device_of(evidence.entry(LADDER) or {})
     gpus = filter(None, (spec_of(device), GPUS["rtx5080"]))
-    return told | {"device": device, "bf16": [bf16_over_float32(gpu) for gpu in gpus]}
+    told |= {"device": device, "bf16": [bf16_over_float32(gpu) for gpu in gpus]}
+    return told | {"formats": rungs["CUDA graph"].get("vanilla's time over it"), "on_5080": _formats_on_5080(evidence)}
+
+
+def _formats_on_5080(evidence: Evidence) -> str | None:
+    """How many times as fast the guide's recipe steps on an RTX 5080 as float32 does, both estimated."""
+    model, rows = (
+        evidence.entries[MAIN][LADDER]["parameters"]["model"],
+        evidence.tables("memory").get("04_gpt2_small_memory", []),
+    )
+    fp32 = next((row["estimated_5080_ms"] for row in rows if (row["model"], row["arm"]) == (model, "fp32")), None)
+    recipe = next((row["step_ms"] for row in evidence.planned.get("recipes", ()) if row["model"] == model), None)
+    return f"{fp32 / recipe:.1f}" if fp32 and recipe else None
+
+
+def _steps_on_5080(evidence: Evidence) -> str:
+    """The estimated step of each recipe, as "small 81 ms for 8 x 512 tokens"."""
+    rows = [(row["model"], row["step_ms"], *row["batch"]) for row in evidence.planned.get("recipes", ())]
+    return ", ".join(f"{name} {ms:.0f} ms for {windows} x {tokens} tokens" for name, ms, windows, tokens in rows)
+
+
+def _largest_trained(evidence: Evidence) -> str | None:
+    """The parameters of the largest model that trained in 16 GB, in billions."""
+    trained = {row["way"] for row in evidence.planned.get("trained", ()) if not row["stopped"]}
+    counts = [row["parameters"] for row in evidence.planned.get("largest", ()) if row["way"] in trained]
+    return f"{max(counts) / 1e9:.2f} billion" if counts else None
+
+
+def _tried_over(evidence: Evidence, tried: Sequence[Published]) -> str:
+    """The lengths over which settings were tried, as "15 of GPT-2 small over 230 steps"."""
+    ran = [evidence.entries[claim.profile][claim.notebook]["parameters"] for claim in tried]
+    model_steps = [(f"GPT-2 {it['model']}" if "model" in it else "a CNN on MNIST", it.get("steps")) for it in ran]
+    counts = Counter((model, f" over {steps:,} steps" if steps else "") for model, steps in model_steps)
+    return ", ".join(f"{count} of {model}{over}" for (model, over), count in counts.items())
 
 
 def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:

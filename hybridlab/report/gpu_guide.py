@@ -112,16 +112,20 @@ def _memory_rows(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
 
     step_ratios: per seed, over the step of the notebook's arm without limits
     least_5080_ms: the measured step, where the GPU that ran has higher rates throughout than an RTX 5080
+    called: the arm in words; lr: the learning rate that the notebook gave it
     """
     of: dict[str, list[dict[str, Any]]] = {}
     for notebook, rows in evidence.tables("memory").items():
         claims = [(claim, claim.quantity("step_ratio")) for claim in evidence.claims(notebook)]
         ratios = {claim.arm or EARLIER_ARMS.get(claim.kind): ratio.per_seed for claim, ratio in claims if ratio}
-        ran = spec_of(device_of(evidence.entry(notebook) or {"device": ""}))
+        entry = evidence.entry(notebook) or {"device": ""}
+        ran, common = spec_of(device_of(entry)), {"notebook": notebook, "lr": entry.get("parameters", {}).get("lr")}
         for row in rows:
+            former = " (former)" if row["arm"] == "fit_16gb" and is_former(evidence, notebook) else ""
             least = row.get("step_ms") if ran and ran.outruns(GPUS["rtx5080"]) else None
             more = {"step_ratios": ratios.get(row["arm"], ()), "least_5080_ms": least}
-            of.setdefault(row["model"], []).append(row | more | {"notebook": notebook})
+            more["called"] = arm_in_words(row["arm"], notebook) + former
+            of.setdefault(row["model"], []).append(row | more | common)
     return of
 
 
@@ -211,7 +215,7 @@ def _shown(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow], is_bes
     at_least = f"at least {least:.0f} ms" if estimated and least and least > estimated else None
     return {
         "model": row["model"],
-        "arm": arm_in_words(row["arm"], row["notebook"]),
+        "arm": row["called"],
         "peak VRAM": amount(row["peak_memory_bytes"], "bytes"),
         "below 14 GB": "yes" if _is_safe(row) else "no",
         **step_time(row),

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridlab.charts.tables import known_columns
-from hybridlab.report.evidence import arm_in_words
 from hybridlab.report.validation import loss_change
 from hybridlab.results.words import amount
 
@@ -24,7 +23,7 @@ def planned_recipes(planned: Mapping[str, Any], measured: Mapping[str, Row | Non
     return {
         "answers": known_columns([_answer(row, measured.get(row["model"])) for row in recipes]),
         "recipes": known_columns([_recipe(row, measured.get(row["model"])) for row in recipes]),
-        "recipe_codes": [row | {"names": sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))} for row in recipes],
+        "recipe_codes": [_code(row, measured.get(row["model"])) for row in recipes],
         "largest": known_columns([_way(row, trained.get(row["way"])) for row in planned.get("largest", ())]),
         "trained": max((row.get("steps", 0) for row in trained.values()), default=0),
         "seven_billion": known_columns([_way(row, None) for row in planned.get("seven_billion", ())]),
@@ -33,13 +32,20 @@ def planned_recipes(planned: Mapping[str, Any], measured: Mapping[str, Row | Non
     }
 
 
+def _code(row: Row, measured: Row | None) -> dict[str, Any]:
+    """What the template needs of a recipe, with the learning rate of the arm that was measured."""
+    lr = (measured or {}).get("lr")
+    optimizer = row["optimizer"].replace("OptimizerConfig(", f"OptimizerConfig(lr={lr}, ", 1 if lr else 0)
+    return {**row, "optimizer": optimizer, "names": sorted(set(re.findall(r"[A-Z]\w+Config", row["memory"])))}
+
+
 def _answer(row: Row, measured: Row | None) -> dict[str, Any]:
     return {
         "model": row["model"],
         "switch on": ", ".join(["bf16 autocast", *row.get("features", ()), *(["compiled"] if row["compiled"] else [])]),
         "the result": "the same but for rounding" if row["exact"] else "changes: watch the loss",
         "peak on the GPU, planned": amount(row["peak_on_gpu_bytes"], "bytes"),
-        "fastest arm measured": measured and arm_in_words(measured["arm"], measured["notebook"]),
+        "nearest arm measured": measured and measured["called"],
         "its loss against the control (nats)": measured and loss_change(measured),
     }
 
@@ -51,7 +57,7 @@ def _recipe(row: Row, measured: Row | None) -> dict[str, Any]:
         "batch": f"{row['batch'][0]} x {row['batch'][1]}",
         "est. step": f"{row['step_ms']:.0f} ms",
         "est. tokens per second": f"{row['tokens_per_second']:,.0f}",
-        "measured elsewhere": _measured(row, measured),
+        "measured elsewhere, not compiled": _measured(row, measured),
         "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
         "largest batch": f"{row['largest_batch']} x {row['batch'][1]}",
         "longest sequence": f"{row['longest_sequence']:,}",
@@ -67,7 +73,7 @@ def _measured(row: Row, measured: Row | None) -> str | None:
     if not measured:
         return None
     tokens = row["batch"][0] * row["batch"][1]
-    return f"{1e3 * tokens / measured['step_ms']:,.0f} ({measured['arm']})"
+    return f"{1e3 * tokens / measured['step_ms']:,.0f} ({measured['called']})"
 
 
 def _time(row: Row, tokens_per_parameter: int) -> str:
@@ -82,10 +88,10 @@ def _way(row: Row, trained: Row | None) -> dict[str, Any]:
         "fits": "yes" if row["fits"] else "no",
         "peak on the GPU": amount(row["peak_on_gpu_bytes"], "bytes"),
         "measured": trained and (trained["stopped"] or amount(trained["peak_memory_bytes"], "bytes")),
+        "loss": trained and amount(trained.get("validation_loss"), "nats"),
         "allocated in training": amount(row["peak_allocated_bytes"], "bytes"),
         "of it per parameter": f"{row['peak_allocated_bytes'] / row['parameters']:.1f} bytes",
         "host memory": amount(row["host_bytes"], "bytes"),
-        "host bytes per parameter": f"{row['host_bytes_per_parameter']:.1f}",
         "est. step": f"{row['step_ms'] / 1e3:.1f} s",
         "step measured elsewhere": trained and trained.get("step_ms") and f"{trained['step_ms'] / 1e3:.2f} s",
         "1 token per parameter": _time(row, 1),

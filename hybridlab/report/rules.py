@@ -90,6 +90,8 @@ class Claims:
             yield f"after {steps} steps"
         if claim.kind == "quality" and (tf32 := evidence.tf32_stands_for_fp32(claim.notebook)):
             yield f"the control is FP32 in TF32, whether that stands for strict FP32: {tf32}"
+        elif claim.kind == "quality" and claim.notebook == "04_gpt2_small_memory":
+            yield "what is in FP32 takes TF32 beyond the first seed"
 
     def _outcome(self, claim: Published) -> Outcome:
         if self.below is None or claim.is_idle or claim.rests_on_too_little or claim.verdict == "fails":
@@ -256,7 +258,7 @@ def what_parts_brought(rungs: Sequence[dict[str, Any]]) -> str:
     stack, optimizer, depth = (
         "number formats, compilation and graphs (taken to need as many steps)",
         "optimizer and rates",
-        "predicted depth",
+        "predicted depth (one value, without a shallow control)",
     )
     factors = dict.fromkeys((stack, optimizer, depth), 1.0)
     timed = [rung for rung in rungs if rung.get("time to it (s)")]

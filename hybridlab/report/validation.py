@@ -52,13 +52,18 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         significance=f"{100 * SIGNIFICANCE:.0f} %",
         verdicts=_verdicts(evidence),
         criteria=[(title, list(_criteria(title, evidence))) for title in CRITERIA],
-        speedup=[speedup(claim, evidence) for claim in pays if not claim.is_idle],
+        speedup=known_columns([speedup(claim, evidence) for claim in pays if not claim.is_idle]),
         idle=[_idle(claim, evidence) for claim in pays if claim.is_idle],
         jumps=[_jump(claim) for claim in evidence.claims(kind="transition") if claim.value("whole_jump")],
         reliability=[row for profile in evidence.entries for row in _reliability(evidence, profile)],
         well_told=WELL_TOLD,
         quality=[
-            {"arm": claim.about, **_decided(claim), "notebook": notebook_link(claim.notebook, short=True)}
+            {
+                "arm": claim.about,
+                "loss at most 1 % above the control's": verdict_word(claim.verdict),
+                "numbers": claim.numbers,
+                "notebook": notebook_link(claim.notebook, short=True),
+            }
             for claim in evidence.claims(kind="quality")
         ],
         percents=Markdown(
