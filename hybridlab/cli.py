@@ -144,6 +144,7 @@ def report(
     word = "stale" if check else "written"
     print("\n".join(f"{word}: {path.relative_to(root)}" for path in changed) or "everything is up to date")
     if check and changed:
+        print("`hybridlab report` writes them")
         raise typer.Exit(EXIT_FAILED)
 
 

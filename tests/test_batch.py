@@ -512,7 +512,7 @@ def test_a_number_that_is_not_finite_becomes_null_with_a_note(root):
 
 def test_results_refuse_nonsense(root):
     claim = Claim("a", "A.", "holds")
-    with pytest.raises(ValueError, match="claim ids repeat"):
+    with pytest.raises(ValueError, match="several claims have the id"):
         publish("a", claims=[claim, claim], summary=[], record={"parameters": {}}, folder="runs")
     with pytest.raises(ValueError, match="record has no 'parameters'"):
         publish("a", claims=[claim], summary=[], record={}, folder="runs")

@@ -6,8 +6,6 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from traitlets.config import Config
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.front_end import PROGRESS_FILE
+from hybridlab.base.swapped import swapped
 from hybridlab.batch.executed import joined_streams
 
 ENGINE = "hybridlab"
@@ -41,7 +40,7 @@ def execute(notebook: Path, output: Path, overrides: dict[str, Any], progress: P
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
     options = {"engine_name": ENGINE, "kernel_name": "python3", "progress_bar": False, "env": _environment(progress)}
     try:
-        with _quiet():
+        with swapped(logging.getLogger("papermill"), disabled=True):  # what went wrong is said once, at the end
             papermill.execute_notebook(source, target, overrides, **options)
     except PapermillExecutionError as error:
         return None if error.ename == "SystemExit" else f"{error.ename}: {error.evalue}"
@@ -110,14 +109,3 @@ def _kernel_config() -> Config:
     """Encrypt the channels to the kernel, where the installed jupyter_client and zmq can."""
     known = "transport_encryption" in KernelManager.class_trait_names() and zmq.has("curve")
     return Config({"KernelManager": {"transport_encryption": "auto"}} if known else {})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep papermill's own log lines out of the way: what went wrong is said once, at the end."""
-    logger = logging.getLogger("papermill")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -46,7 +46,8 @@ def declared_parameters(notebook: Mapping[str, Any], name: str) -> dict[str, Par
     try:
         lines = ast.parse("".join(tagged[0]["source"])).body
     except SyntaxError as error:
-        raise UserError(f"{name}: line {error.lineno} of the parameters cell is not Python") from None
+        how = "write one 'name: type = value' per line"
+        raise UserError(f"{name}: line {error.lineno} of the parameters cell is not Python: {how}") from None
     parameters = [_parameter(line, name) for line in lines]
     return {parameter.name: parameter for parameter in parameters}
 

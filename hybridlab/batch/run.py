@@ -142,7 +142,7 @@ def _processes(nproc: int | None, declared: Mapping[str, Any], name: str) -> lis
     if nproc is None:
         return []
     if NPROC not in declared:
-        raise UserError(f"--nproc: {name} starts no run of several processes: it has no parameter {NPROC}")
+        raise UserError(f"--nproc: {name} starts no run of several processes: leave it off, or run 11_several_gpus")
     return [Given(NPROC, nproc, str(nproc), "after --nproc")]
 
 

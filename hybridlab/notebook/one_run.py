@@ -31,7 +31,8 @@ def find_run(name: str, folder: str | Path = "runs") -> Run:
     if len(fitting) > 1:
         raise UserError(f"{name!r} is part of {len(fitting)} names: write more of one, as {fitting[0]} or {fitting[1]}")
     if not fitting:
-        raise UserError(f"there is no run {name!r} in {folder}: {nearest(name, runs) if runs else 'it holds none'}")
+        known = nearest(name, runs) if runs else "it holds none, train one with `hybridlab run`"
+        raise UserError(f"there is no run {name!r} in {folder}: {known}")
     return runs[fitting[0]]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hybridlab.base.errors import UserError
 from hybridlab.charts.display import Panels
 from hybridlab.charts.model import Band, ChartData, Kind, Line, Series
 from hybridlab.engine.phases import Phase
@@ -54,9 +53,7 @@ def final_frame(run: Run) -> Frame:
 
     Raises UserError for a run that has not finished.
     """
-    if run.summary is None:
-        raise UserError(f"the run in {run.folder} has not finished: go on with it, or show its session's frame()")
-    return Frame(_last_state(run, run.summary))
+    return Frame(_last_state(run, run.closing_figures))
 
 
 def _last_state(run: Run, summary: dict[str, Any]) -> State:

@@ -11,7 +11,7 @@ import numpy as np
 from hybridlab.models.gpt2 import SIZES, GPT2Config
 from hybridlab.notebook.views.depth import SHALLOW
 from hybridlab.planner.gpu_specs import spec_of
-from hybridlab.report.evidence import Evidence, Published, device_of
+from hybridlab.report.evidence import Evidence, Published
 from hybridlab.report.validation import Cells
 from hybridlab.report.words import notebook_link
 from hybridlab.results.words import in_words, quantity_interval
@@ -49,8 +49,7 @@ def depth_advice(evidence: Evidence) -> list[Cells]:
 def grown_claims(evidence: Evidence, profile: str) -> Iterator[tuple[Published, Published]]:
     """Of each grown arm that ran long enough for a verdict: the claim that growing pays, and that depth does."""
     for depth in evidence.claims(kind="depth-pays", profile=profile):
-        entry, pays = evidence.entry(depth.notebook, profile) or {}, evidence.beside(depth, "pays")
-        is_gpt2 = "model" in entry.get("parameters", {})
+        pays, is_gpt2 = evidence.beside(depth, "pays"), "model" in evidence.asked(depth.notebook, profile)
         if pays is not None and is_gpt2 and (pays.value("gradient_steps") or 0) >= LEAST.steps:
             yield pays, depth
 
@@ -62,8 +61,8 @@ def control_times(evidence: Evidence, pays: Published) -> dict[str, float]:
     not run, of the shallow model of as many steps. Nothing without a known GPU, and where times vary from seed to seed,
     as where other work shared the machine.
     """
-    entry = evidence.entry(pays.notebook, pays.profile) or {"device": ""}
-    rows = evidence.tables("runs", pays.profile).get(pays.notebook, []) if spec_of(device_of(entry)) else []
+    is_known = spec_of(evidence.device(pays.notebook, pays.profile))
+    rows = evidence.tables("runs", pays.profile).get(pays.notebook, []) if is_known else []
     rows = [row for row in rows if row.get("budget") in (None, pays.value("gradient_steps"))]
     rows = [row for row in rows if row.get("seconds") and row.get("cost_in_full_steps")]
     arms = dict.fromkeys(row["arm"] for row in rows)
@@ -80,12 +79,14 @@ def control_times(evidence: Evidence, pays: Published) -> dict[str, float]:
 
 
 def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
-    parameters, deciding = evidence.entries[pays.profile][pays.notebook]["parameters"], depth.deciding
+    parameters, deciding = evidence.asked(pays.notebook, pays.profile), depth.deciding
     times = [f"{name} {ratio:.2f}" for name, ratio in control_times(evidence, pays).items()]
     beside = ", as many steps" if deciding and deciding.name == "loss_to_shallow" else ""
     count = parameter_count(parameters)
     tokens = (pays.value("gradient_steps") or 0) * parameters["batch_size"] * parameters["block_size"]
-    ratios = {name: q and in_words(q) for name in ("compute_to_loss", "time_to_loss") for q in [pays.quantity(name)]}
+    computation, time = (
+        in_words(ratio) if (ratio := pays.quantity(name)) else "open" for name in ("compute_to_loss", "time_to_loss")
+    )
     return {
         "model": parameters.get("model"),
         "tokens per parameter": f"{float(f'{tokens / count:.2g}'):g}" if count else None,
@@ -95,8 +96,8 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
         "growing pays": _verdict(pays),
         "against the shallow model": deciding and f"{quantity_interval(deciding)}{beside}",
         "depth pays": _verdict(depth),
-        "computation to its loss": ratios["compute_to_loss"] or "open",
-        "time to its loss": ratios["time_to_loss"] or "open",
+        "computation to its loss": computation,
+        "time to its loss": time,
         "time of as much computation": ", ".join(times) or None,
         "rates": "tried" if evidence.tried_rates(pays.notebook, pays.profile) else "not tried",
         "what to run": _what_to_run(pays, depth),

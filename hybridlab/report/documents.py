@@ -197,7 +197,7 @@ def _sizes(evidence: Evidence, models: Container[str]) -> str:
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
     """What notebook 08 ran up to Muon, and how many times as fast as vanilla; None unless that is shown."""
-    parameters = (evidence.entry(LADDER) or {}).get("parameters", {})
+    parameters = evidence.asked(LADDER)
     rungs = {row["rung"]: row for row in evidence.tables("ladder").get(LADDER, [])}
     times = rungs.get("Muon", {}).get("vanilla's time over it", "open")
     is_fast = any(claim.verdict == "holds" for claim in evidence.claims(LADDER, kind="stack-is-fast"))
@@ -207,7 +207,7 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
     told |= {"tuned": rungs.get("tuned rates", {}).get("vanilla's time over it", "open")}
     short = {name: re.sub(r"\d+\.\d+", lambda n: f"{float(n[0]):.3g}", text) for name, text in told.items()}
     told = {name: parameters[name] for name in IN_CODE} | short | {"link": notebook_link(LADDER, docs="")}
-    device = device_of(evidence.entry(LADDER) or {})
+    device = evidence.device(LADDER)
     gpus = filter(None, (spec_of(device), GPUS["rtx5080"]))
     told |= {"device": device, "bf16": [bf16_over_float32(gpu) for gpu in gpus]}
     return told | {"formats": rungs["CUDA graph"].get("vanilla's time over it"), "on_5080": _formats_on_5080(evidence)}
@@ -215,10 +215,7 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
 
 def _formats_on_5080(evidence: Evidence) -> str | None:
     """How many times as fast the guide's recipe steps on an RTX 5080 as float32 does, both estimated."""
-    model, rows = (
-        evidence.entries[MAIN][LADDER]["parameters"]["model"],
-        evidence.tables("memory").get("04_gpt2_small_memory", []),
-    )
+    model, rows = evidence.asked(LADDER)["model"], evidence.tables("memory").get(MEMORY, [])
     fp32 = next((row["estimated_5080_ms"] for row in rows if (row["model"], row["arm"]) == (model, "fp32")), None)
     recipe = next((row["step_ms"] for row in evidence.planned.get("recipes", ()) if row["model"] == model), None)
     return f"{fp32 / recipe:.1f}" if fp32 and recipe else None
@@ -239,7 +236,7 @@ def _largest_trained(evidence: Evidence) -> str | None:
 
 def _tried_over(evidence: Evidence, tried: Sequence[Published]) -> str:
     """The lengths over which settings were tried, as "15 of GPT-2 small over 230 steps"."""
-    ran = [evidence.entries[claim.profile][claim.notebook]["parameters"] for claim in tried]
+    ran = [evidence.asked(claim.notebook, claim.profile) for claim in tried]
     model_steps = [(f"GPT-2 {it['model']}" if "model" in it else "a CNN on MNIST", it.get("steps")) for it in ran]
     counts = Counter((model, f" over {steps:,} steps" if steps else "") for model, steps in model_steps)
     return ", ".join(f"{count} of {model}{over}" for (model, over), count in counts.items())

@@ -34,9 +34,6 @@ REPORT = "09_report"
 PRESETS = ("conservative", "aggressive")
 """Names that the presets of prediction and those of memory share."""
 
-EARLIER_NAMES = {"card_busy_percent": "gpu_busy_percent"}
-"""Columns of tables by their names in older results, and what they are called now."""
-
 IN_DOCUMENTS = {
     "loss_to_shallow": "loss against the shallow model of as many steps",
     "perplexity_change": "change of the perplexity",
@@ -152,17 +149,26 @@ class Evidence:
                 found += judged(claims, entry["parameters"])
         return [claim for claim in found if kind in (None, claim.kind) and arm in (None, claim.arm)]
 
+    def asked(self, notebook: str, profile: str = MAIN) -> dict[str, Any]:
+        """The parameters that a notebook ran with; empty where it did not run."""
+        return (self.entry(notebook, profile) or {}).get("parameters", {})
+
+    def device(self, notebook: str, profile: str = MAIN) -> str:
+        """What a notebook ran on; "" where it did not."""
+        entry = self.entry(notebook, profile)
+        return device_of(entry) if entry else ""
+
     def beside(self, claim: Published, kind: str) -> Published | None:
         """The claim of another kind that the same notebook makes on the same arm."""
         return next(iter(self.claims(claim.notebook, kind=kind, arm=claim.arm, profile=claim.profile)), None)
 
     def tried_rates(self, notebook: str, profile: str = MAIN) -> bool:
         """Whether several learning rates were tried for each arm and control of a notebook."""
-        return bool((self.entry(notebook, profile) or {}).get("parameters", {}).get("rate_trials"))
+        return bool(self.asked(notebook, profile).get("rate_trials"))
 
     def steps_judged(self, notebook: str, profile: str = MAIN) -> int:
         """After how many steps the losses of a notebook with one length are compared; 0 where that is not known."""
-        return base_asked_for((self.entry(notebook, profile) or {}).get("parameters", {})).steps
+        return base_asked_for(self.asked(notebook, profile)).steps
 
     def tf32_stands_for_fp32(self, notebook: str) -> Verdict | None:
         """Of a notebook whose losses are held against FP32 in TF32, whether that gives the loss of strict FP32."""
@@ -170,12 +176,8 @@ class Evidence:
 
     def tables(self, name: str, profile: str = MAIN) -> dict[str, list[dict[str, Any]]]:
         """Rows by notebook, for every notebook of a profile that published a table of this name."""
-        found = {n: entry.get("tables", {}).get(name) for n, entry in self.entries.get(profile, {}).items()}
-        return {
-            notebook: [{EARLIER_NAMES.get(column, column): value for column, value in row.items()} for row in rows]
-            for notebook, rows in found.items()
-            if rows
-        }
+        entries = self.entries.get(profile, {}).items()
+        return {notebook: rows for notebook, entry in entries if (rows := entry.get("tables", {}).get(name))}
 
     def changed_parameters(self, notebook: str, profile: str) -> list[str]:
         """Those whose value in `params` is another one today than its copy ran with, or that are new."""
@@ -189,10 +191,10 @@ class Evidence:
 
     def is_emulated(self, notebook: str) -> bool:
         """Whether a larger GPU stood for a smaller one when this notebook ran."""
-        return "emulated" in str((self.entry(notebook) or {}).get("device", ""))
+        return "emulated" in self.device(notebook)
 
     def sha256(self) -> str:
-        """The hash of everything that documents are written from."""
+        """The hash of every results file."""
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED, GpuSpec, spec_of
 from hybridlab.planner.text_report import MEMORY_PRESETS
 from hybridlab.report.depth_advice import depth_advice
-from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for, device_of
+from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for
 from hybridlab.report.recipes import planned_recipes
 from hybridlab.report.validation import Cells, devices, loss_change, speedup, step_time
 from hybridlab.report.words import Markdown, escaped, notebook_link, render
@@ -118,8 +118,8 @@ def _memory_rows(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
     for notebook, rows in evidence.tables("memory").items():
         claims = [(claim, claim.quantity("step_ratio")) for claim in evidence.claims(notebook)]
         ratios = {claim.arm or EARLIER_ARMS.get(claim.kind): ratio.per_seed for claim, ratio in claims if ratio}
-        entry = evidence.entry(notebook) or {"device": ""}
-        ran, common = spec_of(device_of(entry)), {"notebook": notebook, "lr": entry.get("parameters", {}).get("lr")}
+        ran = spec_of(evidence.device(notebook))
+        common = {"notebook": notebook, "lr": evidence.asked(notebook).get("lr")}
         for row in rows:
             former = " (former)" if row["arm"] == "fit_16gb" and is_former(evidence, notebook) else ""
             least = row.get("step_ms") if ran and ran.outruns(GPUS["rtx5080"]) else None
@@ -203,7 +203,7 @@ def _advice(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> st
 
 def _base(evidence: Evidence, row: MemoryRow) -> Base:
     """What the notebook trained, and as many seeds as the row's own claim on its loss counts."""
-    base = base_asked_for((evidence.entry(row["notebook"]) or {}).get("parameters", {}))
+    base = base_asked_for(evidence.asked(row["notebook"]))
     claims = evidence.claims(row["notebook"], arm=row["arm"])
     counted = [claim.value("seeds") for claim in claims if claim.quantity("loss_change")]
     return replace(base, seeds=int(next(filter(None, counted), base.seeds)))

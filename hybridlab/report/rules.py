@@ -14,7 +14,7 @@ from typing import Any, Literal
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.side_by_side import side_by_side_claims
 from hybridlab.report.estimates import ESTIMATES
-from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, device_of, named_in_full
+from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, named_in_full
 from hybridlab.results.claims import Unit, holds_below, holds_if, rounded
 from hybridlab.results.words import amount, quantities_in_words
 
@@ -115,7 +115,7 @@ class OnMachines:
     def findings(self, evidence: Evidence) -> list[Finding]:
         """One per machine, which is named by its GPU; the notebook's own run of the benchmark counts once."""
         own = evidence.claims(self.notebook, kind=self.kind)
-        gpu = device_of(evidence.entry(self.notebook) or {"device": ""})
+        gpu = evidence.device(self.notebook)
         found = [Finding(gpu, claim.verdict, claim.numbers, self.notebook) for claim in own]
         known = {quantity.value for claim in own for quantity in claim.quantities}
         for measured in evidence.side_by_side:

@@ -1,15 +1,14 @@
-"""Numbers, tables and templates as documents write them."""
+"""Tables, links and templates as documents write them."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hybridlab.base.errors import printable
 from hybridlab.report.evidence import MAIN
@@ -42,9 +41,8 @@ def render(template: str, **context: Any) -> Markdown:
 
     Raises jinja2's UndefinedError for a name that `context` lacks.
     """
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
     how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=folder, finalize=escaped, **how)
+    environment = Environment(loader=PackageLoader("hybridlab.report"), finalize=escaped, **how)
     environment.filters |= {"table": markdown_table, "beginning": _pictures_beginning}
     return Markdown(re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)))
 

@@ -63,8 +63,8 @@ def _entry(claims: Sequence[Claim], summary: list[str], record: dict[str, Any]) 
     if "parameters" not in record:
         raise ValueError("record has no 'parameters': add parameters_from(globals()) of the parameters cell")
     ids = [claim.id for claim in claims]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"claim ids repeat in {ids}: give each claim its own")
+    if repeated := sorted({it for it in ids if ids.count(it) > 1}):
+        raise ValueError(f"several claims have the id {', '.join(repeated)}: give each its own")
     whole = environment() | record | {"claims": [claim.record() for claim in claims], "summary": list(summary)}
     whole["parameters_sha256"] = parameters_sha256(record["parameters"])
     not_finite: list[str] = []
