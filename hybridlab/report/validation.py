@@ -226,10 +226,10 @@ def _time(claim: Published, evidence: Evidence) -> float | None:
 
 
 def _idle(claim: Published, evidence: Evidence) -> str:
-    """An arm that predicted nothing, with what asking cost it."""
+    """An arm that predicted nothing, with what asking cost it where that was published."""
     time = _time(claim, evidence)
-    cost = "time not published" if time is None else f"{time:.2f} times the baseline's time"
-    return f"{claim.about} ({claim.notebook[:2]}; {cost})"
+    cost = "" if time is None else f"; {time:.2f} times the baseline's time"
+    return f"{claim.about} ({claim.notebook[:2]}{cost})"
 
 
 def _memory(notebook: str, row: MemoryRow) -> Cells:
