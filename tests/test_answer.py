@@ -57,6 +57,16 @@ def test_what_was_decided_comes_first_and_many_arms_are_one_row():
     assert answer_rows([claim("holds", 0.5, "c"), asked])[0]["claim"] == "a: it pays"
 
 
+def test_arms_in_one_row_name_all_their_numbers_of_seeds():
+    arms = [
+        Claim(
+            "low", f"{arm}: it is low ({seeds} seeds)", "holds", (Quantity("loss", 1.0), Quantity("seeds", seeds)), arm
+        )
+        for arm, seeds in zip("abc", (4, 3, 4), strict=True)
+    ]
+    assert [row["claim"] for row in answer_rows(arms)] == ["it is low (3 to 4 seeds) (3 arms)"]
+
+
 @pytest.mark.parametrize("failed", [0, 1, 5])
 def test_sentences_name_what_holds_and_what_fails(failed):
     """Of one kind, as a notebook picks them out of all its claims: "1 of 1 claims" would contradict its table."""

@@ -169,6 +169,8 @@ def _range(group: Sequence[Claim]) -> dict[str, Any]:
     decided = [c.deciding for c in group if c.deciding and c.deciding.value is not None]
     ordered = sorted(decided, key=lambda q: q.value or 0.0)
     what = group[0].text.partition(": ")[2] if group[0].arm else group[0].text
+    if len(seeds := sorted({int(n) for c in group if (n := c.value("seeds"))})) > 1:
+        what = what.replace(f"{group[0].value('seeds'):.0f} seeds", f"{seeds[0]} to {seeds[-1]} seeds")
     return {
         "claim": f"{what} ({len(group)} arms)",
         "value": " … ".join(dict.fromkeys(map(in_words, ordered[:1] + ordered[-1:]))) or None,
