@@ -65,6 +65,20 @@ def test_arms_in_one_row_name_all_their_numbers_of_seeds():
         for arm, seeds in zip("abc", (4, 3, 4), strict=True)
     ]
     assert [row["claim"] for row in answer_rows(arms)] == ["it is low (3 to 4 seeds) (3 arms)"]
+    open_ones = [
+        Claim(
+            "low",
+            f"{arm}: it is low ({n} seeds) (too little to tell: {n} of 3 seeds)",
+            "open",
+            (Quantity("seeds", n),),
+            arm,
+        )
+        for arm, n in zip("abc", (2, 1, 2), strict=True)
+    ]
+    (row,) = answer_rows(open_ones)
+    assert row["claim"].startswith("it is low (1 to 2 seeds) (too little to tell: 2 of 3 seeds)")
+    uncounted = Claim("low", "d: it is low", "holds", (Quantity("loss", 1.0),), "d")
+    assert [row["claim"] for row in answer_rows([uncounted, *arms])] == ["it is low (4 arms)"]
 
 
 @pytest.mark.parametrize("failed", [0, 1, 5])

@@ -125,6 +125,14 @@ def test_depth_of_six_narrow_blocks_follows_from_its_runs() -> None:
     assert [f"its text {passes[0]:.2f} times" in page, f"seen it {passes[1]:.2f} times" in page] == [True, True]
 
 
+def test_passes_over_the_text_at_10_000_steps_are_those_of_its_run() -> None:
+    results = json.loads((FOLDER.parents[1] / "executed" / "rtx5080_10k" / "results.json").read_text(encoding="utf-8"))
+    ran, tokens = results["10_predicted_depth"]["parameters"], results["10_predicted_depth"]["data"]["train_tokens"]
+    seen = ran["budgets"][0] * ran["batch_size"] * ran["block_size"]
+    assert f"The {seen / 1e6:.0f} million tokens are three and a half passes over the text." in " ".join(PAGE.split())
+    assert round(seen / tokens, 1) == 3.5
+
+
 def test_depth_of_a_mini_follows_from_its_runs() -> None:
     page, (grown, shallow) = " ".join(PAGE.split()), ("grown from 6", "shallow, 6 blocks")
     own, longer = f"control of {grown}", f"control of {grown}, shallow"
@@ -140,6 +148,7 @@ def test_depth_of_a_mini_follows_from_its_runs() -> None:
             row for row in PAGE.splitlines() if row.startswith(f"| {tokens} | {losses[budget, grown].mean():.4f} |")
         )
         assert f"| {controls} | {in_words(Quantity(**ratio))}" in line
+        assert tokens == 1 or f"{ratio['value']:.1f}" == "1.3", "times the computation"
     assert Interval.of(beside[-1].tolist()).high < 0.018
     assert (beside[-1] > 0).sum() == 4, "seeds that favour six blocks"
     plain = Interval.of((losses[1632, longer] - losses[1632, "baseline"]).tolist())

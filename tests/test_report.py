@@ -261,8 +261,9 @@ def test_an_arm_whose_loss_is_missing_is_no_second_control() -> None:
 def test_counts_that_are_missing_are_no_zeros() -> None:
     loss = Quantity("loss_to_control", 0.5, 0.4, 0.6, "nats")
     unknown = claim("pays", "fails", Quantity("predicted_steps", None, unit="steps"), loss, arm="a")
-    page = validation_document(evidence(n03=entry(unknown)), {})
-    assert "| a | +0.500" in page
+    known = [Quantity("gradient_steps", 9.0), Quantity("predicted_steps", 1.0), Quantity("time_over_baseline", 0.9)]
+    page = validation_document(evidence(n03=entry(unknown, claim("pays", "fails", loss, *known, arm="b"))), {})
+    assert "| a | – | – | – | +0.500" in page
     (ran,) = Ran(HYBRID, 1000).findings(evidence(n03=entry(parameters={})))
     assert ran.outcome == "not measured"
 
@@ -1192,13 +1193,30 @@ def test_the_guide_says_what_controls_of_as_much_computation_took_of_the_grown_r
         assert row["against the shallow model"] == "+0.100, as many steps"
         section = " ".join(readme_section(found).split())
         assert "Of this row, growing is shown to pay in 0, depth in 0, and both in 0. Growing is corrected" in section
-        told = "the plain run took 1.10 times the grown run's time, the shallow model 1.20 times (where"
+        told = (
+            "plain run took 1.10 times the grown run's time, the shallow model took 1.20 times the grown run's time (of"
+        )
         assert (told in section) is bool(times)
         assert "Millions of parameters: mini 2." in section
 
 
-def test_times_that_vary_from_seed_to_seed_are_no_times_of_a_control() -> None:
-    costs = {"grown from 3": (6.0, 9.0), "control of grown from 3": (6.6, 6.7)}
+STEADY_TIMES = (6.6, 6.7)
+
+
+@pytest.mark.parametrize(
+    ("grown", "plain", "told"),
+    [
+        ((6.0, 6.1), STEADY_TIMES, "plain 1.10, shallow 1.10"),
+        ((6.0, 6.1), (6.6, 9.9), "shallow 1.10"),
+        ((6.0, 9.0), STEADY_TIMES, None),
+        ((6.0,), (6.6,), None),
+    ],
+)
+def test_times_that_vary_from_seed_to_seed_are_no_times_of_a_control(
+    grown: tuple[float, ...], plain: tuple[float, ...], told: str | None
+) -> None:
+    """Nor is that of one seed."""
+    costs = {"grown from 3": grown, "control of grown from 3": plain, "shallow, 3 blocks": STEADY_TIMES}
     rows = [
         {"arm": arm, "seconds": seconds, "cost_in_full_steps": 60, "budget": 800}
         for arm, times in costs.items()
@@ -1207,26 +1225,46 @@ def test_times_that_vary_from_seed_to_seed_are_no_times_of_a_control() -> None:
     steps = Quantity("gradient_steps", 800.0, unit="steps")
     claims = [claim(kind, "fails", steps, arm="grown from 3, 800 steps") for kind in ("pays", "depth-pays")]
     parameters = {"model": "mini", "vocab_size": 2048, "batch_size": 8, "block_size": 64, "budgets": [800]}
-    published = entry(*claims, parameters=parameters, tables={"runs": rows}, device="NVIDIA H200")
-    (row,) = depth_advice(Evidence({MAIN: {DEPTH: published}}))
-    assert row["time of as much computation"] is None
+    found = Evidence(
+        {MAIN: {DEPTH: entry(*claims, parameters=parameters, tables={"runs": rows}, device="NVIDIA H200")}}
+    )
+    (row,) = depth_advice(found)
+    assert row["time of as much computation"] == told
+    assert ("the shallow model took 1.10 times" in " ".join(readme_section(found).split())) is bool(told)
+
+
+@pytest.mark.parametrize(("verdict", "told"), [("open", "open (2 of 3 seeds)"), ("holds", "holds")])
+def test_an_open_verdict_on_depth_names_the_seeds_that_it_lacks(verdict: Verdict, told: str) -> None:
+    counts = Quantity("gradient_steps", 800.0, unit="steps"), Quantity("seeds", 2)
+    claims = [claim(kind, verdict, *counts, arm="grown from 3, 800 steps") for kind in ("pays", "depth-pays")]
+    parameters = {"model": "mini", "vocab_size": 2048, "batch_size": 8, "block_size": 64, "budgets": [800], "seeds": 3}
+    (row,) = depth_advice(Evidence({MAIN: {DEPTH: entry(*claims, parameters=parameters)}}))
+    assert row["growing pays"] == told
 
 
 def test_the_readme_says_what_is_estimated_for_the_gpu_that_nothing_ran_on() -> None:
     times = {"bf16": "2.38", "compiled": "3.02", "CUDA graph": "7.08", "Muon": "47.22 [31.57, open]"}
     rungs = [{"rung": rung, "vanilla's time over it": ratio} for rung, ratio in times.items()]
     ladder = entry(claim("stack-is-fast", "holds"), tables={"ladder": rungs}, parameters=FASTEST)
-    fp32 = {"model": "small", "arm": "fp32", "estimated_5080_ms": 120.0}
+    steps = {"fp32": 120.0, "mixed precision": 80.0}
+    arms = [{"model": "small", "arm": arm, "estimated_5080_ms": ms} for arm, ms in steps.items()]
     planned = {
         "recipes": [{"model": "small", "step_ms": 80.0, "batch": [8, 512]}],
         "largest": [{"way": name, "parameters": count} for name, count in (("a", 2.5e9), ("b", 3.2e9), ("c", 4e9))],
-        "trained": [{"way": "a", "stopped": None}, {"way": "b", "stopped": None}, {"way": "c", "stopped": "no room"}],
+        "trained": [
+            {"way": "a", "stopped": None, "steps": 200, "peak_memory_bytes": 15e9},
+            {"way": "b", "stopped": None, "steps": 200, "peak_memory_bytes": 15.5e9},
+            {"way": "c", "stopped": "no room"},
+        ],
     }
-    found = Evidence({MAIN: {LADDER: ladder, MEMORY: entry(tables={"memory": [fp32]})}}, planned=planned)
+    found = Evidence({MAIN: {LADDER: ladder, MEMORY: entry(tables={"memory": arms})}}, planned=planned)
     section = " ".join(readme_section(found).split())
-    assert "brought 7.08 of these times; estimated for an RTX 5080, not measured, they bring 1.5." in section
-    assert "small 80 ms for 8 x 512 tokens." in section
-    assert "in an emulated 16 GB has 3.20 billion parameters." in section
+    there = ladder | {"device": "NVIDIA GeForce RTX 5080"}
+    assert "Expect less" not in readme_section(Evidence({MAIN: {LADDER: there}}))
+    told = "are a factor of 7.08 in it; for an RTX 5080 bf16 alone is estimated at a factor of 1.5, and compilation's"
+    assert told in section
+    assert "8 x 512 tokens: small 80 ms." in section
+    assert "in an emulated 16 GB: 3.20 billion parameters (b; 200 steps, peak 15.50 GB)." in section
 
 
 def grown_at(steps: int, depth: Verdict) -> list[Claim]:

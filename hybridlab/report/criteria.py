@@ -8,11 +8,11 @@ from itertools import chain
 from typing import Any, Literal, Protocol
 
 from hybridlab.notebook.views.depth import GROWN
-from hybridlab.report.evidence import PRESETS, Evidence
+from hybridlab.report.evidence import MEMORY, PRESETS, Evidence
 from hybridlab.report.rules import Claims, Faster, Finding, LeastTime, OnMachines, Outcome, Peak, Planned, Ran, Savings
 
 MNIST = "01_mnist_cnn"
-BASELINE, HYBRID, MEMORY = "02_gpt2_small_baseline", "03_gpt2_small_hybrid", "04_gpt2_small_memory"
+BASELINE, HYBRID = "02_gpt2_small_baseline", "03_gpt2_small_hybrid"
 MEDIUM, XL = "05_gpt2_medium", "06_gpt2_xl"
 LADDER, DEPTH = "08_speed_ladder", "10_predicted_depth"
 

@@ -32,7 +32,7 @@ ADVICE = {
 
 
 STEADY = 1.25
-"""Times of an arm count where its slowest seed took at most so many times as long as its fastest."""
+"""Times of an arm count where its slowest seed, of several, took at most so many times as long as its fastest."""
 
 
 def depth_advice(evidence: Evidence) -> list[Cells]:
@@ -49,7 +49,7 @@ def depth_advice(evidence: Evidence) -> list[Cells]:
 def grown_claims(evidence: Evidence, profile: str) -> Iterator[tuple[Published, Published]]:
     """Of each grown arm that ran long enough for a verdict: the claim that growing pays, and that depth does."""
     for depth in evidence.claims(kind="depth-pays", profile=profile):
-        pays, is_gpt2 = evidence.beside(depth, "pays"), "model" in evidence.asked(depth.notebook, profile)
+        pays, is_gpt2 = evidence.beside(depth, "pays"), "model" in evidence.ran_with(depth.notebook, profile)
         if pays is not None and is_gpt2 and (pays.value("gradient_steps") or 0) >= LEAST.steps:
             yield pays, depth
 
@@ -74,12 +74,12 @@ def control_times(evidence: Evidence, pays: Published) -> dict[str, float]:
         "shallow": next(filter(arms.__contains__, (shallow_control_name(grown), also)), ""),
     }
     paces = {arm: [row["seconds"] / row["cost_in_full_steps"] for row in rows if row["arm"] == arm] for arm in arms}
-    steady = {arm: fmean(each) for arm, each in paces.items() if max(each) <= STEADY * min(each)}
+    steady = {arm: fmean(each) for arm, each in paces.items() if len(each) > 1 and max(each) <= STEADY * min(each)}
     return {name: steady[arm] / steady[grown] for name, arm in of.items() if {arm, grown} <= steady.keys()}
 
 
 def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
-    parameters, deciding = evidence.asked(pays.notebook, pays.profile), depth.deciding
+    parameters, deciding = evidence.ran_with(pays.notebook, pays.profile), depth.deciding
     times = [f"{name} {ratio:.2f}" for name, ratio in control_times(evidence, pays).items()]
     beside = ", as many steps" if deciding and deciding.name == "loss_to_shallow" else ""
     count = parameter_count(parameters)
@@ -107,9 +107,10 @@ def _row(evidence: Evidence, pays: Published, depth: Published) -> Cells:
 
 
 def _verdict(claim: Published) -> str:
-    """With the seeds, where these are too few for any other."""
+    """With the seeds, where it is open and these are too few for any other."""
     seeds = claim.value("seeds") or LEAST.seeds
-    return f"{claim.verdict} ({seeds:.0f} of {LEAST.seeds} seeds)" if seeds < LEAST.seeds else claim.verdict
+    lacking = claim.verdict == "open" and seeds < LEAST.seeds
+    return f"{claim.verdict} ({seeds:.0f} of {LEAST.seeds} seeds)" if lacking else claim.verdict
 
 
 def _what_to_run(pays: Published, depth: Published) -> str:

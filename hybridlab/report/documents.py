@@ -14,9 +14,9 @@ from hybridlab.base.errors import UserError
 from hybridlab.base.files import replace_all
 from hybridlab.charts.display import Chart
 from hybridlab.planner.gpu_specs import GPUS, spec_of
-from hybridlab.report.criteria import BASELINE, DEPTH, HYBRID, LADDER, MEMORY, XL, Criterion, in_less_time, of_presets
-from hybridlab.report.depth_advice import control_times, depth_advice, grown_claims, parameter_count
-from hybridlab.report.evidence import MAIN, Evidence, Published, device_of, least_difference
+from hybridlab.report.criteria import BASELINE, DEPTH, HYBRID, LADDER, XL, Criterion, in_less_time, of_presets
+from hybridlab.report.depth_advice import STEADY, control_times, depth_advice, grown_claims, parameter_count
+from hybridlab.report.evidence import MAIN, MEMORY, Evidence, Published, device_of, least_difference
 from hybridlab.report.gpu_guide import bf16_over_float32, gpu_guide, is_former
 from hybridlab.report.pictures import charts_of, shows, signed
 from hybridlab.report.rules import Claims
@@ -28,7 +28,7 @@ from hybridlab.report.validation import (
     validation_document,
 )
 from hybridlab.report.words import BY_OTHER_MEANS, Markdown, notebook_link, render
-from hybridlab.results.words import quantity_interval
+from hybridlab.results.words import amount, quantity_interval
 from hybridlab.study.statistics import LEAST
 
 FIRST = "run `make milestones` first, or `hybridlab run NAME -o executed/cpu/NAME.ipynb`"
@@ -165,6 +165,7 @@ def readme_section(evidence: Evidence) -> str:
         scales=[_scale(evidence, profile) for profile in long_enough],
         depths=[{key: cell for key, cell in row.items() if key not in IN_GUIDE} for row in depths],
         control_times=_control_times(evidence),
+        steady=STEADY,
         sizes=_sizes(evidence, {row["model"] for row in depths}),
         devices=devices(evidence),
         shallow_is_better=any(claim.verdict == "fails" for claim in evidence.claims(DEPTH, kind="depth-pays")),
@@ -180,12 +181,16 @@ def _least_shown(tried: Sequence[Published]) -> dict[str, str] | None:
     return {"nats": f"{median(least for least, _ in known):.2f}", "seeds": " or ".join(seeds)}
 
 
-def _control_times(evidence: Evidence) -> dict[str, str]:
+def _control_times(evidence: Evidence) -> str:
     """What controls of as much computation took of the grown runs' time, from the least to the greatest."""
     grown = [pays for profile in evidence.entries for pays, _ in grown_claims(evidence, profile)]
     found = [control_times(evidence, pays) for pays in grown]
-    known = {name: [times[name] for times in found if name in times] for name in ("plain", "shallow")}
-    return {name: " to ".join(dict.fromkeys(f"{of(x):.2f}" for of in (min, max))) for name, x in known.items() if x}
+    told = []
+    for name, control in (("plain", "the plain run took"), ("shallow", "the shallow model took")):
+        if times := [each[name] for each in found if name in each]:
+            least, greatest = (f"{of(times):.2f}" for of in (min, max))
+            told.append(f"{control} {' to '.join(dict.fromkeys((least, greatest)))} times the grown run's time")
+    return ", ".join(told)
 
 
 def _sizes(evidence: Evidence, models: Container[str]) -> str:
@@ -197,7 +202,7 @@ def _sizes(evidence: Evidence, models: Container[str]) -> str:
 
 def _stack(evidence: Evidence) -> dict[str, Any] | None:
     """What notebook 08 ran up to Muon, and how many times as fast as vanilla; None unless that is shown."""
-    parameters = evidence.asked(LADDER)
+    parameters = evidence.ran_with(LADDER)
     rungs = {row["rung"]: row for row in evidence.tables("ladder").get(LADDER, [])}
     times = rungs.get("Muon", {}).get("vanilla's time over it", "open")
     is_fast = any(claim.verdict == "holds" for claim in evidence.claims(LADDER, kind="stack-is-fast"))
@@ -210,36 +215,45 @@ def _stack(evidence: Evidence) -> dict[str, Any] | None:
     device = evidence.device(LADDER)
     gpus = filter(None, (spec_of(device), GPUS["rtx5080"]))
     told |= {"device": device, "bf16": [bf16_over_float32(gpu) for gpu in gpus]}
-    return told | {"formats": rungs["CUDA graph"].get("vanilla's time over it"), "on_5080": _formats_on_5080(evidence)}
+    formats = rungs["CUDA graph"].get("vanilla's time over it", "open")
+    return told | {"formats": formats, "on_5080": _bf16_on_5080(evidence)}
 
 
-def _formats_on_5080(evidence: Evidence) -> str | None:
-    """How many times as fast the guide's recipe steps on an RTX 5080 as float32 does, both estimated."""
-    model, rows = evidence.asked(LADDER)["model"], evidence.tables("memory").get(MEMORY, [])
-    fp32 = next((row["estimated_5080_ms"] for row in rows if (row["model"], row["arm"]) == (model, "fp32")), None)
-    recipe = next((row["step_ms"] for row in evidence.planned.get("recipes", ()) if row["model"] == model), None)
-    return f"{fp32 / recipe:.1f}" if fp32 and recipe else None
+def _bf16_on_5080(evidence: Evidence) -> str | None:
+    """How many times as fast GPT-2 Small is estimated to step on an RTX 5080 in bf16 as in float32."""
+    rows = evidence.tables("memory").get(MEMORY, [])
+    steps = {row["arm"]: row["estimated_5080_ms"] for row in rows if row.get("estimated_5080_ms")}
+    return f"{steps['fp32'] / steps['mixed precision']:.1f}" if {"fp32", "mixed precision"} <= steps.keys() else None
 
 
 def _steps_on_5080(evidence: Evidence) -> str:
-    """The estimated step of each recipe, as "small 81 ms for 8 x 512 tokens"."""
-    rows = [(row["model"], row["step_ms"], *row["batch"]) for row in evidence.planned.get("recipes", ())]
-    return ", ".join(f"{name} {ms:.0f} ms for {windows} x {tokens} tokens" for name, ms, windows, tokens in rows)
+    """The estimated step of each recipe, by batch, as "8 x 512 tokens: small 81 ms, medium 194 ms"."""
+    steps: dict[str, list[str]] = {}
+    for row in evidence.planned.get("recipes", ()):
+        steps.setdefault("{} x {} tokens".format(*row["batch"]), []).append(f"{row['model']} {row['step_ms']:.0f} ms")
+    return "; ".join(f"{batch}: {', '.join(each)}" for batch, each in steps.items())
 
 
 def _largest_trained(evidence: Evidence) -> str | None:
-    """The parameters of the largest model that trained in 16 GB, in billions."""
-    trained = {row["way"] for row in evidence.planned.get("trained", ()) if not row["stopped"]}
-    counts = [row["parameters"] for row in evidence.planned.get("largest", ()) if row["way"] in trained]
-    return f"{max(counts) / 1e9:.2f} billion" if counts else None
+    """The largest model that trained in 16 GB, with how and how long, and its peak."""
+    planned = {row["way"]: row["parameters"] for row in evidence.planned.get("largest", ())}
+    trained = [row for row in evidence.planned.get("trained", ()) if not row["stopped"] and row["way"] in planned]
+    if not trained:
+        return None
+    best = max(trained, key=lambda row: planned[row["way"]])
+    how = f"{best['way']}; {best['steps']} steps, peak {amount(best['peak_memory_bytes'], 'bytes')}"
+    return f"{planned[best['way']] / 1e9:.2f} billion parameters ({how})"
 
 
 def _tried_over(evidence: Evidence, tried: Sequence[Published]) -> str:
     """The lengths over which settings were tried, as "15 of GPT-2 small over 230 steps"."""
-    ran = [evidence.asked(claim.notebook, claim.profile) for claim in tried]
-    model_steps = [(f"GPT-2 {it['model']}" if "model" in it else "a CNN on MNIST", it.get("steps")) for it in ran]
-    counts = Counter((model, f" over {steps:,} steps" if steps else "") for model, steps in model_steps)
-    return ", ".join(f"{count} of {model}{over}" for (model, over), count in counts.items())
+    counts: Counter[str] = Counter()
+    for claim in tried:
+        ran = evidence.ran_with(claim.notebook, claim.profile)
+        other = "a CNN on MNIST" if claim.notebook.startswith("01_") else f"notebook {claim.notebook[:2]}"
+        model = f"GPT-2 {ran['model']}" if "model" in ran else other
+        counts[f"{model} over {ran['steps']:,} steps" if "steps" in ran else model] += 1
+    return ", ".join(f"{count} of {of}" for of, count in counts.items())
 
 
 def headline(criterion: Criterion, evidence: Evidence) -> dict[str, str]:

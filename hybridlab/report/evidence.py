@@ -28,6 +28,9 @@ MAIN = "rtx5080"
 MEMORY_NOTEBOOKS = ("00_", "04_", "05_", "06_")
 """How the notebooks begin whose arms are memory settings."""
 
+MEMORY = "04_gpt2_small_memory"
+"""The notebook of each memory setting alone; beyond the first seed its float32 arms take TF32."""
+
 REPORT = "09_report"
 """The notebook that only reads results: its own entry is no evidence."""
 
@@ -149,7 +152,7 @@ class Evidence:
                 found += judged(claims, entry["parameters"])
         return [claim for claim in found if kind in (None, claim.kind) and arm in (None, claim.arm)]
 
-    def asked(self, notebook: str, profile: str = MAIN) -> dict[str, Any]:
+    def ran_with(self, notebook: str, profile: str = MAIN) -> dict[str, Any]:
         """The parameters that a notebook ran with; empty where it did not run."""
         return (self.entry(notebook, profile) or {}).get("parameters", {})
 
@@ -164,11 +167,11 @@ class Evidence:
 
     def tried_rates(self, notebook: str, profile: str = MAIN) -> bool:
         """Whether several learning rates were tried for each arm and control of a notebook."""
-        return bool(self.asked(notebook, profile).get("rate_trials"))
+        return bool(self.ran_with(notebook, profile).get("rate_trials"))
 
     def steps_judged(self, notebook: str, profile: str = MAIN) -> int:
         """After how many steps the losses of a notebook with one length are compared; 0 where that is not known."""
-        return base_asked_for(self.asked(notebook, profile)).steps
+        return base_asked_for(self.ran_with(notebook, profile)).steps
 
     def tf32_stands_for_fp32(self, notebook: str) -> Verdict | None:
         """Of a notebook whose losses are held against FP32 in TF32, whether that gives the loss of strict FP32."""

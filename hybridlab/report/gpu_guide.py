@@ -12,7 +12,7 @@ from hybridlab.memory import MemoryConfig
 from hybridlab.notebook.views.memory_charts import MemoryRow
 from hybridlab.planner.gpu_specs import GPUS, OF_MEASURED, GpuSpec, spec_of
 from hybridlab.planner.text_report import MEMORY_PRESETS
-from hybridlab.report.depth_advice import depth_advice
+from hybridlab.report.depth_advice import STEADY, depth_advice
 from hybridlab.report.evidence import MAIN, Evidence, Published, arm_in_words, base_asked_for
 from hybridlab.report.recipes import planned_recipes
 from hybridlab.report.validation import Cells, devices, loss_change, speedup, step_time
@@ -46,6 +46,7 @@ def gpu_guide(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         plan_errors=plan_errors(evidence),
         step_errors=OF_MEASURED,
         depths=depth_advice(evidence),
+        steady=STEADY,
         memory_presets=_settings(memory, [field.name for field in fields(MemoryConfig)]),
         hybrid_presets=_settings({"conservative": preset, "aggressive": HybridTrainerConfig.aggressive()}, SHOWN),
         hybrids=known_columns([_hybrid(claim, evidence) for claim in hybrids]),
@@ -119,12 +120,12 @@ def _memory_rows(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
         claims = [(claim, claim.quantity("step_ratio")) for claim in evidence.claims(notebook)]
         ratios = {claim.arm or EARLIER_ARMS.get(claim.kind): ratio.per_seed for claim, ratio in claims if ratio}
         ran = spec_of(evidence.device(notebook))
-        common = {"notebook": notebook, "lr": evidence.asked(notebook).get("lr")}
+        common = {"notebook": notebook, "lr": evidence.ran_with(notebook).get("lr")}
         for row in rows:
             former = " (former)" if row["arm"] == "fit_16gb" and is_former(evidence, notebook) else ""
             least = row.get("step_ms") if ran and ran.outruns(GPUS["rtx5080"]) else None
-            more = {"step_ratios": ratios.get(row["arm"], ()), "least_5080_ms": least}
-            more["called"] = arm_in_words(row["arm"], notebook) + former
+            more = {"called": arm_in_words(row["arm"], notebook) + former, "least_5080_ms": least}
+            more["step_ratios"] = ratios.get(row["arm"], ())
             of.setdefault(row["model"], []).append(row | more | common)
     return of
 
@@ -203,7 +204,7 @@ def _advice(evidence: Evidence, row: MemoryRow, rows: Sequence[MemoryRow]) -> st
 
 def _base(evidence: Evidence, row: MemoryRow) -> Base:
     """What the notebook trained, and as many seeds as the row's own claim on its loss counts."""
-    base = base_asked_for(evidence.asked(row["notebook"]))
+    base = base_asked_for(evidence.ran_with(row["notebook"]))
     claims = evidence.claims(row["notebook"], arm=row["arm"])
     counted = [claim.value("seeds") for claim in claims if claim.quantity("loss_change")]
     return replace(base, seeds=int(next(filter(None, counted), base.seeds)))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from hybridlab.engine.config import HybridTrainerConfig
 from hybridlab.notebook.views.side_by_side import side_by_side_claims
 from hybridlab.report.estimates import ESTIMATES
-from hybridlab.report.evidence import PRESETS, Evidence, Published, arm_in_words, named_in_full
+from hybridlab.report.evidence import MEMORY, PRESETS, Evidence, Published, arm_in_words, named_in_full
 from hybridlab.results.claims import Unit, holds_below, holds_if, rounded
 from hybridlab.results.words import amount, quantities_in_words
 
@@ -90,7 +90,7 @@ class Claims:
             yield f"after {steps} steps"
         if claim.kind == "quality" and (tf32 := evidence.tf32_stands_for_fp32(claim.notebook)):
             yield f"the control is FP32 in TF32, whether that stands for strict FP32: {tf32}"
-        elif claim.kind == "quality" and claim.notebook == "04_gpt2_small_memory":
+        elif claim.kind == "quality" and claim.notebook == MEMORY:
             yield "what is in FP32 takes TF32 beyond the first seed"
 
     def _outcome(self, claim: Published) -> Outcome:

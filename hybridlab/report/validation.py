@@ -18,7 +18,7 @@ from hybridlab.report.evidence import MAIN, Entry, Evidence, Published, arm_in_w
 from hybridlab.report.rules import Finding, Outcome
 from hybridlab.report.words import Markdown, escaped, notebook_link, render, verdict_word
 from hybridlab.results.claims import Quantity
-from hybridlab.results.words import amount, in_words, interval, name_in_words, quantity_interval
+from hybridlab.results.words import amount, bound_in_words, in_words, interval, name_in_words, quantity_interval
 from hybridlab.study.code_version import code_hashes
 from hybridlab.study.comparison import SIGNIFICANCE
 from hybridlab.study.statistics import LEAST
@@ -60,8 +60,8 @@ def validation_document(evidence: Evidence, pictures: Mapping[str, str]) -> str:
         quality=[
             {
                 "arm": claim.about,
-                "loss at most 1 % above the control's": verdict_word(claim.verdict),
-                "numbers": claim.numbers,
+                **_decided(claim),
+                "bound": claim.deciding and bound_in_words(claim.deciding),
                 "notebook": notebook_link(claim.notebook, short=True),
             }
             for claim in evidence.claims(kind="quality")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def _range(group: Sequence[Claim]) -> dict[str, Any]:
     ordered = sorted(decided, key=lambda q: q.value or 0.0)
     what = group[0].text.partition(": ")[2] if group[0].arm else group[0].text
     if len(seeds := sorted({int(n) for c in group if (n := c.value("seeds"))})) > 1:
-        what = what.replace(f"{group[0].value('seeds'):.0f} seeds", f"{seeds[0]} to {seeds[-1]} seeds")
+        what = re.sub(r"\((\d+|one) seeds?\)", f"({seeds[0]} to {seeds[-1]} seeds)", what)
     return {
         "claim": f"{what} ({len(group)} arms)",
         "value": " … ".join(dict.fromkeys(map(in_words, ordered[:1] + ordered[-1:]))) or None,
