@@ -167,10 +167,30 @@ def test_depth_of_a_mini_follows_from_its_runs() -> None:
     assert f"between {seconds.min():.1f} and {seconds.max():.1f} s" in page
 
 
+def test_plans_of_other_architectures_stand_beside_what_a_gpu_counted() -> None:
+    page, found = " ".join(PAGE.split()), committed("architectures_eager")
+    off = {kind: {row["config"]: row[f"{kind}_error"] for row in found["eager"]} for kind in ("allocated", "on_gpu")}
+    for row in found["eager"]:
+        cells = [
+            f"{row[f'planned_{kind}_bytes'] / 1e9:.2f} | {row[f'measured_{kind}_bytes'] / 1e9:.2f} "
+            f"| {100 * row[f'{kind}_error']:+.1f} %"
+            for kind in ("allocated", "on_gpu")
+        ]
+        assert f"| {row['config']} | {' | '.join(cells)} |" in PAGE
+    assert max(map(abs, off["allocated"].values())) < 0.03
+    missed = [name for name, error in off["on_gpu"].items() if not -0.02 <= error <= 0.05]
+    assert missed == ["llama_grouped", "llama_tied", "qwen2"]
+    assert {f"{off['on_gpu'][name]:.3f}" for name in missed[1:]} == {"-0.030"}
+    assert ("in three of sixteen" in page, len(found["not_captured"])) == (True, 13)
+    assert [name for name, why in found["not_captured"].items() if "between CPU" in why] == ["bloom", "mpt"]
+
+
 def test_a_verdict_on_a_mini_differs_between_two_trainings_of_its_seeds() -> None:
     page, grown, budget = " ".join(PAGE.split()), "grown from 6", 1632
     published = json.loads((MINI / "results.json").read_text(encoding="utf-8"))["10_predicted_depth"]
-    runs = pd.DataFrame(published["tables"]["runs"]).set_index(["budget", "arm", "seed"])["validation_loss"]
+    runs = (
+        pd.DataFrame(published["tables"]["runs"]).set_index(["budget", "arm", "seed"])["validation_loss"].sort_index()
+    )
     first = json.loads((FOLDER / "mini_first_losses.json").read_text(encoding="utf-8"))
     moved = [
         [now - then for now, then in zip(runs[int(steps), arm], losses, strict=True)]

@@ -25,6 +25,7 @@ from hybridlab.benchmarks import architectures, recipes
 from hybridlab.cli import main
 from hybridlab.depth import DepthSchedule
 from hybridlab.engine.config import HybridTrainerConfig
+from hybridlab.memory.checkpointing import blocks_of
 from hybridlab.memory.config import (
     INPUTS,
     CheckpointingConfig,
@@ -741,6 +742,35 @@ def test_architectures_of_transformers_are_planned_from_their_configuration(name
     assert planned.peak_allocated_bytes == pytest.approx(GOLDEN_BYTES[name], rel=0.03)
 
 
+EXPERIMENTS = CONFIGS.parents[1] / "docs" / "experiments"
+ON_A_GPU = {row["config"]: row for row in json.loads((EXPERIMENTS / "architectures_eager.json").read_text())["eager"]}
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama_tied", "pythia", "qwen3_moe"])
+def test_architectures_of_transformers_take_what_a_gpu_counted(name):
+    row = ON_A_GPU[name]
+    settings = architectures.PRECISIONS[row["precision"]]
+    planned = plan(causal_lm(EXPERIMENTS / "architectures" / f"{name}.json"), tuple(row["batch"]), settings)
+    assert planned.peak_allocated_bytes == pytest.approx(row["measured_allocated_bytes"], rel=0.03)
+    assert planned.peak_on_gpu_bytes == pytest.approx(row["measured_on_gpu_bytes"], rel=0.0315)
+
+
+@pytest.mark.parametrize(("name", "mask"), [("bloom", [True, True]), ("gpt2", [False, True]), ("llama", [False, True])])
+def test_transformers_makes_a_mask_while_a_pass_is_captured(monkeypatch, name, mask):
+    """So a model of theirs cannot be captured; where this fails, they have changed, and graphs can be tried again."""
+    model, tokens, seen = causal_lm(CONFIGS / f"{name}.json")(), torch.zeros(2, 16, dtype=torch.long), []
+
+    def look(_, given, named):
+        tensors = [*given, *named.values()]
+        seen.append(any(isinstance(x, torch.Tensor) and x.shape[-2:] == (16, 16) for x in tensors))
+
+    blocks_of(model)[0].register_forward_pre_hook(look, with_kwargs=True)
+    for captures in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captures=captures: captures)
+        model(input_ids=tokens)
+    assert seen == mask
+
+
 @pytest.mark.parametrize("name", ["llama_grouped", "mixtral"])
 def test_blocks_that_stand_for_others_give_what_all_blocks_give(name, monkeypatch):
     few = plan(causal_lm(CONFIGS / f"{name}.json"), (2, 64))
@@ -1066,7 +1096,7 @@ def test_graphs_take_what_was_measured(monkeypatch, size, precision):
     assert planned.peak_on_gpu_bytes == pytest.approx(on_gpu, rel=0.02)
 
 
-COUNTED = json.loads((CONFIGS.parents[1] / "docs" / "experiments" / "architectures_graphs.json").read_text("utf-8"))
+COUNTED = json.loads((EXPERIMENTS / "architectures_graphs.json").read_text("utf-8"))
 """What an H200 counted in CUDA graphs, an evaluation's among them."""
 
 
@@ -1132,10 +1162,11 @@ def test_steps_in_graphs_take_as_much_before_they_are_captured():
     assert graphs.phases["Predict"]["activations"] == 0
 
 
-def test_the_command_plans_a_compiled_training(capsys):
-    assert ended("--compiled --json --batch 2x32", size="--model nano") == 0
+@pytest.mark.parametrize(("of", "in_graphs"), [("--model nano", True), (f"--config {CONFIGS / 'llama.json'}", False)])
+def test_the_command_plans_a_compiled_training(capsys, of, in_graphs):
+    assert ended("--compiled --json --batch 2x32", size=of) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert (settings["compiled"], settings["cuda_graphs"]) == (True, True)
+    assert (settings["compiled"], settings["cuda_graphs"]) == (True, in_graphs)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------
