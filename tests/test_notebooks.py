@@ -18,6 +18,7 @@ from hybridlab.notebook.views.answer import claims_table
 from hybridlab.results.claims import Claim, Quantity
 from hybridlab.results.parameters import HOW_IT_RUNS, parameters_sha256
 from hybridlab.results.reading import load_results
+from hybridlab.study.code_version import code_hashes
 from tests.hygiene import (
     claim_differences,
     executed_problems,
@@ -71,7 +72,7 @@ def test_an_executed_notebook_was_run_whole_from_its_source_and_parameters(execu
     """From those of today; what takes hours or a GPU, from those of the commit that it names."""
     given = ROOT / "notebooks" / executed.name, ROOT / "params" / executed.parent.name / f"{executed.stem}.yaml"
     problems = executed_problems(executed, *given)
-    if problems and executed.parent.name != "cpu":
+    if problems and executed.parent.name not in ("cpu", "quick"):
         then = [as_committed(commit_of(executed), path.relative_to(ROOT), tmp_path) for path in given]
         if None in then:
             pytest.skip("the history before this checkout is not here")
@@ -84,9 +85,17 @@ def test_an_executed_notebook_shows_what_its_results_say(executed):
     assert results_problems(executed, load_results(executed.parent / "results.json")) == []
 
 
-def test_every_notebook_with_cpu_parameters_was_run():
-    wanted = {path.stem for path in PARAMETERS if path.parent.name == "cpu"}
-    assert wanted == {path.stem for path in EXECUTED if path.parent.name == "cpu"}
+@pytest.mark.parametrize("profile", ["cpu", "quick"])
+def test_every_notebook_that_needs_no_gpu_was_run(profile):
+    wanted = {path.stem for path in PARAMETERS if path.parent.name == profile}
+    assert wanted == {path.stem for path in EXECUTED if path.parent.name == profile}
+
+
+def test_copies_on_a_cpu_are_of_today_s_code():
+    """They take too long to be run again by a test: `make milestones PROFILE=cpu` does it."""
+    results = load_results(ROOT / "executed" / "cpu" / "results.json")
+    trained = {name: entry["code"]["trains"] for name, entry in results.items() if name != "09_report"}
+    assert set(trained.values()) == {code_hashes()["trains"]}, trained
 
 
 @pytest.mark.parametrize("results", RESULTS, ids=name)

@@ -119,9 +119,13 @@ class Evidence:
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """Read `executed/*/*.json`, `params`, and what was measured on further machines; what never ran is absent."""
+        """Read `executed/*/*.json`, `params`, and what was measured on further machines; what never ran is absent.
+
+        A profile whose label is empty is left out: it shows that notebooks work, and decides nothing.
+        """
         labels = _labels(root / "pyproject.toml")
-        there = sorted(path.parent.name for path in root.glob("executed/*/results.json"))
+        ran = sorted(path.parent.name for path in root.glob("executed/*/results.json"))
+        there = [profile for profile in ran if labels.get(profile) != ""]
         profiles = [*(profile for profile in labels if profile in there), *(p for p in there if p not in labels)]
         read = {profile: load_results(root / "executed" / profile / "results.json") for profile in profiles}
         own = {profile: {k: v for k, v in entries.items() if k != REPORT} for profile, entries in read.items()}
