@@ -367,7 +367,6 @@ def plan(
 ) -> None:
     """Predict the memory that a training takes, without a GPU; if it does not fit, say what to switch on."""
     from hybridlab.base.settings import check_choice
-    from hybridlab.planner.architectures import CausalLM
     from hybridlab.planner.gpu_specs import find_gpu
     from hybridlab.planner.text_report import Question, read_stages, report_lines
     from hybridlab.predictors import PREDICTORS
@@ -387,8 +386,7 @@ def plan(
         raise UserError("--path-device and --path-dtype are for prediction: give --predictor, such as linear, too")
     shared: dict[str, Any] = {"ranks": ranks, "wrap": wrap, "gather": gather, "copies": copies}
     shared |= {"blocks_per_group": blocks_per_group, "keep_gathered": keep_gathered}
-    graphs = compiled and not isinstance(spec.model, CausalLM)  # of transformers none was captured: docs/experiments.md
-    spec = replace(spec, depth=read_stages(stages), compiled=compiled, cuda_graphs=graphs, **shared)
+    spec = replace(spec, depth=read_stages(stages), compiled=compiled, cuda_graphs=compiled, **shared)
     question = Question(spec, card_bytes - round(taken * 1e9), rates, find)
     if as_json:
         print(json.dumps(question.record(), indent=2))

@@ -717,21 +717,21 @@ CONFIGS = Path(__file__).parent / "configs"
 
 GOLDEN_BYTES = {
     "bloom": 137790976,
-    "gemma": 134340096,
-    "gpt2": 152734720,
-    "gpt2_no_dropout": 151620608,
-    "llama": 132987904,
-    "llama_grouped": 131152896,
-    "llama_tied": 128006656,
+    "gemma": 131718656,
+    "gpt2": 151686144,
+    "gpt2_no_dropout": 150572032,
+    "llama": 131939328,
+    "llama_grouped": 129055744,
+    "llama_tied": 125909504,
     "mistral": 131152896,
-    "mixtral": 190868480,
+    "mixtral": 188771328,
     "mpt": 137424384,
-    "olmo2": 141442048,
+    "olmo2": 140393472,
     "phi": 130223616,
     "pythia": 117656576,
-    "qwen2": 128055808,
-    "qwen3": 150453248,
-    "qwen3_moe": 166185984,
+    "qwen2": 125958656,
+    "qwen3": 147307520,
+    "qwen3_moe": 163040256,
 }
 """Allocated at the peak, batch 4 x 128 in bf16 autocast, with torch 2.13 and transformers 5.24."""
 
@@ -739,7 +739,7 @@ GOLDEN_BYTES = {
 @pytest.mark.parametrize("name", GOLDEN_BYTES)
 def test_architectures_of_transformers_are_planned_from_their_configuration(name):
     planned = plan(causal_lm(CONFIGS / f"{name}.json"), (4, 128), MemoryConfig(**BF16))
-    assert planned.peak_allocated_bytes == pytest.approx(GOLDEN_BYTES[name], rel=0.03)
+    assert planned.peak_allocated_bytes == pytest.approx(GOLDEN_BYTES[name], rel=0.01)
 
 
 EXPERIMENTS = CONFIGS.parents[1] / "docs" / "experiments"
@@ -751,8 +751,8 @@ def test_architectures_of_transformers_take_what_a_gpu_counted(name):
     row = ON_A_GPU[name]
     settings = architectures.PRECISIONS[row["precision"]]
     planned = plan(causal_lm(EXPERIMENTS / "architectures" / f"{name}.json"), tuple(row["batch"]), settings)
-    assert planned.peak_allocated_bytes == pytest.approx(row["measured_allocated_bytes"], rel=0.03)
-    assert planned.peak_on_gpu_bytes == pytest.approx(row["measured_on_gpu_bytes"], rel=0.0315)
+    assert planned.peak_allocated_bytes == pytest.approx(row["measured_allocated_bytes"], rel=0.002)
+    assert planned.peak_on_gpu_bytes == pytest.approx(row["measured_on_gpu_bytes"], rel=0.018)
 
 
 @pytest.mark.parametrize(("name", "mask"), [("bloom", [True, True]), ("gpt2", [False, True]), ("llama", [False, True])])
@@ -1025,13 +1025,13 @@ def test_a_compiled_block_keeps_less_and_starts_fewer_kernels() -> None:
     assert compiled.costs.moved_bytes < 0.6 * eager.costs.moved_bytes
 
 
-COMPILED_BYTES = {"gpt2": 126585856, "llama_grouped": 120733696, "mixtral": 175124480, "pythia": 117690368}
+COMPILED_BYTES = {"gpt2": 125471744, "llama_grouped": 118569984, "mixtral": 172960768, "pythia": 117623808}
 
 
 @pytest.mark.parametrize("name", COMPILED_BYTES)
 def test_architectures_are_planned_compiled(name):
     planned = plan(causal_lm(CONFIGS / f"{name}.json"), (4, 128), MemoryConfig(**BF16), compiled=True)
-    assert planned.peak_allocated_bytes == pytest.approx(COMPILED_BYTES[name], rel=0.03)
+    assert planned.peak_allocated_bytes == pytest.approx(COMPILED_BYTES[name], rel=0.01)
 
 
 def test_a_plan_does_not_depend_on_what_was_compiled_before() -> None:

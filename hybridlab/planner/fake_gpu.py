@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -52,9 +54,19 @@ def fake_gpu() -> Iterator[None]:
         library.impl("_grouped_mm", _grouped_mm, "Meta", allow_override=True)
         _forget_kernels()
         try:
-            yield
+            with _whole_windows():
+                yield
         finally:
             _forget_kernels()
+
+
+@contextmanager
+def _whole_windows() -> Iterator[None]:
+    """Tell transformers that a window is one text; fake ones it takes for several, and makes a mask."""
+    masks = sys.modules.get("transformers.masking_utils")
+    asked = hasattr(masks, "find_packed_sequence_indices")
+    with patch.object(masks, "find_packed_sequence_indices", lambda _: None) if asked else nullcontext():
+        yield
 
 
 def _forget_kernels() -> None:
@@ -96,11 +108,11 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """FlashAttention where CUDA takes it, the memory-efficient kernel elsewhere."""
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
-    if query.dtype in HALF and attn_mask is None:
+    if query.dtype in HALF and attn_mask is None:  # which takes shared keys as they are
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     mask = attn_mask if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
     keeps = torch.is_grad_enabled()

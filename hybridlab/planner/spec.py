@@ -78,7 +78,8 @@ class TrainingSpec:
     ranks: how many processes share the batch and the model; it is planned for the one with the most. 0 trains in one
         process, without any of what follows
     wrap, gather, copies, blocks_per_group, keep_gathered: as `RanksConfig` has them
-    cuda_graphs: whether the passes of a compiled training are replayed as CUDA graphs, where `memory` allows it
+    cuda_graphs: whether the passes of a compiled training are replayed as CUDA graphs, where `memory` allows it; models
+        of transformers cannot be captured
     weight_cache: autocast's, which hybridlab never uses: for comparison with plain torch
     overhead: what the GPU takes beside tensors
     """
@@ -209,7 +210,8 @@ class TrainingSpec:
         """Whether its passes are CUDA graphs."""
         against = self.memory.without_cuda_graphs(self.optimizer, predicts=self.path is not None)
         whole = not self.ranks or self.wrap == "ddp"
-        return whole and self.compiled and self.cuda_graphs and against is None
+        can_be = whole and against is None and not isinstance(self.model, CausalLM)  # see docs/experiments.md
+        return self.compiled and self.cuda_graphs and can_be
 
     @property
     def is_gpt2(self) -> bool:
