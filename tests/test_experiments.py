@@ -178,6 +178,7 @@ def test_plans_of_other_architectures_stand_beside_what_a_gpu_counted() -> None:
         ]
         assert f"| {row['config']} | {' | '.join(cells)} |" in PAGE
     least, most = (100 * of(off["on_gpu"].values()) for of in (min, max))
+    assert max(-least, most) < 2, "as README says"
     assert f"{max(100 * abs(error) for error in off['allocated'].values()):.1f}" == "0.1"
     beside = f"which decides whether a model fits, between {-least:.1f} % too little and {most:.1f} % too much."
     assert f"is planned within 0.1 %, what the **GPU holds**, {beside} These are not" in page
