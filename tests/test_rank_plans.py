@@ -272,7 +272,7 @@ def test_the_benchmark_names_the_plan_of_each_rank() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.006), ("xl_groups", 0.025), ("small_ddp", 0.04)]
+    ("name", "near"), [("small", 0.005), ("xl", 0.005), ("7b", 0.005), ("xl_groups", 0.025), ("small_ddp", 0.04)]
 )
 def test_a_rank_takes_what_was_measured(name: str, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[1]

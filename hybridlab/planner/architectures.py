@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hybridlab.base.errors import UserError
 from hybridlab.base.one_line import in_one_line
+from hybridlab.base.swapped import swapped
 from hybridlab.models.huggingface import causal_config, fresh_model, read_config
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -77,6 +79,20 @@ def language_model_loss(module: nn.Module, batch: tuple[int, int]) -> Tensor:
     """As transformers computes it, from tokens that are their own labels."""
     tokens = torch.zeros(batch, dtype=torch.long)
     return module(input_ids=tokens, labels=tokens).loss
+
+
+def one_text_per_window() -> AbstractContextManager[None]:
+    """Inside, transformers takes a window for one text.
+
+    Of tensors without values it thinks that a window may hold several, and makes an attention mask that a training does
+    not have. Where transformers is not imported, the model is none of its own.
+    """
+    if "transformers" not in sys.modules:
+        return nullcontext()
+    from transformers import masking_utils
+
+    several = "find_packed_sequence_indices"
+    return swapped(masking_utils, **{several: lambda _: None}) if hasattr(masking_utils, several) else nullcontext()
 
 
 def rebuilt(module: nn.Module) -> Callable[[], nn.Module]:

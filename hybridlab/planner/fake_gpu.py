@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -54,19 +52,9 @@ def fake_gpu() -> Iterator[None]:
         library.impl("_grouped_mm", _grouped_mm, "Meta", allow_override=True)
         _forget_kernels()
         try:
-            with _whole_windows():
-                yield
+            yield
         finally:
             _forget_kernels()
-
-
-@contextmanager
-def _whole_windows() -> Iterator[None]:
-    """Tell transformers that a window is one text; fake ones it takes for several, and makes a mask."""
-    masks = sys.modules.get("transformers.masking_utils")
-    asked = hasattr(masks, "find_packed_sequence_indices")
-    with patch.object(masks, "find_packed_sequence_indices", lambda _: None) if asked else nullcontext():
-        yield
 
 
 def _forget_kernels() -> None:
